@@ -1,0 +1,167 @@
+"""A KV cache addressed by slot: every row of the batch has its own length.
+
+Row `b` keeps its committed tokens in slots `0 .. lengths[b]-1`. A forward writes its tokens into the slots after that
+(`reserve` says where), and only `commit` makes some of them part of the row; the rest is forgotten by not being
+counted. Nothing is ever re-padded. Which slots a token may look at is the attention mask's business (`tree.py`).
+
+It is a `transformers` Cache, so stock models write to it. It does not know what a tree, a token or a drafter is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values of all layers for `rows` sequences of different lengths.
+
+    Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
+    accepted path in all of them at once.
+
+    Args:
+        rows: sequences held.
+        num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
+        capacity: slots a row, grown by doubling when a forward needs more.
+    """
+
+    def __init__(self, rows: int, num_layers: int, capacity: int):
+        super().__init__(layers=[])
+        self.lengths: list[int] = [0] * rows
+        self.pending = 0  # slots written after the committed ones, the same number in every row
+        self.capacity = max(1, capacity)
+        self._num_layers = num_layers
+        self._buffers: list[Tensor] = []
+        self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
+        self._writing = 0  # tokens a row of the forward that was reserved last
+        self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def extent(self) -> int:
+        """Slots that a reader of the current forward sees, `(max length + pending)`."""
+        return max(self.lengths, default=0) + self.pending
+
+    # --- one forward -------------------------------------------------------------------------------------------
+
+    def reserve(self, count: int, device: torch.device | str) -> Tensor:
+        """Announce a forward of `count` tokens a row.
+
+        Returns:
+            `(rows, count)` the slots its keys and values go to.
+        """
+        starts = [length + self.pending for length in self.lengths]
+        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+        self._slots = None if len(set(starts)) <= 1 else slots
+        self.pending += count
+        self._writing = count
+        if self.extent > self.capacity:
+            self._grow(max(self.extent, 2 * self.capacity))
+        return slots
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write `(rows, kv_heads, tokens, head_dim)` into the reserved slots; return all that are visible."""
+        count = key_states.shape[2]
+        if count != self._writing:
+            raise RuntimeError(f"{count} tokens written, {self._writing} reserved")
+        buffer, place = self._place(key_states, value_states, layer_idx)
+        both = self._buffers[buffer][place]
+        extent = self.extent
+        if self._slots is None:
+            both[0, :, :, extent - count : extent] = key_states
+            both[1, :, :, extent - count : extent, : value_states.shape[-1]] = value_states
+        else:
+            row = torch.arange(self.rows, device=key_states.device)[:, None]
+            both[0][row, :, self._slots] = key_states.transpose(1, 2)
+            both[1][row, :, self._slots, : value_states.shape[-1]] = value_states.transpose(1, 2)
+        return both[0, :, :, :extent], both[1, :, :, :extent, : value_states.shape[-1]]
+
+    # --- after the verdict -------------------------------------------------------------------------------------
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
+        for row, path in enumerate(paths):
+            start, kept = self.lengths[row], len(path)
+            if list(path) != list(range(kept)):
+                for buffer in self._buffers:
+                    source = torch.tensor([start + offset for offset in path], device=buffer.device)
+                    buffer[:, :, row, :, start : start + kept] = buffer[:, :, row].index_select(3, source)
+            self.lengths[row] = start + kept
+        self.pending = 0
+
+    def rollback(self) -> None:
+        """Forget every pending token."""
+        self.pending = 0
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self.lengths = [self.lengths[row] for row in rows]
+        for i, buffer in enumerate(self._buffers):
+            self._buffers[i] = buffer.index_select(2, torch.tensor(list(rows), device=buffer.device))
+
+    # --- what transformers asks of a cache ---------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.extent - self._writing
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.extent - self._writing
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.extent, 0
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._places)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.rows
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    # --- storage -----------------------------------------------------------------------------------------------
+
+    def _place(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[int, int]:
+        if layer_idx in self._places:
+            return self._places[layer_idx]
+        rows, heads, _, width = key_states.shape
+        width = max(width, value_states.shape[-1])
+        for i, buffer in enumerate(self._buffers):
+            taken = {place for owner, place in self._places.values() if owner == i}
+            if (buffer.shape[3], buffer.shape[5]) == (heads, width) and len(taken) < buffer.shape[0]:
+                self._places[layer_idx] = (i, len(taken))
+                return self._places[layer_idx]
+        layers = self._num_layers if not self._buffers else 1
+        shape = (layers, 2, rows, heads, self.capacity, width)
+        self._buffers.append(torch.zeros(shape, dtype=key_states.dtype, device=key_states.device))
+        self._places[layer_idx] = (len(self._buffers) - 1, 0)
+        return self._places[layer_idx]
+
+    def _grow(self, capacity: int) -> None:
+        for i, buffer in enumerate(self._buffers):
+            grown = buffer.new_zeros((*buffer.shape[:4], capacity, buffer.shape[5]))
+            grown[:, :, :, :, : self.capacity] = buffer
+            self._buffers[i] = grown
+        self.capacity = capacity

@@ -1,0 +1,195 @@
+"""The one-layer drafter on the target's features: FSPAD, and EAGLE's head by switches.
+
+Holds the network of arXiv 2408.15562 (section 3: feature sampling, partial alignment) and nothing else: it trains and
+it decodes. It does not know how a tree is grown (`feature_drafting.py`), where its weights come from
+(`checkpoint.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
+(fed back as the next feature) go out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from outdraft.cache import SlotCache
+from outdraft.errors import UserError
+
+
+@dataclass
+class FeatureHeadConfig:
+    """Shapes and switches of the drafter; the defaults of the two switches are FSPAD's."""
+
+    hidden_size: int
+    """Width d of the target's features and embeddings."""
+    intermediate_size: int
+    """Width i of the feature-sampling space and of the layer's MLP."""
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    """Entries of the target's embedding and head."""
+    feature_sampling: bool = True
+    """FSPAD's fusion, in which the token selects channels of the fused feature; off is EAGLE's plain linear fusion."""
+    partial_alignment: bool = True
+    """FSPAD's two outputs, one for the token and one for the feature; off is EAGLE's single output."""
+    fc_bias: bool = True
+    """Bias in the fusion layer."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections, as Qwen2's EAGLE heads have."""
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+
+
+class DraftOutput(NamedTuple):
+    """Both `(batch, nodes, hidden)`; the same tensor when partial alignment is off."""
+
+    p: Tensor
+    """What the target's head reads to give the draft logits."""
+    r: Tensor
+    """The predicted next feature of the target, fed back in the next draft step."""
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Fusion(nn.Module):
+    """`(e, f) -> h`: one linear layer (EAGLE), then with feature sampling the gated correction of FSPAD, equation 3."""
+
+    def __init__(self, config: FeatureHeadConfig):
+        super().__init__()
+        d, i = config.hidden_size, config.intermediate_size
+        self.fc = nn.Linear(2 * d, d, bias=config.fc_bias)
+        self.feature_sampling = config.feature_sampling
+        if config.feature_sampling:
+            self.norm = RMSNorm(d, config.rms_norm_eps)
+            self.gate_proj = nn.Linear(d, i, bias=False)
+            self.up_proj = nn.Linear(d, i, bias=False)
+            self.down_proj = nn.Linear(i, d, bias=False)
+
+    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        z = self.fc(torch.cat([embeddings, features], dim=-1))
+        if not self.feature_sampling:
+            return z
+        return z + self.down_proj(F.silu(self.gate_proj(embeddings)) * self.up_proj(self.norm(z)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over a `SlotCache` or, without one, causally over its input."""
+
+    def __init__(self, config: FeatureHeadConfig):
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache | None
+    ) -> Tensor:
+        batch, nodes, _ = x.shape
+        q = rotate(self.q_proj(x).view(batch, nodes, self.heads, self.head_dim).transpose(1, 2), rotary)
+        k = rotate(self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2), rotary)
+        v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, 0)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, nodes, -1))
+
+
+class FeatureHead(nn.Module):
+    """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs.
+
+    Args:
+        config: shapes and switches.
+    """
+
+    def __init__(self, config: FeatureHeadConfig):
+        super().__init__()
+        self.config = config
+        d, i = config.hidden_size, config.intermediate_size
+        self.fusion = Fusion(config)
+        self.self_attn = Attention(config)
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(d, i, bias=False)
+        self.up_proj = nn.Linear(d, i, bias=False)
+        self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
+        # A checkpoint may bring an embedding of its own; without one the target's is used.
+        self.embed_tokens: nn.Embedding | None = None
+        self._rotary_table: tuple[Tensor, Tensor] | None = None  # no buffer: `.to(bfloat16)` must not round angles
+
+    @property
+    def method(self) -> str:
+        """`fspad` unless both switches are off, which is `eagle`."""
+        return "fspad" if self.config.feature_sampling or self.config.partial_alignment else "eagle"
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> DraftOutput:
+        """One draft step for every pair (token one ahead, feature).
+
+        Args:
+            embeddings: `(batch, nodes, hidden)` the target's embedding of x_{t+1}.
+            features: `(batch, nodes, hidden)` the target's f_t, or an `r` of this drafter in its place.
+            positions: `(batch, nodes)` t; counted from 0 when absent.
+            mask: `(batch, 1, nodes, keys)` True where a node may look; causal over the input when absent.
+            cache: where keys and values go and come from; `reserve` it first.
+        """
+        if positions is None:
+            positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+        h = self.fusion(embeddings, features)
+        a = h + self.self_attn(h, self.rotary(positions, h.dtype), mask, cache)
+        u = self.norm(a)
+        delta = self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+        if not self.config.partial_alignment:
+            return DraftOutput(a + delta, a + delta)
+        p, r = delta.split(self.config.hidden_size, dim=-1)
+        return DraftOutput(a + p, a + r)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(batch, 1, nodes, head_dim)` of the positions, computed in float64, rounded once."""
+        table, size = self._rotary_table, self.config.max_position_embeddings
+        if table is None or table[0].dtype != dtype or table[0].device != positions.device:
+            exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
+            angles = torch.arange(size, dtype=torch.float64)[:, None] * self.config.rope_theta**-exponents
+            angles = torch.cat([angles, angles], dim=-1)
+            table = (angles.cos().to(positions.device, dtype), angles.sin().to(positions.device, dtype))
+            self._rotary_table = table
+        return table[0][positions][:, None], table[1][positions][:, None]
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding in the half-split layout of Llama."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
