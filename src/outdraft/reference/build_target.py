@@ -50,7 +50,7 @@ class Stage:
     window: int
 
 
-STAGES = (Stage(0.0, 12, 256), Stage(0.38, 24, 512), Stage(0.90, 24, LONG))
+STAGES = (Stage(0.0, 12, 256), Stage(0.42, 24, 512), Stage(0.90, 24, LONG))
 
 
 def config(layers: int = LAYERS) -> LlamaConfig:

@@ -1,0 +1,20 @@
+"""The prompt files that ship with the reference target.
+
+``heldout`` prompts come from conversations that the target never saw, ``train`` prompts from ones it was trained on.
+Knows only the files; they are drawn by ``build_prompts``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+DATA = Path(__file__).parent / "data"
+Messages = list[dict[str, str]]
+
+
+def load_prompts(which: Literal["heldout", "train"]) -> list[Messages]:
+    """The conversations of one shipped file, each a list of user messages."""
+    lines = (DATA / f"{which}_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]

@@ -1,0 +1,139 @@
+"""Pack the reference target as int8 rows with float32 scales, and load it back as an ordinary Hugging Face folder.
+
+The packed rows are the definition of the target: unpacking rounds ``int8 * scale`` to bfloat16 once, so that the
+bfloat16 and the float32 target are the same weights. The folder is written once per user, under ``$OUTDRAFT_CACHE``
+or ``~/.cache/outdraft``. Knows nothing about how the weights were trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from outdraft.errors import UserError
+
+PACKAGED = Path(__file__).parent / "target"
+PACKED, UNPACKED = "model.int8.safetensors", "model.safetensors"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SCALE = ".scale"
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 rows and their scales; of a few clipping points, each row keeps the one of least squared error."""
+    weight = weight.float()
+    peak = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    best, least = peak / 127, torch.full_like(peak, torch.inf)
+    for clip in torch.linspace(0.7, 1.0, 13).tolist():
+        scale = clip * peak / 127
+        rounded = (weight / scale).round().clamp(-127, 127) * scale
+        error = (rounded - weight).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return (weight / best).round().clamp(-127, 127).to(torch.int8), best.squeeze(1)
+
+
+def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """The bfloat16 matrix that packed rows stand for."""
+    return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
+
+
+def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices become int8 rows and a scale vector; vectors become bfloat16."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2:
+            packed[name], packed[name + SCALE] = quantize_rows(tensor)
+        else:
+            packed[name] = tensor.to(torch.bfloat16)
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bfloat16 state that a packed state stands for."""
+    return {
+        name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
+        for name, tensor in packed.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def pack_folder(source: Path, destination: Path) -> None:
+    """Pack the Hugging Face folder ``source`` into ``destination``."""
+    destination.mkdir(parents=True, exist_ok=True)
+    save_file(pack(load_file(source / UNPACKED)), destination / PACKED, metadata={"format": "pt"})
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, destination / name)
+    settings = json.loads((destination / "config.json").read_text())
+    settings["dtype"] = "bfloat16"
+    (destination / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def unpack_folder(source: Path, destination: Path) -> None:
+    """Write the Hugging Face folder that the packed folder ``source`` stands for."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in _files(source):
+        if path.name != PACKED:
+            shutil.copyfile(path, destination / path.name)
+    save_file(unpack(load_file(source / PACKED)), destination / UNPACKED, metadata={"format": "pt"})
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (folder / name for name in sorted((PACKED, *COMPANIONS)) if (folder / name).exists())
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept."""
+    return Path(os.environ.get("OUTDRAFT_CACHE") or Path.home() / ".cache" / "outdraft")
+
+
+def reference_target_path(packaged: Path = PACKAGED) -> Path:
+    """The folder of the reference target for ``from_pretrained``; the first call writes it, later calls find it."""
+    if not (packaged / PACKED).exists():
+        raise UserError(
+            f"{packaged / PACKED} is missing: this copy of outdraft was installed without the reference target's "
+            "weights; reinstall the package, or build them with `python -m outdraft.reference.build_target`"
+        )
+    folder = cache_folder() / f"reference-target-{_digest(packaged)}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            unpack_folder(packaged, draft)
+            draft.chmod(0o755)
+            draft.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def load_reference_target(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reference target in evaluation mode and its tokenizer; without ``dtype`` the model is in bfloat16."""
+    path = reference_target_path()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
