@@ -107,9 +107,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache | None) -> Tensor:
         batch, nodes, _ = x.shape
         q = rotate(self.q_proj(x).view(batch, nodes, self.heads, self.head_dim).transpose(1, 2), rotary)
         k = rotate(self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2), rotary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,7 +31,7 @@ def samples(folder: Path, count: int = 3, length: int = 80) -> list[tuple[str, s
     for messages in load_prompts("heldout")[:count]:
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
         output = model.generate(ids, **options)  # type: ignore[misc]
         answer = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         pairs.append((messages[-1]["content"], answer))

@@ -1,0 +1,233 @@
+"""The round: draft a tree, run the target over it once, verify, commit.
+
+For a batch of rows, each with its own length, sampling settings and dice. The only place that knows target, drafter
+and verification at once; it knows nothing of text, files or the command line. Plain decoding is the same loop with
+trees of nothing but their roots, so both are measured on the same code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.sampling import Chance, Warper
+from outdraft.statistics import Statistics
+from outdraft.target import Target
+from outdraft.tree import Tree
+from outdraft.verify import Verdict, verify
+
+
+@dataclass
+class Row:
+    """One sequence being decoded.
+
+    Attributes:
+        prompt: token ids.
+        warper: logits to law.
+        chance: its dice, which drafting and verification share.
+        max_new_tokens: decided tokens at most.
+        stop_token_ids: a token of these ends the row and is part of it.
+        should_stop: called with the new tokens after each of them; True ends the row there (stop strings).
+        tokens: decided so far, the prompt not included.
+        finish_reason: `eos`, `length`, `stop` or `context`; None while the row is running.
+        accepted: for every decided token, whether it was drafted.
+    """
+
+    prompt: list[int]
+    warper: Warper
+    chance: Chance
+    max_new_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    should_stop: Callable[[list[int]], bool] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    accepted: list[bool] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def extend(self, tokens: Sequence[int], context_length: int) -> int:
+        """Append decided tokens one by one, ending exactly where plain decoding would; how many were taken."""
+        for taken, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            self.accepted.append(taken < len(tokens))
+            if token in self.stop_token_ids:
+                self.finish_reason = "eos"
+            elif self.should_stop is not None and self.should_stop(self.tokens):
+                self.finish_reason = "stop"
+            elif len(self.tokens) >= self.max_new_tokens:
+                self.finish_reason = "length"
+            elif len(self.prompt) + len(self.tokens) >= context_length:
+                self.finish_reason = "context"
+            if self.finish_reason is not None:
+                return taken
+        return len(tokens)
+
+
+@torch.inference_mode()
+def decode(target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape) -> Iterator[list[Row]]:
+    """Decode all rows to their ends; yields the rows that gained tokens after every round.
+
+    Args:
+        target: decides.
+        drafter: proposes; None is plain decoding.
+        rows: filled in place.
+        shape: of the trees.
+    """
+    batch = _Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape)
+    for row in rows:
+        if row.max_new_tokens <= 0:
+            row.finish_reason = "length"
+    yield batch.prefill()
+    while batch.rows:
+        yield batch.round()
+
+
+class _Batch:
+    """The rows still running, the target's cache and the drafter's state for them."""
+
+    def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape):
+        self.target, self.drafter, self.rows, self.shape = target, drafter, list(rows), shape
+        longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
+        self.capacity = min(longest, target.context_length) + shape.size
+        self.cache = target.new_cache(len(rows), self.capacity)
+        self.state: DraftState | None = None
+        self.update: Update | None = None
+        self.prefixes = [_Prefix(row.prompt, self.capacity, target.device) for row in rows]
+
+    def prefill(self) -> list[Row]:
+        """Run the prompts and decide each row's first token, as plain decoding does."""
+        if not self.rows:
+            return []
+        clock = _Clock(self.target.device)
+        prompts = [torch.tensor(row.prompt) for row in self.rows]
+        features = self.target.prefill(prompts, self.cache)
+        counts = [len(prompt) for prompt in prompts]
+        index = torch.arange(len(counts), device=features.device)
+        logits = self.target.head(features[index, torch.tensor(counts, device=features.device) - 1])
+        firsts = []
+        for row, prefix, row_logits in zip(self.rows, self.prefixes, logits, strict=True):
+            token = row.chance.draw(row.warper.law(row_logits, prefix.tokens))
+            row.extend([token], self.target.context_length)
+            prefix.append([token])
+            firsts.append(token)
+        # Pairs (token one ahead, feature): the prompt from its second token on, then the token just decided.
+        tokens = torch.zeros(features.shape[:2], dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : counts[i] - 1] = prompt[1:]
+            tokens[i, counts[i] - 1] = firsts[i]
+        self.update = Update(tokens.to(features.device), features, counts)
+        if self.drafter is not None:
+            self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.capacity)
+        seconds = clock.lap()
+        for row in self.rows:
+            row.statistics.prefill_seconds += seconds
+        return self._leave()
+
+    def round(self) -> list[Row]:
+        """Draft, verify, commit once for all running rows; the rows that gained tokens."""
+        clock = _Clock(self.target.device)
+        tree = self._draft()
+        drafting = clock.lap()
+        features = self.target.forward_tree(tree, self.cache)
+        logits = self.target.head(features)
+        verifying = clock.lap()
+        prefixes = [prefix.tokens for prefix in self.prefixes]
+        warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
+        verdicts = verify(tree, logits, warpers, prefixes, chances)
+        self._commit(tree, features, verdicts)
+        rest = clock.lap()
+        for row in self.rows:
+            row.statistics.add_seconds(drafting, verifying, rest)
+        return self._leave()
+
+    def _draft(self) -> Tree:
+        assert self.update is not None
+        roots = self.update.tokens[range(len(self.rows)), [count - 1 for count in self.update.counts]]
+        shape = self._shape()
+        if self.state is None:
+            return Tree.roots(roots)
+        context = RowContext(
+            [prefix.tokens for prefix in self.prefixes],
+            [row.warper for row in self.rows],
+            [row.chance for row in self.rows],
+        )
+        return self.state.propose(self.update, shape, context)
+
+    def _shape(self) -> TreeShape:
+        """The tree that still fits where a family's attention limits the slots."""
+        limit = self.target.slot_limit
+        if limit is None:
+            return self.shape
+        left = max(1, limit - max(self.cache.lengths))
+        return self.shape.at_most(self.shape.depth + 1, left)
+
+    def _commit(self, tree: Tree, features: Tensor, verdicts: list[Verdict]) -> None:
+        """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
+        self.cache.commit([verdict.path for verdict in verdicts])
+        counts = [len(verdict.path) for verdict in verdicts]
+        longest = max(counts)
+        paths = torch.tensor([verdict.path + [0] * (longest - len(verdict.path)) for verdict in verdicts])
+        tokens = torch.tensor([verdict.tokens + [0] * (longest - len(verdict.tokens)) for verdict in verdicts])
+        paths, tokens = paths.to(features.device), tokens.to(features.device)
+        kept = features.gather(1, paths[..., None].expand(-1, -1, features.shape[-1]))
+        self.update = Update(tokens, kept, counts)
+        depths = tree.depths
+        for i, (row, prefix, verdict) in enumerate(zip(self.rows, self.prefixes, verdicts, strict=True)):
+            taken = row.extend(verdict.tokens, self.target.context_length)
+            prefix.append(verdict.tokens)
+            deepest = int(depths[i, : tree.counts[i]].max())
+            row.statistics.add_round(tree.counts[i] - 1, deepest, len(verdict.path) - 1, taken)
+
+    def _leave(self) -> list[Row]:
+        """Let finished rows go."""
+        gained = list(self.rows)
+        staying = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        if len(staying) < len(self.rows):
+            assert self.update is not None
+            self.rows = [self.rows[i] for i in staying]
+            self.prefixes = [self.prefixes[i] for i in staying]
+            if staying:
+                self.cache.select_rows(staying)
+                if self.state is not None:
+                    self.state.select_rows(staying)
+                update, index = self.update, torch.tensor(staying, device=self.update.tokens.device)
+                self.update = Update(update.tokens[index], update.features[index], [update.counts[i] for i in staying])
+        return gained
+
+
+class _Prefix:
+    """Everything decided of one row, in a buffer that grows in place."""
+
+    def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device):
+        self.buffer = torch.zeros(capacity + len(prompt), dtype=torch.long, device=device)
+        self.buffer[: len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
+        self.length = len(prompt)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.buffer[: self.length]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self.buffer[self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        self.length += len(tokens)
+
+
+class _Clock:
+    """Seconds between laps, waiting for the device where work is asynchronous."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.last = self.last, self._now()
+        return self.last - before

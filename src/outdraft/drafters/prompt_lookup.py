@@ -1,0 +1,65 @@
+"""Drafting by looking back: the words after the last place where the newest n-gram occurred before.
+
+No model and no features; good where answers copy from the prompt (summaries, retrieval, code edits). The candidates
+are a chain of point masses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.tree import Tree
+
+
+class PromptLookup(Drafter):
+    """Prompt lookup decoding.
+
+    Args:
+        longest: tokens of the longest n-gram that is looked for first.
+        shortest: tokens of the shortest one.
+    """
+
+    method = "prompt-lookup"
+
+    def __init__(self, longest: int = 3, shortest: int = 1):
+        self.longest, self.shortest = longest, shortest
+
+    def begin(self, prompts: Sequence[Tensor], capacity: int) -> _Lookup:
+        return _Lookup(self)
+
+    def continuation(self, tokens: list[int], most: int) -> list[int]:
+        """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`."""
+        for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
+            pattern = tokens[-n:]
+            for start in range(len(tokens) - n - 1, -1, -1):
+                if tokens[start : start + n] == pattern:
+                    return tokens[start + n : start + n + most]
+        return []
+
+
+class _Lookup(DraftState):
+    """Everything it needs stands in the rows' prefixes."""
+
+    def __init__(self, drafter: PromptLookup):
+        self.drafter = drafter
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        most = min(shape.depth + 1, shape.size - 1)
+        chains = []
+        for prefix in rows.prefixes:
+            tokens = prefix.tolist()
+            chains.append([tokens[-1], *(self.drafter.continuation(tokens, most) if most else [])])
+        nodes = max(len(chain) for chain in chains)
+        device = update.tokens.device
+        tokens = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=device)
+        parents = torch.tensor(
+            [[node - 1 if node < len(chain) else 0 for node in range(nodes)] for chain in chains], device=device
+        )
+        return Tree(tokens, parents, [len(chain) for chain in chains])
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        pass

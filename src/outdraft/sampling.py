@@ -1,0 +1,198 @@
+"""From logits to the law that a token is drawn from, and the dice that draw it.
+
+`Warper` turns one node's logits, given the tokens before it, into probabilities: the processors of `transformers`
+wherever it has one. `Dice` is every random decision of the library; a test can put an exhaustive enumeration in its
+place, which is how losslessness is proved rather than observed. Neither knows of trees, drafters or verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import generation as hf
+
+from outdraft.errors import UserError
+
+
+@dataclass
+class SamplingSettings:
+    """How the next token is chosen; names and meaning as in Hugging Face `generate` where it has them."""
+
+    temperature: float = 0.0
+    """Softness of the law; 0 is greedy decoding."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities add up to this."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this times the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divide (if positive, else multiply) the logits of tokens that occurred before, prompt included."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logit of every token that was generated before (prompt not counted), as OpenAI does."""
+    frequency_penalty: float = 0.0
+    """Subtract this times the number of times a token was generated before (prompt not counted)."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    bad_words_ids: list[list[int]] = field(default_factory=list)
+    """Token sequences that are never completed."""
+    min_new_tokens: int = 0
+    """No end-of-sequence token before so many new ones."""
+
+    def __post_init__(self) -> None:
+        bounds = [
+            (self.temperature >= 0, "temperature must be 0 (greedy) or more"),
+            (self.top_k >= 0, "top_k must be 0 (off) or more"),
+            (0 < self.top_p <= 1, "top_p must be in (0, 1]; 1 turns it off"),
+            (0 <= self.min_p <= 1, "min_p must be in [0, 1]; 0 turns it off"),
+            (self.repetition_penalty > 0, "repetition_penalty must be more than 0; 1 turns it off"),
+            (self.min_new_tokens >= 0, "min_new_tokens must be 0 or more"),
+        ]
+        for holds, message in bounds:
+            if not holds:
+                raise UserError(message)
+
+
+class OccurrencePenalty(hf.LogitsProcessor):
+    """OpenAI's presence and frequency penalties, over the tokens generated after the prompt."""
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int):
+        self.presence, self.frequency, self.prompt_length = presence, frequency, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        generated = input_ids[:, self.prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self.presence * (counts > 0) - self.frequency * counts
+
+
+class LogitBias(hf.LogitsProcessor):
+    """A constant added to chosen tokens' logits."""
+
+    def __init__(self, bias: dict[int, float], vocab_size: int):
+        outside = [token for token in bias if not 0 <= token < vocab_size]
+        if outside:
+            raise UserError(f"logit_bias names token {outside[0]}, but the vocabulary ends at {vocab_size - 1}")
+        self.tokens, self.values = list(bias), list(bias.values())
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        scores = scores.clone()
+        scores[:, self.tokens] += torch.tensor(self.values, dtype=scores.dtype, device=scores.device)
+        return scores
+
+
+class Warper:
+    """Logits of one node to the law its token is drawn from.
+
+    Args:
+        settings: what the user asked for.
+        prompt_length: tokens of the prompt, which some processors leave out of their counting.
+        vocab_size: to check token ids.
+        eos_token_ids: ends of sequence, held back until `min_new_tokens`.
+        extra: further `transformers` processors, pure functions of (prefix, logits), applied first.
+        device: of the logits.
+    """
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        prompt_length: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        extra: Sequence[hf.LogitsProcessor] = (),
+        device: torch.device | str = "cpu",
+    ):
+        self.greedy = settings.temperature == 0
+        s = settings
+        reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
+        if s.repetition_penalty != 1:
+            reading.append(hf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+        if s.presence_penalty or s.frequency_penalty:
+            reading.append(OccurrencePenalty(s.presence_penalty, s.frequency_penalty, prompt_length))
+        if s.bad_words_ids:
+            check_token_ids(s.bad_words_ids, vocab_size)
+            reading.append(hf.NoBadWordsLogitsProcessor(s.bad_words_ids, eos_token_id=list(eos_token_ids) or None))
+        if s.min_new_tokens and eos_token_ids:
+            ends = list(eos_token_ids)
+            reading.append(
+                hf.MinNewTokensLengthLogitsProcessor(prompt_length, s.min_new_tokens, ends, device=str(device))
+            )
+        self.reads_prefix = bool(reading)
+        self._processors = [*reading]
+        if s.logit_bias:
+            self._processors.append(LogitBias(s.logit_bias, vocab_size))
+        if not self.greedy:
+            self._processors += self._warpers(s)
+
+    @staticmethod
+    def _warpers(s: SamplingSettings) -> list[hf.LogitsProcessor]:
+        warpers: list[hf.LogitsProcessor] = []
+        if s.temperature != 1:
+            warpers.append(hf.TemperatureLogitsWarper(float(s.temperature)))
+        if s.top_k:
+            warpers.append(hf.TopKLogitsWarper(s.top_k))
+        if s.top_p < 1:
+            warpers.append(hf.TopPLogitsWarper(s.top_p))
+        if s.min_p:
+            warpers.append(hf.MinPLogitsWarper(s.min_p))
+        return warpers
+
+    def law(self, logits: Tensor, prefix: Tensor) -> Tensor:
+        """Probabilities `(vocab,)`, at least float32, of the token after `prefix`.
+
+        Args:
+            logits: `(vocab,)` of the model.
+            prefix: `(tokens,)` prompt and all tokens up to the node; only read when `reads_prefix`.
+        """
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))[None]
+        for processor in self._processors:
+            scores = processor(prefix[None], scores)
+        if self.greedy:
+            best = scores[0].argmax()
+            return torch.zeros_like(scores[0]).index_fill_(0, best, 1.0)
+        return scores[0].softmax(-1)
+
+
+def check_token_ids(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise UserError for a token id outside the vocabulary."""
+    for token in (token for sequence in sequences for token in sequence):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token id {token} is outside the vocabulary of {vocab_size}; check the tokenizer")
+
+
+class Chance(Protocol):
+    """Every random decision that drafting and verification make for one row."""
+
+    def accept(self, probability: float) -> bool:
+        """True with this probability."""
+
+    def draw(self, law: Tensor) -> int:
+        """An index drawn from `(vocab,)` probabilities, which need not be normalised."""
+
+
+class Dice:
+    """Chance from a seeded generator.
+
+    Args:
+        seed: of this row's generator; a fresh one from the system when None.
+        device: of the laws it will draw from.
+    """
+
+    def __init__(self, seed: int | None = None, device: torch.device | str = "cpu"):
+        self.generator = torch.Generator(device=device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def accept(self, probability: float) -> bool:
+        if probability <= 0 or probability >= 1:  # certain: no draw is spent
+            return probability >= 1
+        u = torch.rand((), dtype=torch.float64, generator=self.generator, device=self.generator.device)
+        return u.item() < probability
+
+    def draw(self, law: Tensor) -> int:
+        return int(torch.multinomial(law, 1, generator=self.generator))

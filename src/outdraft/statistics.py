@@ -1,0 +1,111 @@
+"""What a decoding did: rounds, drafted and accepted tokens, seconds. Words as in the field: tau counts the bonus
+token, the acceptance rate does not. Knows nothing of how decoding works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """Counts of one row, or of several added up.
+
+    Attributes:
+        rounds: target forwards after the prefill.
+        emitted: tokens that those rounds added (the prefill's own token is not among them).
+        drafted: candidates verified.
+        accepted: candidates accepted, those cut off by an end of sequence included.
+        reached: at index d, rounds whose tree had candidates at depth d + 1.
+        accepted_at: at index d, rounds that accepted a candidate at depth d + 1.
+        lengths: for every round, how many candidates were accepted.
+        prefill_seconds, draft_seconds, verify_seconds, rest_seconds: where the time went; a batch's seconds stand
+            in each of its rows.
+    """
+
+    rounds: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reached: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    rest_seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens emitted a target forward, the bonus token included."""
+        return self.emitted / self.rounds if self.rounds else float("nan")
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted of drafted candidates."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Of the rounds that drafted to a depth, the share that accepted there; index 0 is the first candidate."""
+        return [accepted / reached for accepted, reached in zip(self.accepted_at, self.reached, strict=True)]
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds of all rounds, the prefill not counted."""
+        return self.draft_seconds + self.verify_seconds + self.rest_seconds
+
+    def add_seconds(self, draft: float, verify: float, rest: float) -> None:
+        self.draft_seconds += draft
+        self.verify_seconds += verify
+        self.rest_seconds += rest
+
+    def add_round(self, drafted: int, depth: int, accepted: int, emitted: int) -> None:
+        """One round that drafted so many candidates to this depth, accepted and emitted so many."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.emitted += emitted
+        self.lengths.append(accepted)
+        grow = depth - len(self.reached)
+        self.reached += [0] * grow
+        self.accepted_at += [0] * grow
+        for d in range(depth):
+            self.reached[d] += 1
+        for d in range(accepted):
+            self.accepted_at[d] += 1
+
+    @classmethod
+    def sum(cls, parts: Iterable[Statistics], together: bool = False) -> Statistics:
+        """Added up; rows that were decoded `together` share their seconds, of which the longest counts."""
+        total = cls()
+        for part in parts:
+            for name in ("rounds", "emitted", "drafted", "accepted"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds"):
+                own, others = getattr(total, name), getattr(part, name)
+                setattr(total, name, max(own, others) if together else own + others)
+            for name in ("reached", "accepted_at"):
+                longer, shorter = sorted((getattr(total, name), getattr(part, name)), key=len, reverse=True)
+                padded = shorter + [0] * (len(longer) - len(shorter))
+                setattr(total, name, [a + b for a, b in zip(longer, padded, strict=True)])
+            total.lengths += part.lengths
+        return total
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON, the derived figures included."""
+        return {
+            "tau": self.tau,
+            "rounds": self.rounds,
+            "emitted": self.emitted,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_by_position": self.acceptance_by_position,
+            "seconds": {
+                "prefill": self.prefill_seconds,
+                "draft": self.draft_seconds,
+                "verify": self.verify_seconds,
+                "rest": self.rest_seconds,
+            },
+        }

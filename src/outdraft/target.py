@@ -1,0 +1,252 @@
+"""A stock `transformers` causal language model as drafters and verification see it.
+
+One forward over a tree of tokens (4-D mask, a position for every node, our cache), the features after the final norm,
+the head and the embedding as functions of their own. The model is used as it is: no modeling file is copied, nothing
+is patched. What differs between families or versions of transformers is dealt with here and nowhere else.
+
+Does not know how a tree was made or what will be accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from outdraft.cache import SlotCache
+from outdraft.errors import UserError
+from outdraft.tree import Tree, attention_mask
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens a forward: bounds the mask and the attention scores of long prompts."""
+
+MASK_READING = {"sdpa", "eager"}
+"""Attention implementations that take a mask of our own."""
+
+
+class Target:
+    """A causal language model with its cache, mask and head laid open.
+
+    Args:
+        model: a stock model, in evaluation mode.
+        tokenizer: its tokenizer, where text comes in or goes out.
+
+    Raises:
+        UserError: the family cannot verify trees, with the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.config = model.config.get_text_config()
+        self._inner: Any = model.base_model
+        _refuse_unfit(model, self._inner)
+        self._windows = _windows(self.config)
+        self._head = _plain_head(model) or _head_view(model)
+
+    # --- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if getattr(self.config, name, None):
+                return int(getattr(self.config, name))
+        return 1 << 30
+
+    @property
+    def slot_limit(self) -> int | None:
+        """Cache slots that a forward may read, where the family's attention has a table of that size."""
+        return self.context_length if self.config.model_type in ("gpt_neo",) else None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ends of sequence by the model's generation config, else the tokenizer's."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()  # type: ignore[return-value]
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """`(..., )` ids to `(..., hidden)` rows of the input embedding, unscaled."""
+        return self._embedding(ids)
+
+    def head(self, features: Tensor) -> Tensor:
+        """`(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself makes them."""
+        return self._head(features)
+
+    def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`(batch, tokens, hidden)` features of a plain causal forward without cache; `mask` as in transformers."""
+        return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    # --- forwards over the cache -------------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, capacity: int) -> SlotCache:
+        return SlotCache(rows, self.num_layers, capacity)
+
+    def prefill(self, prompts: Sequence[Tensor], cache: SlotCache) -> Tensor:
+        """Run `(tokens,)` prompts of any lengths and commit them.
+
+        Returns:
+            `(rows, longest, hidden)` features; those after a row's own end mean nothing.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        tokens = tokens.to(self.device)
+        pieces = []
+        for start in range(0, longest, PREFILL_CHUNK):
+            piece = tokens[:, start : start + PREFILL_CHUNK]
+            count = piece.shape[1]
+            slots = cache.reserve(count, self.device)
+            seen = torch.ones(count, count, dtype=torch.bool, device=self.device).tril().expand(len(prompts), -1, -1)
+            # Rows that ended before this piece write slots that are never committed.
+            pieces.append(self.forward(piece, slots.clamp(max=self.context_length - 1), seen, slots, cache))
+            cache.commit([range(max(0, min(count, len(prompt) - start))) for prompt in prompts])
+        return torch.cat(pieces, dim=1)
+
+    def forward_tree(self, tree: Tree, cache: SlotCache) -> Tensor:
+        """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.
+
+        The nodes stay pending in the cache, in the order of the tree.
+
+        Returns:
+            `(rows, nodes, hidden)` features.
+        """
+        lengths = torch.tensor(cache.lengths, device=self.device)
+        slots = cache.reserve(tree.nodes, self.device)
+        # Candidates past the context's end are verified at its last position and then cut: their verdict is never used.
+        positions = (lengths[:, None] + tree.depths).clamp(max=self.context_length - 1)
+        return self.forward(tree.tokens, positions, tree.ancestors, slots, cache)
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`.
+
+        Returns:
+            `(rows, tokens, hidden)` features.
+        """
+        masks = {
+            kind: self._mask(attention_mask(seen, slots, cache.lengths, cache.extent, positions, window))
+            for kind, window in self._windows.items()
+        }
+        return self._inner(
+            input_ids=tokens,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions[:, -tokens.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """What the model's attention reads: boolean keeps SDPA on its fast kernels, `eager` adds to the scores."""
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+
+# --- what differs between families -----------------------------------------------------------------------------
+
+
+def _refuse_unfit(model: PreTrainedModel, inner: nn.Module) -> None:
+    """Raise UserError with the reason where trees cannot be verified."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    recurrent = {"linear_attention", "mamba", "conv", "recurrent"} & set(getattr(config, "layer_types", None) or [])
+    if recurrent or getattr(model, "_is_stateful", False):
+        raise UserError(f"{name} has recurrent layers, whose state cannot be rolled back; use a pure attention model")
+    if config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
+    if config._attn_implementation not in MASK_READING:
+        raise UserError(
+            f"attention '{config._attn_implementation}' takes no mask of its own; load with attn_implementation='sdpa'"
+        )
+    local = config.model_type == "gpt_neo" and "local" in config.attention_layers
+    if local and config.window_size < config.max_position_embeddings:
+        raise UserError(
+            f"{name} measures its local window of {config.window_size} in cache slots, which a tree breaks; "
+            "only GPT-Neo models whose window covers the context can be verified"
+        )
+    if getattr(config, "attention_chunk_size", None) and "chunked_attention" in (config.layer_types or []):
+        raise UserError(f"{name} attends in chunks of positions, which is not supported; choose another family")
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Sliding windows by kind of layer; models with several kinds take a dictionary of masks."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+    return {"full_attention": window}
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Module | None:
+    """The output layer itself, where the model does nothing to its logits."""
+    head, view = model.get_output_embeddings(), _head_view(model)
+    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size)
+    probe = probe.to(head.weight.device, head.weight.dtype)[None, None]
+    with torch.no_grad():
+        return head if torch.equal(head(probe), view(probe)) else None
+
+
+def _head_view(model: PreTrainedModel) -> _HeadView:
+    return _HeadView(model)
+
+
+class _HeadView:
+    """The model's own path from final features to logits (scaling, soft capping and all).
+
+    A shallow copy of the model whose inner model hands back what it is given; every weight is shared.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.view = copy.copy(model)
+        self.view._modules = dict(model._modules)
+        self.view._modules[model.base_model_prefix] = _HandBack()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        flat = features.reshape(1, -1, features.shape[-1])
+        return self.view(inputs_embeds=flat, use_cache=False).logits.view(*features.shape[:-1], -1)
+
+
+class _HandBack(nn.Module):
+    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]

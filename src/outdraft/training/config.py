@@ -1,0 +1,184 @@
+"""The settings of a training run: every field with its help text, the presets by target size, and their checks.
+
+A field's docstring is the only source of its help on the command line and in the documentation. Knows nothing of how
+training is done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from outdraft.errors import UserError
+
+Preset = Literal["auto", "tiny", "small", "base", "paper"]
+
+
+class TrainingConfig(BaseModel):
+    """How a drafter is trained; the defaults are the published recipe (arXiv 2408.15562), see `with_preset`.
+
+    Raises:
+        UserError: an unknown key or a value out of range, in one line.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+    data: Path
+    """JSON lines of conversations or texts to train on: a file, or a folder of *.jsonl."""
+    output_dir: Path
+    """Folder of the trained drafter, its checkpoints and logs."""
+    method: Literal["fspad", "eagle"] = "fspad"
+    """The drafter: fspad (feature sampling and partial alignment), or eagle (neither)."""
+    preset: Preset = "auto"
+    """Recipe for what is not set by hand: tiny (targets below 30M parameters), small (below 1B), base, paper (the
+    published values exactly), or auto (by the target's size)."""
+
+    # --- data
+    on_bad_line: Literal["error", "skip"] = "error"
+    """What to do with a line that cannot be used: stop, or leave it out and report it."""
+    max_length: int = Field(2048, ge=3)
+    """Tokens of an example; longer ones are cut."""
+
+    # --- the drafter
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of the drafter's inner space; the target's own when not given."""
+    feature_sampling: bool | None = None
+    """FSPAD's token-gated fusion; the method decides when not given (an ablation switch)."""
+    partial_alignment: bool | None = None
+    """FSPAD's separate outputs for token and feature; the method decides when not given (an ablation switch)."""
+
+    # --- the loss
+    w_reg: float = Field(1.0, ge=0)
+    """Weight of the feature loss (SmoothL1)."""
+    w_cls: float = Field(0.1, ge=0)
+    """Weight of the token loss (soft cross-entropy against the target)."""
+    feature_noise: bool = True
+    """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
+    loss_chunk_size: int = Field(512, ge=1)
+    """Positions whose logits are held at once; smaller needs less memory."""
+
+    # --- optimisation
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps over which the learning rate rises; at most a tenth of the run unless set by hand."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; `epochs` decides when not given."""
+    epochs: float = Field(20.0, gt=0)
+    """Passes over the data when `max_steps` is not given."""
+    batch_size: int = Field(16, ge=1)
+    """Examples of one optimizer step and process, gradient accumulation included."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Pieces in which a batch is computed; more need less memory and give the same result."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first beta."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's second beta."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's weight decay."""
+    clip_value: float = Field(0.5, ge=0)
+    """Every gradient entry is clipped to this absolute value; 0 does not clip."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the drafter's training: bf16 autocast over float32 weights, or float32; auto takes bf16 where the
+    hardware has it."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the drafter's first weights, the data order and the noise."""
+
+    # --- features
+    features: Literal["online", "cached"] = "online"
+    """Run the target in every step, or once over the data with its features kept on disk."""
+    feature_cache_gb: float = Field(50.0, gt=0)
+    """Largest feature cache to write, in GB."""
+    feature_cache_dir: Path | None = None
+    """Folder of the feature cache; `features` under the output folder when not given."""
+
+    # --- checkpoints and reports
+    save_steps: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints to keep."""
+    logging_steps: int = Field(10, ge=1)
+    """Steps between log entries."""
+    eval_steps: int = Field(500, ge=1)
+    """Steps between measurements of the real acceptance length tau."""
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """Trackers to log to, as in transformers (tensorboard, wandb, none)."""
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise UserError(_one_line(problem)) from None
+
+    def with_preset(self, target_parameters: int) -> TrainingConfig:
+        """A copy in which the preset has filled what was not set by hand.
+
+        Args:
+            target_parameters: the target's size, by which `auto` chooses.
+        """
+        name = preset_for(target_parameters) if self.preset == "auto" else self.preset
+        recipe = dict(PRESETS[name])
+        if self.method == "eagle" and name in ("base", "paper"):
+            recipe["learning_rate"] = 3e-5
+        if "epochs" in self.model_fields_set:
+            recipe.pop("max_steps", None)
+        filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
+        return self.model_copy(update={**filled, "preset": name})
+
+    def warmup_for(self, total_steps: int) -> int:
+        """Warm-up steps of a run: a tenth of a short run, except when set by hand or by the `paper` preset."""
+        if "warmup_steps" in self.model_fields_set or self.preset == "paper":
+            return self.warmup_steps
+        return min(self.warmup_steps, total_steps // 10)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "learning_rate": 1e-3,
+        "lr_schedule": "cosine",
+        "warmup_steps": 50,
+        "max_steps": 2000,
+        "max_length": 512,
+    },
+    "small": {
+        "learning_rate": 4e-4,
+        "lr_schedule": "cosine",
+        "warmup_steps": 200,
+        "max_steps": 8000,
+        "max_length": 1024,
+    },
+    # The published optimiser with a quarter of its passes, after which the published curves are nearly flat.
+    "base": {"epochs": 5.0},
+    "paper": {
+        "learning_rate": 5e-5,
+        "lr_schedule": "linear",
+        "warmup_steps": 2000,
+        "max_steps": None,
+        "epochs": 20.0,
+        "max_length": 2048,
+        "batch_size": 16,
+        "clip_value": 0.5,
+        "precision": "bf16",
+        "feature_noise": True,
+    },
+}
+"""What each preset sets; everything else is the field's default."""
+
+
+def preset_for(target_parameters: int) -> Literal["tiny", "small", "base"]:
+    """The preset that `auto` stands for: tiny below 30M parameters, small below 1B, else base."""
+    return "tiny" if target_parameters < 30e6 else "small" if target_parameters < 1e9 else "base"
+
+
+def _one_line(problem: ValidationError) -> str:
+    first = problem.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f'unknown training setting "{key}"; known are {", ".join(TrainingConfig.model_fields)}'
+    if first["type"] == "missing":
+        return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'
+    return f'training setting "{key}" cannot be {first.get("input")!r}: {first["msg"]}'

@@ -1,0 +1,154 @@
+"""FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`.
+
+Position t of a sequence reads (e_{t+1}, f_t), and its outputs stand for f_{t+1}, from which the target says x_{t+2}.
+A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. Knows the
+target's head as a function and nothing of data, optimisers or processes: sums come out, the caller divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from outdraft.drafters.feature_head import FeatureHead
+
+Head = Callable[[Tensor], Tensor]
+
+NOISE_WIDTH = 0.2
+NOISE_LENGTH = 512
+
+
+class LossSums(NamedTuple):
+    """Sums over the counted positions, scalars in float32; divide by `positions` for the means of the paper."""
+
+    regression: Tensor
+    """SmoothL1(r_t, f_{t+1}), each position the mean over d."""
+    cross_entropy: Tensor
+    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v."""
+    agreed: Tensor
+    """Positions where head(p_t) and head(f_{t+1}) have the same argmax."""
+    positions: Tensor
+    """Counted positions."""
+
+
+class DrafterLoss(nn.Module):
+    """The drafter together with its loss: what is trained (and wrapped for several processes).
+
+    Args:
+        drafter: the only parameters here.
+        head: the target's frozen head, `(..., hidden) -> (..., vocab)`, differentiable in its input.
+        chunk_size: positions whose logits are held at once.
+    """
+
+    def __init__(self, drafter: FeatureHead, head: Head, chunk_size: int = 512):
+        super().__init__()
+        self.drafter = drafter
+        self.chunk_size = chunk_size
+        self._head = head
+
+    def forward(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None = None) -> LossSums:
+        """Sums of both losses over the counted positions of a right-padded batch.
+
+        Args:
+            embeddings: `(batch, tokens, hidden)` the target's input embeddings of x_0 .. x_{L-1}.
+            features: `(batch, tokens, hidden)` its features f_0 .. f_{L-1}.
+            loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
+            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit.
+        """
+        counted = counted_positions(loss_mask)
+        dtype = self.drafter.norm.weight.dtype
+        seen = features.to(dtype) if noise is None else features.to(dtype) + noise.to(dtype)
+        out = self.drafter(embeddings[:, 1:-1].to(dtype), seen[:, :-2])
+        p, r, goal = out.p[counted], out.r[counted], features[:, 1:-1][counted]
+        exact = torch.promote_types(dtype, torch.float32)
+        regression = F.smooth_l1_loss(r.to(exact), goal.to(exact), reduction="none", beta=1.0).mean(dim=-1).sum()
+        cross_entropy, agreed = soft_cross_entropy(p, goal, self._head, self.chunk_size)
+        return LossSums(regression, cross_entropy, agreed, counted.sum())
+
+
+def counted_positions(loss_mask: Tensor) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` mask of positions t with x_{t+2} a response."""
+    return loss_mask[:, 2:].bool()
+
+
+def soft_cross_entropy(p: Tensor, goal: Tensor, head: Head, chunk_size: int = 512) -> tuple[Tensor, Tensor]:
+    """Sum over positions of the cross-entropy of head(p) against the law of head(goal), and the agreeing argmaxes.
+
+    Args:
+        p: `(positions, hidden)` what the drafter hands to the head.
+        goal: `(positions, hidden)` the target's features there; no gradient.
+
+    Returns:
+        Two scalars: the sum in float32, differentiable in `p` only, and the count of equal argmaxes.
+    """
+    total, agreed = _ChunkedCrossEntropy.apply(p, goal, head, chunk_size)
+    return total, agreed
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient in `p` is computed chunk by chunk in the forward, so that logits live for one chunk only.
+
+    Keeping `(positions, hidden)` of gradient costs V/d times less than keeping logits, and the head runs once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, goal: Tensor, head: Head, chunk_size: int) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        agreed = torch.zeros((), dtype=torch.long, device=p.device)
+        gradient = torch.empty_like(p) if wanted else None
+        for start in range(0, len(p), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            # The head runs as it does in decoding, in the target's own precision.
+            with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
+                goal_logits = head(goal[chunk]).to(total.dtype)
+                best, law = goal_logits.argmax(dim=-1), goal_logits.softmax(dim=-1)
+                del goal_logits
+            with torch.set_grad_enabled(wanted), torch.autocast(p.device.type, enabled=False):
+                leaf = p[chunk].detach().requires_grad_(wanted)
+                logits = head(leaf.to(goal.dtype)).to(total.dtype)
+                loss = F.cross_entropy(logits, law, reduction="sum")
+                if gradient is not None:
+                    (gradient[chunk],) = torch.autograd.grad(loss, leaf)
+            total += loss.detach()
+            agreed += (logits.detach().argmax(dim=-1) == best).sum()
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(agreed)
+        return total, agreed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor, agreed: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * total.to(gradient.dtype), None, None, None
+
+
+def feature_noise(
+    lengths: Sequence[int], width: int, tokens: int, seeds: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Uniform noise (U(0,1) - 0.5) * 0.2 * 512 / L of the published recipe, zero on padding.
+
+    Every row is drawn from a generator of its own, so that it depends neither on the batch it stands in nor on the
+    process that computes it, and a resumed run draws what the uninterrupted one drew.
+
+    Args:
+        lengths: the rows' true lengths L.
+        width: hidden size.
+        tokens: padded length.
+        seeds: one for every row.
+
+    Returns:
+        `(batch, tokens, hidden)` float32.
+    """
+    noise = torch.zeros(len(lengths), tokens, width, device=device)
+    for row, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        drawn = torch.rand(length, width, generator=generator, device=device)
+        noise[row, :length] = (drawn - 0.5) * (NOISE_WIDTH * NOISE_LENGTH / length)
+    return noise

@@ -1,0 +1,204 @@
+"""Conversations to token ids with a mask on what the assistant said.
+
+The chat template decides the text; the mask is found by rendering prefixes of the conversation, so that it works with
+any template, or taken from the template's own `{% generation %}` marks. Knows no model and no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.errors import UserError
+from outdraft.training.conversations import Conversation, Message
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence."""
+
+    input_ids: Tensor
+    """`(tokens,)` int32."""
+    loss_mask: Tensor
+    """`(tokens,)` bool, True on the tokens of a response."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class ExampleSet:
+    """Training sequences in the order of the data, and what was left out on the way."""
+
+    examples: list[Example] = field(default_factory=list)
+    truncated: int = 0
+    """Examples cut to the maximum length."""
+    without_response: int = 0
+    """Conversations dropped because no predictable response token was left."""
+    unmarked_turns: int = 0
+    """Assistant turns that carry no loss because the template renders them differently as the chat goes on."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.examples))
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(int(example.loss_mask.sum()) for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all ids and masks: equal exactly when the training data are."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(example.input_ids.numpy().tobytes())
+            digest.update(example.loss_mask.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
+    """Token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
+
+    Raises:
+        UserError: chats without a chat template, a template whose responses cannot be located, or no example left.
+    """
+    found = ExampleSet()
+    turns = 0
+    for conversation in conversations:
+        if conversation.text is not None:
+            ids = list(tokenizer(conversation.text)["input_ids"])
+            mask, marked = [True] * len(ids), 0
+        else:
+            require_chat_template(tokenizer, conversation.source)
+            ids, mask, marked = _chat(_until_last_response(conversation.messages), tokenizer)
+            spoken = sum(message["role"] == "assistant" for message in conversation.messages)
+            turns += spoken
+            found.unmarked_turns += spoken - marked
+        found.truncated += len(ids) > max_length
+        ids, mask = ids[:max_length], mask[:max_length]
+        if not any(mask[2:]):  # the drafter's first prediction is the third token (loss.py)
+            found.without_response += 1
+            continue
+        found.examples.append(Example(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask)))
+    if turns and found.unmarked_turns == turns:
+        raise UserError(
+            "the chat template renders no assistant turn as a continuation of its prompt, so responses cannot be told "
+            "from prompts; add {% generation %} marks to the template or train on {\"text\"} lines"
+        )
+    if not found.examples:
+        raise UserError(
+            f"no example has a response token within {max_length} tokens; raise --max-length or give data with answers"
+        )
+    return found
+
+
+def require_chat_template(tokenizer: Any, source: str) -> None:
+    """Raises a UserError when the tokenizer cannot render a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{source} is a conversation, but the target's tokenizer has no chat template; "
+            'add one (tokenizer.chat_template) or train on {"text": ...} lines'
+        )
+
+
+def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The template's text of the messages.
+
+    Raises:
+        UserError: the template refuses them, e.g. because it knows no system turn.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as problem:  # templates are programs: they raise what they like
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses a conversation with roles {roles}: {problem}") from problem
+    return str(text)
+
+
+def _until_last_response(messages: Sequence[Message]) -> list[Message]:
+    """Without a last question that nobody answers: there is nothing to learn after it."""
+    kept = list(messages)
+    while kept and kept[-1]["role"] != "assistant":
+        kept.pop()
+    return kept
+
+
+def _chat(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[bool], int]:
+    """Ids, mask and the number of assistant turns that could be marked."""
+    spoken = sum(message["role"] == "assistant" for message in messages)
+    if not spoken:
+        return [], [], 0
+    if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
+        marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if any(marked["assistant_masks"]):
+            return list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]], spoken
+    text = render(tokenizer, messages)
+    spans = [span for i in range(len(messages)) if (span := _response_span(tokenizer, messages, i, text)) is not None]
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+    else:
+        ids, starts = _ids_and_starts(tokenizer, text, spans)
+    return ids, _mask(ids, starts, spans, tokenizer.eos_token_id), len(spans)
+
+
+def _response_span(tokenizer: Any, messages: list[Message], turn: int, text: str) -> tuple[int, int] | None:
+    """Where in `text` the assistant's turn stands, prompt marks before it excluded; None when it cannot be told."""
+    if messages[turn]["role"] != "assistant":
+        return None
+    through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1])
+    if not text.startswith(through):
+        return None
+    for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
+        before = render(tokenizer, messages[:turn], add_generation_prompt=with_prompt)
+        if len(before) < len(through) and through.startswith(before):
+            return len(before), len(through)
+    return None
+
+
+def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Without character offsets: the pieces between the spans' edges are tokenised one after the other."""
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    ids: list[int] = []
+    starts: list[int] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        piece = list(tokenizer(text[start:end], add_special_tokens=False)["input_ids"])
+        ids += piece
+        starts += [start] * len(piece)
+    if ids != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+        raise UserError(
+            "this tokenizer gives no character offsets and tokenises a chat differently in pieces, so responses "
+            "cannot be marked; use its fast version or add {% generation %} marks to the template"
+        )
+    return ids, starts
+
+
+def _mask(ids: list[int], starts: list[int], spans: list[tuple[int, int]], eos: int | None) -> list[bool]:
+    """True on the tokens that begin inside a span, its end token included even where the next turn writes it."""
+    mask = [False] * len(ids)
+    for begin, end in spans:
+        first = bisect_left(starts, begin)
+        for i in range(first, len(ids)):
+            if starts[i] >= end and ids[i] != eos:
+                break
+            mask[i] = True
+            if ids[i] == eos:  # what a template writes after the end token is never generated
+                break
+    return mask
