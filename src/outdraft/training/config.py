@@ -127,7 +127,8 @@ class TrainingConfig(BaseModel):
         if "epochs" in self.model_fields_set:
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
-        return self.model_copy(update={**filled, "preset": name})
+        values = {**dict(self), **filled, "preset": name}
+        return TrainingConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
 
     def warmup_for(self, total_steps: int) -> int:
         """Warm-up steps of a run: a tenth of a short run, except when set by hand or by the `paper` preset."""
@@ -151,7 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_steps": 8000,
         "max_length": 1024,
     },
-    # The published optimiser with a quarter of its passes, after which the published curves are nearly flat.
+    # The published optimiser with a quarter of its passes: set epochs for more.
     "base": {"epochs": 5.0},
     "paper": {
         "learning_rate": 5e-5,

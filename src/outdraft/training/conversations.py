@@ -79,7 +79,9 @@ def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> Co
             except _BadLine as problem:
                 message = f"{source}: {problem}"
                 if on_bad_line == "error":
-                    raise UserError(f"{message} (mend the line, or leave such lines out with --on-bad-line skip)") from None
+                    raise UserError(
+                        f"{message} (mend the line, or leave such lines out with --on-bad-line skip)"
+                    ) from None
                 found.skipped.append(message)
     if not found.conversations:
         reason = f"all {len(found.skipped)} lines were skipped, first {found.skipped[0]}" if found.skipped else "empty"
@@ -112,7 +114,9 @@ def _records(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
             try:
                 records = json.load(lines)
             except ValueError as problem:
-                raise UserError(f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines") from None
+                raise UserError(
+                    f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines"
+                ) from None
             yield from ((f"{file}:#{i + 1}", record) for i, record in enumerate(records))
             return
         for number, line in enumerate(lines, start=1):

@@ -67,7 +67,7 @@ def text_config(config: Any) -> Any:
 
 
 def rope_theta(config: Any) -> float:
-    """The base of the rotary positions; 10000 for families that have none, and for those with one for each layer type."""
+    """The base of the rotary positions; 10000 for families that have none, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         return float(rope["rope_theta"])

@@ -72,7 +72,7 @@ class DrafterLoss(nn.Module):
 
 
 def counted_positions(loss_mask: Tensor) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` mask of positions t with x_{t+2} a response."""
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
     return loss_mask[:, 2:].bool()
 
 

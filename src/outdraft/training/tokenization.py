@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
     if turns and found.unmarked_turns == turns:
         raise UserError(
             "the chat template renders no assistant turn as a continuation of its prompt, so responses cannot be told "
-            "from prompts; add {% generation %} marks to the template or train on {\"text\"} lines"
+            'from prompts; add {% generation %} marks to the template or train on {"text"} lines'
         )
     if not found.examples:
         raise UserError(
@@ -178,7 +179,7 @@ def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> 
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     ids: list[int] = []
     starts: list[int] = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         piece = list(tokenizer(text[start:end], add_special_tokens=False)["input_ids"])
         ids += piece
         starts += [start] * len(piece)

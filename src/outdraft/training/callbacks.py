@@ -1,0 +1,126 @@
+"""What runs beside the training loop: the progress bar, the measurement of tau, an orderly end on Ctrl-C.
+
+Knows the Trainer's callback interface and nothing of the loss or of files.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from outdraft.drafters.feature_head import FeatureHead
+
+MeasureTau = Callable[[FeatureHead], dict[str, float]]
+"""Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
+
+SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "learning_rate": ".1e"}
+
+
+class ProgressReport(TrainerCallback):
+    """A bar with loss, agreement and tau on a terminal; a line for every log entry elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._latest: dict[str, float] = {}
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=self.console
+            )
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None or not {"loss", "tau"} & set(logs):
+            return
+        self._latest.update({name: logs[name] for name in SHOWN if name in logs})
+        text = "  ".join(f"{name} {self._latest[name]:{form}}" for name, form in SHOWN.items() if name in self._latest)
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class TauMeter(TrainerCallback):
+    """Measures the real acceptance length every `every` steps, in the first process; the others wait."""
+
+    def __init__(self, measure: MeasureTau, drafter: FeatureHead, every: int):
+        self.measure, self.drafter, self.every = measure, drafter, every
+        self.log: Callable[[dict[str, float]], None] = lambda logs: None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps and args.should_save:
+            self.log(measured(self.measure, self.drafter))
+
+
+def measured(measure: MeasureTau, drafter: FeatureHead) -> dict[str, float]:
+    """What `measure` says of the drafter in evaluation mode, without gradients."""
+    training = drafter.training
+    drafter.eval()
+    with torch.no_grad():
+        found = measure(drafter)
+    drafter.train(training)
+    return found
+
+
+class OrderlyStop(TrainerCallback):
+    """Turns Ctrl-C or SIGTERM into: finish this step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A context manager; outside the main thread, where signals cannot be caught, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> OrderlyStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # all processes must stop at the same step
+            flag = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.asked = bool(flag)
+        if self.asked:
+            control.should_save = control.should_training_stop = True

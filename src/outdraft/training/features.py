@@ -1,0 +1,206 @@
+"""Where the target's features come from: a forward in every step, or a cache on disk written once.
+
+The cache is one flat file in the target's own precision, filled example by example, so that a killed run goes on where
+it stopped; its key is a hash of target, data and length. Knows the target as a function and nothing of the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outdraft.errors import UserError
+from outdraft.training.protocol import TargetLike, target_id
+from outdraft.training.tokenization import Example, ExampleSet
+
+GIGABYTE = 1e9
+PROGRESS = "progress.json"
+DATA = "features.bin"
+SAMPLED_VALUES = 1024
+
+
+def pad(rows: Sequence[Tensor], tokens: int | None = None) -> Tensor:
+    """`(tokens_i, ...)` rows -> `(batch, tokens, ...)`, zeros on the right."""
+    tokens = tokens or max(map(len, rows))
+    padded = rows[0].new_zeros(len(rows), tokens, *rows[0].shape[1:])
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+@torch.no_grad()
+def target_features(target: TargetLike, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Features of a right-padded batch, in the target's own precision; those on padding mean nothing.
+
+    Args:
+        input_ids: `(batch, tokens)`.
+        lengths: `(batch,)`.
+
+    Returns:
+        `(batch, tokens, hidden)`.
+    """
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+    with torch.autocast(input_ids.device.type, enabled=False):
+        return target.features(input_ids, mask.long())
+
+
+class FeatureCache:
+    """Features of all examples in one memory-mapped file `(tokens, hidden)`.
+
+    Args:
+        folder: where caches live; this one gets a folder of its own, named by its key.
+        target: whose features.
+        examples: of which data.
+        max_length: to which the data were cut.
+    """
+
+    def __init__(self, folder: str | Path, target: TargetLike, examples: ExampleSet, max_length: int):
+        self.target, self.examples = target, examples
+        self.key = cache_key(target, examples, max_length)
+        self.folder = Path(folder) / self.key
+        self.width, self.dtype = target.hidden_size, target.dtype
+        self.offsets = [0]
+        for example in examples.examples:
+            self.offsets.append(self.offsets[-1] + len(example))
+        self._rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk, known before anything is computed."""
+        return cache_nbytes(self.target, self.examples)
+
+    @property
+    def done(self) -> int:
+        """Examples already written."""
+        try:
+            progress = json.loads((self.folder / PROGRESS).read_text())
+            whole = (self.folder / DATA).stat().st_size == self.nbytes
+            return int(progress["done"]) if whole else 0
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    @property
+    def complete(self) -> bool:
+        return self.done == len(self.examples)
+
+    def check_budget(self, budget_gb: float) -> None:
+        """Raises a UserError when the cache would be larger than the budget or the space left on disk."""
+        needed = self.nbytes / GIGABYTE
+        if needed > budget_gb:
+            raise UserError(
+                f"the feature cache needs {needed:.2f} GB, more than feature_cache_gb = {budget_gb:g}; "
+                f"raise it to {needed:.2f}, or use features = online"
+            )
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        if not self.folder.exists() and self.nbytes > free:
+            raise UserError(
+                f"the feature cache needs {needed:.2f} GB and only {free / GIGABYTE:.2f} GB are free under {existing}; "
+                "set feature_cache_dir to a larger disk, or use features = online"
+            )
+
+    def build(self, batch_size: int, progress: Callable[[int], None] | None = None) -> None:
+        """Write what is not there yet.
+
+        Args:
+            batch_size: examples of one forward.
+            progress: called with the number of examples written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = self.done
+        if done == len(self.examples):
+            return
+        rows = self._map(shared=True)
+        for start in range(done, len(self.examples), batch_size):
+            batch = self.examples.examples[start : start + batch_size]
+            ids = pad([example.input_ids.long() for example in batch]).to(self.target.device)
+            lengths = torch.tensor([len(example) for example in batch], device=ids.device)
+            features = target_features(self.target, ids, lengths).cpu()
+            for i, example in enumerate(batch):
+                offset = self.offsets[start + i]
+                rows[offset : offset + len(example)] = features[i, : len(example)]
+            self._note_done(start + len(batch))
+            if progress is not None:
+                progress(start + len(batch))
+        del rows
+
+    def __getitem__(self, index: int) -> Tensor:
+        """`(tokens, hidden)` features of one example."""
+        if self._rows is None:
+            if not self.complete:
+                raise RuntimeError("the feature cache is not complete; build it first")
+            self._rows = self._map(shared=False)
+        return self._rows[self.offsets[index] : self.offsets[index + 1]].clone()
+
+    def _map(self, shared: bool) -> Tensor:
+        count = self.offsets[-1] * self.width
+        path = str(self.folder / DATA)
+        return torch.from_file(path, shared=shared, size=count, dtype=self.dtype).view(-1, self.width)
+
+    def _note_done(self, count: int) -> None:
+        partial = self.folder / f"{PROGRESS}.partial"
+        partial.write_text(json.dumps({"done": count, "of": len(self.examples), "target": target_id(self.target)}))
+        os.replace(partial, self.folder / PROGRESS)
+
+
+def cache_nbytes(target: TargetLike, examples: ExampleSet) -> int:
+    """Bytes that the features of these examples take."""
+    return examples.tokens * target.hidden_size * target.dtype.itemsize
+
+
+def cache_key(target: TargetLike, examples: ExampleSet, max_length: int) -> str:
+    """Name of the cache: equal exactly when target, weights, precision, data and length are."""
+    parts = (target_id(target), weights_fingerprint(target), str(target.dtype), examples.fingerprint(), str(max_length))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def weights_fingerprint(target: TargetLike) -> str:
+    """Hash of names, shapes and evenly spaced values of all weights: fast on any size, different after any training."""
+    digest = hashlib.sha256()
+    for name, weight in target.model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
+    """The examples as a dataset that knows every example's place, with cached features where there are any."""
+
+    def __init__(self, examples: ExampleSet, cache: FeatureCache | None = None):
+        self.examples, self.cache = examples, cache
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        item: dict[str, object] = {"index": index, "example": self.examples[index]}
+        if self.cache is not None:
+            item["features"] = self.cache[index]
+        return item
+
+
+def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
+    """A right-padded batch.
+
+    Returns:
+        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; `features` `(batch, tokens, hidden)`
+        when they are cached.
+    """
+    examples: list[Example] = [item["example"] for item in items]  # type: ignore[misc]
+    batch = {
+        "input_ids": pad([example.input_ids.long() for example in examples]),
+        "loss_mask": pad([example.loss_mask for example in examples]),
+        "lengths": torch.tensor([len(example) for example in examples]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }
+    if "features" in items[0]:
+        batch["features"] = pad([item["features"] for item in items])  # type: ignore[misc]
+    return batch

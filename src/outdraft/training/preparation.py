@@ -1,0 +1,116 @@
+"""From a target and a configuration to what a run needs: data, drafter, steps. Shared by `train` and `plan`.
+
+Trains nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from outdraft.drafters.feature_head import FeatureHead
+from outdraft.errors import UserError
+from outdraft.training.config import TrainingConfig
+from outdraft.training.conversations import read_conversations
+from outdraft.training.head_config import feature_head_config
+from outdraft.training.protocol import TargetLike, parameter_count
+from outdraft.training.tokenization import ExampleSet, tokenize
+
+
+@dataclass
+class Preparation:
+    """Everything decided before the first step."""
+
+    config: TrainingConfig
+    """With the preset filled in."""
+    examples: ExampleSet
+    skipped: list[str]
+    """Lines of the data that were left out, with the reason."""
+    drafter: FeatureHead
+    processes: int
+    total_steps: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the data, a line each."""
+        data = self.examples
+        counts = (
+            (len(self.skipped), f"lines could not be used (first: {self.skipped[0] if self.skipped else ''})"),
+            (data.truncated, f"examples were cut to {self.config.max_length} tokens"),
+            (data.without_response, "conversations have no response token left and were dropped"),
+            (data.unmarked_turns, "assistant turns carry no loss: the template renders them differently later on"),
+        )
+        return [f"{count} {text}" for count, text in counts if count]
+
+
+def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
+    """Read and tokenise the data, fill in the preset, make the drafter.
+
+    Raises:
+        UserError: settings that contradict each other or the target, or data that cannot be used.
+    """
+    config = fitted(target, config)
+    found = read_conversations(config.data, config.on_bad_line)
+    if target.tokenizer is None:
+        raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
+    examples = tokenize(found, target.tokenizer, config.max_length)
+    largest = max(int(example.input_ids.max()) for example in examples.examples)
+    if largest >= target.vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest}, the target knows {target.vocab_size}; use its own tokenizer"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return Preparation(
+        config,
+        examples,
+        found.skipped,
+        new_drafter(target, config),
+        processes,
+        steps_of(config, len(examples), processes),
+    )
+
+
+def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
+    """The configuration with its preset, checked against the target."""
+    by_hand = "max_length" in config.model_fields_set
+    config = config.with_preset(parameter_count(target))
+    if config.max_length > target.context_length:
+        if by_hand:
+            raise UserError(
+                f"max_length {config.max_length} exceeds the target's context of {target.context_length}; lower it"
+            )
+        config = TrainingConfig.model_construct(
+            _fields_set=set(config.model_fields_set), **{**dict(config), "max_length": target.context_length}
+        )
+    if config.batch_size % config.gradient_accumulation_steps:
+        raise UserError(
+            f"batch_size {config.batch_size} does not split into {config.gradient_accumulation_steps} pieces; "
+            "make it a multiple of gradient_accumulation_steps"
+        )
+    return config
+
+
+def new_drafter(target: TargetLike, config: TrainingConfig) -> FeatureHead:
+    """A drafter with fresh float32 weights from the configuration's seed, on the target's device."""
+    shape = feature_head_config(
+        target,
+        config.method,
+        intermediate_size=config.intermediate_size,
+        feature_sampling=config.feature_sampling,
+        partial_alignment=config.partial_alignment,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        drafter = FeatureHead(shape)
+    return drafter.to(target.device)
+
+
+def steps_of(config: TrainingConfig, examples: int, processes: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    pieces = math.ceil(examples / (config.batch_size // config.gradient_accumulation_steps * processes))
+    return max(1, math.ceil(config.epochs * math.ceil(pieces / config.gradient_accumulation_steps)))

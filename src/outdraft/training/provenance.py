@@ -1,0 +1,59 @@
+"""The record beside a trained drafter: what made it, from what, with which versions, at what cost.
+
+Knows nothing of training; it collects facts.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("outdraft", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """The record as a JSON-ready dictionary; `facts` are added as they are."""
+    return {
+        "argv": sys.argv,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git_revision": git_revision(),
+        "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
+        **facts,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree this package runs from; None for an installed package."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+        if tracked.returncode:  # an environment inside somebody else's repository
+            return None
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

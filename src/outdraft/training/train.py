@@ -1,0 +1,245 @@
+"""`train`: from a target, data and settings to a folder with a trained drafter and the record of how it was made.
+
+Ties the rooms of training together; every decision is made in one of them. Does not know how a drafter decodes: the
+real acceptance length is measured by a function that is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import TrainingArguments
+
+from outdraft.errors import UserError
+from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
+from outdraft.training.checkpoints import last_checkpoint
+from outdraft.training.config import TrainingConfig
+from outdraft.training.features import GIGABYTE, FeatureCache, TrainingExamples, weights_fingerprint
+from outdraft.training.loss import DrafterLoss
+from outdraft.training.preparation import Preparation, prepare
+from outdraft.training.protocol import TargetLike, target_id
+from outdraft.training.provenance import peak_memory_bytes, provenance
+from outdraft.training.trainer import DrafterTrainer, training_arguments
+
+RUN = "training_run.json"
+
+# What may change between a run and its resumption without changing the weights it ends in.
+FREE = {
+    "data", "output_dir", "on_bad_line", "preset", "epochs", "features", "feature_cache_gb", "feature_cache_dir",
+    "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to",
+}  # fmt: skip
+
+
+@dataclass
+class TrainResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    """The drafter: `config.json`, `model.safetensors`, `provenance.json`."""
+    steps: int
+    seconds: float
+    """Wall-clock of this process, data and measurement included."""
+    peak_memory_bytes: int
+    metrics: dict[str, float]
+    """The last log entry: loss, loss_reg, loss_cls, acc, learning_rate."""
+    tau: dict[str, float] | None
+    """What `measure_tau` said of the final drafter."""
+
+
+def train(
+    target: TargetLike,
+    config: TrainingConfig,
+    resume: bool = False,
+    measure_tau: MeasureTau | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train a drafter for `target` (arXiv 2408.15562, section 3) and save it to `config.output_dir`.
+
+    Works alone or in every process of `torchrun` / `accelerate launch`; each then holds its own target.
+
+    Args:
+        target: stays as it is; its weights are frozen.
+        config: the settings; the preset fills what was not set by hand.
+        resume: go on from the last whole checkpoint of the output folder; begins anew when there is none.
+        measure_tau: called with the drafter every `eval_steps` and at the end.
+        console: where progress goes; stderr when not given.
+
+    Raises:
+        UserError: settings, data or folder that cannot work.
+        KeyboardInterrupt: after Ctrl-C, once the running step is finished and saved.
+    """
+    began = time.perf_counter()
+    console = console or Console(stderr=True)
+    ready = prepare(target, config)
+    config = ready.config
+    target.model.eval().requires_grad_(False)
+    args = training_arguments(config, target.device, ready.total_steps)
+    _check_devices(target, args)
+    if not args.should_save:
+        console = Console(quiet=True)
+    for note in ready.notes:
+        console.print(note, highlight=False)
+    checkpoint = _claim_folder(target, ready, resume, args, console)
+    cache = _feature_cache(target, ready, args, console) if config.features == "cached" else None
+
+    stop, progress = OrderlyStop(), ProgressReport(console)
+    meter = TauMeter(measure_tau, ready.drafter, config.eval_steps) if measure_tau else None
+    trainer = DrafterTrainer(
+        DrafterLoss(ready.drafter, target.head, config.loss_chunk_size),
+        target,
+        config,
+        TrainingExamples(ready.examples, cache),
+        args,
+        callbacks=[stop, progress, *([meter] if meter else [])],
+    )
+    if meter is not None:
+        meter.log = trainer.log
+    _run(trainer, checkpoint, stop, progress, console)
+
+    tau = None
+    if args.should_save:
+        if measure_tau is not None:
+            tau = measured(measure_tau, ready.drafter)
+            trainer.log(dict(tau))
+        metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+        result = TrainResult(
+            folder=config.output_dir,
+            steps=ready.total_steps,
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=peak_memory_bytes(target.device),
+            metrics=metrics,
+            tau=tau,
+        )
+        _save(target, ready, result, checkpoint)
+    else:
+        seconds, peak = time.perf_counter() - began, peak_memory_bytes(target.device)
+        result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None)
+    PartialState().wait_for_everyone()
+    return result
+
+
+def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
+    if target.device.type != args.device.type or (target.device.index or 0) != (args.device.index or 0):
+        raise UserError(
+            f"the target is on {target.device}, this process trains on {args.device}; load the target with "
+            f"device={args.device}"
+        )
+
+
+def _claim_folder(
+    target: TargetLike, ready: Preparation, resume: bool, args: TrainingArguments, console: Console
+) -> Path | None:
+    """The checkpoint to go on from; a folder that holds another run is never overwritten."""
+    folder = ready.config.output_dir
+    checkpoint, record = last_checkpoint(folder), folder / RUN
+    if checkpoint is not None and not resume:
+        raise UserError(
+            f"{folder} holds a run with {checkpoint.name}; go on with --resume or choose another --output-dir"
+        )
+    identity = _identity(target, ready)
+    if checkpoint is not None:
+        try:
+            before = json.loads(record.read_text())
+        except (OSError, ValueError):
+            raise UserError(
+                f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
+            ) from None
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{key} was {before.get(key)} in this run and is {identity[key]} now; resume with the same settings or "
+                "choose another --output-dir"
+            )
+        console.print(f"going on from {checkpoint.name} of {ready.total_steps} steps", highlight=False)
+    elif resume:
+        console.print("no checkpoint yet: beginning at step 0", highlight=False)
+    PartialState().wait_for_everyone()  # nobody writes before all have read
+    if checkpoint is None and args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(record, identity)
+    return checkpoint
+
+
+def _identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
+    """What decides the final weights."""
+    settings = {key: value for key, value in ready.config.model_dump(mode="json").items() if key not in FREE}
+    return {
+        **settings,
+        "total_steps": ready.total_steps,
+        "processes": ready.processes,
+        "target": weights_fingerprint(target),
+        "data": ready.examples.fingerprint(),
+    }
+
+
+def _feature_cache(target: TargetLike, ready: Preparation, args: TrainingArguments, console: Console) -> FeatureCache:
+    config = ready.config
+    folder = config.feature_cache_dir or config.output_dir / "features"
+    cache = FeatureCache(folder, target, ready.examples, config.max_length)
+    console.print(
+        f"feature cache: {cache.nbytes / GIGABYTE:.3f} GB for {ready.examples.tokens} tokens, "
+        f"{cache.done} of {len(ready.examples)} examples there",
+        highlight=False,
+    )
+    cache.check_budget(config.feature_cache_gb)
+    if args.should_save:
+        cache.build(max(1, config.batch_size // config.gradient_accumulation_steps))
+    PartialState().wait_for_everyone()
+    return cache
+
+
+def _run(
+    trainer: DrafterTrainer, checkpoint: Path | None, stop: OrderlyStop, progress: ProgressReport, console: Console
+) -> None:
+    """The loop itself; ends with the final weights in the drafter, or with KeyboardInterrupt after a checkpoint."""
+    total = trainer.args.max_steps
+    if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= total:
+        trainer.load_finished(checkpoint)
+        return
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    if stop.asked and trainer.state.global_step < total:
+        console.print(
+            f"stopped; step {trainer.state.global_step} of {total} is saved, go on with --resume", highlight=False
+        )
+        raise KeyboardInterrupt
+
+
+def _save(target: TargetLike, ready: Preparation, result: TrainResult, resumed: Path | None) -> None:
+    from outdraft.drafters.checkpoint import save_drafter
+
+    settings = ready.config.model_dump(mode="json")
+    summary = {"config": settings, "metrics": result.metrics, "tau": result.tau}
+    save_drafter(result.folder, ready.drafter, target_id=target_id(target), training=summary)
+    record = provenance(
+        target=target_id(target),
+        config=settings,
+        data_sha256=ready.examples.fingerprint(),
+        examples=len(ready.examples),
+        tokens=ready.examples.tokens,
+        processes=ready.processes,
+        steps=result.steps,
+        resumed_from=resumed.name if resumed else None,
+        seconds=result.seconds,
+        peak_memory_bytes=result.peak_memory_bytes,
+        metrics=result.metrics,
+        tau=result.tau,
+    )
+    _write_json(result.folder / "provenance.json", record)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

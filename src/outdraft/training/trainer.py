@@ -1,0 +1,206 @@
+"""`transformers.Trainer` for a drafter: our loss, clipping by value, whole checkpoints, batches that mean the same
+whether they are split over pieces, processes or nothing.
+
+Every random number comes from (seed, step, example): no global generator is read after the first weights, so a run
+that is killed and resumed ends in the same bits. Knows nothing of files of data, presets or progress bars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from outdraft.training.checkpoints import PARTIAL, publish
+from outdraft.training.config import TrainingConfig
+from outdraft.training.features import TrainingExamples, collate, target_features
+from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
+from outdraft.training.protocol import TargetLike
+
+WEIGHTS = "model.safetensors"
+
+
+class DrafterTrainer(Trainer):
+    """Trains a `DrafterLoss` on a target's features.
+
+    Args:
+        loss: the drafter with its loss; only the drafter's weights train and are saved.
+        target: replicated in every process, never wrapped, never changed.
+        config: with its preset filled in.
+        data: the examples.
+        args: from `training_arguments`.
+        callbacks: progress, measurement of tau.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        loss: DrafterLoss,
+        target: TargetLike,
+        config: TrainingConfig,
+        data: TrainingExamples,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.target, self.config = target, config
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        super().__init__(
+            model=loss,
+            args=args,
+            data_collator=collate,
+            train_dataset=data,
+            callbacks=[ClipByValue(config.clip_value), *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # --- the loss ----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Counted positions of the whole step, over all pieces and processes."""
+        counts = [counted_positions(batch["loss_mask"]).sum() for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The step's mean loss, as this piece's share of it."""
+        ids, lengths = inputs["input_ids"], inputs["lengths"]
+        with torch.no_grad():
+            features = inputs["features"] if "features" in inputs else target_features(self.target, ids, lengths)
+            embeddings = self.target.embed(ids)
+        noise = None
+        if self.config.feature_noise:
+            seeds = [noise_seed(self.config.seed, self.state.global_step, int(i)) for i in inputs["index"]]
+            noise = feature_noise(lengths.tolist(), features.shape[-1], ids.shape[1], seeds, ids.device)
+        sums = model(embeddings, features, inputs["loss_mask"], noise)
+        self._sums += torch.stack([part.detach().double() for part in sums]).cpu()
+        count = sums.positions if num_items_in_batch is None else num_items_in_batch
+        # The gradients of several processes are averaged: the factor turns their mean into a sum.
+        loss = (self.config.w_reg * sums.regression + self.config.w_cls * sums.cross_entropy) * (
+            self.args.world_size / max(int(count), 1)
+        )
+        return (loss, sums) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the two losses and the top-1 agreement since the last entry to a training entry."""
+        if "loss" in logs:
+            sums = self._sums.float().to(self.args.device)
+            sums = self.accelerator.reduce(sums, reduction="sum") if self.args.world_size > 1 else sums
+            regression, cross_entropy, agreed, positions = sums.tolist()
+            if positions:
+                logs["loss_reg"], logs["loss_cls"] = regression / positions, cross_entropy / positions
+                logs["acc"] = agreed / positions
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written aside; `_save_checkpoint` publishes them."""
+        return str(self.config.output_dir / PARTIAL)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(self.config.output_dir, f"checkpoint-{self.state.global_step}", self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: weight.contiguous() for name, weight in self._drafter.state_dict().items()}
+        safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._drafter.load_state_dict(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Weights and log of a run that has no step left."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    @property
+    def _drafter(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model).drafter
+
+
+class ClipByValue(TrainerCallback):
+    """Clips every entry of the gradient, as published; the Trainer itself clips norms only."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.value > 0:
+            torch.nn.utils.clip_grad_value_(model.parameters(), self.value)
+
+
+def noise_seed(seed: int, step: int, index: int) -> int:
+    """One 63-bit seed for the noise of one example in one step."""
+    digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def use_bf16(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the drafter trains in bf16 autocast on this device."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return device.type == "cpu" and bool(has_amx())
+
+
+def training_arguments(config: TrainingConfig, device: torch.device, total_steps: int) -> TrainingArguments:
+    """The Trainer's own arguments for a configuration with its preset filled in.
+
+    Args:
+        config: what to do.
+        device: the target's, on which the drafter trains.
+        total_steps: optimizer steps of the whole run.
+    """
+    args = TrainingArguments(
+        output_dir=str(config.output_dir),
+        per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_steps=total_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule),
+        warmup_steps=config.warmup_for(total_steps),
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        optim="adamw_torch",
+        max_grad_norm=0.0,
+        bf16=use_bf16(config, device),
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=None,  # rotation is ours: a checkpoint is deleted only when its successor is whole
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        report_to=config.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        use_cpu=device.type == "cpu",
+        label_names=[],
+        log_level="error",
+    )
+    _ = args.device  # several visible GPUs in one process would mean DataParallel, which knows nothing of our sums
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
