@@ -63,7 +63,7 @@ class OccurrencePenalty(hf.LogitsProcessor):
     def __init__(self, presence: float, frequency: float, prompt_length: int):
         self.presence, self.frequency, self.prompt_length = presence, frequency, prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         generated = input_ids[:, self.prompt_length :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self.presence * (counts > 0) - self.frequency * counts
@@ -78,7 +78,7 @@ class LogitBias(hf.LogitsProcessor):
             raise UserError(f"logit_bias names token {outside[0]}, but the vocabulary ends at {vocab_size - 1}")
         self.tokens, self.values = list(bias), list(bias.values())
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
         scores[:, self.tokens] += torch.tensor(self.values, dtype=scores.dtype, device=scores.device)
         return scores

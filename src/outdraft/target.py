@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from outdraft.backends import accelerate
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
 from outdraft.tree import Tree, attention_mask
@@ -34,20 +35,25 @@ class Target:
     """A causal language model with its cache, mask and head laid open.
 
     Args:
-        model: a stock model, in evaluation mode.
+        model: a stock model, in evaluation mode; it stays as it is.
         tokenizer: its tokenizer, where text comes in or goes out.
+        backend: what its forward runs on (`backends.py`).
 
     Raises:
         UserError: the family cannot verify trees, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str = "eager"
+    ):
+        _refuse_unfit(model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model, self.tokenizer = accelerate(model, backend), tokenizer
+        self.backend = backend if self.model is not model else "eager"
         self.config = model.config.get_text_config()
-        self._inner: Any = model.base_model
-        _refuse_unfit(model, self._inner)
+        self._inner: Any = self.model.base_model
         self._windows = _windows(self.config)
-        self._head = _plain_head(model) or _head_view(model)
+        self._head = _head(self.model)
 
     # --- facts -------------------------------------------------------------------------------------------------
 
@@ -83,10 +89,6 @@ class Target:
     def slot_limit(self) -> int | None:
         """Cache slots that a forward may read, where the family's attention has a table of that size."""
         return self.context_length if self.config.model_type in ("gpt_neo",) else None
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -183,7 +185,7 @@ class Target:
 # --- what differs between families -----------------------------------------------------------------------------
 
 
-def _refuse_unfit(model: PreTrainedModel, inner: nn.Module) -> None:
+def _refuse_unfit(model: PreTrainedModel) -> None:
     """Raise UserError with the reason where trees cannot be verified."""
     config, name = model.config.get_text_config(), type(model).__name__
     recurrent = {"linear_attention", "mamba", "conv", "recurrent"} & set(getattr(config, "layer_types", None) or [])
@@ -191,7 +193,7 @@ def _refuse_unfit(model: PreTrainedModel, inner: nn.Module) -> None:
         raise UserError(f"{name} has recurrent layers, whose state cannot be rolled back; use a pure attention model")
     if config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
     if config._attn_implementation not in MASK_READING:
         raise UserError(
@@ -218,17 +220,15 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {"full_attention": window}
 
 
-def _plain_head(model: PreTrainedModel) -> nn.Module | None:
-    """The output layer itself, where the model does nothing to its logits."""
-    head, view = model.get_output_embeddings(), _head_view(model)
-    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size)
-    probe = probe.to(head.weight.device, head.weight.dtype)[None, None]
-    with torch.no_grad():
-        return head if torch.equal(head(probe), view(probe)) else None
-
-
-def _head_view(model: PreTrainedModel) -> _HeadView:
-    return _HeadView(model)
+def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
+    """The output layer itself where the model does nothing more to its logits, else the model's own way to them."""
+    head, view = model.get_output_embeddings(), _HeadView(model)
+    weight = model.get_input_embeddings().weight
+    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[
+        None, None
+    ]
+    with torch.inference_mode():
+        return head if torch.equal(head(probe), view(probe)) else view
 
 
 class _HeadView:

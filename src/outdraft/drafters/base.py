@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from outdraft.errors import UserError
@@ -48,6 +49,13 @@ class TreeShape:
     def at_most(self, path: int, size: int) -> TreeShape:
         """The same shape with paths of at most `path` candidates and at most `size` nodes (both at least 1)."""
         return replace(self, depth=min(self.depth, path - 1), size=min(self.size, size))
+
+
+CPU_TREE = TreeShape(depth=3, top_k=3, size=10)
+"""Few draft steps, few nodes: measured on two cores (docs/architecture.md)."""
+
+GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
+"""EAGLE-2's tree for targets of 7B and 8B."""
 
 
 @dataclass
@@ -103,6 +111,10 @@ class Drafter(ABC):
     @abstractmethod
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> DraftState:
         """A state for these `(tokens,)` prompts; `capacity` tokens a row are expected at most."""
+
+    def default_shape(self, device: torch.device) -> TreeShape:
+        """The tree that suits it on this device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
+        return CPU_TREE if device.type == "cpu" else GPU_TREE
 
     @property
     def num_parameters(self) -> int:

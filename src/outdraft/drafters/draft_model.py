@@ -45,6 +45,9 @@ class DraftModel(Drafter):
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> _DraftModelState:
         return _DraftModelState(self.model, prompts, capacity)
 
+    def default_shape(self, device: torch.device) -> TreeShape:
+        return TreeShape.chain(5)
+
     @property
     def num_parameters(self) -> int:
         return self.model.num_parameters
@@ -93,6 +96,6 @@ class _DraftModelState(DraftState):
             tokens[row, : len(new)] = new
         features = self.model.forward_tree(Tree(tokens, parents, [longest] * len(news)), self.cache)
         self.cache.commit([range(len(new)) for new in news])
-        row = torch.arange(len(news), device=device)
+        index = torch.arange(len(news), device=device)
         last = torch.tensor([len(new) - 1 for new in news], device=device)
-        return tokens[row, last], self.model.head(features[row, last])
+        return tokens[index, last], self.model.head(features[index, last])

@@ -146,6 +146,7 @@ class RunAhead:
     def __init__(self, cache: SlotCache, last_position: int):
         self.cache, self.last_position = cache, last_position
         self.levels = 0
+        self.positions = self.seen = self.slots = torch.empty(0)
 
     def place(self, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.

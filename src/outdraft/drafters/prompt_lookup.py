@@ -31,6 +31,9 @@ class PromptLookup(Drafter):
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> _Lookup:
         return _Lookup(self)
 
+    def default_shape(self, device: torch.device) -> TreeShape:
+        return TreeShape.chain(10)
+
     def continuation(self, tokens: list[int], most: int) -> list[int]:
         """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`."""
         for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
@@ -55,11 +58,11 @@ class _Lookup(DraftState):
             chains.append([tokens[-1], *(self.drafter.continuation(tokens, most) if most else [])])
         nodes = max(len(chain) for chain in chains)
         device = update.tokens.device
-        tokens = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=device)
+        padded = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=device)
         parents = torch.tensor(
             [[node - 1 if node < len(chain) else 0 for node in range(nodes)] for chain in chains], device=device
         )
-        return Tree(tokens, parents, [len(chain) for chain in chains])
+        return Tree(padded, parents, [len(chain) for chain in chains])
 
     def select_rows(self, rows: Sequence[int]) -> None:
         pass

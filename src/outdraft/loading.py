@@ -1,0 +1,198 @@
+"""From a folder or hub id to a target and a drafter, with errors that name the fix.
+
+Knows file layouts only as far as to tell a drafter's folder from a language model's; the rest is `transformers`' and
+`drafters/checkpoint.py`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from outdraft.backends import accelerate, default_backend, default_dtype
+from outdraft.drafters.base import Drafter
+from outdraft.drafters.checkpoint import load_drafter
+from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.feature_drafting import FeatureDrafter
+from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.errors import UserError
+from outdraft.reference import reference_drafter_path, reference_target_path
+from outdraft.target import Target
+
+REFERENCE = "reference"
+"""In place of a model or drafter: the ones shipped with the package."""
+
+METHODS = ("fspad", "eagle", "prompt-lookup", "draft-model", "none")
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used here ({first_line(error)}); try --device cpu") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype from its name; None or `auto` is what the device is fastest in."""
+    if dtype is None or dtype == "auto":
+        return default_dtype(device)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_target(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
+    """A target from a folder, a hub id, `reference`, or a loaded model (which stays as it is).
+
+    Raises:
+        UserError: it cannot be loaded or cannot be a target, with the reason.
+    """
+    if isinstance(model, PreTrainedModel):
+        loaded = model.eval()
+        tokens = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        place = loaded.get_input_embeddings().weight
+        if tokens is None and tokenizer is not None:
+            tokens = _load_tokenizer(str(tokenizer), trust_remote_code)
+    else:
+        path = str(reference_target_path()) if str(model) == REFERENCE and not Path(REFERENCE).exists() else str(model)
+        where = resolve_device(device)
+        loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
+        place = loaded.get_input_embeddings().weight
+        given = isinstance(tokenizer, PreTrainedTokenizerBase)
+        tokens = tokenizer if given else _load_tokenizer(str(tokenizer or path), trust_remote_code)  # type: ignore[assignment]
+    if backend is None or backend == "auto":
+        backend = default_backend(place.device, place.dtype)
+    return Target(loaded, tokens, backend)
+
+
+def load_drafter_for(
+    target: Target,
+    draft_model: str | Path | FeatureHead | Target | PreTrainedModel | None,
+    *,
+    method: str | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Drafter | None:
+    """A drafter bound to its target; None for plain decoding.
+
+    Args:
+        target: what it drafts for; the drafter takes its device and precision.
+        draft_model: a drafter's folder, a smaller language model, `reference`, or one already loaded.
+        method: what it must be; by default whatever the folder holds.
+
+    Raises:
+        UserError: nothing loadable there, another method than asked for, or another target's drafter.
+    """
+    if method is not None and method not in METHODS:
+        raise UserError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
+    if backend is None or backend == "auto":
+        backend = default_backend(target.device, target.dtype)
+    if method == "none" or (method is None and draft_model is None):
+        return None
+    if method == "prompt-lookup":
+        return PromptLookup()
+    if draft_model is None:
+        raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
+    drafter = _load_drafter(target, draft_model, backend, trust_remote_code)
+    if method is not None and drafter.method != method:
+        raise UserError(f"--method {method}, but {draft_model} is a '{drafter.method}' drafter; leave --method out")
+    return drafter
+
+
+def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
+    if isinstance(source, FeatureHead):
+        head = source.to(target.device, target.dtype).eval()
+        return FeatureDrafter(accelerate(head, backend), target)
+    if isinstance(source, Target):
+        return DraftModel(source, target)
+    if isinstance(source, PreTrainedModel):
+        return DraftModel(Target(source.eval()), target)
+    if str(source) == REFERENCE and not Path(REFERENCE).exists():
+        source = reference_drafter_path()
+    if _is_language_model(str(source)):
+        options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
+        return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
+    head = load_drafter(source, dtype=target.dtype, device=target.device).head.eval()
+    return FeatureDrafter(accelerate(head, backend), target)
+
+
+def _is_language_model(path: str) -> bool:
+    """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
+
+    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "model_type" in config and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    _check_folder(path, "model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
+        raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
+    return model.eval()
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model; None when there is none, in which case only token ids can be decoded."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}") from error
+
+
+def _check_folder(path: str, what: str) -> None:
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.exists()
+    if not looks_local:
+        return
+    if not folder.is_dir():
+        raise UserError(f"no {what} folder at '{path}'; check the path")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"'{path}' has no config.json, so it is not a {what} folder; check the path")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,109 @@
+"""Text in, text out: prompts to token ids, token ids to text as they come, stop strings.
+
+Knows tokenizers; knows nothing of models or decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from outdraft.errors import UserError
+
+Message = dict[str, str]
+Prompt = str | list[int] | list[Message] | torch.Tensor
+
+
+def encode_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[list[int]], bool]:
+    """One prompt or a list of them to token ids.
+
+    A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
+    or token ids (a list or a tensor; a 2-D tensor is a batch).
+
+    Returns:
+        The ids, and whether a single prompt was given.
+    """
+    if isinstance(prompts, torch.Tensor):
+        rows = prompts.tolist()
+        return (rows, False) if prompts.dim() == 2 else ([rows], True)
+    single = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
+    )
+    batch = [prompts] if single else list(prompts)
+    if not batch:
+        raise UserError("no prompt given")
+    return [_encode(prompt, tokenizer) for prompt in batch], single
+
+
+def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if isinstance(prompt, torch.Tensor):
+        ids = prompt.reshape(-1).tolist()
+    elif isinstance(prompt, str):
+        ids = list(_needed(tokenizer)(prompt).input_ids)
+    elif prompt and isinstance(prompt[0], dict):
+        ids = encode_chat(prompt, _needed(tokenizer))
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise UserError("a prompt is empty; give at least one token (the model's bos token, for instance)")
+    return ids
+
+
+def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A conversation through the chat template, ready for the assistant's turn.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or refuses the roles.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    return list(encoded["input_ids"])
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise UserError("the model folder has no tokenizer; give token ids, or a tokenizer with tokenizer=")
+    return tokenizer
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, handed out as soon as it is certain."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+        self.tokens: list[int] = []
+        self._start = 0  # tokens before this one are settled
+        self._given = ""  # text already handed out of those after it
+
+    def add(self, token: int) -> str:
+        """The new text that this token completes; empty while a character is still in the making."""
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens[self._start :], skip_special_tokens=self.skip)
+        if text.endswith("�"):
+            return ""
+        new = text[len(self._given) :]
+        self._given = text
+        if text.endswith("\n") or len(self.tokens) - self._start > 64:
+            # Keep one token of context: decoders drop a leading space at the start of what they are given.
+            self._start = len(self.tokens) - 1
+            self._given = self.tokenizer.decode(self.tokens[self._start :], skip_special_tokens=self.skip)
+        return new
+
+
+def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
+    """A test whether the newest token completes one of the strings."""
+    longest = max(len(string.encode()) for string in strings)
+
+    def completed(tokens: list[int]) -> bool:
+        # A token that says anything says at least a byte; some more tokens for those that say nothing.
+        tail = tokenizer.decode(tokens[-(longest + 8) :], skip_special_tokens=False)
+        return any(string in tail for string in strings)
+
+    return completed
