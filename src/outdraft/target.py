@@ -248,5 +248,13 @@ class _HeadView:
 
 
 class _HandBack(nn.Module):
-    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _FeaturesOnly:
+        return _FeaturesOnly(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class _FeaturesOnly(BaseModelOutputWithPast):
+    """Whatever else a family looks for in its inner model's output (cross attentions, router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
