@@ -97,7 +97,7 @@ def train(
         config,
         TrainingExamples(ready.examples, cache),
         args,
-        callbacks=[stop, progress, *([meter] if meter else [])],
+        callbacks=[*([meter] if meter else []), progress, stop],  # stop last: it sees a Ctrl-C during a measurement
     )
     if meter is not None:
         meter.log = trainer.log

@@ -1,0 +1,28 @@
+"""One torch thread, the tiny target, and a folder of chats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from outdraft.target import Target
+
+from .tiny import tiny_target, write_chats
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def target() -> Target:
+    return tiny_target()
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """26 chats: neither a multiple of the batches nor of the pieces used in the tests."""
+    return write_chats(tmp_path / "chats.jsonl", 26)

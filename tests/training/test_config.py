@@ -1,0 +1,67 @@
+"""Settings: presets, what wins over them, and what a mistake says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from outdraft.errors import UserError
+from outdraft.training.config import TrainingConfig
+
+
+def config(**values: Any) -> TrainingConfig:
+    return TrainingConfig(**{"data": "d", "output_dir": "o", **values})
+
+
+def test_every_setting_has_a_help_text() -> None:
+    assert [name for name, field in TrainingConfig.model_fields.items() if not field.description] == []
+
+
+def test_the_paper_preset_is_the_published_recipe() -> None:
+    paper = config(preset="paper").with_preset(10**6)
+    assert (paper.learning_rate, paper.warmup_steps, paper.lr_schedule) == (5e-5, 2000, "linear")
+    assert (paper.beta1, paper.beta2, paper.clip_value, paper.precision) == (0.9, 0.95, 0.5, "bf16")
+    assert (paper.max_length, paper.batch_size, paper.epochs, paper.max_steps) == (2048, 16, 20, None)
+    assert (paper.w_reg, paper.w_cls, paper.feature_noise) == (1.0, 0.1, True)
+    assert paper.warmup_for(100) == 2000
+    assert config(preset="paper", method="eagle").with_preset(10**6).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(("size", "name"), [(10**6, "tiny"), (3 * 10**8, "small"), (7 * 10**9, "base")])
+def test_auto_chooses_by_the_targets_size(size: int, name: str) -> None:
+    assert config().with_preset(size).preset == name
+
+
+def test_small_targets_get_a_larger_rate_and_a_cosine() -> None:
+    tiny, base = (config().with_preset(size) for size in (10**6, 7 * 10**9))
+    assert tiny.learning_rate > 10 * base.learning_rate
+    assert (tiny.lr_schedule, base.lr_schedule) == ("cosine", "linear")
+
+
+def test_what_is_set_by_hand_wins_over_the_preset() -> None:
+    by_hand = config(learning_rate=7e-4, max_steps=100, warmup_steps=50).with_preset(10**6)
+    assert (by_hand.learning_rate, by_hand.max_steps, by_hand.warmup_for(100)) == (7e-4, 100, 50)
+    assert config(max_steps=100).with_preset(10**6).warmup_for(100) == 10
+    assert config(epochs=3).with_preset(10**6).max_steps is None
+    assert config(epochs=3).with_preset(10**6).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"learning_rat": 1}, 'unknown training setting "learning_rat"; known are data, output_dir'),
+        ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
+        ({"method": "medusa"}, "\"method\" cannot be 'medusa'"),
+        ({"data": None}, '"data" cannot be None'),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_setting(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as raised:
+        config(**values)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(UserError, match=r'training needs "output_dir"; set it .* --output-dir'):
+        TrainingConfig(data="d")

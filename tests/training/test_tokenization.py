@@ -1,0 +1,129 @@
+"""Which tokens carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from outdraft.errors import UserError
+from outdraft.training.conversations import Conversation
+from outdraft.training.tokenization import Example, tokenize
+
+from .tiny import CHATML, byte_tokenizer
+
+TWO_TURNS = Conversation(
+    "data:1",
+    messages=(
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Grüß"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "ok"},
+    ),
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+FORGETFUL = (  # earlier answers lose what they said, as reasoning templates do
+    "{% for m in messages %}[{% if m['role'] == 'assistant' and not loop.last %}...{% else %}{{ m['content'] }}"
+    "{% endif %}]{% endfor %}"
+)
+TRIMMING = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+REVERSED = "{% for m in messages | reverse %}{{ m['content'] }};{% endfor %}"
+
+
+def responses(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Text of each run of masked tokens."""
+    runs: list[list[int]] = []
+    before = False
+    for token, masked in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
+        if masked:
+            runs += [] if before else [[]]
+            runs[-1].append(token)
+        before = masked
+    return [tokenizer.decode(run) for run in runs]
+
+
+def marked(template: str | None, conversations: Sequence[Conversation] = (TWO_TURNS,), length: int = 999) -> list[str]:
+    tokenizer = byte_tokenizer(template)
+    found = tokenize(conversations, tokenizer, length)
+    return [text for example in found.examples for text in responses(example, tokenizer)]
+
+
+def test_only_the_answers_and_their_end_tokens_carry_loss() -> None:
+    assert marked(CHATML) == ["Grüß<|im_end|>", "ok<|im_end|>"]
+
+
+def test_generation_marks_of_the_template_are_used() -> None:
+    assert marked(MARKED) == ["Grüß<|im_end|>", "ok<|im_end|>"]
+
+
+def test_ids_are_those_of_the_chat_template() -> None:
+    tokenizer = byte_tokenizer()
+    example = tokenize([TWO_TURNS], tokenizer, 999)[0]
+    assert example.input_ids.tolist() == tokenizer.apply_chat_template(list(TWO_TURNS.messages))["input_ids"]
+
+
+def test_an_end_token_written_by_the_next_turn_belongs_to_the_answer() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}{{ eos_token }}\n{% endif %}U: "
+        "{{ m['content'] }}\n{% else %}B: {{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}B:{% endif %}"
+    )
+    assert marked(template) == [" Grüß<|im_end|>", " ok"]
+
+
+def test_turns_that_the_template_rewrites_later_carry_no_loss_and_are_counted() -> None:
+    tokenizer = byte_tokenizer(FORGETFUL)
+    found = tokenize([TWO_TURNS], tokenizer, 999)
+    assert responses(found[0], tokenizer) == ["[ok]"]
+    assert found.unmarked_turns == 1
+
+
+def test_a_generation_prompt_that_finished_turns_lack_is_left_out() -> None:
+    assert marked(TRIMMING) == ["(Grüß)", "(ok)"]
+
+
+def test_a_template_that_hides_the_answers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"add \{% generation %\} marks"):
+        marked(REVERSED)
+
+
+def test_chats_without_a_template_are_refused_with_the_fix() -> None:
+    with pytest.raises(UserError, match=r"data:1 is a conversation.*no chat template.*add one"):
+        marked(None)
+
+
+def test_texts_need_no_template_and_carry_loss_everywhere() -> None:
+    assert marked(None, [Conversation("data:1", text="once upon")]) == ["once upon"]
+
+
+def test_long_examples_are_cut_and_those_without_an_answer_dropped_and_counted() -> None:
+    tokenizer = byte_tokenizer()
+    silent = Conversation("data:2", messages=({"role": "user", "content": "hello?"},))
+    start = len(tokenizer.apply_chat_template(list(TWO_TURNS.messages[:1]), add_generation_prompt=True)["input_ids"])
+    found = tokenize([silent, TWO_TURNS], tokenizer, start + 2)
+    assert (len(found), found.truncated, found.without_response) == (1, 1, 1)
+    assert len(found[0]) == start + 2 and found[0].loss_mask.sum() == 2
+    with pytest.raises(UserError, match="raise --max-length"):
+        tokenize([TWO_TURNS], tokenizer, start)
+
+
+def test_slow_tokenizers_are_marked_piece_by_piece() -> None:
+    class Slow:
+        """The same tokenizer without character offsets."""
+
+        def __init__(self, inner: PreTrainedTokenizerFast):
+            self.inner, self.is_fast = inner, False
+            self.chat_template, self.eos_token_id = inner.chat_template, inner.eos_token_id
+            self.apply_chat_template = inner.apply_chat_template
+
+        def __call__(self, text: str, **settings: object) -> object:
+            assert "return_offsets_mapping" not in settings
+            return self.inner(text, **settings)
+
+    fast = byte_tokenizer()
+    slow, expected = tokenize([TWO_TURNS], Slow(fast), 999)[0], tokenize([TWO_TURNS], fast, 999)[0]
+    assert slow.input_ids.equal(expected.input_ids) and slow.loss_mask.equal(expected.loss_mask)

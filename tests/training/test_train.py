@@ -1,0 +1,256 @@
+"""Whole runs: what they leave, and that no interruption changes the weights they end in."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from outdraft.drafters.feature_head import FeatureHead
+from outdraft.errors import UserError
+from outdraft.target import Target
+from outdraft.training.config import TrainingConfig
+from outdraft.training.train import TrainResult, train
+
+from .tiny import provide_save_drafter, tiny_target
+
+SCRIPT = Path(__file__).parent / "run_training.py"
+STEPS = 11
+
+
+@pytest.fixture(autouse=True)
+def saving() -> None:
+    provide_save_drafter()
+
+
+def settings(data: Path, folder: Path, **values: Any) -> dict[str, Any]:
+    """26 chats in batches of 4 as 2 pieces: an epoch is 7 steps, the last one short, and 11 steps cross its end."""
+    return {
+        "data": str(data),
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "precision": "fp32",
+        "report_to": ["none"],
+        **values,
+    }
+
+
+def quiet(target: Target, values: dict[str, Any], resume: bool = False, **more: Any) -> TrainResult:
+    return train(target, TrainingConfig(**values), resume=resume, console=Console(file=io.StringIO()), **more)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_bits(left: Path, right: Path) -> None:
+    a, b = weights(left), weights(right)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    """Entries of the training log of the last checkpoint."""
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def program(values: dict[str, Any], *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, str(SCRIPT), json.dumps(values), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data, and the folder of a run that nothing disturbed."""
+    from .tiny import write_chats
+
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_chats(folder / "chats.jsonl", 26)
+    provide_save_drafter()
+    quiet(tiny_target(), settings(data, folder / "run"))
+    return data, folder / "run"
+
+
+def test_training_lowers_the_loss_and_agrees_more(target: Target, chats: Path, tmp_path: Path) -> None:
+    result = quiet(target, settings(chats, tmp_path / "run", max_steps=60, logging_steps=10, save_steps=60))
+    state = json.loads((tmp_path / "run" / "checkpoint-60" / "trainer_state.json").read_text())
+    first, last = state["log_history"][0], result.metrics
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last["loss_cls"] < first["loss_cls"] and last["acc"] > first["acc"] + 0.1
+    assert result.steps == 60 and result.seconds > 0 and result.peak_memory_bytes > 0
+
+
+def test_a_run_leaves_a_drafter_and_its_record_and_only_its_last_checkpoints(whole: tuple[Path, Path]) -> None:
+    _, folder = whole
+    assert {"config.json", "model.safetensors", "provenance.json", "checkpoint-9", "checkpoint-11"} <= set(
+        os.listdir(folder)
+    )
+    assert not (folder / "checkpoint-6").exists() and not (folder / ".partial").exists()
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["steps"] == STEPS and record["examples"] == 26 and record["versions"]["torch"] == torch.__version__
+    assert record["config"]["learning_rate"] == 1e-2 and len(record["data_sha256"]) == 64
+    assert_same_bits(folder, folder / "checkpoint-11")
+    assert not any("head" in name or "target" in name for name in weights(folder / "checkpoint-11"))
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_its_parts(whole: tuple[Path, Path]) -> None:
+    for entry in log(whole[1]):
+        assert entry["loss"] == pytest.approx(entry["loss_reg"] + 0.1 * entry["loss_cls"], rel=1e-5)
+
+
+def test_the_target_is_never_changed(target: Target, chats: Path, tmp_path: Path) -> None:
+    before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
+    quiet(target, settings(chats, tmp_path / "run", max_steps=3))
+    assert all(torch.equal(before[name], weight) for name, weight in target.model.state_dict().items())
+    assert all(weight.grad is None for weight in target.model.parameters())
+
+
+@pytest.mark.parametrize("where", ["step:8", "save:9"])
+def test_killed_training_resumes_to_the_same_weights(whole: tuple[Path, Path], tmp_path: Path, where: str) -> None:
+    data, undisturbed = whole
+    values = settings(data, tmp_path / "run")
+    assert program({**values, "kill": where}).returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    quiet(tiny_target(), values, resume=True)
+    assert_same_bits(undisturbed, tmp_path / "run")
+    assert log(undisturbed)[-1]["loss"] == log(tmp_path / "run")[-1]["loss"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    data, undisturbed = whole
+    values = settings(data, tmp_path / "run", save_total_limit=9)
+    quiet(tiny_target(), values)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (tmp_path / "run" / "checkpoint-11" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "run" / "checkpoint-9" / "trainer_state.json").unlink()
+    quiet(tiny_target(), values, resume=True)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["resumed_from"] == "checkpoint-6"
+    assert_same_bits(undisturbed, tmp_path / "run")
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    data, undisturbed = whole
+    values = settings(data, tmp_path / "run", eval_steps=5)
+    said = io.StringIO()
+
+    def interrupting(drafter: FeatureHead) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"tau": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_target(), TrainingConfig(**values), measure_tau=interrupting, console=Console(file=said, width=200))
+    assert "step 5 of 11 is saved, go on with --resume" in said.getvalue()
+    assert (tmp_path / "run" / "checkpoint-5").is_dir()
+    quiet(tiny_target(), values, resume=True)
+    assert_same_bits(undisturbed, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_resumes_without_another_step(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    data, undisturbed = whole
+    values = settings(data, tmp_path / "run")
+    quiet(tiny_target(), values)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    result = quiet(tiny_target(), values, resume=True)
+    assert_same_bits(undisturbed, tmp_path / "run")
+    assert result.metrics["loss"] == log(undisturbed)[-1]["loss"]
+
+
+def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed(whole: tuple[Path, Path]) -> None:
+    data, folder = whole
+    with pytest.raises(UserError, match=r"holds a run with checkpoint-11; go on with --resume"):
+        quiet(tiny_target(), settings(data, folder))
+    with pytest.raises(UserError, match=r"learning_rate was 0.01 in this run and is 0.02 now"):
+        quiet(tiny_target(), settings(data, folder, learning_rate=0.02), resume=True)
+
+
+def test_pieces_of_a_batch_give_the_same_training(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    data, in_two = whole
+    quiet(tiny_target(), settings(data, tmp_path / "run", gradient_accumulation_steps=1))
+    for a, b in zip(log(in_two), log(tmp_path / "run"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["acc"] == pytest.approx(b["acc"], abs=1e-6)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    data, _ = whole
+    both = settings(data, tmp_path / "both", batch_size=2, gradient_accumulation_steps=1, max_steps=5)
+    done = program(both, processes=2)
+    assert done.returncode == 0, done.stderr
+    quiet(tiny_target(), settings(data, tmp_path / "one", batch_size=4, gradient_accumulation_steps=1, max_steps=5))
+    states = [json.loads((tmp_path / run / "checkpoint-5/trainer_state.json").read_text()) for run in ("both", "one")]
+    logs = [[entry for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["acc"] == pytest.approx(b["acc"], abs=1e-6)
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "both")[name], weight, atol=1e-4, rtol=1e-3, msg=name)
+    assert done.stderr.count("step 5/5") == 1  # one process speaks
+
+
+def test_tau_is_measured_at_its_interval_and_at_the_end(target: Target, chats: Path, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def measure(drafter: FeatureHead) -> dict[str, float]:
+        torch.rand(7)  # global randomness is nobody's business here
+        seen.append(drafter.training)
+        return {"tau": 2.0 + len(seen)}
+
+    said = io.StringIO()
+    config = TrainingConfig(**settings(chats, tmp_path / "run", eval_steps=4, report_to=["tensorboard"]))
+    result = train(target, config, measure_tau=measure, console=Console(file=said, width=200))
+    assert seen == [False, False, False] and result.tau == {"tau": 5.0}
+    assert "step 4/11" in said.getvalue() and "tau 5.00" in said.getvalue()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*")}
+    written = EventAccumulator(str(events)).Reload()
+    assert [(e.step, e.value) for e in written.Scalars("train/tau")] == [(4, 3.0), (8, 4.0), (11, 5.0)]
+
+
+def test_gradients_are_clipped_by_value(target: Target, chats: Path, tmp_path: Path) -> None:
+    from outdraft.training.trainer import ClipByValue
+
+    net = torch.nn.Linear(2, 1)
+    net.weight.grad, net.bias.grad = torch.tensor([[3.0, -0.1]]), torch.tensor([-9.0])
+    ClipByValue(0.5).on_pre_optimizer_step(None, None, None, model=net)
+    assert net.weight.grad.tolist() == [[0.5, pytest.approx(-0.1)]] and net.bias.grad.tolist() == [-0.5]
+
+
+def test_bf16_training_keeps_float32_weights(target: Target, chats: Path, tmp_path: Path) -> None:
+    result = quiet(target, settings(chats, tmp_path / "run", precision="bf16", max_steps=3))
+    assert {weight.dtype for weight in weights(result.folder).values()} == {torch.float32}
+    assert 0 < result.metrics["loss"] < 100
+
+
+def test_a_bf16_target_trains(chats: Path, tmp_path: Path) -> None:
+    result = quiet(tiny_target(torch.bfloat16), settings(chats, tmp_path / "run", max_steps=3))
+    assert 0 < result.metrics["loss"] < 100
+
+
+def test_lengths_the_target_cannot_read_are_refused(target: Target, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_length 500 exceeds the target's context of 128"):
+        quiet(target, settings(chats, tmp_path, max_length=500))
+    with pytest.raises(UserError, match="make it a multiple of gradient_accumulation_steps"):
+        quiet(target, settings(chats, tmp_path, batch_size=3))
