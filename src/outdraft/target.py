@@ -80,6 +80,11 @@ class Target:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Past this a forward turns all of its positions by other frequencies, so a tree that reaches over it would
+            # change what its root sees.
+            return int(rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings)
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if getattr(self.config, name, None):
                 return int(getattr(self.config, name))
@@ -193,7 +198,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} has recurrent layers, whose state cannot be rolled back; use a pure attention model")
     if config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
     if config._attn_implementation not in MASK_READING:
         raise UserError(
@@ -248,6 +253,11 @@ class _HeadView:
 
 
 class _HandBack(nn.Module):
+    @property
+    def decoder(self) -> _HandBack:
+        """OPT's language model calls the part inside its inner model."""
+        return self
+
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _FeaturesOnly:
         return _FeaturesOnly(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
 
