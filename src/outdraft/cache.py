@@ -76,13 +76,13 @@ class SlotCache(Cache):
         both = self._buffers[buffer][place]
         extent = self.extent
         if self._slots is None:
-            both[0, :, :, extent - count : extent] = key_states
+            both[0, :, :, extent - count : extent, : key_states.shape[-1]] = key_states
             both[1, :, :, extent - count : extent, : value_states.shape[-1]] = value_states
         else:
             row = torch.arange(self.rows, device=key_states.device)[:, None]
-            both[0][row, :, self._slots] = key_states.transpose(1, 2)
+            both[0][row, :, self._slots, : key_states.shape[-1]] = key_states.transpose(1, 2)
             both[1][row, :, self._slots, : value_states.shape[-1]] = value_states.transpose(1, 2)
-        return both[0, :, :, :extent], both[1, :, :, :extent, : value_states.shape[-1]]
+        return both[0, :, :, :extent, : key_states.shape[-1]], both[1, :, :, :extent, : value_states.shape[-1]]
 
     # --- after the verdict -------------------------------------------------------------------------------------
 
@@ -95,11 +95,11 @@ class SlotCache(Cache):
                     source = torch.tensor([start + offset for offset in path], device=buffer.device)
                     buffer[:, :, row, :, start : start + kept] = buffer[:, :, row].index_select(3, source)
             self.lengths[row] = start + kept
-        self.pending = 0
+        self.rollback()
 
     def rollback(self) -> None:
         """Forget every pending token."""
-        self.pending = 0
+        self.pending = self._writing = 0
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
