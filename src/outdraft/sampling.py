@@ -109,7 +109,7 @@ class Warper:
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
         if s.repetition_penalty != 1:
-            reading.append(hf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+            reading.append(hf.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty)))
         if s.presence_penalty or s.frequency_penalty:
             reading.append(OccurrencePenalty(s.presence_penalty, s.frequency_penalty, prompt_length))
         if s.bad_words_ids:
