@@ -1,0 +1,166 @@
+"""What a run would cost, before it is started: sizes counted, one step timed, nothing written.
+
+Knows how a step is computed only through the loss; the run itself is `train.py`'s.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from outdraft.training.config import TrainingConfig
+from outdraft.training.features import GIGABYTE, TrainingExamples, cache_nbytes, collate, target_features
+from outdraft.training.loss import DrafterLoss
+from outdraft.training.preparation import Preparation, prepare
+from outdraft.training.protocol import TargetLike, parameter_count
+from outdraft.training.trainer import use_bf16
+
+
+@dataclass
+class TrainPlan:
+    """The size of a run."""
+
+    preset: str
+    method: str
+    target_parameters: int
+    drafter_parameters: int
+    examples: int
+    tokens: int
+    """Tokens of one pass over the data."""
+    response_tokens: int
+    """Those that carry loss."""
+    steps: int
+    passes: float
+    """Passes over the data that the steps make."""
+    learning_rate: float
+    precision: str
+    step_seconds: float
+    """One optimizer step, timed on this machine."""
+    seconds: float
+    """The whole run, without measurements of tau."""
+    memory_bytes: int
+    """Most memory held: measured on a GPU, estimated from shapes on a CPU."""
+    feature_cache_bytes: int
+    """What `features = cached` would write."""
+    notes: list[str] = field(default_factory=list)
+
+    def show(self, console: Console) -> None:
+        """Print the plan as a table."""
+        table = Table(title="training plan", show_header=False)
+        share = 100 * self.drafter_parameters / self.target_parameters
+        rows = {
+            "recipe": f"{self.method}, preset {self.preset}, learning rate {self.learning_rate:g}, {self.precision}",
+            "drafter": f"{self.drafter_parameters:,} parameters, {share:.1f}% of the target's",
+            "data": f"{self.examples:,} examples, {self.tokens:,} tokens, {self.response_tokens:,} of responses",
+            "steps": f"{self.steps:,} ({self.passes:.1f} passes over the data)",
+            "time": f"{duration(self.seconds)} ({self.step_seconds:.3g} s a step, timed here)",
+            "memory": f"{self.memory_bytes / GIGABYTE:.2f} GB",
+            "feature cache": f"{self.feature_cache_bytes / GIGABYTE:.3f} GB with features = cached",
+        }
+        for name, text in rows.items():
+            table.add_row(name, text)
+        console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False)
+
+
+def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
+    """Size and time of the run that `train` would make.
+
+    Raises:
+        UserError: what `train` would raise before its first step.
+    """
+    ready = prepare(target, config)
+    config, examples = ready.config, ready.examples
+    bf16 = use_bf16(config, target.device)
+    per_example, per_step, measured_bytes = _timed(target, ready, bf16)
+    per_batch = config.batch_size * ready.processes
+    seconds = ready.total_steps * per_step
+    if config.features == "cached":
+        seconds += len(examples) * per_example
+    return TrainPlan(
+        preset=config.preset,
+        method=config.method,
+        target_parameters=parameter_count(target),
+        drafter_parameters=sum(weight.numel() for weight in ready.drafter.parameters()),
+        examples=len(examples),
+        tokens=examples.tokens,
+        response_tokens=examples.response_tokens,
+        steps=ready.total_steps,
+        passes=ready.total_steps * per_batch / len(examples),
+        learning_rate=config.learning_rate,
+        precision="bf16" if bf16 else "fp32",
+        step_seconds=per_step,
+        seconds=seconds,
+        memory_bytes=measured_bytes or estimated_memory_bytes(target, ready),
+        feature_cache_bytes=cache_nbytes(target, examples),
+        notes=ready.notes,
+    )
+
+
+def estimated_memory_bytes(target: TargetLike, ready: Preparation) -> int:
+    """Target, drafter with gradients and AdamW's two moments, activations of one piece, logits of one chunk."""
+    config, shape = ready.config, ready.drafter.config
+    weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
+    trained = 16 * sum(weight.numel() for weight in ready.drafter.parameters())
+    tokens = config.batch_size // config.gradient_accumulation_steps * max(map(len, ready.examples.examples))
+    # Of every token: some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
+    activations = 4 * tokens * (20 * shape.hidden_size + 8 * shape.intermediate_size)
+    logits = 4 * 4 * min(tokens, config.loss_chunk_size) * target.vocab_size
+    return weights + trained + activations + logits
+
+
+def duration(seconds: float) -> str:
+    """`75` as `1 min 15 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _timed(target: TargetLike, ready: Preparation, bf16: bool) -> tuple[float, float, int]:
+    """Seconds of the target's forward for one example, of one optimizer step, and the GPU's peak (0 on a CPU)."""
+    config, device = ready.config, target.device
+    count = min(len(ready.examples), config.batch_size // config.gradient_accumulation_steps)
+    chosen = random.Random(config.seed).sample(range(len(ready.examples)), count)
+    data = TrainingExamples(ready.examples)
+    batch = {name: value.to(device) for name, value in collate([data[i] for i in chosen]).items()}
+    loss = DrafterLoss(ready.drafter, target.head, config.loss_chunk_size)
+    optimizer = torch.optim.AdamW(ready.drafter.parameters(), lr=0.0)
+    held: dict[str, torch.Tensor] = {}
+
+    def forward() -> None:
+        held["features"] = target_features(target, batch["input_ids"], batch["lengths"])
+
+    def piece() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                embeddings = target.embed(batch["input_ids"])
+            sums = loss(embeddings, held["features"], batch["loss_mask"])
+        (sums.regression + sums.cross_entropy).backward()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    target_seconds, piece_seconds = _seconds(forward, device), _seconds(piece, device)
+    update_seconds = _seconds(lambda: optimizer.step(), device)
+    online = target_seconds if config.features == "online" else 0.0
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    step = config.gradient_accumulation_steps * (online + piece_seconds) + update_seconds
+    return target_seconds / count, step, peak
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of the second run: the first pays for allocation and compilation."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
