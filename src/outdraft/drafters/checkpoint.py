@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -112,6 +113,8 @@ def save_drafter(
         try:
             save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
             (beside / CONFIG).write_text(text, encoding="utf-8")
+            # safetensors makes files that only their owner can read, which breaks folders that are shared.
+            (beside / WEIGHTS).chmod(stat.S_IMODE((beside / CONFIG).stat().st_mode))
             if folder.exists():
                 for name in (WEIGHTS, CONFIG):
                     os.replace(beside / name, folder / name)
