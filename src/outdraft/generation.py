@@ -23,7 +23,7 @@ from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.statistics import Statistics
 from outdraft.target import Target
-from outdraft.text import Detokenizer, encode_prompts, stops_at
+from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
 
 LOSSY = {
     "num_beams": "beam search is not speculative sampling; leave num_beams out",
@@ -176,7 +176,7 @@ class SpeculativeModel:
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
-            [tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows] if tokenizer else None,
+            [decode_text(tokenizer, row.tokens) for row in rows] if tokenizer else None,
             [row.prompt for row in rows],
             [str(row.finish_reason) for row in rows],
             [row.accepted for row in rows],
@@ -241,7 +241,7 @@ def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
     given = {name: settings[name] for name in known if settings.get(name) is not None}
     do_sample = settings.get("do_sample")
     if do_sample is None:
-        do_sample = given.get("temperature", 0) > 0
+        do_sample = given.get("temperature", 0) != 0
     if not do_sample:
         given["temperature"] = 0.0
     elif given.setdefault("temperature", 1.0) == 0:
@@ -288,7 +288,8 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
     Processors and stopping criteria are those that `transformers` has prepared, applied node by node. The seed comes
-    from torch's global generator, so `torch.manual_seed` works as always.
+    from torch's global generator, so `torch.manual_seed` works as always. transformers 5 does not hand a tokenizer on
+    to a custom generate; for stop strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     Args:
         draft_model: as in `load`.

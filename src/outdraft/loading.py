@@ -77,22 +77,22 @@ def load_target(
     Raises:
         UserError: it cannot be loaded or cannot be a target, with the reason.
     """
+    words = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     if isinstance(model, PreTrainedModel):
-        loaded = model.eval()
-        tokens = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-        place = loaded.get_input_embeddings().weight
-        if tokens is None and tokenizer is not None:
-            tokens = _load_tokenizer(str(tokenizer), trust_remote_code)
+        loaded: Any = model.eval()
+        folder = tokenizer
     else:
-        path = str(reference_target_path()) if str(model) == REFERENCE and not Path(REFERENCE).exists() else str(model)
+        shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
+        path = str(reference_target_path() if shipped else model)
         where = resolve_device(device)
         loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
-        place = loaded.get_input_embeddings().weight
-        given = isinstance(tokenizer, PreTrainedTokenizerBase)
-        tokens = tokenizer if given else _load_tokenizer(str(tokenizer or path), trust_remote_code)  # type: ignore[assignment]
+        folder = tokenizer or path
+    if words is None and folder is not None:
+        words = _load_tokenizer(str(folder), trust_remote_code)
+    place = loaded.get_input_embeddings().weight
     if backend is None or backend == "auto":
         backend = default_backend(place.device, place.dtype)
-    return Target(loaded, tokens, backend)
+    return Target(loaded, words, backend)
 
 
 def load_drafter_for(
@@ -161,7 +161,7 @@ def _is_language_model(path: str) -> bool:
     return "model_type" in config and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     _check_folder(path, "model")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)

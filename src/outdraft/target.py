@@ -228,7 +228,7 @@ def _windows(config: Any) -> dict[str, int | None]:
 def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
     """The output layer itself where the model does nothing more to its logits, else the model's own way to them."""
     head, view = model.get_output_embeddings(), _HeadView(model)
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[
         None, None
     ]

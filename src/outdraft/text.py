@@ -42,7 +42,7 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]
     if isinstance(prompt, torch.Tensor):
         ids = prompt.reshape(-1).tolist()
     elif isinstance(prompt, str):
-        ids = list(_needed(tokenizer)(prompt).input_ids)
+        ids = list(_needed(tokenizer)(prompt)["input_ids"])  # type: ignore[arg-type]
     elif prompt and isinstance(prompt[0], dict):
         ids = encode_chat(prompt, _needed(tokenizer))
     else:
@@ -64,13 +64,18 @@ def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase)
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     except Exception as error:  # templates raise what they like
         raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return list(encoded["input_ids"])
+    return list(encoded["input_ids"])  # type: ignore[call-overload, index]
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise UserError("the model folder has no tokenizer; give token ids, or a tokenizer with tokenizer=")
     return tokenizer
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The text of one list of tokens."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 
 class Detokenizer:
@@ -85,7 +90,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """The new text that this token completes; empty while a character is still in the making."""
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens[self._start :], skip_special_tokens=self.skip)
+        text = self._pending()
         if text.endswith("�"):
             return ""
         new = text[len(self._given) :]
@@ -93,8 +98,11 @@ class Detokenizer:
         if text.endswith("\n") or len(self.tokens) - self._start > 64:
             # Keep one token of context: decoders drop a leading space at the start of what they are given.
             self._start = len(self.tokens) - 1
-            self._given = self.tokenizer.decode(self.tokens[self._start :], skip_special_tokens=self.skip)
+            self._given = self._pending()
         return new
+
+    def _pending(self) -> str:
+        return decode_text(self.tokenizer, self.tokens[self._start :], self.skip)
 
 
 def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
@@ -103,7 +111,7 @@ def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Call
 
     def completed(tokens: list[int]) -> bool:
         # A token that says anything says at least a byte; some more tokens for those that say nothing.
-        tail = tokenizer.decode(tokens[-(longest + 8) :], skip_special_tokens=False)
+        tail = decode_text(tokenizer, tokens[-(longest + 8) :], skip_special_tokens=False)
         return any(string in tail for string in strings)
 
     return completed

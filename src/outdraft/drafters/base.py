@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from outdraft.errors import UserError
 from outdraft.sampling import Chance, Warper
 from outdraft.tree import Tree
+
+Choice = Literal["top-k", "sampled", "sampled-with-replacement"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class TreeShape:
     """Nodes expanded a level, and children considered of each; 1 is a chain."""
     size: int
     """Nodes that the target verifies, the root included."""
-    candidates: Literal["top-k", "sampled", "sampled-with-replacement"] = "top-k"
+    candidates: Choice = "top-k"
     """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's law."""
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("top_k", 1), ("size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"tree_{name} must be at least {least}, not {getattr(self, name)}")
+        if self.candidates not in get_args(Choice):
+            raise UserError(f"candidates must be one of {', '.join(get_args(Choice))}, not '{self.candidates}'")
 
     @classmethod
     def chain(cls, num_speculative_tokens: int, **settings: object) -> TreeShape:
