@@ -46,7 +46,7 @@ class Target:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str = "eager"
     ):
-        _refuse_unfit(model)
+        refuse_unfit(model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.tokenizer = accelerate(model, backend), tokenizer
         self.backend = backend if self.model is not model else "eager"
@@ -190,7 +190,7 @@ class Target:
 # --- what differs between families -----------------------------------------------------------------------------
 
 
-def _refuse_unfit(model: PreTrainedModel) -> None:
+def refuse_unfit(model: PreTrainedModel) -> None:
     """Raise UserError with the reason where trees cannot be verified."""
     config, name = model.config.get_text_config(), type(model).__name__
     recurrent = {"linear_attention", "mamba", "conv", "recurrent"} & set(getattr(config, "layer_types", None) or [])
