@@ -20,7 +20,7 @@ from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.prompt_lookup import PromptLookup
-from outdraft.errors import UserError
+from outdraft.errors import UserError, first_line
 from outdraft.reference import reference_drafter_path, reference_target_path
 from outdraft.target import Target
 
@@ -190,9 +190,3 @@ def _check_folder(path: str, what: str) -> None:
         raise UserError(f"no {what} folder at '{path}'; check the path")
     if not (folder / "config.json").is_file():
         raise UserError(f"'{path}' has no config.json, so it is not a {what} folder; check the path")
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
