@@ -1,0 +1,94 @@
+"""How the program ends: one line on stderr and exit code 2 for a user's mistake, 130 for Ctrl-C, never a traceback.
+
+Knows nothing of the verbs. `--debug` or OUTDRAFT_DEBUG=1 shows tracebacks after all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from outdraft.errors import UserError
+
+USER_MISTAKE, INTERNAL, INTERRUPTED = 2, 1, 130
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs, with the error policy around whatever they do."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run and exit; mistakes in the options themselves are one line too."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            if not standalone_mode:
+                return code
+        except typer.Abort:
+            code = INTERRUPTED
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # every mistake that click finds has one
+                raise
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            code = _say(f"error: {error.format_message()}{hint}", USER_MISTAKE)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run one verb, turning what it raises into a line and an exit code."""
+        quiet_libraries()
+        debug = bool(ctx.params.get("debug"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", category=UserWarning, module=r"outdraft\b")
+                warnings.showwarning = _note
+                return super().invoke(ctx)
+        except UserError as error:
+            _end(f"error: {error}", USER_MISTAKE, debug)
+        except KeyboardInterrupt:
+            _end("interrupted", INTERRUPTED, debug)
+        except BrokenPipeError:  # the reader of our output, `head` for one, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(INTERNAL) from None
+        except Exception as error:
+            if type(error).__module__.startswith(("typer", "click")):
+                raise
+            what = f"{type(error).__name__}: {error}"
+            _end(f"internal error: {what} (outdraft --debug shows where; please report it)", INTERNAL, debug)
+
+
+def quiet_libraries() -> None:
+    """Before they are imported: no progress bars over loading weights, no warnings of theirs."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _end(message: str, code: int, debug: bool) -> NoReturn:
+    """Say it and exit, or, debugging, let the exception go on."""
+    if debug:
+        raise
+    _say(message, code)
+    raise typer.Exit(code) from None
+
+
+def _say(message: str, code: int) -> int:
+    typer.echo(" ".join(message.split()), err=True)
+    return code
+
+
+def _note(message: Warning | str, *rest: Any, **more: Any) -> None:
+    typer.echo(f"note: {' '.join(str(message).split())}", err=True)

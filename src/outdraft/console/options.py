@@ -1,0 +1,102 @@
+"""The options that several verbs share; names as in the field (Hugging Face, vLLM, EAGLE). Help texts of settings come
+from the settings' own docstrings. Knows no verb."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from outdraft.console.fields import field_help
+from outdraft.errors import UserError
+
+SAMPLING = field_help("sampling.py", "SamplingSettings")
+TREE = field_help("drafters/base.py", "TreeShape")
+TRAINING = field_help("training/config.py", "TrainingConfig")
+
+
+def training(name: str, *flags: str) -> Any:
+    """The option of one training setting."""
+    return typer.Option(*(flags or ("--" + name.replace("_", "-"),)), help=TRAINING[name])
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Target: a folder, a hub id, or `reference` (shipped).")]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model", "-d", help="Drafter: its folder or hub id, a smaller model, or `reference` (shipped)."
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="fspad, eagle, prompt-lookup, draft-model or none; by default what the drafter is."),
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default what the device is fastest in.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", help="eager or packed; by default packed on a CPU, eager elsewhere.")
+]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
+
+Chain = Annotated[
+    int | None, typer.Option("--num-speculative-tokens", help="Draft a chain of so many tokens in place of a tree.")
+]
+TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=TREE["depth"])]
+TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=TREE["top_k"])]
+TreeSize = Annotated[int | None, typer.Option("--tree-size", help=TREE["size"])]
+
+Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]
+TopP = Annotated[float | None, typer.Option("--top-p", help=SAMPLING["top_p"])]
+TopK = Annotated[int | None, typer.Option("--top-k", help=SAMPLING["top_k"])]
+MinP = Annotated[float | None, typer.Option("--min-p", help=SAMPLING["min_p"])]
+RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help=SAMPLING["repetition_penalty"])]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Those that were set."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def sampling(**settings: Any) -> dict[str, Any]:
+    """Sampling settings as `generate` takes them; a filter without a temperature means temperature 1."""
+    found = given(**settings)
+    if "temperature" not in found and {"top_p", "top_k", "min_p"} & set(found):
+        found["temperature"] = 1.0
+    return found
+
+
+def tree(drafter: object, **settings: Any) -> dict[str, Any]:
+    """Settings of the tree.
+
+    Raises:
+        UserError: there is nothing that could draft one.
+    """
+    found = given(**settings)
+    if found and drafter is None:
+        flag = "--" + next(iter(found)).replace("_", "-")
+        raise UserError(f"{flag} shapes what a drafter drafts; give --draft-model or --method prompt-lookup")
+    return found
+
+
+def listed(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(flag: str, text: str) -> list[float]:
+    """Likewise, as numbers.
+
+    Raises:
+        UserError: something is none, or there is none.
+    """
+    try:
+        found = [float(part) for part in listed(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise UserError(f"{flag} must be numbers with commas between them, such as 0,1, not '{text}'")
+    return found

@@ -1,0 +1,61 @@
+"""Where results and remarks go, and how text with accepted draft tokens looks. Knows nothing of what is printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+ACCEPTED = "black on green"
+"""Style of tokens that a drafter had guessed."""
+
+FILE_WIDTH = 132
+"""Columns of tables that go into a file or a pipe."""
+
+
+def remarks() -> Console:
+    """For progress and figures beside the result: stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def results(force_colour: bool = False) -> Console:
+    """For the result: stdout; `force_colour` also into a pipe, unless NO_COLOR is set."""
+    wanted = force_colour and "NO_COLOR" not in os.environ
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(highlight=False, soft_wrap=True, force_terminal=True if wanted else None, width=width)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; what is not a number is null."""
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """The same value in what JSON can say."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def painted(pieces: Iterable[tuple[str, bool]]) -> Text:
+    """Text of (piece, accepted) with the accepted ones coloured."""
+    text = Text()
+    for piece, accepted in pieces:
+        text.append(piece, ACCEPTED if accepted else None)
+    return text
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)

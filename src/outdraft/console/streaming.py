@@ -1,0 +1,57 @@
+"""Text on the terminal as it is decided, accepted draft tokens coloured, and the figures of what was streamed.
+
+Knows pieces of text; knows nothing of where they come from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from outdraft.console.output import ACCEPTED, number
+from outdraft.generation import Piece
+
+
+@dataclass
+class Streamed:
+    """One streamed answer."""
+
+    text: str = ""
+    accepted: list[bool] = field(default_factory=list)
+    finish_reason: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens a round; each ends with a token of the target's own, but for a last one cut short."""
+        rounds = self.accepted.count(False) - 1 + (self.accepted[-1] if self.accepted else 0)
+        return (len(self.accepted) - 1) / rounds if rounds > 0 else float("nan")
+
+    def line(self) -> str:
+        """The figures in a line."""
+        count = len(self.accepted)
+        rate = count / self.seconds if self.seconds else float("nan")
+        share = f", {sum(self.accepted) / count:.0%} drafted" if any(self.accepted) else ""
+        end = {"context": "the context is full", "length": "max_new_tokens reached"}.get(str(self.finish_reason), "")
+        return f"tau {number(self.tau)} | {number(rate, '.1f')} tokens/s | {count} tokens{share}" + (
+            f" | {end}" if end else ""
+        )
+
+
+def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False) -> Streamed:
+    """Print the pieces of one row as they come."""
+    streamed = Streamed()
+    start = time.perf_counter()
+    for piece in pieces:
+        streamed.text += piece.text
+        streamed.accepted.append(piece.accepted)
+        streamed.finish_reason = piece.finish_reason
+        style = ACCEPTED if show_drafts and piece.accepted else None
+        console.print(piece.text, end="", style=style, markup=False, highlight=False)
+        console.file.flush()
+    streamed.seconds = time.perf_counter() - start
+    console.print()
+    return streamed

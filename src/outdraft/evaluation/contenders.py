@@ -1,0 +1,84 @@
+"""From names and folders to the ways of decoding that are compared. Measures nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from outdraft.drafters.base import Drafter
+from outdraft.errors import UserError
+from outdraft.evaluation.measure import PLAIN, Contender, speculative, stock
+from outdraft.loading import METHODS, load_drafter_for
+from outdraft.target import Target
+
+LOOKUP = "prompt-lookup"
+NAMED = re.compile(r"([\w.+-]+)=(.+)")
+
+
+def contenders(
+    target: Target,
+    draft_models: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
+    *,
+    backend: str | None = None,
+    tree: dict[str, Any] | None = None,
+    include_transformers: bool = False,
+) -> list[Contender]:
+    """Plain decoding first, then whatever was asked for.
+
+    Args:
+        target: the same for all.
+        draft_models: `PATH` or `NAME=PATH` each.
+        methods: those to compare; prompt lookup and every given drafter when None.
+        backend: of the drafters.
+        tree: tree settings of all drafters that look ahead by a model.
+        include_transformers: the stock `generate` too.
+
+    Raises:
+        UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
+    """
+    for method in methods or ():
+        if method not in METHODS:
+            raise UserError(f"unknown method '{method}' in --methods; choose of {', '.join(METHODS)}")
+    drafters = loaded_drafters(target, draft_models, backend)
+    if methods is not None:
+        _agree(methods, drafters)
+    found = [speculative(PLAIN, target, None)]
+    if include_transformers:
+        found.append(stock(target))
+    if methods is None or LOOKUP in methods:
+        found.append(speculative(LOOKUP, target, load_drafter_for(target, None, method=LOOKUP)))
+    found += [speculative(name, target, drafter, **(tree or {})) for name, drafter in drafters.items()]
+    return found
+
+
+def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | None) -> dict[str, Drafter]:
+    """By name: the one given, else the method where that tells them apart, else method and folder."""
+    named: list[tuple[str | None, str, Drafter]] = []
+    for text in draft_models:
+        match = None if Path(text).exists() else NAMED.fullmatch(text)
+        name, path = match.groups() if match else (None, text)
+        drafter = load_drafter_for(target, path, backend=backend)
+        assert drafter is not None  # a path was given
+        named.append((name, path, drafter))
+    counts = Counter(drafter.method for _, _, drafter in named)
+    found: dict[str, Drafter] = {}
+    for name, path, drafter in named:
+        chosen = name or (drafter.method if counts[drafter.method] == 1 else f"{drafter.method} {Path(path).name}")
+        if chosen in found or chosen in (PLAIN, LOOKUP):
+            raise UserError(f"two contenders are called '{chosen}'; give names with --draft-model NAME=PATH")
+        found[chosen] = drafter
+    return found
+
+
+def _agree(methods: Sequence[str], drafters: dict[str, Drafter]) -> None:
+    present = {drafter.method for drafter in drafters.values()}
+    for method in methods:
+        if method not in ("none", LOOKUP) and method not in present:
+            raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
+    for name, drafter in drafters.items():
+        if drafter.method not in methods:
+            raise UserError(f"the drafter '{name}' is of method '{drafter.method}'; add it to --methods")

@@ -1,0 +1,51 @@
+"""What a measurement was made on: processor, threads, versions, precision, backend. Measures nothing."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("outdraft", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def environment(target: Any = None) -> dict[str, Any]:
+    """Facts for a report; of the target's device, precision and backend where one is given."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "versions": versions(),
+    }
+    if target is not None:
+        facts |= {
+            "device": str(target.device),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "backend": target.backend,
+        }
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""Prompts to measure with, from files.
+
+JSON lines of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
+`{"prompt"}` or `{"text"}`; in any other file every line is a prompt. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from outdraft.errors import UserError
+from outdraft.text import encode_prompts
+
+Prompt = str | list[dict[str, str]]
+"""A text as it is, or a conversation that waits for the assistant."""
+
+SHAPES = '{"messages": [...]}, {"turns": [...]}, {"prompt": "..."} or {"text": "..."}'
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a file.
+
+    Raises:
+        UserError: no such file, a line that holds no prompt (with its number), or no prompt at all.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit must be at least 1, not {limit}; leave it out for all prompts")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
+    found = []
+    for prompt in _prompts(path):
+        found.append(prompt)
+        if len(found) == limit:
+            break
+    if not found:
+        raise UserError(f"no prompt in {path}; give JSON lines such as {SHAPES}")
+    return found
+
+
+def _prompts(path: Path) -> Iterator[Prompt]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = line.decode("utf-8-sig").strip()
+                yield prompt_of(json.loads(text)) if path.suffix in (".jsonl", ".json") else text
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
+            except json.JSONDecodeError as problem:
+                raise UserError(f"{path}:{number}: broken JSON, {problem}; mend the line") from None
+            except _NoPrompt as problem:
+                raise UserError(f"{path}:{number}: {problem}; expected {SHAPES}") from None
+
+
+class _NoPrompt(Exception):
+    """A record without a prompt; carries the reason."""
+
+
+def prompt_of(record: Any) -> Prompt:
+    """What to answer in one record; the answers that a conversation ends with are left out."""
+    if not isinstance(record, dict):
+        raise _NoPrompt("a record must be an object")
+    for name in ("prompt", "text"):
+        if name in record:
+            if not isinstance(record[name], str) or not record[name].strip():
+                raise _NoPrompt(f'"{name}" must be a non-empty string')
+            return record[name]
+    if "turns" in record:
+        turns = record["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+            raise _NoPrompt('"turns" must be a list of texts')
+        return [{"role": "user", "content": turns[0]}]
+    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if name in record:
+            return _until_last_question(record[name], role, content)
+    raise _NoPrompt(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
+
+
+def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
+    if not isinstance(turns, list):
+        raise _NoPrompt("the turns must be a list")
+    messages = []
+    for turn in turns:
+        role = ROLES.get(str(turn.get(role_key))) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get(content_key), str):
+            raise _NoPrompt(f'every turn needs "{role_key}" (user, assistant, system) and a text "{content_key}"')
+        messages.append({"role": role, "content": turn[content_key]})
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise _NoPrompt("there is no user turn to answer")
+    return messages
+
+
+def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
+    """Token ids of the prompts; what is only a user's turn becomes plain text where there is no chat template.
+
+    Raises:
+        UserError: a prompt beyond the target's context, with its place in the list.
+    """
+    template = getattr(target.tokenizer, "chat_template", None)
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        if template is None and not isinstance(prompt, str) and len(prompt) == 1:
+            prompt = prompt[0]["content"]
+        ids = encode_prompts(prompt, target.tokenizer)[0][0]
+        if len(ids) >= target.context_length:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens, the model's context is {target.context_length}; "
+                "shorten it or take it out"
+            )
+        encoded.append(ids)
+    return encoded
