@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import provide_save_drafter, tiny_target
+from tiny import tiny_target
 
 from outdraft.training import trainer as trainer_module
 from outdraft.training.config import TrainingConfig
@@ -52,7 +52,6 @@ def arrange_death(kind: str, step: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    provide_save_drafter()
     settings = json.loads(sys.argv[1])
     if where := settings.pop("kill", None):
         kind, _, step = where.partition(":")

@@ -18,7 +18,7 @@ from outdraft.training.features import FeatureCache, TrainingExamples, collate, 
 from outdraft.training.tokenization import ExampleSet, tokenize
 from outdraft.training.train import train
 
-from .tiny import provide_save_drafter, tiny_target
+from .tiny import tiny_target
 
 
 @pytest.fixture
@@ -99,7 +99,6 @@ def test_a_cache_over_the_budget_is_refused_with_its_size_before_anything_is_wri
 
 
 def test_training_on_cached_features_is_training_online(chats: Path, tmp_path: Path) -> None:
-    provide_save_drafter()
     metrics, said = [], io.StringIO()
     for features in ("online", "cached"):
         config = TrainingConfig(

@@ -17,21 +17,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.train import TrainResult, train
 
-from .tiny import provide_save_drafter, tiny_target
+from .tiny import tiny_target, write_chats
 
 SCRIPT = Path(__file__).parent / "run_training.py"
 STEPS = 11
-
-
-@pytest.fixture(autouse=True)
-def saving() -> None:
-    provide_save_drafter()
 
 
 def settings(data: Path, folder: Path, **values: Any) -> dict[str, Any]:
@@ -83,11 +79,8 @@ def program(values: dict[str, Any], *more: str, processes: int = 1) -> subproces
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and the folder of a run that nothing disturbed."""
-    from .tiny import write_chats
-
     folder = tmp_path_factory.mktemp("whole")
     data = write_chats(folder / "chats.jsonl", 26)
-    provide_save_drafter()
     quiet(tiny_target(), settings(data, folder / "run"))
     return data, folder / "run"
 
@@ -111,6 +104,8 @@ def test_a_run_leaves_a_drafter_and_its_record_and_only_its_last_checkpoints(who
     assert record["steps"] == STEPS and record["examples"] == 26 and record["versions"]["torch"] == torch.__version__
     assert record["config"]["learning_rate"] == 1e-2 and len(record["data_sha256"]) == 64
     assert_same_bits(folder, folder / "checkpoint-11")
+    loaded = load_drafter(folder)
+    assert loaded.training["config"]["max_steps"] == STEPS and loaded.training["metrics"]["acc"] >= 0
     assert not any("head" in name or "target" in name for name in weights(folder / "checkpoint-11"))
 
 
@@ -249,7 +244,9 @@ def test_a_bf16_target_trains(chats: Path, tmp_path: Path) -> None:
     assert 0 < result.metrics["loss"] < 100
 
 
-def test_lengths_the_target_cannot_read_are_refused(target: Target, chats: Path, tmp_path: Path) -> None:
+def test_settings_that_cannot_work_are_refused(target: Target, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="load it with backend eager"):
+        quiet(Target(target.model, target.tokenizer, backend="packed"), settings(chats, tmp_path))
     with pytest.raises(UserError, match="max_length 500 exceeds the target's context of 128"):
         quiet(target, settings(chats, tmp_path, max_length=500))
     with pytest.raises(UserError, match="make it a multiple of gradient_accumulation_steps"):

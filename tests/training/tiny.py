@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -67,18 +62,3 @@ def write_chats(path: Path, count: int, seed: int = 0) -> Path:
     rng = random.Random(seed)
     path.write_text("".join(json.dumps(chat(rng)) + "\n" for _ in range(count)))
     return path
-
-
-def provide_save_drafter() -> None:
-    """A stand-in for `outdraft.drafters.checkpoint` where it is missing."""
-    try:
-        importlib.import_module("outdraft.drafters.checkpoint")
-    except ModuleNotFoundError:
-        stand_in = types.ModuleType("outdraft.drafters.checkpoint")
-
-        def save_drafter(folder: Path, head: torch.nn.Module, *, target_id: str, training: dict[str, Any]) -> None:
-            save_file(head.state_dict(), Path(folder) / "model.safetensors")
-            (Path(folder) / "config.json").write_text(json.dumps({"target": target_id, "training": training}))
-
-        stand_in.save_drafter = save_drafter  # type: ignore[attr-defined]
-        sys.modules["outdraft.drafters.checkpoint"] = stand_in

@@ -76,6 +76,8 @@ def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
 def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
     """The configuration with its preset, checked against the target."""
     by_hand = "max_length" in config.model_fields_set
+    if getattr(target, "backend", "eager") != "eager":  # packed layers compute no gradients, and hide their weights
+        raise UserError(f"a target on backend '{target.backend}' cannot train a drafter; load it with backend eager")  # type: ignore[attr-defined]
     config = config.with_preset(parameter_count(target))
     if config.max_length > target.context_length:
         if by_hand:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
 
+from outdraft.drafters.checkpoint import save_drafter
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
@@ -217,8 +218,6 @@ def _run(
 
 
 def _save(target: TargetLike, ready: Preparation, result: TrainResult, resumed: Path | None) -> None:
-    from outdraft.drafters.checkpoint import save_drafter
-
     settings = ready.config.model_dump(mode="json")
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau}
     save_drafter(result.folder, ready.drafter, target_id=target_id(target), training=summary)
