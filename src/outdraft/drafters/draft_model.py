@@ -26,7 +26,7 @@ class DraftModel(Drafter):
         target: the model that it drafts for.
 
     Raises:
-        UserError: vocabularies differ.
+        UserError: vocabularies differ, or the family cannot run ahead.
     """
 
     method = "draft-model"
@@ -40,6 +40,11 @@ class DraftModel(Drafter):
         own, others = model.tokenizer, target.tokenizer
         if own is not None and others is not None and own.get_vocab() != others.get_vocab():
             raise UserError("the draft model's tokenizer differs from the target's; a draft model must share it")
+        if model.slot_limit is not None:
+            raise UserError(
+                f"{type(model.model).__name__} has a table of cache slots, in which there is no room to run ahead; "
+                "choose a draft model of another family"
+            )
         self.model = model
 
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> _DraftModelState:
