@@ -1,0 +1,363 @@
+"""Whole decoding says what the target alone says: its exact law by enumeration, its exact tokens when greedy.
+
+The expected side never touches the library's forward, cache or verification: laws and tokens come from the stock
+model, called on whole sequences or through its own `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
+from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
+from outdraft.decoding import Row, decode
+from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.feature_drafting import FeatureDrafter
+from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.errors import UserError
+from outdraft.sampling import Chance, Dice, SamplingSettings, Warper
+from outdraft.statistics import Statistics
+from outdraft.target import Target
+
+EXACT = 1e-10
+GREEDY = SamplingSettings()
+PLAIN = SamplingSettings(temperature=1)
+SHAPED = SamplingSettings(temperature=0.7, top_p=0.9, repetition_penalty=1.3)
+NARROW = SamplingSettings(temperature=1, top_k=2)
+
+
+def feature_drafter(target: Target, feature_sampling: bool, partial_alignment: bool) -> FeatureDrafter:
+    """A drafter of random weights."""
+    config = FeatureHeadConfig(target.hidden_size, 24, 2, 1, 8, target.vocab_size, feature_sampling, partial_alignment)
+    torch.manual_seed(3)
+    return FeatureDrafter(FeatureHead(config).to(target.dtype).eval(), target)
+
+
+DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
+    "fspad": lambda target, _: feature_drafter(target, True, True),
+    "eagle": lambda target, _: feature_drafter(target, False, False),
+    "feature-sampling-only": lambda target, _: feature_drafter(target, True, False),
+    "partial-alignment-only": lambda target, _: feature_drafter(target, False, True),
+    "prompt-lookup": lambda *_: PromptLookup(longest=2),
+    "draft-model": lambda target, near: DraftModel(Target(near), target),
+}
+
+
+def rows_of(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    chances: Sequence[Chance],
+    ends: Sequence[int] = (),
+) -> list[Row]:
+    return [
+        Row(
+            list(prompt),
+            Warper(settings, len(prompt), target.vocab_size, ends),
+            chance,
+            max_new_tokens,
+            frozenset(ends),
+        )
+        for prompt, chance in zip(prompts, chances, strict=True)
+    ]
+
+
+def finish(target: Target, drafter: Drafter | None, rows: list[Row], shape: TreeShape) -> list[Row]:
+    for _ in decode(target, drafter, rows, shape):
+        pass
+    return rows
+
+
+# --- the law ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def small(vocab: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target of one layer, and a draft model near it."""
+
+    def build() -> PreTrainedModel:
+        return tiny("llama-gqa", vocab_size=vocab, num_hidden_layers=1, hidden_size=16, initializer_range=0.3, seed=4)
+
+    return build(), perturbed(build(), build, 0.5)
+
+
+def expected_law(
+    model: PreTrainedModel, prompt: tuple[int, ...], settings: SamplingSettings, length: int, ends: Sequence[int] = ()
+) -> Law:
+    warper = Warper(settings, len(prompt), model.config.vocab_size, ends)
+
+    @torch.inference_mode()
+    def next_law(path: tuple[int, ...]) -> torch.Tensor:
+        ids = torch.tensor(prompt + path)
+        return warper.law(model(ids[None], use_cache=False).logits[0, -1], ids)
+
+    return sequence_law(next_law, length, frozenset(ends))
+
+
+def decoded_law(
+    kind: str | None,
+    vocab: int,
+    prompt: tuple[int, ...],
+    settings: SamplingSettings,
+    length: int,
+    shape: TreeShape,
+    ends: Sequence[int] = (),
+) -> tuple[Law, Statistics]:
+    model, near = small(vocab)
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near) if kind is not None else None
+    everything: list[Statistics] = []
+
+    def run(new_chance: Callable[[], ScriptedChance]) -> tuple[int, ...]:
+        rows = rows_of(target, [prompt], settings, length, [new_chance()], ends)
+        (row,) = finish(target, drafter, rows, shape)
+        everything.append(row.statistics)
+        assert row.finish_reason == ("eos" if row.tokens[-1] in ends else "length")
+        return tuple(row.tokens)
+
+    return law_of(run), Statistics.sum(everything)  # type: ignore[return-value]
+
+
+def assert_same_law(kind, vocab, prompt, settings, length, shape, ends=()) -> Statistics:
+    law, statistics = decoded_law(kind, vocab, prompt, settings, length, shape, ends)
+    assert distance(law, expected_law(small(vocab)[0], prompt, settings, length, ends)) < EXACT
+    assert statistics.drafted > 0
+    return statistics
+
+
+CHAIN, TREE = TreeShape.chain(2), TreeShape(1, 2, 5)
+PROMPT = (0, 2, 1, 0, 2)
+
+
+@pytest.mark.parametrize("ends", [(), (0,)], ids=["", "eos"])
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("settings", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"])
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "prompt-lookup", "draft-model"])
+def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
+    statistics = assert_same_law(kind, 3, PROMPT, settings, 3, shape, ends)
+    if settings is PLAIN:
+        assert 0 < statistics.accepted < statistics.drafted
+
+
+@pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
+@pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model"])
+def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
+    """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
+    statistics = assert_same_law(kind, 4, (0, 2, 1, 3), settings, 2, TreeShape(1, 2, 5, candidates))
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+@pytest.mark.parametrize("kind", ["fspad", "draft-model"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
+    shape = TreeShape(0, width, width + 1, "sampled")
+    assert_same_law(kind, 4, (0, 2, 1, 3), NARROW, 3, shape, ends=(1,))
+
+
+def test_six_tokens_three_deep():
+    statistics = assert_same_law("draft-model", 6, (5, 0, 3), PLAIN, 3, TreeShape(1, 2, 4), ends=(4,))
+    assert statistics.accepted > 0
+
+
+def test_plain_decoding_keeps_the_law():
+    law, statistics = decoded_law(None, 4, (0, 2, 1), SHAPED, 3, CHAIN)
+    assert distance(law, expected_law(small(4)[0], (0, 2, 1), SHAPED, 3)) < EXACT
+    assert statistics.drafted == 0
+
+
+@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model"])
+def test_each_row_of_a_batch_keeps_its_own_law(kind):
+    """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
+    model, near = small(3)
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    prompts = [(0, 2, 1, 0, 2), (1, 1)]
+
+    def run(new_chance: Callable[[], ScriptedChance]) -> tuple[tuple[int, ...], ...]:
+        rows = [
+            *rows_of(target, prompts[:1], NARROW, 3, [new_chance()], (1,)),
+            *rows_of(target, prompts[1:], PLAIN, 2, [new_chance()]),
+        ]
+        return tuple(tuple(row.tokens) for row in finish(target, drafter, rows, CHAIN))
+
+    first = expected_law(model, prompts[0], NARROW, 3, (1,))
+    second = expected_law(model, prompts[1], PLAIN, 2)
+    product = {(a, b): p * q for a, p in first.items() for b, q in second.items()}
+    assert distance(law_of(run), product) < EXACT
+
+
+# --- the same tokens -------------------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 9, 9, 3, 5, 9], [7], [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4], [30, 8, 30]]
+SHAPES = {
+    "chain": TreeShape.chain(3),
+    "tree": TreeShape(2, 4, 12),
+    "drawn": TreeShape(2, 2, 7, "sampled"),
+}
+
+
+@cache
+def pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target and a draft model that is often right."""
+    return tiny(family), perturbed(tiny(family), lambda: tiny(family), 0.1)
+
+
+@cache
+def stock_greedy(family: str, prompt: tuple[int, ...], count: int, end: int | None = None) -> list[int]:
+    model = pair(family)[0]
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def runs(families: Iterable[str]) -> list[tuple[str, str]]:
+    """Families with drafters; GPT-Neo cannot be a draft model."""
+    return [(family, kind) for family in families for kind in DRAFTERS if (family, kind) != ("gpt-neo", "draft-model")]
+
+
+def dice(count: int) -> list[Dice]:
+    return [Dice(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize(("family", "kind"), runs(FAMILIES))
+def test_greedy_tokens_are_those_of_stock_generate(family, kind):
+    """Ragged prompts, row by row and batched, past every sliding window."""
+    model, near = pair(family)
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    expected = [stock_greedy(family, tuple(prompt), 14) for prompt in PROMPTS]
+    statistics = []
+    for shape in (SHAPES["chain"], SHAPES["tree"]):
+        rows = finish(target, drafter, rows_of(target, PROMPTS, GREEDY, 14, dice(4)), shape)
+        assert [row.tokens for row in rows] == expected
+        assert {row.finish_reason for row in rows} == {"length"}
+        statistics += [row.statistics for row in rows]
+    total = Statistics.sum(statistics)
+    assert total.drafted > 0
+    if kind == "draft-model":
+        assert 0 < total.accepted < total.drafted
+        assert total.tau > 1.5
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_greedy_stops_at_the_end_of_sequence_as_stock_generate_does(kind):
+    target = Target(pair("llama-gqa")[0])
+    drafter = DRAFTERS[kind](target, pair("llama-gqa")[1])
+    free = [stock_greedy("llama-gqa", tuple(prompt), 14) for prompt in PROMPTS]
+    stopped = 0
+    for end in {row[place] for row in free for place in (2, 7)}:
+        rows = finish(target, drafter, rows_of(target, PROMPTS, GREEDY, 14, dice(4), [end]), SHAPES["tree"])
+        assert [row.tokens for row in rows] == [stock_greedy("llama-gqa", tuple(p), 14, end) for p in PROMPTS]
+        assert all((row.finish_reason == "eos") == (row.tokens[-1] == end) for row in rows)
+        stopped += sum(len(row.tokens) < 14 for row in rows)
+    assert stopped > 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5])
+def test_never_more_than_max_new_tokens(count):
+    target = Target(pair("llama-gqa")[0])
+    itself = DraftModel(target, target)
+    for shape in SHAPES.values():
+        rows = finish(target, itself, rows_of(target, PROMPTS, GREEDY, count, dice(4)), shape)
+        assert [row.tokens for row in rows] == [stock_greedy("llama-gqa", tuple(p), 14)[:count] for p in PROMPTS]
+        assert [len(row.accepted) for row in rows] == [count] * 4
+
+
+def test_a_target_that_drafts_for_itself_is_always_right():
+    target = Target(pair("llama-gqa")[0])
+    rows = rows_of(target, PROMPTS, SamplingSettings(temperature=1), 13, dice(4))
+    finish(target, DraftModel(target, target), rows, TreeShape.chain(3, candidates="sampled"))
+    for row in rows:
+        assert row.statistics.lengths == [3, 3, 3]
+        assert row.statistics.acceptance_rate == 1
+        assert row.accepted == [False, *([True] * 3 + [False]) * 3]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_batched_rows_equal_single_rows(kind, shape, settings):
+    """With the same dice; rows leave the batch at different times."""
+    target = Target(pair("llama-gqa")[0])
+    drafter = DRAFTERS[kind](target, pair("llama-gqa")[1])
+    limits = [9, 3, 16, 1]
+
+    def rows(which: Sequence[int]) -> list[Row]:
+        return [
+            row for i in which for row in rows_of(target, [PROMPTS[i]], settings, limits[i], [Dice(100 + i)], ends=[11])
+        ]
+
+    together = finish(target, drafter, rows(range(4)), shape)
+    for i, row in enumerate(together):
+        (alone,) = finish(target, drafter, rows([i]), shape)
+        assert (row.tokens, row.finish_reason, row.accepted) == (alone.tokens, alone.finish_reason, alone.accepted)
+        assert row.statistics.lengths == alone.statistics.lengths
+
+
+@pytest.mark.parametrize(("family", "kind"), runs(["llama-gqa", "gpt2", "gpt-neo", "mistral-sliding"]))
+def test_decoding_ends_with_the_context(family, kind):
+    """Trees may reach over the last position; the text is still the stock model's."""
+    model, near = pair(family)
+    target = Target(model)
+    prompts = [list(range(20)) * 2, list(range(25, 30))]
+    rows = rows_of(target, prompts, GREEDY, 1000, dice(2))
+    finish(target, DRAFTERS[kind](target, near), rows, SHAPES["tree"])
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert row.finish_reason == "context"
+        assert row.tokens == stock_greedy(family, tuple(prompt), CONTEXT - len(prompt))
+
+
+def test_a_stop_test_ends_a_row_inside_a_tree():
+    target = Target(pair("llama-gqa")[0])
+    free = stock_greedy("llama-gqa", tuple(PROMPTS[0]), 14)
+    for place in range(1, 10):
+        (row,) = rows_of(target, PROMPTS[:1], GREEDY, 14, dice(1))
+        row.should_stop = lambda tokens, place=place: len(tokens) == place
+        finish(target, DraftModel(target, target), [row], SHAPES["chain"])
+        assert (row.tokens, row.finish_reason) == (free[:place], "stop")
+
+
+def test_a_faulty_verification_would_be_seen(monkeypatch):
+    """The checks above have teeth: keep every candidate, and both law and tokens are off."""
+    import outdraft.verify as rule
+
+    monkeypatch.setattr(rule, "acceptance", lambda p, q, x: 1.0)
+    law, _ = decoded_law("eagle", 3, PROMPT, PLAIN, 3, CHAIN)
+    assert distance(law, expected_law(small(3)[0], PROMPT, PLAIN, 3)) > 1e-3
+    target = Target(pair("llama-gqa")[0])
+    (row,) = finish(
+        target, feature_drafter(target, True, True), rows_of(target, PROMPTS[:1], GREEDY, 14, dice(1)), CHAIN
+    )
+    assert row.tokens != stock_greedy("llama-gqa", tuple(PROMPTS[0]), 14)
+
+
+def test_a_draft_model_must_fit_its_target():
+    target = Target(pair("llama-gqa")[0])
+    with pytest.raises(UserError, match="share the target's tokenizer"):
+        DraftModel(Target(small(4)[0]), target)
+    with pytest.raises(UserError, match="no room to run ahead"):
+        DraftModel(Target(pair("gpt-neo")[0]), target)
+    with pytest.raises(UserError, match="trained for a target with hidden_size 16"):
+        FeatureDrafter(feature_drafter(Target(small(VOCAB)[0]), True, True).head, target)
+
+
+def test_the_tiny_vocabulary_is_used_whole():
+    """Guard: greedy texts of the random models are no single repeated token."""
+    seen = {token for family in FAMILIES for token in stock_greedy(family, tuple(PROMPTS[0]), 14)}
+    assert len(seen) > VOCAB / 2
