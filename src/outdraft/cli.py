@@ -131,7 +131,7 @@ def generate(
         {
             "text": output.texts[0] if output.texts else None,
             "tokens": output.tokens[0],
-            "accepted": output.accepted[0],
+            "from_draft": output.accepted[0],
             "finish_reason": output.finish_reasons[0],
             "prompt_tokens": len(output.prompts[0]),
             "method": loaded.method,

@@ -71,10 +71,15 @@ class Verbs(TyperGroup):
 
 
 def quiet_libraries() -> None:
-    """Before they are imported: no progress bars over loading weights, no warnings of theirs."""
+    """No progress bars over loading weights, no warnings of theirs; best before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _end(message: str, code: int, debug: bool) -> NoReturn:

@@ -6,23 +6,19 @@ Knows neither flags nor files of settings; trains nothing itself.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from outdraft.errors import UserError
-from outdraft.evaluation.held_out import beginnings, hold_out, tau_meter
+from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
 from outdraft.loading import load_target
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.train import TrainResult, train
-
-HELD_OUT = 8
-"""Conversations to measure tau on, unless said otherwise."""
 
 AROUND = ("model", "dtype", "device", "eval_data", "hold_out")
 """Settings of a run that are not the training's own."""
@@ -50,21 +46,19 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
         UserError: settings, target or data that cannot work.
     """
     around, config = _divided(settings)
-
-    def note(text: str) -> None:
-        remarks.print(text, markup=False)
-
-    if around.get("eval_data") is not None:
-        prompts = read_prompts(around["eval_data"], HELD_OUT if around.get("hold_out") is None else around["hold_out"])
-    else:
-        count = around.get("hold_out")
-        count = HELD_OUT if count is None else count
-        if not isinstance(count, int) or count < 0:
-            raise UserError(f"--hold-out must be 0 or more conversations, not {count}")
-        data, prompts = hold_out(config.data, config.output_dir / "data", count, config.on_bad_line, note)
-        config = config.model_copy(update={"data": data})
+    count = HELD_OUT if around.get("hold_out") is None else around["hold_out"]
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"--hold-out must be 0 or more conversations, not {count}")
+    given = around.get("eval_data")
+    split = None if given is not None else hold_out(config.data, count, config.on_bad_line)
+    prompts = split.prompts if split is not None else read_prompts(str(given), max(count, 1))
     target = _target(around)
-    return train(target, config, resume, tau_meter(target, beginnings(prompts, target)), remarks)
+    beginning = beginnings(prompts, target)
+    if split is not None:
+        for note in split.notes:
+            remarks.print(note, markup=False)
+        config = config.model_copy(update={"data": split.write(config.output_dir / "data")})
+    return train(target, config, resume, tau_meter(target, beginning), remarks)
 
 
 def _divided(settings: dict[str, Any]) -> tuple[dict[str, Any], TrainingConfig]:
@@ -81,10 +75,4 @@ def _target(around: dict[str, Any]) -> Target:
     device = around.get("device")
     if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model = str(around["model"])
-    return load_target(
-        Path(model).expanduser() if Path(model).expanduser().exists() else model,
-        dtype=around.get("dtype"),
-        device=device,
-        backend="eager",
-    )
+    return load_target(str(around["model"]), dtype=around.get("dtype"), device=device, backend="eager")

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from outdraft.generation import SpeculativeModel
 from outdraft.target import Target
 from outdraft.training.conversations import Conversation, OnBadLine, read_conversations
 
+HELD_OUT = 8
+"""Conversations held out, unless said otherwise."""
+
 SMALLEST_SPLIT = 10
 """Below so many conversations none is held out."""
 
@@ -27,36 +31,52 @@ LONGEST_BEGINNING = 64
 """Tokens of a plain text that serve as its prompt, at most; a quarter of it otherwise."""
 
 
-def hold_out(
-    data: Path, folder: Path, count: int, on_bad_line: OnBadLine = "error", note: Callable[[str], None] = print
-) -> tuple[Path, list[Prompt]]:
-    """Training data without its last `count` conversations, written to `folder`, and those conversations' prompts.
+@dataclass
+class Split:
+    """A training set divided; nothing is written yet."""
 
-    Args:
-        data: as for training.
-        folder: gets `train.jsonl` and `held_out.jsonl`; equal data give equal files.
-        count: at most a tenth of the data; none of very small data, whose first prompts are then measured on.
-        on_bad_line: as in `read_conversations`.
-        note: told what the user should know.
+    data: Path
+    """Where it came from."""
+    trained: list[Conversation]
+    held_out: list[Conversation]
+    notes: list[str]
+    """What the user should know, a line each."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What to measure tau on: what is held out, else some of what is trained on."""
+        return [prompt_of(_record(conversation)) for conversation in self.held_out or self.trained[:HELD_OUT]]
+
+    def write(self, folder: Path) -> Path:
+        """The data to train on: `folder/train.jsonl`, beside `held_out.jsonl`; what it came from if all is trained on.
+
+        Equal data give equal files.
+        """
+        if not self.held_out:
+            return self.data
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "held_out.jsonl", self.held_out)
+        _write(folder / "train.jsonl", self.trained)
+        return folder / "train.jsonl"
+
+
+def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error") -> Split:
+    """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
 
     Raises:
         UserError: data that cannot be used.
     """
     found = read_conversations(data, on_bad_line)
+    everything, notes = found.conversations, []
     if found.skipped:
-        note(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
-    everything = found.conversations
-    kept_out = 0 if len(everything) < SMALLEST_SPLIT else min(count, max(1, len(everything) // 10))
-    if not kept_out:
-        if count:
-            note(f"{len(everything)} conversations are too few to hold any out: tau is measured on trained prompts")
-        return data, [prompt_of(_record(conversation)) for conversation in everything[: max(count, 1)]]
-    split = len(everything) - kept_out
-    note(f"the last {kept_out} conversations are held out for measuring tau")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "held_out.jsonl", everything[split:])
-    _write(folder / "train.jsonl", everything[:split])
-    return folder / "train.jsonl", [prompt_of(_record(conversation)) for conversation in everything[split:]]
+        notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
+    kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
+    if kept:
+        notes.append(f"held out for measuring tau: the last {kept} of {len(everything)} conversations")
+    else:
+        notes.append("no conversation is held out: tau is measured on prompts that are trained on")
+    split = len(everything) - kept
+    return Split(data, everything[:split], everything[split:], notes)
 
 
 def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
