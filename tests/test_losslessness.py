@@ -13,18 +13,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import outdraft.target as target_module
 from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
 from outdraft.decoding import Row, decode
-from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters import feature_drafting
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.drafters.growth import grow_dynamic
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
 from outdraft.sampling import Chance, Dice, SamplingSettings, Warper
 from outdraft.statistics import Statistics
 from outdraft.target import Target
+from outdraft.tree import Tree
 
 EXACT = 1e-10
 GREEDY = SamplingSettings()
@@ -345,6 +349,160 @@ def test_a_faulty_verification_would_be_seen(monkeypatch):
         target, feature_drafter(target, True, True), rows_of(target, PROMPTS[:1], GREEDY, 14, dice(1)), CHAIN
     )
     assert row.tokens != stock_greedy("llama-gqa", tuple(PROMPTS[0]), 14)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "gpt2"])
+def test_single_precision_greedy_tokens_are_those_of_stock_generate(family):
+    model = tiny(family, dtype=torch.float32)
+    target = Target(model)
+    itself = DraftModel(target, target)
+    for drafter in (itself, feature_drafter(target, True, True)):
+        rows = finish(target, drafter, rows_of(target, PROMPTS, GREEDY, 14, dice(4)), SHAPES["tree"])
+        for row, prompt in zip(rows, PROMPTS, strict=True):
+            out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=14, pad_token_id=0)
+            assert row.tokens == out[0, len(prompt) :].tolist()
+
+
+# --- what is drafted -------------------------------------------------------------------------------------------------
+
+
+class Recorded(Drafter):
+    """A drafter, and every tree that it proposed with the prefix it was proposed for."""
+
+    def __init__(self, inner: Drafter):
+        self.inner, self.method = inner, inner.method
+        self.proposed: list[tuple[list[int], Tree]] = []
+
+    def begin(self, prompts: Sequence[torch.Tensor], capacity: int) -> DraftState:
+        state = self.inner.begin(prompts, capacity)
+        propose = state.propose
+
+        def recording(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+            tree = propose(update, shape, rows)
+            self.proposed += [
+                (prefix.tolist(), Tree(tree.tokens[i : i + 1], tree.parents[i : i + 1], tree.counts[i : i + 1]))
+                for i, prefix in enumerate(rows.prefixes)
+            ]
+            return tree
+
+        state.propose = recording  # type: ignore[method-assign]
+        return state
+
+    def default_shape(self, device: torch.device) -> TreeShape:
+        return self.inner.default_shape(device)
+
+
+@torch.inference_mode()
+def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) -> torch.Tensor:
+    """Draft logits after a path without any cache: true features of all decided tokens, then the drafter's own."""
+    tokens = prefix[1:]
+    features = drafter.target.features(torch.tensor([prefix[:-1]]))
+    for token in [*path, None]:
+        p, r = drafter.head(drafter.embed(torch.tensor([tokens])), features)
+        if token is not None:
+            tokens = [*tokens, token]
+            features = torch.cat([features, r[:, -1:]], dim=1)
+    return drafter.target.head(p[0, -1])
+
+
+@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("switches", [(True, True), (False, False), (True, False), (False, True)])
+def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
+    """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
+    for module in (target_module, feature_drafting):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
+    target = Target(pair("llama-gqa")[0])
+    drafter = feature_drafter(target, *switches)
+    recorded = Recorded(drafter)
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
+    finish(target, recorded, rows_of(target, prompts, GREEDY, 9, dice(3)), SHAPES["chain"])
+    assert len(recorded.proposed) > 3 * len(prompts)
+    for prefix, tree in recorded.proposed:
+        chain = tree.tokens[0, 1:].tolist()
+        assert chain == [int(feature_logits(drafter, prefix, chain[:place]).argmax()) for place in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model"])
+@torch.inference_mode()
+def test_every_branch_of_a_drafted_tree_is_drafted_from_itself_alone(kind):
+    """The tree grown through the drafter's cache is the one that grows when each branch is recomputed by itself."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    recorded = Recorded(drafter)
+    finish(target, recorded, rows_of(target, PROMPTS[2:], GREEDY, 9, dice(2)), SHAPES["tree"])
+    assert len(recorded.proposed) >= 6
+    for prefix, tree in recorded.proposed:
+
+        def after(path: list[int], prefix: list[int] = prefix) -> torch.Tensor:
+            if isinstance(drafter, FeatureDrafter):
+                return feature_logits(drafter, prefix, path)
+            return near(torch.tensor([prefix + path]), use_cache=False).logits[0, -1]
+
+        paths: list[list[int]] = [[]]
+
+        def step(tokens: torch.Tensor, parents: torch.Tensor, after: Callable = after) -> torch.Tensor:
+            nonlocal paths
+            above, new = parents[0].tolist(), tokens[0].tolist()
+            paths = [[*paths[parent], token] for parent, token in zip(above, new, strict=True)]
+            return torch.stack([after(path) for path in paths])[None]
+
+        alone = grow_dynamic(torch.tensor(prefix[-1:]), after([])[None], step, SHAPES["tree"])
+        assert torch.equal(tree.tokens, alone.tokens) and torch.equal(tree.parents, alone.parents)
+
+
+def test_a_draft_model_says_what_it_would_say_alone():
+    """Its first branch is its own greedy text after everything decided, whatever was accepted before."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    recorded = Recorded(DraftModel(Target(near), target))
+    finish(target, recorded, rows_of(target, PROMPTS, GREEDY, 12, dice(4)), SHAPES["chain"])
+    accepted = {len(prefix) for prefix, _ in recorded.proposed}
+    assert len(accepted) > 4
+    for prefix, tree in recorded.proposed:
+        out = near.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=3, pad_token_id=0)
+        assert tree.tokens[0].tolist() == [prefix[-1], *out[0, len(prefix) :].tolist()]
+
+
+@pytest.mark.parametrize("kind", ["fspad", "draft-model"])
+@torch.inference_mode()
+def test_rounds_that_draft_nothing_are_not_forgotten(kind):
+    """`observe` in place of `propose` leaves the drafter where it would be otherwise."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    text = PROMPTS[2]
+    features = target.features(torch.tensor([text]))
+    trees = []
+    for observing in (False, True):
+        state = drafter.begin([torch.tensor(text[:6])], 32)
+        for start, end in ((0, 6), (6, 8), (8, 11)):
+            update = Update(torch.tensor([text[start + 1 : end + 1]]), features[:, start:end], [end - start])
+            warper = Warper(GREEDY, 6, target.vocab_size)
+            rows = RowContext([torch.tensor(text[: end + 1])], [warper], dice(1))
+            if observing and end < 11:
+                state.observe(update)
+            else:
+                tree = state.propose(update, SHAPES["tree"], rows)
+        trees.append(tree)
+    assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].parents, trees[1].parents)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "expected"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 3, [9, 1, 2]),
+        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),
+        ([5, 7, 5, 8, 5], 1, [8]),
+        ([4, 1, 6, 2, 1, 7, 4, 1], 1, [6]),
+        ([1, 2, 3], 4, []),
+        ([1], 4, []),
+        ([3, 3, 3], 4, [3]),
+    ],
+    ids=["trigram", "to-the-end", "latest", "longest-first", "nothing", "one-token", "overlap"],
+)
+def test_prompt_lookup_continues_the_latest_longest_match(text, most, expected):
+    assert PromptLookup(longest=3).continuation(text, most) == expected
 
 
 def test_a_draft_model_must_fit_its_target():
