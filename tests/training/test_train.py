@@ -23,6 +23,7 @@ from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.train import TrainResult, train
+from outdraft.training.trainer import ClipByValue, noise_seed
 
 from .tiny import tiny_target, write_chats
 
@@ -204,7 +205,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(whole: tuple[Path, Path
     assert done.stderr.count("step 5/5") == 1  # one process speaks
 
 
-def test_tau_is_measured_at_its_interval_and_at_the_end(target: Target, chats: Path, tmp_path: Path) -> None:
+def test_tau_is_measured_at_its_interval_and_at_the_end_and_changes_nothing(
+    whole: tuple[Path, Path], target: Target, tmp_path: Path
+) -> None:
+    data, undisturbed = whole
     seen: list[bool] = []
 
     def measure(drafter: FeatureHead) -> dict[str, float]:
@@ -213,10 +217,11 @@ def test_tau_is_measured_at_its_interval_and_at_the_end(target: Target, chats: P
         return {"tau": 2.0 + len(seen)}
 
     said = io.StringIO()
-    config = TrainingConfig(**settings(chats, tmp_path / "run", eval_steps=4, report_to=["tensorboard"]))
+    config = TrainingConfig(**settings(data, tmp_path / "run", eval_steps=4, report_to=["tensorboard"]))
     result = train(target, config, measure_tau=measure, console=Console(file=said, width=200))
     assert seen == [False, False, False] and result.tau == {"tau": 5.0}
     assert "step 4/11" in said.getvalue() and "tau 5.00" in said.getvalue()
+    assert_same_bits(undisturbed, tmp_path / "run")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*")}
@@ -224,13 +229,16 @@ def test_tau_is_measured_at_its_interval_and_at_the_end(target: Target, chats: P
     assert [(e.step, e.value) for e in written.Scalars("train/tau")] == [(4, 3.0), (8, 4.0), (11, 5.0)]
 
 
-def test_gradients_are_clipped_by_value(target: Target, chats: Path, tmp_path: Path) -> None:
-    from outdraft.training.trainer import ClipByValue
-
+def test_gradients_are_clipped_by_value() -> None:
     net = torch.nn.Linear(2, 1)
     net.weight.grad, net.bias.grad = torch.tensor([[3.0, -0.1]]), torch.tensor([-9.0])
     ClipByValue(0.5).on_pre_optimizer_step(None, None, None, model=net)
     assert net.weight.grad.tolist() == [[0.5, pytest.approx(-0.1)]] and net.bias.grad.tolist() == [-0.5]
+
+
+def test_every_example_gets_its_own_noise_in_every_step_and_run() -> None:
+    seeds = [noise_seed(seed, step, index) for seed in range(3) for step in range(20) for index in range(20)]
+    assert len(set(seeds)) == 3 * 20 * 20 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_bf16_training_keeps_float32_weights(target: Target, chats: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -28,6 +29,8 @@ from outdraft.drafters.feature_head import FeatureHead
 
 MeasureTau = Callable[[FeatureHead], dict[str, float]]
 """Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
+
+SAME_WISH_SECONDS = 1.0
 
 SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "learning_rate": ".1e"}
 
@@ -100,6 +103,7 @@ class OrderlyStop(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> OrderlyStop:
@@ -113,9 +117,12 @@ class OrderlyStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        now = time.monotonic()
+        # A launcher forwards the Ctrl-C that the terminal has sent already: that is one wish, not two.
+        if self.asked and number == signal.SIGINT and now - self._asked_at > SAME_WISH_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:  # all processes must stop at the same step
