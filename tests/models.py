@@ -86,12 +86,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_GPT_LAYERS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+FURTHER: dict[str, dict[str, Any]] = {
+    "mixtral": {**_LLAMA_LIKE, **_EXPERTS, "model_type": "mixtral"},
+    "gpt-oss": {**_LLAMA_LIKE, **_FOUR_LAYERS, **_EXPERTS, "model_type": "gpt_oss"},
+    "deepseek": {
+        **_LLAMA_LIKE,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 2,
+    },
+    "opt": {**_GPT_LIKE, **_GPT_LAYERS, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "falcon": {**_GPT_LIKE, **_GPT_LAYERS, "model_type": "falcon", "alibi": False},
+    "granite": {**_LLAMA_LIKE, "model_type": "granite", "logits_scaling": 3.0},
+    "cohere": {**_LLAMA_LIKE, "model_type": "cohere"},
+}
+"""Mixtures of experts, keys wider than values, scaled logits: a glance at each, in float32 where a kernel wants it."""
+
 
 def tiny(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str | None = None, **changes: Any
 ) -> PreTrainedModel:
-    """A random model of a family of `FAMILIES`, its biases and norms random too, in evaluation mode."""
-    settings = {**FAMILIES[family], **changes}
+    """A random model of a family named above, its biases and norms random too, in evaluation mode."""
+    settings = {**(FAMILIES | FURTHER)[family], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **with_attention(attention)).eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import outdraft.target as target_module
-from models import CONTEXT, FAMILIES, VOCAB, tiny
+from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
 from outdraft.target import Target
@@ -87,6 +87,22 @@ def test_every_node_of_every_tree_says_what_its_own_path_says(family, attention)
             text + tree.tokens[row, path].tolist() for row, (text, path) in enumerate(zip(texts, paths, strict=True))
         ]
     assert max(len(text) for text in texts) > 20
+
+
+@pytest.mark.parametrize("family", FURTHER)
+@torch.inference_mode()
+def test_further_families_verify_trees(family):
+    model = tiny(family, dtype=torch.float32)
+    target = Target(model)
+    cache = target.new_cache(2, 4)
+    target.prefill([torch.tensor(prompt) for prompt in PROMPTS[::2]], cache)
+    tree = random_tree([11, 12], 9, seed=0)
+    logits = target.head(target.forward_tree(tree, cache))
+    for row, prompt in enumerate(PROMPTS[::2]):
+        for node in range(tree.counts[row]):
+            way = way_down(tree, row, node)
+            expected = stock_logits(model, prompt + tree.tokens[row, way].tolist())[-1]
+            assert (logits[row, node] - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
