@@ -214,20 +214,20 @@ def test_a_vocabulary_of_eight():
         def grow(chance, without=without):
             q = draft(()).softmax(-1)
             left, tokens = q.clone(), [0]
-            for _ in range(3):
+            for _ in range(2):
                 tokens.append(chance.draw(left))
                 if without:
                     left[tokens[-1]] = 0
-            laws = torch.zeros(1, 4, 8, dtype=torch.float64)
+            laws = torch.zeros(1, 3, 8, dtype=torch.float64)
             laws[0, 0] = q
             kind = "without_replacement" if without else "with_replacement"
-            return Tree(torch.tensor([tokens]), torch.tensor([[-1, 0, 0, 0]]), [4], kind, laws)
+            return Tree(torch.tensor([tokens]), torch.tensor([[-1, 0, 0]]), [3], kind, laws)
 
         law: Law = {}
         for token, probability in all_runs(
             lambda new_chance, grow=grow: (
                 lambda chance: verify(
-                    grow(chance), target(()).expand(1, 4, 8), [warper(settings, 8)], [torch.tensor(PROMPT)], [chance]
+                    grow(chance), target(()).expand(1, 3, 8), [warper(settings, 8)], [torch.tensor(PROMPT)], [chance]
                 )[0].tokens[0]
             )(new_chance())
         ):
