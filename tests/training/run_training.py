@@ -1,7 +1,7 @@
 """Run by the tests as a program of its own, alone or under torchrun: one training, killed where it is told to.
 
-Usage: run_training.py SETTINGS_JSON [resume]. With `"kill": "step:N"` the process kills itself (SIGKILL) in the middle
-of step N, with `"kill": "save:N"` when half of checkpoint N is written.
+Usage: run_training.py SETTINGS_JSON [resume]. With `"kill": "save:N"` the process kills itself (SIGKILL) when half of
+checkpoint N is written, with `"kill": "step:N"` in the middle of step N.
 """
 
 from __future__ import annotations

@@ -124,6 +124,34 @@ def test_partial_alignment_keeps_the_two_losses_apart(batch: SimpleNamespace) ->
     assert for_r[D:].abs().min() > 0 and for_r[:D].abs().max() == 0
 
 
+def test_unrolled_steps_see_what_decoding_sees(batch: SimpleNamespace) -> None:
+    net = drafter()
+
+    def head(x: Tensor) -> Tensor:
+        return x @ batch.weight.T
+
+    regression, cross_entropy = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        for row, length in enumerate(batch.lengths):
+            for t in range(length - 2):
+                for step in range(3):
+                    if t < step or not batch.mask[row, t + 2]:
+                        continue
+                    read = batch.features[row : row + 1, : t - step + 1]
+                    out = net(batch.embeddings[row : row + 1, 1 : t - step + 2], read)
+                    for drafted in range(step):  # one token more, and the drafter's own feature for it
+                        read = torch.cat([read, out.r[:, -1:]], dim=1)
+                        out = net(batch.embeddings[row : row + 1, 1 : t - step + 3 + drafted], read)
+                    goal = batch.features[row, t + 1]
+                    regression[step] += torch.nn.functional.smooth_l1_loss(out.r[0, -1], goal).item()
+                    cross_entropy[step] -= (head(goal).softmax(-1) * head(out.p[0, -1]).log_softmax(-1)).sum().item()
+    sums = DrafterLoss(net, head, unroll_steps=3)(batch.embeddings, batch.features, batch.mask)
+    weights = np.array([1, 0.8, 0.64]) / 2.44
+    assert sums.regression.item() == pytest.approx(np.dot(weights, regression), rel=1e-10)
+    assert sums.cross_entropy.item() == pytest.approx(np.dot(weights, cross_entropy), rel=1e-10)
+    assert sums.positions == 7
+
+
 def test_token_loss_passes_gradcheck() -> None:
     torch.manual_seed(3)
     p, goal = torch.randn(5, D, dtype=torch.float64, requires_grad=True), torch.randn(5, D, dtype=torch.float64)

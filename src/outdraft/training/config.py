@@ -56,6 +56,8 @@ class TrainingConfig(BaseModel):
     """Weight of the token loss (soft cross-entropy against the target)."""
     feature_noise: bool = True
     """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
+    unroll_steps: int = Field(1, ge=1, le=16)
+    """Draft steps trained on the drafter's own features, as it decodes (beyond the paper; k cost about k(k+1)/2)."""
     loss_chunk_size: int = Field(512, ge=1)
     """Positions whose logits are held at once; smaller needs less memory."""
 
@@ -138,8 +140,9 @@ class TrainingConfig(BaseModel):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # On a target of 0.26M, 300 steps at 1e-3 and 3e-3 ended at an agreement of 0.48 and 0.60.
     "tiny": {
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 50,
         "max_steps": 2000,

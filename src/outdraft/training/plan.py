@@ -130,7 +130,7 @@ def _timed(target: TargetLike, ready: Preparation, bf16: bool) -> tuple[float, f
     chosen = random.Random(config.seed).sample(range(len(ready.examples)), count)
     data = TrainingExamples(ready.examples)
     batch = {name: value.to(device) for name, value in collate([data[i] for i in chosen]).items()}
-    loss = DrafterLoss(ready.drafter, target.head, config.loss_chunk_size)
+    loss = DrafterLoss(ready.drafter, target.head, config.loss_chunk_size, config.unroll_steps)
     optimizer = torch.optim.AdamW(ready.drafter.parameters(), lr=0.0)
     held: dict[str, torch.Tensor] = {}
 

@@ -93,7 +93,7 @@ def train(
     stop, progress = OrderlyStop(), ProgressReport(console)
     meter = TauMeter(measure_tau, ready.drafter, config.eval_steps) if measure_tau else None
     trainer = DrafterTrainer(
-        DrafterLoss(ready.drafter, target.head, config.loss_chunk_size),
+        DrafterLoss(ready.drafter, target.head, config.loss_chunk_size, config.unroll_steps),
         target,
         config,
         TrainingExamples(ready.examples, cache),
