@@ -187,11 +187,16 @@ def chat(
 
 @app.command()
 def train(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Any setting as key=value, after the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Any setting as key=value; an unknown one is answered with all there are."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Target: a folder, a hub id, or `reference`.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of settings; key=value and flags override it.")
+    ] = None,
     data: Annotated[Path | None, o.training("data")] = None,
     output_dir: Annotated[Path | None, o.training("output_dir")] = None,
     method: Annotated[str | None, o.training("method")] = None,
@@ -218,7 +223,7 @@ def train(
 ) -> None:
     """Train a drafter for a model."""
     from outdraft.console.settings import read_settings
-    from outdraft.console.training import plan_training, run_training
+    from outdraft.console.training import is_main_process, plan_training, run_training
 
     settings = read_settings(
         config,
@@ -246,6 +251,8 @@ def train(
         print_json(asdict(plan)) if json else plan.show(results())
         return
     result = run_training(settings, resume, remarks())
+    if not is_main_process():
+        return
     if json:
         print_json(asdict(result))
     else:

@@ -5,6 +5,7 @@ Commands begin with a slash. Knows nothing of how answers are made.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -51,6 +52,8 @@ class Chat:
 
     def run(self) -> None:
         """Until /quit or the end of the input."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 -- gives `input` line editing and a history
         self.remarks.print(HELP, style="dim")
         while True:
             line = self._read()
@@ -97,7 +100,7 @@ class Chat:
 
     def _read(self) -> str | None:
         """The next line; None at the end of the input."""
-        if sys.stdin.isatty():
-            self.remarks.print("> ", end="", style="bold")
-        line = sys.stdin.readline()
-        return line.strip() if line else None
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None

@@ -54,11 +54,18 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
     prompts = split.prompts if split is not None else read_prompts(str(given), max(count, 1))
     target = _target(around)
     beginning = beginnings(prompts, target)
+    if not is_main_process():
+        remarks = Console(quiet=True)
     if split is not None:
         for note in split.notes:
             remarks.print(note, markup=False)
         config = config.model_copy(update={"data": split.write(config.output_dir / "data")})
     return train(target, config, resume, tau_meter(target, beginning), remarks)
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of torchrun's or accelerate's processes that reports."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _divided(settings: dict[str, Any]) -> tuple[dict[str, Any], TrainingConfig]:
