@@ -110,7 +110,7 @@ class Target:
     # --- parts -------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`(..., )` ids to `(..., hidden)` rows of the input embedding, unscaled."""
+        """`(..., )` ids to `(..., hidden)` what the model's own embedding module gives (Gemma's scales)."""
         return self._embedding(ids)
 
     def head(self, features: Tensor) -> Tensor:
