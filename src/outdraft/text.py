@@ -42,7 +42,7 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]
     if isinstance(prompt, torch.Tensor):
         ids = prompt.reshape(-1).tolist()
     elif isinstance(prompt, str):
-        ids = list(_needed(tokenizer)(prompt)["input_ids"])  # type: ignore[arg-type]
+        ids = list(_needed(tokenizer)(prompt)["input_ids"])
     elif prompt and isinstance(prompt[0], dict):
         ids = encode_chat(prompt, _needed(tokenizer))
     else:
@@ -64,7 +64,7 @@ def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase)
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     except Exception as error:  # templates raise what they like
         raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return list(encoded["input_ids"])  # type: ignore[call-overload, index]
+    return list(encoded["input_ids"])  # type: ignore
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
