@@ -255,6 +255,22 @@ def test_a_family_that_cannot_verify_trees_is_refused_with_the_reason(build, rea
         Target(build())
 
 
+def test_hooks_of_accelerate_leave_the_head_alone():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama-gqa")
+    features = torch.randn(2, 3, 32, dtype=torch.float64)
+    expected = Target(model).head(features)
+    hooked = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)  # as for quantised models
+    assert torch.equal(Target(hooked).head(features), expected)
+
+
+def test_a_model_spread_over_devices_is_refused():
+    model = tiny("llama-gqa")
+    model.base_model.layers[1].to("meta")
+    with pytest.raises(UserError, match="several devices"):
+        Target(model)
+
+
 def test_attention_that_reads_no_mask_is_refused():
     model = tiny("llama-gqa")
     model.config._attn_implementation = "flash_attention_2"

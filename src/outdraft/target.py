@@ -200,6 +200,10 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
     if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UserError(
+            f"{name} is spread over several devices, which is not supported; load it on one (no device_map)"
+        )
     if config._attn_implementation not in MASK_READING:
         raise UserError(
             f"attention '{config._attn_implementation}' takes no mask of its own; load with attn_implementation='sdpa'"
@@ -244,6 +248,7 @@ class _HeadView:
 
     def __init__(self, model: PreTrainedModel):
         self.view = copy.copy(model)
+        self.view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original model
         self.view._modules = dict(model._modules)
         self.view._modules[model.base_model_prefix] = _HandBack()
 
