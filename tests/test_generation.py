@@ -125,6 +125,7 @@ def test_sampled_candidates_are_drawn_and_kept(fast: Any) -> None:
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"logit_bias": {999: 1.0}}, "999"),
         ({"candidates": "best"}, "candidates"),
+        ({"stop_strings": [""]}, "stop string is empty"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(fast: Any, settings: dict[str, Any], says: str) -> None:
@@ -134,7 +135,15 @@ def test_impossible_settings_are_refused_in_one_line(fast: Any, settings: dict[s
 
 
 def test_impossible_prompts_are_refused_in_one_line(fast: Any) -> None:
-    for prompt, says in (([5] * 128, "context"), ("", "empty"), ([], "no prompt"), ([700], "vocabulary")):
+    for prompt, says in (
+        ([5] * 128, "context"),
+        ("", "empty"),
+        ([], "no prompt"),
+        ([700], "token 700, the vocabulary"),
+        ([-1, 5], "token -1, the vocabulary"),
+        (torch.empty(1, 0, dtype=torch.long), "empty"),
+        (byte_tokenizer()("Once", return_tensors="pt"), "no dictionary"),
+    ):
         with pytest.raises(UserError, match=says):
             fast.generate(prompt, max_new_tokens=5)
 
@@ -152,6 +161,14 @@ def test_a_drafter_of_another_target_is_refused(target: Any) -> None:
         outdraft.load(target, tiny("llama-mha"), backend="eager")
 
 
+def test_a_drafter_handed_over_stays_as_it_is(target: Any) -> None:
+    config = FeatureHeadConfig(target.config.hidden_size, 8, 4, 4, 8, 260)
+    head = FeatureHead(config).train()
+    assert next(head.parameters()).dtype != target.dtype
+    outdraft.load(target, head, backend="eager")
+    assert head.training and next(head.parameters()).dtype == torch.float32
+
+
 # --- transformers' own generate --------------------------------------------------------------------------------
 
 
@@ -167,7 +184,13 @@ def left_padded(tokenizer: Any) -> Any:
 
 def test_custom_generate_says_what_the_stock_model_says(target: Any, custom: Any) -> None:
     batch = left_padded(byte_tokenizer())
-    for settings in ({}, {"repetition_penalty": 1.3}, {"min_new_tokens": 12}, {"bad_words_ids": [[40], [41, 42]]}):
+    for settings in (
+        {},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 12},
+        {"bad_words_ids": [[40], [41, 42]]},
+        {"forced_eos_token_id": 7},  # counts the padding
+    ):
         stock = target.generate(**batch, max_new_tokens=24, do_sample=False, **settings)
         ours = target.generate(**batch, max_new_tokens=24, do_sample=False, custom_generate=custom, **settings)
         assert torch.equal(stock, ours), settings
@@ -200,3 +223,16 @@ def test_custom_generate_stops_at_stop_strings(target: Any, custom: Any) -> None
 def test_custom_generate_refuses_beams(target: Any, custom: Any) -> None:
     with pytest.raises(UserError, match="beam"):
         target.generate(**byte_tokenizer()("Once", return_tensors="pt"), num_beams=2, custom_generate=custom)
+
+
+def test_custom_generate_refuses_what_it_cannot_keep(target: Any, custom: Any) -> None:
+    batch = left_padded(byte_tokenizer())
+    for settings, says in (
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [5 + row]}, "tells rows apart"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+    ):
+        with pytest.raises(UserError, match=says):
+            target.generate(**batch, max_new_tokens=4, custom_generate=custom, **settings)
+    embedded = target.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(UserError, match="inputs_embeds"):
+        target.generate(inputs_embeds=embedded, max_new_tokens=4, custom_generate=custom)

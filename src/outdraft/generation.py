@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from outdraft.decoding import Row, decode
@@ -275,7 +275,8 @@ def check_prompt(ids: Sequence[int], target: Target) -> None:
             f"the prompt has {len(ids)} tokens, the model's context is {target.context_length}; shorten the prompt"
         )
     if max(ids) >= target.vocab_size or min(ids) < 0:
-        raise UserError(f"the prompt holds token {max(ids)}, the vocabulary ends at {target.vocab_size - 1}")
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise UserError(f"the prompt holds token {wrong}, the vocabulary ends at {target.vocab_size - 1}")
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -288,8 +289,9 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
     Processors and stopping criteria are those that `transformers` has prepared, applied node by node. The seed comes
-    from torch's global generator, so `torch.manual_seed` works as always. transformers 5 does not hand a tokenizer on
-    to a custom generate; for stop strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
+    from torch's global generator, so `torch.manual_seed` works as always. transformers 5 hands neither a tokenizer nor
+    a streamer on to a custom generate: for stop strings give `stopping_criteria=[StopStringCriteria(tokenizer,
+    strings)]`, to stream use `load(...).stream(...)`.
 
     Args:
         draft_model: as in `load`.
@@ -307,11 +309,7 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
         generation_config: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        if generation_config.num_beams > 1:
-            raise UserError(LOSSY["num_beams"])
-        for processor in logits_processor or []:
-            if "Watermark" in type(processor).__name__ or "Guidance" in type(processor).__name__:
-                raise UserError(f"{type(processor).__name__} keeps state of its own, which a tree breaks; leave it out")
+        _refuse_lossy(generation_config, logits_processor or [], input_ids)
         if id(model) not in bound:
             target = load_target(model, backend=backend)
             bound[id(model)] = (model, target, load_drafter_for(target, draft_model, method=method, backend=backend))
@@ -322,10 +320,12 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
-            padding = len(ids) - len(prompt)
             dice = Dice(int(torch.randint(2**62, ())), target.device)
-            warper = Warper(settings, len(prompt), target.vocab_size, (), list(logits_processor or []), target.device)
-            stop = _criteria(prompt, padding, stopping_criteria, input_ids)
+            processors = list(logits_processor or [])
+            if processors and len(prompt) < len(ids):
+                processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
+            warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
+            stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
             rows.append(Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop))
         for _ in decode(target, drafter, rows, tree_shape(drafter, target.device, dict(tree))):
             pass
@@ -340,11 +340,44 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
     return generate
 
 
-def _criteria(prompt: list[int], padding: int, criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
-    """transformers' stopping criteria as a test after every token."""
+def _refuse_lossy(config: Any, processors: Sequence[LogitsProcessor], input_ids: Tensor) -> None:
+    """Raise UserError for what cannot be kept, or not be returned, when a tree is decoded."""
+    if config.num_beams > 1:
+        raise UserError(LOSSY["num_beams"])
+    if not input_ids.shape[1]:
+        raise UserError("a prompt of inputs_embeds cannot be drafted for; give input_ids")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None) and config.return_dict_in_generate:
+            raise UserError(f"{name} is not kept when drafting; leave it out")
+    for processor in processors:
+        name = type(processor).__name__
+        if "Watermark" in name or "Guidance" in name:
+            raise UserError(f"{name} keeps state of its own, which a tree breaks; leave it out")
+        if len(input_ids) > 1 and name.startswith(("PrefixConstrained", "Encoder")):
+            raise UserError(f"{name} tells rows apart by their place in the batch; generate one prompt at a time")
+
+
+class _WithPadding(LogitsProcessor):
+    """transformers' processors on a row as transformers has it: with its padding, which some of them count.
+
+    Args:
+        processors: as prepared for the padded batch.
+        given: `(padded tokens,)` the row's prompt with its padding.
+        prompt_length: tokens of the prompt without it.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor], given: Tensor, prompt_length: int):
+        self.processors = LogitsProcessorList(processors)
+        self.given, self.prompt_length = given[None], prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.processors(torch.cat([self.given, input_ids[:, self.prompt_length :]], dim=1), scores)
+
+
+def _criteria(before: list[int], criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
+    """transformers' stopping criteria as a test after every token; `before` is the prompt with its padding."""
     if not criteria:
         return None
-    before = [0] * padding + prompt
 
     def completed(tokens: list[int]) -> bool:
         ids = torch.tensor([before + tokens], device=like.device)

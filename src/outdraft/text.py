@@ -5,7 +5,7 @@ Knows tokenizers; knows nothing of models or decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ def encode_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> t
         The ids, and whether a single prompt was given.
     """
     if isinstance(prompts, torch.Tensor):
-        rows = prompts.tolist()
-        return (rows, False) if prompts.dim() == 2 else ([rows], True)
+        rows = list(prompts) if prompts.dim() == 2 else [prompts]
+        return [_encode(row, tokenizer) for row in rows], prompts.dim() != 2
+    if isinstance(prompts, Mapping):  # its keys would pass for prompts
+        raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
     single = isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
     )
@@ -106,7 +108,13 @@ class Detokenizer:
 
 
 def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
-    """A test whether the newest token completes one of the strings."""
+    """A test whether the newest token completes one of the strings.
+
+    Raises:
+        UserError: a string is empty, which every text contains.
+    """
+    if not all(strings):
+        raise UserError("a stop string is empty; leave it out")
     longest = max(len(string.encode()) for string in strings)
 
     def completed(tokens: list[int]) -> bool:
