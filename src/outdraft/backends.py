@@ -67,8 +67,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "it lies on " + weight.device.type
     if weight.dtype not in PACKABLE:
         return f"{weight.dtype} is not packed"
-    if not torch.backends.mkldnn.is_available():
-        return "this build of torch has no oneDNN"
+    if not _packs(weight.dtype):
+        return f"oneDNN has no linear layers in {weight.dtype} here"
     if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "_hf_hook"):
         return "it is quantised or spread over devices"
     return None
@@ -76,8 +76,14 @@ def why_not_packed(model: nn.Module) -> str | None:
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """`packed` where it can serve, else `eager`."""
-    packs = device.type == "cpu" and dtype in PACKABLE and torch.backends.mkldnn.is_available()
-    return "packed" if packs else "eager"
+    return "packed" if device.type == "cpu" and dtype in PACKABLE and _packs(dtype) else "eager"
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN and, for bfloat16, the processor what its kernels need."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
