@@ -6,6 +6,7 @@ Knows file layouts only as far as to tell a drafter's folder from a language mod
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.folder import find_folder
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
 from outdraft.reference import reference_drafter_path, reference_target_path
@@ -84,6 +86,7 @@ def load_target(
     else:
         shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
         path = str(reference_target_path() if shipped else model)
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
         where = resolve_device(device)
         loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
         folder = tokenizer or path
@@ -131,7 +134,7 @@ def load_drafter_for(
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
     if isinstance(source, FeatureHead):
-        head = source.to(target.device, target.dtype).eval()
+        head = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
         return FeatureDrafter(accelerate(head, backend), target)
     if isinstance(source, Target):
         return DraftModel(source, target)
@@ -139,26 +142,26 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         return DraftModel(Target(source.eval()), target)
     if str(source) == REFERENCE and not Path(REFERENCE).exists():
         source = reference_drafter_path()
-    if _is_language_model(str(source)):
+    if _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     head = load_drafter(source, dtype=target.dtype, device=target.device).head.eval()
     return FeatureDrafter(accelerate(head, backend), target)
 
 
-def _is_language_model(path: str) -> bool:
+def _is_language_model(folder: Path) -> bool:
     """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
 
     EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer.
     """
-    folder = Path(path)
     if not (folder / "config.json").is_file():
         return False
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return "model_type" in config and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    words = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return "model_type" in config and any((folder / name).exists() for name in words)
 
 
 def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:

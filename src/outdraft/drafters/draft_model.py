@@ -26,7 +26,7 @@ class DraftModel(Drafter):
         target: the model that it drafts for.
 
     Raises:
-        UserError: vocabularies differ, or the family cannot run ahead.
+        UserError: vocabularies or devices differ, or the family cannot run ahead.
     """
 
     method = "draft-model"
@@ -37,6 +37,8 @@ class DraftModel(Drafter):
                 f"the draft model has {model.vocab_size} tokens, the target {target.vocab_size}; "
                 "a draft model must share the target's tokenizer"
             )
+        if model.device != target.device:
+            raise UserError(f"the draft model is on {model.device}, the target on {target.device}; move it there")
         own, others = model.tokenizer, target.tokenizer
         if own is not None and others is not None and own.get_vocab() != others.get_vocab():
             raise UserError("the draft model's tokenizer differs from the target's; a draft model must share it")
