@@ -281,3 +281,5 @@ def test_settings_that_cannot_work_are_refused(target: Target, chats: Path, tmp_
         quiet(target, settings(chats, tmp_path, max_length=500))
     with pytest.raises(UserError, match="make it a multiple of gradient_accumulation_steps"):
         quiet(target, settings(chats, tmp_path, batch_size=3))
+    with pytest.raises(UserError, match="report_to elsewhere"):
+        quiet(target, settings(chats, tmp_path, report_to=["elsewhere"]))

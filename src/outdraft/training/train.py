@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
 
@@ -28,6 +27,11 @@ from outdraft.training.preparation import Preparation, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
 from outdraft.training.trainer import DrafterTrainer, training_arguments
+
+try:
+    from accelerate import PartialState
+except ModuleNotFoundError as error:
+    raise UserError("training needs the package's train extra; pip install 'outdraft[train]'") from error
 
 RUN = "training_run.json"
 

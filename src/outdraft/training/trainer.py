@@ -15,7 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
+from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
 from outdraft.training.config import TrainingConfig
 from outdraft.training.features import TrainingExamples, collate, target_features
@@ -170,6 +172,9 @@ def training_arguments(config: TrainingConfig, device: torch.device, total_steps
         config: what to do.
         device: the target's, on which the drafter trains.
         total_steps: optimizer steps of the whole run.
+
+    Raises:
+        UserError: a tracker that is unknown or not installed.
     """
     args = TrainingArguments(
         output_dir=str(config.output_dir),
@@ -203,4 +208,9 @@ def training_arguments(config: TrainingConfig, device: torch.device, total_steps
     )
     _ = args.device  # several visible GPUs in one process would mean DataParallel, which knows nothing of our sums
     args._n_gpu = min(args.n_gpu, 1)
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"report_to {', '.join(config.report_to)}: {first_line(error)}; choose another") from error
     return args
