@@ -371,7 +371,8 @@ class _WithPadding(LogitsProcessor):
         self.given, self.prompt_length = given[None], prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.processors(torch.cat([self.given, input_ids[:, self.prompt_length :]], dim=1), scores)
+        whole: Any = torch.cat([self.given, input_ids[:, self.prompt_length :]], dim=1)
+        return self.processors(whole, scores)  # type: ignore[arg-type]
 
 
 def _criteria(before: list[int], criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
