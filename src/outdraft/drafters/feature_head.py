@@ -64,6 +64,8 @@ class DraftOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last dimension."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))

@@ -47,6 +47,7 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
 
 
 def local_folder(path: Path) -> Path:
+    """The folder as it is, or the UserError that says why it is none."""
     if not path.exists():
         raise UserError(f"there is no folder '{path}'; check the path of the drafter")
     if not path.is_dir():
@@ -55,6 +56,7 @@ def local_folder(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """What its config.json holds, or the UserError that says what is wrong with it."""
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(
@@ -126,4 +128,5 @@ def some(names: Iterable[str]) -> str:
 
 
 def shape_of(tensor: Tensor) -> str:
+    """`2x3` for a tensor of two rows and three columns."""
     return "x".join(str(size) for size in tensor.shape) or "a single number"

@@ -107,6 +107,7 @@ def _rope_theta(config: dict[str, Any], folder: Path) -> float:
 
 
 def our_name(official: str) -> str:
+    """The name in `FeatureHead` of a tensor in an official file."""
     for theirs, ours in OFFICIAL_NAMES.items():
         if official.startswith(theirs):
             return ours + official[len(theirs) :]
