@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from cli_fixtures import write_lines
+from outdraft.cache import SlotCache
 from outdraft.console.streaming import stream
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
@@ -22,7 +23,7 @@ from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
 from outdraft.evaluation.contenders import contenders
 from outdraft.evaluation.held_out import beginnings, hold_out, tau_meter
-from outdraft.evaluation.identity import WIDTH, divergences, logits_after
+from outdraft.evaluation.identity import divergences, logits_one_by_one
 from outdraft.evaluation.measure import PLAIN, Answer, Contender, Run, compare, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.summary import interval, summarise
@@ -30,6 +31,7 @@ from outdraft.generation import SpeculativeModel
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.training.head_config import feature_head_config
+from outdraft.tree import Tree
 from training.tiny import tiny_target, write_chats
 
 PROMPTS = [[10, 20, 30], [40, 50, 60, 70]]
@@ -157,13 +159,30 @@ def test_a_text_that_just_ends_diverges_without_a_gap(target: Target) -> None:
 def test_low_precision_ties_are_told_from_defects() -> None:
     target = tiny_target(torch.bfloat16)
     plain = SpeculativeModel(target).generate(PROMPTS[0], max_new_tokens=30).tokens[0]
-    single = logits_after(target, PROMPTS[0], plain[:-1], 1)
-    many = logits_after(target, PROMPTS[0], plain[:-1], WIDTH)
-    assert single.shape == many.shape == (len(plain), target.vocab_size)
+    single = logits_one_by_one(target, PROMPTS[0], plain[:-1])
+    assert single.shape == (len(plain), target.vocab_size)
     assert [int(best) for best in single.argmax(-1)] == plain
     worst = int(single[-1].argmin())
     (found,) = divergences(target, PROMPTS[:1], [plain], [[*plain[:-1], worst]])
     assert found.gap > found.noise >= 0 and not found.tie
+
+
+def test_a_broken_tree_cannot_pass_for_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is measured without the code that is under suspicion."""
+    target = tiny_target(torch.float32)
+    plain = SpeculativeModel(target).generate(PROMPTS, max_new_tokens=14).tokens
+    whole = Target.forward_tree
+
+    def broken(self: Target, tree: Tree, cache: SlotCache) -> torch.Tensor:
+        features = whole(self, tree, cache)
+        return features if tree.nodes == 1 else features.roll(1, dims=-1)
+
+    monkeypatch.setattr(Target, "forward_tree", broken)
+    wrong = SpeculativeModel(target, DraftModel(tiny_target(torch.float32), target)).generate(
+        PROMPTS, max_new_tokens=14
+    )
+    found = divergences(target, PROMPTS, plain, wrong.tokens)
+    assert found and not any(one.tie for one in found)
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

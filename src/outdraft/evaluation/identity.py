@@ -17,9 +17,6 @@ from outdraft.cache import SlotCache
 from outdraft.target import Target
 from outdraft.tree import Tree
 
-WIDTH = 10
-"""Tokens of the many-token forward that noise is measured with: about the nodes of a tree on a CPU."""
-
 
 @dataclass(frozen=True)
 class Divergence:
@@ -32,7 +29,8 @@ class Divergence:
     gap: float
     """Logit of the plain choice less that of the other, by plain one-token forwards; nan where one text just ends."""
     noise: float
-    """Largest change of the gap between the two best tokens, up to here, from one-token to many-token forwards."""
+    """Largest change of the gap between the two best tokens, up to here, from one-token forwards to the stock model's
+    own forward over the whole text, which knows nothing of our cache, trees or masks."""
 
     @property
     def tie(self) -> bool:
@@ -66,23 +64,22 @@ def divergence(target: Target, number: int, prompt: list[int], plain: list[int],
     shorter = min(len(plain), len(other))
     position = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
     common = plain[:position]
-    single, many = logits_after(target, prompt, common, 1), logits_after(target, prompt, common, WIDTH)
+    single = logits_one_by_one(target, prompt, common)
+    whole = target.head(target.features(torch.tensor([prompt + common], device=target.device))[0, len(prompt) - 1 :])
     best = single.topk(2, dim=-1).indices
-    gaps = [logits.gather(1, best).diff(dim=-1)[:, 0] for logits in (single, many)]
+    gaps = [logits.gather(1, best).diff(dim=-1)[:, 0] for logits in (single, whole.float())]
     noise = float((gaps[0] - gaps[1]).abs().max())
     if position == shorter:
         return Divergence(number, position, float("nan"), noise)
     return Divergence(number, position, float(single[-1, plain[position]] - single[-1, other[position]]), noise)
 
 
-def logits_after(target: Target, prompt: list[int], tokens: list[int], width: int) -> Tensor:
-    """`(len(tokens) + 1, vocab)` logits after the prompt and after each token, run `width` tokens a forward."""
-    cache: SlotCache = target.new_cache(1, len(prompt) + len(tokens) + width)
+def logits_one_by_one(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
+    """`(len(tokens) + 1, vocab)` logits after the prompt and after each token, as plain decoding computes them."""
+    cache: SlotCache = target.new_cache(1, len(prompt) + len(tokens) + 1)
     rows = [target.head(target.prefill([torch.tensor(prompt)], cache)[0, -1:])]
-    for start in range(0, len(tokens), width):
-        chunk = torch.tensor([tokens[start : start + width]], device=target.device)
-        count = chunk.shape[1]
-        parents = torch.arange(-1, count - 1, device=target.device)[None]
-        rows.append(target.head(target.forward_tree(Tree(chunk, parents, [count]), cache)[0]))
-        cache.commit([range(count)])
+    for token in tokens:
+        root = Tree.roots(torch.tensor([token], device=target.device))
+        rows.append(target.head(target.forward_tree(root, cache)[0]))
+        cache.commit([[0]])
     return torch.cat(rows).float()
