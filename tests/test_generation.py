@@ -12,6 +12,7 @@ import outdraft
 from models import perturbed, tiny
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.errors import UserError
+from outdraft.text import Detokenizer
 from tokens import byte_tokenizer, speaking
 
 PROMPTS = ["Once upon a time", "2 + 2 =", "a"]
@@ -57,10 +58,20 @@ def test_streaming_gives_the_same_text_in_pieces(fast: Any) -> None:
     for row in range(2):
         assert [piece.token for piece in pieces if piece.row == row] == whole.tokens[row]
         streamed = "".join(piece.text for piece in pieces if piece.row == row)
-        assert streamed == whole.texts[row][: len(streamed)]
-        assert len(streamed) >= len(whole.texts[row].rstrip("�")) - 3
+        assert streamed == whole.texts[row]
         assert [piece.finish_reason for piece in pieces if piece.row == row][-1] == whole.finish_reasons[row]
     assert any(piece.accepted for piece in pieces)
+
+
+def test_streamed_text_that_ends_within_a_character_is_whole() -> None:
+    tokenizer = byte_tokenizer()
+    for text, cut in (("a€", 1), ("line\n€", 2), ("€" * 40, 1), ("x" * 200 + "é", 1)):
+        tokens = tokenizer(text)["input_ids"][:-cut]
+        detokenizer = Detokenizer(tokenizer)
+        pieces = [detokenizer.add(token) for token in tokens]
+        assert "�" not in "".join(pieces)
+        assert "".join(pieces) + detokenizer.finish() == tokenizer.decode(tokens)
+        assert detokenizer.finish() == ""
 
 
 def test_transformers_streamers_work(fast: Any, capsys: Any) -> None:
@@ -95,6 +106,9 @@ def test_the_context_limit_ends_an_answer_with_its_reason(fast: Any) -> None:
 def test_conversations_go_through_the_chat_template(fast: Any) -> None:
     out = fast.generate([{"role": "user", "content": "hi"}], max_new_tokens=4)
     assert byte_tokenizer().decode(out.prompts[0]) == "<|user|>hi<|end|><|assistant|>"
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]
+    out = fast.generate(begun, max_new_tokens=4)
+    assert byte_tokenizer().decode(out.prompts[0]) == "<|user|>hi<|end|><|assistant|>Well,", "its turn goes on"
 
 
 def test_token_ids_need_no_tokenizer() -> None:
@@ -124,6 +138,17 @@ def test_sampled_candidates_are_drawn_and_kept(fast: Any) -> None:
         ({"tempreature": 1}, "unknown setting 'tempreature'"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"logit_bias": {999: 1.0}}, "999"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": {5: "x"}}, "logit_bias"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"bad_words_ids": [5]}, "bad_words_ids"),
+        ({"bad_words_ids": [["x"]]}, "bad_words_ids"),
+        ({"max_new_tokens": None}, "max_new_tokens"),
+        ({"max_new_tokens": "x"}, "max_new_tokens"),
+        ({"seed": "x"}, "seed"),
+        ({"temperature": "x"}, "temperature"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k"),
         ({"candidates": "best"}, "candidates"),
         ({"stop_strings": [""]}, "stop string is empty"),
     ],
@@ -132,6 +157,13 @@ def test_impossible_settings_are_refused_in_one_line(fast: Any, settings: dict[s
     with pytest.raises(UserError, match=says) as error:
         fast.generate("Once", **settings)
     assert "\n" not in str(error.value)
+
+
+def test_logit_bias_takes_the_keys_of_json(fast: Any) -> None:
+    plain, named, text = (
+        fast.generate("Once", max_new_tokens=4, logit_bias=bias) for bias in ({}, {5: 100.0}, {"5": 100})
+    )
+    assert named.tokens == text.tokens == [[5] * 4] != plain.tokens
 
 
 def test_impossible_prompts_are_refused_in_one_line(fast: Any) -> None:

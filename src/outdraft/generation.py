@@ -20,7 +20,7 @@ from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
 from outdraft.loading import load_drafter_for, load_target
-from outdraft.sampling import Dice, SamplingSettings, Warper
+from outdraft.sampling import Dice, SamplingSettings, Warper, whole
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
@@ -194,9 +194,11 @@ class SpeculativeModel:
         for _ in decode(self.target, self.drafter, rows, shape):
             for i, row in enumerate(rows):
                 for place in range(len(texts[i].tokens), len(row.tokens)):
-                    last = place + 1 == len(row.tokens)
-                    token = row.tokens[place]
-                    yield Piece(i, token, texts[i].add(token), row.accepted[place], row.finish_reason if last else None)
+                    reason = row.finish_reason if place + 1 == len(row.tokens) else None
+                    text = texts[i].add(row.tokens[place])
+                    if reason is not None:
+                        text += texts[i].finish()
+                    yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
 
     def _rows(self, prompts: Any, settings: dict[str, Any]) -> tuple[list[Row], TreeShape]:
         """Settings checked and turned into rows, before anything runs."""
@@ -206,7 +208,7 @@ class SpeculativeModel:
                 raise UserError(reason)
         shape = tree_shape(self.drafter, self.target.device, settings)
         encoded, _ = encode_prompts(prompts, self.tokenizer)
-        max_new_tokens = int(settings.pop("max_new_tokens", 256))
+        max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         eos = settings.pop("eos_token_id", None)
@@ -216,6 +218,7 @@ class SpeculativeModel:
         if strings and self.tokenizer is None:
             raise UserError("stop_strings need a tokenizer; use eos_token_id")
         seed = settings.pop("seed", None)
+        seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
         sampling = sampling_settings(settings)
         rows = []

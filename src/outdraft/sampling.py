@@ -7,9 +7,10 @@ place, which is how losslessness is proved rather than observed. Neither knows o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,13 +38,19 @@ class SamplingSettings:
     frequency_penalty: float = 0.0
     """Subtract this times the number of times a token was generated before (prompt not counted)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids."""
+    """Added to the logits of these token ids, which may be text, as JSON has them."""
     bad_words_ids: list[list[int]] = field(default_factory=list)
     """Token sequences that are never completed."""
     min_new_tokens: int = 0
     """No end-of-sequence token before so many new ones."""
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "min_new_tokens"):
+            setattr(self, name, whole(name, getattr(self, name)))
+        for name in _NUMBERS:
+            setattr(self, name, real(name, getattr(self, name)))
+        self.logit_bias = _bias(self.logit_bias)
+        self.bad_words_ids = _words(self.bad_words_ids)
         bounds = [
             (self.temperature >= 0, "temperature must be 0 (greedy) or more"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
@@ -55,6 +62,43 @@ class SamplingSettings:
         for holds, message in bounds:
             if not holds:
                 raise UserError(message)
+
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def whole(name: str, value: Any) -> int:
+    """The value as an int, or the UserError that names the setting."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def real(name: str, value: Any) -> float:
+    """The value as a float, or the UserError that names the setting."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be a number, not {value!r}") from None
+
+
+def _bias(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise UserError(f"logit_bias must map token ids to numbers, not {given!r}")
+    return {_token_id(token): real("logit_bias", bias) for token, bias in given.items()}
+
+
+def _token_id(key: Any) -> int:
+    digits = isinstance(key, str) and key.isdecimal()
+    return int(key) if digits else whole("a token id in logit_bias", key)
+
+
+def _words(given: Any) -> list[list[int]]:
+    lists = isinstance(given, list | tuple) and all(isinstance(word, list | tuple) and word for word in given)
+    if not lists:
+        raise UserError(f"bad_words_ids must be a list of lists of token ids, none of them empty, not {given!r}")
+    return [[whole("a token id in bad_words_ids", token) for token in word] for word in given]
 
 
 class OccurrencePenalty(hf.LogitsProcessor):

@@ -55,15 +55,18 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A conversation through the chat template, ready for the assistant's turn.
+    """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
 
     Raises:
         UserError: the tokenizer has no chat template, or refuses the roles.
     """
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
+    begun = messages[-1].get("role") == "assistant"
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+        )
     except Exception as error:  # templates raise what they like
         raise UserError(f"the chat template refuses this conversation: {error}") from error
     return list(encoded["input_ids"])  # type: ignore
@@ -92,19 +95,24 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """The new text that this token completes; empty while a character is still in the making."""
         self.tokens.append(token)
-        text = self._pending()
-        if text.endswith("�"):
+        if self._since(self._start).endswith("�"):
             return ""
-        new = text[len(self._given) :]
-        self._given = text
-        if text.endswith("\n") or len(self.tokens) - self._start > 64:
+        new = self.finish()
+        if self._given.endswith("\n") or len(self.tokens) - self._start > 64:
             # Keep one token of context: decoders drop a leading space at the start of what they are given.
-            self._start = len(self.tokens) - 1
-            self._given = self._pending()
+            newest = len(self.tokens) - 1
+            if context := self._since(newest):
+                self._start, self._given = newest, context
         return new
 
-    def _pending(self) -> str:
-        return decode_text(self.tokenizer, self.tokens[self._start :], self.skip)
+    def finish(self) -> str:
+        """What is still held back, when no token will complete it."""
+        text = self._since(self._start)
+        new, self._given = text[len(self._given) :], text
+        return new
+
+    def _since(self, start: int) -> str:
+        return decode_text(self.tokenizer, self.tokens[start:], self.skip)
 
 
 def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
