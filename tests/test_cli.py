@@ -255,6 +255,31 @@ def test_missing_folders(folders: Folders, tmp_path: Path) -> None:
     assert "config.json" in refused("generate", "hi", "--model", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["no-such-folder", "no-such/folder"])
+def test_names_that_are_neither_folders_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def offline(*args: Any, **settings: Any) -> None:
+        raise OSError("no connection\nsee the manual")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    for command in (("generate", "hi", "--model", name), ("info", name)):
+        said = refused(*command)
+        assert f"'{name}' is no folder here" in said and "(no connection)" in said
+    for command in (("generate", "hi", "--model", f"./{name}"), ("info", f"./{name}")):
+        assert "Hub" not in refused(*command), "a path is nothing else"
+
+
+def test_outputs_that_cannot_be_written(folders: Folders, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    both = ("--model", folders.target, "--data", folders.chats)
+    for command in (("train", *both, "--max-steps", 1, "--output-dir"), ("regenerate", *both, "--output")):
+        result = run(*command, file / "x")
+        assert result.exit_code == 2, result.stderr
+        said = result.stderr.splitlines()[-1]
+        assert said.startswith(f"error: {file}") and "check the path" in said
+
+
 def test_drafters_of_other_targets(folders: Folders) -> None:
     assert "hidden_size 32" in refused("generate", "hi", "--model", folders.target, "-d", folders.wider)
     larger = refused("generate", "hi", "--model", folders.target, "-d", folders.larger_vocabulary)
@@ -353,7 +378,9 @@ def test_bench_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> None
     assert "medusa" in refused(*bench, "--methods", "medusa")
     assert "--methods" in refused(*bench, "--methods", "none", "-d", folders.drafter)
     assert "--repetitions" in refused(*bench, "--repetitions", 0)
-    assert "limit" in refused(*bench, "--limit", 0)
+    for limit in (0, -1):
+        assert "--limit" in refused(*bench, "--limit", limit)
+        assert "--limit" in refused("bench", "--model", folders.target, "--limit", limit), "the shipped prompts too"
 
 
 # --- the program itself ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
-from outdraft.drafters.folder import find_folder
+from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
 from outdraft.reference import reference_drafter_path, reference_target_path
@@ -85,8 +85,8 @@ def load_target(
         folder = tokenizer
     else:
         shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
-        path = str(reference_target_path() if shipped else model)
-        path = str(Path(path).expanduser()) if path.startswith("~") else path
+        source = reference_target_path() if shipped else model
+        path = str(source if is_hub_id(source) else _model_folder(Path(source).expanduser()))
         where = resolve_device(device)
         loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
         folder = tokenizer or path
@@ -165,10 +165,11 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    _check_folder(path, "model")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
+        if isinstance(error, OSError) and is_hub_id(path):
+            raise not_on_hub(path, error) from error
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
     return model.eval()
 
@@ -184,12 +185,10 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
         raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}") from error
 
 
-def _check_folder(path: str, what: str) -> None:
-    folder = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.exists()
-    if not looks_local:
-        return
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or the UserError that says why it is no model's."""
     if not folder.is_dir():
-        raise UserError(f"no {what} folder at '{path}'; check the path")
+        raise UserError(f"no model folder at '{folder}'; check the path")
     if not (folder / "config.json").is_file():
-        raise UserError(f"'{path}' has no config.json, so it is not a {what} folder; check the path")
+        raise UserError(f"'{folder}' has no config.json, so it is not a model folder; check the path")
+    return folder

@@ -63,6 +63,9 @@ class Verbs(TyperGroup):
         except BrokenPipeError:  # the reader of our output, `head` for one, has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(INTERNAL) from None
+        except OSError as error:  # a file that cannot be read or written
+            where = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+            _end(f"error: {where}; check the path, its permissions and the space left", USER_MISTAKE, debug)
         except Exception as error:
             if type(error).__module__.startswith(("typer", "click")):
                 raise

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import CPU_TREE, GPU_TREE
 from outdraft.drafters.checkpoint import load_drafter
+from outdraft.drafters.folder import is_hub_id, not_on_hub
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
 from outdraft.loading import REFERENCE, first_line, resolve_device
@@ -32,7 +33,7 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     if path == REFERENCE and not Path(path).exists():
         path = str(reference_target_path())
     folder = Path(path).expanduser()
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         _check(folder)
     facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder)
     place = resolve_device(device)
@@ -110,6 +111,8 @@ def _model(path: str, folder: Path) -> dict[str, Any]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # libraries under here have exceptions of their own
+        if isinstance(error, OSError) and is_hub_id(path):
+            raise not_on_hub(path, error) from error
         raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
     reason = None
     try:

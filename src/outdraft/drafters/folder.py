@@ -28,22 +28,34 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return local_folder(path)
-    text = str(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):
+    if not is_hub_id(source):
         raise UserError(f"there is no folder '{source}'; check the path of the drafter")
     import huggingface_hub
 
+    text = str(source)
     try:
         fetch = huggingface_hub.snapshot_download
         folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         if not any((folder / name).exists() for name in WEIGHT_FILES[:2]):
             folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
-        raise UserError(
-            f"'{text}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
-            "check the name and the network, or give a folder"
-        ) from error
+        raise not_on_hub(text, error) from error
     return folder
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether nothing lies there and it reads as a hub repository, `name` or `owner/name`."""
+    if isinstance(source, Path) or Path(source).expanduser().exists():
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
+
+
+def not_on_hub(hub_id: str, error: Exception) -> UserError:
+    """What to say of a hub id that the hub, or the network, has refused."""
+    return UserError(
+        f"'{hub_id}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
+        "check the name and the network, or give a folder"
+    )
 
 
 def local_folder(path: Path) -> Path:

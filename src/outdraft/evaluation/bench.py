@@ -49,9 +49,10 @@ class BenchSettings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("repetitions", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("limit", "repetitions", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         for temperature in self.temperatures:
             if temperature < 0:
                 raise UserError(f"temperature must be 0 (greedy) or more, not {temperature:g}")
