@@ -58,6 +58,13 @@ def test_what_cannot_be_packed_falls_back_with_one_warning() -> None:
     assert target.backend == "eager" and len(warned) == 1
 
 
+def test_models_with_adapters_fall_back_with_a_warning() -> None:
+    model = tiny("llama-gqa", dtype=torch.float32)
+    model.peft_config = {"default": object()}
+    with pytest.warns(UserWarning, match="adapters"):
+        assert accelerate(model, "packed") is model
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match="unknown backend 'fast'"):
         load(tiny("llama-gqa"), backend="fast")

@@ -71,6 +71,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"oneDNN has no linear layers in {weight.dtype} here"
     if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "_hf_hook"):
         return "it is quantised or spread over devices"
+    if getattr(model, "peft_config", None):
+        return "it has adapters; merge them first"
     return None
 
 
