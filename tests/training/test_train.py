@@ -23,7 +23,7 @@ from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.train import TrainResult, train
-from outdraft.training.trainer import ClipByValue, DrafterTrainer, noise_seed
+from outdraft.training.trainer import ClipByValue, DrafterTrainer, noise_seed, use_bf16
 
 from .tiny import tiny_target, write_chats
 
@@ -261,6 +261,16 @@ def test_gradients_are_clipped_by_value() -> None:
 def test_every_example_gets_its_own_noise_in_every_step_and_run() -> None:
     seeds = [noise_seed(seed, step, index) for seed in range(3) for step in range(20) for index in range(20)]
     assert len(set(seeds)) == 3 * 20 * 20 and min(seeds) >= 0 and max(seeds) < 2**63
+
+
+def test_auto_precision_is_what_the_target_would_load_in(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(**settings(chats, tmp_path / "run", precision="auto"))
+    for amx, avx, bf16 in ((True, False, True), (False, True, True), (False, False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert use_bf16(config, torch.device("cpu")) is bf16
 
 
 def test_bf16_training_keeps_float32_weights(target: Target, chats: Path, tmp_path: Path) -> None:

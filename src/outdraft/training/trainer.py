@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from outdraft.backends import default_dtype
 from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
 from outdraft.training.config import TrainingConfig
@@ -159,10 +160,7 @@ def use_bf16(config: TrainingConfig, device: torch.device) -> bool:
     """Whether the drafter trains in bf16 autocast on this device."""
     if config.precision != "auto":
         return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return device.type == "cpu" and bool(has_amx())
+    return default_dtype(device) == torch.bfloat16
 
 
 def training_arguments(config: TrainingConfig, device: torch.device, total_steps: int) -> TrainingArguments:
