@@ -29,15 +29,20 @@ def run(block: str, names: dict[str, Any]) -> None:
     exec(compile(block, str(PAGE), "exec"), names)
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 1, 2, 1], [9]]
 
 
-def test_the_page_s_drafter_decodes_what_plain_decoding_does(blocks: list[str]) -> None:
-    model = tiny("llama-gqa", seed=3)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_the_page_s_drafter_decodes_what_plain_decoding_does(blocks: list[str], device: str) -> None:
+    model: Any = tiny("llama-gqa", seed=3).to(device)
     names: dict[str, Any] = {"model": model, "prompts": PROMPTS}
     run(blocks[0], names)
     run(blocks[1], names)
-    plain = [Row(prompt, Warper(SamplingSettings(), len(prompt), 32), Dice(0), 24) for prompt in PROMPTS]
+    plain = [
+        Row(prompt, Warper(SamplingSettings(), len(prompt), 32, device=device), Dice(0, device), 24)
+        for prompt in PROMPTS
+    ]
     for _ in decode(Target(model), None, plain, TreeShape.chain(1)):
         pass
     assert [row.tokens for row in names["rows"]] == [row.tokens for row in plain]
