@@ -83,7 +83,8 @@ def sample(
 
 SHAPES = {
     "dynamic tree": {"tree_depth": 2, "tree_top_k": 3, "tree_size": 8},
-    "chain": {"num_speculative_tokens": 3},
+    "chain of best guesses": {"num_speculative_tokens": 3, "candidates": "top-k"},
+    "sampled chain": {"num_speculative_tokens": 3},
     "sampled tree": {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7, "candidates": "sampled"},
 }
 

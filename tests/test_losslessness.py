@@ -389,8 +389,8 @@ class Recorded(Drafter):
         state.propose = recording  # type: ignore[method-assign]
         return state
 
-    def default_shape(self, device: torch.device) -> TreeShape:
-        return self.inner.default_shape(device)
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        return self.inner.default_shape(device, sampling)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ LOSSY = {
     "watermarking_config": "watermarking keeps state of its own, which a tree breaks; leave it out",
 }
 """Settings of Hugging Face's `generate` that are refused, with the reason."""
+
+
+TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_tokens", "candidates")
 
 
 @dataclass
@@ -206,7 +209,7 @@ class SpeculativeModel:
         for name, reason in LOSSY.items():
             if settings.pop(name, None) not in (None, 1, 1.0):
                 raise UserError(reason)
-        shape = tree_shape(self.drafter, self.target.device, settings)
+        tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -221,6 +224,7 @@ class SpeculativeModel:
         seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
         sampling = sampling_settings(settings)
+        shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0)
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
@@ -252,23 +256,32 @@ def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
     return SamplingSettings(**given)
 
 
-def tree_shape(drafter: Drafter | None, device: torch.device, settings: dict[str, Any]) -> TreeShape:
-    """The tree asked for in `settings` (whose entries are taken out), else the one that suits drafter and device."""
-    names = ("tree_depth", "tree_top_k", "tree_size")
-    asked = {name.removeprefix("tree_"): settings.pop(name, None) for name in names}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    chain, candidates = settings.pop("num_speculative_tokens", None), settings.pop("candidates", None)
+def tree_shape(
+    drafter: Drafter | None, device: torch.device, settings: dict[str, Any], sampling: bool = False
+) -> TreeShape:
+    """The tree asked for, else the one that suits drafter and device.
+
+    Args:
+        drafter: None drafts nothing.
+        device: of the target.
+        settings: some of `TREE_SETTINGS`; None is as good as absent.
+        sampling: whether the temperature is above 0. Chains are then sampled from the drafter's law, which the target
+            accepts far more often than the most probable tokens; trees that are asked for stay EAGLE-2's.
+    """
+    asked = {name: value for name, value in settings.items() if value is not None}
     if drafter is None:
         return TreeShape(0, 1, 1)
-    if chain is not None and asked:
+    chain = asked.pop("num_speculative_tokens", None)
+    sizes = {name.removeprefix("tree_"): value for name, value in asked.items() if name != "candidates"}
+    if chain is not None and sizes:
         raise UserError(
             "num_speculative_tokens is for chains, tree_depth, tree_top_k and tree_size for trees; give one"
         )
-    base = TreeShape.chain(chain) if chain is not None else drafter.default_shape(device)
-    values = {"depth": base.depth, "top_k": base.top_k, "size": base.size, "candidates": base.candidates, **asked}
-    if candidates is not None:
-        values["candidates"] = candidates
-    return TreeShape(**values)
+    if chain is not None:
+        base = TreeShape.chain(chain, candidates="sampled" if sampling and drafter.has_law else "top-k")
+    else:
+        base = drafter.default_shape(device, sampling and not sizes)
+    return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 
 def check_prompt(ids: Sequence[int], target: Target) -> None:
@@ -319,6 +332,7 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
         _, target, drafter = bound[id(model)]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
+        shape = tree_shape(drafter, target.device, tree, generation_config.do_sample)
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
@@ -330,7 +344,7 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
             warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
             rows.append(Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop))
-        for _ in decode(target, drafter, rows, tree_shape(drafter, target.device, dict(tree))):
+        for _ in decode(target, drafter, rows, shape):
             pass
         filler = generation_config.pad_token_id
         filler = filler if filler is not None else (target.eos_token_ids or [0])[0]

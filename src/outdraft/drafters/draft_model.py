@@ -52,8 +52,8 @@ class DraftModel(Drafter):
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> _DraftModelState:
         return _DraftModelState(self.model, prompts, capacity)
 
-    def default_shape(self, device: torch.device) -> TreeShape:
-        return TreeShape.chain(5)
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        return TreeShape.chain(5, candidates="sampled" if sampling else "top-k")
 
     @property
     def num_parameters(self) -> int:

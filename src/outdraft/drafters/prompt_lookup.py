@@ -24,6 +24,7 @@ class PromptLookup(Drafter):
     """
 
     method = "prompt-lookup"
+    has_law = False
 
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
@@ -31,7 +32,7 @@ class PromptLookup(Drafter):
     def begin(self, prompts: Sequence[Tensor], capacity: int) -> _Lookup:
         return _Lookup(self)
 
-    def default_shape(self, device: torch.device) -> TreeShape:
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return TreeShape.chain(10)
 
     def continuation(self, tokens: list[int], most: int) -> list[int]:
