@@ -14,7 +14,7 @@ from outdraft.drafters.base import TreeShape
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
-from outdraft.generation import tree_shape
+from outdraft.settings import tree_shape
 from outdraft.text import Detokenizer
 from tokens import byte_tokenizer, speaking
 

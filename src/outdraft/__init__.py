@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
-    from outdraft.generation import GenerationOutput, SpeculativeModel, custom_generate, load
+    from outdraft.generation import GenerationOutput, SpeculativeModel, load
+    from outdraft.hugging_face import custom_generate
 
 try:
     __version__ = version("outdraft")
@@ -23,5 +24,6 @@ __all__ = ["GenerationOutput", "SpeculativeModel", "UserError", "__version__", "
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("outdraft.generation"), name)
+        room = "hugging_face" if name == "custom_generate" else "generation"
+        return getattr(import_module(f"outdraft.{room}"), name)
     raise AttributeError(f"module 'outdraft' has no attribute '{name}'")

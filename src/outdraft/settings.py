@@ -1,0 +1,89 @@
+"""What a user asks for, by Hugging Face's names, checked and turned into our own settings before anything runs.
+
+Knows which settings would change the law of the output, and the tree that suits a drafter and a device. Does not know
+how anything is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.errors import UserError
+from outdraft.sampling import SamplingSettings
+from outdraft.target import Target
+
+LOSSY = {
+    "num_beams": "beam search is not speculative sampling; leave num_beams out",
+    "penalty_alpha": "contrastive search is not supported; leave penalty_alpha out",
+    "guidance_scale": "classifier-free guidance runs a second model; leave guidance_scale out",
+    "watermarking_config": "watermarking keeps state of its own, which a tree breaks; leave it out",
+}
+"""Settings of Hugging Face's `generate` that are refused, with the reason."""
+
+TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_tokens", "candidates")
+"""Those that say what to draft."""
+
+
+def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
+    """Hugging Face's sampling arguments as ours; greedy unless `do_sample` or a temperature above 0 is given.
+
+    Raises:
+        UserError: a name that is not known here.
+    """
+    known = {field.name for field in fields(SamplingSettings)}
+    unknown = sorted(set(settings) - known - {"do_sample"})
+    if unknown:
+        raise UserError(f"unknown setting '{unknown[0]}'; known are {', '.join(sorted(known))} and do_sample")
+    given = {name: settings[name] for name in known if settings.get(name) is not None}
+    do_sample = settings.get("do_sample")
+    if do_sample is None:
+        do_sample = given.get("temperature", 0) != 0
+    if not do_sample:
+        given["temperature"] = 0.0
+    elif given.setdefault("temperature", 1.0) == 0:
+        raise UserError("do_sample=True with temperature 0 contradicts itself; leave one of them out")
+    return SamplingSettings(**given)
+
+
+def tree_shape(
+    drafter: Drafter | None, device: torch.device, settings: dict[str, Any], sampling: bool = False
+) -> TreeShape:
+    """The tree asked for, else the one that suits drafter and device.
+
+    Args:
+        drafter: None drafts nothing.
+        device: of the target.
+        settings: some of `TREE_SETTINGS`; None is as good as absent.
+        sampling: whether the temperature is above 0. Chains are then sampled from the drafter's law, which the target
+            accepts far more often than the most probable tokens; trees that are asked for stay EAGLE-2's.
+    """
+    asked = {name: value for name, value in settings.items() if value is not None}
+    if drafter is None:
+        return TreeShape(0, 1, 1)
+    chain = asked.pop("num_speculative_tokens", None)
+    sizes = {name.removeprefix("tree_"): value for name, value in asked.items() if name != "candidates"}
+    if chain is not None and sizes:
+        raise UserError(
+            "num_speculative_tokens is for chains, tree_depth, tree_top_k and tree_size for trees; give one"
+        )
+    if chain is not None:
+        base = TreeShape.chain(chain, candidates="sampled" if sampling and drafter.has_law else "top-k")
+    else:
+        base = drafter.default_shape(device, sampling and not sizes)
+    return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
+
+
+def check_prompt(ids: Sequence[int], target: Target) -> None:
+    """Raise UserError for a prompt that the model cannot continue."""
+    if len(ids) >= target.context_length:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model's context is {target.context_length}; shorten the prompt"
+        )
+    if max(ids) >= target.vocab_size or min(ids) < 0:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise UserError(f"the prompt holds token {wrong}, the vocabulary ends at {target.vocab_size - 1}")
