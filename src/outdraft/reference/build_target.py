@@ -1,7 +1,7 @@
 """Train the small chat model that the package ships as its reference target, from text to weights, on a CPU.
 
 ``python -m outdraft.reference.build_target --data DIR --output DIR --minutes N`` trains (resumable with ``--resume``);
-the same command with ``--finish`` quantises the result, measures it and writes the shipped files.
+``outdraft.reference.finish`` then packs the result, measures it and writes the shipped files.
 Knows the recipe only: what is read is decided in ``corpus``, how weights are packed in ``quantize``.
 It knows nothing about speculative decoding.
 """
@@ -293,14 +293,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=65.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--finish", action="store_true", help="pack and measure a trained model instead of training")
     arguments = parser.parse_args()
-    if arguments.finish:
-        from outdraft.reference.finish import finish
-
-        finish(arguments.data, arguments.output, arguments.seed)
-    else:
-        train(arguments.data, arguments.output, arguments.minutes, arguments.seed, arguments.resume)
+    train(arguments.data, arguments.output, arguments.minutes, arguments.seed, arguments.resume)
 
 
 if __name__ == "__main__":

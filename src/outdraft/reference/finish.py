@@ -6,6 +6,7 @@ between the markers of ``CARD.md``. Knows nothing about training.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -79,3 +80,17 @@ def finish(data: Path, output: Path, seed: int = 0, destination: Path = PACKAGED
     report = {"summary": summary, "trained": trained, "packed": packed, "bytes": size}
     (output / "figures.json").write_text(json.dumps(report, indent=2) + "\n")
     print(text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    finish(arguments.data, arguments.output, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
