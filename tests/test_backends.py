@@ -10,6 +10,7 @@ from torch import nn
 
 from models import tiny
 from outdraft.backends import PackedLinear, accelerate, default_backend, default_dtype
+from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.errors import UserError
 from outdraft.generation import load
@@ -50,6 +51,14 @@ def test_packed_drafters_draft_the_same() -> None:
     with torch.inference_mode():
         for ours, stock in zip(accelerate(head, "packed")(*x), head(*x), strict=True):
             torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_drafters_are_as_large_as_before() -> None:
+    target = Target(tiny("llama-gqa", dtype=torch.float32))
+    head = FeatureHead(FeatureHeadConfig(32, 48, 4, 2, 8, 32))
+    whole = sum(parameter.numel() for parameter in head.parameters())
+    for backend in ("eager", "packed"):
+        assert FeatureDrafter(accelerate(head, backend), target).num_parameters == whole
 
 
 def test_what_cannot_be_packed_falls_back_with_one_warning() -> None:

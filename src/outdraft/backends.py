@@ -60,6 +60,13 @@ def accelerate(model: Model, backend: str) -> Model:
     return _packed_view(model)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model on any backend; packed weights are counted like any other."""
+    packed = (module for module in model.modules() if isinstance(module, PackedLinear))
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    return kept + sum(module.in_features * module.out_features for module in packed)
+
+
 def why_not_packed(model: nn.Module) -> str | None:
     """What stands in the way of packing, None if nothing does."""
     weight = next(model.parameters())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from outdraft.backends import count_parameters
 from outdraft.cache import SlotCache
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
@@ -48,7 +49,7 @@ class FeatureDrafter(Drafter):
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.head.parameters())
+        return count_parameters(self.head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The checkpoint's own embedding where it has one, else the target's."""
