@@ -165,6 +165,9 @@ def test_default_trees_suit_device_and_temperature(fast: Any) -> None:
         ({"temperature": "x"}, "temperature"),
         ({"temperature": 1, "top_k": 2.5}, "top_k"),
         ({"candidates": "best"}, "candidates"),
+        ({"tree_size": "many"}, "tree_size"),
+        ({"num_speculative_tokens": 2.5}, "num_speculative_tokens"),
+        ({"eos_token_id": "end"}, "eos_token_id"),
         ({"stop_strings": [""]}, "stop string is empty"),
     ],
 )

@@ -204,7 +204,9 @@ class SpeculativeModel:
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         eos = settings.pop("eos_token_id", None)
-        ends = self.target.eos_token_ids if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ends = self.target.eos_token_ids
+        if eos is not None:
+            ends = [whole("eos_token_id", token) for token in (eos if isinstance(eos, list | tuple) else [eos])]
         strings = settings.pop("stop_strings", None) or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         if strings and self.tokenizer is None:

@@ -14,7 +14,7 @@ import torch
 
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
-from outdraft.sampling import SamplingSettings
+from outdraft.sampling import SamplingSettings, whole
 from outdraft.target import Target
 
 LOSSY = {
@@ -66,13 +66,14 @@ def tree_shape(
     if drafter is None:
         return TreeShape(0, 1, 1)
     chain = asked.pop("num_speculative_tokens", None)
-    sizes = {name.removeprefix("tree_"): value for name, value in asked.items() if name != "candidates"}
+    sizes = {name.removeprefix("tree_"): whole(name, value) for name, value in asked.items() if name != "candidates"}
     if chain is not None and sizes:
         raise UserError(
             "num_speculative_tokens is for chains, tree_depth, tree_top_k and tree_size for trees; give one"
         )
     if chain is not None:
-        base = TreeShape.chain(chain, candidates="sampled" if sampling and drafter.has_law else "top-k")
+        length = whole("num_speculative_tokens", chain)
+        base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
