@@ -6,6 +6,7 @@ real acceptance length is measured by a function that is handed in.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
@@ -106,6 +108,7 @@ def train(
     )
     if meter is not None:
         meter.log = trainer.log
+    _leave_group_at_exit()
     _run(trainer, checkpoint, stop, progress, console)
 
     tau = None
@@ -128,6 +131,18 @@ def train(
         result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None)
     PartialState().wait_for_everyone()
     return result
+
+
+def _leave_group_at_exit() -> None:
+    """Several processes part in order: one that ends with its group's threads still running aborts, and the launcher
+    then calls a finished training a failure."""
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
