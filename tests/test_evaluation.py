@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from cli_fixtures import write_lines
-from outdraft.cache import SlotCache
 from outdraft.console.streaming import stream
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.feature_drafting import FeatureDrafter
@@ -28,6 +27,7 @@ from outdraft.evaluation.measure import PLAIN, Answer, Contender, Run, compare, 
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.summary import interval, summarise
 from outdraft.generation import SpeculativeModel
+from outdraft.run import Output, TargetRun
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.training.head_config import feature_head_config
@@ -171,13 +171,13 @@ def test_a_broken_tree_cannot_pass_for_noise(monkeypatch: pytest.MonkeyPatch) ->
     """The noise is measured without the code that is under suspicion."""
     target = tiny_target(torch.float32)
     plain = SpeculativeModel(target).generate(PROMPTS, max_new_tokens=14).tokens
-    whole = Target.forward_tree
+    whole = TargetRun.tree
 
-    def broken(self: Target, tree: Tree, cache: SlotCache) -> torch.Tensor:
-        features = whole(self, tree, cache)
-        return features if tree.nodes == 1 else features.roll(1, dims=-1)
+    def broken(self: TargetRun, tree: Tree) -> Output:
+        output = whole(self, tree)
+        return output if tree.nodes == 1 else Output(output.features.roll(1, dims=-1), output.taps)
 
-    monkeypatch.setattr(Target, "forward_tree", broken)
+    monkeypatch.setattr(TargetRun, "tree", broken)
     wrong = SpeculativeModel(target, DraftModel(tiny_target(torch.float32), target)).generate(
         PROMPTS, max_new_tokens=14
     )

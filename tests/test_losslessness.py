@@ -13,18 +13,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import outdraft.target as target_module
+import outdraft.run as run_module
 from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
+from outdraft.cache import SlotCache
 from outdraft.decoding import Row, decode
-from outdraft.drafters import feature_drafting
+from outdraft.drafters import intake
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.early_exit import EarlyExit
+from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.growth import grow_dynamic
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
+from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Dice, SamplingSettings, Warper
 from outdraft.statistics import Statistics
 from outdraft.target import Target
@@ -44,6 +48,19 @@ def feature_drafter(target: Target, feature_sampling: bool, partial_alignment: b
     return FeatureDrafter(FeatureHead(config).to(target.dtype).eval(), target)
 
 
+def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
+    """Half of the target's layers, at least one, and a copy of its last layer a little off."""
+    config = ExitLayerConfig(max(1, target.num_layers // 2), own_head)
+    exit_layer = ExitLayer.beginning(target.model, config).to(target.dtype).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in exit_layer.parameters():
+            weight.add_(
+                0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * weight.std(correction=0)
+            )
+    return EarlyExit(exit_layer, target)
+
+
 DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "fspad": lambda target, _: feature_drafter(target, True, True),
     "eagle": lambda target, _: feature_drafter(target, False, False),
@@ -51,6 +68,8 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "partial-alignment-only": lambda target, _: feature_drafter(target, False, True),
     "prompt-lookup": lambda *_: PromptLookup(longest=2),
     "draft-model": lambda target, near: DraftModel(Target(near), target),
+    "eesd": lambda target, _: exit_drafter(target),
+    "eesd-own-head": lambda target, _: exit_drafter(target, own_head=True),
 }
 
 
@@ -85,10 +104,10 @@ def finish(target: Target, drafter: Drafter | None, rows: list[Row], shape: Tree
 
 @cache
 def small(vocab: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A target of one layer, and a draft model near it."""
+    """A target of two layers, and a draft model near it."""
 
     def build() -> PreTrainedModel:
-        return tiny("llama-gqa", vocab_size=vocab, num_hidden_layers=1, hidden_size=16, initializer_range=0.3, seed=4)
+        return tiny("llama-gqa", vocab_size=vocab, hidden_size=16, initializer_range=0.3, seed=4)
 
     return build(), perturbed(build(), build, 0.5)
 
@@ -144,7 +163,7 @@ PROMPT = (0, 2, 1, 0, 2)
 @pytest.mark.parametrize("ends", [(), (0,)], ids=["", "eos"])
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize("settings", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"])
-@pytest.mark.parametrize("kind", ["fspad", "eagle", "prompt-lookup", "draft-model"])
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "prompt-lookup", "draft-model", "eesd", "eesd-own-head"])
 def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
     statistics = assert_same_law(kind, 3, PROMPT, settings, 3, shape, ends)
     if settings is PLAIN:
@@ -153,14 +172,14 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 
 @pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
-@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model"])
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model", "eesd"])
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
     statistics = assert_same_law(kind, 4, (0, 2, 1, 3), settings, 2, TreeShape(1, 2, 5, candidates))
     assert 0 < statistics.accepted < statistics.drafted
 
 
-@pytest.mark.parametrize("kind", ["fspad", "draft-model"])
+@pytest.mark.parametrize("kind", ["fspad", "draft-model", "eesd"])
 @pytest.mark.parametrize("width", [1, 2])
 def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
     shape = TreeShape(0, width, width + 1, "sampled")
@@ -179,7 +198,7 @@ def test_plain_decoding_keeps_the_law():
     assert statistics.drafted == 0
 
 
-@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model"])
+@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model", "eesd"])
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
     model, near = small(3)
@@ -374,8 +393,14 @@ class Recorded(Drafter):
         self.inner, self.method = inner, inner.method
         self.proposed: list[tuple[list[int], Tree]] = []
 
-    def begin(self, prompts: Sequence[torch.Tensor], capacity: int) -> DraftState:
-        state = self.inner.begin(prompts, capacity)
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        return self.inner.start(target, cache)
+
+    def slots(self, shape: TreeShape) -> int:
+        return self.inner.slots(shape)
+
+    def begin(self, prompts: Sequence[torch.Tensor], run: TargetRun) -> DraftState:
+        state = self.inner.begin(prompts, run)
         propose = state.propose
 
         def recording(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
@@ -410,7 +435,7 @@ def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) 
 @pytest.mark.parametrize("switches", [(True, True), (False, False), (True, False), (False, True)])
 def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
     """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
-    for module in (target_module, feature_drafting):
+    for module in (run_module, intake):
         monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     target = Target(pair("llama-gqa")[0])
     drafter = feature_drafter(target, *switches)
@@ -463,30 +488,6 @@ def test_a_draft_model_says_what_it_would_say_alone():
     for prefix, tree in recorded.proposed:
         out = near.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=3, pad_token_id=0)
         assert tree.tokens[0].tolist() == [prefix[-1], *out[0, len(prefix) :].tolist()]
-
-
-@pytest.mark.parametrize("kind", ["fspad", "draft-model"])
-@torch.inference_mode()
-def test_rounds_that_draft_nothing_are_not_forgotten(kind):
-    """`observe` in place of `propose` leaves the drafter where it would be otherwise."""
-    model, near = pair("llama-gqa")
-    target = Target(model)
-    drafter = DRAFTERS[kind](target, near)
-    text = PROMPTS[2]
-    features = target.features(torch.tensor([text]))
-    trees = []
-    for observing in (False, True):
-        state = drafter.begin([torch.tensor(text[:6])], 32)
-        for start, end in ((0, 6), (6, 8), (8, 11)):
-            update = Update(torch.tensor([text[start + 1 : end + 1]]), features[:, start:end], [end - start])
-            warper = Warper(GREEDY, 6, target.vocab_size)
-            rows = RowContext([torch.tensor(text[: end + 1])], [warper], dice(1))
-            if observing and end < 11:
-                state.observe(update)
-            else:
-                tree = state.propose(update, SHAPES["tree"], rows)
-        trees.append(tree)
-    assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].parents, trees[1].parents)
 
 
 @pytest.mark.parametrize(

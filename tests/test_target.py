@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-import outdraft.target as target_module
+import outdraft.run as run_module
 from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
+from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -65,7 +66,7 @@ def test_every_node_of_every_tree_says_what_its_own_path_says(family, attention)
     target = Target(model)
     tolerance = TOLERANCE.get(family, EAGER_TOLERANCE if attention == "eager" else 1e-9)
     cache = target.new_cache(len(PROMPTS), 4)
-    features = target.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)
+    features = TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS]).features
     texts = [list(prompt) for prompt in PROMPTS]
     for row, prompt in enumerate(PROMPTS):
         found = target.head(features[row, : len(prompt)])
@@ -73,7 +74,7 @@ def test_every_node_of_every_tree_says_what_its_own_path_says(family, attention)
     assert cache.lengths == [len(prompt) for prompt in PROMPTS]
     for round_ in range(4):
         tree = random_tree([11, 12, 13], 9, seed=round_)
-        logits = target.head(target.forward_tree(tree, cache))
+        logits = target.head(TargetRun(target, cache).tree(tree).features)
         paths = []
         for row, text in enumerate(texts):
             ways = [way_down(tree, row, node) for node in range(tree.counts[row])]
@@ -95,9 +96,9 @@ def test_further_families_verify_trees(family):
     model = tiny(family, dtype=torch.float32)
     target = Target(model)
     cache = target.new_cache(2, 4)
-    target.prefill([torch.tensor(prompt) for prompt in PROMPTS[::2]], cache)
+    TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS[::2]])
     tree = random_tree([11, 12], 9, seed=0)
-    logits = target.head(target.forward_tree(tree, cache))
+    logits = target.head(TargetRun(target, cache).tree(tree).features)
     for row, prompt in enumerate(PROMPTS[::2]):
         for node in range(tree.counts[row]):
             way = way_down(tree, row, node)
@@ -136,12 +137,12 @@ def test_long_prompts_are_run_in_pieces(family, monkeypatch):
     target = Target(model)
     prompts = [torch.arange(length) % VOCAB for length in (30, 7, 4, 1, 8)]
     for chunk in (4, 7, 100):
-        monkeypatch.setattr(target_module, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(run_module, "PREFILL_CHUNK", chunk)
         cache = target.new_cache(len(prompts), 8)
-        features = target.prefill(prompts, cache)
+        features = TargetRun(target, cache).prefill(prompts).features
         assert cache.lengths == [30, 7, 4, 1, 8] and cache.pending == 0
         tree = random_tree([1] * 5, 6, seed=chunk)
-        logits = target.head(target.forward_tree(tree, cache))
+        logits = target.head(TargetRun(target, cache).tree(tree).features)
         for row, prompt in enumerate(prompts):
             expected = stock_logits(model, prompt.tolist())
             assert (target.head(features[row, : len(prompt)]) - expected).abs().max() < TOLERANCE.get(family, 1e-9)
@@ -158,26 +159,26 @@ def test_a_row_does_not_see_its_neighbours():
     logits = {}
     for other in (5, 6):
         cache = target.new_cache(3, 32)
-        target.prefill([torch.tensor(PROMPTS[0]), torch.full((4,), other), torch.full((11,), other)], cache)
-        logits[other] = target.head(target.forward_tree(tree, cache))
+        TargetRun(target, cache).prefill([torch.tensor(PROMPTS[0]), torch.full((4,), other), torch.full((11,), other)])
+        logits[other] = target.head(TargetRun(target, cache).tree(tree).features)
         cache.rollback()
     assert torch.equal(logits[5][0], logits[6][0]) and not torch.equal(logits[5][1], logits[6][1])
     cache.select_rows([0])
     alone = Tree(tree.tokens[:1], tree.parents[:1], tree.counts[:1])
-    assert (target.head(target.forward_tree(alone, cache)) - logits[5][:1]).abs().max() < 1e-12
+    assert (target.head(TargetRun(target, cache).tree(alone).features) - logits[5][:1]).abs().max() < 1e-12
 
 
 @torch.inference_mode()
 def test_what_was_rolled_back_leaves_no_trace():
     target = Target(tiny("qwen2-sliding"))
     cache = target.new_cache(3, 4)
-    target.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)
+    TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS])
     tree = random_tree([1, 2, 3], 6, seed=0)
-    before = target.forward_tree(tree, cache)
+    before = TargetRun(target, cache).tree(tree).features
     cache.rollback()
-    target.forward_tree(random_tree([4, 5, 6], 13, seed=1), cache)
+    TargetRun(target, cache).tree(random_tree([4, 5, 6], 13, seed=1))
     cache.rollback()
-    assert torch.equal(target.forward_tree(tree, cache), before)
+    assert torch.equal(TargetRun(target, cache).tree(tree).features, before)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gpt-neo"])
@@ -188,10 +189,10 @@ def test_candidates_beyond_the_context_disturb_nothing(family):
     target = Target(model)
     text = (list(range(VOCAB)) * 2)[: CONTEXT - 2]
     cache = target.new_cache(1, CONTEXT)
-    target.prefill([torch.tensor(text)], cache)
+    TargetRun(target, cache).prefill([torch.tensor(text)])
     beyond = 1 if family == "gpt-neo" else 4  # GPT-Neo's table of slots ends: decoding keeps its trees small there
     tree = Tree(torch.arange(1 + beyond)[None], torch.arange(-1, beyond)[None], [1 + beyond])
-    logits = target.head(target.forward_tree(tree, cache))
+    logits = target.head(TargetRun(target, cache).tree(tree).features)
     expected = stock_logits(model, [*text, 0, 1])
     assert (logits[0, :2] - expected[-2:]).abs().max() < TOLERANCE.get(family, 1e-9)
     assert target.slot_limit == (CONTEXT if family == "gpt-neo" else None)
@@ -293,9 +294,9 @@ def test_longrope_is_used_up_to_its_switch_of_frequencies():
     assert target.context_length == 16
     text = list(range(13))
     cache = target.new_cache(1, 32)
-    target.prefill([torch.tensor(text)], cache)
+    TargetRun(target, cache).prefill([torch.tensor(text)])
     tree = Tree(torch.arange(6)[None], torch.arange(-1, 5)[None], [6])
-    logits = target.head(target.forward_tree(tree, cache))
+    logits = target.head(TargetRun(target, cache).tree(tree).features)
     expected = stock_logits(model, [*text, 0, 1, 2])
     assert (logits[0, :3] - expected[-3:]).abs().max() < 1e-9
 

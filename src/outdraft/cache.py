@@ -84,17 +84,31 @@ class SlotCache(Cache):
             both[1][row, :, self._slots, : value_states.shape[-1]] = value_states.transpose(1, 2)
         return both[0, :, :, :extent, : key_states.shape[-1]], both[1, :, :, :extent, : value_states.shape[-1]]
 
+    def arrange(self, places: Sequence[Sequence[int]]) -> None:
+        """Make these pending tokens of every row, as many in each, the ones being written, and forget the others.
+
+        Another forward through further layers may then write beside them.
+
+        Args:
+            places: of every row, offsets among its pending tokens, in the order that they shall have.
+        """
+        count = len(places[0])
+        for row, order in enumerate(places):
+            if list(order) != list(range(count)):
+                self._move(row, order)
+        self.pending = self._writing = count
+        if self._slots is not None:
+            starts = torch.tensor(self.lengths, device=self._slots.device)
+            self._slots = starts[:, None] + torch.arange(count, device=self._slots.device)
+
     # --- after the verdict -------------------------------------------------------------------------------------
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
         for row, path in enumerate(paths):
-            start, kept = self.lengths[row], len(path)
-            if list(path) != list(range(kept)):
-                for buffer in self._buffers:
-                    source = torch.tensor([start + offset for offset in path], device=buffer.device)
-                    buffer[:, :, row, :, start : start + kept] = buffer[:, :, row].index_select(3, source)
-            self.lengths[row] = start + kept
+            if list(path) != list(range(len(path))):
+                self._move(row, path)
+            self.lengths[row] += len(path)
         self.rollback()
 
     def rollback(self) -> None:
@@ -158,6 +172,13 @@ class SlotCache(Cache):
         self._buffers.append(torch.zeros(shape, dtype=key_states.dtype, device=key_states.device))
         self._places[layer_idx] = (len(self._buffers) - 1, 0)
         return self._places[layer_idx]
+
+    def _move(self, row: int, places: Sequence[int]) -> None:
+        """Put pending tokens of a row, named by their offsets, at the beginning of its pending slots."""
+        start = self.lengths[row]
+        for buffer in self._buffers:
+            source = torch.tensor([start + place for place in places], device=buffer.device)
+            buffer[:, :, row, :, start : start + len(places)] = buffer[:, :, row].index_select(3, source)
 
     def _grow(self, capacity: int) -> None:
         for i, buffer in enumerate(self._buffers):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Warper
 from outdraft.statistics import Statistics
 from outdraft.target import Target
@@ -92,10 +93,12 @@ class _Batch:
     def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape):
         self.target, self.drafter, self.rows, self.shape = target, drafter, list(rows), shape
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
-        self.capacity = min(longest, target.context_length) + shape.size
+        self.capacity = min(longest, target.context_length) + self._slots(shape)
         self.cache = target.new_cache(len(rows), self.capacity)
+        self.run = TargetRun(target, self.cache) if drafter is None else drafter.start(target, self.cache)
         self.state: DraftState | None = None
-        self.update: Update | None = None
+        self.roots = torch.empty(0, dtype=torch.long)
+        self.updates: list[Update] = []  # what the drafter has not been told yet
         self.prefixes = [_Prefix(row.prompt, self.capacity, target.device) for row in rows]
 
     def prefill(self) -> list[Row]:
@@ -104,7 +107,7 @@ class _Batch:
             return []
         clock = _Clock(self.target.device)
         prompts = [torch.tensor(row.prompt) for row in self.rows]
-        features = self.target.prefill(prompts, self.cache)
+        features, taps = self.run.prefill(prompts)
         counts = [len(prompt) for prompt in prompts]
         index = torch.arange(len(counts), device=features.device)
         logits = self.target.head(features[index, torch.tensor(counts, device=features.device) - 1])
@@ -114,14 +117,15 @@ class _Batch:
             row.extend([token], self.target.context_length)
             prefix.append([token])
             firsts.append(token)
-        # Pairs (token one ahead, feature): the prompt from its second token on, then the token just decided.
-        tokens = torch.zeros(features.shape[:2], dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : counts[i] - 1] = prompt[1:]
-            tokens[i, counts[i] - 1] = firsts[i]
-        self.update = Update(tokens.to(features.device), features, counts)
+        self.roots = torch.tensor(firsts, device=features.device)
         if self.drafter is not None:
-            self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.capacity)
+            # Pairs (token one ahead, tap): the prompt from its second token on, then the token just decided.
+            tokens = torch.zeros(features.shape[:2], dtype=torch.long)
+            for i, prompt in enumerate(prompts):
+                tokens[i, : counts[i] - 1] = prompt[1:]
+                tokens[i, counts[i] - 1] = firsts[i]
+            self.updates = [Update(tokens.to(features.device), taps, counts)]
+            self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.run)
         seconds = clock.lap()
         for row in self.rows:
             row.statistics.prefill_seconds += seconds
@@ -132,49 +136,55 @@ class _Batch:
         clock = _Clock(self.target.device)
         tree = self._draft()
         drafting = clock.lap()
-        features = self.target.forward_tree(tree, self.cache)
+        features, taps = self.run.tree(tree)
         logits = self.target.head(features)
         verifying = clock.lap()
         prefixes = [prefix.tokens for prefix in self.prefixes]
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
         verdicts = verify(tree, logits, warpers, prefixes, chances)
-        self._commit(tree, features, verdicts)
+        self._commit(tree, taps, verdicts)
         rest = clock.lap()
         for row in self.rows:
             row.statistics.add_seconds(drafting, verifying, rest)
         return self._leave()
 
     def _draft(self) -> Tree:
-        assert self.update is not None
-        roots = self.update.tokens[range(len(self.rows)), [count - 1 for count in self.update.counts]]
         shape = self._shape()
-        if self.state is None:
-            return Tree.roots(roots)
+        if self.state is None or shape.size == 1:
+            return Tree.roots(self.roots)
         context = RowContext(
             [prefix.tokens for prefix in self.prefixes],
             [row.warper for row in self.rows],
             [row.chance for row in self.rows],
         )
-        return self.state.propose(self.update, shape, context)
+        update, self.updates = Update.join(self.updates), []
+        return self.state.propose(update, shape, context)
 
     def _shape(self) -> TreeShape:
         """The tree that still fits where a family's attention limits the slots."""
-        limit = self.target.slot_limit
+        limit, shape = self.target.slot_limit, self.shape
         if limit is None:
-            return self.shape
-        left = max(1, limit - max(self.cache.lengths))
-        return self.shape.at_most(self.shape.depth + 1, left)
+            return shape
+        left = limit - max(self.cache.lengths)
+        while shape.size > 1 and self._slots(shape) > left:
+            shape = shape.at_most(max(1, shape.depth), shape.size - 1)
+        return shape
 
-    def _commit(self, tree: Tree, features: Tensor, verdicts: list[Verdict]) -> None:
+    def _slots(self, shape: TreeShape) -> int:
+        return shape.size if self.drafter is None else self.drafter.slots(shape)
+
+    def _commit(self, tree: Tree, taps: Tensor, verdicts: list[Verdict]) -> None:
         """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
         self.cache.commit([verdict.path for verdict in verdicts])
         counts = [len(verdict.path) for verdict in verdicts]
         longest = max(counts)
         paths = torch.tensor([verdict.path + [0] * (longest - len(verdict.path)) for verdict in verdicts])
         tokens = torch.tensor([verdict.tokens + [0] * (longest - len(verdict.tokens)) for verdict in verdicts])
-        paths, tokens = paths.to(features.device), tokens.to(features.device)
-        kept = features.gather(1, paths[..., None].expand(-1, -1, features.shape[-1]))
-        self.update = Update(tokens, kept, counts)
+        self.roots = torch.tensor([verdict.tokens[-1] for verdict in verdicts], device=taps.device)
+        if self.state is not None:
+            paths, tokens = paths.to(taps.device), tokens.to(taps.device)
+            kept = taps.gather(1, paths[..., None].expand(-1, -1, taps.shape[-1]))
+            self.updates.append(Update(tokens, kept, counts))
         depths = tree.depths
         for i, (row, prefix, verdict) in enumerate(zip(self.rows, self.prefixes, verdicts, strict=True)):
             taken = row.extend(verdict.tokens, self.target.context_length)
@@ -187,15 +197,14 @@ class _Batch:
         gained = list(self.rows)
         staying = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
         if len(staying) < len(self.rows):
-            assert self.update is not None
             self.rows = [self.rows[i] for i in staying]
             self.prefixes = [self.prefixes[i] for i in staying]
             if staying:
                 self.cache.select_rows(staying)
+                self.roots = self.roots[staying]
+                self.updates = [update.select_rows(staying) for update in self.updates]
                 if self.state is not None:
                     self.state.select_rows(staying)
-                update, index = self.update, torch.tensor(staying, device=self.update.tokens.device)
-                self.update = Update(update.tokens[index], update.features[index], [update.counts[i] for i in staying])
         return gained
 
 

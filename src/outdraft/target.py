@@ -1,17 +1,17 @@
 """A stock `transformers` causal language model as drafters and verification see it.
 
-One forward over a tree of tokens (4-D mask, a position for every node, our cache), the features after the final norm,
+One forward over reserved slots of our cache (4-D mask, a position for every token), the features after the final norm,
 the head and the embedding as functions of their own. The model is used as it is: no modeling file is copied, nothing
 is patched. What differs between families or versions of transformers is dealt with here and nowhere else.
 
-Does not know how a tree was made or what will be accepted.
+Does not know of trees, of rows that come and go, or of what will be accepted.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from outdraft.backends import accelerate
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
-from outdraft.tree import Tree, attention_mask
-
-PREFILL_CHUNK = 1024
-"""Prompt tokens a forward: bounds the mask and the attention scores of long prompts."""
+from outdraft.tree import attention_mask
 
 MASK_READING = {"sdpa", "eager"}
 """Attention implementations that take a mask of our own."""
@@ -117,6 +114,10 @@ class Target:
         """`(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself makes them."""
         return self._head(features)
 
+    def head_through(self, output_layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The same way from features to logits through an output layer of one's own."""
+        return output_layer if isinstance(self._head, nn.Module) else _HeadView(self.model, output_layer)
+
     def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """`(batch, tokens, hidden)` features of a plain causal forward without cache; `mask` as in transformers."""
         return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -126,59 +127,26 @@ class Target:
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         return SlotCache(rows, self.num_layers, capacity)
 
-    def prefill(self, prompts: Sequence[Tensor], cache: SlotCache) -> Tensor:
-        """Run `(tokens,)` prompts of any lengths and commit them.
-
-        Returns:
-            `(rows, longest, hidden)` features; those after a row's own end mean nothing.
-        """
-        longest = max(len(prompt) for prompt in prompts)
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        tokens = tokens.to(self.device)
-        pieces = []
-        for start in range(0, longest, PREFILL_CHUNK):
-            piece = tokens[:, start : start + PREFILL_CHUNK]
-            count = piece.shape[1]
-            slots = cache.reserve(count, self.device)
-            seen = torch.ones(count, count, dtype=torch.bool, device=self.device).tril().expand(len(prompts), -1, -1)
-            # Rows that ended before this piece write slots that are never committed.
-            pieces.append(self.forward(piece, slots.clamp(max=self.context_length - 1), seen, slots, cache))
-            cache.commit([range(max(0, min(count, len(prompt) - start))) for prompt in prompts])
-        return torch.cat(pieces, dim=1)
-
-    def forward_tree(self, tree: Tree, cache: SlotCache) -> Tensor:
-        """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.
-
-        The nodes stay pending in the cache, in the order of the tree.
-
-        Returns:
-            `(rows, nodes, hidden)` features.
-        """
-        lengths = torch.tensor(cache.lengths, device=self.device)
-        slots = cache.reserve(tree.nodes, self.device)
-        # Candidates past the context's end are verified at its last position and then cut: their verdict is never used.
-        positions = (lengths[:, None] + tree.depths).clamp(max=self.context_length - 1)
-        return self.forward(tree.tokens, positions, tree.ancestors, slots, cache)
-
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`.
+        """Run `(rows, tokens)` over reserved slots; the last arguments as in `inputs`.
 
         Returns:
             `(rows, tokens, hidden)` features.
         """
+        return self._inner(input_ids=tokens, **self.inputs(positions, seen, slots, cache)).last_hidden_state
+
+    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        """What the inner model, whole or cut, takes beside tokens; positions, seen and slots as in `attention_mask`."""
         masks = {
             kind: self._mask(attention_mask(seen, slots, cache.lengths, cache.extent, positions, window))
             for kind, window in self._windows.items()
         }
-        return self._inner(
-            input_ids=tokens,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=positions[:, -tokens.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        return {
+            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+            "position_ids": positions[:, -seen.shape[1] :],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
 
     def _mask(self, seen: Tensor) -> Tensor:
         """What the model's attention reads: boolean keeps SDPA on its fast kernels, `eager` adds to the scores."""
@@ -243,13 +211,18 @@ def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
 class _HeadView:
     """The model's own path from final features to logits (scaling, soft capping and all).
 
-    A shallow copy of the model whose inner model hands back what it is given; every weight is shared.
+    A shallow copy of the model whose inner model hands back what it is given; every weight is shared, but for another
+    output layer where one is given.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, output_layer: nn.Module | None = None):
+        own = model.get_output_embeddings()
         self.view = copy.copy(model)
         self.view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original model
-        self.view._modules = dict(model._modules)
+        self.view._modules = {
+            name: output_layer if output_layer is not None and child is own else child
+            for name, child in model._modules.items()
+        }
         self.view._modules[model.base_model_prefix] = _HandBack()
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from test_feature_head_equations import SWITCHES, torch_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft import UserError
-from outdraft.drafters import feature_drafting
+from outdraft.cache import SlotCache
+from outdraft.drafters import intake
 from outdraft.drafters.base import RowContext, TreeShape, Update
 from outdraft.drafters.feature_drafting import FeatureDrafter, FeatureDraftState
+from outdraft.run import TargetRun
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -67,7 +69,7 @@ class Rounds:
         self.naive = [NaiveDrafting(w, SHAPE, embeddings, HEAD) for _ in prompt_lengths]
         prompts = [torch.tensor(self.rng.integers(0, 13, n)) for n in prompt_lengths]
         drafter = FeatureDrafter(head, target())
-        self.state: FeatureDraftState = drafter.begin(prompts, 8)
+        self.state: FeatureDraftState = drafter.begin(prompts, TargetRun(target(), SlotCache(len(prompts), 1, 8)))
         self.decide([[*prompt[1:].tolist(), int(self.rng.integers(13))] for prompt in prompts])
 
     def decide(self, tokens: list[list[int]]) -> None:
@@ -128,9 +130,9 @@ def test_one_row_alone_with_the_published_tree() -> None:
 def test_a_round_without_drafting_is_remembered() -> None:
     rounds = Rounds("fspad", [4, 6])
     rounds.accept(rounds.check(TREES["tree"]), [2, 1])
-    with torch.inference_mode():
-        rounds.state.observe(rounds.update)
+    missed = rounds.update
     rounds.decide([[3], [1]])
+    rounds.update = Update.join([missed, rounds.update])
     rounds.check(TREES["tree"])
 
 
@@ -140,13 +142,13 @@ def test_rows_that_leave_take_their_memory_with_them() -> None:
     rounds.state.select_rows([2, 0])
     rounds.naive = [rounds.naive[2], rounds.naive[0]]
     update = rounds.update
-    rounds.update = Update(update.tokens[[2, 0]], update.features[[2, 0]], [update.counts[2], update.counts[0]])
+    rounds.update = update.select_rows([2, 0])
     rounds.accept(rounds.check(TREES["tree"]), [1, 1])
     rounds.check(TREES["tree"])
 
 
 def test_long_prompts_in_pieces_give_the_same_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_drafting, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(intake, "PREFILL_CHUNK", 4)
     rounds = Rounds("fspad", [11, 3, 8])
     rounds.accept(rounds.check(TREES["narrow"]), [1, 2, 0])
     rounds.check(TREES["narrow"])

@@ -1,7 +1,8 @@
 """The protocol that every drafter keeps.
 
-A `Drafter` is a loaded model or rule; `begin` gives it a `DraftState` for a batch of rows. Each round the state is told
-what was decided (`Update`) and answers with a tree. It never sees the target's logits and never decides what is kept.
+A `Drafter` is a loaded model or rule; `begin` gives it a `DraftState` for a batch of rows. In every round that drafts
+the state is told what was decided since (`Update`) and answers with a tree. It never sees the target's logits and never
+decides what is kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from outdraft.cache import SlotCache
 from outdraft.errors import UserError
+from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Warper
+from outdraft.target import Target
 from outdraft.tree import Tree
 
 Choice = Literal["top-k", "sampled", "sampled-with-replacement"]
@@ -67,17 +72,45 @@ GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
 
 @dataclass
 class Update:
-    """What the last verdict decided, for every row.
+    """What was decided since the drafter was last asked, for every row.
 
     Attributes:
         tokens: `(rows, m)` newly decided tokens, the last one the root of the next tree; right-padded.
-        features: `(rows, m, hidden)` the target's feature at the position before each of them.
+        taps: `(rows, m, hidden)` what the drafter reads of the target at the position before each of them: its feature,
+            or what the run that its `start` makes gives instead.
         counts: how many are real.
     """
 
     tokens: Tensor
-    features: Tensor
+    taps: Tensor
     counts: list[int]
+
+    @property
+    def roots(self) -> Tensor:
+        """`(rows,)` the last token of each."""
+        last = torch.tensor(self.counts, device=self.tokens.device) - 1
+        return self.tokens.gather(1, last[:, None])[:, 0]
+
+    @classmethod
+    def join(cls, updates: Sequence[Update]) -> Update:
+        """Several, one after the other, as one."""
+        if len(updates) == 1:
+            return updates[0]
+        rows = range(len(updates[0].counts))
+        counts = [sum(update.counts[row] for update in updates) for row in rows]
+
+        def joined(name: str) -> Tensor:
+            whole = [
+                torch.cat([getattr(update, name)[row, : update.counts[row]] for update in updates]) for row in rows
+            ]
+            return pad_sequence(whole, batch_first=True)
+
+        return cls(joined("tokens"), joined("taps"), counts)
+
+    def select_rows(self, rows: Sequence[int]) -> Update:
+        """Only these rows, in this order."""
+        index = torch.tensor(list(rows), device=self.tokens.device)
+        return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
 
 
 @dataclass
@@ -99,10 +132,7 @@ class DraftState(ABC):
 
     @abstractmethod
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        """Take in what was decided and grow a tree of at most `shape` for every row."""
-
-    def observe(self, update: Update) -> None:  # noqa: B027
-        """Take in what was decided without drafting; called instead of `propose` in rounds that draft nothing."""
+        """Take in what was decided since the last call and grow a tree of at most `shape` for every row."""
 
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -115,9 +145,17 @@ class Drafter(ABC):
     method: str
     """Its name on the command line and in reports."""
 
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        """The target at work on a batch of rows; a drafter made of the target's own layers runs it in parts."""
+        return TargetRun(target, cache)
+
     @abstractmethod
-    def begin(self, prompts: Sequence[Tensor], capacity: int) -> DraftState:
-        """A state for these `(tokens,)` prompts; `capacity` tokens a row are expected at most."""
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+        """A state for these `(tokens,)` prompts, over which `run` has gone; its cache says how many slots to expect."""
+
+    def slots(self, shape: TreeShape) -> int:
+        """Slots of the target's cache that a round takes."""
+        return shape.size
 
     has_law = True
     """Whether it has probabilities to sample candidates from."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.growth import RunAhead, grow
 from outdraft.errors import UserError
+from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -49,8 +50,8 @@ class DraftModel(Drafter):
             )
         self.model = model
 
-    def begin(self, prompts: Sequence[Tensor], capacity: int) -> _DraftModelState:
-        return _DraftModelState(self.model, prompts, capacity)
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _DraftModelState:
+        return _DraftModelState(self.model, prompts, run.cache.capacity)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return TreeShape.chain(5, candidates="sampled" if sampling else "top-k")
@@ -66,7 +67,8 @@ class _DraftModelState(DraftState):
     def __init__(self, model: Target, prompts: Sequence[Tensor], capacity: int):
         self.model = model
         self.cache = model.new_cache(len(prompts), capacity)
-        self.model.prefill(prompts, self.cache)
+        self.run = TargetRun(model, self.cache)
+        self.run.prefill(prompts)
         # Targets' updates after the prefill begin with the prompt's second token; those are known here already.
         self.known = [len(prompt) - 1 for prompt in prompts]
 
@@ -80,9 +82,6 @@ class _DraftModelState(DraftState):
         tree = grow(roots, logits, step, shape, rows)
         self.cache.rollback()
         return tree
-
-    def observe(self, update: Update) -> None:
-        self._take_in(update)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
@@ -101,7 +100,7 @@ class _DraftModelState(DraftState):
         parents = torch.arange(-1, longest - 1, device=device).repeat(len(news), 1)
         for row, new in enumerate(news):
             tokens[row, : len(new)] = new
-        features = self.model.forward_tree(Tree(tokens, parents, [longest] * len(news)), self.cache)
+        features = self.run.tree(Tree(tokens, parents, [longest] * len(news))).features
         self.cache.commit([range(len(new)) for new in news])
         index = torch.arange(len(news), device=device)
         last = torch.tensor([len(new) - 1 for new in news], device=device)

@@ -18,8 +18,10 @@ from outdraft.cache import SlotCache
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.drafters.growth import RunAhead, grow
+from outdraft.drafters.intake import take_in
 from outdraft.errors import UserError
-from outdraft.target import PREFILL_CHUNK, Target
+from outdraft.run import TargetRun
+from outdraft.target import Target
 from outdraft.tree import Tree, attention_mask
 
 
@@ -44,8 +46,8 @@ class FeatureDrafter(Drafter):
                 )
         self.head, self.target, self.method = head, target, head.method
 
-    def begin(self, prompts: Sequence[Tensor], capacity: int) -> FeatureDraftState:
-        return FeatureDraftState(self, len(prompts), capacity)
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> FeatureDraftState:
+        return FeatureDraftState(self, len(prompts), run.cache.capacity)
 
     @property
     def num_parameters(self) -> int:
@@ -63,6 +65,7 @@ class FeatureDraftState(DraftState):
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
         self.drafter = drafter
         self.cache = SlotCache(rows, 1, capacity)
+        self._last_position = drafter.head.config.max_position_embeddings - 1
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         newest = self._take_in(update)
@@ -70,7 +73,7 @@ class FeatureDraftState(DraftState):
         last = torch.tensor(update.counts, device=update.tokens.device) - 1
         roots = update.tokens[row, last]
         logits = self.drafter.target.head(newest.p)
-        ahead = RunAhead(self.cache, self.drafter.head.config.max_position_embeddings - 1)
+        ahead = RunAhead(self.cache, self._last_position)
         r = newest.r[:, None]
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
@@ -83,31 +86,16 @@ class FeatureDraftState(DraftState):
         self.cache.rollback()
         return tree
 
-    def observe(self, update: Update) -> None:
-        self._take_in(update)
-
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
 
     def _take_in(self, update: Update) -> DraftOutput:
         """Run the decided pairs and keep them; the outputs `(rows, hidden)` at each row's last one."""
-        rows, longest = update.tokens.shape
-        device = update.tokens.device
-        p, r = update.features.new_zeros(2, rows, update.features.shape[-1])
-        for start in range(0, longest, PREFILL_CHUNK):
-            tokens = update.tokens[:, start : start + PREFILL_CHUNK]
-            features = update.features[:, start : start + PREFILL_CHUNK]
-            count = tokens.shape[1]
-            slots = self.cache.reserve(count, device)
-            seen = torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(rows, -1, -1)
-            positions = slots.clamp(max=self.drafter.head.config.max_position_embeddings - 1)
-            out = self.run(tokens, features, positions, seen, slots)
-            real = [max(0, min(count, total - start)) for total in update.counts]
-            self.cache.commit([range(n) for n in real])
-            for row, n in enumerate(real):
-                if n:
-                    p[row], r[row] = out.p[row, n - 1], out.r[row, n - 1]
-        return DraftOutput(p, r)
+
+        def forward(piece: slice, positions: Tensor, seen: Tensor, slots: Tensor) -> DraftOutput:
+            return self.run(update.tokens[:, piece], update.taps[:, piece], positions, seen, slots)
+
+        return DraftOutput(*take_in(self.cache, update.counts, self._last_position, update.tokens.device, forward))
 
     def run(self, tokens: Tensor, features: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> DraftOutput:
         """One forward of the network over reserved slots; the last three arguments as in `attention_mask`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.run import TargetRun
 from outdraft.tree import Tree
 
 
@@ -29,7 +30,7 @@ class PromptLookup(Drafter):
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
 
-    def begin(self, prompts: Sequence[Tensor], capacity: int) -> _Lookup:
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _Lookup:
         return _Lookup(self)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:

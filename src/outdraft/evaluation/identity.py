@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.cache import SlotCache
+from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -76,10 +76,10 @@ def divergence(target: Target, number: int, prompt: list[int], plain: list[int],
 
 def logits_one_by_one(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
     """`(len(tokens) + 1, vocab)` logits after the prompt and after each token, as plain decoding computes them."""
-    cache: SlotCache = target.new_cache(1, len(prompt) + len(tokens) + 1)
-    rows = [target.head(target.prefill([torch.tensor(prompt)], cache)[0, -1:])]
+    run = TargetRun(target, target.new_cache(1, len(prompt) + len(tokens) + 1))
+    rows = [target.head(run.prefill([torch.tensor(prompt)]).features[0, -1:])]
     for token in tokens:
         root = Tree.roots(torch.tensor([token], device=target.device))
-        rows.append(target.head(target.forward_tree(root, cache)[0]))
-        cache.commit([[0]])
+        rows.append(target.head(run.tree(root).features[0]))
+        run.cache.commit([[0]])
     return torch.cat(rows).float()

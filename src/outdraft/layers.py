@@ -1,0 +1,169 @@
+"""A stock model cut in two at a layer, without a copy: its first layers, the rest, and a layer of one's own at the end.
+
+A view is a shallow copy of the inner model whose list of layers is a slice of the same modules. The layers keep their
+place in the cache, so both parts write to one `SlotCache`. What goes over the cut is the hidden state: the lower part's
+last layer notes what it gives, and the upper part's first layer is handed that in place of its input, so what a family
+does to its embeddings (scaling, learned positions) does not matter.
+
+Knows how inner models of `transformers` are built; nothing of trees, drafting or training.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from outdraft.errors import UserError
+
+
+class Cut:
+    """An inner model cut after its first `layers` layers.
+
+    Args:
+        model: a causal language model, on any backend.
+        layers: of the lower part, at least 1 and less than the model has.
+
+    Raises:
+        UserError: no such layer, or the model's layers cannot be found.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int):
+        self._model: Any = model
+        total = len(layers_of(model))
+        if not 1 <= layers < total:
+            raise UserError(f"the exit layer must be between 1 and {total - 1} for this model, not {layers}")
+        self.layers = layers
+        modules = list(layers_of(model))
+        self._noting, self._handed = _Noting(modules[layers - 1]), _Handed(modules[layers])
+        self._lower = _view(model, [*modules[: layers - 1], self._noting], 0)
+        self._upper = _view(model, [self._handed, *modules[layers + 1 :]], layers)
+
+    def lower(self, **inputs: Any) -> Tensor:
+        """Run the first layers as the model would be run; `(rows, tokens, hidden)` what the last of them gives."""
+        self._lower(**inputs)
+        return self._noting.take()
+
+    def upper(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        """Run the other layers on that; `(rows, tokens, hidden)` features after the final norm."""
+        return self._handed.run(self._upper, hidden, **inputs)
+
+    def both(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run all layers at once: what `lower` and what `upper` give."""
+        hidden = self.lower(**inputs)
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return hidden, self.upper(hidden, **rest)
+
+
+class ExitView:
+    """A layer of one's own on hidden states of the model, with the model's final norm after it.
+
+    Args:
+        model: whose inner model lends everything but the layer.
+        layer: a module like the model's last layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: nn.Module):
+        self._handed = _Handed(layer)
+        self._inner = _view(model, [self._handed], len(layers_of(model)) - 1)
+
+    def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        """`(rows, tokens, hidden)` to as many features after the final norm; other inputs as the model takes them."""
+        return self._handed.run(self._inner, hidden, **inputs)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's own list of layers.
+
+    Raises:
+        UserError: there is no such list.
+    """
+    return _path_to_layers(model)[-1][1]  # type: ignore[return-value]
+
+
+def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """From the inner model down to its list of layers, each with its name in the one before."""
+    count = model.config.get_text_config().num_hidden_layers
+
+    def search(module: nn.Module, path: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]] | None:
+        for name, child in module._modules.items():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return [*path, (name, child)]
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, nn.ModuleList):
+                found = search(child, [*path, (name, child)])
+                if found is not None:
+                    return found
+        return None
+
+    found = search(model.base_model, [("", model.base_model)])
+    if found is None:
+        raise UserError(
+            f"the {count} layers of {type(model).__name__} cannot be found, so it cannot exit early; use another method"
+        )
+    return found
+
+
+def _view(model: PreTrainedModel, layers: list[nn.Module], first: int) -> Any:
+    """A shallow copy of the inner model with these layers, which stand for those from `first` on."""
+    path = _path_to_layers(model)
+    child: nn.Module = nn.ModuleList()
+    child._modules = {str(i): layer for i, layer in enumerate(layers)}
+    for (_, parent), (name, _) in zip(path[-2::-1], path[:0:-1], strict=True):
+        view = copy.copy(parent)
+        view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original
+        view._modules = {**parent._modules, name: child}
+        _cut_kinds(view, first, len(layers))
+        child = view
+    return child
+
+
+def _cut_kinds(view: Any, first: int, count: int) -> None:
+    """Families with several kinds of attention look a layer's kind up by its place in the list."""
+    config: Any = getattr(view, "config", None)
+    if getattr(config, "layer_types", None):
+        view.config = copy.copy(config)
+        # Not by assignment: configurations check the length of the list against the number of layers.
+        view.config.__dict__["layer_types"] = list(config.layer_types[first : first + count])
+
+
+class _Stand(nn.Module):
+    """In place of a layer, whose attributes it shows; it holds no weight of its own."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def take(self) -> Tensor:
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        return hidden
+
+
+class _Noting(_Stand):
+    """Notes what the layer gives."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        self.hidden = output[0] if isinstance(output, tuple) else output
+        return output
+
+
+class _Handed(_Stand):
+    """Gives the layer the hidden state that was handed in, whatever comes to it."""
+
+    def run(self, inner: Any, hidden: Tensor, **inputs: Any) -> Tensor:
+        self.hidden = hidden
+        return inner(inputs_embeds=hidden, **inputs).last_hidden_state
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(self.take(), *args, **kwargs)
