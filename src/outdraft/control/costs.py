@@ -1,0 +1,206 @@
+"""What drafting and verifying cost on this machine, in seconds, learned from timed rounds.
+
+One `Costs` for a target and its drafter, shared by all rows and calls; numbers of rows fall into power-of-two buckets
+that learn apart. Knows nothing of who decides what from it, nor of models or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+OUTLIER = 3.0
+"""An observation counts as at most so many times what was expected: a machine may stall for once."""
+MEMORY = 20
+"""Observations that an average looks back on."""
+VERIFY = 0.02
+"""Seconds of a one-node pass before any was seen. Only ratios matter then."""
+DRAFT_SHARE = 0.08
+"""Begin and step as a share of a one-node pass, before any was seen."""
+NODE_SHARE = 0.02
+"""What a further node adds to a pass, as a share of a one-node pass, before passes of several sizes were seen."""
+NODE_WEIGHT = 4.0
+"""How firmly NODE_SHARE is believed, in squared nodes of an averaged observation."""
+
+
+def believable(value: float, expected: float) -> float:
+    """The value, or the most of it that an outlier counts for."""
+    return min(value, OUTLIER * expected)
+
+
+class Average:
+    """An exponential average that outliers cannot carry away.
+
+    Seconds have a floor and no ceiling: an observation far above the average is clipped, one far below it shows that
+    the average began with an outlier (compilation, cold caches), and starts it afresh.
+    """
+
+    def __init__(self) -> None:
+        self.value, self.seen = 0.0, 0
+
+    def observe(self, value: float) -> None:
+        if self.value <= 0 or value < self.value / OUTLIER:
+            self.value, self.seen = value, 1
+            return
+        self.seen = min(self.seen + 1, MEMORY)
+        self.value += (believable(value, self.value) - self.value) / self.seen
+
+
+class Line:
+    """Exponentially weighted least squares of a pass's seconds on its nodes, with a weak prior slope.
+
+    Means and spreads are kept apart, and the spreads fade only as far as an observation brings something new about the
+    slope: a long stretch of one-node passes moves the level and leaves the slope as it was.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.nodes = self.seconds = 0.0  # means
+        self.spread = self.product = 0.0  # of nodes; of nodes with seconds
+
+    def observe(self, nodes: int, seconds: float) -> None:
+        if self.seconds <= 0 or seconds < self.at(nodes) / OUTLIER:
+            self.seen, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
+            return
+        self.seen = min(self.seen + 1, MEMORY)
+        rate = 1 / self.seen
+        apart, slower = nodes - self.nodes, believable(seconds, self.at(nodes)) - self.seconds
+        news = apart * apart
+        fade = rate * min(1.0, news / self.spread) if self.spread > 0 else 0.0
+        self.spread += rate * (1 - rate) * news - fade * self.spread
+        self.product += rate * (1 - rate) * apart * slower - fade * self.product
+        self.nodes += rate * apart
+        self.seconds += rate * slower
+
+    @property
+    def slope(self) -> float:
+        """Seconds a further node adds, never negative."""
+        # The prior slope s is NODE_SHARE of the pass at one node, which is seconds - s * (nodes - 1).
+        prior = self.seconds / (1 / NODE_SHARE + max(0.0, self.nodes - 1))
+        return max(0.0, (self.product + NODE_WEIGHT * prior) / (self.spread + NODE_WEIGHT))
+
+    def at(self, nodes: int) -> float:
+        """Seconds of a pass over so many nodes."""
+        # Never less than half the mean: a slope that is too steep must not make small passes free.
+        return max(self.seconds / 2, self.seconds + self.slope * (nodes - self.nodes))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Costs that were given and never change, in seconds."""
+
+    begin: float
+    step: float
+    verify_base: float
+    verify_per_node: float
+    rest: float
+
+
+class Costs:
+    """Seconds of the parts of a round."""
+
+    def __init__(self) -> None:
+        self._fixed: Fixed | None = None
+        self._begin: dict[int, Average] = {}
+        self._step: dict[int, Average] = {}
+        self._rest: dict[int, Average] = {}
+        self._verify: dict[int, Line] = {}
+
+    @classmethod
+    def fixed(cls, begin: float, step: float, verify_base: float, verify_per_node: float, rest: float = 0.0) -> Costs:
+        """Costs that observations do not change: for tests, simulation and reproducible draft lengths.
+
+        Args:
+            begin: seconds until the first level is drafted.
+            step: seconds of each further level.
+            verify_base: seconds of a target pass over one node.
+            verify_per_node: seconds of each further node.
+            rest: seconds of everything else in a round.
+        """
+        costs = cls()
+        costs._fixed = Fixed(begin, step, verify_base, verify_per_node, rest)
+        return costs
+
+    def observe_draft(self, begin_seconds: float, step_seconds: Sequence[float], rows: int = 1) -> None:
+        """A draft was made.
+
+        Args:
+            begin_seconds: taking in what was decided, and the first level.
+            step_seconds: of each further level.
+            rows: drafted for together.
+        """
+        if self._fixed is not None:
+            return
+        self._begin.setdefault(bucket(rows), Average()).observe(begin_seconds)
+        for seconds in step_seconds:
+            self._step.setdefault(bucket(rows), Average()).observe(seconds)
+
+    def observe_round(self, nodes: int, verify_seconds: float, rest_seconds: float, rows: int = 1) -> None:
+        """A round ended: the target ran over so many nodes a row (the root included), and the rest was done."""
+        if self._fixed is not None:
+            return
+        self._verify.setdefault(bucket(rows), Line()).observe(nodes, verify_seconds)
+        self._rest.setdefault(bucket(rows), Average()).observe(rest_seconds)
+
+    def begin(self, rows: int = 1) -> float:
+        """Seconds until a draft's first level is there."""
+        if self._fixed is not None:
+            return self._fixed.begin
+        known = nearest(self._begin, rows) or nearest(self._step, rows)
+        return known.value if known else DRAFT_SHARE * self.verify(1, rows)
+
+    def step(self, rows: int = 1) -> float:
+        """Seconds of each further level."""
+        if self._fixed is not None:
+            return self._fixed.step
+        known = nearest(self._step, rows) or nearest(self._begin, rows)
+        return known.value if known else DRAFT_SHARE * self.verify(1, rows)
+
+    def verify(self, nodes: int, rows: int = 1) -> float:
+        """Seconds of the target's pass over so many nodes a row, the root included."""
+        if self._fixed is not None:
+            return self._fixed.verify_base + self._fixed.verify_per_node * (nodes - 1)
+        known = nearest(self._verify, rows)
+        return known.at(nodes) if known else VERIFY * (1 + NODE_SHARE * (nodes - 1))
+
+    def rest(self, rows: int = 1) -> float:
+        """Seconds of everything else in a round."""
+        if self._fixed is not None:
+            return self._fixed.rest
+        known = nearest(self._rest, rows)
+        return known.value if known else 0.0
+
+    def plain(self, rows: int = 1) -> float:
+        """Seconds of a round that drafts nothing: what a token costs without drafting."""
+        return self.verify(1, rows) + self.rest(rows)
+
+    def added(self, nodes: int, rows: int = 1) -> float:
+        """Seconds that so many drafted nodes add to the target's pass."""
+        return self.verify(1 + nodes, rows) - self.verify(1, rows)
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: the seconds for one row, or of every bucket that was seen."""
+        buckets = sorted({*self._begin, *self._step, *self._verify, *self._rest}) or [0]
+        return {f"rows<={1 << key}": self._parts(1 << key) for key in buckets}
+
+    def _parts(self, rows: int) -> dict[str, float]:
+        parts: dict[str, Callable[[int], float]] = {"begin": self.begin, "step": self.step, "rest": self.rest}
+        seconds = {name: part(rows) for name, part in parts.items()}
+        return seconds | {"verify": self.verify(1, rows), "verify_per_node": self.added(8, rows) / 8}
+
+
+def bucket(rows: int) -> int:
+    """Which power of two holds so many rows: 1, 2, 3-4, 5-8, ..."""
+    return max(0, rows - 1).bit_length()
+
+
+Part = TypeVar("Part")
+
+
+def nearest(parts: dict[int, Part], rows: int) -> Part | None:
+    """What is known for so many rows, else for the nearest other number, else nothing."""
+    key = bucket(rows)
+    if not parts:
+        return None
+    return parts[key] if key in parts else parts[min(parts, key=lambda other: (abs(other - key), other))]

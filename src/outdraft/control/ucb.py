@@ -1,0 +1,56 @@
+"""UCB1 over draft lengths: every length is an arm, its reward the round's tokens per second.
+
+Knows costs and verdicts; looks at no confidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from outdraft.control.adaptive import Adaptive
+
+
+class UcbController(Adaptive):
+    """Chooses the length of largest mean reward plus `exploration` * sqrt(ln rounds / times seen).
+
+    The reward is in units of plain decoding's tokens per second. A round shows what every shorter draft would have
+    earned too, so all of them learn from it.
+
+    Args:
+        exploration: weight of the bonus for lengths that were seen rarely.
+    """
+
+    def __init__(self, *given: Any, exploration: float, **adaptive: Any):
+        super().__init__(*given, **adaptive)
+        self.exploration = exploration
+        # One imagined round as good as plain decoding for each length.
+        self.times = self.evidence(f"ucb times {self.limit}", [1.0] * (self.limit + 1))
+        self.rewards = self.evidence(f"ucb rewards {self.limit}", [1.0] * (self.limit + 1))
+        self._length = 0
+
+    def wants(self, confidences: Sequence[float], nodes: int) -> bool:
+        if not confidences:
+            self._length = self._best()
+        return len(confidences) < self._length
+
+    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        levels = len(confidences)
+        self._earn(0, 1.0)
+        for length in range(1, levels + 1):
+            excess = self._loss(length, self._nodes * length // levels)
+            self._earn(length, (1 + min(accepted, length)) / (1 + excess))
+
+    def _earn(self, length: int, reward: float) -> None:
+        self.times.add(length, 1.0)
+        self.rewards.add(length, reward)
+
+    def _best(self) -> int:
+        rounds = math.log(max(self.times[length] for length in range(self.limit + 1)) + 1)
+
+        def index(length: int) -> float:
+            times = self.times[length]
+            return self.rewards[length] / times + self.exploration * math.sqrt(rounds / times)
+
+        return max(reversed(range(self.limit + 1)), key=index)  # of equals the longest, which teaches most
