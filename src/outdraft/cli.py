@@ -93,6 +93,7 @@ def generate(
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
@@ -117,6 +118,7 @@ def generate(
             tree_depth=tree_depth,
             tree_top_k=tree_top_k,
             tree_size=tree_size,
+            controller=controller,
         ),
     }
     if chat is None:
@@ -158,6 +160,7 @@ def chat(
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
@@ -181,6 +184,7 @@ def chat(
         tree_depth=tree_depth,
         tree_top_k=tree_top_k,
         tree_size=tree_size,
+        controller=controller,
     )
     Chat(loaded, settings, tree, results(show_drafts), remarks(), show_drafts, system).run()
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from outdraft.control.base import Controller
+from outdraft.control.costs import Costs
+from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Warper
@@ -37,6 +40,7 @@ class Row:
         tokens: decided so far, the prompt not included.
         finish_reason: `eos`, `length`, `stop` or `context`; None while the row is running.
         accepted: for every decided token, whether it was drafted.
+        controller: says how far to draft for it; None drafts as far as the shape allows.
     """
 
     prompt: list[int]
@@ -49,6 +53,7 @@ class Row:
     finish_reason: str | None = None
     accepted: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
+    controller: Controller | None = None
 
     def extend(self, tokens: Sequence[int], context_length: int) -> int:
         """Append decided tokens one by one, ending exactly where plain decoding would; how many were taken."""
@@ -69,16 +74,19 @@ class Row:
 
 
 @torch.inference_mode()
-def decode(target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape) -> Iterator[list[Row]]:
+def decode(
+    target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape, costs: Costs | None = None
+) -> Iterator[list[Row]]:
     """Decode all rows to their ends; yields the rows that gained tokens after every round.
 
     Args:
         target: decides.
         drafter: proposes; None is plain decoding.
         rows: filled in place.
-        shape: of the trees.
+        shape: of the trees, at most.
+        costs: told what rounds cost, where rows have controllers (all of them, then).
     """
-    batch = _Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape)
+    batch = _Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape, costs or Costs())
     for row in rows:
         if row.max_new_tokens <= 0:
             row.finish_reason = "length"
@@ -90,8 +98,9 @@ def decode(target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: 
 class _Batch:
     """The rows still running, the target's cache and the drafter's state for them."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape):
-        self.target, self.drafter, self.rows, self.shape = target, drafter, list(rows), shape
+    def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape, costs: Costs):
+        self.target, self.drafter, self.rows, self.shape, self.costs = target, drafter, list(rows), shape, costs
+        self.clock = _Clock(target.device)
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
         self.capacity = min(longest, target.context_length) + self._slots(shape)
         self.cache = target.new_cache(len(rows), self.capacity)
@@ -105,7 +114,7 @@ class _Batch:
         """Run the prompts and decide each row's first token, as plain decoding does."""
         if not self.rows:
             return []
-        clock = _Clock(self.target.device)
+        self.clock.lap()
         prompts = [torch.tensor(row.prompt) for row in self.rows]
         features, taps = self.run.prefill(prompts)
         counts = [len(prompt) for prompt in prompts]
@@ -126,36 +135,50 @@ class _Batch:
                 tokens[i, counts[i] - 1] = firsts[i]
             self.updates = [Update(tokens.to(features.device), taps, counts)]
             self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.run)
-        seconds = clock.lap()
+        seconds = self.clock.lap()
         for row in self.rows:
             row.statistics.prefill_seconds += seconds
         return self._leave()
 
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
-        clock = _Clock(self.target.device)
-        tree = self._draft()
-        drafting = clock.lap()
+        self.clock.lap()
+        shape = self._shape()
+        pace = self._pace(shape)
+        tree = self._draft(shape, pace)
+        drafting = self.clock.lap()
         features, taps = self.run.tree(tree)
         logits = self.target.head(features)
-        verifying = clock.lap()
+        verifying = self.clock.lap()
         prefixes = [prefix.tokens for prefix in self.prefixes]
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
         verdicts = verify(tree, logits, warpers, prefixes, chances)
         self._commit(tree, taps, verdicts)
-        rest = clock.lap()
+        rest = self.clock.lap()
+        if pace is not None:
+            depths = [row.statistics.depths[-1] for row in self.rows]
+            accepted = [len(verdict.path) - 1 for verdict in verdicts]
+            emitted = [len(verdict.tokens) for verdict in verdicts]
+            pace.observe(depths, accepted, emitted, tree.counts, verifying, rest)
         for row in self.rows:
             row.statistics.add_seconds(drafting, verifying, rest)
         return self._leave()
 
-    def _draft(self) -> Tree:
-        shape = self._shape()
-        if self.state is None or shape.size == 1:
+    def _pace(self, shape: TreeShape) -> RoundPace | None:
+        """What the rows' controllers say of this round."""
+        controllers = [row.controller for row in self.rows if row.controller is not None]
+        if self.state is None or not controllers:
+            return None
+        return RoundPace(controllers, self.costs, 0 if shape.size == 1 else shape.depth + 1, self.clock.now)
+
+    def _draft(self, shape: TreeShape, pace: RoundPace | None) -> Tree:
+        if self.state is None or shape.size == 1 or (pace is not None and not any(pace.going)):
             return Tree.roots(self.roots)
         context = RowContext(
             [prefix.tokens for prefix in self.prefixes],
             [row.warper for row in self.rows],
             [row.chance for row in self.rows],
+            pace,
         )
         update, self.updates = Update.join(self.updates), []
         return self.state.propose(update, shape, context)
@@ -196,6 +219,9 @@ class _Batch:
         """Let finished rows go."""
         gained = list(self.rows)
         staying = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        for row in self.rows:
+            if row.finish_reason is not None and row.controller is not None:
+                row.controller.finish()
         if len(staying) < len(self.rows):
             self.rows = [self.rows[i] for i in staying]
             self.prefixes = [self.prefixes[i] for i in staying]
@@ -230,13 +256,13 @@ class _Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.last = self._now()
+        self.last = self.now()
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def lap(self) -> float:
-        before, self.last = self.last, self._now()
+        before, self.last = self.last, self.now()
         return self.last - before

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from outdraft.control import ControlSettings, Costs
+from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
-from outdraft.settings import LOSSY, TREE_SETTINGS, check_prompt, sampling_settings, tree_shape
+from outdraft.settings import LOSSY, TREE_SETTINGS, check_prompt, pacer_of, sampling_settings, tree_shape
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
@@ -123,6 +125,7 @@ class SpeculativeModel:
 
     def __init__(self, target: Target, drafter: Drafter | None = None):
         self.target, self.drafter = target, drafter
+        self._pacers: dict[Any, Pacer | None] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -144,21 +147,24 @@ class SpeculativeModel:
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
                 `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
-                `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains.
-                Greedy unless `do_sample` or a `temperature` is given.
+                `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
+                `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
+                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). What they learn
+                serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
+                need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
 
         Raises:
             UserError: an unknown or impossible setting, or a prompt beyond the context.
         """
         streamer = settings.pop("streamer", None)
         start = time.perf_counter()
-        rows, shape = self._rows(prompts, settings)
+        rows, shape, costs = self._rows(prompts, settings)
         if streamer is not None:
             if len(rows) > 1:
                 raise UserError("a streamer takes one prompt; use .stream() for several")
             streamer.put(torch.tensor([rows[0].prompt]))
         streamed = 0
-        for _ in decode(self.target, self.drafter, rows, shape):
+        for _ in decode(self.target, self.drafter, rows, shape, costs):
             if streamer is not None:
                 for token in rows[0].tokens[streamed:]:
                     streamer.put(torch.tensor([token]))
@@ -179,11 +185,11 @@ class SpeculativeModel:
 
     def stream(self, prompts: Any, **settings: Any) -> Iterator[Piece]:
         """The same as `generate`, token by token as they are decided."""
-        rows, shape = self._rows(prompts, settings)
+        rows, shape, costs = self._rows(prompts, settings)
         if self.tokenizer is None:
             raise UserError("streaming text needs a tokenizer; use generate for token ids")
         texts = [Detokenizer(self.tokenizer) for _ in rows]
-        for _ in decode(self.target, self.drafter, rows, shape):
+        for _ in decode(self.target, self.drafter, rows, shape, costs):
             for i, row in enumerate(rows):
                 for place in range(len(texts[i].tokens), len(row.tokens)):
                     reason = row.finish_reason if place + 1 == len(row.tokens) else None
@@ -192,13 +198,14 @@ class SpeculativeModel:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
 
-    def _rows(self, prompts: Any, settings: dict[str, Any]) -> tuple[list[Row], TreeShape]:
+    def _rows(self, prompts: Any, settings: dict[str, Any]) -> tuple[list[Row], TreeShape, Costs | None]:
         """Settings checked and turned into rows, before anything runs."""
         settings = dict(settings)
         for name, reason in LOSSY.items():
             if settings.pop(name, None) not in (None, 1, 1.0):
                 raise UserError(reason)
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
+        pacer = self._pacer(settings.pop("controller", None))
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -215,15 +222,28 @@ class SpeculativeModel:
         seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
         sampling = sampling_settings(settings)
-        shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0)
+        shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0, pacer is not None)
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
-            dice = Dice(None if seed is None else seed + i, self.target.device)
+            own_seed = None if seed is None else seed + i
+            dice = Dice(own_seed, self.target.device)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
-            rows.append(Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop))
-        return rows, shape
+            row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop)
+            if pacer is not None:
+                row.controller = pacer.controller(shape.depth + 1, own_seed)
+            rows.append(row)
+        return rows, shape, pacer.costs if pacer is not None else None
+
+    def _pacer(self, controller: Any) -> Pacer | None:
+        """The same one for the same settings, so that what was learned and measured is kept."""
+        if self.drafter is None or controller is None or isinstance(controller, Pacer):
+            return pacer_of(controller) if self.drafter is not None else None
+        key = astuple(controller) if isinstance(controller, ControlSettings) else controller
+        if key not in self._pacers:
+            self._pacers[key] = pacer_of(controller)
+        return self._pacers[key]
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

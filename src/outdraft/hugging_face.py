@@ -14,17 +14,20 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter
 from outdraft.errors import UserError
 from outdraft.generation import pad
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.settings import LOSSY, check_prompt, tree_shape
+from outdraft.settings import LOSSY, check_prompt, pacer_of, tree_shape
 from outdraft.target import Target
 
 
-def custom_generate(draft_model: Any, *, method: str | None = None, backend: str = "eager", **tree: Any) -> Callable:
+def custom_generate(
+    draft_model: Any, *, method: str | None = None, backend: str = "eager", controller: Any = None, **tree: Any
+) -> Callable:
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
     Processors and stopping criteria are those that `transformers` has prepared, applied node by node. The seed comes
@@ -36,9 +39,10 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
         draft_model: as in `load`.
         method: likewise.
         backend: likewise; `packed` keeps a second copy of the linear layers.
+        controller: as in `generate`.
         **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`.
     """
-    bound: dict[Any, tuple[Any, Target, Drafter | None]] = {}
+    bound: dict[Any, tuple[Any, Target, Drafter | None, Pacer | None]] = {}
 
     def generate(
         model: Any,
@@ -52,23 +56,28 @@ def custom_generate(draft_model: Any, *, method: str | None = None, backend: str
         key = (id(model), model.device, model.dtype)  # a model that was moved gets a drafter beside it
         if key not in bound:
             target = load_target(model, backend=backend)
-            bound[key] = (model, target, load_drafter_for(target, draft_model, method=method, backend=backend))
-        _, target, drafter = bound[key]
+            loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
+            bound[key] = (model, target, loaded, None if loaded is None else pacer_of(controller))
+        _, target, drafter, pacer = bound[key]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
-        shape = tree_shape(drafter, target.device, tree, generation_config.do_sample)
+        shape = tree_shape(drafter, target.device, tree, generation_config.do_sample, pacer is not None)
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
-            dice = Dice(int(torch.randint(2**62, ())), target.device)
+            seed = int(torch.randint(2**62, ()))
+            dice = Dice(seed, target.device)
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):
                 processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
             warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
-            rows.append(Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop))
-        for _ in decode(target, drafter, rows, shape):
+            row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop)
+            if pacer is not None:
+                row.controller = pacer.controller(shape.depth + 1, seed)
+            rows.append(row)
+        for _ in decode(target, drafter, rows, shape, pacer.costs if pacer is not None else None):
             pass
         filler = generation_config.pad_token_id
         filler = filler if filler is not None else (target.eos_token_ids or [0])[0]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from outdraft.control import ControlSettings
+from outdraft.control.pacing import Pacer
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
@@ -51,7 +53,11 @@ def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
 
 
 def tree_shape(
-    drafter: Drafter | None, device: torch.device, settings: dict[str, Any], sampling: bool = False
+    drafter: Drafter | None,
+    device: torch.device,
+    settings: dict[str, Any],
+    sampling: bool = False,
+    controlled: bool = False,
 ) -> TreeShape:
     """The tree asked for, else the one that suits drafter and device.
 
@@ -61,6 +67,7 @@ def tree_shape(
         settings: some of `TREE_SETTINGS`; None is as good as absent.
         sampling: whether the temperature is above 0. Chains are then sampled from the drafter's law, which the target
             accepts far more often than the most probable tokens; trees that are asked for stay EAGLE-2's.
+        controlled: whether a controller decides how far to draft; what is asked for is then the most that it may.
     """
     asked = {name: value for name, value in settings.items() if value is not None}
     if drafter is None:
@@ -76,7 +83,20 @@ def tree_shape(
         base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
+        base = base.doubled() if controlled else base
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
+
+
+def pacer_of(controller: Any) -> Pacer | None:
+    """What `generate` was given as `controller`: a name, settings, a ready pacer, or None for drafts of full length.
+
+    Raises:
+        UserError: no such controller.
+    """
+    if controller is None or isinstance(controller, Pacer):
+        return controller
+    settings = controller if isinstance(controller, ControlSettings) else ControlSettings(str(controller))
+    return None if settings.name == "fixed" else Pacer(settings)
 
 
 def check_prompt(ids: Sequence[int], target: Target) -> None:

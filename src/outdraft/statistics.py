@@ -19,6 +19,7 @@ class Statistics:
         reached: at index d, rounds whose tree had candidates at depth d + 1.
         accepted_at: at index d, rounds that accepted a candidate at depth d + 1.
         lengths: for every round, how many candidates were accepted.
+        depths: for every round, how deep its tree went, 0 where nothing was drafted.
         prefill_seconds, draft_seconds, verify_seconds, rest_seconds: where the time went; a batch's seconds stand
             in each of its rows.
     """
@@ -30,6 +31,7 @@ class Statistics:
     reached: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -51,6 +53,11 @@ class Statistics:
         return [accepted / reached for accepted, reached in zip(self.accepted_at, self.reached, strict=True)]
 
     @property
+    def draft_lengths(self) -> list[int]:
+        """At index n, the rounds that drafted n levels (a chain's candidates)."""
+        return [self.depths.count(depth) for depth in range(max(self.depths, default=-1) + 1)]
+
+    @property
     def decode_seconds(self) -> float:
         """Seconds of all rounds, the prefill not counted."""
         return self.draft_seconds + self.verify_seconds + self.rest_seconds
@@ -67,6 +74,7 @@ class Statistics:
         self.accepted += accepted
         self.emitted += emitted
         self.lengths.append(accepted)
+        self.depths.append(depth)
         grow = depth - len(self.reached)
         self.reached += [0] * grow
         self.accepted_at += [0] * grow
@@ -90,6 +98,7 @@ class Statistics:
                 padded = shorter + [0] * (len(longer) - len(shorter))
                 setattr(total, name, [a + b for a, b in zip(longer, padded, strict=True)])
             total.lengths += part.lengths
+            total.depths += part.depths
         return total
 
     def as_dict(self) -> dict[str, object]:
@@ -102,6 +111,7 @@ class Statistics:
             "accepted": self.accepted,
             "acceptance_rate": self.acceptance_rate,
             "acceptance_by_position": self.acceptance_by_position,
+            "draft_lengths": self.draft_lengths,
             "seconds": {
                 "prefill": self.prefill_seconds,
                 "draft": self.draft_seconds,

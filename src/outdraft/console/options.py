@@ -12,6 +12,7 @@ from outdraft.errors import UserError
 
 SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
+CONTROL = field_help("control/settings.py", "ControlSettings")
 TRAINING = field_help("training/config.py", "TrainingConfig")
 
 
@@ -29,7 +30,9 @@ DraftModel = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="fspad, eagle, prompt-lookup, draft-model or none; by default what the drafter is."),
+    typer.Option(
+        "--method", help="fspad, eagle, eesd, prompt-lookup, draft-model or none; by default what the drafter is."
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default what the device is fastest in.")
@@ -48,6 +51,11 @@ Chain = Annotated[
 TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=TREE["depth"])]
 TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=TREE["top_k"])]
 TreeSize = Annotated[int | None, typer.Option("--tree-size", help=TREE["size"])]
+
+Controller = Annotated[
+    str | None,
+    typer.Option("--controller", help="How far to draft. " + CONTROL["name"]),
+]
 
 Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]
 TopP = Annotated[float | None, typer.Option("--top-p", help=SAMPLING["top_p"])]

@@ -95,7 +95,7 @@ class RoundPace:
         depths: Sequence[int],
         accepted: Sequence[int],
         emitted: Sequence[int],
-        nodes: int,
+        nodes: Sequence[int],
         verify_seconds: float,
         rest_seconds: float,
     ) -> None:
@@ -105,15 +105,17 @@ class RoundPace:
             depths: levels that each row's tree had in the end.
             accepted: candidates accepted in each row.
             emitted: tokens that each row gained.
-            nodes: that the target ran over in every row, the root included.
+            nodes: of each row's tree, the root included.
             verify_seconds: of that run.
             rest_seconds: of everything but drafting and that run.
         """
         rows = len(self.controllers)
         if self._laps:
             self.costs.observe_draft(self._laps[0], self._laps[1:], rows)
-        self.costs.observe_round(nodes, verify_seconds, rest_seconds, rows)
-        seconds = sum(self._laps) + verify_seconds + rest_seconds
+        self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
+        measured = sum(self._laps) + verify_seconds + rest_seconds
         for row, controller in enumerate(self.controllers):
-            kept = self.confidences[row][: depths[row]]
-            controller.observe(kept, accepted[row], emitted[row], seconds)
+            drafted = self.confidences[row]
+            # Given costs know no other rows, so that a row in a batch is the row alone.
+            seconds = self.costs.round(len(drafted), nodes[row], rows) if self.costs.given else measured
+            controller.observe(drafted[: depths[row]], accepted[row], emitted[row], seconds)

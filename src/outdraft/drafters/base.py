@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class TreeShape:
     def at_most(self, path: int, size: int) -> TreeShape:
         """The same shape with paths of at most `path` candidates and at most `size` nodes (both at least 1)."""
         return replace(self, depth=min(self.depth, path - 1), size=min(self.size, size))
+
+    def doubled(self) -> TreeShape:
+        """Paths twice as long: where a controller decides how far, this is how far it may go."""
+        longer = 2 * self.depth + 1
+        return replace(self, depth=longer, size=longer + 2 if self.top_k == 1 else 2 * self.size)
 
 
 CPU_TREE = TreeShape(depth=3, top_k=3, size=10)
@@ -113,6 +118,35 @@ class Update:
         return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
 
 
+class Pace(Protocol):
+    """How far to draft, row by row: asked before anything of a level is drawn, told how sure the drafter is after."""
+
+    going: list[bool]
+    """Of every row, whether it drafts the present level; before the first one, whether it drafts at all."""
+
+    def wants(self, nodes: int) -> list[bool]:
+        """Of every row, whether it drafts the next level; a row that once did not gets no more in this round.
+
+        Args:
+            nodes: that verification will have to look at beyond the present ones of a row.
+        """
+
+    def drafted(self, confidences: Sequence[float | None]) -> None:
+        """A level is there, and kept, in the rows that wanted it.
+
+        Args:
+            confidences: of every row; the probability of the level's candidates relative to that of the level above.
+                None in a row that found nothing to draft. What stands at rows that did not want it is not read.
+        """
+
+    def sizes(self, gains: Sequence[Sequence[float]]) -> list[int]:
+        """How many candidates of each row to verify, where they were chosen by rule.
+
+        Args:
+            gains: of every row, draft probabilities of its candidates' whole paths, largest first.
+        """
+
+
 @dataclass
 class RowContext:
     """What a drafter may know of the sampling of each row, to draw its candidates from a law like the target's."""
@@ -121,6 +155,8 @@ class RowContext:
     """`(tokens,)` everything decided so far, the root's token last."""
     warpers: Sequence[Warper]
     chances: Sequence[Chance]
+    pace: Pace | None = None
+    """None: as far as the shape allows."""
 
     @property
     def greedy(self) -> bool:

@@ -7,13 +7,15 @@ the law over. Both work for any drafter that can answer `step`; neither knows wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from outdraft.cache import SlotCache
-from outdraft.drafters.base import RowContext, TreeShape
+from outdraft.drafters.base import Pace, RowContext, TreeShape
 from outdraft.tree import Tree
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -21,62 +23,116 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """A tree of at most `shape` below each of the `(rows,)` root tokens, whose draft logits are `(rows, vocab)`."""
+    """A tree of at most `shape` below each of the `(rows,)` root tokens, whose draft logits are `(rows, vocab)`.
+
+    Where the context has a pace, rows draft no further than it wants; the caller has asked it for the first level.
+    """
     if shape.size == 1:
         return Tree.roots(roots)
     if shape.candidates == "top-k" or rows.greedy:
-        return grow_dynamic(roots, logits, step, shape)
+        return grow_dynamic(roots, logits, step, shape, rows.pace)
     return grow_sampled(roots, logits, step, shape, rows)
 
 
-def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape) -> Tree:
+def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pace: Pace | None = None) -> Tree:
     """EAGLE-2's tree: every level expands the `top_k` nodes of largest cumulative probability; the `size - 1` best of
-    all candidates stay. Deterministic, so the candidates count as point masses."""
+    all candidates stay, or as many as the pace says. Deterministic, so the candidates count as point masses."""
     batch, vocab = logits.shape
-    k = min(shape.top_k, vocab)
+    k, most = min(shape.top_k, vocab), shape.size - 1
     scores, tokens = log_softmax(logits).topk(k)
-    parents = torch.zeros_like(tokens)  # index among all candidates, the root first
-    levels = [(tokens, scores, parents)]
-    nodes = torch.arange(1, k + 1, device=logits.device).expand(batch, k)  # of the level to expand, likewise
+    levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
+    nodes = torch.arange(1, k + 1, device=logits.device).expand(batch, k)  # of the level to expand, the root being 0
     above = torch.zeros_like(nodes)  # their parents' places in the level before
+    wanted = [True] * batch
+    if pace is not None:
+        wanted = pace.going
+        levels[0].drop([not going for going in wanted])
+        pace.drafted(scores.exp().sum(1).tolist())
+    count = k
     for _ in range(shape.depth):
+        if pace is not None:
+            wanted = pace.wants(min(most, count + k) - min(most, count))
+            if not any(wanted):
+                break
         child_scores, child_tokens = log_softmax(step(tokens, above)).topk(k)
-        child_scores = (child_scores + scores[..., None]).flatten(1)
-        child_tokens = child_tokens.flatten(1)
-        first = 1 + sum(level[0].shape[1] for level in levels)
-        levels.append((child_tokens, child_scores, nodes.repeat_interleave(k, dim=1)))
-        scores, best = child_scores.topk(k)
-        tokens, above, nodes = child_tokens.gather(1, best), best // k, first + best
-    all_tokens, all_scores, all_parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        child_scores = child_scores + scores[..., None]
+        mass = scores.exp().sum(1)
+        levels.append(_Level(child_tokens.flatten(1), child_scores.flatten(1), nodes.repeat_interleave(k, dim=1)))
+        first, count = 1 + count, count + k * k
+        scores, best = levels[-1].scores.topk(k)
+        tokens, above, nodes = levels[-1].tokens.gather(1, best), best // k, first + best
+        if pace is not None:
+            levels[-1].drop([not going for going in wanted])
+            pace.drafted((scores.exp().sum(1) / mass).tolist())
+    return _best(roots, levels, most, pace)
+
+
+@dataclass
+class _Level:
+    """Candidates of one level, each `(rows, candidates)`; parents index those of all levels, the root being 0."""
+
+    tokens: Tensor
+    scores: Tensor
+    parents: Tensor
+
+    def drop(self, rows: Sequence[bool]) -> None:
+        """Take the level out of these rows."""
+        if any(rows):
+            gone = torch.tensor(rows, device=self.scores.device)[:, None]
+            self.scores = self.scores.masked_fill(gone, -torch.inf)
+
+
+def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None) -> Tree:
+    """The trees of the most probable candidates, at most so many a row."""
+    tokens = torch.cat([level.tokens for level in levels], dim=1)
+    scores = torch.cat([level.scores for level in levels], dim=1)
+    parents = torch.cat([level.parents for level in levels], dim=1)
     # A stable sort keeps a parent before a child of equal probability, so that no kept node loses its parent.
-    order = all_scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.size - 1]
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
+    if pace is not None:
+        gains = [[gain for gain in row if gain > 0] for row in scores[:, :most].exp().tolist()]
+        counts = pace.sizes(gains)
+        order = order[:, : max(counts)]
+        beyond = torch.arange(order.shape[1], device=order.device) >= torch.tensor(counts, device=order.device)[:, None]
+        order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root
+        tokens, parents = F.pad(tokens, (0, 1)), F.pad(parents, (0, 1))
     kept = order.sort(dim=1).values
-    renumber = torch.zeros(batch, all_tokens.shape[1] + 1, dtype=torch.long, device=logits.device)
-    places = torch.arange(1, kept.shape[1] + 1, device=logits.device).expand_as(kept)
-    renumber.scatter_(1, kept + 1, places)
-    tree_parents = renumber.gather(1, all_parents.gather(1, kept))
+    renumber = torch.zeros(len(roots), tokens.shape[1] + 1, dtype=torch.long, device=roots.device)
+    renumber.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=roots.device).expand_as(kept))
+    tree_parents = renumber.gather(1, parents.gather(1, kept))
     return Tree(
-        torch.cat([roots[:, None], all_tokens.gather(1, kept)], dim=1),
-        torch.cat([tree_parents.new_full((batch, 1), -1), tree_parents], dim=1),
-        [1 + kept.shape[1]] * batch,
+        torch.cat([roots[:, None], tokens.gather(1, kept)], dim=1),
+        torch.cat([torch.full_like(roots[:, None], -1), tree_parents], dim=1),
+        [1 + count for count in counts],
     )
 
 
 def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
     """`top_k` first tokens drawn from the draft law, each continued by a chain drawn token by token.
 
-    The shape is settled before anything is drawn: no candidate is dropped for what it turned out to be.
+    How far is settled before anything is drawn: no candidate is dropped for what it turned out to be.
     """
-    batch, replacing = len(roots), shape.candidates == "sampled-with-replacement"
+    batch, replacing, pace = len(roots), shape.candidates == "sampled-with-replacement", rows.pace
     width = min(shape.top_k, shape.size - 1)
     length = min(shape.depth + 1, (shape.size - 1) // width)
-    draws = [_RowDraws(row, logits[row], width, replacing, rows) for row in range(batch)]
+    wanted = [True] * batch if pace is None else pace.going
+    draws = [_RowDraws(row, logits[row], width if wanted[row] else 0, replacing, rows) for row in range(batch)]
+    if pace is not None:
+        pace.drafted([draw.confidence() for draw in draws])
     above = torch.arange(width, device=logits.device).expand(batch, width)
     for level in range(1, length):
-        tokens = torch.tensor([draw.newest() for draw in draws], device=logits.device)
+        if pace is not None:
+            wanted = pace.wants(width)
+            if not any(wanted):
+                break
+        tokens = torch.tensor([draw.newest(width) for draw in draws], device=logits.device)
         level_logits = step(tokens, above if level > 1 else torch.zeros_like(above))
-        for draw, row_logits in zip(draws, level_logits, strict=True):
-            draw.extend(row_logits)
+        for draw, row_logits, going in zip(draws, level_logits, wanted, strict=True):
+            if going:
+                draw.extend(row_logits)
+        if pace is not None:
+            pace.drafted([draw.confidence() for draw in draws])
     nodes = max(draw.count for draw in draws)
     parts = [draw.columns(nodes) for draw in draws]
     tokens, parents, laws = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -94,7 +150,6 @@ class _RowDraws:
 
     def __init__(self, row: int, logits: Tensor, width: int, replacing: bool, rows: RowContext):
         self.prefix, self.warper, self.chance = rows.prefixes[row], rows.warpers[row], rows.chances[row]
-        self.width = width  # chains of the batch; this row may have fewer
         root = self.law(logits, [])
         # Without replacement there are no more candidates than tokens of positive probability.
         chains = width if replacing else min(width, int((root > 0).sum()))
@@ -115,9 +170,18 @@ class _RowDraws:
         """Nodes of the row's tree, the root included."""
         return 1 + sum(len(chain) for chain in self.chains)
 
-    def newest(self) -> list[int]:
+    def newest(self, width: int) -> list[int]:
         """The chains' last tokens, filled up to the width of the batch."""
-        return [chain[-1] for chain in self.chains] + [0] * (self.width - len(self.chains))
+        return [chain[-1] for chain in self.chains] + [0] * (width - len(self.chains))
+
+    def confidence(self) -> float:
+        """In the newest level: of first tokens all together, of later ones the mean of the chains."""
+        if not self.chains:
+            return 0.0
+        if len(self.laws) == 1:
+            return float(self.laws[0][list({chain[0] for chain in self.chains})].sum())
+        laws = self.laws[-len(self.chains) :]
+        return sum(float(law[chain[-1]]) for law, chain in zip(laws, self.chains, strict=True)) / len(laws)
 
     def extend(self, logits: Tensor) -> None:
         """Draw one more token for every chain from `(width, vocab)` logits."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.drafters.base import Drafter, DraftState, Pace, RowContext, TreeShape, Update
 from outdraft.run import TargetRun
 from outdraft.tree import Tree
 
@@ -36,14 +36,19 @@ class PromptLookup(Drafter):
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return TreeShape.chain(10)
 
-    def continuation(self, tokens: list[int], most: int) -> list[int]:
-        """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`."""
+    def match(self, tokens: list[int]) -> tuple[int, int]:
+        """Length of the longest end of `tokens` that occurred before (0: none), and where it last ended."""
         for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
             pattern = tokens[-n:]
             for start in range(len(tokens) - n - 1, -1, -1):
                 if tokens[start : start + n] == pattern:
-                    return tokens[start + n : start + n + most]
-        return []
+                    return n, start + n
+        return 0, len(tokens)
+
+    def continuation(self, tokens: list[int], most: int) -> list[int]:
+        """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`."""
+        _, end = self.match(tokens)
+        return tokens[end : end + most]
 
 
 class _Lookup(DraftState):
@@ -54,10 +59,14 @@ class _Lookup(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         most = min(shape.depth + 1, shape.size - 1)
-        chains = []
+        chains, sure = [], []
         for prefix in rows.prefixes:
             tokens = prefix.tolist()
-            chains.append([tokens[-1], *(self.drafter.continuation(tokens, most) if most else [])])
+            n, end = self.drafter.match(tokens)
+            chains.append([tokens[-1], *tokens[end : end + most]])
+            sure.append(n / (n + 1))
+        if rows.pace is not None:
+            chains = paced(chains, sure, rows.pace)
         nodes = max(len(chain) for chain in chains)
         device = update.tokens.device
         padded = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=device)
@@ -68,3 +77,19 @@ class _Lookup(DraftState):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         pass
+
+
+def paced(chains: Sequence[list[int]], confidences: Sequence[float], pace: Pace) -> list[list[int]]:
+    """What the pace wants of chains that are there already, each beginning with its root; the longer the n-gram that
+    was found, the surer is the whole chain."""
+    levels, wanted = 0, pace.going
+    lengths = [1] * len(chains)
+    while any(wanted):
+        levels += 1
+        there = [going and len(chain) > levels for going, chain in zip(wanted, chains, strict=True)]
+        lengths = [length + grown for length, grown in zip(lengths, there, strict=True)]
+        pace.drafted([sure if grown else None for sure, grown in zip(confidences, there, strict=True)])
+        if not any(there):
+            break
+        wanted = pace.wants(1)
+    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]

@@ -1,0 +1,270 @@
+"""Controllers say how far to draft and never what comes out: its law stays the target's, for every one of them.
+
+And a controller that looks at a token before it decides to keep it is found out, or these tests would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from enumeration import ScriptedChance, distance, law_of
+from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
+from outdraft.control.pacing import Pacer
+from outdraft.decoding import Row, decode
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.sampling import Dice, SamplingSettings
+from outdraft.statistics import Statistics
+from outdraft.target import Target
+from outdraft.tree import Tree
+from test_losslessness import (
+    DRAFTERS,
+    EXACT,
+    GREEDY,
+    NARROW,
+    PLAIN,
+    PROMPTS,
+    SHAPED,
+    Recorded,
+    expected_law,
+    pair,
+    rows_of,
+    small,
+    stock_greedy,
+)
+
+CHEAP = Costs.fixed(begin=0.05, step=0.03, verify_base=1.0, verify_per_node=0.01)
+"""Drafting pays as soon as some of it is accepted."""
+
+DEAR = Costs.fixed(begin=0.6, step=0.5, verify_base=1.0, verify_per_node=0.2)
+
+PROMPT = (0, 2, 1, 3)
+LEARNING = [name for name in CONTROLLERS if name != "fixed"]
+SHAPES = {
+    "chain": TreeShape.chain(4),
+    "tree": TreeShape(3, 3, 12),
+    "drawn chain": TreeShape.chain(4, candidates="sampled"),
+    "drawn tree": TreeShape(2, 2, 7, "sampled"),
+}
+
+
+def controlled(
+    rows: list[Row], name: str, shape: TreeShape, costs: Costs = CHEAP, seed: int = 0, **options
+) -> list[Row]:
+    """The rows with controllers of their own, which share nothing but costs."""
+    for place, row in enumerate(rows):
+        row.controller = Pacer(ControlSettings(name, **options), costs).controller(shape.depth + 1, seed + place)
+    return rows
+
+
+def finish(target: Target, drafter: Drafter, rows: list[Row], shape: TreeShape, costs: Costs = CHEAP) -> list[Row]:
+    for _ in decode(target, drafter, rows, shape, costs):
+        pass
+    return rows
+
+
+# --- the law ---------------------------------------------------------------------------------------------------------
+
+
+def law_and_statistics(
+    drafter: Drafter,
+    target: Target,
+    name: str,
+    settings: SamplingSettings,
+    shape: TreeShape,
+    seed: int,
+    length: int = 3,
+) -> tuple[dict, Statistics]:
+    everything: list[Statistics] = []
+
+    def run(new_chance: Callable[[], ScriptedChance]) -> tuple[int, ...]:
+        rows = rows_of(target, [PROMPT], settings, length, [new_chance()])
+        (row,) = finish(target, drafter, controlled(rows, name, shape, seed=seed), shape)
+        everything.append(row.statistics)
+        return tuple(row.tokens)
+
+    return law_of(run), Statistics.sum(everything)
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("shape", [TreeShape.chain(2), TreeShape(1, 2, 5)], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
+def test_every_controller_keeps_the_law_of_deterministic_candidates(kind, shape, name):
+    model, near = small(4)
+    target = Target(model)
+    drafted = 0
+    for seed in range(2):
+        law, statistics = law_and_statistics(DRAFTERS[kind](target, near), target, name, PLAIN, shape, seed, 3)
+        assert distance(law, expected_law(model, PROMPT, PLAIN, 3)) < EXACT
+        drafted += statistics.drafted
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model"])
+def test_every_controller_keeps_the_law_of_drawn_candidates(kind, width, candidates, name):
+    if candidates == "sampled-with-replacement" and width == 1:
+        pytest.skip("one draw is no replacement")
+    model, near = small(4)
+    target = Target(model)
+    shape = TreeShape(1, width, 1 + 2 * width, candidates)
+    accepted = drafted = 0
+    for seed in range(2):
+        law, statistics = law_and_statistics(DRAFTERS[kind](target, near), target, name, NARROW, shape, seed, 2)
+        assert distance(law, expected_law(model, PROMPT, NARROW, 2)) < EXACT
+        accepted, drafted = accepted + statistics.accepted, drafted + statistics.drafted
+    assert 0 < accepted < drafted
+
+
+class Peeking(Drafter):
+    """A wrong controller: it draws a candidate, looks at it, and keeps it only if its own probability is large."""
+
+    def __init__(self, inner: Drafter, least: float):
+        self.inner, self.method, self.least = inner, inner.method, least
+
+    def start(self, target, cache):
+        return self.inner.start(target, cache)
+
+    def begin(self, prompts, run) -> DraftState:
+        state = self.inner.begin(prompts, run)
+        propose = state.propose
+
+        def peeking(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+            tree = propose(update, shape, rows)
+            assert tree.laws is not None and tree.rows == 1
+            kept = tree.counts[0]
+            while kept > 1 and tree.laws[0, kept - 2, tree.tokens[0, kept - 1]] < self.least:
+                kept -= 1
+            return Tree(tree.tokens[:, :kept], tree.parents[:, :kept], [kept], tree.candidates, tree.laws[:, :kept])
+
+        state.propose = peeking  # type: ignore[method-assign]
+        return state
+
+
+@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model"])
+def test_a_controller_that_looks_before_it_keeps_changes_the_law_and_is_found_out(kind):
+    model, near = small(4)
+    target = Target(model)
+    shape = TreeShape.chain(2, candidates="sampled")
+    expected = expected_law(model, PROMPT, PLAIN, 2)
+    honest, _ = law_and_statistics(DRAFTERS[kind](target, near), target, "fixed", PLAIN, shape, 0, 2)
+    assert distance(honest, expected) < EXACT
+    wrong, _ = law_and_statistics(Peeking(DRAFTERS[kind](target, near), 0.3), target, "fixed", PLAIN, shape, 0, 2)
+    assert distance(wrong, expected) > 1e-3
+
+
+# --- the same tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_greedy_tokens_are_those_of_stock_generate_under_every_controller(kind, name):
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    expected = [stock_greedy("llama-gqa", tuple(prompt), 14) for prompt in PROMPTS]
+    for shape in (SHAPES["chain"], SHAPES["tree"]):
+        rows = rows_of(target, PROMPTS, GREEDY, 14, [Dice(seed) for seed in range(4)])
+        finish(target, drafter, controlled(rows, name, shape), shape)
+        assert [row.tokens for row in rows] == expected
+        assert sum(row.statistics.drafted for row in rows) > 0
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
+def test_controlled_rows_of_a_batch_equal_single_rows(kind, shape, name):
+    """With given costs and the same dice; rows draft to different lengths and leave at different times."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    limits = [9, 3, 16, 6]
+
+    def rows(which: Sequence[int]) -> list[Row]:
+        made = [row for i in which for row in rows_of(target, [PROMPTS[i]], SHAPED, limits[i], [Dice(100 + i)], [11])]
+        for i, row in zip(which, made, strict=True):
+            controlled([row], name, shape, seed=i)
+        return made
+
+    together = finish(target, drafter, rows(range(4)), shape)
+    for i, row in enumerate(together):
+        (alone,) = finish(target, drafter, rows([i]), shape)
+        assert (row.tokens, row.accepted) == (alone.tokens, alone.accepted)
+        assert row.statistics.depths == alone.statistics.depths
+    assert sum(row.statistics.drafted for row in together) > 0
+
+
+# --- how far ---------------------------------------------------------------------------------------------------------
+
+
+class Every(Controller):
+    """Drafts to the limit in every n-th round, and not at all in the others."""
+
+    def __init__(self, rounds: int):
+        super().__init__(CHEAP, 8, torch.Generator())
+        self.every, self.round = rounds, 0
+
+    def decide(self, confidences, nodes):
+        return self.round % self.every == 0
+
+    def observe(self, confidences, accepted, tokens, seconds):
+        self.round += 1
+
+
+@pytest.mark.parametrize("shape", [SHAPES["chain"], SHAPES["tree"]], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_what_was_decided_while_nothing_was_drafted_is_not_forgotten(kind, shape):
+    """After the same text the same tree is drafted, however many rounds of that text the drafter sat out."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    trees: list[dict] = []
+    for rounds in (1, 2):
+        recorded = Recorded(DRAFTERS[kind](target, near))
+        rows = rows_of(target, PROMPTS[:1], GREEDY, 50, [Dice(0)])
+        rows[0].controller = Every(rounds)
+        finish(target, recorded, rows, shape)
+        trees.append(
+            {tuple(prefix): (tree.tokens.tolist(), tree.parents.tolist()) for prefix, tree in recorded.proposed}
+        )
+        if rounds == 2:
+            assert 0 in rows[0].statistics.depths
+    common = trees[0].keys() & trees[1].keys()
+    assert len(common) > 1
+    for prefix in common:
+        assert trees[0][prefix] == trees[1][prefix]
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_where_drafting_does_not_pay_it_nearly_stops(name):
+    """A drafter of random weights against costs that only a good one could earn."""
+    target = Target(pair("llama-gqa")[0])
+    drafter, shape = DRAFTERS["fspad"](target, pair("llama-gqa")[1]), SHAPES["chain"]
+    rows = controlled(rows_of(target, [PROMPTS[0]], GREEDY, 50, [Dice(0)]), name, shape, DEAR)
+    (row,) = finish(target, drafter, rows, shape, DEAR)
+    assert row.statistics.depths.count(0) > 0.8 * row.statistics.rounds
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated", "ucb"])
+def test_where_every_candidate_is_accepted_drafts_grow_long(name):
+    target = Target(pair("llama-gqa")[0])
+    drafter, shape = DRAFTERS["draft-model"](target, pair("llama-gqa")[0]), TreeShape.chain(6)
+    rows = controlled(rows_of(target, [PROMPTS[0]], GREEDY, 50, [Dice(0)]), name, shape)
+    (row,) = finish(target, drafter, rows, shape)
+    late = row.statistics.depths[len(row.statistics.depths) // 2 :]
+    assert sum(late) / len(late) > 3
+
+
+def test_a_row_that_waits_drafts_nothing_while_others_do():
+    """One row of the batch drafts in every round, the other in none: trees of different sizes verified together."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    rows = rows_of(target, PROMPTS[:2], GREEDY, 12, [Dice(0), Dice(1)])
+    rows[0].controller, rows[1].controller = Every(1), Every(1000)
+    rows[1].controller.round = 1  # type: ignore[attr-defined]
+    finish(target, DRAFTERS["draft-model"](target, near), rows, SHAPES["tree"])
+    assert set(rows[1].statistics.depths) == {0} and 0 not in rows[0].statistics.depths
+    assert [row.tokens for row in rows] == [stock_greedy("llama-gqa", tuple(p), 12) for p in PROMPTS[:2]]
