@@ -17,7 +17,9 @@ from outdraft.control.costs import Costs
 from outdraft.control.experience import Evidence, Experience
 
 START = 2.5
-"""Credit at first and at most, in plain rounds: 2% of an answer of 128 tokens."""
+"""Credit at first, in plain rounds: 2% of an answer of 128 tokens."""
+MOST = 10.0
+"""Credit at most: what a row that has earned more may lose of it before it must stop."""
 RATE = 0.02
 """Share of the time that drafting in vain may cost in the long run."""
 BACKOFF = 4
@@ -86,8 +88,9 @@ class Adaptive(Controller):
             self._rounds = self.discount * self._rounds + 1
             for evidence in self._learned.values():
                 evidence.fade(self.discount)
-        self.credit = min(START, self.credit)
+        self.credit = min(MOST, self.credit)
         self.learn(confidences, accepted, tokens, seconds)
+        self._nodes = 0
 
     def finish(self) -> None:
         if self.experience is not None:

@@ -1,8 +1,7 @@
-"""Thompson sampling that listens to the drafter: its confidence, mapped to what such confidence turned out to be worth.
+"""Thompson sampling that listens to the drafter: its confidence c, mapped to m(c), what such confidence was worth.
 
-Two maps are fitted, for two questions. `own`: is the level that was drafted with this confidence accepted? `ahead`: if
-it is, is the next one, of which nothing is known yet? The first gives the survival so far, the second is the m(c) of
-theta ~ Beta(a + k m(c), b + k (1 - m(c))).
+The survival so far is the product of m over the levels kept. For the next level, of which nothing is known yet,
+theta ~ Beta(a + k m(c), b + k (1 - m(c))), where c is the confidence in the last one kept.
 """
 
 from __future__ import annotations
@@ -25,22 +24,21 @@ class CalibratedController(ThompsonController):
     def __init__(self, *given: Any, calibration: str, weight: float, **thompson: Any):
         super().__init__(*given, **thompson)
         kind = CALIBRATIONS[calibration]
-        self.own = kind(self.evidence(f"{calibration} own", kind.prior()))
-        self.ahead = kind(self.evidence(f"{calibration} ahead", kind.prior()))
+        self.calibration = kind(self.evidence(calibration, kind.prior()))
         self.weight = weight
         self._survival = [1.0]  # of this round's levels, one after another
 
     def draw_theta(self, confidences: Sequence[float]) -> float:
         a, b = self.counts[0], self.counts[1]
         if confidences:
-            m = self.ahead.probability(confidences[-1])
+            m = self.calibration.probability(confidences[-1])
             a, b = a + self.weight * m, b + self.weight * (1 - m)
         return draw_beta(a, b, self.generator)
 
     def survival(self, confidences: Sequence[float]) -> float:
         del self._survival[max(1, len(confidences)) :]
         for confidence in confidences[len(self._survival) - 1 :]:
-            self._survival.append(self._survival[-1] * self.own.probability(confidence))
+            self._survival.append(self._survival[-1] * self.calibration.probability(confidence))
         return self._survival[-1]
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
@@ -48,6 +46,4 @@ class CalibratedController(ThompsonController):
         del self._survival[1:]
         judged = min(len(confidences), accepted + 1)  # nothing below a rejection is known
         for level in range(judged):
-            self.own.observe(confidences[level], level < accepted)
-            if level > 0:
-                self.ahead.observe(confidences[level - 1], level < accepted)
+            self.calibration.observe(confidences[level], level < accepted)

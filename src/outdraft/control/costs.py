@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-OUTLIER = 3.0
+OUTLIER = 2.0
 """An observation counts as at most so many times what was expected: a machine may stall for once."""
+AFRESH = 3.0
+"""An observation so many times below what was expected shows that the expectation came from an outlier."""
 MEMORY = 20
 """Observations that an average looks back on."""
 VERIFY = 0.02
@@ -20,8 +22,8 @@ DRAFT_SHARE = 0.08
 """Begin and step as a share of a one-node pass, before any was seen."""
 NODE_SHARE = 0.02
 """What a further node adds to a pass, as a share of a one-node pass, before passes of several sizes were seen."""
-NODE_WEIGHT = 4.0
-"""How firmly NODE_SHARE is believed, in squared nodes of an averaged observation."""
+NODE_WEIGHT = 8.0
+"""How firmly NODE_SHARE is believed: like observations whose squared distances from their mean add up to this."""
 
 
 def believable(value: float, expected: float) -> float:
@@ -40,7 +42,7 @@ class Average:
         self.value, self.seen = 0.0, 0
 
     def observe(self, value: float) -> None:
-        if self.value <= 0 or value < self.value / OUTLIER:
+        if self.value <= 0 or value < self.value / AFRESH:
             self.value, self.seen = value, 1
             return
         self.seen = min(self.seen + 1, MEMORY)
@@ -60,7 +62,7 @@ class Line:
         self.spread = self.product = 0.0  # of nodes; of nodes with seconds
 
     def observe(self, nodes: int, seconds: float) -> None:
-        if self.seconds <= 0 or seconds < self.at(nodes) / OUTLIER:
+        if self.seconds <= 0 or seconds < self.at(nodes) / AFRESH:
             self.seen, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
             return
         self.seen = min(self.seen + 1, MEMORY)
@@ -78,7 +80,8 @@ class Line:
         """Seconds a further node adds, never negative."""
         # The prior slope s is NODE_SHARE of the pass at one node, which is seconds - s * (nodes - 1).
         prior = self.seconds / (1 / NODE_SHARE + max(0.0, self.nodes - 1))
-        return max(0.0, (self.product + NODE_WEIGHT * prior) / (self.spread + NODE_WEIGHT))
+        weight = NODE_WEIGHT / max(1, self.seen)
+        return max(0.0, (self.product + weight * prior) / (self.spread + weight))
 
     def at(self, nodes: int) -> float:
         """Seconds of a pass over so many nodes."""
@@ -170,6 +173,16 @@ class Costs:
             return self._fixed.rest
         known = nearest(self._rest, rows)
         return known.value if known else 0.0
+
+    @property
+    def given(self) -> bool:
+        """Whether these are fixed, so that whoever decides by them decides the same again."""
+        return self._fixed is not None
+
+    def round(self, levels: int, nodes: int, rows: int = 1) -> float:
+        """Seconds of a round that drafts so many levels and verifies so many nodes a row, the root included."""
+        drafting = self.begin(rows) + (levels - 1) * self.step(rows) if levels else 0.0
+        return drafting + self.verify(nodes, rows) + self.rest(rows)
 
     def plain(self, rows: int = 1) -> float:
         """Seconds of a round that drafts nothing: what a token costs without drafting."""

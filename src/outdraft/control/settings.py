@@ -29,7 +29,7 @@ class ControlSettings:
     name: str = "fixed"
     """`fixed` drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by
     Thompson sampling, the second from the drafter's confidence too; `ucb` chooses among lengths by UCB1."""
-    threshold: float = 0.4
+    threshold: float = 0.1
     """confidence: draft on while the product of the confidences so far is at least this; 0 always does."""
     rule: str = "worth"
     """beta, calibrated: `worth` weighs tokens against seconds, `bernoulli` drafts on with probability theta."""
@@ -41,7 +41,7 @@ class ControlSettings:
     """calibrated: `platt` (a line in the logit) or `isotonic` (any rising curve)."""
     confidence_weight: float = 4.0
     """calibrated: k, levels that the drafter's calibrated confidence counts for beside those observed."""
-    exploration: float = 0.5
+    exploration: float = 0.05
     """ucb: weight of the bonus for rarely tried lengths, in multiples of plain decoding's speed."""
     discount: float = 0.98
     """Adaptive controllers: what an observation is worth after one more drafted round, in (0, 1]; 1 forgets nothing."""

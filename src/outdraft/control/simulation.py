@@ -46,8 +46,7 @@ class Run:
 
 def round_seconds(costs: Costs, levels: int) -> float:
     """Seconds of a round that drafts a chain of so many levels."""
-    drafting = costs.begin() + (levels - 1) * costs.step() if levels else 0.0
-    return drafting + costs.verify(1 + levels) + costs.rest()
+    return costs.round(levels, 1 + levels)
 
 
 def decode(controller: Controller, answer: Answer, truth: Costs) -> Run:

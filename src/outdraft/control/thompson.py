@@ -18,6 +18,9 @@ from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_v
 PROMISES = 4.0
 """Accepted levels for which, at first, the drafter's own estimates are taken at their word."""
 
+TINY = 1e-300
+"""Where Gamma draws of very small counts are cut off."""
+
 
 class ThompsonController(Adaptive):
     """Treats the acceptance of a level as a Bernoulli trial whose probability theta it learns and draws.
@@ -33,7 +36,7 @@ class ThompsonController(Adaptive):
         self.rule = rule
         self.counts = self.evidence("beta", prior)
         self.promises = self.evidence("promises", [PROMISES, PROMISES])  # levels accepted, levels promised
-        self.pace = Pace(self.costs)
+        self.pace = Pace(self.evidence("pace", Pace.PRIOR), self.costs)
 
     @abstractmethod
     def draw_theta(self, confidences: Sequence[float]) -> float:
@@ -62,7 +65,8 @@ class ThompsonController(Adaptive):
         return size
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        self.pace.observe(tokens, seconds)
+        expected = self.costs.round(len(confidences), 1 + self._nodes, self.rows)
+        self.pace.observe(tokens, seconds, expected, self.rows)
         if not confidences:
             return
         self.counts.add(0, accepted)
@@ -74,7 +78,9 @@ class ThompsonController(Adaptive):
 def draw_beta(a: float, b: float, generator: torch.Generator) -> float:
     """A draw from Beta(a, b), as a ratio of Gamma draws."""
     x, y = torch._standard_gamma(torch.tensor([a, b], dtype=torch.float64), generator=generator).tolist()
-    return x / (x + y) if x + y > 0 else float(uniform(generator) < a / (a + b))
+    if x + y > TINY:
+        return x / (x + y)
+    return float(uniform(generator) < a / (a + b))  # counts near 0: theta is near 0 or near 1
 
 
 def uniform(generator: torch.Generator) -> float:

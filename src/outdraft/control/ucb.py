@@ -11,6 +11,9 @@ from typing import Any
 
 from outdraft.control.adaptive import Adaptive
 
+IMAGINED = 0.1
+"""Rounds that each length is thought to have been tried with full success before it was tried at all."""
+
 
 class UcbController(Adaptive):
     """Chooses the length of largest mean reward plus `exploration` * sqrt(ln rounds / times seen).
@@ -25,9 +28,10 @@ class UcbController(Adaptive):
     def __init__(self, *given: Any, exploration: float, **adaptive: Any):
         super().__init__(*given, **adaptive)
         self.exploration = exploration
-        # One imagined round as good as plain decoding for each length.
-        self.times = self.evidence(f"ucb times {self.limit}", [1.0] * (self.limit + 1))
-        self.rewards = self.evidence(f"ucb rewards {self.limit}", [1.0] * (self.limit + 1))
+        # A tenth of an imagined round for each length, with everything accepted: what was never tried looks good.
+        best = [IMAGINED * self._reward(length, length, length) for length in range(self.limit + 1)]
+        self.times = self.evidence(f"ucb times {self.limit}", [IMAGINED] * (self.limit + 1))
+        self.rewards = self.evidence(f"ucb rewards {self.limit}", best)
         self._length = 0
 
     def wants(self, confidences: Sequence[float], nodes: int) -> bool:
@@ -39,8 +43,11 @@ class UcbController(Adaptive):
         levels = len(confidences)
         self._earn(0, 1.0)
         for length in range(1, levels + 1):
-            excess = self._loss(length, self._nodes * length // levels)
-            self._earn(length, (1 + min(accepted, length)) / (1 + excess))
+            self._earn(length, self._reward(length, self._nodes * length // levels, min(accepted, length)))
+
+    def _reward(self, length: int, nodes: int, accepted: int) -> float:
+        """Tokens per second of such a round, in units of plain decoding's."""
+        return (1 + accepted) / (1 + (self._loss(length, nodes) if length else 0.0))
 
     def _earn(self, length: int, reward: float) -> None:
         self.times.add(length, 1.0)

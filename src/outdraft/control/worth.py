@@ -10,39 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outdraft.control.costs import Costs, believable
-
-MEMORY = 20
-"""Rounds that the pace looks back on."""
+from outdraft.control.experience import Evidence
 
 
 class Pace:
-    """Seconds per token now achieved, an exponential average of a row's rounds.
+    """Seconds per token now achieved.
 
     Never more than plain decoding's, which is there for the taking: without that bound a bad stretch would make tokens
     dear and so drafting worthwhile, and prolong itself.
+
+    Args:
+        evidence: sums of seconds, in plain rounds, and of tokens; `PRIOR` before anything was seen.
     """
 
-    def __init__(self, costs: Costs):
-        self.costs = costs
-        self.seconds = self.tokens = 0.0
-        self.rounds = 0
+    PRIOR = (1.0, 1.0)  # one plain round
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A round that emitted so many tokens."""
-        if self.rounds:
-            seconds = believable(seconds, self.seconds)
-        self.rounds = min(self.rounds + 1, MEMORY)
-        # The first rounds share the average with one imagined plain round.
-        rate = 1 / min(self.rounds + 1, MEMORY)
-        before = self.seconds, self.tokens
-        if self.rounds == 1:
-            before = seconds, 1.0
-        self.seconds = before[0] + rate * (seconds - before[0])
-        self.tokens = before[1] + rate * (tokens - before[1])
+    def __init__(self, evidence: Evidence, costs: Costs):
+        self.evidence, self.costs = evidence, costs
+
+    def observe(self, tokens: int, seconds: float, expected: float, rows: int) -> None:
+        """A round that emitted so many tokens; `expected` are the seconds it should have taken."""
+        self.evidence.add(0, believable(seconds, expected) / self.costs.plain(rows))
+        self.evidence.add(1, tokens)
 
     def seconds_per_token(self, rows: int) -> float:
-        plain = self.costs.plain(rows)
-        return min(plain, self.seconds / self.tokens) if self.tokens > 0 else plain
+        return self.costs.plain(rows) * min(1.0, self.evidence[0] / self.evidence[1])
 
 
 def worth_starting(price: float, theta: float, nodes: int, limit: int, costs: Costs, rows: int) -> bool:

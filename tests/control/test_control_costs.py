@@ -1,0 +1,124 @@
+"""What rounds cost is learned from timings that are noisy, change, and rarely show more than one size."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from outdraft.control import Costs
+from outdraft.control.costs import bucket
+
+
+def seen(rounds: int, base: float = 0.02, per_node: float = 0.0004, sizes: tuple[int, ...] = (1, 5, 9)) -> Costs:
+    costs = Costs()
+    for number in range(rounds):
+        nodes = sizes[number % len(sizes)]
+        costs.observe_draft(0.003, [0.002, 0.002])
+        costs.observe_round(nodes, base + per_node * (nodes - 1), 0.0005)
+    return costs
+
+
+def test_before_anything_was_seen_drafting_is_a_small_share_of_a_pass():
+    costs = Costs()
+    for draft in (costs.begin(), costs.step()):
+        assert draft / costs.verify(1) == pytest.approx(0.08)
+    assert costs.added(10) / costs.verify(1) == pytest.approx(0.2)
+
+
+def test_steady_timings_are_learned():
+    costs = seen(60)
+    assert costs.begin() == pytest.approx(0.003)
+    assert costs.step() == pytest.approx(0.002)
+    assert costs.rest() == pytest.approx(0.0005)
+    assert costs.verify(1) == pytest.approx(0.02, rel=0.02)
+    assert costs.added(8) == pytest.approx(8 * 0.0004, rel=0.1)
+
+
+def test_a_step_not_yet_seen_is_taken_to_cost_what_beginning_costs():
+    costs = Costs()
+    costs.observe_draft(0.003, [])
+    assert costs.step() == costs.begin() == 0.003
+
+
+def test_with_one_size_seen_a_further_node_is_believed_to_add_two_percent():
+    costs = seen(40, base=0.05, sizes=(1,))
+    assert costs.verify(1) == pytest.approx(0.05)
+    assert costs.added(1) == pytest.approx(0.001, rel=0.01)
+
+
+def test_the_slope_survives_a_thousand_rounds_of_one_node():
+    costs = seen(60, per_node=0.002)
+    before = costs.added(8)
+    for _ in range(1000):
+        costs.observe_round(1, 0.02, 0.0005)
+    assert before == pytest.approx(0.016, rel=0.1)
+    assert costs.added(8) == pytest.approx(before, rel=0.1)
+
+
+def test_the_level_follows_a_machine_that_becomes_slower():
+    costs = seen(60)
+    for _ in range(100):
+        costs.observe_round(1, 0.04, 0.0005)
+    assert costs.verify(1) == pytest.approx(0.04, rel=0.02)
+
+
+def test_more_nodes_never_cost_less():
+    costs = Costs()
+    for number in range(50):
+        nodes = 1 + number % 9
+        costs.observe_round(nodes, 0.03 - 0.001 * nodes, 0.0)
+        assert costs.added(20) >= 0
+
+
+def test_a_stall_moves_an_average_by_no_more_than_a_round_in_ten():
+    costs = seen(60)
+    before = costs.begin(), costs.verify(1)
+    costs.observe_draft(5.0, [5.0])
+    costs.observe_round(1, 5.0, 5.0)
+    assert costs.begin() < 1.11 * before[0]
+    assert costs.verify(1) < 1.11 * before[1]
+
+
+def test_a_first_round_that_compiled_something_is_forgotten_at_once():
+    costs = Costs()
+    costs.observe_draft(9.0, [9.0])
+    costs.observe_round(5, 30.0, 9.0)
+    for _ in range(2):
+        costs.observe_draft(0.003, [0.002])
+        costs.observe_round(5, 0.02, 0.0005)
+    assert costs.begin() == pytest.approx(0.003) and costs.step() == pytest.approx(0.002)
+    assert costs.verify(5) == pytest.approx(0.02) and costs.rest() == pytest.approx(0.0005)
+
+
+def test_noise_leaves_the_slope_within_a_third():
+    rng, costs = random.Random(0), Costs()
+    for _ in range(400):
+        nodes = rng.randint(1, 9)
+        costs.observe_round(nodes, (0.02 + 0.0006 * (nodes - 1)) * rng.uniform(0.97, 1.05), 0.0)
+    assert costs.added(8) == pytest.approx(8 * 0.0006, rel=0.33)
+
+
+def test_batches_of_other_sizes_learn_apart_and_lend_what_they_know():
+    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9)] == [0, 1, 2, 2, 3, 3, 4]
+    costs = seen(30)
+    assert costs.verify(1, rows=8) == costs.verify(1, rows=1)
+    costs.observe_round(1, 0.05, 0.0, rows=8)
+    assert costs.verify(1, rows=6) == pytest.approx(0.05)
+    assert costs.verify(1, rows=1) == pytest.approx(0.02, rel=0.02)
+
+
+def test_fixed_costs_never_change():
+    costs = Costs.fixed(begin=0.1, step=0.2, verify_base=1.0, verify_per_node=0.03, rest=0.01)
+    before = json.dumps(costs.as_dict())
+    costs.observe_draft(9, [9])
+    costs.observe_round(9, 9, 9)
+    assert json.dumps(costs.as_dict()) == before
+    assert costs.verify(4) == pytest.approx(1.09) and costs.plain() == pytest.approx(1.01)
+
+
+def test_costs_of_every_bucket_that_was_seen_are_in_the_dictionary():
+    costs = seen(9)
+    costs.observe_round(1, 0.05, 0.0, rows=3)
+    assert list(costs.as_dict()) == ["rows<=1", "rows<=4"]

@@ -1,0 +1,86 @@
+"""A drafter that is good for nothing costs at most a few percent, and one that becomes good is noticed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from simulated import PLAIN_PASS, answer, fixed_costs, make
+
+from outdraft.control import Costs
+from outdraft.control.simulation import Answer, Draft, decode
+
+ADAPTIVE = [
+    ("confidence", {"threshold": 0.0}),
+    ("beta", {}),
+    ("beta", {"rule": "bernoulli"}),
+    ("beta", {"prior_accepted": 50.0}),
+    ("calibrated", {}),
+    ("calibrated", {"calibration": "isotonic"}),
+    ("calibrated", {"rule": "bernoulli"}),
+    ("ucb", {}),
+]
+RATIOS = list(itertools.product((0.05, 0.1, 0.15), (0.04, 0.15, 0.3), (0.01, 0.05)))  # begin, step, slope
+
+
+def boastful(tokens: int = 128, levels: int = 16) -> Answer:
+    """Nothing is ever accepted of what the drafter is sure of."""
+    return [Draft([0.99] * levels, 0)] * tokens
+
+
+@pytest.mark.parametrize("name, options", ADAPTIVE)
+@pytest.mark.parametrize("limit", [1, 8, 16])
+def test_an_untrained_drafter_costs_less_than_five_percent_of_an_answer(name: str, options: dict, limit: int):
+    for ratio in RATIOS:
+        costs = fixed_costs(*ratio)
+        run = decode(make(name, costs, limit, **options), boastful(), costs)
+        assert run.drafted > 0
+        assert run.seconds / (128 * costs.plain()) < 1.05, ratio
+
+
+@pytest.mark.parametrize("name, options", ADAPTIVE)
+def test_so_it_does_while_the_costs_are_still_being_learned(name: str, options: dict):
+    for ratio in RATIOS:
+        truth, learning = fixed_costs(*ratio), Costs()
+        run = decode(make(name, learning, **options), boastful(), truth)
+        assert run.seconds / (128 * truth.plain()) < 1.06, ratio
+        assert learning.step() < 2 * learning.verify(1)
+
+
+@pytest.mark.parametrize("name, options", ADAPTIVE)
+def test_in_the_long_run_drafting_in_vain_costs_two_percent(name: str, options: dict):
+    costs = fixed_costs()
+    short, long = (decode(make(name, costs, **options), boastful(tokens), costs) for tokens in (1000, 4000))
+    assert (long.seconds - short.seconds) / (3000 * costs.plain()) < 1.021
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+def test_probes_become_rarer_while_they_fail(name: str):
+    costs = fixed_costs()
+    early, late = (decode(make(name, costs), boastful(tokens), costs) for tokens in (500, 4000))
+    assert (late.drafted - early.drafted) / 3500 < 0.5 * early.drafted / 500
+    assert late.drafted > early.drafted
+
+
+@pytest.mark.parametrize("name, options", ADAPTIVE)
+def test_a_drafter_that_becomes_good_is_noticed(name: str, options: dict):
+    costs = fixed_costs()
+    bad = decode(make(name, costs, **options), answer([0.0], tokens=400), costs)
+    both = decode(make(name, costs, **options), answer([0.0] * 400 + [0.9], tokens=1000), costs)
+    good_tokens_per_pass = 600 * PLAIN_PASS / (both.seconds - bad.seconds)
+    assert good_tokens_per_pass > 1.7
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+def test_bad_stretches_do_not_lock_a_good_drafter_out(name: str):
+    costs = fixed_costs()
+    chances = ([0.9] * 100 + [0.0] * 100) * 6
+    run = decode(make(name, costs), answer(chances, tokens=1200), costs)
+    fixed = min(decode(make("fixed", costs, n), answer(chances, tokens=1200), costs).seconds for n in range(9))
+    assert run.seconds < 1.05 * fixed
+
+
+def test_the_baseline_of_fixed_length_has_no_safeguard():
+    costs = fixed_costs()
+    run = decode(make("fixed", costs, 4), boastful(), costs)
+    assert run.drafted == 4 * 128
