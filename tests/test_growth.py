@@ -242,3 +242,108 @@ def test_chains_are_shapes_too():
     assert TreeShape(5, 8, 40).at_most(3, 10) == TreeShape(2, 8, 10)
     with pytest.raises(UserError, match="num_speculative_tokens must be at least 1"):
         TreeShape.chain(0)
+
+
+# --- at a pace -------------------------------------------------------------------------------------------------------
+
+
+class Levels:
+    """A pace that wants so many levels and at most so many candidates of each row, and writes down what it is told."""
+
+    def __init__(self, levels: Sequence[int], sizes: Sequence[int] | None = None):
+        self.levels, self.most = list(levels), sizes
+        self.level = 0
+        self.going = [levels > 0 for levels in self.levels]
+        self.told: list[list[float | None]] = []
+        self.asked: list[int] = []
+        self.gains: list[list[float]] = []
+
+    def wants(self, nodes: int) -> list[bool]:
+        self.asked.append(nodes)
+        self.going = [going and levels > self.level for going, levels in zip(self.going, self.levels, strict=True)]
+        return self.going
+
+    def drafted(self, confidences: Sequence[float | None]) -> None:
+        self.told.append(list(confidences))
+        self.level += 1
+
+    def sizes(self, gains: Sequence[Sequence[float]]) -> list[int]:
+        self.gains = [list(row) for row in gains]
+        return [min(len(row), most) for row, most in zip(gains, self.most or [99] * len(gains), strict=True)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_each_row_s_dynamic_tree_is_as_deep_as_its_pace_wants(top_k):
+    models = [table(seed) for seed in range(4)]
+    stepper, pace = Stepper(models), Levels([2, 0, 4, 1])
+    shape = TreeShape(4, top_k, 200)
+    tree = grow_dynamic(torch.arange(4), stepper.roots, stepper, shape, pace)
+    tree.validate()
+    for row, levels in enumerate(pace.levels):
+        expected = eagle2(models[row], TreeShape(levels - 1, top_k, 200)) if levels else set()
+        assert set(paths_of(tree, row)) == expected
+    assert len(stepper.expanded) == 3, "no step for a level that nobody wants"
+
+
+def test_what_a_pace_is_told_of_a_dynamic_tree():
+    """Of every level its mass relative to the one above; the gains are whole paths' probabilities."""
+    model, pace = table(3), Levels([3])
+    stepper = Stepper([model])
+    grow_dynamic(torch.tensor([0]), stepper.roots, stepper, TreeShape(2, 2, 200), pace)
+
+    def probability(path: Path) -> float:
+        return math.exp(sum(model(path[:i]).log_softmax(-1)[path[i]].item() for i in range(len(path))))
+
+    masses, level = [1.0], [()]
+    for _ in range(3):
+        children = [(*path, token) for path in level for token in model(path).topk(2).indices.tolist()]
+        level = sorted(children, key=lambda path: -probability(path))[:2]
+        masses.append(sum(probability(path) for path in level))
+    assert [told[0] for told in pace.told] == pytest.approx([masses[i + 1] / masses[i] for i in range(3)])
+    everything = sorted((probability(path) for path in eagle2(model, TreeShape(2, 2, 200))), reverse=True)
+    assert pace.gains[0] == pytest.approx(everything)
+
+
+def test_a_pace_cuts_each_row_s_tree_to_its_size():
+    models = [table(seed) for seed in range(3)]
+    stepper, pace = Stepper(models), Levels([3, 3, 3], sizes=[4, 0, 50])
+    tree = grow_dynamic(torch.arange(3), stepper.roots, stepper, TreeShape(2, 3, 10), pace)
+    tree.validate()
+    for row, size in enumerate([4, 0, 9]):
+        assert tree.counts[row] == 1 + size
+        assert set(paths_of(tree, row)) == eagle2(models[row], TreeShape(2, 3, 1 + size))
+    assert [len(gains) for gains in pace.gains] == [9, 9, 9], "no more than the shape allows is offered"
+
+
+@pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_drawn_chains_are_as_long_as_their_pace_wants_and_draw_no_more(candidates, width):
+    models = [table(seed) for seed in range(4)]
+    levels, prefixes = [2, 0, 4, 1], [torch.tensor([0, seed]) for seed in range(4)]
+    warpers = [Warper(SamplingSettings(temperature=1), 2, VOCAB)] * 4
+    shape = TreeShape(3, width, 1 + 4 * width, candidates)
+
+    def grown(which: Sequence[int]) -> tuple[Tree, list[Dice]]:
+        stepper, dice = Stepper([models[i] for i in which]), [Dice(i) for i in which]
+        pace = Levels([levels[i] for i in which])
+        context = RowContext([prefixes[i] for i in which], [warpers[i] for i in which], dice, pace)
+        return grow_sampled(torch.tensor(which), stepper.roots, stepper, shape, context), dice
+
+    together, dice = grown(range(4))
+    together.validate()
+    assert together.counts == [1 + width * wanted for wanted in levels]
+    for row in range(4):
+        alone, own = grown([row])
+        assert paths_of(alone) == paths_of(together, row)
+        assert dice[row].generator.get_state().equal(own[0].generator.get_state())
+
+
+def test_confidence_in_a_drawn_chain_is_what_the_law_gave_its_token():
+    pace = Levels([3])
+    stepper = Stepper([table(1)])
+    warper = Warper(SamplingSettings(temperature=0.7), 1, VOCAB)
+    context = RowContext([torch.tensor([0])], [warper], [Dice(5)], pace)
+    tree = grow_sampled(torch.tensor([0]), stepper.roots, stepper, TreeShape.chain(3, candidates="sampled"), context)
+    assert tree.laws is not None
+    drawn = [tree.laws[0, node, tree.tokens[0, node + 1]].item() for node in range(3)]
+    assert [told[0] for told in pace.told] == pytest.approx(drawn)

@@ -336,8 +336,15 @@ def bench(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", help="Of none,prompt-lookup,fspad,eagle,draft-model; all that can be if left out."),
+        typer.Option(
+            "--methods",
+            help="Of none,prompt-lookup,fspad,eagle,eesd,draft-model; prompt lookup and what is given if left out.",
+        ),
     ] = None,
+    controllers: Annotated[
+        str,
+        typer.Option("--controllers", help="Of fixed,confidence,beta,calibrated,ucb: every drafter runs with each."),
+    ] = "fixed",
     limit: Annotated[int | None, typer.Option("--limit", help="Prompts to use at most.")] = None,
     temperatures: Annotated[str, typer.Option("--temperatures", help="Separated by commas; 0 is greedy.")] = "0",
     repetitions: Annotated[int, typer.Option("--repetitions", help="Times every prompt is decoded.")] = 1,
@@ -363,6 +370,7 @@ def bench(
             model=model,
             draft_models=draft_model or [],
             methods=None if methods is None else o.listed(methods),
+            controllers=o.listed(controllers) or ["fixed"],
             data=data,
             limit=limit,
             temperatures=o.numbers("--temperatures", temperatures),

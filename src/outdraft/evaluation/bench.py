@@ -22,7 +22,7 @@ from outdraft.evaluation.measure import PLAIN, Contender, Run, compare
 from outdraft.evaluation.prompts import Prompt, encode, read_prompts
 from outdraft.evaluation.report import WIDE, rendered
 from outdraft.evaluation.summary import Summary, summarise
-from outdraft.loading import load_target
+from outdraft.loading import REFERENCE, load_target
 from outdraft.reference import load_prompts
 from outdraft.target import Target
 
@@ -43,6 +43,8 @@ class BenchSettings:
     max_new_tokens: int = 128
     seed: int = 0
     tree: dict[str, Any] = field(default_factory=dict)
+    controllers: list[str] = field(default_factory=lambda: ["fixed"])
+    """How far to draft; every drafter runs with each."""
     include_transformers: bool = False
     dtype: str | None = None
     device: str | None = None
@@ -124,6 +126,8 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         settings.methods,
         backend=settings.backend,
         tree=settings.tree,
+        controllers=settings.controllers,
+        shipped=settings.model == REFERENCE,
         include_transformers=settings.include_transformers,
     )
     comparisons = [
@@ -147,6 +151,7 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         "repetitions": settings.repetitions,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
+        "controllers": settings.controllers,
         **settings.tree,
     }
     return BenchResult(shown, environment(target), comparisons)

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from outdraft.control import CONTROLLERS
 from outdraft.drafters.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Contender, speculative, stock
-from outdraft.loading import METHODS, load_drafter_for
+from outdraft.loading import METHODS, REFERENCE, load_drafter_for
+from outdraft.reference import SHIPPED
 from outdraft.target import Target
 
 LOOKUP = "prompt-lookup"
+FIXED = "fixed"
 NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 
@@ -25,6 +28,8 @@ def contenders(
     *,
     backend: str | None = None,
     tree: dict[str, Any] | None = None,
+    controllers: Sequence[str] = (FIXED,),
+    shipped: bool = False,
     include_transformers: bool = False,
 ) -> list[Contender]:
     """Plain decoding first, then whatever was asked for.
@@ -34,7 +39,9 @@ def contenders(
         draft_models: `PATH` or `NAME=PATH` each.
         methods: those to compare; prompt lookup and every given drafter when None.
         backend: of the drafters.
-        tree: tree settings of all drafters that look ahead by a model.
+        tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
+        controllers: every drafter runs with each of them.
+        shipped: whether drafters that are not given come from the package, which has some for its reference target.
         include_transformers: the stock `generate` too.
 
     Raises:
@@ -43,16 +50,33 @@ def contenders(
     for method in methods or ():
         if method not in METHODS:
             raise UserError(f"unknown method '{method}' in --methods; choose of {', '.join(METHODS)}")
+    for controller in controllers:
+        if controller not in CONTROLLERS:
+            raise UserError(f"unknown controller '{controller}' in --controllers; choose of {', '.join(CONTROLLERS)}")
     drafters = loaded_drafters(target, draft_models, backend)
     if methods is not None:
+        present = {drafter.method for drafter in drafters.values()}
+        for method in dict.fromkeys(methods):
+            if shipped and method in SHIPPED and method not in present:
+                drafters[method] = _loaded(target, REFERENCE, method, backend)
         _agree(methods, drafters)
     found = [speculative(PLAIN, target, None)]
     if include_transformers:
         found.append(stock(target))
     if methods is None or LOOKUP in methods:
-        found.append(speculative(LOOKUP, target, load_drafter_for(target, None, method=LOOKUP)))
-    found += [speculative(name, target, drafter, **(tree or {})) for name, drafter in drafters.items()]
+        drafters = {LOOKUP: _loaded(target, None, LOOKUP, backend), **drafters}
+    for name, drafter in drafters.items():
+        shape = {} if drafter.method == LOOKUP else tree or {}
+        for controller in controllers:
+            called = name if len(controllers) == 1 and controller == FIXED else f"{name} {controller}"
+            found.append(speculative(called, target, drafter, controller=controller, **shape))
     return found
+
+
+def _loaded(target: Target, source: str | None, method: str | None, backend: str | None) -> Drafter:
+    drafter = load_drafter_for(target, source, method=method, backend=backend)
+    assert drafter is not None  # a path or a method that drafts was given
+    return drafter
 
 
 def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | None) -> dict[str, Drafter]:
@@ -61,9 +85,7 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
     for text in draft_models:
         match = None if Path(text).exists() else NAMED.fullmatch(text)
         name, path = match.groups() if match else (None, text)
-        drafter = load_drafter_for(target, path, backend=backend)
-        assert drafter is not None  # a path was given
-        named.append((name, path, drafter))
+        named.append((name, path, _loaded(target, path, None, backend)))
     counts = Counter(drafter.method for _, _, drafter in named)
     found: dict[str, Drafter] = {}
     for name, path, drafter in named:

@@ -29,6 +29,7 @@ def table(summaries: Iterable[Summary], temperature: float, wide: bool = True) -
     }
     if wide:
         columns |= {
+            "drafted": drafted,
             "accepted": lambda s: number(s.statistics.acceptance_rate, ".0%"),
             "first token": lambda s: number(s.first_token_seconds * 1000, ".0f") + " ms",
             "draft | verify | rest": shares,
@@ -45,6 +46,15 @@ def speedup(summary: Summary) -> str:
     """With its interval."""
     low, high = summary.speedup_interval
     return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
+
+
+def drafted(summary: Summary) -> str:
+    """Levels drafted in a round, on average, and the share of rounds that drafted at all where some did not."""
+    depths = summary.statistics.depths
+    if not any(depths):
+        return "-"
+    idle = depths.count(0) / len(depths)
+    return f"{sum(depths) / len(depths):.1f}" + (f" ({1 - idle:.0%})" if idle > 0.005 else "")
 
 
 def shares(summary: Summary) -> str:

@@ -9,12 +9,19 @@ from outdraft.errors import UserError
 from outdraft.reference.prompts import load_prompts
 from outdraft.reference.quantize import load_reference_target, reference_target_path
 
-__all__ = ["load_prompts", "load_reference_target", "reference_drafter_path", "reference_target_path"]
+__all__ = ["SHIPPED", "load_prompts", "load_reference_target", "reference_drafter_path", "reference_target_path"]
 
 
-def reference_drafter_path() -> Path:
-    """The folder of the FSPAD drafter that ships for the reference target."""
-    folder = Path(__file__).parent / "drafter"
+SHIPPED = {"fspad": "drafter", "eagle": "eagle", "eesd": "eesd"}
+"""Methods of the drafters that ship for the reference target, and their folders."""
+
+
+def reference_drafter_path(method: str | None = None) -> Path:
+    """The folder of the drafter of this method that ships for the reference target; FSPAD's when None."""
+    method = method or "fspad"
+    if method not in SHIPPED:
+        raise UserError(f"no drafter of method '{method}' ships with the package; there are {', '.join(SHIPPED)}")
+    folder = Path(__file__).parent / SHIPPED[method]
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is missing: reinstall the package, or train a drafter with `outdraft train`")
     return folder

@@ -1,0 +1,58 @@
+"""Puts a trained drafter into the package: weights in bfloat16, its record without the paths of the machine that it was
+trained on. Knows drafter folders as files only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from outdraft.reference import SHIPPED
+
+LOCAL = {"data", "output_dir", "feature_cache_dir", "platform", "report_to"}
+"""Settings and facts that belong to one machine."""
+
+
+def ship(folder: Path, destination: Path) -> None:
+    """Write `folder`'s drafter to `destination`."""
+    destination.mkdir(parents=True, exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    stored = {
+        name: weight.to(torch.bfloat16) if weight.is_floating_point() else weight for name, weight in weights.items()
+    }
+    save_file(stored, destination / "model.safetensors", metadata={"format": "pt"})
+    (destination / "model.safetensors").chmod(0o644)
+    for name in ("config.json", "provenance.json"):
+        record = portable(json.loads((folder / name).read_text(encoding="utf-8")))
+        if name == "config.json":
+            record["target"]["id"] = "reference"
+        elif "target" in record:
+            record["target"] = "reference"
+        (destination / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def portable(record: Any) -> Any:
+    """The record without what is only true here; of paths in the command only their last part."""
+    if isinstance(record, dict):
+        return {key: portable(value) for key, value in record.items() if key not in LOCAL}
+    if isinstance(record, list):
+        return [portable(value) for value in record]
+    return Path(record).name if isinstance(record, str) and record.startswith(("/", ".venv/", "~")) else record
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the trained drafter")
+    parser.add_argument("method", choices=SHIPPED)
+    arguments = parser.parse_args()
+    ship(arguments.folder, Path(__file__).parent / SHIPPED[arguments.method])
+
+
+if __name__ == "__main__":
+    main()
