@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from outdraft.backends import accelerate, default_backend, default_dtype
 from outdraft.drafters.base import Drafter
-from outdraft.drafters.checkpoint import load_drafter
+from outdraft.drafters.checkpoint import holds_exit_layer, load_drafter, load_exit_layer
 from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.early_exit import EarlyExit
+from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
@@ -29,7 +31,7 @@ from outdraft.target import Target
 REFERENCE = "reference"
 """In place of a model or drafter: the ones shipped with the package."""
 
-METHODS = ("fspad", "eagle", "prompt-lookup", "draft-model", "none")
+METHODS = ("fspad", "eagle", "eesd", "prompt-lookup", "draft-model", "none")
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -100,7 +102,7 @@ def load_target(
 
 def load_drafter_for(
     target: Target,
-    draft_model: str | Path | FeatureHead | Target | PreTrainedModel | None,
+    draft_model: str | Path | FeatureHead | ExitLayer | Target | PreTrainedModel | None,
     *,
     method: str | None = None,
     backend: str | None = None,
@@ -133,9 +135,9 @@ def load_drafter_for(
 
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
-    if isinstance(source, FeatureHead):
-        head = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
-        return FeatureDrafter(accelerate(head, backend), target)
+    if isinstance(source, FeatureHead | ExitLayer):
+        own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
+        return _bound(own, target, backend)
     if isinstance(source, Target):
         return DraftModel(source, target)
     if isinstance(source, PreTrainedModel):
@@ -145,8 +147,15 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
-    head = load_drafter(source, dtype=target.dtype, device=target.device).head.eval()
-    return FeatureDrafter(accelerate(head, backend), target)
+    place: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
+    if holds_exit_layer(source):
+        return _bound(load_exit_layer(source, target.model, **place), target, backend)
+    return _bound(load_drafter(source, **place).head.eval(), target, backend)
+
+
+def _bound(network: FeatureHead | ExitLayer, target: Target, backend: str) -> Drafter:
+    network = accelerate(network, backend)
+    return EarlyExit(network, target) if isinstance(network, ExitLayer) else FeatureDrafter(network, target)
 
 
 def _is_language_model(folder: Path) -> bool:

@@ -222,7 +222,7 @@ def test_a_save_that_fails_leaves_the_old_drafter(tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("outdraft.drafters.checkpoint.save_file", full)
+    monkeypatch.setattr("outdraft.drafters.own_layout.save_file", full)
     for place in (folder, tmp_path / "new"):
         with pytest.raises(UserError, match=r"No space left on device.*choose another folder"):
             save_drafter(place, torch_head(official_tensors(GQA), GQA), target_id="t")
@@ -391,7 +391,7 @@ def test_our_own_config_that_does_not_fit_its_weights(tmp_path: Path) -> None:
         ({"rope_theta": "high"}, "rope_theta"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
         ({"num_attention_heads": 3}, "num_key_value_heads"),
-        ({"method": "eesd"}, "--method eesd"),
+        ({"method": "eesd"}, "together with its target"),
     ],
 )
 def test_settings_of_our_own_that_cannot_be(tmp_path: Path, changes: dict[str, Any], names: str) -> None:

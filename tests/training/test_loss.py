@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.training.loss import DrafterLoss, feature_noise, soft_cross_entropy
+from outdraft.training.cross_entropy import soft_cross_entropy
+from outdraft.training.loss import DrafterLoss, feature_noise
 
 D, V = 8, 13
 

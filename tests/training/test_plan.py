@@ -10,8 +10,8 @@ from rich.console import Console
 
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
+from outdraft.training.objective import new_drafter
 from outdraft.training.plan import duration, plan
-from outdraft.training.preparation import new_drafter
 
 
 def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
+from outdraft.training.objective import noise_seed
 from outdraft.training.train import TrainResult, train
-from outdraft.training.trainer import ClipByValue, DrafterTrainer, noise_seed, use_bf16
+from outdraft.training.trainer import ClipByValue, DrafterTrainer, use_bf16
 
 from .tiny import tiny_target, write_chats
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import CPU_TREE, GPU_TREE
-from outdraft.drafters.checkpoint import load_drafter
+from outdraft.drafters.checkpoint import ExitFolder, holds_exit_layer, load_drafter, read_exit_folder
 from outdraft.drafters.folder import is_hub_id, not_on_hub
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
@@ -87,6 +87,8 @@ def _is_drafter(folder: Path) -> bool:
 
 
 def _drafter(folder: Path) -> dict[str, Any]:
+    if holds_exit_layer(folder):
+        return _exit_layer(read_exit_folder(folder))
     loaded = load_drafter(folder)
     config = loaded.head.config
     tau = loaded.training.get("tau") or {}
@@ -100,6 +102,21 @@ def _drafter(folder: Path) -> dict[str, Any]:
         "feature_sampling": config.feature_sampling,
         "partial_alignment": config.partial_alignment,
         "context": config.max_position_embeddings,
+        "tau_at_end_of_training": tau.get("tau"),
+    }
+
+
+def _exit_layer(found: ExitFolder) -> dict[str, Any]:
+    tau = found.training.get("tau") or {}
+    return {
+        "kind": "drafter",
+        "method": "eesd",
+        "layout": "outdraft",
+        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
+        "trained_for": found.target.get("id"),
+        "fits_targets_with": {name: value for name, value in found.target.items() if name != "id"},
+        "exit_layer": found.config.exit_layer,
+        "own_head": found.config.own_head,
         "tau_at_end_of_training": tau.get("tau"),
     }
 

@@ -1,44 +1,45 @@
 """Drafter folders: our own, and the official FSPAD and EAGLE-1/2 ones as they are.
 
-A folder is `config.json` and weights. Our own is written whole or not at all; official ones are recognised from the
-names and shapes of their tensors (`official.py`). It knows how a `FeatureHead` is put together from tensors, and
-nothing of targets, decoding or training beyond the record that it carries along.
+A folder is `config.json` and weights. Our own is written whole or not at all (`own_layout.py`); official ones are
+recognised from the names and shapes of their tensors (`official.py`). It knows how a `FeatureHead` is put together from
+tensors, and an `ExitLayer` from tensors and its target; nothing of decoding or training beyond the record that it
+carries along.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import stat
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import outdraft
+from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig, empty
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.folder import (
     CONFIG,
     WEIGHTS,
-    check_value,
     find_folder,
     local_folder,
     read_config,
     read_weights,
-    shape_of,
     some,
 )
 from outdraft.drafters.official import REMADE, official_config, official_name, our_name
+from outdraft.drafters.own_layout import fitting, is_own, read_settings, section, write_folder
 from outdraft.errors import UserError, first_line
 
 Layout = Literal["outdraft", "fspad", "eagle"]
+
+EXIT = ExitLayer.method
+
+TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+"""What an exit layer's target must have in common with the one it was trained for."""
 
 
 @dataclass
@@ -60,7 +61,7 @@ class DrafterCheckpoint:
 
 def save_drafter(
     folder: str | Path,
-    head: FeatureHead,
+    head: FeatureHead | ExitLayer,
     *,
     target_id: str,
     training: Mapping[str, Any] | None = None,
@@ -73,7 +74,7 @@ def save_drafter(
         head: the drafter, in the precision in which it shall be stored.
         target_id: hub name or folder of its target.
         training: a record that is kept with it, anything that JSON can say.
-        target: further facts about the target, `num_hidden_layers` for one.
+        target: further facts about the target, such as `target_facts` gives; an exit layer needs them.
 
     Returns:
         The folder.
@@ -81,41 +82,25 @@ def save_drafter(
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
+    facts = dict(target or {})
+    if isinstance(head, FeatureHead):
+        facts = {"hidden_size": head.config.hidden_size, "vocab_size": head.config.vocab_size, **facts}
+    elif missing := [name for name in TARGET_FACTS if name not in facts]:
+        raise ValueError(f"an exit layer is saved with target_facts(model), which has {', '.join(missing)}")
     config = {
         "method": head.method,
         "outdraft_version": outdraft.__version__,
         **asdict(head.config),
-        "target": {
-            "id": target_id,
-            "hidden_size": head.config.hidden_size,
-            "vocab_size": head.config.vocab_size,
-            **(target or {}),
-        },
+        "target": {"id": target_id, **facts},
         "training": dict(training or {}),
     }
-    text = json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = (folder if folder.exists() else folder.parent) / f".{folder.name}.{os.getpid()}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        try:
-            save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-            (beside / CONFIG).write_text(text, encoding="utf-8")
-            # safetensors makes files that only their owner can read, which breaks folders that are shared.
-            (beside / WEIGHTS).chmod(stat.S_IMODE((beside / CONFIG).stat().st_mode))
-            if folder.exists():
-                for name in (WEIGHTS, CONFIG):
-                    os.replace(beside / name, folder / name)
-            else:
-                os.replace(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write a drafter to '{folder}' ({first_line(error)}); choose another folder") from error
-    return folder
+    return write_folder(folder, config, head.state_dict())
+
+
+def target_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a drafter's folder says of its target beside its name."""
+    config = model.config.get_text_config()
+    return {name: getattr(config, name) for name in TARGET_FACTS}
 
 
 def push_to_hub(
@@ -176,17 +161,25 @@ def load_drafter(
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
     file, tensors = read_weights(folder)
-    own = "outdraft_version" in config and "method" in config
+    own = is_own(config)
     head_config = _own_config(config, folder) if own else official_config(config, tensors, folder)
     names = {} if own else {our_name(name): name for name in tensors if not REMADE.search(name)}
     head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file)
     if head.embed_tokens is not None:
         head.embed_tokens.requires_grad_(False)
     head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
-    target = config.get("target") if own and isinstance(config.get("target"), dict) else {}
-    training = config.get("training") if own and isinstance(config.get("training"), dict) else {}
     layout: Layout = "outdraft" if own else "eagle" if head.method == "eagle" else "fspad"
-    return DrafterCheckpoint(head, (target or {}).get("id"), training or {}, layout, target or {})
+    target = section(config, "target")
+    return DrafterCheckpoint(head, target.get("id"), section(config, "training"), layout, target)
+
+
+def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
+    method = config.get("method")
+    if method == EXIT:
+        raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
+    if method not in ("fspad", "eagle"):
+        raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
+    return read_settings(FeatureHeadConfig, config, folder)
 
 
 def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
@@ -196,53 +189,97 @@ def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping
         if "embed_tokens.weight" in tensors:
             head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     wanted = head.state_dict()
-    shown = {name: official_name(name, config) if names else name for name in wanted}
-    if missing := [shown[name] for name in wanted if name not in tensors]:
-        raise UserError(f"{file} lacks {some(missing)}; it is incomplete or no drafter, download or train it again")
-    for name, place in wanted.items():
-        if tensors[name].shape != place.shape:
-            raise UserError(
-                f"{file}: {shown[name]} is {shape_of(tensors[name])} where config.json asks for {shape_of(place)}; "
-                "put the config.json beside it that belongs to it"
-            )
-        if not tensors[name].is_floating_point():
-            raise UserError(
-                f"{file}: {shown[name]} holds {tensors[name].dtype}; only unquantised drafters can be loaded"
-            )
-    if unknown := [names.get(name, name) for name in tensors if name not in wanted]:
-        warnings.warn(
-            f"{file} holds {some(unknown)}, which this drafter has no place for; left out, so drafts may be poor "
-            "(what is decoded stays exact)",
-            stacklevel=3,
-        )
-    # Copies: what was read may be mapped from the file, which must be free to change.
-    dtype = tensors["fusion.fc.weight"].dtype
-    weights = {name: tensors[name].to(dtype, copy=True) for name in wanted}
-    head.load_state_dict(weights, assign=True)
+    shown = {name: official_name(name, config) for name in wanted} if names else None
+    head.load_state_dict(fitting(tensors, wanted, file, shown=shown), assign=True)
+    _warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
     return head
 
 
-# --- our own layout ----------------------------------------------------------------------------------------------
-
-
-def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
-    method = config.get("method")
-    if method not in ("fspad", "eagle"):
-        raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
-    known = {f.name: f for f in fields(FeatureHeadConfig)}
-    other = {"method", "outdraft_version", "target", "training"}
-    if unknown := sorted(set(config) - set(known) - other):
-        version = config["outdraft_version"]
+def _warn_of_unknown(unknown: list[str], file: str) -> None:
+    if unknown:
         warnings.warn(
-            f"'{folder}' was written by outdraft {version} and has settings unknown here: {some(unknown)}; ignored",
-            stacklevel=3,
+            f"{file} holds {some(unknown)}, which this drafter has no place for; left out, so drafts may be poor "
+            "(what is decoded stays exact)",
+            stacklevel=4,
         )
-    required = [name for name, f in known.items() if f.default is MISSING]
-    if missing := [name for name in required if name not in config]:
-        raise UserError(f"'{folder / CONFIG}' lacks {some(missing)}; it is incomplete, copy or train it again")
-    values = {name: config[name] for name in known if name in config}
-    for name, value in values.items():
-        default = known[name].default
-        kind = (int,) if default is MISSING else (int, float) if isinstance(default, float) else (type(default),)
-        check_value(name, value, kind, folder)
-    return FeatureHeadConfig(**values)
+
+
+# --- reading an exit layer ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExitFolder:
+    """What the folder of an exit layer says, before its target is there."""
+
+    config: ExitLayerConfig
+    tensors: dict[str, Tensor]
+    file: str
+    """Where the tensors were read, for messages."""
+    target: dict[str, Any]
+    training: dict[str, Any]
+
+
+def holds_exit_layer(folder_or_hub_id: str | Path, revision: str | None = None) -> bool:
+    """Whether this is the folder of an `ExitLayer`.
+
+    Raises:
+        UserError: there is no drafter's folder at all.
+    """
+    config = read_config(find_folder(folder_or_hub_id, revision))
+    return is_own(config) and config["method"] == EXIT
+
+
+def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:
+    """Settings and tensors of an exit layer, without its target.
+
+    Raises:
+        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+    """
+    folder = find_folder(folder_or_hub_id, revision)
+    config = read_config(folder)
+    if not is_own(config) or config["method"] != EXIT:
+        raise UserError(f"'{folder}' holds no exit layer; choose a folder that `outdraft train --method eesd` made")
+    settings = read_settings(ExitLayerConfig, config, folder)
+    file, tensors = read_weights(folder)
+    target = section(config, "target")
+    if missing := [name for name in TARGET_FACTS if name not in target]:
+        raise UserError(f"'{folder / CONFIG}' says nothing of its target's {some(missing)}; copy or train it again")
+    return ExitFolder(settings, tensors, file, target, section(config, "training"))
+
+
+def load_exit_layer(
+    folder_or_hub_id: str | Path,
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> ExitLayer:
+    """An exit layer from our own folder, here or on the Hugging Face Hub.
+
+    Args:
+        folder_or_hub_id: a folder, else a hub id.
+        model: the target it was trained for, whose family its layer is of.
+        dtype: precision of the weights; as stored when None.
+        device: where they go; the model's when None.
+        revision: of a hub repository.
+
+    Raises:
+        UserError: nothing there, a damaged drafter, or one of another target, with the fix.
+    """
+    found = read_exit_folder(folder_or_hub_id, revision)
+    for name, value in target_facts(model).items():
+        if found.target[name] != value:
+            raise UserError(
+                f"the drafter was trained for a target with {name} {found.target[name]}, this one has {value}; "
+                "choose its own drafter or train one (outdraft train)"
+            )
+    exit_layer = empty(model, found.config)
+    wanted = exit_layer.state_dict()
+    weights = fitting(
+        found.tensors, wanted, found.file, "this target", "choose its own drafter or train one (outdraft train)"
+    )
+    exit_layer.load_state_dict(weights, assign=True)
+    _warn_of_unknown([name for name in found.tensors if name not in wanted], found.file)
+    place: Any = model.get_input_embeddings().weight.device if device is None else device
+    return exit_layer.to(device=place, dtype=dtype or next(iter(weights.values())).dtype)

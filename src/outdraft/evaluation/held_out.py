@@ -6,7 +6,6 @@ those. Knows nothing of how it is trained.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outdraft.drafters.feature_drafting import FeatureDrafter
+from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
 from outdraft.generation import SpeculativeModel
+from outdraft.loading import load_drafter_for
 from outdraft.target import Target
 from outdraft.training.conversations import Conversation, OnBadLine, read_conversations
 
@@ -93,14 +93,14 @@ def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
 
 def tau_meter(
     target: Target, prompts: Sequence[list[int]], max_new_tokens: int = 64
-) -> Callable[[FeatureHead], dict[str, float]]:
+) -> Callable[[FeatureHead | ExitLayer], dict[str, float]]:
     """A function that decodes the prompts greedily, all at once, with a drafter as it is.
 
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
 
-    def measure(head: FeatureHead) -> dict[str, float]:
-        drafter = FeatureDrafter(copy.deepcopy(head).to(target.dtype).eval().requires_grad_(False), target)
+    def measure(network: FeatureHead | ExitLayer) -> dict[str, float]:
+        drafter = load_drafter_for(target, network, backend=target.backend)
         found = SpeculativeModel(target, drafter).generate(list(prompts), max_new_tokens=max_new_tokens).statistics
         return {"tau": found.tau, "acceptance_rate": found.acceptance_rate} if found.rounds else {}
 

@@ -17,7 +17,7 @@ Preset = Literal["auto", "tiny", "small", "base", "paper"]
 
 
 class TrainingConfig(BaseModel):
-    """How a drafter is trained; the defaults are the published recipe (arXiv 2408.15562), see `with_preset`.
+    """How a drafter is trained; FSPAD's defaults are the published recipe (arXiv 2408.15562), see `with_preset`.
 
     Raises:
         UserError: an unknown key or a value out of range, in one line.
@@ -29,8 +29,9 @@ class TrainingConfig(BaseModel):
     """JSON lines of conversations or texts to train on: a file, or a folder of *.jsonl."""
     output_dir: Path
     """Folder of the trained drafter, its checkpoints and logs."""
-    method: Literal["fspad", "eagle"] = "fspad"
-    """The drafter: fspad (feature sampling and partial alignment), or eagle (neither)."""
+    method: Literal["fspad", "eagle", "eesd"] = "fspad"
+    """The drafter: fspad (feature sampling and partial alignment), eagle (neither), or eesd (the target's own first
+    layers and a trained exit layer)."""
     preset: Preset = "auto"
     """Recipe for what is not set by hand: tiny (targets below 30M parameters), small (below 1B), base, paper (the
     published values exactly), or auto (by the target's size)."""
@@ -49,7 +50,16 @@ class TrainingConfig(BaseModel):
     partial_alignment: bool | None = None
     """FSPAD's separate outputs for token and feature; the method decides when not given (an ablation switch)."""
 
+    exit_layer: int | Literal["auto"] | None = None
+    """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
+    own_head: bool = False
+    """Train a copy of the target's output layer with EESD's exit layer."""
+
     # --- the loss
+    loss: Literal["soft", "hard", "mixed"] = "soft"
+    """What EESD's exit layer is trained against: the target's law (soft), the responses' tokens (hard), or both."""
+    hard_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the tokens in the mixed loss; the law has the rest."""
     w_reg: float = Field(1.0, ge=0)
     """Weight of the feature loss (SmoothL1)."""
     w_cls: float = Field(0.1, ge=0)
@@ -115,6 +125,32 @@ class TrainingConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as problem:
             raise UserError(_one_line(problem)) from None
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Settings of another method are refused, not ignored."""
+        eesd = self.method == "eesd"
+        for name in sorted(self.model_fields_set & (OF_FEATURE_HEADS if eesd else OF_EESD)):
+            if getattr(self, name) is not None:
+                whose = "fspad and eagle" if eesd else "eesd"
+                raise UserError(f'"{name}" is a setting of {whose}, not of {self.method}; leave it out')
+        if not eesd:
+            return
+        if self.exit_layer is None:
+            raise UserError('method eesd needs "exit_layer"; give a number of layers or auto with --exit-layer')
+        if isinstance(self.exit_layer, int) and self.exit_layer < 1:
+            raise UserError(f'"exit_layer" must be at least 1, not {self.exit_layer}')
+        if "hard_weight" in self.model_fields_set and self.loss != "mixed":
+            raise UserError(f'"hard_weight" belongs to loss mixed, not {self.loss}; leave it out')
+        if self.preset == "paper":
+            raise UserError("preset paper is FSPAD's published recipe; choose tiny, small, base or auto for eesd")
+
+    def record(self) -> dict[str, Any]:
+        """The settings that this method reads, ready for JSON; a configuration again when given back."""
+        left_out = OF_FEATURE_HEADS if self.method == "eesd" else OF_EESD
+        if self.loss != "mixed":
+            left_out = left_out | {"hard_weight"}
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
     def with_preset(self, target_parameters: int) -> TrainingConfig:
         """A copy in which the preset has filled what was not set by hand.
@@ -123,7 +159,7 @@ class TrainingConfig(BaseModel):
             target_parameters: the target's size, by which `auto` chooses.
         """
         name = preset_for(target_parameters) if self.preset == "auto" else self.preset
-        recipe = dict(PRESETS[name])
+        recipe = PRESETS[name] | (EXIT_PRESETS[name] if self.method == "eesd" else {})
         if self.method == "eagle" and name in ("base", "paper"):
             recipe["learning_rate"] = 3e-5
         if "epochs" in self.model_fields_set:
@@ -138,6 +174,11 @@ class TrainingConfig(BaseModel):
             return self.warmup_steps
         return min(self.warmup_steps, total_steps // 10)
 
+
+OF_FEATURE_HEADS = {
+    "intermediate_size", "feature_sampling", "partial_alignment", "w_reg", "w_cls", "feature_noise", "unroll_steps",
+}  # fmt: skip
+OF_EESD = {"exit_layer", "own_head", "loss", "hard_weight"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # On a target of 0.26M, 300 steps at 1e-3 and 3e-3 ended at an agreement of 0.48 and 0.60.
@@ -171,6 +212,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """What each preset sets; everything else is the field's default."""
+
+EXIT_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"learning_rate": 1e-3},
+    "small": {"learning_rate": 3e-4},
+    "base": {"learning_rate": 5e-5},
+}
+"""What differs for EESD, whose layer begins as the target's last one and not at random."""
 
 
 def preset_for(target_parameters: int) -> Literal["tiny", "small", "base"]:

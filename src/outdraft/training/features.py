@@ -1,4 +1,7 @@
-"""Where the target's features come from: a forward in every step, or a cache on disk written once.
+"""Where the target's states come from: a forward in every step, or a cache on disk written once.
+
+A `Reading` says which states a drafter is trained on: the features after the final norm, or the hidden state of an
+earlier layer beside them. They go by the name of features here, whatever their width.
 
 The cache is one flat file in the target's own precision, filled example by example, so that a killed run goes on where
 it stopped; its key is a hash of target, data and length. Knows the target as a function and nothing of the loss.
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import UserError
+from outdraft.layers import Cut
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.tokenization import Example, ExampleSet
 
@@ -51,21 +55,81 @@ def target_features(target: TargetLike, input_ids: Tensor, lengths: Tensor) -> T
         return target.features(input_ids, mask.long())
 
 
+class Reading:
+    """What is read of a target for every token: its features after the final norm.
+
+    Args:
+        target: whose.
+    """
+
+    name = ""
+    """What tells it from other readings of the same target; part of the cache's key."""
+
+    def __init__(self, target: TargetLike):
+        self.target = target
+
+    @property
+    def width(self) -> int:
+        """Values of one token."""
+        return self.target.hidden_size
+
+    @property
+    def token_nbytes(self) -> int:
+        return self.width * self.target.dtype.itemsize
+
+    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`(batch, tokens, width)` of a right-padded batch, as `target_features`."""
+        return target_features(self.target, input_ids, lengths)
+
+
+class ExitReading(Reading):
+    """The hidden state after the target's first layers, then its features.
+
+    Args:
+        target: whose.
+        exit_layer: how many layers come first.
+    """
+
+    def __init__(self, target: TargetLike, exit_layer: int):
+        super().__init__(target)
+        self.name = f"layer {exit_layer} and features"
+        self._cut = Cut(target.model, exit_layer)
+
+    @property
+    def width(self) -> int:
+        return 2 * self.target.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        # No mask: what stands on padding, to the right, is seen by no token.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return torch.cat(self._cut.both(input_ids=input_ids, use_cache=False), dim=-1)
+
+
 class FeatureCache:
-    """Features of all examples in one memory-mapped file `(tokens, hidden)`.
+    """Features of all examples in one memory-mapped file `(tokens, width)`.
 
     Args:
         folder: where caches live; this one gets a folder of its own, named by its key.
         target: whose features.
         examples: of which data.
         max_length: to which the data were cut.
+        reading: what of the target is kept; its features when not given.
     """
 
-    def __init__(self, folder: str | Path, target: TargetLike, examples: ExampleSet, max_length: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        target: TargetLike,
+        examples: ExampleSet,
+        max_length: int,
+        reading: Reading | None = None,
+    ):
         self.target, self.examples = target, examples
-        self.key = cache_key(target, examples, max_length)
+        self.reading = reading or Reading(target)
+        self.key = cache_key(target, examples, max_length, self.reading.name)
         self.folder = Path(folder) / self.key
-        self.width, self.dtype = target.hidden_size, target.dtype
+        self.width, self.dtype = self.reading.width, target.dtype
         self.offsets = [0]
         for example in examples.examples:
             self.offsets.append(self.offsets[-1] + len(example))
@@ -74,7 +138,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int:
         """Size on disk, known before anything is computed."""
-        return cache_nbytes(self.target, self.examples)
+        return self.examples.tokens * self.reading.token_nbytes
 
     @property
     def done(self) -> int:
@@ -122,7 +186,7 @@ class FeatureCache:
             batch = self.examples.examples[start : start + batch_size]
             ids = pad([example.input_ids.long() for example in batch]).to(self.target.device)
             lengths = torch.tensor([len(example) for example in batch], device=ids.device)
-            features = target_features(self.target, ids, lengths).cpu()
+            features = self.reading(ids, lengths).cpu()
             for i, example in enumerate(batch):
                 offset = self.offsets[start + i]
                 rows[offset : offset + len(example)] = features[i, : len(example)]
@@ -132,7 +196,7 @@ class FeatureCache:
         del rows
 
     def __getitem__(self, index: int) -> Tensor:
-        """`(tokens, hidden)` features of one example."""
+        """`(tokens, width)` features of one example."""
         if self._rows is None:
             if not self.complete:
                 raise RuntimeError("the feature cache is not complete; build it first")
@@ -150,15 +214,10 @@ class FeatureCache:
         os.replace(partial, self.folder / PROGRESS)
 
 
-def cache_nbytes(target: TargetLike, examples: ExampleSet) -> int:
-    """Bytes that the features of these examples take."""
-    return examples.tokens * target.hidden_size * target.dtype.itemsize
-
-
-def cache_key(target: TargetLike, examples: ExampleSet, max_length: int) -> str:
-    """Name of the cache: equal exactly when target, weights, precision, data and length are."""
-    parts = (target_id(target), weights_fingerprint(target), str(target.dtype), examples.fingerprint(), str(max_length))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+def cache_key(target: TargetLike, examples: ExampleSet, max_length: int, reading: str = "") -> str:
+    """Name of the cache: equal exactly when target, weights, precision, data, length and what is read are."""
+    parts = [target_id(target), weights_fingerprint(target), str(target.dtype), examples.fingerprint(), str(max_length)]
+    return hashlib.sha256("\n".join(parts + [reading] * bool(reading)).encode()).hexdigest()[:20]
 
 
 def weights_fingerprint(target: TargetLike) -> str:
@@ -191,7 +250,7 @@ def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
     """A right-padded batch.
 
     Returns:
-        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; `features` `(batch, tokens, hidden)`
+        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; `features` `(batch, tokens, width)`
         when they are cached.
     """
     examples: list[Example] = [item["example"] for item in items]  # type: ignore[misc]

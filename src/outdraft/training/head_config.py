@@ -47,7 +47,7 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
     kv_heads = _first(config, KEY_VALUE_HEADS, heads)
     values: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": _first(config, INTERMEDIATE, DEFAULT_WIDENING * width),
+        "intermediate_size": inner_width(target),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads if heads % kv_heads == 0 else heads,
         "head_dim": head_dim,
@@ -59,6 +59,11 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
         "max_position_embeddings": min(target.context_length, MAX_POSITIONS),
     }
     return FeatureHeadConfig(**{**values, **{key: value for key, value in overrides.items() if value is not None}})
+
+
+def inner_width(target: TargetLike) -> int:
+    """Width of the target's own MLPs."""
+    return _first(text_config(target.model.config), INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
 
 
 def text_config(config: Any) -> Any:

@@ -7,17 +7,15 @@ target's head as a function and nothing of data, optimisers or processes: sums c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
-
-Head = Callable[[Tensor], Tensor]
+from outdraft.training.cross_entropy import Head, soft_cross_entropy
 
 UNROLL_DECAY = 0.8
 NOISE_WIDTH = 0.2
@@ -121,59 +119,6 @@ def unrolled_mask(length: int, streams: int, device: torch.device | str) -> Tens
     true_feature = (stream == 0) & (place <= start)
     drafted = (stream > 0) & (stream <= stream[:, None]) & (place == start + stream)
     return (true_feature | drafted)[None, None]
-
-
-def soft_cross_entropy(p: Tensor, goal: Tensor, head: Head, chunk_size: int = 512) -> tuple[Tensor, Tensor]:
-    """Sum over positions of the cross-entropy of head(p) against the law of head(goal), and the agreeing argmaxes.
-
-    Args:
-        p: `(positions, hidden)` what the drafter hands to the head.
-        goal: `(positions, hidden)` the target's features there; no gradient.
-
-    Returns:
-        Two scalars: the sum in float32, differentiable in `p` only, and the count of equal argmaxes.
-    """
-    total, agreed = _ChunkedCrossEntropy.apply(p, goal, head, chunk_size)
-    return total, agreed
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient in `p` is computed chunk by chunk in the forward, so that logits live for one chunk only.
-
-    Keeping `(positions, hidden)` of gradient costs V/d times less than keeping logits, and the head runs once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, goal: Tensor, head: Head, chunk_size: int) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        agreed = torch.zeros((), dtype=torch.long, device=p.device)
-        gradient = torch.empty_like(p) if wanted else None
-        for start in range(0, len(p), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            # The head runs as it does in decoding, in the target's own precision.
-            with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-                goal_logits = head(goal[chunk]).to(total.dtype)
-                best, law = goal_logits.argmax(dim=-1), goal_logits.softmax(dim=-1)
-                del goal_logits
-            with torch.set_grad_enabled(wanted), torch.autocast(p.device.type, enabled=False):
-                leaf = p[chunk].detach().requires_grad_(wanted)
-                logits = head(leaf.to(goal.dtype)).to(total.dtype)
-                loss = F.cross_entropy(logits, law, reduction="sum")
-                if gradient is not None:
-                    (gradient[chunk],) = torch.autograd.grad(loss, leaf)
-            total += loss.detach()
-            agreed += (logits.detach().argmax(dim=-1) == best).sum()
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(agreed)
-        return total, agreed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, total: Tensor, agreed: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * total.to(gradient.dtype), None, None, None
 
 
 def feature_noise(

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from outdraft.training.config import TrainingConfig
-from outdraft.training.features import GIGABYTE, TrainingExamples, cache_nbytes, collate, target_features
-from outdraft.training.loss import DrafterLoss
+from outdraft.training.features import GIGABYTE, TrainingExamples, collate
+from outdraft.training.head_config import inner_width
+from outdraft.training.objective import Objective, objective_for
 from outdraft.training.preparation import Preparation, prepare
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.trainer import use_bf16
@@ -78,8 +79,9 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
     """
     ready = prepare(target, config)
     config, examples = ready.config, ready.examples
+    objective = objective_for(target, config)
     bf16 = use_bf16(config, target.device)
-    per_example, per_step, measured_bytes = _timed(target, ready, bf16)
+    per_example, per_step, measured_bytes = _timed(target, ready, objective, bf16)
     per_batch = config.batch_size * ready.processes
     seconds = ready.total_steps * per_step
     if config.features == "cached":
@@ -88,7 +90,7 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
         preset=config.preset,
         method=config.method,
         target_parameters=parameter_count(target),
-        drafter_parameters=sum(weight.numel() for weight in ready.drafter.parameters()),
+        drafter_parameters=sum(weight.numel() for weight in objective.drafter.parameters()),
         examples=len(examples),
         tokens=examples.tokens,
         response_tokens=examples.response_tokens,
@@ -98,20 +100,21 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
         precision="bf16" if bf16 else "fp32",
         step_seconds=per_step,
         seconds=seconds,
-        memory_bytes=measured_bytes or estimated_memory_bytes(target, ready),
-        feature_cache_bytes=cache_nbytes(target, examples),
+        memory_bytes=measured_bytes or estimated_memory_bytes(target, ready, objective),
+        feature_cache_bytes=examples.tokens * objective.reading.token_nbytes,
         notes=ready.notes,
     )
 
 
-def estimated_memory_bytes(target: TargetLike, ready: Preparation) -> int:
+def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Objective) -> int:
     """Target, drafter with gradients and AdamW's two moments, activations of one piece, logits of one chunk."""
-    config, shape = ready.config, ready.drafter.config
+    config = ready.config
     weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
-    trained = 16 * sum(weight.numel() for weight in ready.drafter.parameters())
+    trained = 16 * sum(weight.numel() for weight in objective.drafter.parameters())
     tokens = config.batch_size // config.gradient_accumulation_steps * max(map(len, ready.examples.examples))
     # Of every token: some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
-    activations = 4 * tokens * (20 * shape.hidden_size + 8 * shape.intermediate_size)
+    inner = config.intermediate_size or inner_width(target)
+    activations = 4 * tokens * (20 * target.hidden_size + 8 * inner)
     logits = 4 * 4 * min(tokens, config.loss_chunk_size) * target.vocab_size
     return weights + trained + activations + logits
 
@@ -123,26 +126,23 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _timed(target: TargetLike, ready: Preparation, bf16: bool) -> tuple[float, float, int]:
+def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: bool) -> tuple[float, float, int]:
     """Seconds of the target's forward for one example, of one optimizer step, and the GPU's peak (0 on a CPU)."""
     config, device = ready.config, target.device
     count = min(len(ready.examples), config.batch_size // config.gradient_accumulation_steps)
     chosen = random.Random(config.seed).sample(range(len(ready.examples)), count)
     data = TrainingExamples(ready.examples)
     batch = {name: value.to(device) for name, value in collate([data[i] for i in chosen]).items()}
-    loss = DrafterLoss(ready.drafter, target.head, config.loss_chunk_size, config.unroll_steps)
-    optimizer = torch.optim.AdamW(ready.drafter.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(objective.drafter.parameters(), lr=0.0)
     held: dict[str, torch.Tensor] = {}
 
     def forward() -> None:
-        held["features"] = target_features(target, batch["input_ids"], batch["lengths"])
+        held["features"] = objective.reading(batch["input_ids"], batch["lengths"])
 
     def piece() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            with torch.no_grad():
-                embeddings = target.embed(batch["input_ids"])
-            sums = loss(embeddings, held["features"], batch["loss_mask"])
-        (sums.regression + sums.cross_entropy).backward()
+            sums = objective.loss(*objective.arguments(batch, held["features"], 0))
+        objective.total(sums).backward()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""From a target and a configuration to what a run needs: data, drafter, steps. Shared by `train` and `plan`.
+"""From a target and a configuration to what a run needs: settings, data, steps. Shared by `train` and `plan`.
 
 Trains nothing and writes nothing.
 """
@@ -9,13 +9,9 @@ import math
 import os
 from dataclasses import dataclass
 
-import torch
-
-from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
 from outdraft.training.config import TrainingConfig
 from outdraft.training.conversations import read_conversations
-from outdraft.training.head_config import feature_head_config
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.tokenization import ExampleSet, tokenize
 
@@ -29,7 +25,6 @@ class Preparation:
     examples: ExampleSet
     skipped: list[str]
     """Lines of the data that were left out, with the reason."""
-    drafter: FeatureHead
     processes: int
     total_steps: int
 
@@ -47,7 +42,7 @@ class Preparation:
 
 
 def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
-    """Read and tokenise the data, fill in the preset, make the drafter.
+    """Read and tokenise the data, fill in the preset.
 
     Raises:
         UserError: settings that contradict each other or the target, or data that cannot be used.
@@ -67,7 +62,6 @@ def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
         config,
         examples,
         found.skipped,
-        new_drafter(target, config),
         processes,
         steps_of(config, len(examples), processes),
     )
@@ -93,21 +87,6 @@ def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
             "make it a multiple of gradient_accumulation_steps"
         )
     return config
-
-
-def new_drafter(target: TargetLike, config: TrainingConfig) -> FeatureHead:
-    """A drafter with fresh float32 weights from the configuration's seed, on the target's device."""
-    shape = feature_head_config(
-        target,
-        config.method,
-        intermediate_size=config.intermediate_size,
-        feature_sampling=config.feature_sampling,
-        partial_alignment=config.partial_alignment,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        drafter = FeatureHead(shape)
-    return drafter.to(target.device)
 
 
 def steps_of(config: TrainingConfig, examples: int, processes: int) -> int:

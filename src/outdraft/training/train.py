@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from outdraft.drafters.checkpoint import save_drafter
+from outdraft.drafters.checkpoint import save_drafter, target_facts
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
 from outdraft.training.config import TrainingConfig
 from outdraft.training.features import GIGABYTE, FeatureCache, TrainingExamples, weights_fingerprint
-from outdraft.training.loss import DrafterLoss
+from outdraft.training.objective import Objective, objective_for
 from outdraft.training.preparation import Preparation, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
@@ -67,7 +67,7 @@ def train(
     measure_tau: MeasureTau | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a drafter for `target` (arXiv 2408.15562, section 3) and save it to `config.output_dir`.
+    """Train a drafter for `target` (arXiv 2408.15562 or 2406.03853) and save it to `config.output_dir`.
 
     Works alone or in every process of `torchrun` / `accelerate launch`; each then holds its own target.
 
@@ -94,13 +94,13 @@ def train(
     for note in ready.notes:
         console.print(note, highlight=False)
     checkpoint = _claim_folder(target, ready, resume, args, console)
-    cache = _feature_cache(target, ready, args, console) if config.features == "cached" else None
+    objective = objective_for(target, config)
+    cache = _feature_cache(target, ready, objective, args, console) if config.features == "cached" else None
 
     stop, progress = OrderlyStop(), ProgressReport(console)
-    meter = TauMeter(measure_tau, ready.drafter, config.eval_steps) if measure_tau else None
+    meter = TauMeter(measure_tau, objective.drafter, config.eval_steps) if measure_tau else None
     trainer = DrafterTrainer(
-        DrafterLoss(ready.drafter, target.head, config.loss_chunk_size, config.unroll_steps),
-        target,
+        objective,
         config,
         TrainingExamples(ready.examples, cache),
         args,
@@ -114,7 +114,7 @@ def train(
     tau = None
     if args.should_save:
         if measure_tau is not None:
-            tau = measured(measure_tau, ready.drafter)
+            tau = measured(measure_tau, objective.drafter)
             trainer.log(dict(tau))
         metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         result = TrainResult(
@@ -125,7 +125,7 @@ def train(
             metrics=metrics,
             tau=tau,
         )
-        _save(target, ready, result, checkpoint)
+        _save(target, ready, objective, result, checkpoint)
     else:
         seconds, peak = time.perf_counter() - began, peak_memory_bytes(target.device)
         result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None)
@@ -190,7 +190,7 @@ def _claim_folder(
 
 def _identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
     """What decides the final weights."""
-    settings = {key: value for key, value in ready.config.model_dump(mode="json").items() if key not in FREE}
+    settings = {key: value for key, value in ready.config.record().items() if key not in FREE}
     return {
         **settings,
         "total_steps": ready.total_steps,
@@ -200,10 +200,12 @@ def _identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
     }
 
 
-def _feature_cache(target: TargetLike, ready: Preparation, args: TrainingArguments, console: Console) -> FeatureCache:
+def _feature_cache(
+    target: TargetLike, ready: Preparation, objective: Objective, args: TrainingArguments, console: Console
+) -> FeatureCache:
     config = ready.config
     folder = config.feature_cache_dir or config.output_dir / "features"
-    cache = FeatureCache(folder, target, ready.examples, config.max_length)
+    cache = FeatureCache(folder, target, ready.examples, config.max_length, objective.reading)
     console.print(
         f"feature cache: {cache.nbytes / GIGABYTE:.3f} GB for {ready.examples.tokens} tokens, "
         f"{cache.done} of {len(ready.examples)} examples there",
@@ -236,10 +238,13 @@ def _run(
         raise KeyboardInterrupt
 
 
-def _save(target: TargetLike, ready: Preparation, result: TrainResult, resumed: Path | None) -> None:
-    settings = ready.config.model_dump(mode="json")
+def _save(
+    target: TargetLike, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None
+) -> None:
+    settings = ready.config.record()
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau}
-    save_drafter(result.folder, ready.drafter, target_id=target_id(target), training=summary)
+    facts = target_facts(target.model)
+    save_drafter(result.folder, objective.drafter, target_id=target_id(target), training=summary, target=facts)
     record = provenance(
         target=target_id(target),
         config=settings,

@@ -7,7 +7,6 @@ that is killed and resumed ends in the same bits. Knows nothing of files of data
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ from outdraft.backends import default_dtype
 from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
 from outdraft.training.config import TrainingConfig
-from outdraft.training.features import TrainingExamples, collate, target_features
-from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
-from outdraft.training.protocol import TargetLike
+from outdraft.training.features import TrainingExamples, collate
+from outdraft.training.objective import Objective
 
 WEIGHTS = "model.safetensors"
 
 
 class DrafterTrainer(Trainer):
-    """Trains a `DrafterLoss` on a target's features.
+    """Trains a drafter on what is read of its target.
 
     Args:
-        loss: the drafter with its loss; only the drafter's weights train and are saved.
-        target: replicated in every process, never wrapped, never changed.
+        objective: the drafter with its loss; only the drafter's weights train and are saved. Its target is in every
+            process, never wrapped, never changed.
         config: with its preset filled in.
         data: the examples.
         args: from `training_arguments`.
@@ -44,17 +42,17 @@ class DrafterTrainer(Trainer):
 
     def __init__(
         self,
-        loss: DrafterLoss,
-        target: TargetLike,
+        objective: Objective,
         config: TrainingConfig,
         data: TrainingExamples,
         args: TrainingArguments,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        self.target, self.config = target, config
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self.objective: Objective = objective
+        self.config = config
+        self._sums: dict[str, Tensor] = {}
         super().__init__(
-            model=loss,
+            model=objective.loss,
             args=args,
             data_collator=collate,
             train_dataset=data,
@@ -66,7 +64,7 @@ class DrafterTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Counted positions of the whole step, over all pieces and processes."""
-        counts = [counted_positions(batch["loss_mask"]).sum() for batch in batch_samples]
+        counts = [self.objective.counted(batch["loss_mask"]).sum() for batch in batch_samples]
         count = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
@@ -79,32 +77,25 @@ class DrafterTrainer(Trainer):
     ) -> Any:
         """The step's mean loss, as this piece's share of it."""
         ids, lengths = inputs["input_ids"], inputs["lengths"]
-        with torch.no_grad():
-            features = inputs["features"] if "features" in inputs else target_features(self.target, ids, lengths)
-            embeddings = self.target.embed(ids)
-        noise = None
-        if self.config.feature_noise:
-            seeds = [noise_seed(self.config.seed, self.state.global_step, int(i)) for i in inputs["index"]]
-            noise = feature_noise(lengths.tolist(), features.shape[-1], ids.shape[1], seeds, ids.device)
-        sums = model(embeddings, features, inputs["loss_mask"], noise)
-        self._sums += torch.stack([part.detach().double() for part in sums]).cpu()
+        features = inputs["features"] if "features" in inputs else self.objective.reading(ids, lengths)
+        sums = model(*self.objective.arguments(inputs, features, self.state.global_step))
+        for name, part in sums._asdict().items():
+            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double().cpu()
         count = sums.positions if num_items_in_batch is None else num_items_in_batch
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
-        loss = (self.config.w_reg * sums.regression + self.config.w_cls * sums.cross_entropy) * (
-            self.args.world_size / max(int(count), 1)
-        )
+        loss = self.objective.total(sums) * (self.args.world_size / max(int(count), 1))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the two losses and the top-1 agreement since the last entry to a training entry."""
-        if "loss" in logs:
-            sums = self._sums.float().to(self.args.device)
+        """Adds the parts of the loss and the top-1 agreement since the last entry to a training entry."""
+        if "loss" in logs and self._sums:
+            sums = torch.stack(list(self._sums.values())).float().to(self.args.device)
             sums = self.accelerator.reduce(sums, reduction="sum") if self.args.world_size > 1 else sums
-            regression, cross_entropy, agreed, positions = sums.tolist()
-            if positions:
-                logs["loss_reg"], logs["loss_cls"] = regression / positions, cross_entropy / positions
-                logs["acc"] = agreed / positions
-            self._sums.zero_()
+            found = dict(zip(self._sums, sums.tolist(), strict=True))
+            if positions := found["positions"]:
+                logs |= {name: found[part] / positions for name, part in self.objective.parts.items()}
+                logs["acc"] = found["agreed"] / positions
+            self._sums.clear()
         super().log(logs, start_time)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
@@ -148,12 +139,6 @@ class ClipByValue(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.value > 0:
             torch.nn.utils.clip_grad_value_(model.parameters(), self.value)
-
-
-def noise_seed(seed: int, step: int, index: int) -> int:
-    """One 63-bit seed for the noise of one example in one step."""
-    digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def use_bf16(config: TrainingConfig, device: torch.device) -> bool:

@@ -1,0 +1,140 @@
+"""What a method trains on and what its loss is: the one place where training tells FSPAD and EAGLE from EESD.
+
+Trainer, plan and cache know an `Objective` only; a further method is one more here. Knows nothing of optimisers, files
+or progress.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
+from outdraft.drafters.feature_head import FeatureHead
+from outdraft.target import Target
+from outdraft.training.config import TrainingConfig
+from outdraft.training.exit_loss import ExitLoss, next_is_response
+from outdraft.training.features import ExitReading, Reading
+from outdraft.training.head_config import feature_head_config
+from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
+from outdraft.training.protocol import TargetLike
+
+Network = FeatureHead | ExitLayer
+
+
+class Objective(ABC):
+    """A drafter in the making, with its loss."""
+
+    parts: ClassVar[dict[str, str]]
+    """Logged names of parts of the loss -> the sums that they are means of."""
+    reading: Reading
+    """What the loss needs of the target."""
+    drafter: Network
+    loss: nn.Module
+    """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
+
+    @abstractmethod
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        """Positions that carry loss in a `(batch, tokens)` mask of response tokens."""
+
+    @abstractmethod
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
+
+    @abstractmethod
+    def total(self, sums: Any) -> Tensor:
+        """The sum to be minimised."""
+
+
+def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network | None = None) -> Objective:
+    """The objective of the configuration's method, with its preset filled in and the exit layer a number.
+
+    Args:
+        target: what the drafter is for.
+        config: the settings.
+        drafter: what to train; a fresh one when not given.
+
+    Raises:
+        UserError: the target cannot have such a drafter.
+    """
+    drafter = drafter or new_drafter(target, config)
+    if isinstance(drafter, ExitLayer):
+        return ExitObjective(target, config, drafter)
+    return FeatureObjective(target, config, drafter)
+
+
+def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
+    """A drafter with its first float32 weights, on the target's device: from the seed, or the target's last layer."""
+    if config.method == "eesd":
+        assert isinstance(config.exit_layer, int)
+        return ExitLayer.beginning(target.model, ExitLayerConfig(config.exit_layer, config.own_head))
+    shape = feature_head_config(
+        target,
+        config.method,
+        intermediate_size=config.intermediate_size,
+        feature_sampling=config.feature_sampling,
+        partial_alignment=config.partial_alignment,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        drafter = FeatureHead(shape)
+    return drafter.to(target.device)
+
+
+class FeatureObjective(Objective):
+    """FSPAD's and EAGLE's: the target's features one token behind, and its embeddings."""
+
+    parts: ClassVar = {"loss_reg": "regression", "loss_cls": "cross_entropy"}
+
+    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
+        self.target, self.config, self.drafter = target, config, drafter
+        self.reading = Reading(target)
+        self.loss = DrafterLoss(drafter, target.head, config.loss_chunk_size, config.unroll_steps)
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return counted_positions(loss_mask)
+
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        ids, lengths = batch["input_ids"], batch["lengths"]
+        with torch.no_grad():
+            embeddings = self.target.embed(ids)
+        noise = None
+        if self.config.feature_noise:
+            seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
+            noise = feature_noise(lengths.tolist(), features.shape[-1], ids.shape[1], seeds, ids.device)
+        return embeddings, features, batch["loss_mask"], noise
+
+    def total(self, sums: Any) -> Tensor:
+        return self.config.w_reg * sums.regression + self.config.w_cls * sums.cross_entropy
+
+
+class ExitObjective(Objective):
+    """EESD's: the hidden state of an early layer, and the features that say what the target would."""
+
+    parts: ClassVar = {}
+
+    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: ExitLayer):
+        self.drafter, self.width = drafter, target.hidden_size
+        self.reading = ExitReading(target, drafter.config.exit_layer)
+        hard = {"soft": 0.0, "hard": 1.0, "mixed": config.hard_weight}[config.loss]
+        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, hard)
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return next_is_response(loss_mask)
+
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"]
+
+    def total(self, sums: Any) -> Tensor:
+        return sums.cross_entropy
+
+
+def noise_seed(seed: int, step: int, index: int) -> int:
+    """One 63-bit seed for the noise of one example in one step."""
+    digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
