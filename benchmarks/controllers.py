@@ -1,6 +1,7 @@
 """Which controller to decode with: all of them in simulated time, on made-up and on recorded drafts.
 
     OMP_NUM_THREADS=1 python benchmarks/controllers.py [--quick] [--replay drafts.json ...] [--json F] [--plot F]
+    OMP_NUM_THREADS=2 python benchmarks/controllers.py --record drafts.json [--model M --draft-model D --temperature T]
 
 Nothing is timed, so the machine may be busy. Every controller meets the same answers (a long draft and its verdict for
 every position) and pays the same costs. Regret is how much longer a token takes, in percent, than with the best fixed
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,9 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from outdraft.control import ControlSettings, Costs, Experience
+from outdraft.control import Controller, ControlSettings, Costs, Experience
+from outdraft.control.fixed import FixedController
+from outdraft.control.pacing import Pacer
 from outdraft.control.simulation import Answer, Draft, Run, decode, oracle
 from outdraft.errors import UserError
+from outdraft.generation import load
+from outdraft.reference import load_prompts
 
 LIMIT = 8
 TOKENS = 128  # of an answer
@@ -182,6 +187,50 @@ def recorded(path: Path) -> list[Answer]:
     return list(rows.values())
 
 
+class Recorder(FixedController):
+    """Drafts to its limit; keeps what became of the first round."""
+
+    first: Draft | None = None
+
+    def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        self.first = self.first or Draft([round(confidence, 3) for confidence in confidences], accepted)
+
+
+class RecordingPacer(Pacer):
+    """Hands out recorders and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(ControlSettings())
+        self.recorders: list[Recorder] = []
+
+    def controller(self, limit: int, seed: int | None = None) -> Controller:
+        self.recorders.append(Recorder(self.costs, limit, torch.Generator()))
+        return self.recorders[-1]
+
+
+def record(path: Path, model: str, draft_model: str, temperature: float, count: int) -> None:
+    """Answers to held-out prompts, and from every position of them a draft of LIMIT levels with its verdict."""
+    speculative, entries = load(model, draft_model), []
+    prompts = load_prompts("heldout")
+    for row, prompt in enumerate(prompts[:: max(1, len(prompts) // count)]):
+        output = speculative.generate(prompt, max_new_tokens=TOKENS, temperature=temperature, seed=row)
+        pacer = RecordingPacer()
+        prefixes = [output.prompts[0] + output.tokens[0][:position] for position in range(len(output.tokens[0]))]
+        for start in range(0, len(prefixes), 16):
+            speculative.generate(
+                prefixes[start : start + 16],
+                max_new_tokens=2,  # the prefill's and one round
+                temperature=temperature,
+                seed=1000 * row + start,
+                num_speculative_tokens=LIMIT,
+                candidates="sampled" if temperature else "top-k",
+                controller=pacer,
+            )
+        drafts = [recorder.first for recorder in pacer.recorders if recorder.first]
+        entries += [{"row": row, **asdict(draft)} for draft in drafts]
+        path.write_text(json.dumps(entries, separators=(",", ":")))
+
+
 def print_tables(found: list[Finding], console: Console) -> None:
     """A table for every kind of answers: contenders by cost ratios, regret against the best fixed length."""
     for answers in dict.fromkeys(finding.answers for finding in found):
@@ -225,8 +274,12 @@ def plot(found: list[Finding], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replay", type=Path, nargs="+", default=[], help="recorded drafts, beside the made-up ones")
+    parser.add_argument("--record", type=Path, help="record drafts of a real model there, and do nothing else")
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--draft-model", default="reference")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--only-replay", action="store_true")
-    parser.add_argument("--answers", type=int, default=24, help="made-up answers a repetition")
+    parser.add_argument("--answers", type=int, default=24, help="made-up answers a repetition, or answers recorded")
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="one cost ratio, two repetitions, few answers")
     parser.add_argument("--without-experience", action="store_true", help="every answer starts afresh")
@@ -238,6 +291,9 @@ def main() -> None:
     if given.without_experience:
         CONTENDERS.update({name: replace(settings, memory=0) for name, settings in CONTENDERS.items()})
     try:
+        if given.record:
+            record(given.record, given.model, given.draft_model, given.temperature, given.answers)
+            return
         found: list[Finding] = []
         for path in given.replay:
             drafts = recorded(path)

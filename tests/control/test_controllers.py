@@ -86,6 +86,15 @@ def test_confidence_stops_where_the_product_falls_below_the_threshold():
     assert not controller.decide([0.6, 0.6, 0.6], 1)
 
 
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+@pytest.mark.parametrize("prior_accepted, prior_rejected, drafts_on", [(1000, 1, True), (1, 1000, False)])
+def test_a_level_is_drafted_for_the_chance_of_the_next_one(name, prior_accepted, prior_rejected, drafts_on):
+    costs = fixed_costs()
+    controller = make(name, costs, prior_accepted=prior_accepted, prior_rejected=prior_rejected)
+    controller.decide([], 1)
+    assert controller.decide([0.99], 1) is drafts_on
+
+
 def test_beta_counts_accepted_levels_and_the_one_rejection():
     controller = make("beta", fixed_costs(), discount=1.0, prior_accepted=2, prior_rejected=3)
     controller.observe([0.5] * 4, 2, 3, 0.03)
