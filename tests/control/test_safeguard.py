@@ -43,7 +43,7 @@ def test_so_it_does_while_the_costs_are_still_being_learned(name: str, options: 
     for ratio in RATIOS:
         truth, learning = fixed_costs(*ratio), Costs()
         run = decode(make(name, learning, **options), boastful(), truth)
-        assert run.seconds / (128 * truth.plain()) < 1.06, ratio
+        assert run.seconds / (128 * truth.plain()) < 1.05, ratio
         assert learning.step() < 2 * learning.verify(1)
 
 

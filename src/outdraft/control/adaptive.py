@@ -16,8 +16,8 @@ from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.experience import Evidence, Experience
 
-START = 2.5
-"""Credit at first, in plain rounds: 2% of an answer of 128 tokens."""
+START = 2.0
+"""Credit at first, in plain rounds: 1.6% of an answer of 128 tokens."""
 MOST = 10.0
 """Credit at most: what a row that has earned more may lose of it before it must stop."""
 RATE = 0.02
