@@ -128,6 +128,8 @@ def load_drafter_for(
         return PromptLookup()
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
+    if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
+        draft_model = reference_drafter_path(method)
     drafter = _load_drafter(target, draft_model, backend, trust_remote_code)
     if method is not None and drafter.method != method:
         raise UserError(f"--method {method}, but {draft_model} is a '{drafter.method}' drafter; leave --method out")
@@ -142,8 +144,6 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         return DraftModel(source, target)
     if isinstance(source, PreTrainedModel):
         return DraftModel(Target(source.eval()), target)
-    if str(source) == REFERENCE and not Path(REFERENCE).exists():
-        source = reference_drafter_path()
     if _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
