@@ -212,7 +212,7 @@ def record(path: Path, model: str, draft_model: str, temperature: float, count: 
     """Answers to held-out prompts, and from every position of them a draft of LIMIT levels with its verdict."""
     speculative, entries = load(model, draft_model), []
     prompts = load_prompts("heldout")
-    for row, prompt in enumerate(prompts[:: max(1, len(prompts) // count)]):
+    for row, prompt in enumerate(prompts[:: max(1, len(prompts) // count)][:count]):
         output = speculative.generate(prompt, max_new_tokens=TOKENS, temperature=temperature, seed=row)
         pacer = RecordingPacer()
         prefixes = [output.prompts[0] + output.tokens[0][:position] for position in range(len(output.tokens[0]))]
