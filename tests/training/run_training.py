@@ -56,4 +56,4 @@ if __name__ == "__main__":
     if where := settings.pop("kill", None):
         kind, _, step = where.partition(":")
         arrange_death(kind, int(step))
-    train(tiny_target(), TrainingConfig(**settings), resume="resume" in sys.argv)
+    train(tiny_target(layers=settings.pop("layers", 2)), TrainingConfig(**settings), resume="resume" in sys.argv)

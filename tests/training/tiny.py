@@ -32,13 +32,13 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def tiny_target(dtype: torch.dtype = torch.float32, chat_template: str | None = CHATML) -> Target:
-    """A random Llama of 2 layers x 16, the same in every process."""
+def tiny_target(dtype: torch.dtype = torch.float32, chat_template: str | None = CHATML, layers: int = 2) -> Target:
+    """A random Llama of a few layers x 16, the same in every process."""
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from outdraft.training.config import TrainingConfig
+from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.features import GIGABYTE, TrainingExamples, collate
 from outdraft.training.head_config import inner_width
 from outdraft.training.objective import Objective, objective_for
-from outdraft.training.preparation import Preparation, prepare
+from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.trainer import use_bf16
 
@@ -50,9 +51,13 @@ class TrainPlan:
     feature_cache_bytes: int
     """What `features = cached` would write."""
     notes: list[str] = field(default_factory=list)
+    exit_choice: ExitChoice | None = None
+    """How EESD's exit layer was chosen, where it was left to us."""
 
     def show(self, console: Console) -> None:
         """Print the plan as a table."""
+        if self.exit_choice is not None:
+            self.exit_choice.show(console)
         table = Table(title="training plan", show_header=False)
         share = 100 * self.drafter_parameters / self.target_parameters
         rows = {
@@ -78,6 +83,8 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
         UserError: what `train` would raise before its first step.
     """
     ready = prepare(target, config)
+    if ready.config.exit_layer == "auto":
+        ready = at_exit(ready, choose_exit(target, ready.examples))
     config, examples = ready.config, ready.examples
     objective = objective_for(target, config)
     bf16 = use_bf16(config, target.device)
@@ -103,6 +110,7 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
         memory_bytes=measured_bytes or estimated_memory_bytes(target, ready, objective),
         feature_cache_bytes=examples.tokens * objective.reading.token_nbytes,
         notes=ready.notes,
+        exit_choice=ready.choice,
     )
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outdraft.errors import UserError
 from outdraft.training.config import TrainingConfig
 from outdraft.training.conversations import read_conversations
+from outdraft.training.exit_choice import ExitChoice
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.tokenization import ExampleSet, tokenize
 
@@ -27,6 +28,8 @@ class Preparation:
     """Lines of the data that were left out, with the reason."""
     processes: int
     total_steps: int
+    choice: ExitChoice | None = None
+    """How the exit layer was chosen where it was left to us."""
 
     @property
     def notes(self) -> list[str]:
@@ -65,6 +68,15 @@ def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
         processes,
         steps_of(config, len(examples), processes),
     )
+
+
+def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
+    """The same with the layer that was chosen, and why among the notes."""
+    config = ready.config
+    settled = TrainingConfig.model_construct(
+        _fields_set=set(config.model_fields_set), **{**dict(config), "exit_layer": choice.layer}
+    )
+    return replace(ready, config=settled, choice=choice)
 
 
 def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:

@@ -10,7 +10,7 @@ import atexit
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,22 @@ from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
 from outdraft.training.config import TrainingConfig
+from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.features import GIGABYTE, FeatureCache, TrainingExamples, weights_fingerprint
 from outdraft.training.objective import Objective, objective_for
-from outdraft.training.preparation import Preparation, prepare
+from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
 from outdraft.training.trainer import DrafterTrainer, training_arguments
 
 try:
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise UserError("training needs the package's train extra; pip install 'outdraft[train]'") from error
 
 RUN = "training_run.json"
+CHOICE = "exit_choice"
 
 # What may change between a run and its resumption without changing the weights it ends in.
 FREE = {
@@ -93,8 +96,11 @@ def train(
         console = Console(quiet=True)
     for note in ready.notes:
         console.print(note, highlight=False)
-    checkpoint = _claim_folder(target, ready, resume, args, console)
+    if config.exit_layer == "auto":
+        ready = at_exit(ready, _exit_choice(target, ready, resume, console))
+        config = ready.config
     objective = objective_for(target, config)
+    checkpoint = _claim_folder(target, ready, resume, args, console)
     cache = _feature_cache(target, ready, objective, args, console) if config.features == "cached" else None
 
     stop, progress = OrderlyStop(), ProgressReport(console)
@@ -153,6 +159,22 @@ def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
         )
 
 
+def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> ExitChoice:
+    """Where to exit: what this run has chosen before it was interrupted, else measured, once for all processes."""
+    choice: ExitChoice | None = None
+    if resume:
+        try:
+            choice = ExitChoice.recorded(json.loads((ready.config.output_dir / RUN).read_text())[CHOICE])
+        except (OSError, ValueError, KeyError, TypeError):
+            choice = None  # a run that has not got that far, or whose layer was set by hand
+    if choice is None:
+        found = [choose_exit(target, ready.examples) if PartialState().is_main_process else None]
+        choice = broadcast_object_list(found)[0]
+    assert choice is not None
+    choice.show(console)
+    return choice
+
+
 def _claim_folder(
     target: TargetLike, ready: Preparation, resume: bool, args: TrainingArguments, console: Console
 ) -> Path | None:
@@ -184,7 +206,7 @@ def _claim_folder(
     PartialState().wait_for_everyone()  # nobody writes before all have read
     if checkpoint is None and args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(record, identity)
+        _write_json(record, {**identity, **_choice_record(ready)})
     return checkpoint
 
 
@@ -198,6 +220,10 @@ def _identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
         "target": weights_fingerprint(target),
         "data": ready.examples.fingerprint(),
     }
+
+
+def _choice_record(ready: Preparation) -> dict[str, Any]:
+    return {} if ready.choice is None else {CHOICE: asdict(ready.choice)}
 
 
 def _feature_cache(
@@ -258,6 +284,7 @@ def _save(
         peak_memory_bytes=result.peak_memory_bytes,
         metrics=result.metrics,
         tau=result.tau,
+        **_choice_record(ready),
     )
     _write_json(result.folder / "provenance.json", record)
 
