@@ -82,13 +82,13 @@ class ExitChoice:
     def show(self, console: Console) -> None:
         """Print the comparison and the reason."""
         table = Table(title=f"where to exit (measured on {self.response_tokens:,} response tokens)")
-        for name in ("layer", "as it is", "probe agrees", "cost of a draft token", "best chain", "speed-up"):
+        for name in ("layer", "as it is", "probe agrees", "draft cost", "best chain", "speed-up"):
             table.add_column(name, justify="right")
         for c in self.candidates:
             cells = (f"{c.layer}", f"{c.as_it_is:.3f}", f"{c.agreement:.3f}", f"{c.cost:.3f}", f"{c.chain}")
             table.add_row(*cells, f"{c.speedup:.2f}", style="bold" if c.layer == self.layer else None)
         console.print(table)
-        console.print(self.reason, highlight=False)
+        console.print(self.reason, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
