@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from scipy import stats
 
 from models import tiny
+from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.generation import SpeculativeModel, load
 from outdraft.sampling import SamplingSettings, Warper
@@ -89,16 +91,23 @@ SHAPES = {
 }
 
 
+NETWORKS = {
+    "fspad": lambda target: FeatureHead(feature_head_config(target)),
+    "eesd": lambda target: ExitLayer.beginning(target.model, ExitLayerConfig(1)),
+}
+CONTROLLERS = ["confidence", "beta", "calibrated", "ucb"]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_samples_of_a_random_target_have_its_law(shape: str) -> None:
-    model = tiny("llama-gqa", dtype=torch.float32, initializer_range=0.15)
+@pytest.mark.parametrize("method", NETWORKS)
+def test_samples_of_a_random_target_have_its_law(method: str, shape: str) -> None:
+    model = tiny("llama-gqa", dtype=torch.float32, initializer_range=0.15, num_hidden_layers=3)
     target = Target(model)
-    head = FeatureHead(feature_head_config(target))
-    fast = load(model, head, backend="eager")
+    fast = load(model, NETWORKS[method](target), backend="eager")
     settings = {"temperature": 0.8, "top_k": 20}
     cells = exact_cells(target, [1, 2, 3], SamplingSettings(**settings), 3e-3)  # type: ignore[arg-type]
     p = p_value(sample(fast, [1, 2, 3], 3000, **settings, **SHAPES[shape]), cells)
-    print(f"{shape}: p = {p:.3f} over {len(cells)} cells")
+    print(f"{method}, {shape}: p = {p:.3f} over {len(cells)} cells")
     assert p > 1e-3
 
 
@@ -110,40 +119,67 @@ def test_the_test_sees_a_wrong_law() -> None:
     assert p_value(sample(fast, [1, 2, 3], 3000, temperature=1.0), cells) < 1e-6
 
 
+@dataclass
+class Stories:
+    """A real checkpoint, and drafters trained for a moment on the target's own samples."""
+
+    target: Target
+    fast: dict[str, SpeculativeModel]
+    prompt: list[int]
+
+
 @pytest.fixture(scope="module")
-def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, SpeculativeModel]:
-    """A real checkpoint and an FSPAD drafter trained for a moment on the target's own samples."""
+def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Stories:
     folder, work = shared / "models" / "stories260K", tmp_path_factory.mktemp("stories")
     plain = load(folder, dtype="float32", backend="eager")
     texts = plain.generate([[1]] * 48, max_new_tokens=96, temperature=1.0, seed=0).texts
     assert texts is not None
     (work / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    config = TrainingConfig(
-        data=work / "data.jsonl",
-        output_dir=work / "drafter",
-        max_steps=120,
-        batch_size=8,
-        max_length=96,
-        learning_rate=3e-3,
-        precision="fp32",
-        report_to=["none"],
-    )
-    trained = train(plain.target, config)
-    return plain.target, load(folder, trained.folder, dtype="float32", backend="eager")
+    fast = {}
+    for method, settings in (("fspad", {}), ("eesd", {"exit_layer": 2})):
+        config = TrainingConfig(
+            data=work / "data.jsonl",
+            output_dir=work / method,
+            method=method,
+            max_steps=120,
+            batch_size=8,
+            max_length=96,
+            learning_rate=3e-3,
+            precision="fp32",
+            report_to=["none"],
+            **settings,
+        )
+        fast[method] = load(folder, train(plain.target, config).folder, dtype="float32", backend="eager")
+    prompt = plain.tokenizer("Once upon a time, Tim went to")["input_ids"]  # type: ignore[misc]
+    return Stories(plain.target, fast, prompt)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_samples_of_stories260k_have_its_law(stories: tuple[Target, SpeculativeModel], shape: str) -> None:
-    target, fast = stories
-    prompt = fast.tokenizer("Once upon a time, Tim went to")["input_ids"]  # type: ignore[misc]
-    cells = exact_cells(target, prompt, SamplingSettings(temperature=1.0), 1e-3)
-    p = p_value(sample(fast, prompt, 4000, temperature=1.0, **SHAPES[shape]), cells)
-    print(f"stories260K, {shape}: p = {p:.3f} over {len(cells)} cells")
+@pytest.mark.parametrize("method", NETWORKS)
+def test_samples_of_stories260k_have_its_law(stories: Stories, method: str, shape: str) -> None:
+    cells = exact_cells(stories.target, stories.prompt, SamplingSettings(temperature=1.0), 1e-3)
+    p = p_value(sample(stories.fast[method], stories.prompt, 4000, temperature=1.0, **SHAPES[shape]), cells)
+    print(f"stories260K, {method}, {shape}: p = {p:.3f} over {len(cells)} cells")
     assert p > 1e-3
 
 
-def test_eight_rows_of_stories260k_are_eight_single_rows(stories: tuple[Target, SpeculativeModel]) -> None:
-    _, fast = stories
+@pytest.mark.parametrize("shape", ["dynamic tree", "sampled chain", "sampled tree"])
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_samples_of_stories260k_have_its_law_however_far_is_drafted(
+    stories: Stories, controller: str, shape: str
+) -> None:
+    """Controllers weigh what this machine took and what earlier rows found; the law is the same."""
+    fast = stories.fast["eesd" if shape == "sampled chain" else "fspad"]
+    cells = exact_cells(stories.target, stories.prompt, SamplingSettings(temperature=1.0), 1e-3)
+    settings = {"temperature": 1.0, "controller": controller, **SHAPES[shape]}
+    p = p_value(sample(fast, stories.prompt, 3000, **settings), cells)
+    print(f"stories260K, {controller}, {shape}: p = {p:.3f} over {len(cells)} cells")
+    assert p > 1e-3
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_eight_rows_of_stories260k_are_eight_single_rows(stories: Stories, method: str) -> None:
+    fast = stories.fast[method]
     prompts = [
         f"{name} had a {thing}" for name in ("Tim", "Lily") for thing in ("dog", "red ball", "box", "very big tree")
     ]

@@ -92,6 +92,30 @@ def test_show_drafts_colours_accepted_tokens(folders: Folders, monkeypatch: pyte
     assert "\x1b[" not in succeeded(*common, "--show-drafts").stdout
 
 
+def test_a_controller_decides_how_far_to_draft_and_never_what_comes_out(folders: Folders) -> None:
+    common = ("generate", "hello", "--model", folders.target, "--dtype", "float32", "--max-new-tokens", 24)
+    plain = parsed(*common)
+    for controller in ("fixed", "confidence", "beta", "calibrated", "ucb"):
+        drafted = parsed(*common, "-d", folders.target, "--controller", controller, "--num-speculative-tokens", 5)
+        assert drafted["text"] == plain["text"]
+        assert sum(drafted["draft_lengths"]) == drafted["rounds"]
+        assert drafted["drafted"] == sum(n * rounds for n, rounds in enumerate(drafted["draft_lengths"]))
+        assert drafted["drafted"] > 0
+
+
+def test_bench_runs_every_drafter_with_every_controller(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("hello\nwhat is this\n")
+    result = parsed(
+        *("bench", "--model", folders.target, "-d", folders.drafter, "--data", tmp_path / "prompts.txt"),
+        *("--methods", "none,prompt-lookup,fspad", "--controllers", "fixed,calibrated"),
+        *("--max-new-tokens", 12, "--dtype", "float32"),
+    )
+    methods = result["results"][0]["methods"]
+    rivals = [f"{name} {controller}" for name in ("prompt-lookup", "fspad") for controller in ("fixed", "calibrated")]
+    assert list(methods) == ["plain", *rivals]
+    assert all(methods[name]["identical"] is True and sum(methods[name]["draft_lengths"]) > 0 for name in rivals)
+
+
 # --- chat --------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +401,7 @@ def test_bench_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> None
     assert "--draft-model" in refused(*bench, "--methods", "none,fspad")
     assert "medusa" in refused(*bench, "--methods", "medusa")
     assert "--methods" in refused(*bench, "--methods", "none", "-d", folders.drafter)
+    assert "--controllers" in refused(*bench, "--controllers", "clever")
     assert "--repetitions" in refused(*bench, "--repetitions", 0)
     for limit in (0, -1):
         assert "--limit" in refused(*bench, "--limit", limit)

@@ -169,7 +169,8 @@ class _Batch:
         controllers = [row.controller for row in self.rows if row.controller is not None]
         if self.state is None or not controllers:
             return None
-        return RoundPace(controllers, self.costs, 0 if shape.size == 1 else shape.depth + 1, self.clock.now)
+        levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
+        return RoundPace(controllers, self.costs, levels, nodes, self.clock.now)
 
     def _draft(self, shape: TreeShape, pace: RoundPace | None) -> Tree:
         if self.state is None or shape.size == 1 or (pace is not None and not any(pace.going)):

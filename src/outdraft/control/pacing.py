@@ -51,11 +51,17 @@ class RoundPace:
         controllers: of the rows.
         costs: to be told what the round cost.
         levels: that a draft can have in this round.
+        nodes: of its first level.
         now: a clock in seconds that has waited for the device.
     """
 
     def __init__(
-        self, controllers: Sequence[Controller], costs: Costs, levels: int, now: Callable[[], float] = time.perf_counter
+        self,
+        controllers: Sequence[Controller],
+        costs: Costs,
+        levels: int,
+        nodes: int = 1,
+        now: Callable[[], float] = time.perf_counter,
     ):
         self.controllers, self.costs, self.levels, self.now = controllers, costs, levels, now
         for controller in controllers:
@@ -64,7 +70,7 @@ class RoundPace:
         self.going = [levels > 0] * len(controllers)
         self._laps: list[float] = []
         self._last = now()
-        self.wants(1)
+        self.wants(nodes)
 
     def wants(self, nodes: int) -> list[bool]:
         """As `Pace.wants`; the first level was asked for when this was made."""
