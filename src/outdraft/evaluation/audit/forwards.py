@@ -1,0 +1,135 @@
+"""The target's forward over draft trees, node by node, against one-token forwards of the stock model on the same path.
+
+Texts show only what changes a token. This looks at the whole law after every node, so that a position off by one, a
+mask that shows too much or too little, or a cache slot mixed up is seen where it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.noise import Noise, total_variation
+from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.watch import Round
+
+LARGEST, MEAN = 3.0, 3.0
+"""Trees may differ from one-token forwards so many times as much as the stock model's own many-token forwards do: their
+kernels are not the same. A wrong position or mask is off by orders of magnitude in single precision, by ten times and
+more in bfloat16."""
+
+FLOOR = 1e-6
+"""Total variation that float32 laws have from summing alone."""
+
+
+@dataclass
+class SeenTree:
+    """One row's tree with what the target said of it.
+
+    Attributes:
+        prompt, text: token ids before the root and up to it.
+        paths: of every node, the tokens from below the root to it.
+        features: `(nodes, hidden)`.
+    """
+
+    prompt: list[int]
+    text: list[int]
+    paths: list[list[int]]
+    features: Tensor
+
+
+class Trees:
+    """A random choice of all trees that pass by (reservoir sampling)."""
+
+    def __init__(self, most: int, context_length: int, seed: int):
+        self.most, self.context_length, self.passed = most, context_length, 0
+        self.kept: list[SeenTree] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, seen: Round) -> None:
+        for row in range(seen.tree.rows):
+            depth = int(seen.tree.depths[row, : seen.tree.counts[row]].max())
+            if depth == 0 or len(seen.prefixes[row]) + depth >= self.context_length:
+                continue
+            self.passed += 1
+            if len(self.kept) < self.most:
+                self.kept.append(seen_tree(seen, row))
+            elif (place := int(torch.randint(self.passed, (), generator=self._generator))) < self.most:
+                self.kept[place] = seen_tree(seen, row)
+
+
+def seen_tree(seen: Round, row: int) -> SeenTree:
+    count = seen.tree.counts[row]
+    tokens, parents = seen.tree.tokens[row].tolist(), seen.tree.parents[row].tolist()
+    paths: list[list[int]] = [[]]
+    for node in range(1, count):
+        paths.append([*paths[parents[node]], tokens[node]])
+    prefix, length = seen.prefixes[row].tolist(), seen.prompt_lengths[row]
+    return SeenTree(prefix[:length], prefix[length:], paths, seen.features[row, :count].clone())
+
+
+@torch.inference_mode()
+def node_variations(laws: Laws, tree: SeenTree) -> list[float]:
+    """Total variation of the target's law after every node from that of one-token forwards along its path."""
+    leaves = [path for path in tree.paths if not any(other[: len(path)] == path != other for other in tree.paths)]
+    texts = [[*tree.text, *path] for path in leaves]
+    prefix = torch.tensor([*tree.prompt, *tree.text], device=tree.features.device)
+    warper = laws.warper(tree.prompt)
+    found: dict[tuple[int, ...], Tensor] = {}
+    # One token more than the longest, so that every node has a next one.
+    for place, step in enumerate(laws.along(tree.prompt, [[*text, 0] for text in texts])):
+        depth = place - len(tree.text)
+        if depth >= 0:
+            for leaf, law in zip(leaves, step, strict=True):
+                if law is not None:
+                    found.setdefault(tuple(leaf[:depth]), law)
+    logits = laws.target.head(tree.features)
+    return [
+        total_variation(found[tuple(path)], warper.law(row, torch.cat([prefix, prefix.new_tensor(path)])))
+        for path, row in zip(tree.paths, logits, strict=True)
+    ]
+
+
+def forwards_finding(laws: Laws, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
+    """Compare every node of the kept trees.
+
+    Args:
+        laws: unwarped.
+        trees: that passed by.
+        noise: measured on the stock model.
+        advance: called with 1 a tree.
+    """
+    variations: list[float] = []
+    worst = (0.0, "")
+    for tree in trees.kept:
+        own = node_variations(laws, tree)
+        place = max(range(len(own)), key=own.__getitem__)
+        if own[place] >= worst[0]:
+            where = f"after {len(tree.text)} new tokens and the candidates {tree.paths[place]}"
+            worst = (own[place], where)
+        variations += own
+        advance(1)
+    largest, mean = LARGEST * noise.variation + FLOOR, MEAN * noise.variation_mean + FLOOR
+    found_mean = sum(variations) / max(1, len(variations))
+    passed = worst[0] <= largest and found_mean <= mean
+    return Finding(
+        "forwards",
+        "Does the target say of a candidate tree what it says one token at a time?",
+        passed,
+        f"{len(variations)} nodes of {len(trees.kept)} trees: the laws differ by a total variation of {found_mean:.2g} on "
+        f"average and {worst[0]:.2g} at most; the stock model's own many-token forwards by {noise.variation_mean:.2g} and "
+        f"{noise.variation:.2g}.",
+        figures={
+            "trees": len(trees.kept),
+            "nodes": len(variations),
+            "variation_mean": found_mean,
+            "variation_max": worst[0],
+            "allowed_mean": mean,
+            "allowed_max": largest,
+        },
+        lines=[] if passed else [f"largest {worst[1]}"],
+    )

@@ -1,0 +1,207 @@
+"""Greedy texts, token for token: drafted against plain, and every difference held against the measured noise.
+
+A difference is a tie only if the logit gap there, by one-token forwards of the stock model, lies within the noise of
+this model, precision and backend, and if such ties are no more frequent than that noise brings about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.noise import Noise, log_ratio
+from outdraft.evaluation.audit.stock import Laws
+from outdraft.generation import SpeculativeModel
+from outdraft.statistics import Statistics
+
+BATCH = 8
+"""Prompts decoded together: rows of different lengths are part of what is checked."""
+
+MORE = 3.0
+"""Ties may be so many times as frequent as flips among the stock model's own forwards."""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A token that is not the one that plain decoding would have chosen after the same text."""
+
+    prompt: int
+    """From 0."""
+    position: int
+    """Which new token, from 0."""
+    expected: int | None
+    found: int | None
+    """None where a text just ends."""
+    gap: float
+    """Processed logit of the expected token less that of the found one, by one-token forwards of the stock model."""
+    noise: float
+    """What rounding changes of such gaps, at most."""
+
+    @property
+    def tie(self) -> bool:
+        return self.gap <= self.noise  # nan is no tie
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "position": self.position,
+            "expected": self.expected,
+            "found": self.found,
+            "logit_gap": self.gap,
+            "noise": self.noise,
+            "tie": self.tie,
+        }
+
+    def line(self) -> str:
+        what = "near-tie" if self.tie else "BUG"
+        return (
+            f"prompt {self.prompt + 1}, token {self.position + 1}: {self.found} instead of {self.expected}, "
+            f"logit gap {self.gap:.3g}, noise {self.noise:.3g}: {what}"
+        )
+
+
+def texts(
+    model: SpeculativeModel, prompts: Sequence[list[int]], generation: dict[str, Any], advance: Callable[[int], None]
+) -> tuple[list[list[int]], Statistics]:
+    """New tokens of all prompts, a batch at a time."""
+    found: list[list[int]] = []
+    parts = []
+    for start in range(0, len(prompts), BATCH):
+        batch = list(prompts[start : start + BATCH])
+        output = model.generate(batch, **generation)
+        found += output.tokens
+        parts.append(output.statistics)
+        advance(len(batch))
+    return found, Statistics.sum(parts)
+
+
+@torch.inference_mode()
+def partings(laws: Laws, prompt: list[int], text: list[int], number: int, noise: Noise) -> list[Parting]:
+    """Every token of the text that the stock model would not have chosen after the text up to there."""
+    found = []
+    for place, (law,) in enumerate(laws.along(prompt, [text])):
+        if law is not None and (best := int(law.argmax())) != text[place]:
+            gap = log_ratio(law, best, text[place])
+            found.append(Parting(number, place, best, text[place], gap, noise.gap))
+    return found
+
+
+def first_difference(
+    laws: Laws, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
+) -> Parting:
+    """Where two texts that differ part, whichever of them left the stock model's choice."""
+    shorter = min(len(plain), len(other))
+    place = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
+    expected = plain[place] if place < len(plain) else None
+    found = other[place] if place < len(other) else None
+    gap = math.nan
+    if expected is not None and found is not None:
+        gap = abs(log_ratio(laws.after(prompt, [plain[:place]])[0], expected, found))
+    return Parting(number, place, expected, found, gap, noise.gap)
+
+
+def too_many(ties: int, tokens: int, flips: int, compared: int) -> float:
+    """P(so many ties or more), were they `MORE` times as frequent as flips of the stock model: a binomial tail."""
+    if ties == 0 or compared == 0:
+        return 1.0
+    share = MORE * tokens / (MORE * tokens + compared)
+    total = ties + flips
+    return sum(math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(ties, total + 1))
+
+
+def greedy_finding(
+    laws: Laws,
+    prompts: Sequence[list[int]],
+    plain: Sequence[list[int]],
+    drafted: Sequence[list[int]],
+    statistics: Statistics,
+    noise: Noise,
+    alpha: float,
+    advance: Callable[[int], None],
+) -> Finding:
+    """Compare all texts.
+
+    Args:
+        laws: unwarped, of the greedy settings.
+        prompts: token ids.
+        plain, drafted: new tokens of every prompt.
+        statistics: of the drafted decoding.
+        noise: measured.
+        alpha: level of the test for too many ties.
+        advance: called with 1 a prompt.
+    """
+    found: list[Parting] = []
+    differing = 0
+    for number, (prompt, own, other) in enumerate(zip(prompts, plain, drafted, strict=True)):
+        if own != other:
+            differing += 1
+            first = first_difference(laws, prompt, own, other, number, noise)
+            later = partings(laws, prompt, other, number, noise)
+            found += [first, *(parting for parting in later if parting.position != first.position)]
+        advance(1)
+    bugs = [parting for parting in found if not parting.tie]
+    tokens = sum(len(text) for text in drafted)
+    chance = too_many(len(found) - len(bugs), tokens, noise.flips, noise.positions)
+    passed = not bugs and chance >= alpha
+    evidence = f"{len(prompts) - differing} of {len(prompts)} texts are token-exact ({tokens} tokens, tau {statistics.tau:.2f})"
+    if found:
+        evidence += f"; {len(found)} tokens differ, {len(found) - len(bugs)} of them near-ties within the noise"
+    if chance < alpha:
+        evidence += f"; so many near-ties are not explained by noise (p = {chance:.2g})"
+    return Finding(
+        "greedy",
+        "Does greedy decoding give the text of plain decoding?",
+        passed,
+        evidence + drafting(statistics) + ".",
+        figures={
+            "prompts": len(prompts),
+            "identical": len(prompts) - differing,
+            "tokens": tokens,
+            "divergences": [parting.as_dict() for parting in found],
+            "bugs": len(bugs),
+            "noise": noise.as_dict(),
+            "too_many_ties_p": chance,
+            "drafting": statistics.as_dict(),
+        },
+        lines=[parting.line() for parting in sorted(found, key=lambda parting: parting.tie)],
+    )
+
+
+def plain_finding(
+    laws: Laws,
+    prompts: Sequence[list[int]],
+    plain: Sequence[list[int]],
+    noise: Noise,
+    advance: Callable[[int], None],
+) -> Finding:
+    """Whether plain decoding itself is the stock model's: what all else is compared with."""
+    found = []
+    for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
+        found += partings(laws, prompt, text, number, noise)
+        advance(1)
+    tokens = sum(len(text) for text in plain)
+    bugs = [parting for parting in found if not parting.tie]
+    return Finding(
+        "plain",
+        "Is plain decoding, which all else is compared with, the stock model's own choice token by token?",
+        not bugs,
+        f"{tokens - len(found)} of {tokens} tokens are the stock model's best; {len(found) - len(bugs)} near-ties.",
+        figures={"tokens": tokens, "divergences": [parting.as_dict() for parting in found], "bugs": len(bugs)},
+        lines=[parting.line() for parting in found],
+    )
+
+
+def drafting(statistics: Statistics) -> str:
+    """A remark where the check could see little."""
+    if statistics.drafted == 0:
+        return "; nothing was drafted, so nothing of the drafter was seen"
+    if statistics.accepted == 0:
+        return "; no candidate was accepted, so only rejections were seen"
+    if statistics.accepted == statistics.drafted:
+        return "; no candidate was rejected, so only acceptances were seen"
+    return ""

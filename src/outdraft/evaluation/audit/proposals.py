@@ -1,0 +1,207 @@
+"""What a drafter declares of its candidates: the law that it drew them from, or that nothing about them is random.
+
+Verification corrects for exactly what is declared. A declared law is compared with the law handed to the dice, and with
+what was drawn; a point mass is checked by drafting twice after the same text with other dice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.evaluation.audit.chi_square import found_distance
+from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.noise import total_variation
+from outdraft.evaluation.audit.ranks import Ranks
+from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.watch import Round, Watch
+from outdraft.generation import SpeculativeModel
+from outdraft.sampling import Dice
+from outdraft.tree import Tree
+
+SAME_LAW = 1e-5
+"""Total variation that float32 laws may differ by."""
+
+
+@dataclass
+class Draws:
+    """Every candidate that is drawn, against the law declared for it.
+
+    Attributes:
+        ranks: of candidates in their declared laws; without replacement in what is left of them.
+        drawn: draws that went through the dice.
+        proposed: candidates in trees.
+        unmatched: rows of rounds whose draws are not their candidates, one for one.
+        difference: largest total variation between the law handed to the dice and the declared one.
+        point: rounds whose candidates were declared a point mass.
+    """
+
+    ranks: Ranks
+    drawn: int = 0
+    proposed: int = 0
+    unmatched: int = 0
+    difference: float = 0.0
+    point: int = 0
+    rounds: int = field(default=0)
+
+    def __call__(self, seen: Round) -> None:
+        self.rounds += 1
+        if seen.tree.laws is None:
+            self.point += 1
+            return
+        for row in range(seen.tree.rows):
+            nodes, laws = declared(seen.tree, row)
+            draws = seen.draws[row]
+            self.drawn, self.proposed = self.drawn + len(draws), self.proposed + len(nodes)
+            if not nodes:
+                continue
+            tokens = seen.tree.tokens[row, nodes]
+            self.ranks.add(laws, tokens)
+            if [draw.token for draw in draws] != tokens.tolist():
+                self.unmatched += 1
+                continue
+            for law, draw in zip(laws, draws, strict=True):
+                handed = draw.law.double()
+                self.difference = max(self.difference, total_variation(law / law.sum(), handed / handed.sum()))
+
+
+def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
+    """The row's candidates, in order, and the `(candidates, vocab)` law that each must have been drawn from."""
+    assert tree.laws is not None
+    tokens = tree.tokens[row].tolist()
+    laws: dict[int, Tensor] = {}
+    for parent, children in tree.children(row).items():
+        left = tree.laws[row, parent].double()
+        for child in children:
+            laws[child] = left
+            if tree.candidates == "without_replacement":
+                left = left.clone()
+                left[tokens[child]] = 0
+    nodes = sorted(laws)
+    return nodes, torch.stack([laws[node] for node in nodes]) if nodes else torch.empty(0)
+
+
+def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[Finding]:
+    """Of sampled candidates; none where all were point masses."""
+    if draws.proposed == 0:
+        return []
+    own = draws.ranks.fit()
+    count = len(draws.ranks.values)
+    found = found_distance(count, own.freedom, alpha, settings.power) if own.freedom > 0 else 1.0
+    exact = draws.difference <= SAME_LAW and draws.ranks.impossible == 0
+    matched = (
+        "every draw is a candidate" if draws.unmatched == 0 else f"in {draws.unmatched} rounds draws are no candidates"
+    )
+    lines = []
+    if draws.drawn > draws.proposed:
+        lines.append(
+            f"{draws.drawn - draws.proposed} draws were not proposed: allowed only if they were not dropped for what they "
+            "turned out to be, which the next check tests"
+        )
+    if draws.ranks.impossible:
+        lines.append(f"{draws.ranks.impossible} candidates have no probability in the law declared for them")
+    return [
+        Finding(
+            "declared_laws",
+            "Are the laws that the drafter declares the ones it hands to the dice?",
+            exact,
+            f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total variation "
+            f"between declared and drawn law {draws.difference:.2g}.",
+            figures={
+                "candidates": draws.proposed,
+                "draws": draws.drawn,
+                "unmatched_rounds": draws.unmatched,
+                "largest_total_variation": draws.difference,
+                "impossible": draws.ranks.impossible,
+            },
+            lines=lines,
+        ),
+        Finding(
+            "draws",
+            "Do the drafter's candidates follow the laws that it declares?",
+            True,
+            f"{count} candidates, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours "
+            f"likely or unlikely candidates by a total variation of {found:.2g} is found with probability "
+            f"{settings.power:g}.",
+            p_value=own.p_value(),
+            figures={
+                "candidates": count,
+                "statistic": own.statistic,
+                "degrees_of_freedom": own.freedom,
+                "total_variation_found": found,
+                "histogram": draws.ranks.histogram(),
+            },
+        ),
+    ]
+
+
+Proposals = dict[tuple[int, ...], tuple[list[int], list[int]]]
+"""Trees (tokens, parents) by the text that they were drafted after."""
+
+
+def proposals(
+    model: SpeculativeModel, prompts: Sequence[list[int]], generation: dict[str, Any], drafting_seed: int
+) -> tuple[Proposals, int]:
+    """All point-mass trees of a decoding whose drafter has dice of its own, and how many trees were none."""
+    found: Proposals = {}
+    drawn = 0
+
+    def listen(seen: Round) -> None:
+        nonlocal drawn
+        for row, count in enumerate(seen.tree.counts):
+            if seen.tree.laws is not None:
+                drawn += 1
+                continue
+            tree = (seen.tree.tokens[row, :count].tolist(), seen.tree.parents[row, :count].tolist())
+            found[tuple(seen.prefixes[row].tolist())] = tree
+
+    assert model.drafter is not None
+    own = iter(range(drafting_seed, drafting_seed + 1_000_000))
+    device = model.target.device
+    watch = Watch(model.drafter, [listen], chance=lambda _: Dice(next(own), device))
+    with torch.random.fork_rng():
+        torch.manual_seed(drafting_seed)
+        model.with_drafter(watch).generate(list(prompts), **generation)
+    return found, drawn
+
+
+def twice_finding(
+    model: SpeculativeModel,
+    prompts: Sequence[list[int]],
+    generation: dict[str, Any],
+    seed: int,
+    name: str,
+    advance: Callable[[int], None],
+) -> Finding | None:
+    """Draft twice; None where no candidates are declared a point mass.
+
+    Controllers are left out: they may weigh seconds, which differ, and what they cut is cut before it is drawn.
+    """
+    generation = {key: value for key, value in generation.items() if key != "controller"}
+    both = []
+    for drafting_seed in (seed + 1, seed + 2_000_000):
+        both.append(proposals(model, prompts, {**generation, "seed": seed}, drafting_seed))
+        advance(1)
+    (first, drawn), (second, _) = both
+    common = first.keys() & second.keys()
+    if not common and drawn:
+        return None
+    differing = [prefix for prefix in common if first[prefix] != second[prefix]]
+    lines = []
+    if differing:
+        shortest = min(differing, key=len)
+        lines.append(
+            f"after {len(shortest)} tokens: {first[shortest][0][1:]} the first time, {second[shortest][0][1:]} the second"
+        )
+    return Finding(
+        name,
+        "Does the drafter propose the same candidates twice where it declares that nothing is random?",
+        not differing and len(common) > 0,
+        f"{len(common) - len(differing)} of {len(common)} trees are the same after the same text with other dice.",
+        figures={"trees": len(common), "differing": len(differing)},
+        lines=lines,
+    )

@@ -1,0 +1,77 @@
+"""What an audit is asked to do, checked before anything runs. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outdraft.errors import UserError
+from outdraft.sampling import SamplingSettings
+
+
+@dataclass
+class AuditSettings:
+    """What to check, how finely, and with what chance of error."""
+
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Sampling, tree and controller settings as `generate` takes them; without a temperature only greedy decoding is
+    checked."""
+    greedy: bool = True
+    """Compare greedy texts too where the settings sample."""
+    data: Path | None = None
+    """Prompts: JSON lines or text; the shipped held-out ones if left out."""
+    limit: int = 24
+    """Prompts to use at most."""
+    max_new_tokens: int = 48
+    """Length of the texts that are compared."""
+    total_variation: float = 0.02
+    """The error of the law of the first tokens that must be found, as a distance in total variation."""
+    power: float = 0.95
+    """Probability that such an error is found; with `total_variation` and `alpha` it sets the sample size."""
+    alpha: float = 0.001
+    """Probability that a decoder that keeps the law is called wrong, over all statistical tests together."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    batch_size: int = 256
+    """Rows sampled at once; greedy texts are decoded eight at a time."""
+    first_tokens: int = 3
+    """New tokens whose joint law is tested against the exact one."""
+    prefixes: int = 4
+    """Beginnings of texts after which it is tested."""
+    cells: int = 8
+    """Continuations told apart after each of them, at most."""
+    text_prompts: int = 8
+    """Prompts of the longer sampled texts."""
+    texts: int = 32
+    """Texts drawn after each of those, with the drafter and without."""
+    permutations: int = 9999
+    """Of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
+    trees: int = 24
+    """Draft trees whose every node is recomputed one token at a time."""
+
+    def __post_init__(self) -> None:
+        least = {"first_tokens": 2, "cells": 2, "texts": 2}
+        for name in ("limit", "max_new_tokens", "batch_size", "prefixes", "text_prompts", "permutations", "trees"):
+            least[name] = 1
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")
+        if not 0 < self.total_variation < 1:
+            raise UserError(f"--total-variation must lie between 0 and 1, not {self.total_variation:g}")
+        if not 0 < self.alpha < 0.5:
+            raise UserError(f"--alpha must lie between 0 and 0.5, not {self.alpha:g}")
+        if not 0.5 <= self.power < 1:
+            raise UserError(f"--power must be at least 0.5 and less than 1, not {self.power:g}")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Of the generation settings, those that make the law, not the tree."""
+        known = SamplingSettings.__dataclass_fields__
+        return {name: value for name, value in self.generation.items() if name in known}
+
+    @property
+    def greedy_generation(self) -> dict[str, Any]:
+        """The same settings at temperature 0; filters of a law that is a point mass fall away."""
+        left_out = ("temperature", "top_k", "top_p", "min_p", "do_sample")
+        return {name: value for name, value in self.generation.items() if name not in left_out}

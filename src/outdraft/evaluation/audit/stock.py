@@ -1,0 +1,88 @@
+"""The stock model's own forward, fed a token at a time, several or all at once: what everything is measured against.
+
+Positions, masks and the cache are those of `transformers`; no code of ours but the backend's linears and the target's
+head takes part, so nothing that is under suspicion can vouch for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.sampling import SamplingSettings, Warper
+from outdraft.target import Target
+
+
+@torch.inference_mode()
+def stock_logits(
+    target: Target, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1
+) -> Iterator[Tensor]:
+    """`(texts, vocab)` logits after the prompt, then after every further token of the texts.
+
+    Args:
+        target: the model.
+        prompt: the same for all texts, run whole as plain decoding does.
+        texts: of any lengths; what is given past a text's own end means nothing.
+        piece: tokens a forward; 1 is how plain decoding goes, None runs prompt and text at once, without a cache.
+    """
+    inner: Any = target.model.base_model
+    longest = max(len(text) for text in texts)
+    rows = torch.tensor([list(text) + [0] * (longest - len(text)) for text in texts], dtype=torch.long)
+    rows = rows.view(len(texts), longest).to(target.device)
+    first = torch.tensor([list(prompt)] * len(texts), device=target.device)
+    if piece is None:
+        features = inner(input_ids=torch.cat([first, rows], dim=1), use_cache=False).last_hidden_state
+        for place in range(len(prompt) - 1, len(prompt) + longest):
+            yield target.head(features[:, place])
+        return
+    output = inner(input_ids=first, use_cache=True)
+    yield target.head(output.last_hidden_state[:, -1])
+    for start in range(0, longest, piece):
+        output = inner(input_ids=rows[:, start : start + piece], past_key_values=output.past_key_values, use_cache=True)
+        for place in range(output.last_hidden_state.shape[1]):
+            yield target.head(output.last_hidden_state[:, place])
+
+
+class Laws:
+    """Logits to laws for one audit's settings.
+
+    Args:
+        target: for its vocabulary and ends of sequence.
+        sampling: settings by Hugging Face's names.
+        warped: False leaves temperature 1 and no filter, so that logarithms of the law are the processed logits.
+    """
+
+    def __init__(self, target: Target, sampling: dict[str, Any], warped: bool = True):
+        changed = {} if warped else {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        self.target, self.settings = target, SamplingSettings(**{**sampling, **changed})
+
+    def warper(self, prompt: Sequence[int]) -> Warper:
+        target = self.target
+        return Warper(self.settings, len(prompt), target.vocab_size, target.eos_token_ids, (), target.device)
+
+    def along(
+        self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1
+    ) -> Iterator[list[Tensor | None]]:
+        """For every place the `(vocab,)` laws of the texts' next tokens; None where a text has no next token."""
+        warper, target = self.warper(prompt), self.target
+        ids = [torch.tensor([*prompt, *text], device=target.device) for text in texts]
+        for place, logits in enumerate(stock_logits(target, prompt, texts, piece)):
+            yield [
+                warper.law(row, own[: len(prompt) + place]) if place < len(text) else None
+                for row, own, text in zip(logits, ids, texts, strict=True)
+            ]
+
+    def after(self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1) -> Tensor:
+        """`(texts, vocab)` laws of the token after each text, all of one length."""
+        warper = self.warper(prompt)
+        *_, logits = stock_logits(self.target, prompt, texts, piece)
+        device = self.target.device
+        return torch.stack(
+            [
+                warper.law(row, torch.tensor([*prompt, *text], device=device))
+                for row, text in zip(logits, texts, strict=True)
+            ]
+        )

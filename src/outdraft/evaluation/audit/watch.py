@@ -1,0 +1,147 @@
+"""A drafter under watch: what it was handed, what it proposed, what the target's forward over that gave.
+
+Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one prefill
+for rows that all begin alike. Judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from outdraft.cache import SlotCache
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.run import Output, TargetRun
+from outdraft.sampling import Chance
+from outdraft.target import Target
+from outdraft.tree import Tree
+
+
+@dataclass
+class Drawn:
+    """One draw: the law that was handed to the dice, and what came."""
+
+    law: Tensor
+    token: int
+
+
+class Recorder:
+    """`Chance` that keeps every draw of one proposal."""
+
+    def __init__(self, inner: Chance):
+        self.inner = inner
+        self.draws: list[Drawn] = []
+
+    def accept(self, probability: float) -> bool:
+        return self.inner.accept(probability)
+
+    def draw(self, law: Tensor) -> int:
+        handed = law.clone()  # drafters go on working in theirs
+        token = self.inner.draw(law)
+        self.draws.append(Drawn(handed, token))
+        return token
+
+
+@dataclass
+class Round:
+    """One proposal for a batch of rows.
+
+    Attributes:
+        tree: proposed.
+        prefixes: of every row, everything decided before.
+        prompt_lengths: of every row, how much of that is its prompt.
+        draws: of every row, in order; empty unless the chances are recorded.
+        features: `(rows, nodes, hidden)` what the target gave for the tree.
+    """
+
+    tree: Tree
+    prefixes: list[Tensor]
+    prompt_lengths: list[int]
+    draws: list[list[Drawn]]
+    features: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Watch(Drafter):
+    """A drafter that others look at while it drafts.
+
+    Args:
+        inner: the drafter.
+        listeners: told of every round that drafted, once the target has run over its tree.
+        chance: gives a row's dice for drafting, from those that it shares with verification.
+        prefill_once: run a prompt that all rows share as one row; the drafter still takes in all of them.
+    """
+
+    def __init__(
+        self,
+        inner: Drafter,
+        listeners: Sequence[Callable[[Round], None]] = (),
+        chance: Callable[[Chance], Chance] | None = None,
+        prefill_once: bool = False,
+    ):
+        self.inner, self.listeners, self.chance, self.prefill_once = inner, listeners, chance, prefill_once
+        self.method, self.has_law = inner.method, inner.has_law
+        self.newest: Round | None = None
+
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        self.newest = None
+        return _WatchedRun(self.inner.start(target, cache), self)
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+        assert isinstance(run, _WatchedRun)
+        return _WatchedState(self.inner.begin(prompts, run.inner), self, [len(prompt) for prompt in prompts])
+
+    def slots(self, shape: TreeShape) -> int:
+        return self.inner.slots(shape)
+
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        return self.inner.default_shape(device, sampling)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.inner.num_parameters
+
+
+class _WatchedRun(TargetRun):
+    def __init__(self, inner: TargetRun, watch: Watch):
+        super().__init__(inner.target, inner.cache)
+        self.inner, self.watch = inner, watch
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Output:
+        rows = len(prompts)
+        alike = all(torch.equal(prompt, prompts[0]) for prompt in prompts)
+        if not (self.watch.prefill_once and alike and rows > 1):
+            return self.inner.prefill(prompts)
+        self.cache.select_rows([0])
+        output = self.inner.prefill(prompts[:1])
+        self.cache.select_rows([0] * rows)
+        return Output(*(part.expand(rows, -1, -1) for part in output))
+
+    def tree(self, tree: Tree) -> Output:
+        output = self.inner.tree(tree)
+        newest = self.watch.newest
+        if newest is not None and newest.tree is tree:
+            newest.features = output.features
+            for listener in self.watch.listeners:
+                listener(newest)
+        return output
+
+
+class _WatchedState(DraftState):
+    def __init__(self, inner: DraftState, watch: Watch, prompt_lengths: list[int]):
+        self.inner, self.watch, self.prompt_lengths = inner, watch, prompt_lengths
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        if self.watch.chance is not None:
+            rows = replace(rows, chances=[self.watch.chance(chance) for chance in rows.chances])
+        tree = self.inner.propose(update, shape, rows)
+        draws = [chance.draws if isinstance(chance, Recorder) else [] for chance in rows.chances]
+        prefixes = [prefix.clone() for prefix in rows.prefixes]
+        self.watch.newest = Round(tree, prefixes, list(self.prompt_lengths), draws)
+        return tree
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.inner.select_rows(rows)
+        self.prompt_lengths = [self.prompt_lengths[row] for row in rows]
