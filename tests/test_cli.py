@@ -350,7 +350,7 @@ def test_prompts_beyond_the_context(folders: Folders, tmp_path: Path) -> None:
         (("--tree-depth", -1), "tree_depth"),
         (("--num-speculative-tokens", 0), "num_speculative_tokens"),
         (("--num-speculative-tokens", 3, "--tree-size", 4), "num_speculative_tokens"),
-        (("--method", "medusa"), "medusa"),
+        (("--method", "hydra"), "hydra"),
         (("--method", "eagle"), "eagle"),
         (("--backend", "quick"), "quick"),
         (("--dtype", "int3"), "int3"),
@@ -382,7 +382,7 @@ def test_training_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> N
     assert "optimizer" in refused(*train, "optimizer.lr=3")
     assert "max_length" in refused(*train, "--max-length", 1)
     assert "key=value" in refused(*train, "fast")
-    assert "method" in refused(*train, "--method", "medusa")
+    assert "method" in refused(*train, "--method", "hydra")
     config = tmp_path / "c.yaml"
     config.write_text("learning_rates: 1\n")
     assert "learning_rates" in refused(*train, "--config", config)
@@ -399,7 +399,7 @@ def test_bench_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> None
     assert "warm" in refused(*bench, "--temperatures", "warm")
     assert "temperature" in refused(*bench, "--temperatures", "0,-1")
     assert "--draft-model" in refused(*bench, "--methods", "none,fspad")
-    assert "medusa" in refused(*bench, "--methods", "medusa")
+    assert "hydra" in refused(*bench, "--methods", "hydra")
     assert "--methods" in refused(*bench, "--methods", "none", "-d", folders.drafter)
     assert "--controllers" in refused(*bench, "--controllers", "clever")
     assert "--repetitions" in refused(*bench, "--repetitions", 0)

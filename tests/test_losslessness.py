@@ -26,6 +26,7 @@ from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.growth import grow_dynamic
+from outdraft.drafters.medusa import Medusa, MedusaConfig, MedusaHeads
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
 from outdraft.run import TargetRun
@@ -61,6 +62,17 @@ def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
     return EarlyExit(exit_layer, target)
 
 
+def medusa_drafter(target: Target, own_head: bool = False) -> Medusa:
+    """Three heads of random weights: beyond them no tree goes."""
+    config = MedusaConfig(target.hidden_size, target.vocab_size, 3, 1, own_head)
+    heads = MedusaHeads.beginning(target.model, config).to(target.dtype).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
+    return Medusa(heads, target)
+
+
 DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "fspad": lambda target, _: feature_drafter(target, True, True),
     "eagle": lambda target, _: feature_drafter(target, False, False),
@@ -70,6 +82,8 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "draft-model": lambda target, near: DraftModel(Target(near), target),
     "eesd": lambda target, _: exit_drafter(target),
     "eesd-own-head": lambda target, _: exit_drafter(target, own_head=True),
+    "medusa": lambda target, _: medusa_drafter(target),
+    "medusa-own-head": lambda target, _: medusa_drafter(target, own_head=True),
 }
 
 
@@ -163,7 +177,9 @@ PROMPT = (0, 2, 1, 0, 2)
 @pytest.mark.parametrize("ends", [(), (0,)], ids=["", "eos"])
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize("settings", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"])
-@pytest.mark.parametrize("kind", ["fspad", "eagle", "prompt-lookup", "draft-model", "eesd", "eesd-own-head"])
+@pytest.mark.parametrize(
+    "kind", ["fspad", "eagle", "prompt-lookup", "draft-model", "eesd", "eesd-own-head", "medusa", "medusa-own-head"]
+)
 def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
     statistics = assert_same_law(kind, 3, PROMPT, settings, 3, shape, ends)
     if settings is PLAIN:
@@ -172,14 +188,14 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 
 @pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
-@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model", "eesd"])
+@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model", "eesd", "medusa"])
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
     statistics = assert_same_law(kind, 4, (0, 2, 1, 3), settings, 2, TreeShape(1, 2, 5, candidates))
     assert 0 < statistics.accepted < statistics.drafted
 
 
-@pytest.mark.parametrize("kind", ["fspad", "draft-model", "eesd"])
+@pytest.mark.parametrize("kind", ["fspad", "draft-model", "eesd", "medusa"])
 @pytest.mark.parametrize("width", [1, 2])
 def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
     shape = TreeShape(0, width, width + 1, "sampled")
@@ -198,7 +214,7 @@ def test_plain_decoding_keeps_the_law():
     assert statistics.drafted == 0
 
 
-@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model", "eesd"])
+@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model", "eesd", "medusa"])
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
     model, near = small(3)

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from outdraft.backends import accelerate, default_backend, default_dtype
 from outdraft.drafters.base import Drafter
-from outdraft.drafters.checkpoint import holds_exit_layer, load_drafter, load_exit_layer
+from outdraft.drafters.checkpoint import Network, load_drafter, load_exit_layer, load_medusa, own_method
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.early_exit import EarlyExit
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
+from outdraft.drafters.medusa import Medusa, MedusaHeads
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
 from outdraft.reference import reference_drafter_path, reference_target_path
@@ -31,7 +32,7 @@ from outdraft.target import Target
 REFERENCE = "reference"
 """In place of a model or drafter: the ones shipped with the package."""
 
-METHODS = ("fspad", "eagle", "eesd", "prompt-lookup", "draft-model", "none")
+METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "draft-model", "none")
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -102,7 +103,7 @@ def load_target(
 
 def load_drafter_for(
     target: Target,
-    draft_model: str | Path | FeatureHead | ExitLayer | Target | PreTrainedModel | None,
+    draft_model: str | Path | Network | Target | PreTrainedModel | None,
     *,
     method: str | None = None,
     backend: str | None = None,
@@ -137,7 +138,7 @@ def load_drafter_for(
 
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
-    if isinstance(source, FeatureHead | ExitLayer):
+    if isinstance(source, FeatureHead | ExitLayer | MedusaHeads):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
         return _bound(own, target, backend)
     if isinstance(source, Target):
@@ -148,14 +149,19 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     place: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
-    if holds_exit_layer(source):
+    method = own_method(source)
+    if method == ExitLayer.method:
         return _bound(load_exit_layer(source, target.model, **place), target, backend)
+    if method == MedusaHeads.method:
+        return _bound(load_medusa(source, **place).heads, target, backend)
     return _bound(load_drafter(source, **place).head.eval(), target, backend)
 
 
-def _bound(network: FeatureHead | ExitLayer, target: Target, backend: str) -> Drafter:
+def _bound(network: Network, target: Target, backend: str) -> Drafter:
     network = accelerate(network, backend)
-    return EarlyExit(network, target) if isinstance(network, ExitLayer) else FeatureDrafter(network, target)
+    if isinstance(network, ExitLayer):
+        return EarlyExit(network, target)
+    return Medusa(network, target) if isinstance(network, MedusaHeads) else FeatureDrafter(network, target)
 
 
 def _is_language_model(folder: Path) -> bool:

@@ -52,7 +52,7 @@ def test_what_is_set_by_hand_wins_over_the_preset() -> None:
     [
         ({"learning_rat": 1}, 'unknown training setting "learning_rat"; known are data, output_dir'),
         ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
-        ({"method": "medusa"}, "\"method\" cannot be 'medusa'"),
+        ({"method": "hydra"}, "\"method\" cannot be 'hydra'"),
         ({"data": None}, '"data" cannot be None'),
     ],
 )

@@ -240,7 +240,10 @@ def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path
         ({"hard_weight": 0.3}, '"hard_weight" belongs to loss mixed, not soft'),
         ({"preset": "paper"}, "FSPAD's published recipe"),
         ({"method": "fspad"}, '"exit_layer" is a setting of eesd, not of fspad'),
-        ({"method": "eagle", "exit_layer": None, "own_head": True}, '"own_head" is a setting of eesd, not of eagle'),
+        (
+            {"method": "eagle", "exit_layer": None, "own_head": True},
+            '"own_head" is a setting of eesd and medusa, not of eagle',
+        ),
         ({"method": "fspad", "exit_layer": None, "loss": "hard"}, '"loss" is a setting of eesd'),
     ],
 )

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import CPU_TREE, GPU_TREE
-from outdraft.drafters.checkpoint import ExitFolder, holds_exit_layer, load_drafter, read_exit_folder
+from outdraft.drafters.checkpoint import (
+    ExitFolder,
+    MedusaCheckpoint,
+    load_drafter,
+    load_medusa,
+    own_method,
+    read_exit_folder,
+)
 from outdraft.drafters.folder import is_hub_id, not_on_hub
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
@@ -87,8 +94,11 @@ def _is_drafter(folder: Path) -> bool:
 
 
 def _drafter(folder: Path) -> dict[str, Any]:
-    if holds_exit_layer(folder):
+    method = own_method(folder)
+    if method == "eesd":
         return _exit_layer(read_exit_folder(folder))
+    if method == "medusa":
+        return _medusa(load_medusa(folder))
     loaded = load_drafter(folder)
     config = loaded.head.config
     tau = loaded.training.get("tau") or {}
@@ -117,6 +127,23 @@ def _exit_layer(found: ExitFolder) -> dict[str, Any]:
         "fits_targets_with": {name: value for name, value in found.target.items() if name != "id"},
         "exit_layer": found.config.exit_layer,
         "own_head": found.config.own_head,
+        "tau_at_end_of_training": tau.get("tau"),
+    }
+
+
+def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
+    config = loaded.heads.config
+    tau = loaded.training.get("tau") or {}
+    return {
+        "kind": "drafter",
+        "method": "medusa",
+        "layout": "outdraft",
+        "parameters": sum(weight.numel() for weight in loaded.heads.parameters()),
+        "trained_for": loaded.target.get("id"),
+        "fits_targets_with": {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
+        "heads": config.num_heads,
+        "layers_of_a_head": config.num_layers,
+        "own_head": config.own_head,
         "tau_at_end_of_training": tau.get("tau"),
     }
 

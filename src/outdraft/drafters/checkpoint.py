@@ -1,9 +1,9 @@
 """Drafter folders: our own, and the official FSPAD and EAGLE-1/2 ones as they are.
 
 A folder is `config.json` and weights. Our own is written whole or not at all (`own_layout.py`); official ones are
-recognised from the names and shapes of their tensors (`official.py`). It knows how a `FeatureHead` is put together from
-tensors, and an `ExitLayer` from tensors and its target; nothing of decoding or training beyond the record that it
-carries along.
+recognised from the names and shapes of their tensors (`official.py`). It knows how a `FeatureHead` and `MedusaHeads`
+are put together from tensors, and an `ExitLayer` from tensors and its target; nothing of decoding or training beyond
+the record that it carries along.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from outdraft.drafters.folder import (
     read_weights,
     some,
 )
+from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.drafters.official import REMADE, official_config, official_name, our_name
 from outdraft.drafters.own_layout import fitting, is_own, read_settings, section, write_folder
 from outdraft.errors import UserError, first_line
@@ -37,6 +38,9 @@ from outdraft.errors import UserError, first_line
 Layout = Literal["outdraft", "fspad", "eagle"]
 
 EXIT = ExitLayer.method
+
+Network = FeatureHead | ExitLayer | MedusaHeads
+"""Whatever is trained and saved."""
 
 TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 """What an exit layer's target must have in common with the one it was trained for."""
@@ -61,7 +65,7 @@ class DrafterCheckpoint:
 
 def save_drafter(
     folder: str | Path,
-    head: FeatureHead | ExitLayer,
+    head: Network,
     *,
     target_id: str,
     training: Mapping[str, Any] | None = None,
@@ -83,7 +87,7 @@ def save_drafter(
         UserError: the folder cannot be written.
     """
     facts = dict(target or {})
-    if isinstance(head, FeatureHead):
+    if not isinstance(head, ExitLayer):
         facts = {"hidden_size": head.config.hidden_size, "vocab_size": head.config.vocab_size, **facts}
     elif missing := [name for name in TARGET_FACTS if name not in facts]:
         raise ValueError(f"an exit layer is saved with target_facts(model), which has {', '.join(missing)}")
@@ -202,6 +206,56 @@ def _warn_of_unknown(unknown: list[str], file: str) -> None:
             "(what is decoded stays exact)",
             stacklevel=4,
         )
+
+
+# --- reading Medusa's heads --------------------------------------------------------------------------------------
+
+
+@dataclass
+class MedusaCheckpoint:
+    """Loaded heads and what their folder says about them."""
+
+    heads: MedusaHeads
+    target: dict[str, Any]
+    training: dict[str, Any]
+
+
+def own_method(folder_or_hub_id: str | Path, revision: str | None = None) -> str | None:
+    """The method that a folder of our own names; None for an official one.
+
+    Raises:
+        UserError: there is no drafter's folder at all.
+    """
+    config = read_config(find_folder(folder_or_hub_id, revision))
+    return str(config["method"]) if is_own(config) else None
+
+
+def load_medusa(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> MedusaCheckpoint:
+    """Medusa's heads from our own folder, here or on the Hugging Face Hub; arguments as in `load_drafter`.
+
+    Raises:
+        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+    """
+    folder = find_folder(folder_or_hub_id, revision)
+    config = read_config(folder)
+    if not is_own(config) or config["method"] != MedusaHeads.method:
+        raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")
+    settings = read_settings(MedusaConfig, config, folder)
+    file, tensors = read_weights(folder)
+    with torch.device("meta"):  # no random start, which would be overwritten
+        heads = MedusaHeads(settings)
+    wanted = heads.state_dict()
+    weights = fitting(tensors, wanted, file)
+    heads.load_state_dict(weights, assign=True)
+    _warn_of_unknown([name for name in tensors if name not in wanted], file)
+    heads = heads.to(device=device, dtype=dtype or next(iter(weights.values())).dtype).eval()
+    return MedusaCheckpoint(heads, section(config, "target"), section(config, "training"))
 
 
 # --- reading an exit layer ---------------------------------------------------------------------------------------

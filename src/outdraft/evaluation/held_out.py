@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outdraft.drafters.exit_layer import ExitLayer
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.checkpoint import Network
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
 from outdraft.generation import SpeculativeModel
 from outdraft.loading import load_drafter_for
@@ -93,13 +92,13 @@ def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
 
 def tau_meter(
     target: Target, prompts: Sequence[list[int]], max_new_tokens: int = 64
-) -> Callable[[FeatureHead | ExitLayer], dict[str, float]]:
+) -> Callable[[Network], dict[str, float]]:
     """A function that decodes the prompts greedily, all at once, with a drafter as it is.
 
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
 
-    def measure(network: FeatureHead | ExitLayer) -> dict[str, float]:
+    def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)
         found = SpeculativeModel(target, drafter).generate(list(prompts), max_new_tokens=max_new_tokens).statistics
         return {"tau": found.tau, "acceptance_rate": found.acceptance_rate} if found.rounds else {}

@@ -25,10 +25,9 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-from outdraft.drafters.exit_layer import ExitLayer
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.checkpoint import Network
 
-MeasureTau = Callable[[FeatureHead | ExitLayer], dict[str, float]]
+MeasureTau = Callable[[Network], dict[str, float]]
 """Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
 
 SAME_WISH_SECONDS = 1.0
@@ -77,7 +76,7 @@ class ProgressReport(TrainerCallback):
 class TauMeter(TrainerCallback):
     """Measures the real acceptance length every `every` steps, in the first process; the others wait."""
 
-    def __init__(self, measure: MeasureTau, drafter: FeatureHead | ExitLayer, every: int):
+    def __init__(self, measure: MeasureTau, drafter: Network, every: int):
         self.measure, self.drafter, self.every = measure, drafter, every
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
 
@@ -86,7 +85,7 @@ class TauMeter(TrainerCallback):
             self.log(measured(self.measure, self.drafter))
 
 
-def measured(measure: MeasureTau, drafter: FeatureHead | ExitLayer) -> dict[str, float]:
+def measured(measure: MeasureTau, drafter: Network) -> dict[str, float]:
     """What `measure` says of the drafter in evaluation mode, without gradients."""
     training = drafter.training
     drafter.eval()

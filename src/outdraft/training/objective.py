@@ -1,4 +1,4 @@
-"""What a method trains on and what its loss is: the one place where training tells FSPAD and EAGLE from EESD.
+"""What a method trains on and what its loss is: the one place where training tells FSPAD, EESD and Medusa apart.
 
 Trainer, plan and cache know an `Objective` only; a further method is one more here. Knows nothing of optimisers, files
 or progress.
@@ -14,17 +14,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from outdraft.drafters.checkpoint import Network
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_loss import ExitLoss, next_is_response
 from outdraft.training.features import ExitReading, Reading
 from outdraft.training.head_config import feature_head_config
 from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
+from outdraft.training.medusa_loss import MedusaLoss, reached
 from outdraft.training.protocol import TargetLike
-
-Network = FeatureHead | ExitLayer
 
 
 class Objective(ABC):
@@ -65,14 +66,19 @@ def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network |
     drafter = drafter or new_drafter(target, config)
     if isinstance(drafter, ExitLayer):
         return ExitObjective(target, config, drafter)
+    if isinstance(drafter, MedusaHeads):
+        return MedusaObjective(target, config, drafter)
     return FeatureObjective(target, config, drafter)
 
 
 def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
-    """A drafter with its first float32 weights, on the target's device: from the seed, or the target's last layer."""
+    """A drafter with its first float32 weights, on the target's device: from the seed, or the target itself."""
     if config.method == "eesd":
         assert isinstance(config.exit_layer, int)
         return ExitLayer.beginning(target.model, ExitLayerConfig(config.exit_layer, config.own_head))
+    if config.method == "medusa":
+        sizes = (target.hidden_size, target.vocab_size, config.medusa_num_heads, config.medusa_num_layers)
+        return MedusaHeads.beginning(target.model, MedusaConfig(*sizes, config.own_head)).to(target.device)
     shape = feature_head_config(
         target,
         config.method,
@@ -121,8 +127,7 @@ class ExitObjective(Objective):
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.reading = ExitReading(target, drafter.config.exit_layer)
-        hard = {"soft": 0.0, "hard": 1.0, "mixed": config.hard_weight}[config.loss]
-        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, hard)
+        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return next_is_response(loss_mask)
@@ -132,6 +137,31 @@ class ExitObjective(Objective):
 
     def total(self, sums: Any) -> Tensor:
         return sums.cross_entropy
+
+
+class MedusaObjective(Objective):
+    """Medusa's: the target's features, as FSPAD's, and what the target says one, two, ... tokens later."""
+
+    parts: ClassVar = {"loss_head1": "first_head"}
+
+    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: MedusaHeads):
+        self.drafter = drafter
+        self.reading = Reading(target)
+        self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return reached(loss_mask, 1)
+
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        return features, batch["input_ids"], batch["loss_mask"]
+
+    def total(self, sums: Any) -> Tensor:
+        return sums.cross_entropy
+
+
+def weight_of_tokens(config: TrainingConfig) -> float:
+    """Of the responses' tokens in the cross-entropy; the target's law has the rest."""
+    return {"soft": 0.0, "hard": 1.0, "mixed": config.hard_weight}[config.loss]
 
 
 def noise_seed(seed: int, step: int, index: int) -> int:
