@@ -216,7 +216,7 @@ class Every(Controller):
 
 
 @pytest.mark.parametrize("shape", [SHAPES["chain"], SHAPES["tree"]], ids=["chain", "tree"])
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTERS if kind != "lookahead"])  # its window moves by rounds
 def test_what_was_decided_while_nothing_was_drafted_is_not_forgotten(kind, shape):
     """After the same text the same tree is drafted, however many rounds of that text the drafter sat out."""
     model, near = pair("llama-gqa")

@@ -26,6 +26,7 @@ from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.growth import grow_dynamic
+from outdraft.drafters.lookahead import Lookahead
 from outdraft.drafters.medusa import Medusa, MedusaConfig, MedusaHeads
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
@@ -84,6 +85,7 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "eesd-own-head": lambda target, _: exit_drafter(target, own_head=True),
     "medusa": lambda target, _: medusa_drafter(target),
     "medusa-own-head": lambda target, _: medusa_drafter(target, own_head=True),
+    "lookahead": lambda *_: Lookahead(window=5, ngram=3, pool=3),
 }
 
 

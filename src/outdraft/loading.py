@@ -23,6 +23,7 @@ from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
+from outdraft.drafters.lookahead import Lookahead
 from outdraft.drafters.medusa import Medusa, MedusaHeads
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
@@ -32,7 +33,10 @@ from outdraft.target import Target
 REFERENCE = "reference"
 """In place of a model or drafter: the ones shipped with the package."""
 
-METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "draft-model", "none")
+METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
+
+WITHOUT_MODEL = ("prompt-lookup", "lookahead")
+"""Methods that draft without a drafter to be loaded."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -127,6 +131,8 @@ def load_drafter_for(
         return None
     if method == "prompt-lookup":
         return PromptLookup()
+    if method == "lookahead":
+        return Lookahead.for_device(target.device)
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
