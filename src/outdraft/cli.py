@@ -402,6 +402,76 @@ def bench(
         result.show(results())
 
 
+@app.command()
+def verify(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prompts: JSON lines or text; the shipped held-out ones if left out.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help=o.AUDIT["limit"])] = 24,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help=o.AUDIT["max_new_tokens"])] = 48,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    num_speculative_tokens: o.Chain = None,
+    tree_depth: o.TreeDepth = None,
+    tree_top_k: o.TreeTopK = None,
+    tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
+    greedy: Annotated[bool, typer.Option("--greedy/--no-greedy", help=o.AUDIT["greedy"])] = True,
+    total_variation: Annotated[float, typer.Option("--total-variation", help=o.AUDIT["total_variation"])] = 0.02,
+    power: Annotated[float, typer.Option("--power", help=o.AUDIT["power"])] = 0.95,
+    alpha: Annotated[float, typer.Option("--alpha", help=o.AUDIT["alpha"])] = 0.001,
+    batch_size: Annotated[int, typer.Option("--batch-size", help=o.AUDIT["batch_size"])] = 256,
+    seed: Annotated[int, typer.Option("--seed", help=o.AUDIT["seed"])] = 0,
+    report: Annotated[Path | None, typer.Option("--report", help="Save what was found as an HTML page.")] = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    json: o.Json = False,
+) -> None:
+    """Check with evidence that a drafter keeps the target's law here: exit code 0 if kept, 1 if not."""
+    from outdraft.console.verify import run_verify
+    from outdraft.evaluation.audit import AuditSettings
+    from outdraft.evaluation.audit.screen import show
+    from outdraft.generation import load
+
+    generation = o.sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+    ) | o.given(
+        num_speculative_tokens=num_speculative_tokens,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_size=tree_size,
+        controller=controller,
+    )
+    settings = AuditSettings(
+        generation=generation,
+        greedy=greedy,
+        data=data,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        total_variation=total_variation,
+        power=power,
+        alpha=alpha,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    about = {"model": model, "draft_model": draft_model}
+    audit = run_verify(loaded, settings, remarks(), report, about)
+    if json:
+        print_json(audit.as_dict())
+    else:
+        show(audit, results())
+    if not audit.kept:
+        raise typer.Exit(1)
+
+
 def _prompt_text(prompt: str | None, file: Path | None) -> str:
     """The prompt from wherever it was given."""
     if prompt is not None and file is not None:

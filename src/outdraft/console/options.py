@@ -13,6 +13,7 @@ from outdraft.errors import UserError
 SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
 CONTROL = field_help("control/settings.py", "ControlSettings")
+AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
 TRAINING = field_help("training/config.py", "TrainingConfig")
 
 

@@ -30,7 +30,8 @@ from outdraft.evaluation.environment import environment
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.generation import SpeculativeModel
 from outdraft.reference import load_prompts
-from outdraft.settings import TREE_SETTINGS, sampling_settings
+from outdraft.sampling import SamplingSettings
+from outdraft.settings import TREE_SETTINGS, pacer_of, sampling_settings, tree_shape
 
 NOISE_PROMPTS = 8
 TWICE_PROMPTS = 4
@@ -71,9 +72,19 @@ class Audit:
     def verdict(self) -> str:
         """In one sentence."""
         if self.kept:
-            return "KEPT: no check found the output to differ from what the target alone gives."
+            return f"KEPT: no check found the output to differ from what the target alone gives.{self._unseen}"
         failed = [finding.name for finding in self.findings if not finding.passed]
         return f"NOT KEPT: the output differs from what the target alone gives ({', '.join(failed)})."
+
+    @property
+    def _unseen(self) -> str:
+        """A warning where too little happened to be seen."""
+        runs = [finding.figures["drafting"] for finding in self.findings if "drafting" in finding.figures]
+        if not any(run["drafted"] for run in runs):
+            return " But nothing was drafted, so this says nothing of the drafter."
+        if not any(run["accepted"] for run in runs):
+            return " But no candidate was ever accepted, so this says little: try a better drafter or other prompts."
+        return ""
 
     def __getitem__(self, name: str) -> Finding:
         return next(finding for finding in self.findings if finding.name == name)
@@ -153,12 +164,21 @@ class _Running:
         self.prompts = [prompt for prompt in prompts if len(prompt) <= room]
         if not self.prompts:
             raise UserError(f"no prompt leaves room for {settings.max_new_tokens} new tokens; lower --max-new-tokens")
-        self.samples = sampling_settings(dict(settings.sampling)).temperature > 0
+        self.samples = self._checked().temperature > 0
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
         self.unwarped = Laws(model.target, greedy, warped=False)
         self.trees = Trees(settings.trees, model.target.context_length, settings.seed)
         self.findings: list[Finding] = []
         self.noise = Noise()
+
+    def _checked(self) -> SamplingSettings:
+        """The sampling settings; whatever is wrong with any setting is said before anything runs."""
+        generation = dict(self.settings.generation)
+        tree = {name: generation.pop(name) for name in TREE_SETTINGS if name in generation}
+        controlled = pacer_of(generation.pop("controller", None)) is not None
+        sampling = sampling_settings(generation)
+        tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
+        return sampling
 
     def drafted(self, **watching: Any) -> SpeculativeModel:
         """The model with its drafter under watch; what controllers learn stays with it."""
@@ -195,7 +215,7 @@ class _Running:
         self.check_twice("candidates_greedy", generation)
 
     def measure_noise(self, plain: Sequence[list[int]]) -> None:
-        few = self.prompts[:NOISE_PROMPTS]
+        few = self.prompts[: min(NOISE_PROMPTS, len(plain))]
         with self.stage("rounding noise of the stock model", len(few)) as advance:
             self.noise = measured_noise(self.unwarped, few, plain[: len(few)], lambda: advance(1))
 

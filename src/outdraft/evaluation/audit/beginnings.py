@@ -228,8 +228,8 @@ def beginnings_finding(
         "beginnings",
         f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact law?",
         True,
-        f"{total} samples after {len(places)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} degrees of "
-        f"freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
+        f"{total} samples after {len(places)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} degrees "
+        f"of freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
         f"{settings.power:g}; rounding moves these laws by {moved:.2g} and is forgiven"
         f"{drafting(statistics)}.",
         p_value=whole.p_value(allowed),

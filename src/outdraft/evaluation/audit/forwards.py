@@ -120,9 +120,9 @@ def forwards_finding(laws: Laws, trees: Trees, noise: Noise, advance: Callable[[
         "forwards",
         "Does the target say of a candidate tree what it says one token at a time?",
         passed,
-        f"{len(variations)} nodes of {len(trees.kept)} trees: the laws differ by a total variation of {found_mean:.2g} on "
-        f"average and {worst[0]:.2g} at most; the stock model's own many-token forwards by {noise.variation_mean:.2g} and "
-        f"{noise.variation:.2g}.",
+        f"{len(variations)} nodes of {len(trees.kept)} trees: the laws differ by a total variation of {found_mean:.2g} "
+        f"on average and {worst[0]:.2g} at most; the stock model's own many-token forwards by "
+        f"{noise.variation_mean:.2g} and {noise.variation:.2g}.",
         figures={
             "trees": len(trees.kept),
             "nodes": len(variations),

@@ -148,7 +148,8 @@ def greedy_finding(
     tokens = sum(len(text) for text in drafted)
     chance = too_many(len(found) - len(bugs), tokens, noise.flips, noise.positions)
     passed = not bugs and chance >= alpha
-    evidence = f"{len(prompts) - differing} of {len(prompts)} texts are token-exact ({tokens} tokens, tau {statistics.tau:.2f})"
+    exact = len(prompts) - differing
+    evidence = f"{exact} of {len(prompts)} texts are token-exact ({tokens} tokens, tau {statistics.tau:.2f})"
     if found:
         evidence += f"; {len(found)} tokens differ, {len(found) - len(bugs)} of them near-ties within the noise"
     if chance < alpha:

@@ -99,8 +99,8 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
     lines = []
     if draws.drawn > draws.proposed:
         lines.append(
-            f"{draws.drawn - draws.proposed} draws were not proposed: allowed only if they were not dropped for what they "
-            "turned out to be, which the next check tests"
+            f"{draws.drawn - draws.proposed} draws were not proposed: allowed only if they were not dropped for what "
+            "they turned out to be, which the next check tests"
         )
     if draws.ranks.impossible:
         lines.append(f"{draws.ranks.impossible} candidates have no probability in the law declared for them")
@@ -109,8 +109,8 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
             "declared_laws",
             "Are the laws that the drafter declares the ones it hands to the dice?",
             exact,
-            f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total variation "
-            f"between declared and drawn law {draws.difference:.2g}.",
+            f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total "
+            f"variation between declared and drawn law {draws.difference:.2g}.",
             figures={
                 "candidates": draws.proposed,
                 "draws": draws.drawn,
@@ -124,8 +124,8 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
             "draws",
             "Do the drafter's candidates follow the laws that it declares?",
             True,
-            f"{count} candidates, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours "
-            f"likely or unlikely candidates by a total variation of {found:.2g} is found with probability "
+            f"{count} candidates, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that "
+            f"favours likely or unlikely candidates by a total variation of {found:.2g} is found with probability "
             f"{settings.power:g}.",
             p_value=own.p_value(),
             figures={
@@ -195,7 +195,7 @@ def twice_finding(
     if differing:
         shortest = min(differing, key=len)
         lines.append(
-            f"after {len(shortest)} tokens: {first[shortest][0][1:]} the first time, {second[shortest][0][1:]} the second"
+            f"after {len(shortest)} tokens: {first[shortest][0][1:]} first, {second[shortest][0][1:]} the second time"
         )
     return Finding(
         name,

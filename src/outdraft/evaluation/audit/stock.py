@@ -24,9 +24,10 @@ def stock_logits(
 
     Args:
         target: the model.
-        prompt: the same for all texts, run whole as plain decoding does.
+        prompt: the same for all texts.
         texts: of any lengths; what is given past a text's own end means nothing.
-        piece: tokens a forward; 1 is how plain decoding goes, None runs prompt and text at once, without a cache.
+        piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the
+            prompt in such pieces too, and None everything at once without a cache.
     """
     inner: Any = target.model.base_model
     longest = max(len(text) for text in texts)
@@ -38,7 +39,11 @@ def stock_logits(
         for place in range(len(prompt) - 1, len(prompt) + longest):
             yield target.head(features[:, place])
         return
-    output = inner(input_ids=first, use_cache=True)
+    output = inner(input_ids=first[:, : None if piece == 1 else piece], use_cache=True)
+    for start in range(len(prompt) if piece == 1 else piece, len(prompt), piece):
+        output = inner(
+            input_ids=first[:, start : start + piece], past_key_values=output.past_key_values, use_cache=True
+        )
     yield target.head(output.last_hidden_state[:, -1])
     for start in range(0, longest, piece):
         output = inner(input_ids=rows[:, start : start + piece], past_key_values=output.past_key_values, use_cache=True)

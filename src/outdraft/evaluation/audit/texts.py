@@ -1,8 +1,8 @@
 """Longer sampled texts, seen two ways.
 
 One sample: every token against the exact law that it should come from, by one-token forwards of the stock model along
-the drafted text (`ranks.py`). Two samples: drafted texts against plainly sampled ones of the same prompts, by the energy
-statistic of random token features, with a permutation test within each prompt.
+the drafted text (`ranks.py`). Two samples: drafted texts against plainly sampled ones of the same prompts, by the
+energy statistic of random token features, with a permutation test within each prompt.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
         "tokens",
         "Does every token of longer sampled texts come from the target's exact law after the text before it?",
         True,
-        f"{count} tokens, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours likely or "
-        f"unlikely tokens by a total variation of {found:.2g} is found with probability {settings.power:g}{outside}"
-        f"{drafting(statistics)}.",
+        f"{count} tokens, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours "
+        f"likely or unlikely tokens by a total variation of {found:.2g} is found with probability {settings.power:g}"
+        f"{outside}{drafting(statistics)}.",
         p_value=0.0 if exact and ranks.impossible else own.p_value(),
         figures={
             "tokens": count,
@@ -107,7 +107,7 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
 
 
 def text_features(texts: Sequence[Sequence[int]], vocab: int, length: int, seed: int) -> Tensor:
-    """`(texts, features)`: random signs of the tokens, added up over each part of the text, and how much of it is there.
+    """`(texts, features)`: random signs of the tokens, added up over each part of the text, and its length.
 
     Texts that share tokens in the same part are near to each other, whatever the tokens are.
     """
@@ -168,8 +168,8 @@ def samples_finding(
         "samples",
         "Are drafted texts and plainly sampled ones samples of the same law?",
         True,
-        f"{count} drafted and {count} plain texts of up to {settings.max_new_tokens} tokens after {len(plain)} prompts; "
-        f"energy statistic {statistic:.3g}, {settings.permutations} permutations within prompts.",
+        f"{count} drafted and {count} plain texts of up to {settings.max_new_tokens} tokens after {len(plain)} "
+        f"prompts; energy statistic {statistic:.3g}, {settings.permutations} permutations within prompts.",
         p_value=p_value,
         figures={"texts": count, "prompts": len(plain), "statistic": statistic, "permutations": settings.permutations},
     )

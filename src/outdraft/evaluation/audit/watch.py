@@ -1,7 +1,7 @@
 """A drafter under watch: what it was handed, what it proposed, what the target's forward over that gave.
 
-Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one prefill
-for rows that all begin alike. Judges nothing.
+Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one
+prefill for rows that all begin alike. Judges nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""A tiny target, a draft model near it, and audits small enough for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from models import perturbed, tiny
+from outdraft.drafters.base import Drafter
+from outdraft.drafters.draft_model import DraftModel
+from outdraft.evaluation.audit import Audit, AuditSettings, run_audit
+from outdraft.generation import SpeculativeModel
+from outdraft.target import Target
+
+PROMPTS = [[5, 9, 9, 3, 5, 9], [7, 1], [1, 2, 3, 4, 1, 2, 3], [30, 8, 30], [11, 3, 21, 4], [2, 2, 9]]
+SAMPLED = {"temperature": 0.8, "num_speculative_tokens": 2}
+SMALL = {
+    "max_new_tokens": 12,
+    "total_variation": 0.08,
+    "prefixes": 2,
+    "text_prompts": 4,
+    "texts": 48,
+    "permutations": 1999,
+    "trees": 6,
+}
+
+Run = Callable[..., Audit]
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[Target, Drafter]:
+    """A target with something to say, and a draft model that is often right."""
+
+    def build() -> Any:
+        return tiny("llama-gqa", dtype=dtype, initializer_range=0.2)
+
+    target = Target(build())
+    return target, DraftModel(Target(perturbed(build(), build, 0.1)), target)
+
+
+@pytest.fixture
+def audit() -> Run:
+    """Runs a small audit of the tiny pair, its drafter wrapped if asked for."""
+
+    def run(
+        generation: dict[str, Any] | None = None,
+        wrap: Callable[[Drafter], Drafter] = lambda drafter: drafter,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> Audit:
+        target, drafter = pair(dtype)
+        model = SpeculativeModel(target, wrap(drafter))
+        return run_audit(model, AuditSettings(generation or {}, **{**SMALL, **settings}), prompts=PROMPTS)
+
+    return run

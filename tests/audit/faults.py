@@ -1,0 +1,169 @@
+"""Decoders and drafters that are wrong in ways that have happened, for tests that they are found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from outdraft.cache import SlotCache
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.run import Output, TargetRun
+from outdraft.sampling import Chance, Dice, Warper
+from outdraft.target import Target
+from outdraft.tree import Tree
+from outdraft.verify import Verdict, acceptance, residual
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def no_residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> tuple[Tensor, Tensor | None]:
+    """A rejected candidate leaves p as it was."""
+    return p, q
+
+
+def untempered(tree: Tree, row: int, logits: Tensor, warper: Warper, prefix: Tensor, chance: Chance) -> Verdict:
+    """Chains accepted by the raw law, corrected by the warped one."""
+    verdict, children, tokens = Verdict([0], []), tree.children(row), tree.tokens[row].tolist()
+    while True:
+        node = verdict.path[-1]
+        p, raw = warper.law(logits[node], prefix), logits[node].float().softmax(-1)
+        q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
+        for child in children.get(node, []):
+            x = tokens[child]
+            if chance.accept(acceptance(raw, q, x)):
+                break
+            p, q = residual(p, q, x, tree.candidates == "without_replacement")
+        else:
+            verdict.tokens.append(chance.draw(p))
+            return verdict
+        verdict.path.append(child)
+        verdict.tokens.append(x)
+        prefix = torch.cat([prefix, prefix.new_tensor([x])])
+
+
+def bonus_from_the_parent(verify_row: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """Where a whole chain was accepted the token after it is read one node too early."""
+
+    def wrong(tree: Tree, row: int, logits: Tensor, warper: Warper, prefix: Tensor, chance: Chance) -> Verdict:
+        verdict = verify_row(tree, row, logits, warper, prefix, chance)
+        if len(verdict.path) == tree.counts[row] > 1:
+            verdict.tokens[-1] = chance.draw(warper.law(logits[verdict.path[-2]], prefix))
+        return verdict
+
+    return wrong
+
+
+# --- the target's forward over trees ---------------------------------------------------------------------------------
+
+
+def late_positions(self: TargetRun, tree: Tree) -> Tensor:
+    """Candidates stand one position too far on."""
+    lengths = torch.tensor(self.cache.lengths, device=self.target.device)
+    return (lengths[:, None] + tree.depths + (tree.depths > 0)).clamp(max=self.target.context_length - 1)
+
+
+def blind_tree(self: TargetRun, tree: Tree) -> Output:
+    """Candidates do not see the root."""
+    slots = self.cache.reserve(tree.nodes, self.target.device)
+    seen = tree.ancestors.clone()
+    seen[:, 1:, 0] = False
+    return self.forward(tree.tokens, self.positions(tree), seen, slots)
+
+
+def shifted_features(run_tree: Callable[[TargetRun, Tree], Output]) -> Callable[[TargetRun, Tree], Output]:
+    """The deepest candidate's features are those of the node before it."""
+
+    def wrong(self: TargetRun, tree: Tree) -> Output:
+        output = run_tree(self, tree)
+        if tree.nodes > 1:
+            features = output.features.clone()
+            features[:, -1] = features[:, -2]
+            return Output(features, output.taps)
+        return output
+
+    return wrong
+
+
+# --- drafters --------------------------------------------------------------------------------------------------------
+
+
+class Wrong(Drafter):
+    """A drafter whose proposals are tampered with."""
+
+    def __init__(self, inner: Drafter):
+        self.inner, self.method, self.has_law = inner, inner.method, inner.has_law
+
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        return self.inner.start(target, cache)
+
+    def slots(self, shape: TreeShape) -> int:
+        return self.inner.slots(shape)
+
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        return self.inner.default_shape(device, sampling)
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+        state = self.inner.begin(prompts, run)
+        propose = state.propose
+
+        def tampered(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+            return self.after(propose(update, shape, self.before(rows)))
+
+        state.propose = tampered  # type: ignore[method-assign]
+        return state
+
+    def before(self, rows: RowContext) -> RowContext:
+        return rows
+
+    def after(self, tree: Tree) -> Tree:
+        return tree
+
+
+class Peeking(Wrong):
+    """Drops the end of a drawn chain where its tokens turned out improbable."""
+
+    def __init__(self, inner: Drafter, least: float = 0.2):
+        super().__init__(inner)
+        self.least = least
+
+    def after(self, tree: Tree) -> Tree:
+        assert tree.laws is not None
+        counts = list(tree.counts)
+        for row, tokens in enumerate(tree.tokens.tolist()):
+            while counts[row] > 1 and tree.laws[row, counts[row] - 2, tokens[counts[row] - 1]] < self.least:
+                counts[row] -= 1
+        return Tree(tree.tokens, tree.parents, counts, tree.candidates, tree.laws)
+
+
+class Sharpened(Chance):
+    """Draws from the law at temperature 0.7."""
+
+    def __init__(self, inner: Chance):
+        self.inner = inner
+
+    def accept(self, probability: float) -> bool:
+        return self.inner.accept(probability)
+
+    def draw(self, law: Tensor) -> int:
+        return self.inner.draw(law ** (1 / 0.7))
+
+
+class Undeclared(Wrong):
+    """Declares its law at the asked temperature and draws from a sharper one; with dice of its own if `hidden`."""
+
+    def __init__(self, inner: Drafter, hidden: bool = False):
+        super().__init__(inner)
+        self.own = Dice(0) if hidden else None
+
+    def before(self, rows: RowContext) -> RowContext:
+        return replace(rows, chances=[Sharpened(self.own or chance) for chance in rows.chances])
+
+
+class RandomPoint(Wrong):
+    """Draws its candidates and declares them chosen by rule."""
+
+    def after(self, tree: Tree) -> Tree:
+        return Tree(tree.tokens, tree.parents, tree.counts)

@@ -1,0 +1,119 @@
+"""`outdraft verify` from end to end: exit codes, JSON, the saved page, mistakes."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import outdraft.verify
+from audit import faults
+from cli_fixtures import Folders, make_folders, write_lines
+from outdraft.cli import app
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return make_folders(tmp_path_factory.mktemp("verify"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = [{"prompt": text} for text in ("one two", "three", "a cat and a dog", "red")]
+    return write_lines(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", *records)
+
+
+def verify(folders: Folders, prompts: Path, *args: object) -> Result:
+    small = ("--max-new-tokens", 8, "--dtype", "float32", "--total-variation", 0.25)
+    both = ("--model", folders.target, "-d", folders.small_model, "--data", prompts)
+    return CliRunner().invoke(app, [str(arg) for arg in ("verify", *both, *small, *args)])
+
+
+class Text(HTMLParser):
+    """What a page says, and what it would load."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.said, self.loads = "", []
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe"):
+            self.loads.append(tag)
+
+
+def test_a_kept_law_is_exit_code_0(folders: Folders, prompts: Path, tmp_path: Path) -> None:
+    report = tmp_path / "new" / "report.html"
+    result = verify(folders, prompts, "--temperature", 1, "--json", "--report", report)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["kept"] is True and found["verdict"].startswith("KEPT")
+    assert set(found["checks"]) == {
+        *(
+            "plain",
+            "greedy",
+            "candidates_greedy",
+            "declared_laws",
+            "draws",
+            "samples",
+            "tokens",
+            "beginnings",
+            "forwards",
+        ),
+    }
+    for check in found["checks"].values():
+        assert check["passed"] and (check["p_value"] is None or 0 < check["p_value"] <= check["p_value_holm"] <= 1)
+    page = Text(report.read_text())
+    assert found["verdict"] in page.said and page.loads == []
+    assert all(check["evidence"] in page.said for check in found["checks"].values())
+
+
+def test_a_broken_law_is_exit_code_1(
+    folders: Folders, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = faults.bonus_from_the_parent(outdraft.verify.verify_row)
+    monkeypatch.setattr(outdraft.verify, "verify_row", wrong)
+    report = tmp_path / "report.html"
+    itself = ("-d", folders.target)  # a draft model that is always right
+    result = verify(folders, prompts, *itself, "--num-speculative-tokens", 2, "--report", report)
+    assert result.exit_code == 1, result.output
+    assert "NOT KEPT" in result.stdout and "BUG" in result.stdout
+    assert "NOT KEPT" in Text(report.read_text()).said
+
+
+def test_greedy_is_what_is_checked_without_a_temperature(folders: Folders, prompts: Path) -> None:
+    result = verify(folders, prompts, "--tree-depth", 2, "--tree-top-k", 2, "--tree-size", 6)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 texts are token-exact" in " ".join(result.stdout.split()) and "KEPT" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--power", 1.5), "--power"),
+        (("--alpha", 0), "--alpha"),
+        (("--total-variation", 0), "--total-variation"),
+        (("--limit", 0), "--limit"),
+        (("--temperature", -1), "temperature"),
+        (("--method", "none"), "--draft-model"),
+        (("--controller", "none-such"), "none-such"),
+        (("--data", "none-such.jsonl"), "none-such.jsonl"),
+        (("--max-new-tokens", 5000), "--max-new-tokens"),
+        (("--tree-size", 0), "tree_size"),
+        (("--report", "."), "--report"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    folders: Folders, prompts: Path, args: tuple[object, ...], named: str
+) -> None:
+    result = verify(folders, prompts, *args)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1 and named in result.stderr
+    assert result.stdout == ""

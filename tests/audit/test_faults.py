@@ -1,0 +1,120 @@
+"""The audit finds every planted fault, and says of the decoder as it is that the law is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import outdraft.run
+import outdraft.verify
+from audit import faults
+from audit.conftest import SAMPLED, Run
+from outdraft.run import TargetRun
+
+TREE = {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7}
+GREEDY = {"num_speculative_tokens": 3}
+LAWS = {
+    "chain": SAMPLED,
+    "tree of best guesses": {"temperature": 1.0, **TREE},
+    "drawn tree": {"temperature": 1.0, **TREE, "candidates": "sampled"},
+    "penalties": {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2, "num_speculative_tokens": 2},
+    "controller": {"temperature": 1.0, "num_speculative_tokens": 3, "controller": "calibrated"},
+}
+
+
+def failed(found: Any) -> set[str]:
+    return {finding.name for finding in found.findings if not finding.passed}
+
+
+# --- nothing is wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_decoder_keeps_the_law(audit: Run, law: str) -> None:
+    found = audit(LAWS[law], total_variation=0.1)
+    assert found.kept, found.as_dict()
+    assert found["greedy"].figures["identical"] == 6
+    assert 0 < found["beginnings"].figures["drafting"]["accepted"] < found["beginnings"].figures["drafting"]["drafted"]
+
+
+def test_the_decoder_keeps_greedy_texts(audit: Run) -> None:
+    for generation in ({}, TREE, {"repetition_penalty": 1.3, **TREE}):
+        found = audit(generation, dtype=torch.float64)
+        assert found.kept and found["greedy"].figures["divergences"] == []
+        assert found["forwards"].figures["variation_max"] < 1e-10
+        assert {finding.name for finding in found.findings} == {"plain", "greedy", "candidates_greedy", "forwards"}
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_residual_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outdraft.verify, "residual", faults.no_residual)
+    found = audit(SAMPLED, greedy=False)
+    assert not found.kept and "beginnings" in failed(found)
+
+
+def test_acceptance_by_the_raw_law_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outdraft.verify, "verify_row", faults.untempered)
+    found = audit({**SAMPLED, "temperature": 0.6}, greedy=False)
+    assert not found.kept and "beginnings" in failed(found)
+
+
+@pytest.mark.parametrize("generation", [{"num_speculative_tokens": 2}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_wrong_bonus_token_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch, generation: dict[str, Any]) -> None:
+    wrong = faults.bonus_from_the_parent(outdraft.verify.verify_row)
+    monkeypatch.setattr(outdraft.verify, "verify_row", wrong)
+    found = audit(generation, greedy=False)
+    assert not found.kept
+    assert ("greedy" if len(generation) == 1 else "tokens") in failed(found)
+
+
+# --- the forward over trees ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("fault", ["positions", "mask", "features"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_wrong_forward_over_trees_is_found(
+    audit: Run, monkeypatch: pytest.MonkeyPatch, fault: str, generation: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """And is no noise, in low precision either."""
+    if fault == "positions":
+        monkeypatch.setattr(TargetRun, "positions", faults.late_positions)
+    else:
+        broken = faults.blind_tree if fault == "mask" else faults.shifted_features(TargetRun.tree)
+        monkeypatch.setattr(TargetRun, "tree", broken)
+    found = audit(generation, greedy=False, dtype=dtype, total_variation=0.2)
+    assert not found.kept and "forwards" in failed(found)
+    if generation is GREEDY and dtype is torch.float32:
+        assert found["greedy"].figures["bugs"] == len(found["greedy"].figures["divergences"])
+
+
+def test_wrong_plain_decoding_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafted and plain texts agree, for both are wrong."""
+    positions = TargetRun.positions
+    monkeypatch.setattr(TargetRun, "positions", lambda self, tree: positions(self, tree) + 1)
+    assert "plain" in failed(audit(TREE, max_new_tokens=20))
+
+
+# --- drafters --------------------------------------------------------------------------------------------------------
+
+
+def test_dropped_improbable_candidates_are_found(audit: Run) -> None:
+    found = audit(SAMPLED, faults.Peeking, greedy=False)
+    assert not found.kept and {"draws", "tokens"} & failed(found)
+    assert found["declared_laws"].figures["draws"] > found["declared_laws"].figures["candidates"]
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["through its dice", "with dice of its own"])
+def test_laws_that_were_not_drawn_from_are_found(audit: Run, hidden: bool) -> None:
+    found = audit(SAMPLED, lambda drafter: faults.Undeclared(drafter, hidden), greedy=False)
+    assert not found.kept and "draws" in failed(found)
+    assert ("declared_laws" in failed(found)) is not hidden
+
+
+def test_random_candidates_declared_as_a_point_mass_are_found(audit: Run) -> None:
+    found = audit(SAMPLED, faults.RandomPoint, greedy=False)
+    assert not found.kept and "candidates" in failed(found)
