@@ -18,6 +18,7 @@ from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.exact import ExactTarget
 from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Warper
 from outdraft.statistics import Statistics
@@ -80,7 +81,7 @@ def decode(
     """Decode all rows to their ends; yields the rows that gained tokens after every round.
 
     Args:
-        target: decides.
+        target: decides; an `ExactTarget` with the bits of plain decoding.
         drafter: proposes; None is plain decoding.
         rows: filled in place.
         shape: of the trees, at most.
@@ -105,6 +106,8 @@ class _Batch:
         self.capacity = min(longest, target.context_length) + self._slots(shape)
         self.cache = target.new_cache(len(rows), self.capacity)
         self.run = TargetRun(target, self.cache) if drafter is None else drafter.start(target, self.cache)
+        if isinstance(target, ExactTarget):
+            self.run = target.start(self.run)
         self.state: DraftState | None = None
         self.roots = torch.empty(0, dtype=torch.long)
         self.updates: list[Update] = []  # what the drafter has not been told yet

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
+from outdraft.exact import Exactness, ExactTarget, exactly
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
 from outdraft.settings import LOSSY, TREE_SETTINGS, check_prompt, pacer_of, sampling_settings, tree_shape
@@ -41,6 +42,7 @@ class GenerationOutput:
         statistics: of all rows together.
         row_statistics: of each row.
         seconds: wall-clock time of the whole call.
+        exactness: with `exact=True`, by what the tokens are those of plain decoding; None without.
     """
 
     tokens: list[list[int]]
@@ -51,6 +53,7 @@ class GenerationOutput:
     statistics: Statistics
     row_statistics: list[Statistics]
     seconds: float
+    exactness: Exactness | None = None
 
     @property
     def text(self) -> str:
@@ -152,19 +155,22 @@ class SpeculativeModel:
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). What they learn
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
                 need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
+                `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
+                on this machine, even where rounding would part them; slower (docs/exact.md).
 
         Raises:
             UserError: an unknown or impossible setting, or a prompt beyond the context.
         """
         streamer = settings.pop("streamer", None)
         start = time.perf_counter()
+        target = self._target(settings)
         rows, shape, costs = self._rows(prompts, settings)
         if streamer is not None:
             if len(rows) > 1:
                 raise UserError("a streamer takes one prompt; use .stream() for several")
             streamer.put(torch.tensor([rows[0].prompt]))
         streamed = 0
-        for _ in decode(self.target, self.drafter, rows, shape, costs):
+        for _ in decode(target, self.drafter, rows, shape, costs):
             if streamer is not None:
                 for token in rows[0].tokens[streamed:]:
                     streamer.put(torch.tensor([token]))
@@ -181,15 +187,17 @@ class SpeculativeModel:
             Statistics.sum((row.statistics for row in rows), together=True),
             [row.statistics for row in rows],
             time.perf_counter() - start,
+            replace(target.exactness) if isinstance(target, ExactTarget) else None,
         )
 
     def stream(self, prompts: Any, **settings: Any) -> Iterator[Piece]:
         """The same as `generate`, token by token as they are decided."""
+        target = self._target(settings)
         rows, shape, costs = self._rows(prompts, settings)
         if self.tokenizer is None:
             raise UserError("streaming text needs a tokenizer; use generate for token ids")
         texts = [Detokenizer(self.tokenizer) for _ in rows]
-        for _ in decode(self.target, self.drafter, rows, shape, costs):
+        for _ in decode(target, self.drafter, rows, shape, costs):
             for i, row in enumerate(rows):
                 for place in range(len(texts[i].tokens), len(row.tokens)):
                     reason = row.finish_reason if place + 1 == len(row.tokens) else None
@@ -198,6 +206,9 @@ class SpeculativeModel:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
 
+    def _target(self, settings: dict[str, Any]) -> Target:
+        return exactly(self.target) if settings.get("exact") else self.target
+
     def _rows(self, prompts: Any, settings: dict[str, Any]) -> tuple[list[Row], TreeShape, Costs | None]:
         """Settings checked and turned into rows, before anything runs."""
         settings = dict(settings)
@@ -205,6 +216,7 @@ class SpeculativeModel:
             if settings.pop(name, None) not in (None, 1, 1.0):
                 raise UserError(reason)
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
+        exact = settings.pop("exact", False)
         pacer = self._pacer(settings.pop("controller", None))
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
@@ -222,6 +234,8 @@ class SpeculativeModel:
         seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
         sampling = sampling_settings(settings)
+        if exact and sampling.temperature > 0:
+            raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0, pacer is not None)
         rows = []
         for i, ids in enumerate(encoded):

@@ -40,6 +40,9 @@ class Target:
         UserError: the family cannot verify trees, with the reason.
     """
 
+    exact: Any = None
+    """The same target in exact mode, once it was asked for (`exact.py`)."""
+
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str = "eager"
     ):
