@@ -94,6 +94,7 @@ def generate(
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
     controller: o.Controller = None,
+    exact: o.Exact = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
@@ -108,7 +109,7 @@ def generate(
     loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, stop_strings=stop),
+        **o.given(seed=seed, stop_strings=stop, exact=exact or None),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -138,6 +139,7 @@ def generate(
             "prompt_tokens": len(output.prompts[0]),
             "method": loaded.method,
             "tokens_per_second": output.tokens_per_second,
+            "exactness": None if output.exactness is None else asdict(output.exactness),
             **output.statistics.as_dict(),
         }
     )
@@ -161,6 +163,7 @@ def chat(
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
     controller: o.Controller = None,
+    exact: o.Exact = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
@@ -173,7 +176,7 @@ def chat(
     loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed),
+        **o.given(seed=seed, exact=exact or None),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

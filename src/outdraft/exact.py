@@ -125,7 +125,9 @@ class ExactTarget(Target):
             return ExactRun(self, run.cache)
         if type(run) is CutRun:
             return ExactCutRun(self, run.cut, run.cache)
-        raise UserError(f"{type(run).__name__} runs the target in a way of its own, which exact=True does not cover")
+        raise UserError(
+            f"exact=True does not cover this method, whose {type(run).__name__} runs the target in a way of its own"
+        )
 
     def cut(self, layers: int) -> Cut:
         """The view cut after so many layers."""

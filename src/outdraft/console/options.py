@@ -58,6 +58,11 @@ Controller = Annotated[
     typer.Option("--controller", help="How far to draft. " + CONTROL["name"]),
 ]
 
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Greedy text equal to plain decoding's even at near-ties; slower than without."),
+]
+
 Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]
 TopP = Annotated[float | None, typer.Option("--top-p", help=SAMPLING["top_p"])]
 TopK = Annotated[int | None, typer.Option("--top-k", help=SAMPLING["top_k"])]
