@@ -32,7 +32,8 @@ DraftModel = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method", help="fspad, eagle, eesd, prompt-lookup, draft-model or none; by default what the drafter is."
+        "--method",
+        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default what the folder is.",
     ),
 ]
 Dtype = Annotated[
