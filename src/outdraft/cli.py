@@ -14,6 +14,7 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.app import Verbs
+from outdraft.console.fields import field_help
 from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Lossless speculative decoding: train a drafter for your model, decode faster, measure it.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]
 
 
@@ -336,12 +338,14 @@ def info(
 @app.command()
 def bench(
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prompts: JSON lines or text; the shipped held-out ones if left out.")
+        Path | None,
+        typer.Option("--data", help=BENCH["data"]),
     ] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help=BENCH["suite"])] = None,
     model: o.Model = "reference",
     draft_model: Annotated[
         list[str] | None,
-        typer.Option("--draft-model", "-d", help="PATH or NAME=PATH of a drafter; may be repeated."),
+        typer.Option("--draft-model", "-d", help=BENCH["draft_models"]),
     ] = None,
     methods: Annotated[
         str | None,
@@ -354,9 +358,11 @@ def bench(
         str,
         typer.Option("--controllers", help="Of fixed,confidence,beta,calibrated,ucb: every drafter runs with each."),
     ] = "fixed",
-    limit: Annotated[int | None, typer.Option("--limit", help="Prompts to use at most.")] = None,
+    peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",
+    limit: Annotated[int | None, typer.Option("--limit", help=BENCH["limit"])] = None,
+    on_bad_line: Annotated[str, typer.Option("--on-bad-line", help=BENCH["on_bad_line"])] = "error",
     temperatures: Annotated[str, typer.Option("--temperatures", help="Separated by commas; 0 is greedy.")] = "0",
-    repetitions: Annotated[int, typer.Option("--repetitions", help="Times every prompt is decoded.")] = 1,
+    repetitions: Annotated[int, typer.Option("--repetitions", help=BENCH["repetitions"])] = 1,
     max_new_tokens: o.MaxNewTokens = 128,
     seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
     num_speculative_tokens: o.Chain = None,
@@ -364,8 +370,10 @@ def bench(
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
     include_transformers: Annotated[
-        bool, typer.Option("--include-transformers", help="Time the stock `generate` of transformers too.")
+        bool, typer.Option("--include-transformers", help=BENCH["include_transformers"])
     ] = False,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help=BENCH["output_dir"])] = None,
+    report: Annotated[Path | None, typer.Option("--report", help=BENCH["report"])] = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
@@ -381,7 +389,9 @@ def bench(
             methods=None if methods is None else o.listed(methods),
             controllers=o.listed(controllers) or ["fixed"],
             data=data,
+            suite=suite,
             limit=limit,
+            on_bad_line=on_bad_line,
             temperatures=o.numbers("--temperatures", temperatures),
             repetitions=repetitions,
             max_new_tokens=max_new_tokens,
@@ -393,6 +403,9 @@ def bench(
                 tree_size=tree_size,
             ),
             include_transformers=include_transformers,
+            peers=o.listed(peers),
+            output_dir=output_dir,
+            report=report,
             dtype=dtype,
             device=device,
             backend=backend,

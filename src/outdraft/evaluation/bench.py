@@ -7,119 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from outdraft.errors import UserError
+from outdraft.evaluation import page, spec_bench
+from outdraft.evaluation.bench_settings import BenchSettings, fingerprint
 from outdraft.evaluation.contenders import contenders
-from outdraft.evaluation.environment import environment
-from outdraft.evaluation.identity import divergences
-from outdraft.evaluation.measure import PLAIN, Contender, Run, compare
-from outdraft.evaluation.prompts import Prompt, encode, read_prompts
-from outdraft.evaluation.report import WIDE, rendered
+from outdraft.evaluation.dialogue import dialogues
+from outdraft.evaluation.environment import environment, load_average
+from outdraft.evaluation.identity import Divergence
+from outdraft.evaluation.measure import PLAIN, Contender, Run, Script, compare
+from outdraft.evaluation.partings import partings
+from outdraft.evaluation.questions import Question, QuestionSet, questions_of, read_questions
+from outdraft.evaluation.result import BenchResult, Comparison
+from outdraft.evaluation.store import Store
 from outdraft.evaluation.summary import Summary, summarise
 from outdraft.loading import REFERENCE, load_target
 from outdraft.reference import load_prompts
 from outdraft.target import Target
 
+__all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
 
-@dataclass
-class BenchSettings:
-    """What to compare on what."""
-
-    model: str
-    draft_models: list[str] = field(default_factory=list)
-    """`PATH` or `NAME=PATH` each."""
-    methods: list[str] | None = None
-    data: Path | None = None
-    """The shipped held-out prompts when None."""
-    limit: int | None = None
-    temperatures: list[float] = field(default_factory=lambda: [0.0])
-    repetitions: int = 1
-    max_new_tokens: int = 128
-    seed: int = 0
-    tree: dict[str, Any] = field(default_factory=dict)
-    controllers: list[str] = field(default_factory=lambda: ["fixed"])
-    """How far to draft; every drafter runs with each."""
-    include_transformers: bool = False
-    dtype: str | None = None
-    device: str | None = None
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "repetitions", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        for temperature in self.temperatures:
-            if temperature < 0:
-                raise UserError(f"temperature must be 0 (greedy) or more, not {temperature:g}")
-
-
-@dataclass
-class Comparison:
-    """All contenders at one temperature."""
-
-    temperature: float
-    summaries: list[Summary]
-    runs: dict[str, list[Run]]
-
-    def __getitem__(self, name: str) -> Summary:
-        return next(summary for summary in self.summaries if summary.name == name)
-
-
-@dataclass
-class BenchResult:
-    """Comparisons at every temperature, and what they were made on."""
-
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    comparisons: list[Comparison]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "settings": self.settings,
-            "environment": self.environment,
-            "results": [
-                {"temperature": one.temperature, "methods": {s.name: s.as_dict() for s in one.summaries}}
-                for one in self.comparisons
-            ],
-        }
-
-    def show(self, console: Console) -> None:
-        """Print a table for every temperature."""
-        facts = self.environment
-        console.print(
-            f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} "
-            f"backend; {self.settings['prompts']} prompts, {self.settings['repetitions']} repetitions",
-            markup=False,
-        )
-        for one in self.comparisons:
-            console.print(rendered(one.summaries, one.temperature, wide=console.width >= WIDE))
+HELD_OUT = "held-out"
+"""The group of the shipped prompts."""
 
 
 def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
-    """Load, measure, sum up.
+    """Load, measure, sum up; with an output folder, go on where an earlier run of the same settings stopped.
 
     Args:
         settings: what to compare.
         remarks: where progress goes.
 
     Raises:
-        UserError: something that cannot be loaded, read or decoded.
+        UserError: something that cannot be loaded, read or decoded, or an output folder of other settings.
     """
-    prompts: Sequence[Prompt]
-    if settings.data is not None:
-        prompts = read_prompts(settings.data, settings.limit)
-    else:
-        prompts = load_prompts("heldout")[: settings.limit]
+    if settings.report is not None:
+        page.check(settings.report)
+    asked = _questions(settings)
     target = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend=settings.backend)
-    encoded = encode(prompts, target)
+    fitting, too_long = dialogues(
+        asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
+    )
+    questions = [dialogue.question for dialogue in fitting]
     rivals = contenders(
         target,
         settings.draft_models,
@@ -129,69 +62,157 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         controllers=settings.controllers,
         shipped=settings.model == REFERENCE,
         include_transformers=settings.include_transformers,
+        peers=settings.peers,
     )
+    facts = environment(target)
+    store = None
+    if settings.output_dir is not None:
+        names = [rival.name for rival in rivals]
+        session = {"git_revision": facts["git_revision"], "load_average": facts["load_average"]}
+        store = Store(settings.output_dir, fingerprint(settings, facts, asked, questions, names), session)
     comparisons = [
         measured(
             target,
             rivals,
-            encoded,
+            fitting,
             temperature=temperature,
             repetitions=settings.repetitions,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
             remarks=remarks,
+            questions=questions,
+            store=store,
         )
         for temperature in settings.temperatures
     ]
-    shown = {
-        "model": settings.model,
-        "draft_models": settings.draft_models,
-        "data": None if settings.data is None else str(settings.data),
-        "prompts": len(encoded),
-        "repetitions": settings.repetitions,
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": settings.seed,
-        "controllers": settings.controllers,
-        **settings.tree,
-    }
-    return BenchResult(shown, environment(target), comparisons)
+    facts["load_average_at_the_end"] = load_average()
+    if store is not None:
+        facts["sessions"] = store.sessions
+        for one in comparisons:
+            write_answers(store.folder, one, target, several=len(comparisons) > 1)
+    result = BenchResult(
+        settings.shown(asked, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
+    )
+    if settings.report is not None:
+        page.write(settings.report, result, target.tokenizer)
+    return result
+
+
+def _questions(settings: BenchSettings) -> QuestionSet:
+    if settings.data is not None:
+        return read_questions(settings.data, settings.suite, settings.on_bad_line)
+    return QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
 
 
 def measured(
     target: Target,
     rivals: Sequence[Contender],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Script],
     *,
     temperature: float = 0.0,
     repetitions: int = 1,
     max_new_tokens: int = 128,
     seed: int = 0,
     remarks: Console,
+    questions: Sequence[Question] = (),
+    store: Store | None = None,
 ) -> Comparison:
-    """One comparison of rivals, one of which is `PLAIN`; arguments as in `measure.compare`."""
+    """One comparison of rivals, one of which is `PLAIN`.
+
+    Args:
+        target: decides; the judge of texts that part.
+        rivals: the ways of decoding.
+        prompts: as in `measure.compare`, like the arguments after it.
+        temperature: 0 is greedy.
+        repetitions: of every pair.
+        max_new_tokens: of every answer.
+        seed: of the draws.
+        remarks: where progress goes.
+        questions: what the prompts ask, where groups matter.
+        store: keeps complete pairs, and knows those of earlier runs.
+    """
     title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    with _progress(remarks, title, len(rivals) * len(prompts) * repetitions) as advance:
-        runs = compare(
-            rivals,
-            prompts,
-            repetitions=repetitions,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            progress=advance,
+    known = store.known(temperature) if store is not None else {}
+    pairs = len(prompts) * repetitions
+    if known:
+        remarks.print(f"{title}: {len(known)} of {pairs} pairs are there already", highlight=False)
+    with _progress(remarks, title, len(rivals) * (pairs - len(known))) as advance:
+        try:
+            runs = compare(
+                rivals,
+                prompts,
+                repetitions=repetitions,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                progress=advance,
+                known=known,
+                completed=lambda *pair: store.keep(temperature, *pair) if store is not None else None,
+            )
+        except KeyboardInterrupt:
+            if store is not None:
+                done = len(store.known(temperature))
+                remarks.print(f"{title}: {done} of {pairs} pairs kept; the same command goes on from there")
+            raise
+    parted = {
+        rival.name: partings(target, prompts, runs[PLAIN], runs[rival.name]) if temperature == 0 else None
+        for rival in rivals
+    }
+    return summed_up(target, rivals, runs, parted, temperature, questions)
+
+
+def summed_up(
+    target: Target,
+    rivals: Sequence[Contender],
+    runs: dict[str, list[Run]],
+    parted: dict[str, list[Divergence] | None],
+    temperature: float,
+    questions: Sequence[Question],
+) -> Comparison:
+    """The figures of all runs, and of every group's."""
+    groups = list(dict.fromkeys(question.group for question in questions))
+    answers = {
+        rival.name: spec_bench.records(rival.name, runs[rival.name], questions, target.tokenizer)
+        for rival in rivals
+        if questions
+    }
+
+    def of(rival: Contender, group: str | None) -> Summary:
+        places = {i for i, question in enumerate(questions) if question.group == group}
+        own, plain = (
+            [run for run in runs[name] if group is None or run.prompt in places] for name in (rival.name, PLAIN)
         )
-    plain = _first_texts(runs[PLAIN])
-    summaries = []
-    for rival in rivals:
-        own = runs[rival.name]
-        parted = divergences(target, prompts, plain, _first_texts(own)) if temperature == 0 else None
-        summaries.append(summarise(rival.name, rival.method, rival.parameters, own, runs[PLAIN], parted))
-    return Comparison(temperature, summaries, runs)
+        found = parted[rival.name]
+        if found is not None and group is not None:
+            found = [divergence for divergence in found if divergence.prompt in places]
+        summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
+        if questions:
+            lines, base = (
+                [
+                    line
+                    for line, question in zip(answers[name], questions, strict=True)
+                    if group in (None, question.group)
+                ]
+                for name in (rival.name, PLAIN)
+            )
+            summary.spec_bench_speedup = spec_bench.figures(lines, base, target.tokenizer)["speedup"]
+        return summary
+
+    return Comparison(
+        temperature,
+        [of(rival, None) for rival in rivals],
+        runs,
+        {group: [of(rival, group) for rival in rivals] for group in groups},
+        questions,
+    )
 
 
-def _first_texts(runs: Sequence[Run]) -> list[list[int]]:
-    """Of every prompt, in order; repetitions of a greedy text say nothing new."""
-    return [run.answer.tokens for run in runs if run.repetition == 0]
+def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
+    """The answers of every contender in Spec-Bench's own format, below `folder`."""
+    law = f"temp-{comparison.temperature:g}" if several else ""
+    for name, runs in comparison.runs.items():
+        lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
+        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, law), lines)
 
 
 @contextmanager

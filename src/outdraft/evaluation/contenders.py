@@ -10,14 +10,18 @@ from typing import Any
 
 from outdraft.control import CONTROLLERS
 from outdraft.drafters.base import Drafter
+from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import PLAIN, Contender, speculative, stock
+from outdraft.evaluation.measure import PLAIN, Contender, speculative
+from outdraft.evaluation.peers import peers as stock_peers
 from outdraft.loading import METHODS, REFERENCE, load_drafter_for
 from outdraft.reference import SHIPPED
 from outdraft.target import Target
 
 LOOKUP = "prompt-lookup"
 FIXED = "fixed"
+STOCK_NAMES = "transformers "
+"""What the names of peers begin with."""
 NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 
@@ -31,6 +35,7 @@ def contenders(
     controllers: Sequence[str] = (FIXED,),
     shipped: bool = False,
     include_transformers: bool = False,
+    peers: Sequence[str] = (),
 ) -> list[Contender]:
     """Plain decoding first, then whatever was asked for.
 
@@ -42,7 +47,8 @@ def contenders(
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
         controllers: every drafter runs with each of them.
         shipped: whether drafters that are not given come from the package, which has some for its reference target.
-        include_transformers: the stock `generate` too.
+        include_transformers: the stock `generate` too; the same as `generate` among the peers.
+        peers: the stock library's own ways of decoding, as in `peers.py`.
 
     Raises:
         UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
@@ -60,9 +66,9 @@ def contenders(
             if shipped and method in SHIPPED and method not in present:
                 drafters[method] = _loaded(target, REFERENCE, method, backend)
         _agree(methods, drafters)
-    found = [speculative(PLAIN, target, None)]
-    if include_transformers:
-        found.append(stock(target))
+    assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
+    asked = ["generate", *peers] if include_transformers else peers
+    found = [speculative(PLAIN, target, None), *stock_peers(asked, target, assistants, backend)]
     if methods is None or LOOKUP in methods:
         drafters = {LOOKUP: _loaded(target, None, LOOKUP, backend), **drafters}
     for name, drafter in drafters.items():
@@ -90,7 +96,7 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
     found: dict[str, Drafter] = {}
     for name, path, drafter in named:
         chosen = name or (drafter.method if counts[drafter.method] == 1 else f"{drafter.method} {Path(path).name}")
-        if chosen in found or chosen in (PLAIN, LOOKUP):
+        if chosen in found or chosen in (PLAIN, LOOKUP) or chosen.startswith(STOCK_NAMES):
             raise UserError(f"two contenders are called '{chosen}'; give names with --draft-model NAME=PATH")
         found[chosen] = drafter
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from outdraft.training.provenance import git_revision
 
 PACKAGES = ("outdraft", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -19,7 +22,10 @@ def environment(target: Any = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
+        "cores": usable_cores(),
         "versions": versions(),
+        "git_revision": git_revision(),
+        "load_average": load_average(),
     }
     if target is not None:
         facts |= {
@@ -30,6 +36,19 @@ def environment(target: Any = None) -> dict[str, Any]:
     return facts
 
 
+def usable_cores() -> int | None:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def load_average() -> list[float] | None:
+    """Processes that wanted a core over the last 1, 5 and 15 minutes; more than the cores means a disturbed timing."""
+    try:
+        return [round(load, 2) for load in os.getloadavg()]
+    except (OSError, AttributeError):  # Windows has none
+        return None
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
@@ -38,6 +57,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
     return found
 
 

@@ -2,17 +2,14 @@
 
 For each prompt and repetition every contender decodes once, in rotating order, so that whatever slows the machine down
 for a while slows all of them down. Knows how to run and to time; figures are made in `summary.py`, judgements on texts
-in `identity.py`.
+in `partings.py`, the stock library's own ways of decoding in `peers.py`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from outdraft.drafters.base import Drafter
 from outdraft.generation import SpeculativeModel
@@ -51,11 +48,39 @@ class Contender:
 
 @dataclass
 class Run:
-    """An answer and where it belongs."""
+    """What one contender answered to one prompt, and where it belongs."""
 
     prompt: int
     repetition: int
     answer: Answer
+    """To the first turn, as a rule the only one."""
+    later: list[Answer] = field(default_factory=list)
+    """To the turns after it."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        """To every turn."""
+        return [self.answer, *self.later]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all turns, an end-of-sequence token included."""
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def seconds(self) -> float:
+        return sum(answer.seconds for answer in self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+Script = Callable[[list[list[int]]], list[int] | None]
+"""A conversation: the tokens of the answers so far -> token ids of the next prompt, None at the end."""
+
+Pair = Mapping[str, Run]
+"""The runs of all contenders on one prompt and repetition, by name."""
 
 
 def speculative(name: str, target: Target, drafter: Drafter | None, **tree: Any) -> Contender:
@@ -69,68 +94,69 @@ def speculative(name: str, target: Target, drafter: Drafter | None, **tree: Any)
     return Contender(name, decode, model.method, drafter.num_parameters if drafter is not None else 0)
 
 
-def stock(target: Target) -> Contender:
-    """The `generate` of transformers on the same model object, backend included."""
-    model: Any = target.model
-    ends = target.eos_token_ids
-
-    def decode(prompt: list[int], settings: dict[str, Any]) -> Answer:
-        ids = torch.tensor([prompt], device=target.device)
-        temperature = settings.get("temperature", 0)
-        chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        most = min(settings["max_new_tokens"], target.context_length - len(prompt))
-        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-            torch.manual_seed(settings.get("seed", 0))
-            start = time.perf_counter()
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-                **chosen,
-            )
-            tokens = output[0, len(prompt) :].tolist()
-            seconds = time.perf_counter() - start
-        counts = Statistics(rounds=len(tokens) - 1, emitted=len(tokens) - 1)
-        return Answer(tokens, seconds, counts, [False] * len(tokens))
-
-    return Contender("transformers generate", decode, "none")
-
-
 def compare(
     contenders: Sequence[Contender],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Script],
     *,
     repetitions: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
+    known: Mapping[tuple[int, int], Pair] | None = None,
+    completed: Callable[[int, int, Pair], None] = lambda prompt, repetition, pair: None,
 ) -> dict[str, list[Run]]:
     """Let every contender decode every prompt `repetitions` times, after a short warm-up that does not count.
 
     Args:
         contenders: by distinct names.
-        prompts: token ids.
+        prompts: token ids, or conversations whose later prompts depend on a contender's own answers.
         repetitions: of every pair.
         max_new_tokens: of every answer.
         temperature: 0 is greedy.
         seed: the same draws begin with the same seed for all.
-        progress: called after every answer.
+        progress: called after every contender's run.
+        known: pairs measured before, by prompt and repetition; they are not measured again.
+        completed: called as soon as all contenders have answered a prompt in a repetition.
 
     Returns:
         Runs by the contender's name, in the same order of prompts and repetitions for all.
     """
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    for contender in contenders:
-        contender.decode(prompts[0], {**settings, "max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "seed": seed})
+    scripts = [script_of(prompt) for prompt in prompts]
+    known = known or {}
+    turns = [divmod(turn, repetitions) for turn in range(len(prompts) * repetitions)]
+    if any(place not in known for place in turns):
+        short = {**settings, "max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens), "seed": seed}
+        first_prompt = scripts[0]([])
+        assert first_prompt is not None
+        for contender in contenders:
+            contender.decode(first_prompt, short)
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
-    for turn in range(len(prompts) * repetitions):
-        place, repetition = divmod(turn, repetitions)
-        first = turn % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            answer = contender.decode(prompts[place], {**settings, "seed": seed + repetition})
-            runs[contender.name].append(Run(place, repetition, answer))
-            progress()
+    for turn, (place, repetition) in enumerate(turns):
+        pair = dict(known.get((place, repetition), {}))
+        if not pair:
+            first = turn % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                answers = converse(contender, scripts[place], {**settings, "seed": seed + repetition})
+                pair[contender.name] = Run(place, repetition, answers[0], answers[1:])
+                progress()
+            completed(place, repetition, pair)
+        for name, own in runs.items():
+            own.append(pair[name])
     return runs
+
+
+def script_of(prompt: list[int] | Script) -> Script:
+    """A single prompt is a conversation of one turn."""
+    if callable(prompt):
+        return prompt
+    return lambda answers: None if answers else prompt
+
+
+def converse(contender: Contender, script: Script, settings: dict[str, Any]) -> list[Answer]:
+    """Every turn of a conversation, each after the contender's own answers to those before it."""
+    answers: list[Answer] = []
+    while (prompt := script([answer.tokens for answer in answers])) is not None:
+        answers.append(contender.decode(prompt, settings))
+    return answers

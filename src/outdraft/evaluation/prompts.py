@@ -33,8 +33,13 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
     found = []
-    for prompt in _prompts(path):
-        found.append(prompt)
+    for source, _, content in prompt_lines(path):
+        try:
+            if isinstance(content, NoPrompt):
+                raise content
+            found.append(prompt_of(content))
+        except NoPrompt as problem:
+            raise UserError(f"{source}: {problem}; mend the line, expected {SHAPES}") from None
         if len(found) == limit:
             break
     if not found:
@@ -42,74 +47,75 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return found
 
 
-def _prompts(path: Path) -> Iterator[Prompt]:
+def prompt_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """`file:line`, the line's number and what it holds: a record of JSON lines or the text of another file's line.
+
+    Where a line cannot be read, a `NoPrompt` with the reason stands in its place.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            content: Any
             try:
                 text = line.decode("utf-8-sig").strip()
-                yield prompt_of(json.loads(text)) if path.suffix in (".jsonl", ".json") else text
+                content = json.loads(text) if path.suffix in (".jsonl", ".json") else {"text": text}
             except UnicodeDecodeError:
-                raise UserError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
+                content = NoPrompt("not UTF-8 text")
             except json.JSONDecodeError as problem:
-                raise UserError(f"{path}:{number}: broken JSON, {problem}; mend the line") from None
-            except _NoPrompt as problem:
-                raise UserError(f"{path}:{number}: {problem}; expected {SHAPES}") from None
+                content = NoPrompt(f"broken JSON, {problem}")
+            yield f"{path}:{number}", number, content
 
 
-class _NoPrompt(Exception):
+class NoPrompt(Exception):
     """A record without a prompt; carries the reason."""
 
 
 def prompt_of(record: Any) -> Prompt:
     """What to answer in one record; the answers that a conversation ends with are left out."""
     if not isinstance(record, dict):
-        raise _NoPrompt("a record must be an object")
+        raise NoPrompt("a record must be an object")
     for name in ("prompt", "text"):
         if name in record:
             if not isinstance(record[name], str) or not record[name].strip():
-                raise _NoPrompt(f'"{name}" must be a non-empty string')
+                raise NoPrompt(f'"{name}" must be a non-empty string')
             return record[name]
     if "turns" in record:
         turns = record["turns"]
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-            raise _NoPrompt('"turns" must be a list of texts')
+            raise NoPrompt('"turns" must be a list of texts')
         return [{"role": "user", "content": turns[0]}]
     for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if name in record:
             return _until_last_question(record[name], role, content)
-    raise _NoPrompt(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
+    raise NoPrompt(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
 
 
 def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
     if not isinstance(turns, list):
-        raise _NoPrompt("the turns must be a list")
+        raise NoPrompt("the turns must be a list")
     messages = []
     for turn in turns:
         role = ROLES.get(str(turn.get(role_key))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get(content_key), str):
-            raise _NoPrompt(f'every turn needs "{role_key}" (user, assistant, system) and a text "{content_key}"')
+            raise NoPrompt(f'every turn needs "{role_key}" (user, assistant, system) and a text "{content_key}"')
         messages.append({"role": role, "content": turn[content_key]})
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:
-        raise _NoPrompt("there is no user turn to answer")
+        raise NoPrompt("there is no user turn to answer")
     return messages
 
 
 def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
-    """Token ids of the prompts; what is only a user's turn becomes plain text where there is no chat template.
+    """Token ids of the prompts.
 
     Raises:
         UserError: a prompt beyond the target's context, with its place in the list.
     """
-    template = getattr(target.tokenizer, "chat_template", None)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
-        if template is None and not isinstance(prompt, str) and len(prompt) == 1:
-            prompt = prompt[0]["content"]
-        ids = encode_prompts(prompt, target.tokenizer)[0][0]
+        ids = encode_one(prompt, target.tokenizer)
         if len(ids) >= target.context_length:
             raise UserError(
                 f"prompt {number} has {len(ids)} tokens, the model's context is {target.context_length}; "
@@ -117,3 +123,12 @@ def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
             )
         encoded.append(ids)
     return encoded
+
+
+def encode_one(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Token ids of one prompt; without a chat template a conversation is its texts, an empty line between them."""
+    if getattr(tokenizer, "chat_template", None) is None and not isinstance(prompt, str):
+        if any(message["role"] == "system" for message in prompt):
+            raise UserError("the tokenizer has no chat template for a system message; give plain text prompts")
+        prompt = "\n\n".join(message["content"] for message in prompt)
+    return encode_prompts(prompt, tokenizer)[0][0]

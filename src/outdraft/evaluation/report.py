@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from outdraft.console.output import number
+from outdraft.evaluation.identity import Divergence
 from outdraft.evaluation.summary import Summary
 
 SHOWN_DIVERGENCES = 8
@@ -42,6 +43,19 @@ def table(summaries: Iterable[Summary], temperature: float, wide: bool = True) -
     return built
 
 
+def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> Table:
+    """One row a contender, one column a group: tau and speed-up."""
+    law = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    built = Table(title=f"by task, {law}: speed-up (tau)", title_justify="left")
+    built.add_column("method", no_wrap=True)
+    for name, summaries in groups.items():
+        built.add_column(f"{name} ({summaries[0].questions})", justify="right")
+    for row in zip(*groups.values(), strict=True):
+        figures = (f"{number(s.speedup)}x ({number(s.statistics.tau)})" for s in row)
+        built.add_row(row[0].name, *figures)
+    return built
+
+
 def speedup(summary: Summary) -> str:
     """With its interval."""
     low, high = summary.speedup_interval
@@ -60,7 +74,7 @@ def drafted(summary: Summary) -> str:
 def shares(summary: Summary) -> str:
     """Where the time after the prefill went."""
     counts = summary.statistics
-    if not counts.decode_seconds:
+    if not summary.timed:
         return "-"
     parts = (counts.draft_seconds, counts.verify_seconds, counts.rest_seconds)
     return " | ".join(f"{part / counts.decode_seconds:.0%}" for part in parts)
@@ -77,10 +91,15 @@ def verdict(summary: Summary) -> str:
     return f"{parted} at near-ties" if ties == len(summary.divergences) else f"{parted}, {ties} at near-ties"
 
 
+def _turn(found: Divergence) -> str:
+    turn = getattr(found, "turn", 0)
+    return f", turn {turn + 1}," if turn else ""
+
+
 def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
     """Position, gap and noise of the first few divergences."""
     lines = [
-        f"{summary.name}: prompt {found.prompt + 1} parts at token {found.position + 1}, logit gap "
+        f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} parts at token {found.position + 1}, logit gap "
         f"{number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
         for summary in summaries
         for found in summary.divergences or []

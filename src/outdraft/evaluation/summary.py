@@ -14,6 +14,8 @@ from outdraft.statistics import Statistics
 
 RESAMPLES = 2000
 
+_NAN = float("nan")
+
 
 @dataclass
 class Summary:
@@ -37,8 +39,26 @@ class Summary:
     """Median, over pairs of the same prompt and repetition, of the ratio of tokens per second to plain decoding's."""
     speedup_interval: tuple[float, float]
     """Bootstrap 95% interval of the speed-up, drawn over prompts."""
+    mean_rate_speedup: float
+    """Ratio of the mean rates over answers, tokens counted alike on both sides."""
     divergences: list[Divergence] | None
     """Where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
+    questions: int = 0
+    spec_bench_speedup: float = float("nan")
+    """Spec-Bench's own: likewise, but plain decoding's tokens are counted by tokenizing its texts anew."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether the seconds of a round are taken apart; those of the stock library are not."""
+        return self.statistics.verify_seconds > 0
+
+    @property
+    def milliseconds_per_round(self) -> dict[str, float]:
+        """Of drafting, verifying and the rest; nan where they are not taken apart."""
+        counts = self.statistics
+        parts = {"draft": counts.draft_seconds, "verify": counts.verify_seconds, "rest": counts.rest_seconds}
+        known = self.timed and counts.rounds > 0
+        return {name: 1000 * seconds / counts.rounds if known else _NAN for name, seconds in parts.items()}
 
     @property
     def identical(self) -> bool | list[dict[str, Any]] | None:
@@ -63,9 +83,13 @@ class Summary:
             "method": self.method,
             "drafter_parameters": self.parameters,
             "speedup_interval": list(self.speedup_interval),
+            "mean_rate_speedup": self.mean_rate_speedup,
+            "spec_bench_speedup": self.spec_bench_speedup,
+            "questions": self.questions,
             "median_tokens_per_second": self.median_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "first_token_seconds": self.first_token_seconds,
+            "milliseconds_per_round": self.milliseconds_per_round,
             "tokens": self.tokens,
             **self.statistics.as_dict(),
         }
@@ -79,12 +103,24 @@ def summarise(
     plain: Sequence[Run],
     divergences: list[Divergence] | None,
 ) -> Summary:
-    """The figures of one contender's runs against the plain runs of the same prompts and repetitions."""
-    statistics = Statistics.sum(run.answer.statistics for run in runs)
-    seconds, tokens = sum(run.answer.seconds for run in runs), sum(len(run.answer.tokens) for run in runs)
-    prefills = [run.answer.statistics.prefill_seconds for run in runs]
+    """The figures of one contender's runs against the plain runs of the same prompts and repetitions.
+
+    Args:
+        name: the contender's.
+        method: how it drafts.
+        parameters: of its drafter.
+        runs: its own.
+        plain: in the same order.
+        divergences: of its greedy texts; None when sampling.
+    """
+    answers = [answer for run in runs for answer in run.answers]
+    statistics = Statistics.sum(answer.statistics for answer in answers)
+    seconds, tokens = sum(run.seconds for run in runs), sum(run.tokens for run in runs)
+    prefills = [answer.statistics.prefill_seconds for answer in answers]
     timed = statistics.prefill_seconds > 0
-    ratios = np.array([_rate(own) / _rate(base) for own, base in zip(runs, plain, strict=True)])
+    rates = np.array([run.tokens_per_second for run in runs])
+    base = np.array([run.tokens_per_second for run in plain])
+    ratios = rates / base
     return Summary(
         name=name,
         method=method,
@@ -92,29 +128,31 @@ def summarise(
         statistics=statistics,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
-        median_tokens_per_second=float(np.median([_rate(run) for run in runs])),
+        median_tokens_per_second=float(np.median(rates)),
         decode_tokens_per_second=statistics.emitted / statistics.decode_seconds
         if timed and statistics.rounds
         else _NAN,
         first_token_seconds=float(np.median(prefills)) if timed else _NAN,
         speedup=float(np.median(ratios)),
         speedup_interval=interval(ratios, [run.prompt for run in runs]),
+        mean_rate_speedup=float(rates.mean() / base.mean()),
         divergences=divergences,
+        questions=len({run.prompt for run in runs}),
     )
 
 
-_NAN = float("nan")
-
-
 def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95% interval of the median; the repetitions of a prompt are drawn together."""
+    """Bootstrap 95% interval of the median; the repetitions of a prompt are drawn together.
+
+    One prompt says nothing about others: its interval is nan.
+    """
     groups = [ratios[np.array(prompts) == prompt] for prompt in sorted(set(prompts))]
+    if len(groups) < 2:
+        return _NAN, _NAN
     draws = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
-    medians = [np.median(np.concatenate([groups[i] for i in draw])) for draw in draws]
+    if len({len(group) for group in groups}) == 1:
+        medians = np.median(np.stack(groups)[draws].reshape(RESAMPLES, -1), axis=1)
+    else:
+        medians = np.array([np.median(np.concatenate([groups[i] for i in draw])) for draw in draws])
     low, high = np.percentile(medians, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _rate(run: Run) -> float:
-    """Tokens per second of one answer."""
-    return len(run.answer.tokens) / run.answer.seconds

@@ -1,0 +1,117 @@
+"""What `outdraft bench` can be asked, checked; and the part of it that two runs must share to be one benchmark.
+
+The docstrings are the command line's help.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outdraft.errors import UserError
+from outdraft.evaluation.questions import SUITES, Question, QuestionSet
+from outdraft.evaluation.store import folder_state
+
+
+@dataclass
+class BenchSettings:
+    """What to compare on what."""
+
+    model: str
+    draft_models: list[str] = field(default_factory=list)
+    """PATH or NAME=PATH of a drafter; may be repeated."""
+    methods: list[str] | None = None
+    data: Path | None = None
+    """Questions or prompts: JSON lines, text, or a folder of EAGLE's sets; the shipped held-out ones if left out."""
+    suite: str | None = None
+    """spec-bench, mt-bench, eagle, gsm8k or prompts: what the data are; guessed from the file if left out."""
+    limit: int | None = None
+    """Questions to use at most, of every group (task)."""
+    on_bad_line: str = "error"
+    """error or skip: what becomes of lines that cannot be used and of questions too long for the model's context."""
+    temperatures: list[float] = field(default_factory=lambda: [0.0])
+    repetitions: int = 1
+    """Times every prompt is decoded."""
+    max_new_tokens: int = 128
+    seed: int = 0
+    tree: dict[str, Any] = field(default_factory=dict)
+    controllers: list[str] = field(default_factory=lambda: ["fixed"])
+    """How far to draft; every drafter runs with each."""
+    include_transformers: bool = False
+    """Time the stock `generate` of transformers too; the same as --peers generate."""
+    peers: list[str] = field(default_factory=list)
+    """The stock library in the same run, with commas: generate, prompt-lookup[=N], assistant[=PATH], early-exit=N."""
+    output_dir: Path | None = None
+    """Keep every answer here, in Spec-Bench's format too; an interrupted run goes on from it."""
+    report: Path | None = None
+    """Write a page with charts to this HTML file; needs outdraft[report]."""
+    dtype: str | None = None
+    device: str | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "repetitions", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for temperature in self.temperatures:
+            if temperature < 0:
+                raise UserError(f"temperature must be 0 (greedy) or more, not {temperature:g}")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise UserError("--temperatures names a temperature twice; leave one of them out")
+        if self.on_bad_line not in ("error", "skip"):
+            raise UserError(f"--on-bad-line must be error or skip, not '{self.on_bad_line}'")
+        if self.suite is not None and self.suite not in SUITES:
+            raise UserError(f"unknown suite '{self.suite}' in --suite; choose of {', '.join(SUITES)}")
+        if self.suite is not None and self.data is None:
+            raise UserError(f"--suite {self.suite} needs its questions; give the file with --data")
+        if self.report is not None and self.report.is_dir():
+            raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
+
+    def shown(self, asked: QuestionSet, prompts: int) -> dict[str, Any]:
+        """All settings, for the result."""
+        return {
+            "model": self.model,
+            "draft_models": self.draft_models,
+            "methods": self.methods,
+            "data": None if self.data is None else str(self.data),
+            "suite": asked.suite,
+            "prompts": prompts,
+            "limit": self.limit,
+            "on_bad_line": self.on_bad_line,
+            "temperatures": self.temperatures,
+            "repetitions": self.repetitions,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "controllers": self.controllers,
+            "peers": self.peers,
+            **self.tree,
+        }
+
+
+def fingerprint(
+    settings: BenchSettings,
+    facts: dict[str, Any],
+    asked: QuestionSet,
+    questions: Sequence[Question],
+    contenders: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that changes the figures, machine and versions included; the revision of the source is not part of
+    it, but kept for every session."""
+    models = [settings.model, *(text.partition("=")[2] or text for text in (*settings.draft_models, *settings.peers))]
+    shown = settings.shown(asked, len(questions))
+    for name in ("data", "methods", "peers", "on_bad_line", "temperatures", "draft_models"):
+        shown.pop(name)  # what they amount to stands in the lines below
+    return {
+        **shown,
+        "temperatures": settings.temperatures,
+        "data": asked.digest,
+        "questions": hashlib.sha256(json.dumps([question.id for question in questions]).encode()).hexdigest()[:16],
+        "contenders": list(contenders),
+        "model_files": [state for state in map(folder_state, models) if state is not None],
+        **{name: facts[name] for name in ("cpu", "gpu", "threads", "device", "dtype", "backend", "versions")},
+    }
