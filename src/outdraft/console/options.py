@@ -33,7 +33,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default what the folder is.",
+        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's.",
     ),
 ]
 Dtype = Annotated[
