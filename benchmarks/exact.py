@@ -1,13 +1,16 @@
 """What exact mode costs and how often greedy texts part without it: plain, drafting, exact drafting in paired turns.
 
+Times are medians over prompts.
+
 OMP_NUM_THREADS=2 python benchmarks/exact.py [--dtype float32] [--backend eager]
 """
 
 from __future__ import annotations
 
 import argparse
+from statistics import median
 
-from outdraft.evaluation.measure import PLAIN, Run, compare, speculative
+from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.exact import exactly
 from outdraft.loading import load_drafter_for, load_target
@@ -51,14 +54,11 @@ def main() -> None:
         own, plain = runs[rival.name], runs[PLAIN]
         counts = Statistics.sum(run.answer.statistics for run in own)
         parted = sum(a.answer.tokens != b.answer.tokens for a, b in zip(own, plain, strict=True))
-        speedup = rate(own) / rate(plain)
-        milliseconds = 1000 * counts.verify_seconds / counts.rounds
+        speedup = median(a.tokens_per_second / b.tokens_per_second for a, b in zip(own, plain, strict=True))
+        milliseconds = median(
+            1000 * run.answer.statistics.verify_seconds / max(1, run.answer.statistics.rounds) for run in own
+        )
         print(f"| {rival.name} | {counts.tau:.2f} | {milliseconds:.1f} | {speedup:.2f} | {parted} of {len(own)} |")
-
-
-def rate(runs: list[Run]) -> float:
-    """Tokens a second over all prompts."""
-    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ def test_the_output_says_by_what_it_is_exact():
     assert first.stacked + first.one_by_one == 3 * 10 + 3
     assert first.checks > 0 and first.check_seconds > 0
     assert model.generate(PROMPTS, exact=True, **settings).exactness == first  # nothing is checked twice
+    assert max(model.generate(PROMPTS[:1], exact=True, max_new_tokens=20).statistics.depths) == 3  # a chain by default
     assert model.with_drafter(None).generate(PROMPTS[:1], exact=True, **settings | {"num_speculative_tokens": None})
     assert set(asdict(first)) == {"guarantee", "stacked", "one_by_one", "checks", "check_seconds"}
 

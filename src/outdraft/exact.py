@@ -44,6 +44,10 @@ ALIGNMENT = 32
 """Bytes that a token's keys (of one head) must be a multiple of: kernels sum unaligned ones in another order."""
 
 
+LENGTHS = (1, 2, 7, 16, 33, 100, 255, 511, 512, 513, 777, 1024, 1100, 2051)
+"""Numbers of keys over which the layout of attention is tried."""
+
+
 @dataclass
 class Exactness:
     """By what the text of an exact decoding equals the plain one, and what that took since the model was loaded."""
@@ -93,6 +97,7 @@ class ExactTarget(Target):
         self._alone: set[Any] = set()  # kinds of modules that run row by row
         self._checked: set[tuple[int, ...]] = set()
         self._cuts: dict[int, Cut] = {}
+        self._layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
         self._rebuild()
         self._check(1, 4)  # most models that are to be refused are refused here, before anything is decided
 
@@ -177,6 +182,13 @@ class ExactTarget(Target):
                     f"{type(self.plain.model).__name__} has an attention of its own, "
                     "so exact=True cannot give each candidate what plain decoding gives it"
                 )
+            for layout in self._now.layouts - self._layouts:
+                if not reads_in_place(*layout, most=self.context_length):
+                    raise UserError(
+                        "attention over keys in place gives other bits than over their copies on this machine, "
+                        "so exact=True cannot be promised"
+                    )
+                self._layouts.add(layout)
             where = case.difference(self)
             if where is not None:
                 raise UserError(
@@ -236,8 +248,10 @@ class _View:
 class _Now(threading.local):
     """What the forward that is running in this thread looks at."""
 
-    paths: _Paths | None = None
-    calls = 0
+    def __init__(self) -> None:
+        self.paths: _Paths | None = None
+        self.calls = 0
+        self.layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
 
 
 class _Paths:
@@ -323,6 +337,7 @@ def attend(
     rows, heads, tokens, _ = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
+    now.layouts.add((heads, kv_heads, key.shape[-1], value.shape[-1], query.dtype))
     output = query.new_empty(rows, tokens, kv_heads, groups, value.shape[-1])
     for row, (length, steps, moved) in enumerate(zip(paths.lengths, paths.steps, paths.moved, strict=True)):
         # Heads that share keys read them in place: `(kv_heads, groups, ...)` stands for `(1, heads, ...)`.
@@ -351,6 +366,28 @@ def attend(
 
 
 AttentionInterface.register(ATTENTION, attend)
+
+
+def reads_in_place(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype, most: int) -> bool:
+    """Whether one query over keys in a wider buffer, shared by heads, has the bits of one over a copy for every head.
+
+    Plain decoding makes that copy. Tried over lengths on either side of the kernel's blocks, in this precision and, as
+    16 bits hide much, in single precision.
+    """
+    dice, groups = torch.Generator().manual_seed(0), heads // kv_heads
+    for length in (length for length in LENGTHS if length <= most):
+        for precision in {dtype, torch.float32}:
+            query = torch.randn(1, heads, 1, width, generator=dice).to(precision)
+            kept = [torch.randn(1, kv_heads, length + 5, w, generator=dice).to(precision) for w in (width, value_width)]
+            seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
+            keys, values = (both[:, :, :length].repeat_interleave(groups, dim=1) for both in kept)
+            expected = scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+            keys, values = (both[0, :, None, :length].expand(-1, groups, -1, -1) for both in kept)
+            queries = query[0].unflatten(0, (kv_heads, groups))
+            given = scaled_dot_product_attention(queries, keys, values, attn_mask=seen.expand(kv_heads, 1, 1, -1))
+            if not torch.equal(given.flatten(0, 1), expected[0]):
+                return False
+    return True
 
 
 # --- runs ------------------------------------------------------------------------------------------------------

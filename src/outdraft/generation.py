@@ -23,7 +23,7 @@ from outdraft.errors import UserError
 from outdraft.exact import Exactness, ExactTarget, exactly
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
-from outdraft.settings import LOSSY, TREE_SETTINGS, check_prompt, pacer_of, sampling_settings, tree_shape
+from outdraft.settings import EXACT_TREE, LOSSY, TREE_SETTINGS, check_prompt, pacer_of, sampling_settings, tree_shape
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
@@ -236,6 +236,8 @@ class SpeculativeModel:
         sampling = sampling_settings(settings)
         if exact and sampling.temperature > 0:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
+        if exact and all(value is None for value in tree.values()):
+            tree = dict(EXACT_TREE)
         shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0, pacer is not None)
         rows = []
         for i, ids in enumerate(encoded):

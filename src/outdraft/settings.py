@@ -31,6 +31,10 @@ TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_token
 """Those that say what to draft."""
 
 
+EXACT_TREE = {"num_speculative_tokens": 3}
+"""What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
+
+
 def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
     """Hugging Face's sampling arguments as ours; greedy unless `do_sample` or a temperature above 0 is given.
 
