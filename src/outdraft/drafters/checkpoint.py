@@ -273,16 +273,6 @@ class ExitFolder:
     training: dict[str, Any]
 
 
-def holds_exit_layer(folder_or_hub_id: str | Path, revision: str | None = None) -> bool:
-    """Whether this is the folder of an `ExitLayer`.
-
-    Raises:
-        UserError: there is no drafter's folder at all.
-    """
-    config = read_config(find_folder(folder_or_hub_id, revision))
-    return is_own(config) and config["method"] == EXIT
-
-
 def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:
     """Settings and tensors of an exit layer, without its target.
 
