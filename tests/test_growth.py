@@ -257,6 +257,7 @@ class Levels:
         self.told: list[list[float | None]] = []
         self.asked: list[int] = []
         self.gains: list[list[float]] = []
+        self.of: list[list[int]] = []
 
     def wants(self, nodes: int) -> list[bool]:
         self.asked.append(nodes)
@@ -267,8 +268,8 @@ class Levels:
         self.told.append(list(confidences))
         self.level += 1
 
-    def sizes(self, gains: Sequence[Sequence[float]]) -> list[int]:
-        self.gains = [list(row) for row in gains]
+    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
+        self.gains, self.of = [list(row) for row in gains], [list(row) for row in levels]
         return [min(len(row), most) for row, most in zip(gains, self.most or [99] * len(gains), strict=True)]
 
 
@@ -302,6 +303,8 @@ def test_what_a_pace_is_told_of_a_dynamic_tree():
     assert [told[0] for told in pace.told] == pytest.approx([masses[i + 1] / masses[i] for i in range(3)])
     everything = sorted((probability(path) for path in eagle2(model, TreeShape(2, 2, 200))), reverse=True)
     assert pace.gains[0] == pytest.approx(everything)
+    depths = {probability(path): len(path) - 1 for path in eagle2(model, TreeShape(2, 2, 200))}
+    assert pace.of[0] == [depths[min(depths, key=lambda p: abs(p - gain))] for gain in pace.gains[0]]
 
 
 def test_a_pace_cuts_each_row_s_tree_to_its_size():

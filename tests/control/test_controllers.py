@@ -206,20 +206,33 @@ def test_candidates_are_verified_while_each_earns_its_share_of_the_pass():
 
 @pytest.mark.parametrize("name", ["beta", "calibrated"])
 def test_a_drafter_that_promises_too_much_gets_fewer_candidates(name: str):
-    gains = [0.9 * 0.8**node for node in range(40)]
+    gains = [0.5 * 0.8**node for node in range(40)]
+    levels = [node // 10 for node in range(40)]
     sizes = []
     for accepted in (4, 0):
         controller = make(name, fixed_costs())
         for _ in range(30):
             controller.observe([0.8] * 4, accepted, accepted + 1, PLAIN_PASS)
         controller.pace = Pace(Evidence(Pace.PRIOR), controller.costs)  # the same price for both
-        sizes.append(controller.size(gains))
+        controller.decide([], 1)  # a round begins
+        sizes.append(controller.size([0.8] * 4, gains, levels))
     assert 40 > sizes[0] > 2 * sizes[1] >= 2
+
+
+def test_a_deep_candidate_counts_for_what_its_level_is_worth_not_for_what_the_drafter_says():
+    """A drafter that is far too modest and always right: its unlikely deep candidates are verified all the same."""
+    controller = make("calibrated", Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.05))
+    confidences, gains, levels = [0.3] * 4, [0.3, 0.09, 0.027, 0.0081], [0, 1, 2, 3]
+    for _ in range(40):
+        controller.observe(confidences, 4, 5, PLAIN_PASS)
+    controller.pace = Pace(Evidence(Pace.PRIOR), controller.costs)
+    assert controller.size(confidences, gains, levels) == 4
+    assert worth_verifying(1.0, gains, controller.costs, 1) == 2
 
 
 @pytest.mark.parametrize("name", ["fixed", "confidence", "ucb"])
 def test_other_controllers_verify_all_candidates(name: str):
-    assert make(name, fixed_costs()).size([0.5, 0.1, 0.0001]) == 3
+    assert make(name, fixed_costs()).size([0.6, 0.2], [0.5, 0.1, 0.0001], [0, 0, 1]) == 3
 
 
 def test_the_oracle_is_never_slower_than_any_fixed_length_or_controller():

@@ -40,11 +40,13 @@ class Controller(ABC):
             nodes: that the target will verify beyond the present ones if the level is drafted; a chain: 1.
         """
 
-    def size(self, gains: Sequence[float]) -> int:
+    def size(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> int:
         """How many candidates to verify, for trees of deterministic candidates; all of them unless overridden.
 
         Args:
+            confidences: of the levels that were drafted, as in `decide`.
             gains: of every candidate, the drafter's own estimate that its whole path is accepted, largest first.
+            levels: at which level each of them stands, the first being 0.
         """
         return len(gains)
 

@@ -90,11 +90,10 @@ class RoundPace:
         self._laps.append(now - self._last)
         self._last = now
 
-    def sizes(self, gains: Sequence[Sequence[float]]) -> list[int]:
+    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         """As `Pace.sizes`."""
-        return [
-            controller.size(row) if len(row) else 0 for controller, row in zip(self.controllers, gains, strict=True)
-        ]
+        rows = zip(self.controllers, self.confidences, gains, levels, strict=True)
+        return [controller.size(kept, row, own[: len(row)]) if len(row) else 0 for controller, kept, row, own in rows]
 
     def observe(
         self,

@@ -5,7 +5,6 @@ Knows nothing of how a subclass turns the posterior and the confidences into a p
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,6 @@ import torch
 
 from outdraft.control.adaptive import Adaptive
 from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_verifying
-
-PROMISES = 4.0
-"""Accepted levels for which, at first, the drafter's own estimates are taken at their word."""
 
 TINY = 1e-300
 """Where Gamma draws of very small counts are cut off."""
@@ -35,7 +31,6 @@ class ThompsonController(Adaptive):
         super().__init__(*given, **adaptive)
         self.rule = rule
         self.counts = self.evidence("beta", prior)
-        self.promises = self.evidence("promises", [PROMISES, PROMISES])  # levels accepted, levels promised
         self.pace = Pace(self.evidence("pace", Pace.PRIOR), self.costs)
 
     @abstractmethod
@@ -56,13 +51,16 @@ class ThompsonController(Adaptive):
             return worth_going_on(price, chance, nodes, self.costs, self.rows)
         return worth_starting(price, theta, nodes, self.limit, self.costs, self.rows)
 
-    def size(self, gains: Sequence[float]) -> int:
-        # The drafter's estimates are corrected by what became of its earlier ones, all by the same factor.
-        kept = self.promises[0] / self.promises[1]
+    def size(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> int:
+        # A level's candidates share its chance of survival as the drafter's own estimates share its mass.
+        chances, mass = [], 1.0
+        for level, confidence in enumerate(confidences, start=1):
+            mass *= max(confidence, TINY)
+            chances.append(self.survival(confidences[:level]) / max(mass, TINY))
         price = self.pace.seconds_per_token(self.rows)
-        size = worth_verifying(price, [min(1.0, kept * gain) for gain in gains], self.costs, self.rows)
-        self._nodes = size
-        return size
+        likely = [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
+        self._nodes = worth_verifying(price, likely, self.costs, self.rows)
+        return self._nodes
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         expected = self.costs.round(len(confidences), 1 + self._nodes, self.rows)
@@ -71,8 +69,6 @@ class ThompsonController(Adaptive):
             return
         self.counts.add(0, accepted)
         self.counts.add(1, float(accepted < len(confidences)))
-        self.promises.add(0, accepted)
-        self.promises.add(1, sum(math.prod(confidences[:level]) for level in range(1, len(confidences) + 1)))
 
 
 def draw_beta(a: float, b: float, generator: torch.Generator) -> float:

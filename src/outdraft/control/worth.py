@@ -63,7 +63,8 @@ def worth_going_on(price: float, chance: float, nodes: int, costs: Costs, rows: 
 
 
 def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
-    """How many of the candidates to verify, given the chances of acceptance in falling order; at least one."""
+    """How many of the candidates to verify, given the chances of acceptance in the order in which they are offered; at
+    least one."""
     earned, best, size = 0.0, float("-inf"), 1
     for nodes, gain in enumerate(gains, start=1):
         earned += price * gain

@@ -139,11 +139,12 @@ class Pace(Protocol):
                 None in a row that found nothing to draft. What stands at rows that did not want it is not read.
         """
 
-    def sizes(self, gains: Sequence[Sequence[float]]) -> list[int]:
+    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         """How many candidates of each row to verify, where they were chosen by rule.
 
         Args:
             gains: of every row, draft probabilities of its candidates' whole paths, largest first.
+            levels: at which level each of them stands, the first being 0.
         """
 
 

@@ -92,7 +92,8 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None)
     order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
     if pace is not None:
         gains = [[gain for gain in row if gain > 0] for row in scores[:, :most].exp().tolist()]
-        counts = pace.sizes(gains)
+        own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
+        counts = pace.sizes(gains, own.gather(1, order).tolist())
         order = order[:, : max(counts)]
         beyond = torch.arange(order.shape[1], device=order.device) >= torch.tensor(counts, device=order.device)[:, None]
         order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root
