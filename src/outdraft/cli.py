@@ -351,7 +351,7 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Of none,prompt-lookup,fspad,eagle,eesd,draft-model; prompt lookup and what is given if left out.",
+            help="Of none,prompt-lookup,lookahead,fspad,eagle,eesd,medusa,draft-model; else prompt lookup and what is given.",
         ),
     ] = None,
     controllers: Annotated[

@@ -14,7 +14,7 @@ from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Contender, speculative
 from outdraft.evaluation.peers import peers as stock_peers
-from outdraft.loading import METHODS, REFERENCE, load_drafter_for
+from outdraft.loading import METHODS, REFERENCE, WITHOUT_MODEL, load_drafter_for
 from outdraft.reference import SHIPPED
 from outdraft.target import Target
 
@@ -69,10 +69,10 @@ def contenders(
     assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
     asked = ["generate", *peers] if include_transformers else peers
     found = [speculative(PLAIN, target, None), *stock_peers(asked, target, assistants, backend)]
-    if methods is None or LOOKUP in methods:
-        drafters = {LOOKUP: _loaded(target, None, LOOKUP, backend), **drafters}
+    free = [method for method in WITHOUT_MODEL if method in (methods or (LOOKUP,))]
+    drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
-        shape = {} if drafter.method == LOOKUP else tree or {}
+        shape = {} if drafter.method in WITHOUT_MODEL else tree or {}
         for controller in controllers:
             called = name if len(controllers) == 1 and controller == FIXED else f"{name} {controller}"
             found.append(speculative(called, target, drafter, controller=controller, **shape))
@@ -96,7 +96,7 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
     found: dict[str, Drafter] = {}
     for name, path, drafter in named:
         chosen = name or (drafter.method if counts[drafter.method] == 1 else f"{drafter.method} {Path(path).name}")
-        if chosen in found or chosen in (PLAIN, LOOKUP) or chosen.startswith(STOCK_NAMES):
+        if chosen in found or chosen in (PLAIN, *WITHOUT_MODEL) or chosen.startswith(STOCK_NAMES):
             raise UserError(f"two contenders are called '{chosen}'; give names with --draft-model NAME=PATH")
         found[chosen] = drafter
     return found
@@ -105,7 +105,7 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
 def _agree(methods: Sequence[str], drafters: dict[str, Drafter]) -> None:
     present = {drafter.method for drafter in drafters.values()}
     for method in methods:
-        if method not in ("none", LOOKUP) and method not in present:
+        if method not in ("none", *WITHOUT_MODEL) and method not in present:
             raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     for name, drafter in drafters.items():
         if drafter.method not in methods:
