@@ -351,7 +351,7 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Of none,prompt-lookup,lookahead,fspad,eagle,eesd,medusa,draft-model; else prompt lookup and what is given.",
+            help="Of none,prompt-lookup,lookahead,fspad,eagle,eesd,medusa,draft-model; else lookup and all given.",
         ),
     ] = None,
     controllers: Annotated[
