@@ -108,12 +108,13 @@ def place(laws: Laws, prefix: list[int], settings: AuditSettings) -> Place:
 def chosen_places(
     laws: Laws, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
 ) -> list[Place]:
-    """The prefixes with the most to see."""
+    """The prefixes with the most to see; first those where rounding (a filter's edge, say) hides little of it."""
     found = []
     for prefix in candidates:
         found.append(place(laws, prefix, settings))
         advance(1)
-    return sorted(found, key=lambda one: -one.spread)[: settings.prefixes]
+    hides = settings.total_variation / 4
+    return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]
 
 
 def count(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Counter[tuple[int, ...]]:
