@@ -95,6 +95,7 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
     )
     if settings.report is not None:
         page.write(settings.report, result, target.tokenizer)
+        remarks.print(f"report: {settings.report}", highlight=False)
     return result
 
 

@@ -15,6 +15,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation import page_parts as parts
 from outdraft.evaluation.page_charts import charts
 from outdraft.evaluation.page_style import STYLE, script
+from outdraft.evaluation.report import law
 from outdraft.evaluation.result import BenchResult, Comparison
 
 
@@ -62,7 +63,7 @@ def page(result: BenchResult, tokenizer: Any) -> str:
     title = f"outdraft bench: {Path(str(settings['model'])).name} on {settings['suite']}"
     data = json.dumps(in_json(figures)).replace("</", "<\\/")
     links = "".join(
-        f'<a href="#law-{number}">{parts.law(one.temperature)}</a>' for number, one in enumerate(result.comparisons)
+        f'<a href="#law-{number}">{law(one.temperature)}</a>' for number, one in enumerate(result.comparisons)
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -103,7 +104,7 @@ def _section(number: int, one: Comparison, result: BenchResult, tokenizer: Any, 
             f'<div class="chart" id="{name}" role="img" aria-label="{escape(title)}"></div></section>'
         )
     return (
-        f'<h2 id="law-{number}">{escape(parts.law(one.temperature).capitalize())}</h2>'
+        f'<h2 id="law-{number}">{escape(law(one.temperature).capitalize())}</h2>'
         + parts.heads(one)
         + parts.overall_table(one)
         + "".join(drawn)

@@ -41,10 +41,6 @@ if the logit gap lies within the measured rounding noise of that model on that t
 """
 
 
-def law(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
-
-
 def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
     """One line on the machine."""
     device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {facts['threads']} threads"

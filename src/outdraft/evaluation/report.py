@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Group
@@ -12,41 +13,58 @@ from outdraft.console.output import number
 from outdraft.evaluation.identity import Divergence
 from outdraft.evaluation.summary import Summary
 
+Column = Callable[[Summary], str]
+
 SHOWN_DIVERGENCES = 8
 
 WIDE = 110
-"""Columns of a terminal that has room for all figures."""
+"""Columns of a terminal on which the figures of rounds are shown too."""
 
 
-def table(summaries: Iterable[Summary], temperature: float, wide: bool = True) -> Table:
-    """One row a contender; without acceptance, first token and shares of time where there is little room."""
-    law = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    columns: dict[str, Callable[[Summary], str]] = {
+def table(summaries: Sequence[Summary], temperature: float) -> Table:
+    """One row a contender: how fast, and whether the text is the same; Spec-Bench's own speed-up where there is one."""
+    columns: dict[str, Column] = {
         "method": lambda s: s.name,
         "tau": lambda s: number(s.statistics.tau),
         "tokens/s": lambda s: number(s.tokens_per_second, ".1f"),
         "speed-up [95%]": speedup,
-        "identical": verdict,
     }
-    if wide:
-        columns |= {
-            "drafted": drafted,
-            "accepted": lambda s: number(s.statistics.acceptance_rate, ".0%"),
-            "first token": lambda s: number(s.first_token_seconds * 1000, ".0f") + " ms",
-            "draft | verify | rest": shares,
-        }
-    built = Table(title=law, title_justify="left")
+    if any(math.isfinite(summary.spec_bench_speedup) for summary in summaries):
+        columns["Spec-Bench's own"] = lambda s: f"{number(s.spec_bench_speedup)}x"
+    return _table(summaries, {**columns, "identical": verdict}, law(temperature))
+
+
+def rounds_table(summaries: Sequence[Summary]) -> Table:
+    """One row a contender: what happens in a round, and what it costs."""
+    columns: dict[str, Column] = {
+        "method": lambda s: s.name,
+        "drafted": drafted,
+        "accepted": lambda s: number(s.statistics.acceptance_rate, ".0%"),
+        "first token": lambda s: number(s.first_token_seconds * 1000, ".0f") + " ms",
+        "draft | verify | rest": shares,
+    }
+    return _table(summaries, columns, "rounds: levels drafted, candidates accepted, time after the first token")
+
+
+def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], title: str) -> Table:
+    built = Table(title=title, title_justify="left")
     for name in columns:
-        built.add_column(name, justify="left" if name in ("method", "identical") else "right", no_wrap=True)
+        built.add_column(
+            name, justify="left" if name in ("method", "identical") else "right", no_wrap=name != "identical"
+        )
     for summary in summaries:
         built.add_row(*(column(summary) for column in columns.values()))
     return built
 
 
+def law(temperature: float) -> str:
+    """In a word or two."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> Table:
     """One row a contender, one column a group: tau and speed-up."""
-    law = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    built = Table(title=f"by task, {law}: speed-up (tau)", title_justify="left")
+    built = Table(title=f"by task, {law(temperature)}: speed-up (tau)", title_justify="left")
     built.add_column("method", no_wrap=True)
     for name, summaries in groups.items():
         built.add_column(f"{name} ({summaries[0].questions})", justify="right")
@@ -109,6 +127,6 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
 
 
 def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True) -> Group:
-    """The table, and below it where texts part."""
+    """The table, where there is room one of the rounds too, and below them where texts part."""
     notes = [Text(line, style="dim") for line in divergence_lines(summaries)]
-    return Group(table(summaries, temperature, wide), *notes)
+    return Group(table(summaries, temperature), *([rounds_table(summaries)] if wide else []), *notes)

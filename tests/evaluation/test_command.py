@@ -1,0 +1,68 @@
+"""`outdraft bench` on the command line: its flags arrive, its result is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench_data import question_file
+from typer.testing import CliRunner
+
+from cli_fixtures import Folders
+from outdraft.cli import app
+from outdraft.evaluation.questions import SPEC_BENCH
+
+
+def bench(folders: Folders, data: Path, *flags: object) -> Any:
+    common = ("bench", "--model", folders.target, "--data", data, "--max-new-tokens", 6, "--dtype", "float32")
+    return CliRunner().invoke(app, [str(part) for part in (*common, *flags)])
+
+
+def test_the_json_has_all_figures_of_all_questions_and_of_every_group(folders: Folders, tmp_path: Path) -> None:
+    data = question_file(tmp_path, "{broken")
+    drafter = ("-d", folders.drafter, "--methods", "none,fspad", "--peers", "generate,prompt-lookup=4")
+    result = bench(folders, data, *drafter, "--suite", "spec-bench", "--on-bad-line", "skip", "--limit", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    (one,) = found["results"]
+    names = ["plain", "transformers generate", "transformers prompt-lookup", "fspad"]
+    assert list(one["methods"]) == names and list(one["groups"]) == list(SPEC_BENCH)
+    assert all(list(figures) == names for figures in one["groups"].values())
+    assert found["settings"]["prompts"] == 6 and found["settings"]["suite"] == "spec-bench"
+    (left,) = found["left_out"]
+    assert left["source"] == f"{data}:9"
+    for figures in (one["methods"]["fspad"], one["groups"]["rag"]["fspad"]):
+        assert {"tau", "tokens_per_second", "speedup", "identical", "speedup_interval", "acceptance_rate"} < set(
+            figures
+        )
+        assert {"acceptance_rate", "acceptance_by_position", "draft_lengths", "first_token_seconds", "seconds"} < set(
+            figures
+        )
+        assert figures["identical"] is True and figures["mean_rate_speedup"] > 0 and figures["spec_bench_speedup"] > 0
+        assert all(figures["milliseconds_per_round"][part] > 0 for part in ("draft", "verify", "rest"))
+    assert one["groups"]["rag"]["fspad"]["speedup_interval"] == [None, None], "one question has no interval"
+    assert one["methods"]["transformers generate"]["milliseconds_per_round"]["verify"] is None
+    assert {"load_average", "git_revision", "threads", "versions", "backend", "dtype"} < set(found["environment"])
+
+
+def test_tables_by_task_are_printed(folders: Folders, tmp_path: Path) -> None:
+    result = bench(folders, question_file(tmp_path), "--limit", 1, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    for said in ("Spec-Bench's own", "by task, greedy", "math_reasoning (1)", "prompt-lookup"):
+        assert said in result.stdout, said
+    assert (tmp_path / "out/model_answer/prompt-lookup.jsonl").exists()
+
+
+def test_mistakes_are_one_line(folders: Folders, tmp_path: Path) -> None:
+    data = question_file(tmp_path)
+    for flags, said in (
+        (("--suite", "specbench"), "unknown suite 'specbench'"),
+        (("--on-bad-line", "ignore"), "--on-bad-line"),
+        (("--peers", "medusa"), "unknown peer 'medusa'"),
+        (("--temperatures", "1,1"), "twice"),
+        (("--report", tmp_path), "is a folder"),
+    ):
+        result = bench(folders, data, *flags)
+        assert result.exit_code == 2 and said in result.stderr, (flags, result.stderr)
+        assert len(result.stderr.strip().splitlines()) == 1
