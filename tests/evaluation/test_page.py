@@ -90,7 +90,7 @@ def test_the_page_holds_everything_and_loads_nothing(written: tuple[Path, BenchR
         assert summary.name in seen.text
     for said in (
         "Read with care",
-        "1 questions were left out",
+        "Left out: 1 question, named",
         "question.jsonl:10",
         "How much faster than plain decoding, by task",
         "How often a drafted token is accepted, by its position in the draft",

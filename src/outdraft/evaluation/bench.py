@@ -87,6 +87,8 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
     ]
     facts["load_average_at_the_end"] = load_average()
     if store is not None:
+        store.end(load_average_at_the_end=facts["load_average_at_the_end"])
+        facts |= store.sessions[-1]  # those of the last measurement, which need not be now
         facts["sessions"] = store.sessions
         for one in comparisons:
             write_answers(store.folder, one, target, several=len(comparisons) > 1)

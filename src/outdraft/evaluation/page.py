@@ -100,7 +100,7 @@ def _section(number: int, one: Comparison, result: BenchResult, tokenizer: Any, 
         name = f"chart-{number}-{place}"
         figures.append({"id": name, **figure})
         drawn.append(
-            f'<section class="card"><h3>{escape(title)}</h3><p class="muted">{escape(note)}</p>'
+            f'<section class="card drawn"><h3>{escape(title)}</h3><p class="muted">{escape(note)}</p>'
             f'<div class="chart" id="{name}" role="img" aria-label="{escape(title)}"></div></section>'
         )
     return (

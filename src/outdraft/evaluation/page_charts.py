@@ -23,8 +23,8 @@ Figure = dict[str, Any]
 
 def charts(summaries: Sequence[Summary], groups: Mapping[str, Sequence[Summary]]) -> list[tuple[str, str, Figure]]:
     """Title, a line on how to read it, and the figure, for those that there is something to draw of."""
-    slots = {summary.name: slot for slot, summary in enumerate(s for s in summaries if s.name != PLAIN)}
-    slots[PLAIN] = 6
+    rivals = sorted((s.name for s in summaries if s.name != PLAIN), key=lambda name: name.startswith(STOCK))
+    slots = {name: slot for slot, name in enumerate(rivals)}
     drafting = [summary for summary in summaries if any(summary.statistics.depths)]
     found = [
         (

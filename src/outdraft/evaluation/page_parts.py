@@ -44,7 +44,7 @@ if the logit gap lies within the measured rounding noise of that model on that t
 def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
     """One line on the machine."""
     device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {facts['threads']} threads"
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    when = facts.get("ended") or facts.get("began") or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return (
         f"{device}; {facts['dtype']}, {facts['backend']} backend; {settings['prompts']} questions, "
         f"{settings['repetitions']} repetition(s), up to {settings['max_new_tokens']} new tokens; {when}"
@@ -54,7 +54,8 @@ def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
 def notes(result: BenchResult) -> str:
     """What a reader should know before believing the figures."""
     facts, found = result.environment, []
-    loads = [facts.get("load_average"), facts.get("load_average_at_the_end")]
+    names = ("load_average", "load_average_at_the_end")
+    loads = [of.get(name) for of in (facts, *(facts.get("sessions") or [])) for name in names]
     busiest = max((load[0] for load in loads if load), default=0.0)
     cores = facts.get("cores") or facts["threads"]
     if busiest > cores + 0.5:
@@ -64,7 +65,7 @@ def notes(result: BenchResult) -> str:
     if few:
         found.append(f"Few questions in some tasks ({', '.join(few)}): their intervals say little.")
     if result.left_out:
-        found.append(f"{len(result.left_out)} questions were left out; they are named at the end.")
+        found.append(f"Left out: {_questions(len(result.left_out))}, named at the end.")
     sessions = facts.get("sessions") or []
     if len(sessions) > 1:
         revisions = {str(session.get("git_revision"))[:12] for session in sessions}
@@ -86,8 +87,8 @@ def notes(result: BenchResult) -> str:
 
 
 def heads(one: Comparison) -> str:
-    """The fastest few, large."""
-    rivals = sorted((s for s in one.summaries if s.name != PLAIN), key=lambda s: -s.speedup)[:4]
+    """The fastest few that draft, large."""
+    rivals = sorted((s for s in one.summaries if s.method != "none"), key=lambda s: -s.speedup)[:4]
     cards = "".join(
         f'<div class="card"><div class="name">{escape(s.name)}</div><div class="big">{number(s.speedup)}×</div>'
         f'<div class="muted">95%: {_interval(s)}<br>tau {number(s.statistics.tau)}, '
@@ -106,7 +107,7 @@ def group_tables(one: Comparison) -> str:
         return ""
     tables = "".join(
         f"<details><summary>{escape(group)}</summary>"
-        f'<div class="wide">{_table(summaries, f"{summaries[0].questions} questions")}</div></details>'
+        f'<div class="wide">{_table(summaries, _questions(summaries[0].questions))}</div></details>'
         for group, summaries in one.groups.items()
     )
     return f'<section class="card"><h3>The same figures, task by task</h3>{tables}</section>'
@@ -221,9 +222,8 @@ def divergence_table(one: Comparison) -> str:
         )
         for name, d in found[:SHOWN]
     )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("method", "question", "turn", "token", "logit gap", "noise", "verdict")
-    )
+    names = ("method", "question", "turn", "token", "logit gap", "noise", "verdict")
+    head = "".join(f'<th class="{"text" if name == "verdict" else ""}">{name}</th>' for name in names)
     more = f"<p>… and {len(found) - SHOWN} more (all in the JSON).</p>" if len(found) > SHOWN else ""
     return (
         '<section class="card wide"><h3>Where greedy texts part from plain decoding\'s</h3>'
@@ -241,6 +241,10 @@ def environment_and_settings(result: BenchResult) -> str:
         f'<section class="card facts"><h3>Environment</h3>{_facts(result.environment)}</section>'
         f'<section class="card facts"><h3>Settings</h3>{_facts(result.settings)}</section>{listed}'
     )
+
+
+def _questions(count: int) -> str:
+    return f"{count} question{'' if count == 1 else 's'}"
 
 
 def _facts(facts: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ details { margin:8px 0; } summary { cursor:pointer; font-weight:600; }
     --hit:#cfe6f6; --hit-line:#0072b2; --own:#a34a00; --warn:#fff; --warn-line:#e69f00; color-scheme:light; }
   * { print-color-adjust:exact; -webkit-print-color-adjust:exact; } body { font-size:11.5px; } main { padding:0; }
   nav, .modebar { display:none !important; } .card { border-color:#bbb; padding:10px; }
-  .chart, tr, .sample, .heads .card { break-inside:avoid; } h2, h3 { break-after:avoid; }
+  .drawn, tr, .sample, .heads .card { break-inside:avoid; } h2, h3 { break-after:avoid; }
   .question { max-height:none; } .wide { overflow:visible; } th, td { padding:3px 5px; } }
 """
 

@@ -41,7 +41,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(in_json(dict(fingerprint))))
         self.sessions = self._known(wanted)
-        self._settings, self._session = wanted, in_json({**session, "began": time.time()})
+        self._settings, self._session = wanted, in_json({"began": _now(), **session})
         self._pairs = self._read()
         self._save()
 
@@ -51,7 +51,7 @@ class Store:
 
     def keep(self, temperature: float, prompt: int, repetition: int, pair: Pair) -> None:
         """Write a complete pair down; it is on the disk when this returns."""
-        if self._session not in self.sessions:
+        if not self.added:
             self.sessions.append(self._session)
             self._save()
         answers = {name: [asdict(answer) for answer in run.answers] for name, run in pair.items()}
@@ -61,6 +61,17 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         self._pairs[temperature, prompt, repetition] = dict(pair)
+
+    @property
+    def added(self) -> bool:
+        """Whether this session has added a pair."""
+        return any(session is self._session for session in self.sessions)
+
+    def end(self, **facts: Any) -> None:
+        """Keep facts of the end of this session, if it has added a pair."""
+        if self.added:
+            self._session |= in_json({"ended": _now(), **facts})
+            self._save()
 
     def _known(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """The sessions before this one, if they were of the same settings."""
@@ -117,6 +128,10 @@ class Store:
 def _run(prompt: int, repetition: int, answers: list[dict[str, Any]]) -> Run:
     made = [Answer(**{**answer, "statistics": Statistics(**answer["statistics"])}) for answer in answers]
     return Run(prompt, repetition, made[0], made[1:])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def folder_state(path: str | Path) -> str | None:
