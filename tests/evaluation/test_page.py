@@ -32,7 +32,7 @@ def browser() -> str:
 
             with sync_playwright() as engines:
                 found = engines.chromium.executable_path if Path(engines.chromium.executable_path).exists() else None
-        except Exception:
+        except Exception:  # without its browsers the package raises errors of its own kinds
             found = None
     if found is None:
         pytest.skip("needs Chromium on PATH, in CHROME_PATH or by playwright")

@@ -63,14 +63,14 @@ def test_an_interrupted_benchmark_goes_on(
     assert "3 of 8 pairs are there already" in capsys.readouterr().err
     assert texts(again) == expected
     assert (out / "runs.jsonl").read_text().startswith(kept) and len(lines_of(out / "runs.jsonl")) == 8
-    assert len(again.environment["sessions"]) == 2
+    assert len(again.environment["sittings"]) == 2
 
     with monkeypatch.context() as patch:
         interrupted_after(0, patch)
         third = benchmark(folders, data, output_dir=out)
     figures = [repr(result.as_dict()["results"]) for result in (again, third)]
     assert figures[0] == figures[1], "nothing is measured anew, and the figures are the same to the last digit"
-    assert len(third.environment["sessions"]) == 2
+    assert len(third.environment["sittings"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_folders_that_are_no_benchmark(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"no settings\.json"):
         Store(tmp_path, {}, {})
-    (tmp_path / "settings.json").write_text(json.dumps({"settings": {}, "sessions": []}))
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": {}, "sittings": []}))
     with pytest.raises(UserError, match=r"runs\.jsonl:1"):
         Store(tmp_path, {}, {})
 

@@ -68,8 +68,8 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
     store = None
     if settings.output_dir is not None:
         names = [rival.name for rival in rivals]
-        session = {"git_revision": facts["git_revision"], "load_average": facts["load_average"]}
-        store = Store(settings.output_dir, fingerprint(settings, facts, asked, questions, names), session)
+        sitting = {"git_revision": facts["git_revision"], "load_average": facts["load_average"]}
+        store = Store(settings.output_dir, fingerprint(settings, facts, asked, questions, names), sitting)
     comparisons = [
         measured(
             target,
@@ -88,8 +88,8 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
     facts["load_average_at_the_end"] = load_average()
     if store is not None:
         store.end(load_average_at_the_end=facts["load_average_at_the_end"])
-        facts |= store.sessions[-1]  # those of the last measurement, which need not be now
-        facts["sessions"] = store.sessions
+        facts |= store.sittings[-1]  # those of the last measurement, which need not be now
+        facts["sittings"] = store.sittings
         for one in comparisons:
             write_answers(store.folder, one, target, several=len(comparisons) > 1)
     result = BenchResult(

@@ -101,7 +101,7 @@ def fingerprint(
     contenders: Sequence[str],
 ) -> dict[str, Any]:
     """Everything that changes the figures, machine and versions included; the revision of the source is not part of
-    it, but kept for every session."""
+    it, but kept for every sitting."""
     models = [settings.model, *(text.partition("=")[2] or text for text in (*settings.draft_models, *settings.peers))]
     shown = settings.shown(asked, len(questions))
     for name in ("data", "methods", "peers", "on_bad_line", "temperatures", "draft_models"):

@@ -55,7 +55,7 @@ def notes(result: BenchResult) -> str:
     """What a reader should know before believing the figures."""
     facts, found = result.environment, []
     names = ("load_average", "load_average_at_the_end")
-    loads = [of.get(name) for of in (facts, *(facts.get("sessions") or [])) for name in names]
+    loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
     busiest = max((load[0] for load in loads if load), default=0.0)
     cores = facts.get("cores") or facts["threads"]
     if busiest > cores + 0.5:
@@ -66,11 +66,11 @@ def notes(result: BenchResult) -> str:
         found.append(f"Few questions in some tasks ({', '.join(few)}): their intervals say little.")
     if result.left_out:
         found.append(f"Left out: {_questions(len(result.left_out))}, named at the end.")
-    sessions = facts.get("sessions") or []
-    if len(sessions) > 1:
-        revisions = {str(session.get("git_revision"))[:12] for session in sessions}
+    sittings = facts.get("sittings") or []
+    if len(sittings) > 1:
+        revisions = {str(sitting.get("git_revision"))[:12] for sitting in sittings}
         found.append(
-            f"Measured in {len(sessions)} sessions (source revisions {', '.join(sorted(revisions))}); controllers that "
+            f"Measured in {len(sittings)} sittings (source revisions {', '.join(sorted(revisions))}); controllers that "
             "learn began anew in each."
         )
     for one in result.comparisons:

@@ -30,18 +30,18 @@ class Store:
     Args:
         folder: made where it is missing.
         fingerprint: everything that changes the figures.
-        session: facts of this run that may differ from one to the next; kept with the first pair it adds.
+        sitting: facts of this run that may differ from one to the next; kept with the first pair it adds.
 
     Raises:
         UserError: the folder holds a benchmark of other settings.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], session: Mapping[str, Any]):
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], sitting: Mapping[str, Any]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(in_json(dict(fingerprint))))
-        self.sessions = self._known(wanted)
-        self._settings, self._session = wanted, in_json({"began": _now(), **session})
+        self.sittings = self._known(wanted)
+        self._settings, self._sitting = wanted, in_json({"began": _now(), **sitting})
         self._pairs = self._read()
         self._save()
 
@@ -52,7 +52,7 @@ class Store:
     def keep(self, temperature: float, prompt: int, repetition: int, pair: Pair) -> None:
         """Write a complete pair down; it is on the disk when this returns."""
         if not self.added:
-            self.sessions.append(self._session)
+            self.sittings.append(self._sitting)
             self._save()
         answers = {name: [asdict(answer) for answer in run.answers] for name, run in pair.items()}
         line = {"temperature": temperature, "question": prompt, "repetition": repetition, "answers": answers}
@@ -64,17 +64,17 @@ class Store:
 
     @property
     def added(self) -> bool:
-        """Whether this session has added a pair."""
-        return any(session is self._session for session in self.sessions)
+        """Whether this sitting has added a pair."""
+        return any(sitting is self._sitting for sitting in self.sittings)
 
     def end(self, **facts: Any) -> None:
-        """Keep facts of the end of this session, if it has added a pair."""
+        """Keep facts of the end of this sitting, if it has added a pair."""
         if self.added:
-            self._session |= in_json({"ended": _now(), **facts})
+            self._sitting |= in_json({"ended": _now(), **facts})
             self._save()
 
     def _known(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        """The sessions before this one, if they were of the same settings."""
+        """The sittings before this one, if they were of the same settings."""
         file = self.folder / SETTINGS
         if not file.exists():
             if (self.folder / RUNS).exists():
@@ -82,7 +82,7 @@ class Store:
             return []
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            there, sessions = found["settings"], list(found["sessions"])
+            there, sittings = found["settings"], list(found["sittings"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file} is not of a benchmark; give another --output-dir") from None
         differing = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
@@ -95,7 +95,7 @@ class Store:
                 f"{self.folder} holds a benchmark with other settings ({said}); "
                 "give another --output-dir, or the settings that were used there"
             )
-        return sessions
+        return sittings
 
     def _read(self) -> dict[tuple[float, int, int], dict[str, Run]]:
         """What `runs.jsonl` holds; a last line that was cut off by an interruption goes."""
@@ -120,7 +120,7 @@ class Store:
     def _save(self) -> None:
         aside = self.folder / f"{SETTINGS}.partial"
         aside.write_text(
-            json.dumps({"settings": self._settings, "sessions": self.sessions}, indent=2), encoding="utf-8"
+            json.dumps({"settings": self._settings, "sittings": self.sittings}, indent=2), encoding="utf-8"
         )
         aside.replace(self.folder / SETTINGS)
 
