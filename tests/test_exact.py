@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import outdraft.kernels as kernels
 from models import perturbed, tiny
-from outdraft import exact as exact_module
+from outdraft import exact_attention
 from outdraft.cli import app
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
@@ -274,14 +274,14 @@ def test_a_forward_that_is_not_exact_is_an_error_before_any_answer(monkeypatch):
     """Keys in a tree's order rather than the path's, or kernels taken to be what they are not."""
 
     def muddled(module: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **settings: object) -> object:
-        return exact_module.attend(module, query, key, value, mask, **settings | {"scaling": 0.24})
+        return exact_attention.attend(module, query, key, value, mask, **settings | {"scaling": 0.24})
 
-    exact_module.AttentionInterface.register(exact_module.ATTENTION, muddled)
+    exact_attention.AttentionInterface.register(exact_attention.ATTENTION, muddled)
     try:
         with pytest.raises(UserError, match=r"a forward over 1 x 4 tokens gives other keys \(layer 1\)"):
             ExactTarget(Target(build(torch.float32)))
     finally:
-        exact_module.AttentionInterface.register(exact_module.ATTENTION, exact_module.attend)
+        exact_attention.AttentionInterface.register(exact_attention.ATTENTION, exact_attention.attend)
 
 
 def test_the_model_is_left_as_it_was():

@@ -17,7 +17,6 @@ The model is neither copied nor patched: `ExactTarget` works on a view of it. Kn
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,27 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
 
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
+from outdraft.exact_attention import ATTENTION, Now, Paths, reads_in_place
 from outdraft.kernels import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
 from outdraft.layers import Cut
 from outdraft.run import CutRun, Output, TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
-
-ATTENTION = "outdraft_exact"
-"""The name under which `transformers` finds our attention."""
-
-ALIGNMENT = 32
-"""Bytes that a token's keys (of one head) must be a multiple of: kernels sum unaligned ones in another order."""
-
-
-LENGTHS = (1, 2, 7, 16, 33, 100, 255, 511, 512, 513, 777, 1024, 1100, 2051)
-"""Numbers of keys over which the layout of attention is tried."""
 
 
 @dataclass
@@ -93,7 +81,7 @@ class ExactTarget(Target):
         self.__dict__.update(plain.__dict__)
         self.plain = plain
         self.exactness = Exactness()
-        self._now = _Now()
+        self._now = Now()
         self._alone: set[Any] = set()  # kinds of modules that run row by row
         self._checked: set[tuple[int, ...]] = set()
         self._cuts: dict[int, Cut] = {}
@@ -110,7 +98,7 @@ class ExactTarget(Target):
     def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
         self._check(*seen.shape[:2])
         inputs = super().inputs(positions, seen, slots, cache)
-        self._now.paths = _Paths(seen, slots, cache.lengths)
+        self._now.paths = Paths(seen, slots, cache.lengths)
         return inputs
 
     def head(self, features: Tensor) -> Tensor:
@@ -223,7 +211,7 @@ def refuse(target: Target) -> None:
 class _View:
     """Shallow copies of modules that share every weight, with our attention and some leaves wrapped."""
 
-    def __init__(self, wrap: Any, now: _Now):
+    def __init__(self, wrap: Any, now: Now):
         self.wrap, self.now = wrap, now
         self.configs: dict[int, Any] = {}
 
@@ -240,154 +228,6 @@ class _View:
                 own._attn_implementation = ATTENTION
             view.__dict__["config"] = self.configs[id(config)]
         return view
-
-
-# --- attention -------------------------------------------------------------------------------------------------
-
-
-class _Now(threading.local):
-    """What the forward that is running in this thread looks at."""
-
-    def __init__(self) -> None:
-        self.paths: _Paths | None = None
-        self.calls = 0
-        self.layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
-
-
-class _Paths:
-    """For every row the order in which its queries are answered, and what is put in place of what before each.
-
-    The keys of committed tokens lie in order already. A query's path follows them: its `j`-th pending token is brought
-    to the `j`-th place after them unless it is there. Queries are taken so that little has to be moved.
-
-    Args:
-        seen: `(rows, tokens, m)` as in `attention_mask`.
-        slots: `(rows, m)` likewise.
-        lengths: committed tokens of every row.
-    """
-
-    def __init__(self, seen: Tensor, slots: Tensor, lengths: Sequence[int]):
-        self.lengths = list(lengths)
-        self.steps: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # (query, keys seen, moves to, from)
-        self.moved: list[list[int]] = []
-        self.visible: dict[tuple[int, int], list[int]] = {}
-        places = (slots - torch.tensor(self.lengths)[:, None]).tolist()
-        for row, length in enumerate(self.lengths):
-            paths = [
-                [place for place, there in zip(places[row], line, strict=True) if there] for line in seen[row].tolist()
-            ]
-            held: dict[int, int] = {}
-            steps = []
-            for query in sorted(range(len(paths)), key=paths.__getitem__):
-                path = paths[query]
-                moves = [(to, source) for to, source in enumerate(path) if held.get(to, to) != source]
-                held.update(moves)
-                steps.append((query, length + len(path), moves))
-                self.visible[row, query] = [*range(length), *(length + place for place in path)]
-            self.steps.append(steps)
-            self.moved.append(sorted(held))
-        self._masks: list[tuple[Tensor, dict[tuple[int, int], Tensor]]] = []
-
-    def masks(self, given: Tensor) -> dict[tuple[int, int], Tensor]:
-        """What plain decoding's mask `(1, 1, keys)` is for each (row, query); sliding windows hide some keys."""
-        for known, masks in self._masks:
-            if known is given:
-                return masks
-        masks = {
-            (row, query): given[row, 0, query].index_select(0, torch.tensor(keys))[None, None]
-            for (row, query), keys in self.visible.items()
-        }
-        self._masks.append((given, masks))
-        return masks
-
-
-def attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`transformers`' SDPA attention for each query alone, over just the keys that plain decoding would have.
-
-    Args:
-        module: the attention layer; names what the forward looks at.
-        query: `(rows, heads, tokens, width)`.
-        key: `(rows, kv_heads, slots, width)` of our cache itself, not a copy.
-        value: likewise.
-        attention_mask: `(rows, 1, tokens, slots)` bool.
-        dropout: 0, as the model is in evaluation mode.
-        scaling: of the scores.
-        **kwargs: what families hand on; a position bias would be one too many.
-    """
-    now: _Now = module._outdraft_now
-    if now.paths is None or kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
-        raise UserError("exact=True does not cover attention with position biases or sinks")
-    now.calls += 1
-    pitch = key.stride(2) * key.element_size()
-    if pitch % ALIGNMENT:
-        raise UserError(
-            f"exact=True needs the keys of a head to be a multiple of {ALIGNMENT} bytes, not {pitch}: "
-            "kernels round unaligned ones differently from call to call"
-        )
-    paths, masks = now.paths, now.paths.masks(attention_mask)
-    rows, heads, tokens, _ = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    now.layouts.add((heads, kv_heads, key.shape[-1], value.shape[-1], query.dtype))
-    output = query.new_empty(rows, tokens, kv_heads, groups, value.shape[-1])
-    for row, (length, steps, moved) in enumerate(zip(paths.lengths, paths.steps, paths.moved, strict=True)):
-        # Heads that share keys read them in place: `(kv_heads, groups, ...)` stands for `(1, heads, ...)`.
-        queries = query[row].unflatten(0, (kv_heads, groups))
-        keys, values = key[row], value[row]
-        pending = [both[:, length:].clone() for both in (keys, values)] if moved else []
-        shared = [both[:, None].expand(-1, groups, -1, -1) for both in (keys, values)]
-        for node, count, moves in steps:
-            for to, source in moves:
-                keys[:, length + to] = pending[0][:, source]
-                values[:, length + to] = pending[1][:, source]
-            answer = scaled_dot_product_attention(
-                queries[:, :, node : node + 1],
-                shared[0][:, :, :count],
-                shared[1][:, :, :count],
-                attn_mask=masks[row, node].expand(kv_heads, 1, 1, -1),
-                dropout_p=dropout,
-                scale=scaling,
-            )
-            output[row, node] = answer[:, :, 0]
-        if moved:
-            last = length + moved[-1] + 1
-            keys[:, length:last] = pending[0][:, : last - length]
-            values[:, length:last] = pending[1][:, : last - length]
-    return output.flatten(2, 3), None
-
-
-AttentionInterface.register(ATTENTION, attend)
-
-
-def reads_in_place(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype, most: int) -> bool:
-    """Whether one query over keys in a wider buffer, shared by heads, has the bits of one over a copy for every head.
-
-    Plain decoding makes that copy. Tried over lengths on either side of the kernel's blocks, in this precision and, as
-    16 bits hide much, in single precision.
-    """
-    dice, groups = torch.Generator().manual_seed(0), heads // kv_heads
-    for length in (length for length in LENGTHS if length <= most):
-        for precision in {dtype, torch.float32}:
-            query = torch.randn(1, heads, 1, width, generator=dice).to(precision)
-            kept = [torch.randn(1, kv_heads, length + 5, w, generator=dice).to(precision) for w in (width, value_width)]
-            seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
-            keys, values = (both[:, :, :length].repeat_interleave(groups, dim=1) for both in kept)
-            expected = scaled_dot_product_attention(query, keys, values, attn_mask=seen)
-            keys, values = (both[0, :, None, :length].expand(-1, groups, -1, -1) for both in kept)
-            queries = query[0].unflatten(0, (kv_heads, groups))
-            given = scaled_dot_product_attention(queries, keys, values, attn_mask=seen.expand(kv_heads, 1, 1, -1))
-            if not torch.equal(given.flatten(0, 1), expected[0]):
-                return False
-    return True
 
 
 # --- runs ------------------------------------------------------------------------------------------------------
