@@ -2,6 +2,8 @@
 
 ``python -m outdraft.reference.build_prompts --data DIR`` rewrites both files, from MIT sources only.
 ``heldout`` prompts come from conversations the target never saw; ``train`` prompts are ones it was trained on.
+With ``--wide FILE`` it writes that file instead: questions of every source and up to a longer length, for the drafters
+that ship. They are too many to ship themselves.
 Knows nothing about models.
 """
 
@@ -29,6 +31,11 @@ KINDS: dict[str, Callable[[str, str], bool]] = {
     "roleplay": lambda kind, text: kind == "roleplay",
 }
 """First match wins; the order is also the order in which held-out prompts take turns."""
+
+
+WIDE_LONGEST = 4000
+WIDE_PER_KIND = {"math": 1100, "code": 900, "roleplay": 500, "instruct": 400, "t0": 300}
+"""Of the larger file: characters of a question at most, and questions of each kind."""
 
 
 def _question(document: Document) -> str:
@@ -72,13 +79,29 @@ def build(data: Path, seed: int = 0) -> None:
     _write(DATA / "train_prompts.jsonl", chosen)
 
 
+def build_wide(data: Path, output: Path, seed: int = 0) -> None:
+    """Write questions of every conversational source that the training saw; none that the held-out prompts have."""
+    held_out = {json.loads(line)["messages"][0]["content"] for line in (DATA / "heldout_prompts.jsonl").open()}
+    documents = [d for source in ("gsm8k", "gpteacher", "instruct") for d in split(data, source, seed)[0]]
+    chosen: list[str] = []
+    for kind, count in WIDE_PER_KIND.items():
+        texts = dict.fromkeys(_question(document) for document in documents if document.kind == kind)
+        chosen += [text for text in texts if len(text) <= WIDE_LONGEST and text not in held_out][:count]
+    random.Random(seed).shuffle(chosen)
+    _write(output, chosen)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wide", type=Path, metavar="FILE", help="write the larger file here, and no other")
     arguments = parser.parse_args()
-    build(arguments.data, arguments.seed)
+    if arguments.wide is not None:
+        build_wide(arguments.data, arguments.wide, arguments.seed)
+    else:
+        build(arguments.data, arguments.seed)
 
 
 if __name__ == "__main__":
