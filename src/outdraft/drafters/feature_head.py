@@ -9,14 +9,20 @@ it decodes. It does not know how a tree is grown (`feature_drafting.py`), where 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outdraft.cache import SlotCache
 from outdraft.errors import UserError
+
+
+class KeysAndValues(Protocol):
+    """Where attention keeps keys and values: a `SlotCache` in decoding."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take in `(batch, heads, nodes, head_dim)` of a layer; those of everything that the mask speaks of."""
 
 
 @dataclass
@@ -97,7 +103,7 @@ class Fusion(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over a `SlotCache` or, without one, causally over its input."""
+    """Grouped-query attention with rotary positions, over a cache or, without one, causally over its input."""
 
     def __init__(self, config: FeatureHeadConfig):
         super().__init__()
@@ -109,7 +115,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeysAndValues | None
+    ) -> Tensor:
         batch, nodes, _ = x.shape
         q = rotate(self.q_proj(x).view(batch, nodes, self.heads, self.head_dim).transpose(1, 2), rotary)
         k = rotate(self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2), rotary)
@@ -154,7 +162,7 @@ class FeatureHead(nn.Module):
         features: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: SlotCache | None = None,
+        cache: KeysAndValues | None = None,
     ) -> DraftOutput:
         """One draft step for every pair (token one ahead, feature).
 
@@ -163,7 +171,7 @@ class FeatureHead(nn.Module):
             features: `(batch, nodes, hidden)` the target's f_t, or an `r` of this drafter in its place.
             positions: `(batch, nodes)` t; counted from 0 when absent.
             mask: `(batch, 1, nodes, keys)` True where a node may look; causal over the input when absent.
-            cache: where keys and values go and come from; `reserve` it first.
+            cache: where keys and values go and come from; `reserve` a `SlotCache` first.
         """
         if positions is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]

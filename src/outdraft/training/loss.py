@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.training.cross_entropy import Head, soft_cross_entropy
 
-UNROLL_DECAY = 0.8
 NOISE_WIDTH = 0.2
 NOISE_LENGTH = 512
 
@@ -43,16 +42,32 @@ class DrafterLoss(nn.Module):
         head: the target's frozen head, `(..., hidden) -> (..., vocab)`, differentiable in its input.
         chunk_size: positions whose logits are held at once.
         unroll_steps: draft steps that are trained; 1 is the paper's loss, more feed the drafter its own r as in
-            decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), step k with weight 0.8^k, summing to 1.
+            decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), each at the cost of one more forward.
+        unroll_decay: step k weighs this to the power of k, the weights made to sum to 1.
     """
 
-    def __init__(self, drafter: FeatureHead, head: Head, chunk_size: int = 512, unroll_steps: int = 1):
+    def __init__(
+        self,
+        drafter: FeatureHead,
+        head: Head,
+        chunk_size: int = 512,
+        unroll_steps: int = 1,
+        unroll_decay: float = 0.8,
+    ):
         super().__init__()
         self.drafter = drafter
-        self.chunk_size, self.unroll_steps = chunk_size, unroll_steps
+        self.chunk_size, self.unroll_steps, self.unroll_decay = chunk_size, unroll_steps, unroll_decay
         self._head = head
 
-    def forward(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None = None) -> LossSums:
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        loss_mask: Tensor,
+        noise: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> LossSums:
         """Sums of both losses over the counted positions of a right-padded batch.
 
         Args:
@@ -60,24 +75,29 @@ class DrafterLoss(nn.Module):
             features: `(batch, tokens, hidden)` its features f_0 .. f_{L-1}.
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
             noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit.
+            positions: `(batch, tokens)` each token's place in its own sequence, where several stand in one row, one
+                after the other; every row is one sequence when absent.
+            mask: `(batch, 1, tokens, tokens)` True where a token may look; its own sequence up to itself when absent.
         """
-        counted = counted_positions(loss_mask)
+        counted = counted_positions(loss_mask, positions)
         dtype = self.drafter.norm.weight.dtype
         seen = features.to(dtype) if noise is None else features.to(dtype) + noise.to(dtype)
-        embedded, read = embeddings[:, 1:-1].to(dtype), seen[:, :-2]
-        out = self.drafter(embedded, read)
-        sums = self._compare(out, features[:, 1:-1], counted)
-        if self.unroll_steps == 1:
-            return sums
-        weights = [UNROLL_DECAY**step for step in range(self.unroll_steps)]
+        embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1]
+        places = torch.arange(goal.shape[1], device=goal.device)[None] if positions is None else positions[:, :-2]
+        if mask is None and positions is not None:
+            mask = packed_mask(positions)
+        mask = None if mask is None else mask[..., :-2, :-2]
+        memory = Streams() if self.unroll_steps > 1 else None
+        out = self.drafter(embedded, seen[:, :-2], places, mask, memory)
+        sums = self._compare(out, goal, counted)
+        weights = [self.unroll_decay**step for step in range(self.unroll_steps)]
         regression, cross_entropy = sums.regression * weights[0], sums.cross_entropy * weights[0]
-        streams = [read]
         for step in range(1, self.unroll_steps):
-            streams.append(torch.cat([read[:, :1], out.r[:, :-1]], dim=1))
-            out = self._run_streams(embedded, streams)
-            counted = counted.clone()
-            counted[:, :step] = False  # nothing was drafted there yet
-            later = self._compare(out, features[:, 1:-1], counted)
+            own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
+            seen_now = unrolled_mask(own.shape[1], step, own.device, mask)
+            out = self.drafter(embedded, own, places, seen_now, memory)
+            # At the first places of a sequence nothing was drafted yet.
+            later = self._compare(out, goal, counted & (places >= step))
             regression = regression + later.regression * weights[step]
             cross_entropy = cross_entropy + later.cross_entropy * weights[step]
         return sums._replace(regression=regression / sum(weights), cross_entropy=cross_entropy / sum(weights))
@@ -89,36 +109,59 @@ class DrafterLoss(nn.Module):
         cross_entropy, agreed = soft_cross_entropy(p, goal, self._head, self.chunk_size)
         return LossSums(regression, cross_entropy, agreed, counted.sum())
 
-    def _run_streams(self, embedded: Tensor, streams: list[Tensor]) -> DraftOutput:
-        """Outputs of the last stream; stream k holds at t the feature that k draft steps have made of f_{t-k}."""
-        count, length = len(streams), embedded.shape[1]
-        positions = torch.arange(length, device=embedded.device).repeat(count)[None]
-        out = self.drafter(
-            embedded.repeat(1, count, 1),
-            torch.cat(streams, dim=1),
-            positions,
-            unrolled_mask(length, count, embedded.device),
-        )
-        return DraftOutput(out.p[:, -length:], out.r[:, -length:])
 
+class Streams:
+    """Keys and values of the draft steps so far, with their gradients: what an attention layer takes for its cache.
 
-def counted_positions(loss_mask: Tensor) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
-    return loss_mask[:, 2:].bool()
-
-
-def unrolled_mask(length: int, streams: int, device: torch.device | str) -> Tensor:
-    """`(1, 1, streams * length, streams * length)` who sees whom when a drafter is unrolled on its own features.
-
-    At draft step j, position t sees what it would see in decoding: the target's features up to t-j (stream 0), and on
-    the way from there to t the ones drafted in steps 1 .. j, each at its own place.
+    A later step never changes what an earlier one has seen, so each runs once.
     """
-    stream = torch.arange(streams, device=device).repeat_interleave(length)
-    place = torch.arange(length, device=device).repeat(streams)
-    start = (place - stream)[:, None]
-    true_feature = (stream == 0) & (place <= start)
-    drafted = (stream > 0) & (stream <= stream[:, None]) & (place == start + stream)
-    return (true_feature | drafted)[None, None]
+
+    def __init__(self) -> None:
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Add `(batch, heads, tokens, head_dim)` of a step; those of all steps, one after the other."""
+        self._keys.append(key_states)
+        self._values.append(value_states)
+        return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
+
+
+def counted_positions(loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one.
+
+    Args:
+        loss_mask: True where x is a response token.
+        positions: `(batch, tokens)` places in their own sequences where several stand in a row: t must be in the same.
+    """
+    counted = loss_mask[:, 2:].bool()
+    return counted if positions is None else counted & (positions[:, 2:] >= 2)
+
+
+def packed_mask(positions: Tensor) -> Tensor:
+    """`(batch, 1, tokens, tokens)` each token sees its own sequence up to itself; sequences begin at position 0."""
+    sequence = (positions == 0).cumsum(dim=1)
+    return (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
+
+
+def unrolled_mask(length: int, step: int, device: torch.device | str, mask: Tensor | None = None) -> Tensor:
+    """`(1 or batch, 1, length, (step + 1) * length)` who sees whom when a drafter is unrolled on its own features.
+
+    At draft step j, position t sees what it would see in decoding: the target's features up to t-j (the first `length`
+    keys), and on the way from there to t the ones drafted in steps 1 .. j, each at its own place.
+
+    Args:
+        length: positions.
+        step: draft steps taken before, j.
+        device: of the mask.
+        mask: `(batch, 1, length, length)` who sees whom at the first step; causal when absent.
+    """
+    everything = torch.ones(length, length, dtype=torch.bool, device=device)
+    drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
+    blocks = torch.stack([everything.tril(-step), *drafted], dim=1)  # (queries, steps, keys)
+    if mask is not None:
+        blocks = blocks & mask.transpose(1, 2)  # (batch, queries, 1, keys) over all steps
+    return blocks.view(-1, 1, length, (step + 1) * length)
 
 
 def feature_noise(
