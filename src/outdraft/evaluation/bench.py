@@ -5,7 +5,7 @@ Ties the rooms of the evaluation together; each decision is made in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,7 @@ def measured(
                 done = len(store.known(temperature))
                 remarks.print(f"{title}: {done} of {pairs} pairs kept; the same command goes on from there")
             raise
-    parted = {
-        rival.name: partings(target, prompts, runs[PLAIN], runs[rival.name]) if temperature == 0 else None
-        for rival in rivals
-    }
+    parted = partings(target, prompts, runs[PLAIN], runs) if temperature == 0 else dict.fromkeys(runs)
     return summed_up(target, rivals, runs, parted, temperature, questions)
 
 
@@ -168,7 +165,7 @@ def summed_up(
     target: Target,
     rivals: Sequence[Contender],
     runs: dict[str, list[Run]],
-    parted: dict[str, list[Divergence] | None],
+    parted: Mapping[str, list[Divergence] | None],
     temperature: float,
     questions: Sequence[Question],
 ) -> Comparison:

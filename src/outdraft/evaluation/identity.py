@@ -1,21 +1,48 @@
-"""Whether a greedy text is the one that plain decoding gives, and if not, where it parts and how near a tie was there.
+"""Whether greedy texts are those that plain decoding gives, and if not, where they part and how near a tie was there.
 
 In low precision a forward over many tokens rounds differently from one over a single token, so that texts can part
 where the two best tokens are all but equal. A parting is called a tie only when the gap lies within that measured
-noise.
+noise. Gaps and noise come from the stock model's own forward (`audit/stock.py`), which knows nothing of our cache,
+trees or masks. Knows token ids only; whose texts they are is `partings.py`'s business.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from outdraft.run import TargetRun
+from outdraft.evaluation.audit.noise import Noise, measured_noise
+from outdraft.evaluation.audit.stock import Laws, stock_logits
 from outdraft.target import Target
-from outdraft.tree import Tree
+
+NOISE_TEXTS = 8
+"""Plain texts, of those that some other leaves, over which rounding is measured; as many as the audit takes."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two texts after one prompt that are not the same."""
+
+    prompt: int
+    """Which of the prompts, from 0."""
+    ids: list[int]
+    """The prompt's token ids."""
+    plain: list[int]
+    """What plain decoding said."""
+    other: list[int]
+    turn: int = 0
+    """Which turn of the conversation, from 0."""
+
+    @property
+    def position(self) -> int:
+        """The first new token that differs; the shorter text's length where that text just ends."""
+        shorter = min(len(self.plain), len(self.other))
+        return next((i for i in range(shorter) if self.plain[i] != self.other[i]), shorter)
 
 
 @dataclass(frozen=True)
@@ -27,19 +54,22 @@ class Divergence:
     position: int
     """Which new token, from 0."""
     gap: float
-    """Logit of the plain choice less that of the other, by plain one-token forwards; nan where one text just ends."""
+    """Logit of the plain choice less that of the other, by one-token forwards; nan where one text just ends."""
     noise: float
-    """Largest change of the gap between the two best tokens, up to here, from one-token forwards to the stock model's
-    own forward over the whole text, which knows nothing of our cache, trees or masks."""
+    """What rounding alone changes of such gaps, at most."""
+    turn: int = 0
+    """Which turn of the conversation, from 0."""
 
     @property
     def tie(self) -> bool:
-        """Whether the gap lies within the noise: rounding, not a defect."""
-        return self.gap <= self.noise
+        """Whether the gap lies within the noise: rounding, not a defect. A plain choice that is far from the stock
+        model's (a negative gap) is a defect as well."""
+        return abs(self.gap) <= self.noise
 
     def as_dict(self) -> dict[str, float | int | bool]:
         return {
             "prompt": self.prompt,
+            "turn": self.turn,
             "position": self.position,
             "logit_gap": self.gap,
             "noise": self.noise,
@@ -47,39 +77,51 @@ class Divergence:
         }
 
 
-def divergences(
-    target: Target, prompts: Sequence[list[int]], plain: Sequence[list[int]], others: Sequence[list[int]]
-) -> list[Divergence]:
-    """One for every prompt whose two texts differ; empty when all are identical."""
-    return [
-        divergence(target, number, prompt, own, other)
-        for number, (prompt, own, other) in enumerate(zip(prompts, plain, others, strict=True))
-        if own != other
-    ]
-
-
 @torch.inference_mode()
-def divergence(target: Target, number: int, prompt: list[int], plain: list[int], other: list[int]) -> Divergence:
-    """Measure the first difference between two texts that differ."""
-    shorter = min(len(plain), len(other))
-    position = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
-    common = plain[:position]
-    single = logits_one_by_one(target, prompt, common)
-    whole = target.head(target.features(torch.tensor([prompt + common], device=target.device))[0, len(prompt) - 1 :])
-    best = single.topk(2, dim=-1).indices
-    gaps = [logits.gather(1, best).diff(dim=-1)[:, 0] for logits in (single, whole.float())]
-    noise = float((gaps[0] - gaps[1]).abs().max())
-    if position == shorter:
-        return Divergence(number, position, float("nan"), noise)
-    return Divergence(number, position, float(single[-1, plain[position]] - single[-1, other[position]]), noise)
+def divergences(target: Target, differences: Sequence[Difference]) -> list[Divergence]:
+    """Judge texts that differ, each held against the same noise.
+
+    Args:
+        target: decides.
+        differences: of all prompts and contenders; those that leave the same plain text cost one run over it together.
+
+    Returns:
+        One for every difference, in their order.
+    """
+    leaving: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, one in enumerate(differences):
+        leaving[one.prompt, one.turn].append(place)
+    left = [differences[places[0]] for places in leaving.values()]
+    noise = _noise(target, left[:NOISE_TEXTS])
+    found: dict[int, Divergence] = {}
+    for text, places in zip(left, leaving.values(), strict=True):
+        positions = {differences[place].position for place in places}
+        steps = stock_logits(target, text.ids, [text.plain[: max(positions)]])
+        logits = {position: row[0] for position, row in enumerate(steps) if position in positions}
+        for place in places:
+            one = differences[place]
+            found[place] = _judged(one, logits[one.position], noise)
+    return [found[place] for place in range(len(differences))]
 
 
-def logits_one_by_one(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
-    """`(len(tokens) + 1, vocab)` logits after the prompt and after each token, as plain decoding computes them."""
-    run = TargetRun(target, target.new_cache(1, len(prompt) + len(tokens) + 1))
-    rows = [target.head(run.prefill([torch.tensor(prompt)]).features[0, -1:])]
-    for token in tokens:
-        root = Tree.roots(torch.tensor([token], device=target.device))
-        rows.append(target.head(run.tree(root).features[0]))
-        run.cache.commit([[0]])
-    return torch.cat(rows).float()
+def _noise(target: Target, left: Sequence[Difference]) -> Noise:
+    laws = Laws(target, {}, warped=False)
+    return measured_noise(laws, [one.ids for one in left], [one.plain for one in left], lambda: None)
+
+
+def _judged(one: Difference, logits: Tensor, noise: Noise) -> Divergence:
+    """Of one difference, with the `(vocab,)` logits of one-token forwards where it begins."""
+    place = one.position
+    if place == min(len(one.plain), len(one.other)):
+        return Divergence(one.prompt, place, math.nan, noise.gap, one.turn)
+    own, other = logits[one.plain[place]], logits[one.other[place]]
+    # The model hands logits over rounded to its precision. Sums that differ by next to nothing can round to adjacent
+    # numbers, so a gap of one unit in the last place is no evidence of anything, even where the few positions measured
+    # happened to round alike. In float32 that unit is a ten-millionth of the logit: it excuses no defect there.
+    noise_here = max(noise.gap, last_place(max(abs(float(own)), abs(float(other))), logits.dtype))
+    return Divergence(one.prompt, place, float(own) - float(other), noise_here, one.turn)
+
+
+def last_place(magnitude: float, dtype: torch.dtype) -> float:
+    """The distance of neighbouring numbers of this size in this precision; 0.0625 at 8 to 16 in bfloat16."""
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(magnitude)[1] - 1)

@@ -36,7 +36,8 @@ are alternatives, so it is low by design).</p>
 counted by tokenizing its text anew, less one, and the method's tokens as it emitted them; <b>ratio of mean rates</b> is
 the same with tokens counted alike on both sides. Their difference is the difference in counting.</p>
 <p><b>Identical</b> compares greedy texts with plain decoding's, token by token. A divergence is called a near-tie only
-if the logit gap lies within the measured rounding noise of that model on that text.</p>
+if the logit gap lies within the rounding noise of that model and precision: the largest change of such a gap between
+one-token and many-token forwards of the stock model, or one unit in the last place of the logits.</p>
 </section>
 """
 
@@ -212,7 +213,7 @@ def divergence_table(one: Comparison) -> str:
             (
                 escape(name),
                 escape(str(one.questions[d.prompt].id if one.questions else d.prompt + 1)),
-                str(getattr(d, "turn", 0) + 1),
+                str(d.turn + 1),
                 str(d.position + 1),
                 number(d.gap, ".4f"),
                 number(d.noise, ".4f"),

@@ -110,8 +110,7 @@ def verdict(summary: Summary) -> str:
 
 
 def _turn(found: Divergence) -> str:
-    turn = getattr(found, "turn", 0)
-    return f", turn {turn + 1}," if turn else ""
+    return f", turn {found.turn + 1}," if found.turn else ""
 
 
 def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
