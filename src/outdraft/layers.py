@@ -1,4 +1,5 @@
-"""A stock model cut in two at a layer, without a copy: its first layers, the rest, and a layer of one's own at the end.
+"""A stock model cut in two at a layer, without a copy: its first layers, the rest, and a layer of one's own at the end;
+or whole, telling what some of its layers give.
 
 A view is a shallow copy of the inner model whose list of layers is a slice of the same modules. The layers keep their
 place in the cache, so both parts write to one `SlotCache`. What goes over the cut is the hidden state: the lower part's
@@ -11,8 +12,10 @@ Knows how inner models of `transformers` are built; nothing of trees, drafting o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,6 +58,32 @@ class Cut:
         hidden = self.lower(**inputs)
         rest = {name: value for name, value in inputs.items() if name != "input_ids"}
         return hidden, self.upper(hidden, **rest)
+
+
+class Tapped:
+    """An inner model that tells what some of its layers give, beside its features.
+
+    Args:
+        model: a causal language model, on any backend.
+        layers: counted from 1, in rising order, the last one not among them.
+
+    Raises:
+        UserError: no such layer, or the model's layers cannot be found.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
+        modules = list(layers_of(model))
+        if odd := [layer for layer in layers if not 1 <= layer < len(modules)]:
+            raise UserError(f"layers to read must be between 1 and {len(modules) - 1} for this model, not {odd[0]}")
+        self._noting = [_Noting(modules[layer - 1]) for layer in layers]
+        for layer, noting in zip(layers, self._noting, strict=True):
+            modules[layer - 1] = noting
+        self._inner = _view(model, modules, 0)
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Run the model; `(rows, tokens, (1 + layers) * hidden)` its features, then what each of the layers gives."""
+        features = self._inner(**inputs).last_hidden_state
+        return torch.cat([features, *(noting.take() for noting in self._noting)], dim=-1)
 
 
 class ExitView:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft.cache import SlotCache
-from outdraft.layers import Cut
+from outdraft.layers import Cut, Tapped
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -28,7 +28,7 @@ class Output(NamedTuple):
     features: Tensor
     """The last hidden state after the final norm, which the head reads."""
     taps: Tensor
-    """What the drafter reads of the target: the features, or the hidden state of an earlier layer."""
+    """What the drafter reads of the target: the features, the hidden state of an earlier layer, or several."""
 
 
 class TargetRun:
@@ -81,6 +81,24 @@ class TargetRun:
         """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
         features = self.target.forward(tokens, positions, seen, slots, self.cache)
         return Output(features, features)
+
+
+class TappedRun(TargetRun):
+    """The target for a drafter that reads what some layers give, beside the features.
+
+    Args:
+        target: the model.
+        tapped: of that model.
+        cache: of these rows, empty.
+    """
+
+    def __init__(self, target: Target, tapped: Tapped, cache: SlotCache):
+        super().__init__(target, cache)
+        self.tapped = tapped
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+        taps = self.tapped(input_ids=tokens, **self.target.inputs(positions, seen, slots, self.cache))
+        return Output(taps[..., : self.target.hidden_size], taps)
 
 
 class CutRun(TargetRun):

@@ -8,6 +8,7 @@ it decodes. It does not know how a tree is grown (`feature_drafting.py`), where 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -49,8 +50,17 @@ class FeatureHeadConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
+    tap_layers: tuple[int, ...] = ()
+    """Layers of the target, counted from 1, whose outputs are read beside its feature (after EAGLE-3); none is the
+    paper's."""
+    state_norm: bool = False
+    """RMSNorm on what is read as the feature, be it the target's or, fed back, the drafter's own; off is the
+    paper's."""
 
     def __post_init__(self) -> None:
+        self.tap_layers = tuple(self.tap_layers)
+        if sorted(set(self.tap_layers)) != list(self.tap_layers) or (self.tap_layers and self.tap_layers[0] < 1):
+            raise UserError(f"tap_layers must be layers from 1 on in rising order, not {list(self.tap_layers)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -81,6 +91,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerTaps(nn.Module):
+    """Outputs of several layers of the target as a correction of its feature.
+
+    A correction that begins at zero, so that what is read stays in the space of the features: the drafter's own r takes
+    its place in later draft steps, when the target has said nothing yet.
+    """
+
+    def __init__(self, config: FeatureHeadConfig):
+        super().__init__()
+        d, count = config.hidden_size, len(config.tap_layers)
+        self.norms = nn.ModuleList(RMSNorm(d, config.rms_norm_eps) for _ in range(count))
+        # Nothing is drawn for it, so that a seed gives all other weights as it does without.
+        self.proj = nn.utils.skip_init(nn.Linear, count * d, d, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, feature: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        normed = [norm(output) for norm, output in zip(self.norms, outputs, strict=True)]
+        return feature + self.proj(torch.cat(normed, dim=-1))
+
+
 class Fusion(nn.Module):
     """`(e, f) -> h`: one linear layer (EAGLE), then with feature sampling the gated correction of FSPAD, equation 3."""
 
@@ -88,6 +118,8 @@ class Fusion(nn.Module):
         super().__init__()
         d, i = config.hidden_size, config.intermediate_size
         self.fc = nn.Linear(2 * d, d, bias=config.fc_bias)
+        self.taps = LayerTaps(config) if config.tap_layers else None
+        self.state_norm = RMSNorm(d, config.rms_norm_eps) if config.state_norm else None
         self.feature_sampling = config.feature_sampling
         if config.feature_sampling:
             self.norm = RMSNorm(d, config.rms_norm_eps)
@@ -96,10 +128,26 @@ class Fusion(nn.Module):
             self.down_proj = nn.Linear(i, d, bias=False)
 
     def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        z = self.fc(torch.cat([embeddings, features], dim=-1))
+        z = self.fc(torch.cat([embeddings, self.state(features)], dim=-1))
         if not self.feature_sampling:
             return z
         return z + self.down_proj(F.silu(self.gate_proj(embeddings)) * self.up_proj(self.norm(z)))
+
+    @property
+    def reads_features_as_they_are(self) -> bool:
+        """Whether `state` changes nothing."""
+        return self.taps is None and self.state_norm is None
+
+    def state(self, features: Tensor) -> Tensor:
+        """What the fusion reads, `(..., hidden)`, of what the target says, `(..., tap width)`, or of an r in its place.
+
+        The width tells them apart: an r has no outputs of other layers beside it.
+        """
+        feature, *outputs = features.split(self.fc.out_features, dim=-1)
+        if outputs:
+            assert self.taps is not None
+            feature = self.taps(feature, outputs)
+        return feature if self.state_norm is None else self.state_norm(feature)
 
 
 class Attention(nn.Module):
@@ -152,6 +200,11 @@ class FeatureHead(nn.Module):
         self._rotary_table: tuple[Tensor, Tensor] | None = None  # no buffer: `.to(bfloat16)` must not round angles
 
     @property
+    def tap_width(self) -> int:
+        """Values that are read of the target for a position: its feature, then the outputs of `tap_layers`."""
+        return (1 + len(self.config.tap_layers)) * self.config.hidden_size
+
+    @property
     def method(self) -> str:
         """`fspad` unless both switches are off, which is `eagle`."""
         return "fspad" if self.config.feature_sampling or self.config.partial_alignment else "eagle"
@@ -168,7 +221,8 @@ class FeatureHead(nn.Module):
 
         Args:
             embeddings: `(batch, nodes, hidden)` the target's embedding of x_{t+1}.
-            features: `(batch, nodes, hidden)` the target's f_t, or an `r` of this drafter in its place.
+            features: `(batch, nodes, hidden)` the target's f_t, or an `r` of this drafter in its place; with
+                `tap_layers` the target's outputs at t of these layers follow f_t, `(batch, nodes, tap width)`.
             positions: `(batch, nodes)` t; counted from 0 when absent.
             mask: `(batch, 1, nodes, keys)` True where a node may look; causal over the input when absent.
             cache: where keys and values go and come from; `reserve` a `SlotCache` first.

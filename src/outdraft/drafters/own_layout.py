@@ -90,9 +90,21 @@ def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path)
     values = {name: config[name] for name in known if name in config}
     for name, value in values.items():
         default = known[name].default
+        if isinstance(default, tuple):
+            values[name] = _layers(name, value, folder)
+            continue
         types = (int,) if default is MISSING else (int, float) if isinstance(default, float) else (type(default),)
         check_value(name, value, types, folder)
     return kind(**values)
+
+
+def _layers(name: str, value: Any, folder: Path) -> tuple[int, ...]:
+    """A list of layers, which JSON has no tuple for."""
+    if not isinstance(value, list):
+        raise UserError(f"'{folder / CONFIG}': {name} must be a list, not {value!r}; copy or train the drafter again")
+    for one in value:
+        check_value(name, one, (int,), folder)
+    return tuple(value)
 
 
 def fitting(
