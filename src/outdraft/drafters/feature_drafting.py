@@ -20,7 +20,8 @@ from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.drafters.growth import RunAhead, grow
 from outdraft.drafters.intake import take_in
 from outdraft.errors import UserError
-from outdraft.run import TargetRun
+from outdraft.layers import Tapped
+from outdraft.run import TappedRun, TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree, attention_mask
 
@@ -45,6 +46,12 @@ class FeatureDrafter(Drafter):
                     "choose its own drafter or train one (outdraft train)"
                 )
         self.head, self.target, self.method = head, target, head.method
+        layers = head.config.tap_layers
+        self.tapped = Tapped(target.model, layers) if layers else None
+
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        tapped = self.tapped
+        return TargetRun(target, cache) if tapped is None else TappedRun(target, tapped, cache)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> FeatureDraftState:
         return FeatureDraftState(self, len(prompts), run.cache.capacity)
