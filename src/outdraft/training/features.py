@@ -1,7 +1,7 @@
 """Where the target's states come from: a forward in every step, or a cache on disk written once.
 
-A `Reading` says which states a drafter is trained on: the features after the final norm, or the hidden state of an
-earlier layer beside them. They go by the name of features here, whatever their width.
+A `Reading` says which states a drafter is trained on: the features after the final norm, or hidden states of earlier
+layers beside them. They go by the name of features here, whatever their width.
 
 The cache is one flat file in the target's own precision, filled example by example, so that a killed run goes on where
 it stopped; its key is a hash of target, data and length. Knows the target as a function and nothing of the loss.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import UserError
-from outdraft.layers import Cut
+from outdraft.layers import Cut, Tapped
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.tokenization import Example, ExampleSet
 
@@ -104,6 +104,30 @@ class ExitReading(Reading):
         # No mask: what stands on padding, to the right, is seen by no token.
         with torch.autocast(input_ids.device.type, enabled=False):
             return torch.cat(self._cut.both(input_ids=input_ids, use_cache=False), dim=-1)
+
+
+class TappedReading(Reading):
+    """The target's features, then what some of its layers give.
+
+    Args:
+        target: whose.
+        layers: which, counted from 1.
+    """
+
+    def __init__(self, target: TargetLike, layers: Sequence[int]):
+        super().__init__(target)
+        self.name = f"features and layers {', '.join(map(str, layers))}"
+        self._tapped, self._count = Tapped(target.model, layers), len(layers)
+
+    @property
+    def width(self) -> int:
+        return (1 + self._count) * self.target.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        # No mask: what stands on padding, to the right, is seen by no token.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self._tapped(input_ids=input_ids, use_cache=False)
 
 
 class FeatureCache:
