@@ -1,19 +1,22 @@
 """Cross-entropy of a drafter's logits against the target's law, its token, or both, with logits of one chunk at a time.
 
-Knows heads as functions; nothing of positions, drafters or what counts.
+Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's law, which
+is made once a chunk. Knows heads as functions; nothing of positions, drafters or what counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 Head = Callable[[Tensor], Tensor]
+
+PRODUCT_ROWS = 32
+"""Positions whose products of law and logarithm are held at once (a batched dot product rounds worse and is slower)."""
 
 
 class HardLabels(NamedTuple):
@@ -23,6 +26,19 @@ class HardLabels(NamedTuple):
     """`(positions,)`"""
     weight: float
     """Of this part; the law of the target has the rest up to 1."""
+
+
+class Guess(NamedTuple):
+    """What a drafter says at every position, of which several may share their goals."""
+
+    p: Tensor
+    """`(positions, hidden)` what the drafter hands to the head."""
+    counted: Tensor | None = None
+    """`(positions,)` False where this guess carries no loss; it carries some everywhere when not given."""
+    own_head: nn.Module | None = None
+    """The drafter's own output layer, whose weights are trained; it runs as the caller's autocast says."""
+    through: Head | None = None
+    """The way from `p` to logits by that layer, itself when not given."""
 
 
 def soft_cross_entropy(
@@ -35,25 +51,34 @@ def soft_cross_entropy(
     through: Head | None = None,
     labels: HardLabels | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over positions of the cross-entropy of head(p) against the law of head(goal), and the agreeing argmaxes.
+    """`soft_cross_entropies` of a single guess that counts everywhere: two scalars."""
+    totals, agreed = soft_cross_entropies([Guess(p, None, own_head, through)], goal, head, chunk_size, labels=labels)
+    return totals[0], agreed[0]
+
+
+def soft_cross_entropies(
+    guesses: Sequence[Guess], goal: Tensor, head: Head, chunk_size: int = 512, *, labels: HardLabels | None = None
+) -> tuple[Tensor, Tensor]:
+    """For every guess, the sum over positions of the cross-entropy of its law against that of head(goal).
 
     Args:
-        p: `(positions, hidden)` what the drafter hands to the head.
+        guesses: all at the same positions.
         goal: `(positions, hidden)` the target's features there; no gradient.
         head: the target's frozen head; it runs in the precision of `goal`, as it does in decoding.
-        chunk_size: positions whose logits are held at once.
-        own_head: the drafter's own output layer, whose weights are trained; it runs as the caller's autocast says.
-        through: the way from `p` to logits by that layer, itself when not given.
+        chunk_size: positions whose logits are held at once, those of one guess and the target's law.
         labels: tokens to be hit beside, or in place of, the law.
 
     Returns:
-        Two scalars: the sum in float32, differentiable in `p` and the own head's weights, and the count of equal
-        argmaxes.
+        Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
+        of equal argmaxes.
     """
-    own = list(own_head.parameters()) if own_head is not None else []
-    drafts = (through or own_head) if own_head is not None else None
-    total, agreed = _ChunkedCrossEntropy.apply(p, goal, head, drafts, labels, chunk_size, *own)
-    return total, agreed
+    leaves = [leaf for guess in guesses for leaf in _leaves(guess)]
+    totals, agreed = _ChunkedCrossEntropy.apply(tuple(guesses), goal, head, labels, chunk_size, *leaves)
+    return totals, agreed
+
+
+def _leaves(guess: Guess) -> list[Tensor]:
+    return [guess.p, *(guess.own_head.parameters() if guess.own_head is not None else ())]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -65,58 +90,102 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        p: Tensor,
+        guesses: tuple[Guess, ...],
         goal: Tensor,
         head: Head,
-        own_head: Head | None,
         labels: HardLabels | None,
         chunk_size: int,
-        *own: Tensor,
+        *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
-        total = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        agreed = torch.zeros((), dtype=torch.long, device=p.device)
-        gradients = [torch.zeros_like(leaf) for leaf in (p, *own)] if wanted else []
-        for start in range(0, len(p), chunk_size):
+        exact = torch.promote_types(guesses[0].p.dtype, torch.float32)
+        totals = torch.zeros(len(guesses), dtype=exact, device=goal.device)
+        agreed = torch.zeros(len(guesses), dtype=torch.long, device=goal.device)
+        gradients = [[torch.zeros_like(leaf) for leaf in _leaves(guess)] if wanted else [] for guess in guesses]
+        for start in range(0, len(goal), chunk_size):
             chunk = slice(start, start + chunk_size)
-            with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-                goal_logits = head(goal[chunk]).to(total.dtype)
-                best, law = goal_logits.argmax(dim=-1), goal_logits.softmax(dim=-1)
-                del goal_logits
-            leaf = p[chunk].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                logits = _logits(leaf, goal.dtype, head, own_head).to(total.dtype)
-                loss = _loss(logits, law, labels, chunk)
-                if wanted:
-                    for_p, *for_own = torch.autograd.grad(loss, (leaf, *own))
-                    gradients[0][chunk] = for_p
-                    for sum_of, more in zip(gradients[1:], for_own, strict=True):
-                        sum_of += more
-            total += loss.detach()
-            agreed += (logits.detach().argmax(dim=-1) == best).sum()
-        ctx.save_for_backward(*gradients)
+            best, law = _target_says(goal[chunk], head, exact, labels)
+            for k, guess in enumerate(guesses):
+                counted = None if guess.counted is None else guess.counted[chunk]
+                p, *own = _leaves(guess)
+                leaf = p[chunk].detach().requires_grad_(wanted)
+                with torch.set_grad_enabled(wanted):
+                    logits = _logits(leaf, goal.dtype, head, guess)
+                equal = logits.detach().argmax(dim=-1) == best
+                agreed[k] += (equal if counted is None else equal & counted).sum()
+                loss, slope = _loss(logits.detach(), law, labels, chunk, counted, exact, wanted)
+                totals[k] += loss
+                if slope is None:
+                    continue
+                for_p, *for_own = torch.autograd.grad(logits, (leaf, *own), slope.to(logits.dtype))
+                gradients[k][0][chunk] = for_p
+                for sum_of, more in zip(gradients[k][1:], for_own, strict=True):
+                    sum_of += more
+                del logits, slope  # before the next guess has its own
+            del law  # before the next chunk has its own
+        ctx.counts = [len(of_one) for of_one in gradients]
+        ctx.save_for_backward(*(gradient for of_one in gradients for gradient in of_one))
         ctx.mark_non_differentiable(agreed)
-        return total, agreed
+        return totals, agreed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor, agreed: Tensor) -> tuple[Tensor | None, ...]:
-        for_p, *for_own = (gradient * total.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (for_p, None, None, None, None, None, *for_own)
+    def backward(ctx: Any, totals: Tensor, agreed: Tensor) -> tuple[Tensor | None, ...]:
+        factors = [total for total, count in zip(totals, ctx.counts, strict=True) for _ in range(count)]
+        pairs = zip(ctx.saved_tensors, factors, strict=True)
+        scaled = (gradient * factor.to(gradient.dtype) for gradient, factor in pairs)
+        return (None, None, None, None, None, *scaled)
 
 
-def _logits(p: Tensor, precision: torch.dtype, head: Head, own_head: Head | None) -> Tensor:
-    if own_head is not None:
-        return own_head(p)
+def _target_says(goal: Tensor, head: Head, exact: torch.dtype, labels: HardLabels | None) -> tuple[Tensor, Tensor]:
+    """`(positions,)` its best tokens and `(positions, vocab)` its law, which is empty where only tokens are asked."""
+    with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
+        logits = head(goal)
+        best = logits.argmax(dim=-1)
+        only_tokens = labels is not None and labels.weight == 1
+        return best, logits.new_empty(0) if only_tokens else logits.softmax(dim=-1, dtype=exact)
+
+
+def _logits(p: Tensor, precision: torch.dtype, head: Head, guess: Guess) -> Tensor:
+    if guess.own_head is not None:
+        return (guess.through or guess.own_head)(p)
     with torch.autocast(p.device.type, enabled=False):
         return head(p.to(precision))
 
 
-def _loss(logits: Tensor, law: Tensor, labels: HardLabels | None, chunk: slice) -> Tensor:
+@torch.no_grad()
+def _loss(
+    logits: Tensor,
+    law: Tensor,
+    labels: HardLabels | None,
+    chunk: slice,
+    counted: Tensor | None,
+    exact: torch.dtype,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Its sum over the positions, and its gradient in the logits where wanted: the guess's law less the goal's.
+
+    By hand, because this is where training's memory goes: beside logits and law one tensor of their size is made.
+    """
     with torch.autocast(logits.device.type, enabled=False):
-        if labels is None:
-            return F.cross_entropy(logits, law, reduction="sum")
-        hard = labels.weight * F.cross_entropy(logits, labels.tokens[chunk], reduction="sum")
-        if labels.weight == 1:
-            return hard
-        return hard + (1 - labels.weight) * F.cross_entropy(logits, law, reduction="sum")
+        log_guess = logits.log_softmax(dim=-1, dtype=exact)
+        weight = 0.0 if labels is None else labels.weight
+        losses = log_guess.new_zeros(len(log_guess))
+        if labels is not None:
+            tokens = labels.tokens[chunk, None]
+            losses -= weight * log_guess.gather(1, tokens)[:, 0]
+        if weight != 1:
+            blocks = zip(law.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
+            losses -= (1 - weight) * torch.cat([(p * log_q).sum(dim=-1) for p, log_q in blocks])
+        if counted is not None:
+            losses = losses.masked_fill_(~counted, 0.0)
+        if not wanted:
+            return losses.sum(), None
+        slope = log_guess.exp_()
+        if weight != 1:
+            slope.sub_(law, alpha=1 - weight)
+        if labels is not None:
+            slope.scatter_add_(1, tokens, slope.new_full(tokens.shape, -weight))
+        if counted is not None:
+            slope.masked_fill_(~counted[:, None], 0.0)
+        return losses.sum(), slope
