@@ -18,7 +18,7 @@ from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
 from outdraft.cache import SlotCache
 from outdraft.decoding import Row, decode
-from outdraft.drafters import intake
+from outdraft.drafters import feature_drafting, intake
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.early_exit import EarlyExit
@@ -453,7 +453,7 @@ def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) 
 @pytest.mark.parametrize("switches", [(True, True), (False, False), (True, False), (False, True)])
 def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
     """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
-    for module in (run_module, intake):
+    for module in (run_module, intake, feature_drafting):
         monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     target = Target(pair("llama-gqa")[0])
     drafter = feature_drafter(target, *switches)

@@ -16,14 +16,15 @@ from torch import Tensor
 from outdraft.backends import count_parameters
 from outdraft.cache import SlotCache
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
-from outdraft.drafters.growth import RunAhead, grow
-from outdraft.drafters.intake import take_in
+from outdraft.drafters.growth import grow
+from outdraft.drafters.sight import Sight, causal_sight
 from outdraft.errors import UserError
 from outdraft.layers import Tapped
-from outdraft.run import TappedRun, TargetRun
+from outdraft.run import PREFILL_CHUNK, TappedRun, TargetRun
 from outdraft.target import Target
-from outdraft.tree import Tree, attention_mask
+from outdraft.tree import Tree
 
 
 class FeatureDrafter(Drafter):
@@ -48,6 +49,7 @@ class FeatureDrafter(Drafter):
         self.head, self.target, self.method = head, target, head.method
         layers = head.config.tap_layers
         self.tapped = Tapped(target.model, layers) if layers else None
+        self.step = DraftStep(head, self.embed, target.vocab_size)
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         tapped = self.tapped
@@ -60,6 +62,10 @@ class FeatureDrafter(Drafter):
     def num_parameters(self) -> int:
         return count_parameters(self.head)
 
+    def logits(self, p: Tensor) -> Tensor:
+        """What the target's head says of `(..., hidden)` p."""
+        return self.target.head(p.to(self.target.dtype))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """The checkpoint's own embedding where it has one, else the target's."""
         own = self.head.embed_tokens
@@ -70,26 +76,27 @@ class FeatureDraftState(DraftState):
     """The pairs seen so far, one cache entry each."""
 
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
-        self.drafter = drafter
+        self.drafter, self.network = drafter, drafter.step
         self.cache = SlotCache(rows, 1, capacity)
-        self._last_position = drafter.head.config.max_position_embeddings - 1
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         newest = self._take_in(update)
-        row = torch.arange(len(update.counts), device=update.tokens.device)
-        last = torch.tensor(update.counts, device=update.tokens.device) - 1
-        roots = update.tokens[row, last]
-        logits = self.drafter.target.head(newest.p)
-        ahead = RunAhead(self.cache, self._last_position)
-        r = newest.r[:, None]
+        roots = update.roots
+        starts = list(self.cache.lengths)
+        sight = Sight(self.cache, self.network.dtype, self.network.device)
+        levels = 0
+        r = newest.r
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r
-            out = self.run(tokens, r[row[:, None], parents], *ahead.place(tokens, parents))
-            r = out.r
-            return self.drafter.target.head(out.p)
+            nonlocal r, levels
+            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
+            mask = sight.level(parents)
+            angles = self.network.angles([start + levels for start in starts], 1)
+            out = self.network(tokens, features, angles, mask, self.cache)
+            r, levels = out.r, levels + 1
+            return self.drafter.logits(out.p)
 
-        tree = grow(roots, logits, step, shape, rows)
+        tree = grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
 
@@ -97,15 +104,28 @@ class FeatureDraftState(DraftState):
         self.cache.select_rows(rows)
 
     def _take_in(self, update: Update) -> DraftOutput:
-        """Run the decided pairs and keep them; the outputs `(rows, hidden)` at each row's last one."""
+        """Run the decided pairs, with the target's true features, and keep them.
 
-        def forward(piece: slice, positions: Tensor, seen: Tensor, slots: Tensor) -> DraftOutput:
-            return self.run(update.tokens[:, piece], update.taps[:, piece], positions, seen, slots)
+        Returns:
+            `(rows, 1, hidden)` outputs at each row's last pair.
+        """
+        counts, kept = update.counts, []
+        for start in range(0, max(counts), PREFILL_CHUNK):
+            count = min(PREFILL_CHUNK, max(counts) - start)
+            angles = self.network.angles(self.cache.lengths, count)
+            self.cache.reserve(count, update.tokens.device)
+            mask = causal_sight(self.cache, count, self.network.dtype, self.network.device)
+            piece = slice(start, start + count)
+            out = self.network(update.tokens[:, piece], update.taps[:, piece], angles, mask, self.cache)
+            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
+            kept.append(out)
+        p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
+        if len(set(counts)) == 1:
+            return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
+        last = torch.tensor(counts, device=p.device)[:, None] - 1
+        return DraftOutput(chosen(p, last), chosen(r, last))
 
-        return DraftOutput(*take_in(self.cache, update.counts, self._last_position, update.tokens.device, forward))
 
-    def run(self, tokens: Tensor, features: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> DraftOutput:
-        """One forward of the network over reserved slots; the last three arguments as in `attention_mask`."""
-        mask = attention_mask(seen, slots, self.cache.lengths, self.cache.extent, positions)
-        new = positions[:, -tokens.shape[1] :]
-        return self.drafter.head(self.drafter.embed(tokens), features, new, mask, self.cache)
+def chosen(x: Tensor, nodes: Tensor) -> Tensor:
+    """Of `(rows, n, width)` the entries at these `(rows, m)` nodes."""
+    return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
