@@ -42,6 +42,7 @@ class Row:
         finish_reason: `eos`, `length`, `stop` or `context`; None while the row is running.
         accepted: for every decided token, whether it was drafted.
         controller: says how far to draft for it; None drafts as far as the shape allows.
+        watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
     """
 
     prompt: list[int]
@@ -55,6 +56,7 @@ class Row:
     accepted: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     controller: Controller | None = None
+    watch: Callable[[Tensor], None] | None = None
 
     def extend(self, tokens: Sequence[int], context_length: int) -> int:
         """Append decided tokens one by one, ending exactly where plain decoding would; how many were taken."""
@@ -127,6 +129,8 @@ class _Batch:
         for row, prefix, row_logits in zip(self.rows, self.prefixes, logits, strict=True):
             token = row.chance.draw(row.warper.law(row_logits, prefix.tokens))
             row.extend([token], self.target.context_length)
+            if row.watch is not None:
+                row.watch(row_logits[None])
             prefix.append([token])
             firsts.append(token)
         self.roots = torch.tensor(firsts, device=features.device)
@@ -156,7 +160,7 @@ class _Batch:
         prefixes = [prefix.tokens for prefix in self.prefixes]
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
         verdicts = verify(tree, logits, warpers, prefixes, chances)
-        self._commit(tree, taps, verdicts)
+        self._commit(tree, taps, logits, verdicts)
         rest = self.clock.lap()
         if pace is not None:
             depths = [row.statistics.depths[-1] for row in self.rows]
@@ -200,7 +204,7 @@ class _Batch:
     def _slots(self, shape: TreeShape) -> int:
         return shape.size if self.drafter is None else self.drafter.slots(shape)
 
-    def _commit(self, tree: Tree, taps: Tensor, verdicts: list[Verdict]) -> None:
+    def _commit(self, tree: Tree, taps: Tensor, logits: Tensor, verdicts: list[Verdict]) -> None:
         """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
         self.cache.commit([verdict.path for verdict in verdicts])
         counts = [len(verdict.path) for verdict in verdicts]
@@ -215,6 +219,8 @@ class _Batch:
         depths = tree.depths
         for i, (row, prefix, verdict) in enumerate(zip(self.rows, self.prefixes, verdicts, strict=True)):
             taken = row.extend(verdict.tokens, self.target.context_length)
+            if row.watch is not None:
+                row.watch(logits[i, verdict.path[:taken]])
             prefix.append(verdict.tokens)
             deepest = int(depths[i, : tree.counts[i]].max())
             row.statistics.add_round(tree.counts[i] - 1, deepest, len(verdict.path) - 1, taken)
