@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from outdraft.drafters.medusa import MedusaHeads
 from outdraft.target import Target
-from outdraft.training.cross_entropy import HardLabels, soft_cross_entropy
+from outdraft.training.cross_entropy import Guess, HardLabels, soft_cross_entropies
 
 HEAD_DECAY = 0.8
 """Head k weighs this to the power of k (section 2.2.1)."""
@@ -59,28 +59,36 @@ class MedusaLoss(nn.Module):
         """
         seen = features.to(next(self.drafter.parameters()).dtype)
         speaking = self.drafter.speaking(self._target)
-        found = []
+        counted = reached(loss_mask, 1)
+        guesses = []
         for k, head in enumerate(self.drafter.heads, start=1):
-            counted = reached(loss_mask, k)
-            read, goal = seen[:, : counted.shape[1]][counted], features[:, k : k + counted.shape[1]][counted]
-            tokens = input_ids[:, k + 1 :][counted]
+            behind = k - 1  # the tokens by which this head reads further back than the first, for the same guess
+            here, read = (_moved(x, behind, counted.shape[1]) for x in (reached(loss_mask, k), seen[:, : -1 - k]))
             own = self.drafter.outputs[k - 1] if self.drafter.config.own_head else None
-            found.append(
-                soft_cross_entropy(
-                    head(read),
-                    goal,
-                    self._target.head,
-                    self.chunk_size,
-                    own_head=own,
-                    through=None if own is None else speaking[k - 1],
-                    labels=HardLabels(tokens, self.hard_weight) if self.hard_weight else None,
-                )
-            )
-        losses = torch.stack([loss for loss, _ in found])
-        weights = HEAD_DECAY ** torch.arange(1, len(found) + 1, dtype=losses.dtype, device=losses.device)
-        return MedusaSums((weights * losses).sum(), losses[0], found[0][1], reached(loss_mask, 1).sum())
+            guesses.append(Guess(head(read[counted]), here[counted], own, None if own is None else speaking[k - 1]))
+        losses, agreed = soft_cross_entropies(
+            guesses,
+            features[:, 1:-1][counted],
+            self._target.head,
+            self.chunk_size,
+            labels=HardLabels(input_ids[:, 2:][counted], self.hard_weight) if self.hard_weight else None,
+        )
+        weights = HEAD_DECAY ** torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)
+        return MedusaSums((weights * losses).sum(), losses[0], agreed[0], counted.sum())
 
 
-def reached(loss_mask: Tensor, head: int) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one."""
-    return loss_mask[:, head + 1 :].bool()
+def _moved(x: Tensor, by: int, length: int) -> Tensor:
+    """`(batch, tokens, ...)` moved to the right by so many places, zeros before, as `(batch, length, ...)`."""
+    moved = x.new_zeros(len(x), length, *x.shape[2:])
+    moved[:, by:] = x[:, : max(length - by, 0)]
+    return moved
+
+
+def reached(loss_mask: Tensor, head: int, positions: Tensor | None = None) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one.
+
+    Where several sequences stand in a row, `positions` are the places of tokens in their own one, which a guess must
+    not leave.
+    """
+    counted = loss_mask[:, head + 1 :].bool()
+    return counted if positions is None else counted & (positions[:, head + 1 :] >= head + 1)
