@@ -79,7 +79,7 @@ def test_loss_matches_the_equations(batch: SimpleNamespace, chunk_size: int, par
     regression, cross_entropy, agreed, positions = by_the_equations(net, batch)
     assert positions == 7 == int(sums.positions)
     assert sums.regression.item() / positions == pytest.approx(regression, abs=1e-12)
-    assert sums.cross_entropy.item() / positions == pytest.approx(cross_entropy, abs=1e-12)
+    assert sums.token.item() / positions == pytest.approx(cross_entropy, abs=1e-12)
     assert int(sums.agreed) == agreed
 
 
@@ -110,7 +110,7 @@ def test_gradients_are_the_plain_ones_and_reach_only_the_drafter(batch: SimpleNa
 
     expected = torch.autograd.grad(plain(), list(net.parameters()))
     sums = DrafterLoss(net, lambda x: x @ weight.T, chunk_size=2)(embeddings.detach(), features.detach(), batch.mask)
-    (sums.regression + 0.1 * sums.cross_entropy).backward()
+    (sums.regression + 0.1 * sums.token).backward()
     for (name, parameter), gradient in zip(net.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-12, rtol=1e-12, msg=name)
     assert weight.grad is None and features.grad is None and embeddings.grad is None
@@ -119,7 +119,7 @@ def test_gradients_are_the_plain_ones_and_reach_only_the_drafter(batch: SimpleNa
 def test_partial_alignment_keeps_the_two_losses_apart(batch: SimpleNamespace) -> None:
     net = drafter()
     sums = DrafterLoss(net, lambda x: x @ batch.weight.T)(batch.embeddings, batch.features, batch.mask)
-    (for_p,) = torch.autograd.grad(sums.cross_entropy, net.down_proj.weight, retain_graph=True)
+    (for_p,) = torch.autograd.grad(sums.token, net.down_proj.weight, retain_graph=True)
     (for_r,) = torch.autograd.grad(sums.regression, net.down_proj.weight)
     assert for_p[:D].abs().min() > 0 and for_p[D:].abs().max() == 0
     assert for_r[D:].abs().min() > 0 and for_r[:D].abs().max() == 0
@@ -149,7 +149,7 @@ def test_unrolled_steps_see_what_decoding_sees(batch: SimpleNamespace) -> None:
     sums = DrafterLoss(net, head, unroll_steps=3)(batch.embeddings, batch.features, batch.mask)
     weights = np.array([1, 0.8, 0.64]) / 2.44
     assert sums.regression.item() == pytest.approx(np.dot(weights, regression), rel=1e-10)
-    assert sums.cross_entropy.item() == pytest.approx(np.dot(weights, cross_entropy), rel=1e-10)
+    assert sums.token.item() == pytest.approx(np.dot(weights, cross_entropy), rel=1e-10)
     assert sums.positions == 7
 
 
@@ -161,7 +161,7 @@ def test_sequences_in_one_row_are_as_good_as_rows_of_their_own(
     net = drafter()
     loss = DrafterLoss(net, lambda x: x @ batch.weight.T, unroll_steps=unroll_steps)
     apart = loss(batch.embeddings, batch.features, batch.mask)
-    expected = torch.autograd.grad(apart.regression + apart.cross_entropy, list(net.parameters()))
+    expected = torch.autograd.grad(apart.regression + apart.token, list(net.parameters()))
 
     def packed(rows: Tensor) -> Tensor:
         """Both rows after a third one that carries no loss, and padding after them."""
@@ -177,7 +177,7 @@ def test_sequences_in_one_row_are_as_good_as_rows_of_their_own(
     together = loss(packed(batch.embeddings), packed(batch.features), loss_mask, None, positions, mask)
     for name, sums in together._asdict().items():
         torch.testing.assert_close(sums, getattr(apart, name), atol=1e-12, rtol=1e-12, msg=name)
-    found = torch.autograd.grad(together.regression + together.cross_entropy, list(net.parameters()))
+    found = torch.autograd.grad(together.regression + together.token, list(net.parameters()))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 

@@ -50,6 +50,11 @@ class TrainingConfig(BaseModel):
     partial_alignment: bool | None = None
     """FSPAD's separate outputs for token and feature; the method decides when not given (an ablation switch)."""
 
+    tap_layers: list[int] | Literal["auto"] | None = None
+    """The target's layers whose outputs the drafter reads beside the features, counted from 1, or auto for a low, a
+    middle and a high one (beyond the paper)."""
+    state_norm: bool = False
+    """Normalise what the drafter reads as the feature, its own fed-back one too (beyond the paper)."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -66,12 +71,24 @@ class TrainingConfig(BaseModel):
     """Weight of the tokens in the mixed loss; the law has the rest."""
     w_reg: float = Field(1.0, ge=0)
     """Weight of the feature loss (SmoothL1)."""
+    w_reg_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of w_reg over the run: as it is, or down to 0 at the end (beyond the paper)."""
     w_cls: float = Field(0.1, ge=0)
-    """Weight of the token loss (soft cross-entropy against the target)."""
+    """Weight of the token loss."""
+    token_loss: Literal["soft", "top-k", "total-variation", "log-acceptance"] = "soft"
+    """The token loss: cross-entropy against the target's law (soft, the paper's), the same with the target's most
+    probable tokens counted again (top-k), 1 less the probability that a sampled candidate is accepted
+    (total-variation), or the negative logarithm of that probability (log-acceptance)."""
+    token_top_k: int = Field(10, ge=1)
+    """The target's most probable tokens that the top-k loss counts again."""
+    token_top_k_weight: float = Field(1.0, gt=0)
+    """How often it does so."""
     feature_noise: bool = True
     """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
     unroll_steps: int = Field(1, ge=1, le=16)
-    """Draft steps trained on the drafter's own features, as it decodes (beyond the paper; k cost about k(k+1)/2)."""
+    """Draft steps trained on the drafter's own features, as it decodes (beyond the paper; each costs a forward)."""
+    unroll_decay: float = Field(0.8, gt=0, le=1)
+    """Weight of every further draft step relative to the one before."""
     loss_chunk_size: int = Field(512, ge=1)
     """Positions whose logits are held at once; smaller needs less memory."""
 
@@ -90,6 +107,9 @@ class TrainingConfig(BaseModel):
     """Examples of one optimizer step and process, gradient accumulation included."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Pieces in which a batch is computed; more need less memory and give the same result."""
+    length_groups: bool = True
+    """Compute the examples of a batch in groups of like length, so that little work goes to padding; the same sums,
+    rounded differently."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's first beta."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -130,6 +150,7 @@ class TrainingConfig(BaseModel):
         except ValidationError as problem:
             raise UserError(_one_line(problem)) from None
         self._check_method()
+        self._check_parts()
 
     def _check_method(self) -> None:
         """Settings of another method are refused, not ignored."""
@@ -140,8 +161,6 @@ class TrainingConfig(BaseModel):
                 )
         if self.method not in READ_BY["loss"]:
             return
-        if "hard_weight" in self.model_fields_set and self.loss != "mixed":
-            raise UserError(f'"hard_weight" belongs to loss mixed, not {self.loss}; leave it out')
         if self.preset == "paper":
             raise UserError(
                 f"preset paper is FSPAD's published recipe; choose tiny, small, base or auto for {self.method}"
@@ -153,11 +172,16 @@ class TrainingConfig(BaseModel):
         if isinstance(self.exit_layer, int) and self.exit_layer < 1:
             raise UserError(f'"exit_layer" must be at least 1, not {self.exit_layer}')
 
+    def _check_parts(self) -> None:
+        """Settings of a choice that was not made are refused, not ignored."""
+        for name, (setting, choice) in PART_OF.items():
+            if name in self.model_fields_set and self.method in READ_BY[name] and getattr(self, setting) != choice:
+                raise UserError(f'"{name}" belongs to {setting} {choice}, not {getattr(self, setting)}; leave it out')
+
     def record(self) -> dict[str, Any]:
         """The settings that this method reads, ready for JSON; a configuration again when given back."""
         left_out = {name for name, methods in READ_BY.items() if self.method not in methods}
-        if self.loss != "mixed":
-            left_out = left_out | {"hard_weight"}
+        left_out |= {name for name, (setting, choice) in PART_OF.items() if getattr(self, setting) != choice}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
     def with_preset(self, target_parameters: int) -> TrainingConfig:
@@ -189,10 +213,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "intermediate_size": _FEATURE_HEADS,
     "feature_sampling": _FEATURE_HEADS,
     "partial_alignment": _FEATURE_HEADS,
+    "tap_layers": _FEATURE_HEADS,
+    "state_norm": _FEATURE_HEADS,
     "w_reg": _FEATURE_HEADS,
+    "w_reg_schedule": _FEATURE_HEADS,
     "w_cls": _FEATURE_HEADS,
+    "token_loss": _FEATURE_HEADS,
+    "token_top_k": _FEATURE_HEADS,
+    "token_top_k_weight": _FEATURE_HEADS,
     "feature_noise": _FEATURE_HEADS,
     "unroll_steps": _FEATURE_HEADS,
+    "unroll_decay": _FEATURE_HEADS,
     "exit_layer": _EESD,
     "own_head": _EESD + _MEDUSA,
     "loss": _EESD + _MEDUSA,
@@ -201,6 +232,13 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "medusa_num_layers": _MEDUSA,
 }
 """Settings that not every method reads, and the methods that do."""
+
+PART_OF = {
+    "hard_weight": ("loss", "mixed"),
+    "token_top_k": ("token_loss", "top-k"),
+    "token_top_k_weight": ("token_loss", "top-k"),
+}
+"""Settings that are read only with a certain choice in another one."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # On a target of 0.26M, 300 steps at 1e-3 and 3e-3 ended at an agreement of 0.48 and 0.60.
@@ -230,7 +268,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "clip_value": 0.5,
         "precision": "bf16",
+        "w_reg": 1.0,
+        "w_reg_schedule": "constant",
+        "w_cls": 0.1,
+        "token_loss": "soft",
         "feature_noise": True,
+        "unroll_steps": 1,
+        "tap_layers": None,
+        "state_norm": False,
     },
 }
 """What each preset sets; everything else is the field's default."""

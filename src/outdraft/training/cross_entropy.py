@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from outdraft.training.token_loss import SOFT, TokenLoss, losses_and_slope
+
 Head = Callable[[Tensor], Tensor]
 
 PRODUCT_ROWS = 32
@@ -50,14 +52,22 @@ def soft_cross_entropy(
     own_head: nn.Module | None = None,
     through: Head | None = None,
     labels: HardLabels | None = None,
+    token_loss: TokenLoss = SOFT,
 ) -> tuple[Tensor, Tensor]:
     """`soft_cross_entropies` of a single guess that counts everywhere: two scalars."""
-    totals, agreed = soft_cross_entropies([Guess(p, None, own_head, through)], goal, head, chunk_size, labels=labels)
+    guesses = [Guess(p, None, own_head, through)]
+    totals, agreed = soft_cross_entropies(guesses, goal, head, chunk_size, labels=labels, token_loss=token_loss)
     return totals[0], agreed[0]
 
 
 def soft_cross_entropies(
-    guesses: Sequence[Guess], goal: Tensor, head: Head, chunk_size: int = 512, *, labels: HardLabels | None = None
+    guesses: Sequence[Guess],
+    goal: Tensor,
+    head: Head,
+    chunk_size: int = 512,
+    *,
+    labels: HardLabels | None = None,
+    token_loss: TokenLoss = SOFT,
 ) -> tuple[Tensor, Tensor]:
     """For every guess, the sum over positions of the cross-entropy of its law against that of head(goal).
 
@@ -67,13 +77,14 @@ def soft_cross_entropies(
         head: the target's frozen head; it runs in the precision of `goal`, as it does in decoding.
         chunk_size: positions whose logits are held at once, those of one guess and the target's law.
         labels: tokens to be hit beside, or in place of, the law.
+        token_loss: what else than cross-entropy to sum; without labels.
 
     Returns:
         Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
         of equal argmaxes.
     """
     leaves = [leaf for guess in guesses for leaf in _leaves(guess)]
-    totals, agreed = _ChunkedCrossEntropy.apply(tuple(guesses), goal, head, labels, chunk_size, *leaves)
+    totals, agreed = _ChunkedCrossEntropy.apply(tuple(guesses), goal, head, labels, token_loss, chunk_size, *leaves)
     return totals, agreed
 
 
@@ -94,6 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         goal: Tensor,
         head: Head,
         labels: HardLabels | None,
+        token_loss: TokenLoss,
         chunk_size: int,
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -113,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits = _logits(leaf, goal.dtype, head, guess)
                 equal = logits.detach().argmax(dim=-1) == best
                 agreed[k] += (equal if counted is None else equal & counted).sum()
-                loss, slope = _loss(logits.detach(), law, labels, chunk, counted, exact, wanted)
+                loss, slope = _loss(logits.detach(), law, labels, token_loss, chunk, counted, exact, wanted)
                 totals[k] += loss
                 if slope is None:
                     continue
@@ -134,7 +146,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factors = [total for total, count in zip(totals, ctx.counts, strict=True) for _ in range(count)]
         pairs = zip(ctx.saved_tensors, factors, strict=True)
         scaled = (gradient * factor.to(gradient.dtype) for gradient, factor in pairs)
-        return (None, None, None, None, None, *scaled)
+        return (None, None, None, None, None, None, *scaled)
 
 
 def _target_says(goal: Tensor, head: Head, exact: torch.dtype, labels: HardLabels | None) -> tuple[Tensor, Tensor]:
@@ -158,6 +170,7 @@ def _loss(
     logits: Tensor,
     law: Tensor,
     labels: HardLabels | None,
+    token_loss: TokenLoss,
     chunk: slice,
     counted: Tensor | None,
     exact: torch.dtype,
@@ -168,6 +181,12 @@ def _loss(
     By hand, because this is where training's memory goes: beside logits and law one tensor of their size is made.
     """
     with torch.autocast(logits.device.type, enabled=False):
+        if token_loss.kind != "soft":
+            losses, slope = losses_and_slope(token_loss, logits, law, wanted)
+            if counted is not None:
+                losses = losses.masked_fill_(~counted, 0.0)
+                slope = None if slope is None else slope.masked_fill_(~counted[:, None], 0.0)
+            return losses.sum(), slope
         log_guess = logits.log_softmax(dim=-1, dtype=exact)
         weight = 0.0 if labels is None else labels.weight
         losses = log_guess.new_zeros(len(log_guess))

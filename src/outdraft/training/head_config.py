@@ -31,7 +31,8 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
     Args:
         target: whose shapes to take.
         method: `fspad` or `eagle` (both switches off, arXiv 2401.15077).
-        overrides: fields of `FeatureHeadConfig` that replace what was derived; None means derive.
+        overrides: fields of `FeatureHeadConfig` that replace what was derived; None means derive, and `auto` for
+            `tap_layers` a low, a middle and a high layer.
 
     Raises:
         UserError: unknown method or field, or heads that do not fit the width.
@@ -39,6 +40,8 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
     if method not in ("fspad", "eagle"):
         raise UserError(f'--method must be "fspad" or "eagle" here, not "{method}"')
     known = set(inspect.signature(FeatureHeadConfig).parameters)
+    if overrides.get("tap_layers") == "auto":
+        overrides["tap_layers"] = low_middle_high(text_config(target.model.config).num_hidden_layers)
     if unknown := set(overrides) - known:
         raise UserError(f"unknown drafter setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
     config = text_config(target.model.config)
@@ -59,6 +62,11 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
         "max_position_embeddings": min(target.context_length, MAX_POSITIONS),
     }
     return FeatureHeadConfig(**{**values, **{key: value for key, value in overrides.items() if value is not None}})
+
+
+def low_middle_high(layers: int) -> tuple[int, ...]:
+    """EAGLE-3's choice (arXiv 2503.01840): the second layer, the middle one, and the third but last."""
+    return tuple(sorted({layer for layer in (2, layers // 2, layers - 3) if 1 <= layer < layers}))
 
 
 def inner_width(target: TargetLike) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
-from outdraft.training.cross_entropy import Head, soft_cross_entropy
+from outdraft.training.cross_entropy import Guess, Head, soft_cross_entropies
+from outdraft.training.token_loss import SOFT, TokenLoss
 
 NOISE_WIDTH = 0.2
 NOISE_LENGTH = 512
@@ -26,8 +27,8 @@ class LossSums(NamedTuple):
 
     regression: Tensor
     """SmoothL1(r_t, f_{t+1}), each position the mean over d."""
-    cross_entropy: Tensor
-    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v."""
+    token: Tensor
+    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of the two laws."""
     agreed: Tensor
     """Positions where head(p_t) and head(f_{t+1}) have the same argmax."""
     positions: Tensor
@@ -44,6 +45,7 @@ class DrafterLoss(nn.Module):
         unroll_steps: draft steps that are trained; 1 is the paper's loss, more feed the drafter its own r as in
             decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), each at the cost of one more forward.
         unroll_decay: step k weighs this to the power of k, the weights made to sum to 1.
+        token_loss: what the drafter's law is held against the target's by.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class DrafterLoss(nn.Module):
         chunk_size: int = 512,
         unroll_steps: int = 1,
         unroll_decay: float = 0.8,
+        token_loss: TokenLoss = SOFT,
     ):
         super().__init__()
         self.drafter = drafter
         self.chunk_size, self.unroll_steps, self.unroll_decay = chunk_size, unroll_steps, unroll_decay
-        self._head = head
+        self.token_loss, self._head = token_loss, head
 
     def forward(
         self,
@@ -72,42 +75,50 @@ class DrafterLoss(nn.Module):
 
         Args:
             embeddings: `(batch, tokens, hidden)` the target's input embeddings of x_0 .. x_{L-1}.
-            features: `(batch, tokens, hidden)` its features f_0 .. f_{L-1}.
+            features: `(batch, tokens, tap width)` its features f_0 .. f_{L-1}, and beside them what else the drafter
+                reads of it.
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
-            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit.
+            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
+                nor to what is read beside them.
             positions: `(batch, tokens)` each token's place in its own sequence, where several stand in one row, one
                 after the other; every row is one sequence when absent.
             mask: `(batch, 1, tokens, tokens)` True where a token may look; its own sequence up to itself when absent.
         """
         counted = counted_positions(loss_mask, positions)
-        dtype = self.drafter.norm.weight.dtype
-        seen = features.to(dtype) if noise is None else features.to(dtype) + noise.to(dtype)
-        embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1]
+        dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
+        seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
+        embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
         places = torch.arange(goal.shape[1], device=goal.device)[None] if positions is None else positions[:, :-2]
         if mask is None and positions is not None:
             mask = packed_mask(positions)
         mask = None if mask is None else mask[..., :-2, :-2]
         memory = Streams() if self.unroll_steps > 1 else None
         out = self.drafter(embedded, seen[:, :-2], places, mask, memory)
-        sums = self._compare(out, goal, counted)
-        weights = [self.unroll_decay**step for step in range(self.unroll_steps)]
-        regression, cross_entropy = sums.regression * weights[0], sums.cross_entropy * weights[0]
+        outputs, spoken = [out], [counted]
         for step in range(1, self.unroll_steps):
             own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
             seen_now = unrolled_mask(own.shape[1], step, own.device, mask)
             out = self.drafter(embedded, own, places, seen_now, memory)
-            # At the first places of a sequence nothing was drafted yet.
-            later = self._compare(out, goal, counted & (places >= step))
-            regression = regression + later.regression * weights[step]
-            cross_entropy = cross_entropy + later.cross_entropy * weights[step]
-        return sums._replace(regression=regression / sum(weights), cross_entropy=cross_entropy / sum(weights))
+            outputs.append(out)
+            spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
+        return self._compare(outputs, spoken, goal)
 
-    def _compare(self, out: DraftOutput, features: Tensor, counted: Tensor) -> LossSums:
-        p, r, goal = out.p[counted], out.r[counted], features[counted]
-        exact = torch.promote_types(r.dtype, torch.float32)
-        regression = F.smooth_l1_loss(r.to(exact), goal.to(exact), reduction="none", beta=1.0).mean(dim=-1).sum()
-        cross_entropy, agreed = soft_cross_entropy(p, goal, self._head, self.chunk_size)
-        return LossSums(regression, cross_entropy, agreed, counted.sum())
+    def _compare(self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor) -> LossSums:
+        """Weighted sums over the draft steps, of which every one counts where `spoken` says, at most where the first
+        does; what the target says is asked once for all of them."""
+        counted = spoken[0]
+        goal = features[counted]
+        exact = torch.promote_types(outputs[0].r.dtype, torch.float32)
+        regressions, guesses = [], []
+        for out, here in zip(outputs, spoken, strict=True):
+            distance = F.smooth_l1_loss(out.r[here].to(exact), features[here].to(exact), reduction="none", beta=1.0)
+            regressions.append(distance.mean(dim=-1).sum())
+            guesses.append(Guess(out.p[counted], None if here is counted else here[counted]))
+        tokens, agreed = soft_cross_entropies(guesses, goal, self._head, self.chunk_size, token_loss=self.token_loss)
+        weights = self.unroll_decay ** torch.arange(len(outputs), dtype=exact, device=goal.device)
+        weights /= weights.sum()
+        regression = (torch.stack(regressions) * weights).sum()
+        return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
 
 
 class Streams:

@@ -7,6 +7,7 @@ or progress.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
@@ -21,11 +22,12 @@ from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_loss import ExitLoss, next_is_response
-from outdraft.training.features import ExitReading, Reading
+from outdraft.training.features import ExitReading, Reading, TappedReading
 from outdraft.training.head_config import feature_head_config
 from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
 from outdraft.training.medusa_loss import MedusaLoss, reached
 from outdraft.training.protocol import TargetLike
+from outdraft.training.token_loss import TokenLoss
 
 
 class Objective(ABC):
@@ -40,16 +42,26 @@ class Objective(ABC):
     """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
 
     @abstractmethod
-    def counted(self, loss_mask: Tensor) -> Tensor:
-        """Positions that carry loss in a `(batch, tokens)` mask of response tokens."""
+    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Positions that carry loss in a `(batch, tokens)` mask of response tokens.
+
+        Args:
+            loss_mask: True where a token is of a response.
+            positions: each token's place in its own sequence, where several stand in a row.
+        """
 
     @abstractmethod
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
 
     @abstractmethod
-    def total(self, sums: Any) -> Tensor:
-        """The sum to be minimised."""
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
+        """The sum to be minimised.
+
+        Args:
+            sums: of the loss.
+            progress: the share of the run that is done, from 0 to 1.
+        """
 
 
 def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network | None = None) -> Objective:
@@ -85,6 +97,8 @@ def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
         intermediate_size=config.intermediate_size,
         feature_sampling=config.feature_sampling,
         partial_alignment=config.partial_alignment,
+        tap_layers=config.tap_layers,
+        state_norm=config.state_norm,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -95,15 +109,23 @@ def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
 class FeatureObjective(Objective):
     """FSPAD's and EAGLE's: the target's features one token behind, and its embeddings."""
 
-    parts: ClassVar = {"loss_reg": "regression", "loss_cls": "cross_entropy"}
+    parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
         self.target, self.config, self.drafter = target, config, drafter
-        self.reading = Reading(target)
-        self.loss = DrafterLoss(drafter, target.head, config.loss_chunk_size, config.unroll_steps)
+        layers = drafter.config.tap_layers
+        self.reading = TappedReading(target, layers) if layers else Reading(target)
+        self.loss = DrafterLoss(
+            drafter,
+            target.head,
+            config.loss_chunk_size,
+            config.unroll_steps,
+            config.unroll_decay,
+            token_loss_of(config),
+        )
 
-    def counted(self, loss_mask: Tensor) -> Tensor:
-        return counted_positions(loss_mask)
+    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        return counted_positions(loss_mask, positions)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         ids, lengths = batch["input_ids"], batch["lengths"]
@@ -112,11 +134,13 @@ class FeatureObjective(Objective):
         noise = None
         if self.config.feature_noise:
             seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
-            noise = feature_noise(lengths.tolist(), features.shape[-1], ids.shape[1], seeds, ids.device)
-        return embeddings, features, batch["loss_mask"], noise
+            noise = feature_noise(lengths.tolist(), self.target.hidden_size, ids.shape[1], seeds, ids.device)
+        return embeddings, features, batch["loss_mask"], noise, batch.get("positions"), batch.get("mask")
 
-    def total(self, sums: Any) -> Tensor:
-        return self.config.w_reg * sums.regression + self.config.w_cls * sums.cross_entropy
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
+        left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        w_reg = self.config.w_reg * left[self.config.w_reg_schedule]
+        return w_reg * sums.regression + self.config.w_cls * sums.token
 
 
 class ExitObjective(Objective):
@@ -129,13 +153,13 @@ class ExitObjective(Objective):
         self.reading = ExitReading(target, drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
-    def counted(self, loss_mask: Tensor) -> Tensor:
-        return next_is_response(loss_mask)
+    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        return next_is_response(loss_mask, positions)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"]
 
-    def total(self, sums: Any) -> Tensor:
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
 
 
@@ -149,14 +173,19 @@ class MedusaObjective(Objective):
         self.reading = Reading(target)
         self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
-    def counted(self, loss_mask: Tensor) -> Tensor:
-        return reached(loss_mask, 1)
+    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        return reached(loss_mask, 1, positions)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         return features, batch["input_ids"], batch["loss_mask"]
 
-    def total(self, sums: Any) -> Tensor:
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
+
+
+def token_loss_of(config: TrainingConfig) -> TokenLoss:
+    """What the drafter's law is held against the target's by."""
+    return TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight)
 
 
 def weight_of_tokens(config: TrainingConfig) -> float:

@@ -7,6 +7,7 @@ that is killed and resumed ends in the same bits. Knows nothing of files of data
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
 from outdraft.training.config import TrainingConfig
 from outdraft.training.features import TrainingExamples, collate
+from outdraft.training.grouping import group_cost, groups_of_like_length
 from outdraft.training.objective import Objective
 
 WEIGHTS = "model.safetensors"
+GROUPS = "groups"
 
 
 class DrafterTrainer(Trainer):
@@ -54,17 +57,40 @@ class DrafterTrainer(Trainer):
         super().__init__(
             model=objective.loss,
             args=args,
-            data_collator=collate,
+            data_collator=self._in_groups if config.length_groups else _in_one_group,
             train_dataset=data,
             callbacks=[ClipByValue(config.clip_value), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
 
+    # --- batches -----------------------------------------------------------------------------------------------
+
+    def _in_groups(self, items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
+        """A batch as groups of examples of like length, each padded to its own."""
+        lengths = [len(item["example"]) for item in items]  # type: ignore[arg-type]
+        divided = groups_of_like_length(lengths, group_cost(self.args.device))
+        return {GROUPS: [collate([items[i] for i in group]) for group in divided]}
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Gradients of a batch, one group after the other; processes exchange them with the last."""
+        *groups, last = inputs[GROUPS]
+        loss = torch.zeros((), device=self.args.device)
+        for group in groups:
+            with self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, group, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
     # --- the loss ----------------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Counted positions of the whole step, over all pieces and processes."""
-        counts = [self.objective.counted(batch["loss_mask"]).sum() for batch in batch_samples]
+        groups = [group for batch in batch_samples for group in batch[GROUPS]]
+        counts = [self.objective.counted(group["loss_mask"]).sum() for group in groups]
         count = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
@@ -75,7 +101,7 @@ class DrafterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The step's mean loss, as this piece's share of it."""
+        """The step's mean loss, as this group's share of it."""
         ids, lengths = inputs["input_ids"], inputs["lengths"]
         features = inputs["features"] if "features" in inputs else self.objective.reading(ids, lengths)
         sums = model(*self.objective.arguments(inputs, features, self.state.global_step))
@@ -83,7 +109,8 @@ class DrafterTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0.0) + part.detach().double().cpu()
         count = sums.positions if num_items_in_batch is None else num_items_in_batch
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
-        loss = self.objective.total(sums) * (self.args.world_size / max(int(count), 1))
+        progress = self.state.global_step / self.args.max_steps
+        loss = self.objective.total(sums, progress) * (self.args.world_size / max(int(count), 1))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -128,6 +155,10 @@ class DrafterTrainer(Trainer):
     @property
     def _drafter(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model).drafter
+
+
+def _in_one_group(items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
+    return {GROUPS: [collate(items)]}
 
 
 class ClipByValue(TrainerCallback):
