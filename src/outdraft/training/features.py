@@ -21,6 +21,7 @@ from torch import Tensor
 
 from outdraft.errors import UserError
 from outdraft.layers import Cut, Tapped
+from outdraft.training.grouping import group_cost, groups_of_like_length
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.tokenization import Example, ExampleSet
 
@@ -198,7 +199,7 @@ class FeatureCache:
         """Write what is not there yet.
 
         Args:
-            batch_size: examples of one forward.
+            batch_size: examples of one forward, at most.
             progress: called with the number of examples written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,12 +209,13 @@ class FeatureCache:
         rows = self._map(shared=True)
         for start in range(done, len(self.examples), batch_size):
             batch = self.examples.examples[start : start + batch_size]
-            ids = pad([example.input_ids.long() for example in batch]).to(self.target.device)
-            lengths = torch.tensor([len(example) for example in batch], device=ids.device)
-            features = self.reading(ids, lengths).cpu()
-            for i, example in enumerate(batch):
-                offset = self.offsets[start + i]
-                rows[offset : offset + len(example)] = features[i, : len(example)]
+            for group in groups_of_like_length([len(example) for example in batch], group_cost(self.target.device)):
+                ids = pad([batch[i].input_ids.long() for i in group]).to(self.target.device)
+                lengths = torch.tensor([len(batch[i]) for i in group], device=ids.device)
+                features = self.reading(ids, lengths).cpu()
+                for row, i in enumerate(group):
+                    offset = self.offsets[start + i]
+                    rows[offset : offset + len(batch[i])] = features[row, : len(batch[i])]
             self._note_done(start + len(batch))
             if progress is not None:
                 progress(start + len(batch))
