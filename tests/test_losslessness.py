@@ -6,6 +6,7 @@ model, called on whole sequences or through its own `generate`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
@@ -43,11 +44,21 @@ SHAPED = SamplingSettings(temperature=0.7, top_p=0.9, repetition_penalty=1.3)
 NARROW = SamplingSettings(temperature=1, top_k=2)
 
 
-def feature_drafter(target: Target, feature_sampling: bool, partial_alignment: bool) -> FeatureDrafter:
+def feature_drafter(
+    target: Target,
+    feature_sampling: bool,
+    partial_alignment: bool,
+    tap_layers: tuple[int, ...] = (),
+    norm: bool = False,
+) -> FeatureDrafter:
     """A drafter of random weights."""
-    config = FeatureHeadConfig(target.hidden_size, 24, 2, 1, 8, target.vocab_size, feature_sampling, partial_alignment)
+    shapes = (target.hidden_size, 24, 2, 1, 8, target.vocab_size)
+    beyond = {"tap_layers": tap_layers, "state_norm": norm}
     torch.manual_seed(3)
-    return FeatureDrafter(FeatureHead(config).to(target.dtype).eval(), target)
+    head = FeatureHead(FeatureHeadConfig(*shapes, feature_sampling, partial_alignment, **beyond))
+    if head.fusion.taps is not None:  # as they begin they change nothing
+        torch.nn.init.normal_(head.fusion.taps.proj.weight, std=0.2)
+    return FeatureDrafter(head.to(target.dtype).eval(), target)
 
 
 def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
@@ -79,6 +90,7 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "eagle": lambda target, _: feature_drafter(target, False, False),
     "feature-sampling-only": lambda target, _: feature_drafter(target, True, False),
     "partial-alignment-only": lambda target, _: feature_drafter(target, False, True),
+    "fspad-beyond": lambda target, _: feature_drafter(target, True, True, tuple(range(1, target.num_layers)), True),
     "prompt-lookup": lambda *_: PromptLookup(longest=2),
     "draft-model": lambda target, near: DraftModel(Target(near), target),
     "eesd": lambda target, _: exit_drafter(target),
@@ -180,7 +192,18 @@ PROMPT = (0, 2, 1, 0, 2)
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize("settings", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"])
 @pytest.mark.parametrize(
-    "kind", ["fspad", "eagle", "prompt-lookup", "draft-model", "eesd", "eesd-own-head", "medusa", "medusa-own-head"]
+    "kind",
+    [
+        "fspad",
+        "fspad-beyond",
+        "eagle",
+        "prompt-lookup",
+        "draft-model",
+        "eesd",
+        "eesd-own-head",
+        "medusa",
+        "medusa-own-head",
+    ],
 )
 def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
     statistics = assert_same_law(kind, 3, PROMPT, settings, 3, shape, ends)
@@ -190,7 +213,7 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 
 @pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
-@pytest.mark.parametrize("kind", ["fspad", "eagle", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "eagle", "draft-model", "eesd", "medusa"])
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
     statistics = assert_same_law(kind, 4, (0, 2, 1, 3), settings, 2, TreeShape(1, 2, 5, candidates))
@@ -216,7 +239,7 @@ def test_plain_decoding_keeps_the_law():
     assert statistics.drafted == 0
 
 
-@pytest.mark.parametrize("kind", ["fspad", "prompt-lookup", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "prompt-lookup", "draft-model", "eesd", "medusa"])
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
     model, near = small(3)
@@ -439,18 +462,34 @@ class Recorded(Drafter):
 @torch.inference_mode()
 def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) -> torch.Tensor:
     """Draft logits after a path without any cache: true features of all decided tokens, then the drafter's own."""
-    tokens = prefix[1:]
-    features = drafter.target.features(torch.tensor([prefix[:-1]]))
+    tokens, layers = prefix[1:], drafter.head.config.tap_layers
+    inner = drafter.target.model.base_model
+    found = inner(torch.tensor([prefix[:-1]]), output_hidden_states=True, use_cache=False)
+    said = torch.cat([found.last_hidden_state, *(found.hidden_states[layer] for layer in layers)], dim=-1)
+    states = drafter.head.fusion.state(said)
+    bare = copy.deepcopy(drafter.head)  # reads the states as they are, the target's and its own in one forward
+    bare.fusion.taps = bare.fusion.state_norm = None
     for token in [*path, None]:
-        p, r = drafter.head(drafter.embed(torch.tensor([tokens])), features)
+        p, r = bare(drafter.embed(torch.tensor([tokens])), states)
         if token is not None:
             tokens = [*tokens, token]
-            features = torch.cat([features, r[:, -1:]], dim=1)
+            states = torch.cat([states, drafter.head.fusion.state(r[:, -1:])], dim=1)
     return drafter.target.head(p[0, -1])
 
 
 @pytest.mark.parametrize("chunk", [4, 1024])
-@pytest.mark.parametrize("switches", [(True, True), (False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        (True, True),
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True, (1,)),
+        (True, True, (), True),
+        (False, False, (1,), True),
+    ],
+)
 def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
     """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
     for module in (run_module, intake, feature_drafting):
