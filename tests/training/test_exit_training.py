@@ -25,9 +25,8 @@ from outdraft.training.features import ExitReading
 from outdraft.training.objective import objective_for
 from outdraft.training.plan import plan
 from outdraft.training.train import TrainResult, train
-from outdraft.training.trainer import DrafterTrainer
 
-from .test_train import assert_same_bits, log, program, settings, weights
+from .test_train import assert_same_bits, break_and_resume, log, program, settings, weights
 from .tiny import byte_tokenizer, tiny_target, write_chats
 
 FAMILIES = ["llama-gqa", "llama-tied", "gpt2", "gemma2", "gpt-neox", "gpt-neo", "granite", "qwen2-sliding"]
@@ -176,20 +175,7 @@ def test_a_bf16_target_trains_in_float32(chats: Path, tmp_path: Path) -> None:
 def test_broken_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_chats(tmp_path / "chats.jsonl", 26)
     quiet(deep(), eesd(data, tmp_path / "whole", own_head=True))
-    values = eesd(data, tmp_path / "run", own_head=True)
-    compute, calls = DrafterTrainer.compute_loss, []
-
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
-        calls.append(self.state.global_step)
-        if len(calls) == 14:
-            raise MemoryError
-        return compute(self, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
-        with pytest.raises(MemoryError):
-            quiet(deep(), values)
-    quiet(deep(), values, resume=True)
+    break_and_resume(deep, eesd(data, tmp_path / "run", own_head=True), monkeypatch)
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
     assert log(tmp_path / "whole")[-1]["loss"] == log(tmp_path / "run")[-1]["loss"]
 

@@ -20,10 +20,9 @@ from outdraft.training.config import TrainingConfig
 from outdraft.training.features import Reading
 from outdraft.training.medusa_loss import MedusaLoss
 from outdraft.training.plan import plan
-from outdraft.training.trainer import DrafterTrainer
 
 from .test_exit_training import IDS, LENGTHS, MASK, deep, family_target
-from .test_train import assert_same_bits, quiet, settings, weights
+from .test_train import assert_same_bits, break_and_resume, quiet, settings, weights
 from .tiny import write_chats
 
 
@@ -134,20 +133,7 @@ def test_every_family_trains_and_comes_back(family: str, dtype: torch.dtype, cha
 def test_broken_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_chats(tmp_path / "chats.jsonl", 26)
     quiet(deep(), medusa(data, tmp_path / "whole"))
-    values = medusa(data, tmp_path / "run")
-    compute, calls = DrafterTrainer.compute_loss, []
-
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
-        calls.append(self.state.global_step)
-        if len(calls) == 14:
-            raise MemoryError
-        return compute(self, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
-        with pytest.raises(MemoryError):
-            quiet(deep(), values)
-    quiet(deep(), values, resume=True)
+    break_and_resume(deep, medusa(data, tmp_path / "run"), monkeypatch)
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def log(folder: Path) -> list[dict[str, float]]:
     """Entries of the training log of the last checkpoint."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def break_and_resume(build: Callable[[], Target], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a new target, in the second piece of the last, short batch of the first epoch be broken off, and resume."""
+    compute, calls = DrafterTrainer.compute_loss, []
+
+    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
+        calls.append(self.state.global_step)
+        if len(calls) == 14:
+            raise MemoryError
+        return compute(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", breaking)
+        with pytest.raises(MemoryError):
+            quiet(build(), values)
+    quiet(build(), values, resume=True)
 
 
 def program(values: dict[str, Any], *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -140,20 +158,7 @@ def test_training_that_breaks_in_a_step_resumes_to_the_same_weights(
     whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, undisturbed = whole
-    values = settings(data, tmp_path / "run")
-    compute, calls = DrafterTrainer.compute_loss, []
-
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
-        calls.append(self.state.global_step)
-        if len(calls) == 14:  # the second piece of the last, short batch of the first epoch
-            raise MemoryError
-        return compute(self, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
-        with pytest.raises(MemoryError):
-            quiet(tiny_target(), values)
-    quiet(tiny_target(), values, resume=True)
+    break_and_resume(tiny_target, settings(data, tmp_path / "run"), monkeypatch)
     assert_same_bits(undisturbed, tmp_path / "run")
 
 

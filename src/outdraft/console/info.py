@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,51 +102,65 @@ def _drafter(folder: Path) -> dict[str, Any]:
         return _medusa(load_medusa(folder))
     loaded = load_drafter(folder)
     config = loaded.head.config
-    tau = loaded.training.get("tau") or {}
-    return {
-        "kind": "drafter",
-        "method": loaded.head.method,
-        "layout": loaded.layout,
-        "parameters": sum(weight.numel() for weight in loaded.head.parameters()),
-        "trained_for": loaded.target_id,
-        "fits_targets_with": {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        "feature_sampling": config.feature_sampling,
-        "partial_alignment": config.partial_alignment,
-        "context": config.max_position_embeddings,
-        "tau_at_end_of_training": tau.get("tau"),
-    }
+    return _facts(
+        loaded.head.method,
+        loaded.layout,
+        _size(loaded.head.parameters()),
+        loaded.target_id,
+        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
+        loaded.training,
+        feature_sampling=config.feature_sampling,
+        partial_alignment=config.partial_alignment,
+        context=config.max_position_embeddings,
+    )
 
 
 def _exit_layer(found: ExitFolder) -> dict[str, Any]:
-    tau = found.training.get("tau") or {}
-    return {
-        "kind": "drafter",
-        "method": "eesd",
-        "layout": "outdraft",
-        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-        "trained_for": found.target.get("id"),
-        "fits_targets_with": {name: value for name, value in found.target.items() if name != "id"},
-        "exit_layer": found.config.exit_layer,
-        "own_head": found.config.own_head,
-        "tau_at_end_of_training": tau.get("tau"),
-    }
+    return _facts(
+        "eesd",
+        "outdraft",
+        _size(found.tensors.values()),
+        found.target.get("id"),
+        {name: value for name, value in found.target.items() if name != "id"},
+        found.training,
+        exit_layer=found.config.exit_layer,
+        own_head=found.config.own_head,
+    )
 
 
 def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
     config = loaded.heads.config
-    tau = loaded.training.get("tau") or {}
+    return _facts(
+        "medusa",
+        "outdraft",
+        _size(loaded.heads.parameters()),
+        loaded.target.get("id"),
+        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
+        loaded.training,
+        heads=config.num_heads,
+        layers_of_a_head=config.num_layers,
+        own_head=config.own_head,
+    )
+
+
+def _facts(
+    method: str, layout: str, parameters: int, target: str | None, fits: dict[str, Any], training: Any, **own: Any
+) -> dict[str, Any]:
+    """What is said of every drafter, with its method's own facts."""
     return {
         "kind": "drafter",
-        "method": "medusa",
-        "layout": "outdraft",
-        "parameters": sum(weight.numel() for weight in loaded.heads.parameters()),
-        "trained_for": loaded.target.get("id"),
-        "fits_targets_with": {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        "heads": config.num_heads,
-        "layers_of_a_head": config.num_layers,
-        "own_head": config.own_head,
-        "tau_at_end_of_training": tau.get("tau"),
+        "method": method,
+        "layout": layout,
+        "parameters": parameters,
+        "trained_for": target,
+        "fits_targets_with": fits,
+        **own,
+        "tau_at_end_of_training": (training.get("tau") or {}).get("tau"),
     }
+
+
+def _size(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
 
 
 def _model(path: str, folder: Path) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _model(path: str, folder: Path) -> dict[str, Any]:
         "kind": "model",
         "family": config.model_type,
         "class": type(model).__name__,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters": _size(model.parameters()),
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
