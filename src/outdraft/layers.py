@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from outdraft.backends import forward_of
 from outdraft.errors import UserError
 
 
@@ -41,17 +42,25 @@ class Cut:
         self.layers = layers
         modules = list(layers_of(model))
         self._noting, self._handed = _Noting(modules[layers - 1]), _Handed(modules[layers])
-        self._lower = _view(model, [*modules[: layers - 1], self._noting], 0)
-        self._upper = _view(model, [self._handed, *modules[layers + 1 :]], layers)
+        self._lower = _view(model, [*modules[: layers - 1], self._noting], range(layers))
+        self._upper = _view(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
+        self._run_lower = forward_of(model, self._noted, "the first layers")
+        self._run_upper = forward_of(model, self._continued, "the other layers")
 
     def lower(self, **inputs: Any) -> Tensor:
         """Run the first layers as the model would be run; `(rows, tokens, hidden)` what the last of them gives."""
-        self._lower(**inputs)
-        return self._noting.take()
+        return self._run_lower(**inputs)[0]
 
     def upper(self, hidden: Tensor, **inputs: Any) -> Tensor:
         """Run the other layers on that; `(rows, tokens, hidden)` features after the final norm."""
-        return self._handed.run(self._upper, hidden, **inputs)
+        return self._run_upper(inputs_embeds=hidden, **inputs)[0]
+
+    def _noted(self, **inputs: Any) -> tuple[Tensor, ...]:
+        self._lower(**inputs)
+        return (self._noting.take(),)
+
+    def _continued(self, inputs_embeds: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        return (self._handed.run(self._upper, inputs_embeds, **inputs),)
 
     def both(self, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Run all layers at once: what `lower` and what `upper` give."""
@@ -78,12 +87,16 @@ class Tapped:
         self._noting = [_Noting(modules[layer - 1]) for layer in layers]
         for layer, noting in zip(layers, self._noting, strict=True):
             modules[layer - 1] = noting
-        self._inner = _view(model, modules, 0)
+        self._inner = _view(model, modules, range(len(modules)))
+        self._run = forward_of(model, self._tapping, "the target with its taps")
 
     def __call__(self, **inputs: Any) -> Tensor:
         """Run the model; `(rows, tokens, (1 + layers) * hidden)` its features, then what each of the layers gives."""
+        return self._run(**inputs)[0]
+
+    def _tapping(self, **inputs: Any) -> tuple[Tensor, ...]:
         features = self._inner(**inputs).last_hidden_state
-        return torch.cat([features, *(noting.take() for noting in self._noting)], dim=-1)
+        return (torch.cat([features, *(noting.take() for noting in self._noting)], dim=-1),)
 
 
 class ExitView:
@@ -96,11 +109,45 @@ class ExitView:
 
     def __init__(self, model: PreTrainedModel, layer: nn.Module):
         self._handed = _Handed(layer)
-        self._inner = _view(model, [self._handed], len(layers_of(model)) - 1)
+        self._inner = _view(model, [self._handed], [len(layers_of(model)) - 1])
+        self._run = forward_of(model, self._exiting, "the exit layer")
 
     def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
         """`(rows, tokens, hidden)` to as many features after the final norm; other inputs as the model takes them."""
-        return self._handed.run(self._inner, hidden, **inputs)
+        return self._run(inputs_embeds=hidden, **inputs)[0]
+
+    def _exiting(self, inputs_embeds: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        return (self._handed.run(self._inner, inputs_embeds, **inputs),)
+
+
+class Shortcut:
+    """The first layers and a layer of one's own right after them, in one run that notes what goes over between them.
+
+    Args:
+        model: a causal language model, on any backend.
+        layers: of the model that come first, as in `Cut`.
+        layer: a module like the model's last layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int, layer: nn.Module):
+        modules = list(layers_of(model))
+        self._noting = _Noting(modules[layers - 1])
+        places = [*range(layers), len(modules) - 1]
+        self._inner = _view(model, [*modules[: layers - 1], self._noting, layer], places)
+        self._run = forward_of(model, self._shortcut, "the first layers and the exit layer")
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run it as the model would be run.
+
+        Returns:
+            both `(rows, tokens, hidden)`: what `Cut.lower` gives, and what `ExitView` makes of it.
+        """
+        hidden, features = self._run(**inputs)
+        return hidden, features
+
+    def _shortcut(self, **inputs: Any) -> tuple[Tensor, ...]:
+        features = self._inner(**inputs).last_hidden_state
+        return self._noting.take(), features
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -135,8 +182,8 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _view(model: PreTrainedModel, layers: list[nn.Module], first: int) -> Any:
-    """A shallow copy of the inner model with these layers, which stand for those from `first` on."""
+def _view(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
+    """A shallow copy of the inner model with these layers, which stand for those at these places of its list."""
     path = _path_to_layers(model)
     child: nn.Module = nn.ModuleList()
     child._modules = {str(i): layer for i, layer in enumerate(layers)}
@@ -144,18 +191,18 @@ def _view(model: PreTrainedModel, layers: list[nn.Module], first: int) -> Any:
         view = copy.copy(parent)
         view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original
         view._modules = {**parent._modules, name: child}
-        _cut_kinds(view, first, len(layers))
+        _cut_kinds(view, places)
         child = view
     return child
 
 
-def _cut_kinds(view: Any, first: int, count: int) -> None:
+def _cut_kinds(view: Any, places: Sequence[int]) -> None:
     """Families with several kinds of attention look a layer's kind up by its place in the list."""
     config: Any = getattr(view, "config", None)
     if getattr(config, "layer_types", None):
         view.config = copy.copy(config)
         # Not by assignment: configurations check the length of the list against the number of layers.
-        view.config.__dict__["layer_types"] = list(config.layer_types[first : first + count])
+        view.config.__dict__["layer_types"] = [config.layer_types[place] for place in places]
 
 
 class _Stand(nn.Module):

@@ -133,8 +133,12 @@ class CutRun(TargetRun):
         """
         inputs = self.target.inputs(positions, seen, slots, self.cache)
         hidden = self.cut.lower(input_ids=tokens, **inputs)
-        self._levels.append(_Level(tokens, parents, hidden))
+        self.passed(tokens, parents, hidden)
         return hidden
+
+    def passed(self, tokens: Tensor, parents: Tensor, hidden: Tensor) -> None:
+        """A level has run through the first part, and this is what it gives; arguments as in `ahead`."""
+        self._levels.append(_Level(tokens, parents, hidden))
 
     def tree(self, tree: Tree) -> Output:
         """As `TargetRun.tree`; the first part runs only over nodes that it has not seen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,11 +12,12 @@ import torch
 from models import FAMILIES, FURTHER, tiny
 from outdraft.backends import accelerate
 from outdraft.decoding import decode
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.early_exit import EarlyExit
+from outdraft.drafters.base import TreeShape, Update
+from outdraft.drafters.early_exit import EarlyExit, EarlyExitState
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig, empty
 from outdraft.errors import UserError
-from outdraft.layers import Cut, ExitView, layers_of
+from outdraft.layers import Cut, ExitView, Shortcut, layers_of
+from outdraft.run import TargetRun
 from outdraft.sampling import Dice, SamplingSettings
 from outdraft.target import Target
 from test_losslessness import exit_drafter, rows_of
@@ -49,6 +50,21 @@ def test_an_exit_layer_begins_as_the_target_s_last_layer(family: str) -> None:
     bound = exit_layer.bind(target)
     assert torch.equal(bound.features(hidden, use_cache=False), features)
     assert torch.allclose(bound.head(features), target.head(features), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES | FURTHER)
+@torch.inference_mode()
+def test_first_layers_and_exit_layer_at_once_are_one_after_the_other(family: str) -> None:
+    model = tiny(family, dtype=torch.float32, seed=1)
+    layer = copy.deepcopy(layers_of(model)[-1])
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(1.1)
+    for layers in range(1, len(layers_of(model))):
+        hidden = Cut(model, layers).lower(input_ids=IDS, use_cache=False)
+        features = ExitView(model, layer)(hidden, use_cache=False)
+        at_once = Shortcut(model, layers, layer)(input_ids=IDS, use_cache=False)
+        assert torch.equal(at_once[0], hidden) and torch.equal(at_once[1], features)
 
 
 @pytest.mark.parametrize("layers", [0, 2, 5])
@@ -147,9 +163,80 @@ def test_slots_of_a_round_are_enough_for_what_runs_ahead() -> None:
     target = Target(tiny("llama-gqa"))
     drafter, shape = exit_drafter(target), TreeShape(3, 4, 12)
     rows = rows_of(target, [[5, 9, 9, 3], [1, 2]], SamplingSettings(), 20, [Dice(0), Dice(1)])
-    run = drafter.start(target, target.new_cache(2, 24 + drafter.slots(shape)))
-    capacity = run.cache.capacity
-    drafter.start = lambda *_: run  # type: ignore[method-assign]
+    begin, caches = drafter.begin, []
+
+    def noting(prompts: object, run: TargetRun) -> object:
+        state = begin(prompts, run)
+        caches.extend([(run.cache, run.cache.capacity), (state.cache, state.cache.capacity)])
+        return state
+
+    drafter.begin = noting  # type: ignore[method-assign, assignment]
     for _ in decode(target, drafter, rows, shape):
-        assert run.cache.capacity == capacity
+        assert [cache.capacity for cache, _ in caches] == [capacity for _, capacity in caches]
+    assert len(caches) == 2
     assert sum(row.statistics.drafted for row in rows) > 0
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "gpt2"])
+@pytest.mark.parametrize("shape", [TreeShape.chain(3), TreeShape(2, 3, 8)], ids=["chain", "tree"])
+def test_what_was_computed_for_accepted_candidates_is_what_a_fresh_run_computes(
+    monkeypatch: pytest.MonkeyPatch, family: str, shape: TreeShape
+) -> None:
+    """Exit features of every level, ragged rows: in one run or two, with what was kept or everything anew."""
+    model = tiny(family)
+
+    def recorded(at_once: bool, keeping: bool) -> tuple[list[torch.Tensor], list[list[int]], int]:
+        target = Target(model)
+        drafter = exit_drafter(target)
+        through, kept = [], 0
+        head, keep = drafter.exit.head, EarlyExitState._keep_accepted
+        drafter.exit.head = lambda features: through.append(features) or head(features)  # type: ignore[func-returns-value]
+
+        def accepted(state: EarlyExitState, update: Update) -> list[int]:
+            nonlocal kept
+            state._at_once = at_once
+            if not keeping:
+                state._expanded = []
+            found = keep(state, update)
+            kept += sum(found)
+            return found
+
+        monkeypatch.setattr(EarlyExitState, "_keep_accepted", accepted)
+        rows = rows_of(target, [[5, 9, 9, 3, 5, 9], [1, 2]], SamplingSettings(), 12, [Dice(0), Dice(1)])
+        for _ in decode(target, drafter, rows, shape):
+            pass
+        monkeypatch.undo()
+        return through, [row.tokens for row in rows], kept
+
+    own, tokens, kept = recorded(True, True)
+    assert kept > 0, "something was accepted and expanded"
+    for at_once, keeping in ((True, False), (False, True), (False, False)):
+        other, same_tokens, _ = recorded(at_once, keeping)
+        assert tokens == same_tokens and len(own) == len(other)
+        for x, y in zip(own, other, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
+
+
+def test_a_level_is_one_forward_and_so_is_a_round_s_first_where_all_was_expanded() -> None:
+    target = Target(tiny("llama-gqa"))
+    drafter = exit_drafter(target)
+    calls = {"lower": 0, "exit": 0, "at once": 0}
+
+    def counting(name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    drafter.cut.lower = counting("lower", drafter.cut.lower)  # type: ignore[method-assign]
+    drafter.exit.features = counting("exit", drafter.exit.features)  # type: ignore[method-assign]
+    drafter.shortcut = counting("at once", drafter.shortcut)  # type: ignore[assignment]
+    rows = rows_of(target, [[5, 9, 9, 3, 5, 9]], SamplingSettings(), 20, [Dice(0)])
+    for _ in decode(target, drafter, rows, TreeShape.chain(3)):
+        pass
+    statistics = rows[0].statistics
+    whole = sum(length == 3 for length in statistics.lengths[:-1])  # the leaf was accepted, and nobody had expanded it
+    assert whole < statistics.rounds - 1
+    assert calls["exit"] == 1 + whole
+    assert calls["at once"] == 3 * statistics.rounds - calls["exit"]
