@@ -402,9 +402,15 @@ def test_a_faulty_verification_would_be_seen(monkeypatch):
     """The checks above have teeth: keep every candidate, and both law and tokens are off."""
     import outdraft.verify as rule
 
+    right = rule.verify_greedy
+
+    def keeping_all(tree: Tree, choices: torch.Tensor) -> torch.Tensor:
+        return choices.scatter(1, tree.parents[:, 1:], tree.tokens[:, 1:])
+
     monkeypatch.setattr(rule, "acceptance", lambda p, q, x: 1.0)
     law, _ = decoded_law("eagle", 3, PROMPT, PLAIN, 3, CHAIN)
     assert distance(law, expected_law(small(3)[0], PROMPT, PLAIN, 3)) > 1e-3
+    monkeypatch.setattr(rule, "verify_greedy", lambda tree, choices: right(tree, keeping_all(tree, choices)))
     target = Target(pair("llama-gqa")[0])
     (row,) = finish(
         target, feature_drafter(target, True, True), rows_of(target, PROMPTS[:1], GREEDY, 14, dice(1)), CHAIN

@@ -264,6 +264,55 @@ def test_padding_is_never_accepted():
     assert paths == {(0,), (0, 1)}
 
 
+# --- greedy rows, all nodes at once ---------------------------------------------------------------------------------
+
+
+@st.composite
+def guesses(draw: st.DrawFn) -> tuple[Tree, Tensor]:
+    """Ragged trees, siblings alike or not, and logits with ties that often agree with them."""
+    counts = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    nodes = max(counts)
+    parents, tokens = torch.zeros(len(counts), nodes, dtype=torch.long), torch.zeros(len(counts), nodes).long()
+    parents[:, 0] = -1
+    for row, count in enumerate(counts):
+        for node in range(1, count):
+            parents[row, node] = draw(st.integers(max(0, node - 3), node - 1))
+        tokens[row] = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=nodes, max_size=nodes)))
+    logits = draw(st.lists(st.integers(-1, 1), min_size=3 * parents.numel(), max_size=3 * parents.numel()))
+    return Tree(tokens, parents, counts), torch.tensor(logits, dtype=torch.float32).view(*parents.shape, 3)
+
+
+@pytest.mark.parametrize("bias", [{}, {1: 0.5}], ids=["", "bias"])
+@hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+@given(seen=guesses())
+def test_greedy_rows_get_what_the_rule_gives_them(bias, seen):
+    tree, logits = seen
+    rows = tree.rows
+    warpers = [Warper(SamplingSettings(logit_bias=bias), 1, 3)] * rows
+    dice, prefixes = [Dice(0)] * rows, [torch.tensor([0])] * rows
+    before = dice[0].generator.get_state()
+    found = verify(tree, logits, warpers, prefixes, dice)
+    assert torch.equal(dice[0].generator.get_state(), before), "nothing is left to chance"
+    assert found == rule.verify_greedy(tree, warpers[0].choices(logits)), "this is the way they go"
+    assert found == rule.verify_sampled(tree, logits, warpers, prefixes, dice)
+
+
+def test_greedy_rows_beside_others_or_with_drawn_guesses_go_by_the_rule():
+    tree = Tree(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[-1, 0], [-1, 0]]), [2, 2])
+    logits = torch.zeros(2, 2, VOCAB)
+    logits[:, :, 1] = 50.0
+    greedy, plain = warper(SETTINGS["greedy"]), warper(SETTINGS["plain"])
+    prefixes = [torch.tensor(PROMPT)] * 2
+    for warpers in ([Warper(SamplingSettings(), 1, VOCAB), plain], [greedy, plain], [greedy, greedy]):
+        verdicts = verify(tree, logits, warpers, prefixes, [Dice(0), Dice(1)])
+        assert [verdict.path for verdict in verdicts] == [[0, 1], [0]]
+        assert [verdict.tokens for verdict in verdicts] == [[1, 1], [1]]
+    laws = torch.full((2, 2, VOCAB), 1 / VOCAB)
+    drawn = replace(tree, candidates="with_replacement", laws=laws)
+    verdicts = verify(drawn, logits, [Warper(SamplingSettings(), 1, VOCAB)] * 2, prefixes, [Dice(0), Dice(1)])
+    assert [verdict.tokens for verdict in verdicts] == [[1, 1], [1]]
+
+
 # --- the proof has teeth -------------------------------------------------------------------------------------------
 
 PLAIN_TREE = TreeShape(1, 2, 5, "sampled")
@@ -338,11 +387,5 @@ def test_a_processor_that_reads_the_wrong_prefix_is_caught(monkeypatch, name):
     """Every node judged with the root's prefix instead of its own."""
     tree = Tree(torch.tensor([[3, 0, 1, 3]]), torch.tensor([[-1, 0, 0, 1]]), [4])
     assert error(lambda _: tree, SETTINGS[name]) < EXACT
-    right = rule.verify_row
-
-    def blind(tree, row, logits, warper, prefix, chance):
-        warper.reads_prefix = False
-        return right(tree, row, logits, warper, prefix, chance)
-
-    monkeypatch.setattr(rule, "verify_row", blind)
+    monkeypatch.setattr(rule, "_after", lambda warper, prefixes, row, tokens: prefixes[row])
     assert_caught(lambda _: tree, SETTINGS[name])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from outdraft.places import counting, integers
+
 
 class SlotCache(Cache):
     """Keys and values of all layers for `rows` sequences of different lengths.
@@ -38,6 +40,7 @@ class SlotCache(Cache):
         self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
         self._writing = 0  # tokens a row of the forward that was reserved last
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
+        self._rows = torch.empty(0)  # (rows, 1) beside them
 
     @property
     def rows(self) -> int:
@@ -56,14 +59,23 @@ class SlotCache(Cache):
         Returns:
             `(rows, count)` the slots its keys and values go to.
         """
-        starts = [length + self.pending for length in self.lengths]
-        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-        self._slots = None if len(set(starts)) <= 1 else slots
+        slots = self.pending_slots(self.pending, count, device)
+        self._write(slots)
         self.pending += count
-        self._writing = count
         if self.extent > self.capacity:
             self._grow(max(self.extent, 2 * self.capacity))
         return slots
+
+    def pending_slots(self, first: int, count: int, device: torch.device | str) -> Tensor:
+        """`(rows, count)` slots of pending tokens, from the `first` on."""
+        device = torch.device(device)
+        return integers(self.lengths, device)[:, None] + counting(first, count, device)
+
+    def _write(self, slots: Tensor) -> None:
+        """The next update goes to these slots."""
+        self._writing = slots.shape[1]
+        self._slots = None if len(set(self.lengths)) <= 1 else slots
+        self._rows = counting(0, self.rows, slots.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -79,7 +91,7 @@ class SlotCache(Cache):
             both[0, :, :, extent - count : extent, : key_states.shape[-1]] = key_states
             both[1, :, :, extent - count : extent, : value_states.shape[-1]] = value_states
         else:
-            row = torch.arange(self.rows, device=key_states.device)[:, None]
+            row = self._rows
             both[0][row, :, self._slots, : key_states.shape[-1]] = key_states.transpose(1, 2)
             both[1][row, :, self._slots, : value_states.shape[-1]] = value_states.transpose(1, 2)
         return both[0, :, :, :extent, : key_states.shape[-1]], both[1, :, :, :extent, : value_states.shape[-1]]
@@ -92,23 +104,16 @@ class SlotCache(Cache):
         Args:
             places: of every row, offsets among its pending tokens, in the order that they shall have.
         """
-        count = len(places[0])
-        for row, order in enumerate(places):
-            if list(order) != list(range(count)):
-                self._move(row, order)
-        self.pending = self._writing = count
-        if self._slots is not None:
-            starts = torch.tensor(self.lengths, device=self._slots.device)
-            self._slots = starts[:, None] + torch.arange(count, device=self._slots.device)
+        self._move(places)
+        self.pending = len(places[0])
+        self._write(self.pending_slots(0, self.pending, self._rows.device))
 
     # --- after the verdict -------------------------------------------------------------------------------------
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
-        for row, path in enumerate(paths):
-            if list(path) != list(range(len(path))):
-                self._move(row, path)
-            self.lengths[row] += len(path)
+        self._move(paths)
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
         self.rollback()
 
     def rollback(self) -> None:
@@ -173,12 +178,20 @@ class SlotCache(Cache):
         self._places[layer_idx] = (len(self._buffers) - 1, 0)
         return self._places[layer_idx]
 
-    def _move(self, row: int, places: Sequence[int]) -> None:
-        """Put pending tokens of a row, named by their offsets, at the beginning of its pending slots."""
-        start = self.lengths[row]
+    def _move(self, places: Sequence[Sequence[int]]) -> None:
+        """Put pending tokens of every row, named by their offsets, at the beginning of its pending slots."""
+        moves = [
+            (row, start + to, start + place)
+            for row, (start, order) in enumerate(zip(self.lengths, places, strict=True))
+            for to, place in enumerate(order)
+            if to != place
+        ]
+        if not moves:
+            return
         for buffer in self._buffers:
-            source = torch.tensor([start + place for place in places], device=buffer.device)
-            buffer[:, :, row, :, start : start + len(places)] = buffer[:, :, row].index_select(3, source)
+            row, to, source = torch.tensor(moves, device=buffer.device).unbind(1)
+            # All are read before one is written.
+            buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
 
     def _grow(self, capacity: int) -> None:
         for i, buffer in enumerate(self._buffers):

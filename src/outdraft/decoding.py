@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from outdraft.control.costs import Costs
 from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.exact import ExactTarget
+from outdraft.places import integers
 from outdraft.run import TargetRun
-from outdraft.sampling import Chance, Warper
+from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -119,21 +122,20 @@ class _Batch:
         """Run the prompts and decide each row's first token, as plain decoding does."""
         if not self.rows:
             return []
-        self.clock.lap()
+        self.clock.start()
         prompts = [torch.tensor(row.prompt) for row in self.rows]
         features, taps = self.run.prefill(prompts)
         counts = [len(prompt) for prompt in prompts]
         index = torch.arange(len(counts), device=features.device)
-        logits = self.target.head(features[index, torch.tensor(counts, device=features.device) - 1])
-        firsts = []
-        for row, prefix, row_logits in zip(self.rows, self.prefixes, logits, strict=True):
-            token = row.chance.draw(row.warper.law(row_logits, prefix.tokens))
+        logits = self.target.head(features[index, integers([n - 1 for n in counts], features.device)])
+        warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
+        self.roots = draw_each(chances, laws_of(warpers, logits, _Prefixes(self.prefixes)))
+        firsts = self.roots.tolist()
+        for row, prefix, token, row_logits in zip(self.rows, self.prefixes, firsts, logits, strict=True):
             row.extend([token], self.target.context_length)
             if row.watch is not None:
                 row.watch(row_logits[None])
             prefix.append([token])
-            firsts.append(token)
-        self.roots = torch.tensor(firsts, device=features.device)
         if self.drafter is not None:
             # Pairs (token one ahead, tap): the prompt from its second token on, then the token just decided.
             tokens = torch.zeros(features.shape[:2], dtype=torch.long)
@@ -142,26 +144,27 @@ class _Batch:
                 tokens[i, counts[i] - 1] = firsts[i]
             self.updates = [Update(tokens.to(features.device), taps, counts)]
             self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.run)
-        seconds = self.clock.lap()
+        self.clock.mark()
+        (seconds,) = self.clock.laps()
         for row in self.rows:
             row.statistics.prefill_seconds += seconds
         return self._leave()
 
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
-        self.clock.lap()
+        self.clock.start()
         shape = self._shape()
         pace = self._pace(shape)
         tree = self._draft(shape, pace)
-        drafting = self.clock.lap()
+        self.clock.mark()
         features, taps = self.run.tree(tree)
-        logits = self.target.head(features)
-        verifying = self.clock.lap()
-        prefixes = [prefix.tokens for prefix in self.prefixes]
+        logits = self.target.logits(features, tree.counts)
+        self.clock.mark()
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
-        verdicts = verify(tree, logits, warpers, prefixes, chances)
+        verdicts = verify(tree, logits, warpers, _Prefixes(self.prefixes), chances)
         self._commit(tree, taps, logits, verdicts)
-        rest = self.clock.lap()
+        self.clock.mark()
+        drafting, verifying, rest = self.clock.laps()
         if pace is not None:
             depths = [row.statistics.depths[-1] for row in self.rows]
             accepted = [len(verdict.path) - 1 for verdict in verdicts]
@@ -183,7 +186,7 @@ class _Batch:
         if self.state is None or shape.size == 1 or (pace is not None and not any(pace.going)):
             return Tree.roots(self.roots)
         context = RowContext(
-            [prefix.tokens for prefix in self.prefixes],
+            _Prefixes(self.prefixes),
             [row.warper for row in self.rows],
             [row.chance for row in self.rows],
             pace,
@@ -209,21 +212,22 @@ class _Batch:
         self.cache.commit([verdict.path for verdict in verdicts])
         counts = [len(verdict.path) for verdict in verdicts]
         longest = max(counts)
-        paths = torch.tensor([verdict.path + [0] * (longest - len(verdict.path)) for verdict in verdicts])
-        tokens = torch.tensor([verdict.tokens + [0] * (longest - len(verdict.tokens)) for verdict in verdicts])
-        self.roots = torch.tensor([verdict.tokens[-1] for verdict in verdicts], device=taps.device)
+        padding = [[0] * (longest - count) for count in counts]
+        paths = [verdict.path + more for verdict, more in zip(verdicts, padding, strict=True)]
+        decided = [verdict.tokens + more for verdict, more in zip(verdicts, padding, strict=True)]
+        newest = [[verdict.tokens[-1]] for verdict in verdicts]
+        # One transfer: what was decided, where it lies in the tree, and the next roots.
+        packed = torch.tensor([[*a, *b, *c] for a, b, c in zip(decided, paths, newest, strict=True)]).to(taps.device)
+        self.roots = packed[:, -1]
         if self.state is not None:
-            paths, tokens = paths.to(taps.device), tokens.to(taps.device)
-            kept = taps.gather(1, paths[..., None].expand(-1, -1, taps.shape[-1]))
-            self.updates.append(Update(tokens, kept, counts))
-        depths = tree.depths
+            kept = packed[:, longest:-1, None].expand(-1, -1, taps.shape[-1])
+            self.updates.append(Update(packed[:, :longest], taps.gather(1, kept), counts))
         for i, (row, prefix, verdict) in enumerate(zip(self.rows, self.prefixes, verdicts, strict=True)):
             taken = row.extend(verdict.tokens, self.target.context_length)
             if row.watch is not None:
                 row.watch(logits[i, verdict.path[:taken]])
             prefix.append(verdict.tokens)
-            deepest = int(depths[i, : tree.counts[i]].max())
-            row.statistics.add_round(tree.counts[i] - 1, deepest, len(verdict.path) - 1, taken)
+            row.statistics.add_round(tree.counts[i] - 1, tree.deepest[i], len(verdict.path) - 1, taken)
 
     def _leave(self) -> list[Row]:
         """Let finished rows go."""
@@ -245,34 +249,69 @@ class _Batch:
 
 
 class _Prefix:
-    """Everything decided of one row, in a buffer that grows in place."""
+    """Everything decided of one row; as a tensor once somebody asks, in a buffer that grows in place."""
 
     def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device):
-        self.buffer = torch.zeros(capacity + len(prompt), dtype=torch.long, device=device)
-        self.buffer[: len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
-        self.length = len(prompt)
+        self.known, self.size, self.device = list(prompt), capacity + len(prompt), device
+        self.buffer: Tensor | None = None
+        self.written = 0
 
     @property
     def tokens(self) -> Tensor:
-        return self.buffer[: self.length]
+        if self.buffer is None:
+            self.buffer = torch.zeros(self.size, dtype=torch.long, device=self.device)
+        if self.written < len(self.known):
+            self.buffer[self.written : len(self.known)] = torch.tensor(self.known[self.written :])
+            self.written = len(self.known)
+        return self.buffer[: self.written]
 
     def append(self, tokens: Sequence[int]) -> None:
-        self.buffer[self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        self.length += len(tokens)
+        self.known += tokens
+
+
+class _Prefixes(Sequence[Tensor]):
+    """The rows' prefixes for those who read them, which most drafters and settings do not."""
+
+    def __init__(self, prefixes: Sequence[_Prefix]):
+        self.prefixes = prefixes
+
+    def __len__(self) -> int:
+        return len(self.prefixes)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.prefixes[row].tokens
 
 
 class _Clock:
-    """Seconds between laps, waiting for the device where work is asynchronous."""
+    """Seconds between marks. Where work is asynchronous the device keeps them, so that no mark waits for it."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.last = self.now()
+        self.marks: list[Any] = []
 
     def now(self) -> float:
+        """A time of the host's, once all work is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def lap(self) -> float:
-        before, self.last = self.last, self.now()
-        return self.last - before
+    def start(self) -> None:
+        """Forget all marks and set the first."""
+        self.marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Seconds from each mark to the next; waits for the last."""
+        pairs = list(pairwise(self.marks))
+        if self.device.type == "cuda":
+            self.marks[-1].synchronize()
+            return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [after - before for before, after in pairs]

@@ -76,6 +76,8 @@ class ExactTarget(Target):
         UserError: there is no guarantee for this model or device, with the reason.
     """
 
+    ragged = False
+
     def __init__(self, plain: Target):
         refuse(plain)
         self.__dict__.update(plain.__dict__)

@@ -244,7 +244,7 @@ class SpeculativeModel:
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
             own_seed = None if seed is None else seed + i
-            dice = Dice(own_seed, self.target.device)
+            dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop)
             if pacer is not None:

@@ -67,7 +67,7 @@ def custom_generate(
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
             seed = int(torch.randint(2**62, ()))
-            dice = Dice(seed, target.device)
+            dice = Dice(seed)
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):
                 processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from outdraft.backends import accelerate
+from outdraft.backends import accelerate, backend_of, forward_of
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
 from outdraft.tree import attention_mask
@@ -34,11 +34,14 @@ class Target:
     Args:
         model: a stock model, in evaluation mode; it stays as it is.
         tokenizer: its tokenizer, where text comes in or goes out.
-        backend: what its forward runs on (`backends.py`).
+        backend: what its forward runs on (`backends/`).
 
     Raises:
         UserError: the family cannot verify trees, with the reason.
     """
+
+    ragged = True
+    """Whether the head may run over any number of nodes, or only over as many in every row."""
 
     exact: Any = None
     """The same target in exact mode, once it was asked for (`exact.py`)."""
@@ -49,9 +52,11 @@ class Target:
         refuse_unfit(model)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.tokenizer = accelerate(model, backend), tokenizer
-        self.backend = backend if self.model is not model else "eager"
         self.config = model.config.get_text_config()
         self._inner: Any = self.model.base_model
+        self._accelerated = self.model
+        compiled = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
+        self._compiled = compiled if self.backend == "compiled" else None
         self._windows = _windows(self.config)
         self._head = _head(self.model)
 
@@ -60,6 +65,11 @@ class Target:
     @property
     def device(self) -> torch.device:
         return self._embedding.weight.device
+
+    @property
+    def backend(self) -> str:
+        """What its forward runs on: what was asked for, or what stands in for it."""
+        return backend_of(self._accelerated)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,6 +127,20 @@ class Target:
         """`(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself makes them."""
         return self._head(features)
 
+    def logits(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """`(rows, nodes, vocab)` after the first `counts` nodes of every row; what stands after padding is no logit.
+
+        One run of the head over all nodes: several small ones over those that verification walks by cost more
+        (docs/performance.md).
+        """
+        rows, nodes, _ = features.shape
+        if not self.ragged or sum(counts) == rows * nodes:
+            return self.head(features)
+        real = [place for row, count in enumerate(counts) for place in range(row * nodes, row * nodes + count)]
+        index = torch.tensor(real, device=features.device)
+        own = self.head(features.flatten(0, 1)[index])
+        return own.new_empty(rows * nodes, own.shape[-1]).index_copy_(0, index, own).view(rows, nodes, -1)
+
     def head_through(self, output_layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The same way from features to logits through an output layer of one's own."""
         return output_layer if isinstance(self._head, nn.Module) else _HeadView(self.model, output_layer)
@@ -136,7 +160,11 @@ class Target:
         Returns:
             `(rows, tokens, hidden)` features.
         """
-        return self._inner(input_ids=tokens, **self.inputs(positions, seen, slots, cache)).last_hidden_state
+        run = self._compiled or self._whole
+        return run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
+
+    def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return (self._inner(**inputs).last_hidden_state,)
 
     def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
         """What the inner model, whole or cut, takes beside tokens; positions, seen and slots as in `attention_mask`."""

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from outdraft.places import counting, integers, itself
 
 Candidates = Literal["point", "with_replacement", "without_replacement"]
 
@@ -30,6 +34,7 @@ class Tree:
         candidates: how a node's children were chosen: `point` (deterministically, by whatever rule) or drawn from
             `laws`, independently or without replacement, in the order of their indices.
         laws: `(rows, nodes, vocab)` the exact law each node's children were drawn from; None for `point`.
+        levels: no node lies deeper than this; None where nobody knows.
     """
 
     tokens: Tensor
@@ -37,8 +42,11 @@ class Tree:
     counts: list[int]
     candidates: Candidates = "point"
     laws: Tensor | None = None
+    levels: int | None = None
     _depths: Tensor | None = field(default=None, repr=False)
     _ancestors: Tensor | None = field(default=None, repr=False)
+    _deepest: list[int] | None = field(default=None, repr=False)
+    _lists: tuple[list[list[int]], list[list[int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.laws is None) != (self.candidates == "point"):
@@ -47,7 +55,16 @@ class Tree:
     @classmethod
     def roots(cls, tokens: Tensor) -> Tree:
         """Trees of nothing but their roots, from `(rows,)` tokens: what plain decoding verifies."""
-        return cls(tokens[:, None], torch.full_like(tokens[:, None], -1), [1] * len(tokens))
+        return cls(tokens[:, None], torch.full_like(tokens[:, None], -1), [1] * len(tokens), levels=0)
+
+    @classmethod
+    def chains(cls, tokens: Tensor, width: int, candidates: Candidates = "point", laws: Tensor | None = None) -> Tree:
+        """Trees of `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens, none padding."""
+        rows, nodes = tokens.shape
+        parents, ancestors, depths = _chains(width, nodes, tokens.device)
+        tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, laws, (nodes - 1) // width)
+        tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
+        return tree
 
     @property
     def rows(self) -> int:
@@ -61,38 +78,51 @@ class Tree:
     def depths(self) -> Tensor:
         """`(rows, nodes)` edges between node and root."""
         if self._depths is None:
-            self._walk()
-        assert self._depths is not None
+            self._depths = self.ancestors.sum(-1) - 1
         return self._depths
 
     @property
     def ancestors(self) -> Tensor:
         """`(rows, nodes, nodes)` True where the column is the row's node itself or one of its ancestors."""
         if self._ancestors is None:
-            self._walk()
-        assert self._ancestors is not None
+            self._ancestors = self._climb()
         return self._ancestors
 
-    def _walk(self) -> None:
-        """Climb from all nodes at once, one level a step."""
-        depths = torch.zeros_like(self.tokens)
-        seen = torch.eye(self.nodes, dtype=torch.bool, device=self.tokens.device).repeat(self.rows, 1, 1)
-        above = self.parents
-        while self.nodes > 1:
-            climbing = above >= 0
-            if not climbing.any():
-                break
-            depths += climbing
-            there = above.clamp(min=0)
-            # A node that has arrived marks the root again, which every node sees anyway.
-            seen.scatter_(2, there[..., None], True)
-            above = self.parents.gather(1, there).where(climbing, above)
-        self._depths, self._ancestors = depths, seen
+    def _climb(self) -> Tensor:
+        """Node and parent, then by squaring all within 2, 4, 8 ... steps."""
+        levels = self.nodes - 1 if self.levels is None else self.levels
+        seen = itself(self.rows, self.nodes, self.tokens.device)
+        if levels < 1:
+            return seen
+        # The root's own column stands for its missing parent.
+        steps = seen.float().scatter_(2, self.parents.clamp(min=0)[..., None], 1.0)
+        reach = 1
+        while reach < levels:
+            steps = torch.bmm(steps, steps).clamp_(max=1.0)
+            reach *= 2
+        return steps > 0
+
+    @property
+    def deepest(self) -> list[int]:
+        """Of every row, how deep its deepest node lies."""
+        if self._deepest is None:
+            # Padding lies right below the root, so that it counts only where there is nothing else.
+            found = self.depths.amax(1).tolist() if self.nodes > 1 else [0] * self.rows
+            self._deepest = [depth if count > 1 else 0 for depth, count in zip(found, self.counts, strict=True)]
+        return self._deepest
+
+    @property
+    def lists(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens and parents of every row, in one transfer."""
+        if self._lists is None:
+            tokens, parents = torch.stack([self.tokens, self.parents]).tolist()
+            self._lists = (tokens, parents)
+        return self._lists
 
     def children(self, row: int) -> dict[int, list[int]]:
         """Children of every node of a row that has some, in the order in which they were proposed."""
         result: dict[int, list[int]] = {}
-        for node, parent in enumerate(self.parents[row].tolist()[1 : self.counts[row]], start=1):
+        for node, parent in enumerate(self.lists[1][row][1 : self.counts[row]], start=1):
             result.setdefault(parent, []).append(node)
         return result
 
@@ -105,16 +135,25 @@ class Tree:
             raise ValueError("every row has a root and at most as many nodes as the batch")
 
 
+@lru_cache(maxsize=128)
+def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, ancestors and depths of one row of `Tree.chains`, which are the same every round."""
+    with torch.inference_mode(False):
+        parents = torch.tensor([[-1] + [max(0, node - width) for node in range(1, nodes)]], device=device)
+        tree = Tree(torch.zeros_like(parents), parents, [nodes])
+        return parents, tree.ancestors, tree.depths
+
+
 def attention_mask(
     seen: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
 ) -> Tensor:
     """Which cached slots each new token may look at.
 
     Args:
-        seen: `(rows, tokens, m)` which of the newest `m` pending tokens each token sees, itself included.
-        slots: `(rows, m)` where those lie in the cache.
+        seen: `(rows, tokens, m)` which of the `m` pending tokens each token sees, itself included.
+        slots: `(rows, m)` where those lie in the cache: in order, right after the committed ones.
         lengths: committed tokens of every row, all of which are seen.
-        extent: slots that the forward reads.
+        extent: slots that the forward reads, the longest row's `lengths + m`.
         positions: `(rows, tokens + ...)` positions of the `m` tokens; the last `tokens` of them are the new ones'.
         window: sliding attention: only positions less than this far back are seen.
 
@@ -122,12 +161,14 @@ def attention_mask(
         `(rows, 1, tokens, extent)` bool.
     """
     rows, tokens, newest = seen.shape
-    device = seen.device
-    arange = torch.arange(extent, device=device)
-    committed = arange[None] < torch.tensor(list(lengths), device=device)[:, None]
-    mask = committed[:, None].repeat(1, tokens, 1)
-    mask.scatter_(2, slots[:, None].expand(rows, tokens, newest), seen)
-    if window is not None:
+    device, longest = seen.device, extent - newest
+    arange = counting(0, extent, device)
+    if min(lengths) == longest:
+        mask = F.pad(seen, (longest, 0), value=True)
+    else:
+        mask = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
+        mask.scatter_(2, slots[:, None].expand(rows, tokens, newest), seen)
+    if window is not None and window < extent:
         key_positions = arange.repeat(rows, 1).scatter(1, slots, positions)
         near = positions[:, -tokens:, None] - key_positions[:, None] < window
         mask &= near

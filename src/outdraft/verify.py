@@ -11,7 +11,8 @@ Accepted: step down to x and go on. None accepted: the next token is drawn from 
 the children the token after the node has exactly the target's law, whatever q is: P(x) = q(x) min(1, p(x)/q(x)) +
 P(reject) residual(x) = p(x) (Leviathan et al. 2023, theorem 1, applied once a child; SpecInfer's multi-round rule).
 For a point mass on x this reads: accept with probability p(x), else p(x) <- 0.
-Greedy decoding is the same rule, with p a point mass.
+Greedy decoding is the same rule, with p a point mass: accept x where it is the target's most probable token. Nothing is
+left to chance then, so `verify_greedy` compares all nodes of all rows at once; a test holds it against `decide`.
 
 Knows nothing of models, caches or how the guesses were made. No randomness but the dice that it is handed.
 """
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
 
-from outdraft.sampling import Chance, Warper
+from outdraft.sampling import Chance, Warper, laws_of
 from outdraft.tree import Tree
 
 
@@ -48,53 +50,112 @@ def verify(
 
     Args:
         tree: the guesses.
-        logits: `(rows, nodes, vocab)` of the target after every node.
+        logits: `(rows, nodes, vocab)` of the target after every node; those after padding are not looked at.
         warpers: for every row, logits and prefix to law.
-        prefixes: for every row, `(tokens,)` everything decided so far, the root's token last.
+        prefixes: for every row, `(tokens,)` everything decided so far, the root's token last; only looked at where
+            a warper reads them.
         chances: for every row, its dice.
     """
-    return [verify_row(tree, row, logits[row], warpers[row], prefixes[row], chances[row]) for row in range(tree.rows)]
+    kind = warpers[0].kind
+    if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
+        return verify_greedy(tree, warpers[0].choices(logits))
+    return verify_sampled(tree, logits, warpers, prefixes, chances)
 
 
-def verify_row(tree: Tree, row: int, logits: Tensor, warper: Warper, prefix: Tensor, chance: Chance) -> Verdict:
-    """`verify` for one row; `logits` is `(nodes, vocab)`."""
-    children, tokens = tree.children(row), tree.tokens[row].tolist()
-    verdict = Verdict([0], [])
-    while True:
-        node = verdict.path[-1]
-        p = warper.law(logits[node], prefix)
-        q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
-        for child in children.get(node, []):
-            x = tokens[child]
-            if chance.accept(acceptance(p, q, x)):
-                break
-            p, q = residual(p, q, x, tree.candidates == "without_replacement")
-        else:
-            verdict.tokens.append(chance.draw(p))
-            return verdict
-        verdict.path.append(child)
-        verdict.tokens.append(x)
-        if warper.reads_prefix:
-            prefix = torch.cat([prefix, prefix.new_tensor([x])])
+def verify_sampled(
+    tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
+) -> list[Verdict]:
+    """`verify` by the rule: all rows step down their trees together, so that their laws are computed together."""
+    tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
+    verdicts = [Verdict([0], []) for _ in range(tree.rows)]
+    walking = list(range(tree.rows))
+    while walking:
+        nodes = [verdicts[row].path[-1] for row in walking]
+        own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
+        laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
+        accepted = []
+        for row, node, p in zip(walking, nodes, laws, strict=True):
+            guesses = children[row].get(node, [])
+            q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
+            without_replacement = tree.candidates == "without_replacement"
+            place, token = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
+            verdicts[row].tokens.append(token)
+            if place is not None:
+                verdicts[row].path.append(guesses[place])
+                accepted.append(row)
+        walking = accepted
+    return verdicts
+
+
+def decide(
+    p: Tensor, q: Tensor | None, guesses: Sequence[int], without_replacement: bool, chance: Chance
+) -> tuple[int | None, int]:
+    """The token after one node: one of the guesses, or else one drawn from what is left of the target's law.
+
+    Args:
+        p: `(vocab,)` the target's law after the node.
+        q: `(vocab,)` the law that the guesses were drawn from, None where they were chosen by rule.
+        guesses: tokens of the node's children, in their order.
+        without_replacement: whether no guess could be drawn twice.
+        chance: of the row.
+
+    Returns:
+        Which of the guesses was accepted, None if none was; and the token.
+    """
+    for place, x in enumerate(guesses):
+        if chance.accept(acceptance(p, q, x)):
+            return place, x
+        p, q = residual(p, q, x, without_replacement)
+    return None, chance.draw(p)
+
+
+def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
+    """`verify` of candidates chosen by rule where p is the point mass on `(rows, nodes)` choices after every node."""
+    said = choices.gather(1, tree.parents.clamp(min=0))  # the choice after each node's parent
+    right, chosen, parents = torch.stack([tree.tokens == said, choices, tree.parents]).tolist()  # the one transfer
+    verdicts = []
+    for row, count in enumerate(tree.counts):
+        path = [0]
+        # Parents come before children, and of equal siblings the first is the one that is tried.
+        for node in compress(range(1, count), right[row][1:count]):
+            if parents[row][node] == path[-1]:
+                path.append(node)
+        verdicts.append(Verdict(path, [chosen[row][node] for node in path]))
+    return verdicts
 
 
 def acceptance(p: Tensor, q: Tensor | None, x: int) -> float:
     """min(1, p(x) / q(x)); q None is the point mass on x."""
-    if q is None:
-        return p[x].item()
-    return min(1.0, p[x].item() / q[x].item())
+    return (p[x] if q is None else p[x] / q[x]).clamp(max=1.0).item()
 
 
 def residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> tuple[Tensor, Tensor | None]:
     """Both laws `(vocab,)`, normalised, after the candidate x was rejected."""
-    without_x = torch.ones_like(p).index_fill_(0, torch.tensor([x], device=p.device), 0.0)
     if q is None:
-        return normalised(p * without_x, p), None
+        return normalised(without(p, x), p), None
     rest = normalised((p - q).clamp_(min=0), p)
-    return rest, normalised(q * without_x, q) if without_replacement else q
+    return rest, normalised(without(q, x), q) if without_replacement else q
+
+
+def without(law: Tensor, x: int) -> Tensor:
+    """The law with nothing at x."""
+    rest = law.clone()
+    rest[x] = 0.0
+    return rest
 
 
 def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
     """`weights` summing to one; `otherwise` where nothing is left, which only rounding can bring about."""
     total = weights.sum()
-    return weights / total if total > 0 else otherwise
+    return torch.where(total > 0, weights / total, otherwise)
+
+
+def _after(warper: Warper, prefixes: Sequence[Tensor], row: int, tokens: list[int]) -> Tensor:
+    """Everything before a node, for a warper that reads it."""
+    if not warper.reads_prefix:
+        return _UNREAD
+    prefix = prefixes[row]
+    return torch.cat([prefix, prefix.new_tensor(tokens)])
+
+
+_UNREAD = torch.empty(0, dtype=torch.long)

@@ -14,7 +14,7 @@ from outdraft.run import Output, TargetRun
 from outdraft.sampling import Chance, Dice, Warper
 from outdraft.target import Target
 from outdraft.tree import Tree
-from outdraft.verify import Verdict, acceptance, residual
+from outdraft.verify import Verdict, acceptance
 
 # --- verification ----------------------------------------------------------------------------------------------------
 
@@ -24,34 +24,28 @@ def no_residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) 
     return p, q
 
 
-def untempered(tree: Tree, row: int, logits: Tensor, warper: Warper, prefix: Tensor, chance: Chance) -> Verdict:
-    """Chains accepted by the raw law, corrected by the warped one."""
-    verdict, children, tokens = Verdict([0], []), tree.children(row), tree.tokens[row].tolist()
-    while True:
-        node = verdict.path[-1]
-        p, raw = warper.law(logits[node], prefix), logits[node].float().softmax(-1)
-        q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
-        for child in children.get(node, []):
-            x = tokens[child]
-            if chance.accept(acceptance(raw, q, x)):
-                break
-            p, q = residual(p, q, x, tree.candidates == "without_replacement")
-        else:
-            verdict.tokens.append(chance.draw(p))
-            return verdict
-        verdict.path.append(child)
-        verdict.tokens.append(x)
-        prefix = torch.cat([prefix, prefix.new_tensor([x])])
+def untempered(temperature: float) -> Callable[[Tensor, Tensor | None, int], float]:
+    """Candidates accepted by the law before the temperature, corrected by the one after it."""
+
+    def wrong(p: Tensor, q: Tensor | None, x: int) -> float:
+        raw = p**temperature
+        return acceptance(raw / raw.sum(), q, x)
+
+    return wrong
 
 
-def bonus_from_the_parent(verify_row: Callable[..., Verdict]) -> Callable[..., Verdict]:
+def bonus_from_the_parent(verify: Callable[..., list[Verdict]]) -> Callable[..., list[Verdict]]:
     """Where a whole chain was accepted the token after it is read one node too early."""
 
-    def wrong(tree: Tree, row: int, logits: Tensor, warper: Warper, prefix: Tensor, chance: Chance) -> Verdict:
-        verdict = verify_row(tree, row, logits, warper, prefix, chance)
-        if len(verdict.path) == tree.counts[row] > 1:
-            verdict.tokens[-1] = chance.draw(warper.law(logits[verdict.path[-2]], prefix))
-        return verdict
+    def wrong(
+        tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
+    ) -> list[Verdict]:
+        verdicts = verify(tree, logits, warpers, prefixes, chances)
+        for row, verdict in enumerate(verdicts):
+            if len(verdict.path) == tree.counts[row] > 1:
+                law = warpers[row].law(logits[row, verdict.path[-2]], prefixes[row])
+                verdict.tokens[-1] = chances[row].draw(law)
+        return verdicts
 
     return wrong
 

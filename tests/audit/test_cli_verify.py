@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import outdraft.decoding
 import outdraft.verify
 from audit import faults
 from cli_fixtures import Folders, make_folders, write_lines
@@ -77,8 +78,7 @@ def test_a_kept_law_is_exit_code_0(folders: Folders, prompts: Path, tmp_path: Pa
 def test_a_broken_law_is_exit_code_1(
     folders: Folders, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = faults.bonus_from_the_parent(outdraft.verify.verify_row)
-    monkeypatch.setattr(outdraft.verify, "verify_row", wrong)
+    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
     report = tmp_path / "report.html"
     itself = ("-d", folders.target)  # a draft model that is always right
     result = verify(folders, prompts, *itself, "--num-speculative-tokens", 2, "--report", report)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import outdraft.decoding
 import outdraft.run
 import outdraft.verify
 from audit import faults
@@ -57,15 +58,14 @@ def test_a_wrong_residual_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_acceptance_by_the_raw_law_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outdraft.verify, "verify_row", faults.untempered)
+    monkeypatch.setattr(outdraft.verify, "acceptance", faults.untempered(0.6))
     found = audit({**SAMPLED, "temperature": 0.6}, greedy=False)
     assert not found.kept and "beginnings" in failed(found)
 
 
 @pytest.mark.parametrize("generation", [{"num_speculative_tokens": 2}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_wrong_bonus_token_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch, generation: dict[str, Any]) -> None:
-    wrong = faults.bonus_from_the_parent(outdraft.verify.verify_row)
-    monkeypatch.setattr(outdraft.verify, "verify_row", wrong)
+    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
     found = audit(generation, greedy=False)
     assert not found.kept
     assert ("greedy" if len(generation) == 1 else "tokens") in failed(found)

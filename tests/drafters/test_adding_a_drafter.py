@@ -39,10 +39,7 @@ def test_the_page_s_drafter_decodes_what_plain_decoding_does(blocks: list[str], 
     names: dict[str, Any] = {"model": model, "prompts": PROMPTS}
     run(blocks[0], names)
     run(blocks[1], names)
-    plain = [
-        Row(prompt, Warper(SamplingSettings(), len(prompt), 32, device=device), Dice(0, device), 24)
-        for prompt in PROMPTS
-    ]
+    plain = [Row(prompt, Warper(SamplingSettings(), len(prompt), 32, device=device), Dice(0), 24) for prompt in PROMPTS]
     for _ in decode(Target(model), None, plain, TreeShape.chain(1)):
         pass
     assert [row.tokens for row in names["rows"]] == [row.tokens for row in plain]

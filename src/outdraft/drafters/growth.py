@@ -1,13 +1,13 @@
 """Growing a tree from a drafter that gives logits, one level a step.
 
 `grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): expand the nodes with the largest cumulative draft
-probability, then keep the best of all candidates. `grow_sampled` draws candidates from the drafter's own law and hands
-the law over. Both work for any drafter that can answer `step`; neither knows what is behind it.
+probability, then keep the best of all candidates. `grow_sampled` (`drawing.py`) draws candidates from the drafter's own
+law. Both work for any drafter that can answer `step`; neither knows what is behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from outdraft.cache import SlotCache
 from outdraft.drafters.base import Pace, RowContext, TreeShape
+from outdraft.drafters.drawing import Step, grow_sampled
+from outdraft.places import counting, integers, itself
+from outdraft.sampling import greatest
 from outdraft.tree import Tree
-
-Step = Callable[[Tensor, Tensor], Tensor]
-"""(tokens, parents), each `(rows, nodes)`, parents indexing the level before -> `(rows, nodes, vocab)` draft logits."""
 
 
 def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
@@ -39,9 +39,11 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
     all candidates stay, or as many as the pace says. Deterministic, so the candidates count as point masses."""
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
+    if k == 1 and pace is None:
+        return _grow_chain(roots, logits, step, min(most, shape.depth + 1), shape.depth)
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
-    nodes = torch.arange(1, k + 1, device=logits.device).expand(batch, k)  # of the level to expand, the root being 0
+    nodes = counting(1, k, logits.device).expand(batch, k)  # of the level to expand, the root being 0
     above = torch.zeros_like(nodes)  # their parents' places in the level before
     wanted = [True] * batch
     if pace is not None:
@@ -54,17 +56,32 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
             wanted = pace.wants(min(most, count + k) - min(most, count))
             if not any(wanted):
                 break
+            mass = scores.exp()
+            width = pace.width(mass.tolist())
+            tokens, above, nodes, scores = tokens[:, :width], above[:, :width], nodes[:, :width], scores[:, :width]
         child_scores, child_tokens = log_softmax(step(tokens, above)).topk(k)
-        child_scores = child_scores + scores[..., None]
-        mass = scores.exp().sum(1)
-        levels.append(_Level(child_tokens.flatten(1), child_scores.flatten(1), nodes.repeat_interleave(k, dim=1)))
-        first, count = 1 + count, count + k * k
+        levels.append(_Level(child_tokens.flatten(1), (child_scores + scores[..., None]).flatten(1), _each(nodes, k)))
+        first, count = 1 + count, count + levels[-1].tokens.shape[1]
         scores, best = levels[-1].scores.topk(k)
         tokens, above, nodes = levels[-1].tokens.gather(1, best), best // k, first + best
         if pace is not None:
             levels[-1].drop([not going for going in wanted])
-            pace.drafted((scores.exp().sum(1) / mass).tolist())
+            pace.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
     return _best(roots, levels, most, pace)
+
+
+def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int, steps: int) -> Tree:
+    """`grow_dynamic` with one candidate a level: there is nothing to rank."""
+    chain = [roots, greatest(logits)]
+    above = torch.zeros_like(roots)[:, None]
+    for _ in range(steps):
+        chain.append(greatest(step(chain[-1][:, None], above)[:, 0]))
+    return Tree.chains(torch.stack(chain[: 1 + length], dim=1), 1)
+
+
+def _each(nodes: Tensor, times: int) -> Tensor:
+    """`(rows, nodes * times)` every node so many times in a row."""
+    return nodes[..., None].expand(*nodes.shape, times).flatten(1)
 
 
 @dataclass
@@ -95,109 +112,19 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None)
         own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
         counts = pace.sizes(gains, own.gather(1, order).tolist())
         order = order[:, : max(counts)]
-        beyond = torch.arange(order.shape[1], device=order.device) >= torch.tensor(counts, device=order.device)[:, None]
+        beyond = counting(0, order.shape[1], order.device) >= integers(counts, order.device)[:, None]
         order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root
         tokens, parents = F.pad(tokens, (0, 1)), F.pad(parents, (0, 1))
     kept = order.sort(dim=1).values
     renumber = torch.zeros(len(roots), tokens.shape[1] + 1, dtype=torch.long, device=roots.device)
-    renumber.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=roots.device).expand_as(kept))
+    renumber.scatter_(1, kept + 1, counting(1, kept.shape[1], roots.device).expand_as(kept))
     tree_parents = renumber.gather(1, parents.gather(1, kept))
     return Tree(
         torch.cat([roots[:, None], tokens.gather(1, kept)], dim=1),
-        torch.cat([torch.full_like(roots[:, None], -1), tree_parents], dim=1),
+        F.pad(tree_parents, (1, 0), value=-1),
         [1 + count for count in counts],
+        levels=len(levels),
     )
-
-
-def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """`top_k` first tokens drawn from the draft law, each continued by a chain drawn token by token.
-
-    How far is settled before anything is drawn: no candidate is dropped for what it turned out to be.
-    """
-    batch, replacing, pace = len(roots), shape.candidates == "sampled-with-replacement", rows.pace
-    width = min(shape.top_k, shape.size - 1)
-    length = min(shape.depth + 1, (shape.size - 1) // width)
-    wanted = [True] * batch if pace is None else pace.going
-    draws = [_RowDraws(row, logits[row], width if wanted[row] else 0, replacing, rows) for row in range(batch)]
-    if pace is not None:
-        pace.drafted([draw.confidence() for draw in draws])
-    above = torch.arange(width, device=logits.device).expand(batch, width)
-    for level in range(1, length):
-        if pace is not None:
-            wanted = pace.wants(width)
-            if not any(wanted):
-                break
-        tokens = torch.tensor([draw.newest(width) for draw in draws], device=logits.device)
-        level_logits = step(tokens, above if level > 1 else torch.zeros_like(above))
-        for draw, row_logits, going in zip(draws, level_logits, wanted, strict=True):
-            if going:
-                draw.extend(row_logits)
-        if pace is not None:
-            pace.drafted([draw.confidence() for draw in draws])
-    nodes = max(draw.count for draw in draws)
-    parts = [draw.columns(nodes) for draw in draws]
-    tokens, parents, laws = (torch.stack(part) for part in zip(*parts, strict=True))
-    return Tree(
-        torch.cat([roots[:, None], tokens.to(roots.device)], dim=1),
-        parents.to(roots.device),
-        [draw.count for draw in draws],
-        "with_replacement" if replacing else "without_replacement",
-        laws,
-    )
-
-
-class _RowDraws:
-    """The chains of one row while they are drawn, and the laws that they were drawn from."""
-
-    def __init__(self, row: int, logits: Tensor, width: int, replacing: bool, rows: RowContext):
-        self.prefix, self.warper, self.chance = rows.prefixes[row], rows.warpers[row], rows.chances[row]
-        root = self.law(logits, [])
-        # Without replacement there are no more candidates than tokens of positive probability.
-        chains = width if replacing else min(width, int((root > 0).sum()))
-        self.chains: list[list[int]] = []
-        left = root.clone()
-        for _ in range(chains):
-            self.chains.append([self.chance.draw(left)])
-            if not replacing:
-                left[self.chains[-1][0]] = 0
-        self.laws = [root]
-
-    def law(self, logits: Tensor, path: list[int]) -> Tensor:
-        reads = self.warper.reads_prefix
-        return self.warper.law(logits, torch.cat([self.prefix, self.prefix.new_tensor(path)]) if reads else self.prefix)
-
-    @property
-    def count(self) -> int:
-        """Nodes of the row's tree, the root included."""
-        return 1 + sum(len(chain) for chain in self.chains)
-
-    def newest(self, width: int) -> list[int]:
-        """The chains' last tokens, filled up to the width of the batch."""
-        return [chain[-1] for chain in self.chains] + [0] * (width - len(self.chains))
-
-    def confidence(self) -> float:
-        """In the newest level: of first tokens all together, of later ones the mean of the chains."""
-        if not self.chains:
-            return 0.0
-        if len(self.laws) == 1:
-            return float(self.laws[0][list({chain[0] for chain in self.chains})].sum())
-        laws = self.laws[-len(self.chains) :]
-        return sum(float(law[chain[-1]]) for law, chain in zip(laws, self.chains, strict=True)) / len(laws)
-
-    def extend(self, logits: Tensor) -> None:
-        """Draw one more token for every chain from `(width, vocab)` logits."""
-        for chain, chain_logits in zip(self.chains, logits, strict=False):
-            self.laws.append(self.law(chain_logits, chain))
-            chain.append(self.chance.draw(self.laws[-1]))
-
-    def columns(self, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens `(nodes - 1,)`, parents `(nodes,)`, laws `(nodes, vocab)`, level by level, padded."""
-        width, padding = len(self.chains), nodes - self.count
-        tokens = [token for level in zip(*self.chains, strict=True) for token in level]
-        parents = [-1] + [max(0, node - width) for node in range(1, self.count)]
-        laws = torch.zeros(nodes, len(self.laws[0]), dtype=self.laws[0].dtype, device=self.laws[0].device)
-        laws[: len(self.laws)] = torch.stack(self.laws)
-        return torch.tensor(tokens + [0] * padding), torch.tensor(parents + [0] * padding), laws
 
 
 class RunAhead:
@@ -210,7 +137,7 @@ class RunAhead:
 
     def __init__(self, cache: SlotCache, last_position: int):
         self.cache, self.last_position = cache, last_position
-        self.levels = 0
+        self.levels = self.first = 0  # pending slots before the first level
         self.positions = self.seen = self.slots = torch.empty(0)
 
     def place(self, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,18 +147,21 @@ class RunAhead:
             positions, sight and slots of all levels so far, as `attention_mask` takes them.
         """
         (rows, nodes), device = tokens.shape, tokens.device
-        slots = self.cache.reserve(nodes, device)
-        depth = torch.tensor(self.cache.lengths, device=device)[:, None] + self.levels
-        positions = depth.clamp(max=self.last_position).expand(rows, nodes)
-        own = torch.eye(nodes, dtype=torch.bool, device=device).expand(rows, -1, -1)
+        before = self.cache.pending
+        self.cache.reserve(nodes, device)
+        depths = [min(length + self.levels, self.last_position) for length in self.cache.lengths]
+        positions = integers(depths, device)[:, None].expand(rows, nodes)
+        own = itself(rows, nodes, device)
         if self.levels:
-            row = torch.arange(rows, device=device)[:, None]
-            own = torch.cat([self.seen[row, parents], own], dim=2)
-            slots = torch.cat([self.slots, slots], dim=1)
+            above = self.seen.gather(1, parents[..., None].expand(-1, -1, before - self.first))
+            own = torch.cat([above, own], dim=2)
             positions = torch.cat([self.positions, positions], dim=1)
-        self.positions, self.seen, self.slots = positions, own, slots
+        else:
+            self.first = before
+        self.slots = self.cache.pending_slots(self.first, own.shape[2], device)
+        self.positions, self.seen = positions, own
         self.levels += 1
-        return positions, own, slots
+        return positions, own, self.slots
 
 
 def log_softmax(logits: Tensor) -> Tensor:

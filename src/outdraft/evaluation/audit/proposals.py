@@ -161,8 +161,7 @@ def proposals(
 
     assert model.drafter is not None
     own = iter(range(drafting_seed, drafting_seed + 1_000_000))
-    device = model.target.device
-    watch = Watch(model.drafter, [listen], chance=lambda _: Dice(next(own), device))
+    watch = Watch(model.drafter, [listen], chance=lambda _: Dice(next(own)))
     with torch.random.fork_rng():
         torch.manual_seed(drafting_seed)
         model.with_drafter(watch).generate(list(prompts), **generation)

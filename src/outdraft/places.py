@@ -1,0 +1,66 @@
+"""Small tensors that many forwards share: lengths on the device, counting, who sees whom in plain order.
+
+Made once and only read: whoever changes one changes it for everybody. Knows nothing of caches, trees or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LEAST = 64
+"""Entries of the smallest table; larger ones double, so that few are ever made."""
+
+
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """`(count,)` these integers on the device; the lengths of rows are asked for many times a round."""
+    return _integers(tuple(values), device)
+
+
+def counting(first: int, count: int, device: torch.device) -> Tensor:
+    """`(count,)` first, first + 1, ..."""
+    return _counting(_size(first + count), device)[first : first + count]
+
+
+def causal(rows: int, count: int, device: torch.device) -> Tensor:
+    """`(rows, count, count)` each token sees itself and those before it."""
+    return _causal(_size(count), device)[:count, :count].expand(rows, -1, -1)
+
+
+def itself(rows: int, count: int, device: torch.device) -> Tensor:
+    """`(rows, count, count)` each token sees itself only."""
+    return _itself(_size(count), device)[:count, :count].expand(rows, -1, -1)
+
+
+def _size(count: int) -> int:
+    return max(LEAST, 1 << (count - 1).bit_length())
+
+
+# Made outside of inference mode, so that training may use what decoding made.
+
+
+@lru_cache(maxsize=128)
+def _integers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
+@lru_cache
+def _counting(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, device=device)
+
+
+@lru_cache
+def _causal(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+@lru_cache
+def _itself(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=torch.bool, device=device)
