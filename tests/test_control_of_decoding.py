@@ -40,6 +40,9 @@ CHEAP = Costs.fixed(begin=0.05, step=0.03, verify_base=1.0, verify_per_node=0.01
 
 DEAR = Costs.fixed(begin=0.6, step=0.5, verify_base=1.0, verify_per_node=0.2)
 
+WAVERING = Costs.fixed(begin=0.05, step=0.3, verify_base=1.0, verify_per_node=0.05)
+"""A second level pays if what was drawn for the first looks good in the rows together."""
+
 PROMPT = (0, 2, 1, 3)
 LEARNING = [name for name in CONTROLLERS if name != "fixed"]
 SHAPES = {
@@ -157,6 +160,80 @@ def test_a_controller_that_looks_before_it_keeps_changes_the_law_and_is_found_ou
     assert distance(wrong, expected) > 1e-3
 
 
+# --- rows that decide together ---------------------------------------------------------------------------------------
+
+TWO = [(0, 2, 1, 3), (1, 3, 2)]
+LENGTHS = (3, 2)
+
+
+def joint_law(
+    drafter: Drafter, target: Target, name: str, shape: TreeShape, costs: Costs, seed: int = 0
+) -> tuple[dict, list[list[int]]]:
+    """Of the tokens of two rows decoded as a batch; and every round's depths of every run."""
+    depths: list[list[int]] = []
+
+    def run(new_chance: Callable[[], ScriptedChance]) -> tuple:
+        rows = [
+            row
+            for prompt, length in zip(TWO, LENGTHS, strict=True)
+            for row in rows_of(target, [prompt], NARROW, length, [new_chance()])
+        ]
+        finish(target, drafter, controlled(rows, name, shape, costs, seed), shape, costs)
+        depths.extend(row.statistics.depths for row in rows)
+        return tuple(tuple(row.tokens) for row in rows)
+
+    return law_of(run), depths
+
+
+def product_law(model) -> dict:
+    one, other = (expected_law(model, prompt, NARROW, length) for prompt, length in zip(TWO, LENGTHS, strict=True))
+    return {(a, b): p * q for a, p in one.items() for b, q in other.items()}
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+@pytest.mark.parametrize("kind", ["fspad", "draft-model"])
+@pytest.mark.parametrize("shape", [TreeShape.chain(2, candidates="sampled"), TreeShape(1, 2, 5)], ids=["drawn", "tree"])
+def test_rows_that_decide_together_are_still_independent_and_each_keeps_its_law(kind, name, shape):
+    """Whether a row drafts on depends on what was drawn for the other; that is all that it may depend on."""
+    model, near = small(4)
+    target = Target(model)
+    law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, WAVERING)
+    assert distance(law, product_law(model)) < EXACT
+    firsts = {one[0] for one in depths}
+    assert len(firsts) > 1 or shape.candidates == "top-k", "some runs draft further than others"
+    assert max(firsts) > 0
+
+
+class PeekingTogether(Peeking):
+    """A wrong decision for all: the newest level of a batch is drawn, and dropped if its tokens are improbable."""
+
+    def begin(self, prompts, run) -> DraftState:
+        state = self.inner.begin(prompts, run)
+        propose = state.propose
+
+        def peeking(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+            tree = propose(update, shape, rows)
+            assert tree.laws is not None
+            last = [tree.laws[row, kept - 2, tree.tokens[row, kept - 1]].item() for row, kept in enumerate(tree.counts)]
+            if sum(last) >= self.least * len(last):
+                return tree
+            kept = max(tree.counts) - 1
+            return Tree(
+                tree.tokens[:, :kept], tree.parents[:, :kept], [kept] * tree.rows, tree.candidates, tree.laws[:, :kept]
+            )
+
+        state.propose = peeking  # type: ignore[method-assign]
+        return state
+
+
+def test_rows_that_look_together_before_they_keep_are_found_out():
+    model, near = small(4)
+    target = Target(model)
+    wrong = PeekingTogether(DRAFTERS["draft-model"](target, near), 0.6)
+    law, _ = joint_law(wrong, target, "fixed", TreeShape.chain(2, candidates="sampled"), CHEAP)
+    assert distance(law, product_law(model)) > 1e-3
+
+
 # --- the same tokens -------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +251,10 @@ def test_greedy_tokens_are_those_of_stock_generate_under_every_controller(kind, 
         assert sum(row.statistics.drafted for row in rows) > 0
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name, options", [("confidence", {}), ("ucb", {}), ("calibrated", {"rule": "bernoulli"})])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
-def test_controlled_rows_of_a_batch_equal_single_rows(kind, shape, name):
+def test_rows_that_decide_for_themselves_equal_single_rows(kind, shape, name, options):
     """With given costs and the same dice; rows draft to different lengths and leave at different times."""
     model, near = pair("llama-gqa")
     target = Target(model)
@@ -187,7 +264,7 @@ def test_controlled_rows_of_a_batch_equal_single_rows(kind, shape, name):
     def rows(which: Sequence[int]) -> list[Row]:
         made = [row for i in which for row in rows_of(target, [PROMPTS[i]], SHAPED, limits[i], [Dice(100 + i)], [11])]
         for i, row in zip(which, made, strict=True):
-            controlled([row], name, shape, seed=i)
+            controlled([row], name, shape, seed=i, **options)
         return made
 
     together = finish(target, drafter, rows(range(4)), shape)
@@ -196,6 +273,32 @@ def test_controlled_rows_of_a_batch_equal_single_rows(kind, shape, name):
         assert (row.tokens, row.accepted) == (alone.tokens, alone.accepted)
         assert row.statistics.depths == alone.statistics.depths
     assert sum(row.statistics.drafted for row in together) > 0
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
+def test_rows_that_decide_together_draft_together_and_do_so_again(kind, shape, name):
+    """The same batch, dice and given costs: the same tokens and trees. Levels are those of all rows or of none."""
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS[kind](target, near)
+    limits = [9, 3, 16, 6]
+
+    def batch() -> list[Row]:
+        rows = []
+        for i, limit in enumerate(limits):
+            rows += rows_of(target, [PROMPTS[i]], SHAPED, limit, [Dice(100 + i)], [11])
+        return finish(target, drafter, controlled(rows, name, shape), shape)
+
+    once, again = batch(), batch()
+    assert [(row.tokens, row.statistics.depths) for row in once] == [
+        (row.tokens, row.statistics.depths) for row in again
+    ]
+    assert sum(row.statistics.drafted for row in once) > 0
+    for own in zip(*(row.statistics.depths for row in once), strict=False):
+        drawn = shape.candidates != "top-k" and kind != "prompt-lookup"  # a deterministic tree is cut afterwards
+        assert not drawn or len(set(own)) == 1
 
 
 # --- how far ---------------------------------------------------------------------------------------------------------

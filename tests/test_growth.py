@@ -250,8 +250,8 @@ def test_chains_are_shapes_too():
 class Levels:
     """A pace that wants so many levels and at most so many candidates of each row, and writes down what it is told."""
 
-    def __init__(self, levels: Sequence[int], sizes: Sequence[int] | None = None):
-        self.levels, self.most = list(levels), sizes
+    def __init__(self, levels: Sequence[int], sizes: Sequence[int] | None = None, widths: Sequence[int] = ()):
+        self.levels, self.most, self.widths = list(levels), sizes, widths
         self.level = 0
         self.going = [levels > 0 for levels in self.levels]
         self.told: list[list[float | None]] = []
@@ -267,6 +267,9 @@ class Levels:
     def drafted(self, confidences: Sequence[float | None]) -> None:
         self.told.append(list(confidences))
         self.level += 1
+
+    def width(self, gains: Sequence[Sequence[float]]) -> int:
+        return self.widths[self.level - 1] if self.widths else len(gains[0])
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         self.gains, self.of = [list(row) for row in gains], [list(row) for row in levels]
@@ -286,6 +289,28 @@ def test_each_row_s_dynamic_tree_is_as_deep_as_its_pace_wants(top_k):
     assert len(stepper.expanded) == 3, "no step for a level that nobody wants"
 
 
+@pytest.mark.parametrize("widths", [(1, 3, 2), (3, 1, 1), (2, 2, 2)])
+def test_a_pace_may_have_fewer_nodes_expanded(widths):
+    """Below the likeliest so many of a level only; the others stay candidates."""
+    models, roots = [table(seed) for seed in range(3)], torch.arange(3)
+    stepper, pace = Stepper(models), Levels([4, 4, 4], widths=widths)
+    tree = grow_dynamic(roots, stepper.roots, stepper, TreeShape(3, 3, 200), pace)
+    tree.validate()
+    for row, model in enumerate(models):
+        kept = set(paths_of(tree, row))
+        frontier: list[Path] = [()]
+        for width in (1, *widths):
+            children = [(*path, token) for path in frontier[:width] for token in model(path).topk(3).indices.tolist()]
+            assert set(children) <= kept
+            frontier = sorted(children, key=lambda path: -probability_of(model, path))[:3]
+        assert len(kept) == 3 * (1 + sum(widths))
+    assert [len(level[0]) for level in stepper.expanded] == list(widths)
+
+
+def probability_of(model: Model, path: Path) -> float:
+    return math.exp(sum(model(path[:i]).log_softmax(-1)[path[i]].item() for i in range(len(path))))
+
+
 def test_what_a_pace_is_told_of_a_dynamic_tree():
     """Of every level its mass relative to the one above; the gains are whole paths' probabilities."""
     model, pace = table(3), Levels([3])
@@ -293,7 +318,7 @@ def test_what_a_pace_is_told_of_a_dynamic_tree():
     grow_dynamic(torch.tensor([0]), stepper.roots, stepper, TreeShape(2, 2, 200), pace)
 
     def probability(path: Path) -> float:
-        return math.exp(sum(model(path[:i]).log_softmax(-1)[path[i]].item() for i in range(len(path))))
+        return probability_of(model, path)
 
     masses, level = [1.0], [()]
     for _ in range(3):

@@ -103,10 +103,57 @@ def test_noise_leaves_the_slope_within_a_third():
 def test_batches_of_other_sizes_learn_apart_and_lend_what_they_know():
     assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9)] == [0, 1, 2, 2, 3, 3, 4]
     costs = seen(30)
-    assert costs.verify(1, rows=8) == costs.verify(1, rows=1)
+    assert costs.verify(1, rows=8) == costs.verify(8, rows=1), "what counts is how many nodes there are in all"
     costs.observe_round(1, 0.05, 0.0, rows=8)
-    assert costs.verify(1, rows=6) == pytest.approx(0.05)
+    costs.observe_round(1, 0.05, 0.0, rows=6)
+    assert costs.verify(1, rows=7) == pytest.approx(0.05, rel=0.02)
     assert costs.verify(1, rows=1) == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 8, 16])
+def test_a_pass_costs_what_all_rows_nodes_together_cost(rows: int):
+    def seconds(nodes: int) -> float:
+        return 0.02 + 0.0003 * rows * nodes
+
+    costs = Costs()
+    for number in range(60):
+        nodes = (1, 3, 5)[number % 3]
+        costs.observe_round(nodes, seconds(nodes), 0.0, rows)
+    for nodes in (1, 3, 8):
+        assert costs.verify(nodes, rows) == pytest.approx(seconds(nodes), rel=0.03)
+
+
+def test_fewer_rows_of_a_bucket_cost_less():
+    """A batch whose rows end one after another is looked up at the size that it has."""
+    costs = Costs()
+    for number in range(80):
+        rows, nodes = 9 + number % 8, 1 + number % 3
+        costs.observe_round(nodes, 0.02 + 0.0003 * rows * nodes, 0.0, rows)
+    for rows in (9, 16):
+        assert costs.verify(2, rows) == pytest.approx(0.02 + 0.0006 * rows, rel=0.03)
+
+
+def test_wider_levels_are_told_from_narrow_ones():
+    costs = Costs()
+    assert costs.widened(2, rows=4) > 0
+    for number in range(60):
+        width = (1, 2, 4)[number % 3]
+        costs.observe_draft(0.003, [0.002 + 0.0001 * 4 * width] * 2, rows=4, widths=[width] * 2)
+    assert costs.widened(1, rows=4) == pytest.approx(0.0004, rel=0.1)
+    assert costs.step(rows=4) == pytest.approx(0.002 + 0.0004 * 7 / 3, rel=0.1)
+
+
+def test_a_plain_round_is_due_at_first_and_after_a_hundred_others():
+    costs = Costs()
+    assert costs.plain_is_due(4)
+    costs.observe_round(1, 0.02, 0.0, rows=4)
+    assert not costs.plain_is_due(4) and not costs.plain_is_due(3) and costs.plain_is_due(5)
+    for _ in range(99):
+        costs.observe_round(5, 0.03, 0.0, rows=4)
+    assert not costs.plain_is_due(4)
+    costs.observe_round(5, 0.03, 0.0, rows=4)
+    assert costs.plain_is_due(4)
+    assert not Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.0).plain_is_due()
 
 
 def test_fixed_costs_never_change():

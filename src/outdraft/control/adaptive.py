@@ -1,29 +1,35 @@
-"""What all adaptive controllers share: the safeguard that bounds what drafting in vain may cost, and the probing.
-
-A row has a credit, counted in plain rounds. A drafted round spends what drafting and the larger target pass cost and
-earns what was accepted; every round earns a little. A level that the credit would not survive, should nothing be
-accepted, is not drafted. So whatever a controller believes, n tokens take at most n * (1 + RATE) + START plain rounds.
-"""
+"""What all adaptive controllers share: they draft while they want to and the safeguard lets them, and learn in sums."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.experience import Evidence, Experience
+from outdraft.control.safeguard import Safeguard
 
-START = 2.0
-"""Credit at first, in plain rounds: 1.6% of an answer of 128 tokens."""
-MOST = 10.0
-"""Credit at most: what a row that has earned more may lose of it before it must stop."""
-RATE = 0.02
-"""Share of the time that drafting in vain may cost in the long run."""
-BACKOFF = 4
-"""Failed probes in a row that each double the wait for the next; more do not."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a round, for one row.
+
+    Attributes:
+        confidences, accepted, tokens, seconds: as in `Controller.observe`.
+        expected: seconds that the round should have taken.
+        nodes: drafted ones that the target's pass was over.
+    """
+
+    confidences: Sequence[float]
+    accepted: int
+    tokens: int
+    seconds: float
+    expected: float
+    nodes: float
 
 
 class Adaptive(Controller):
@@ -49,48 +55,50 @@ class Adaptive(Controller):
     ):
         super().__init__(costs, limit, generator)
         self.discount, self.experience, self.memory = discount, experience, memory
-        self.credit = START
+        self.safeguard = Safeguard()
         self._learned: dict[str, Evidence] = {}
         self._rounds = 0.0  # drafted, fading as the evidence does
-        self._nodes = 0  # of this round's draft
-        self._waited = 0.0  # earned since the last draft
-        self._failures = 0  # rounds in a row that accepted nothing
+        self._nodes = 0.0  # of this round's draft
 
     @abstractmethod
-    def wants(self, confidences: Sequence[float], nodes: int) -> bool:
-        """As `decide`, credit and probing aside."""
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
+        """As `decide`, safeguard and probing aside."""
 
     @abstractmethod
-    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        """As `observe`; called for every round."""
+    def learn(self, outcome: Outcome) -> None:
+        """What a round taught, drafted or not; everything seen before has faded already."""
 
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         levels = len(confidences)
         if levels == 0:
-            self._nodes = 0
+            self._nodes = 0.0
         if levels >= self.limit:
             return False
-        loss = self._loss(levels + 1, self._nodes + nodes)
-        drafts = self.wants(confidences, nodes) or (levels == 0 and self._probe_is_due(loss))
-        if drafts and loss <= self.credit:
-            self._nodes += nodes
+        added = self.expected_nodes(nodes)
+        loss = self.loss(levels + 1, self._nodes + added)
+        if self.safeguard.allows(self.wants(confidences, added), loss, levels == 0):
+            self._nodes += added
             return True
         return False
 
     def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        levels = len(confidences)
-        self.credit += RATE
-        self._waited += RATE
-        if levels:
-            self.credit += accepted - self._loss(levels, self._nodes)
-            self._waited = 0.0
-            self._failures = 0 if accepted else self._failures + 1
+        levels, nodes = len(confidences), self._nodes if confidences else 0.0
+        self.safeguard.observe(levels > 0, accepted, self.loss(levels, nodes) if levels else 0.0)
+        expected = self.costs.round(levels, 1 + nodes, self.rows)
+        self.update(Outcome(confidences, accepted, tokens, seconds, expected, nodes))
+        self._nodes = 0.0
+
+    def update(self, outcome: Outcome) -> None:
+        """Take in what a round taught; the safeguard is its caller's business."""
+        if outcome.confidences:
             self._rounds = self.discount * self._rounds + 1
             for evidence in self._learned.values():
                 evidence.fade(self.discount)
-        self.credit = min(MOST, self.credit)
-        self.learn(confidences, accepted, tokens, seconds)
-        self._nodes = 0
+        self.learn(outcome)
+
+    def expected_nodes(self, nodes: int) -> float:
+        """How many of the nodes that a level offers will be verified."""
+        return nodes
 
     def finish(self) -> None:
         if self.experience is not None:
@@ -103,12 +111,6 @@ class Adaptive(Controller):
         self._learned[name] = Evidence(prior, inherited)
         return self._learned[name]
 
-    def _probe_is_due(self, loss: float) -> bool:
-        """Whether the rounds since the last draft have earned a try that costs `loss`."""
-        return self._waited >= loss * 2 ** min(BACKOFF, max(0, self._failures - 1))
-
-    def _loss(self, levels: int, nodes: int) -> float:
+    def loss(self, levels: int, nodes: float) -> float:
         """What a round costs beyond a plain one if nothing is accepted, in plain rounds."""
-        costs, rows = self.costs, self.rows
-        seconds = costs.begin(rows) + (levels - 1) * costs.step(rows) + costs.added(nodes, rows)
-        return seconds / costs.plain(rows)
+        return self.costs.drafted(levels, nodes, self.rows) / self.costs.plain(self.rows)

@@ -29,6 +29,11 @@ class Controller(ABC):
         self.rows = 1
         """Rows decoded together; the caller sets it, and costs are asked for that many."""
 
+    @property
+    def weighs(self) -> bool:
+        """Whether it can say what a level is worth, so that rows of a batch may decide together (`together.py`)."""
+        return False
+
     @abstractmethod
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         """Whether to draft another level, asked before anything of it is drawn.
@@ -47,6 +52,15 @@ class Controller(ABC):
             confidences: of the levels that were drafted, as in `decide`.
             gains: of every candidate, the drafter's own estimate that its whole path is accepted, largest first.
             levels: at which level each of them stands, the first being 0.
+        """
+        return len(gains)
+
+    def width(self, confidences: Sequence[float], gains: Sequence[float]) -> int:
+        """How many nodes of the last level to look below, likeliest first; all of them unless overridden.
+
+        Args:
+            confidences: of the levels that were drafted, as in `decide`.
+            gains: of the level's nodes, the drafter's own estimate that the whole path is accepted, largest first.
         """
         return len(gains)
 

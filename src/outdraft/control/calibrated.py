@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from outdraft.control.adaptive import Outcome
 from outdraft.control.calibration import CALIBRATIONS
 from outdraft.control.thompson import ThompsonController, draw_beta
 
@@ -35,15 +36,16 @@ class CalibratedController(ThompsonController):
             a, b = a + self.weight * m, b + self.weight * (1 - m)
         return draw_beta(a, b, self.generator)
 
-    def survival(self, confidences: Sequence[float]) -> float:
-        del self._survival[max(1, len(confidences)) :]
+    def survivals(self, confidences: Sequence[float]) -> list[float]:
+        del self._survival[len(confidences) + 1 :]
         for confidence in confidences[len(self._survival) - 1 :]:
             self._survival.append(self._survival[-1] * self.calibration.probability(confidence))
-        return self._survival[-1]
+        return self._survival
 
-    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        super().learn(confidences, accepted, tokens, seconds)
+    def learn(self, outcome: Outcome) -> None:
+        super().learn(outcome)
         del self._survival[1:]
+        confidences, accepted = outcome.confidences, outcome.accepted
         judged = min(len(confidences), accepted + 1)  # nothing below a rejection is known
         for level in range(judged):
             self.calibration.observe(confidences[level], level < accepted)

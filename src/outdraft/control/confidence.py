@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from outdraft.control.adaptive import Adaptive
+from outdraft.control.adaptive import Adaptive, Outcome
 
 
 class ConfidenceController(Adaptive):
@@ -20,8 +20,8 @@ class ConfidenceController(Adaptive):
         super().__init__(*given, **adaptive)
         self.threshold = threshold
 
-    def wants(self, confidences: Sequence[float], nodes: int) -> bool:
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
         return math.prod(confidences) >= self.threshold
 
-    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+    def learn(self, outcome: Outcome) -> None:
         pass

@@ -1,8 +1,9 @@
 """From controllers, one a row, to the pace of a whole batch; and what of them outlives a row.
 
 `Pacer` belongs to a target and a drafter: measured costs and what finished rows found. `RoundPace` is one round of one
-batch: it asks every row's controller, times the levels as they come, and tells the controllers the verdict. Knows
-confidences, counts and clocks; nothing of trees, tokens or models.
+batch: it asks every row's controller, or all of them together where they weigh tokens against seconds, times the levels
+as they come, and tells the controllers the verdict. Knows confidences, counts and clocks; nothing of trees, tokens or
+models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.experience import Experience
 from outdraft.control.settings import ControlSettings
+from outdraft.control.thompson import ThompsonController
+from outdraft.control.together import Together
 
 
 class Pacer:
@@ -51,7 +54,7 @@ class RoundPace:
         controllers: of the rows.
         costs: to be told what the round cost.
         levels: that a draft can have in this round.
-        nodes: of its first level.
+        nodes: of its first level, and of any other at most.
         now: a clock in seconds that has waited for the device.
     """
 
@@ -66,19 +69,42 @@ class RoundPace:
         self.controllers, self.costs, self.levels, self.now = controllers, costs, levels, now
         for controller in controllers:
             controller.rows = len(controllers)
+        self.together: Together | None = None
+        if len(controllers) > 1:
+            weighing = [one for one in controllers if isinstance(one, ThompsonController) and one.weighs]
+            self.together = Together(weighing, costs) if len(weighing) == len(controllers) else None
         self.confidences: list[list[float]] = [[] for _ in controllers]
-        self.going = [levels > 0] * len(controllers)
+        self.going = [levels > 0 and not costs.plain_is_due(len(controllers))] * len(controllers)
         self._laps: list[float] = []
+        self._widths: list[int] = []
+        self._width = nodes
         self._last = now()
         self.wants(nodes)
 
     def wants(self, nodes: int) -> list[bool]:
         """As `Pace.wants`; the first level was asked for when this was made."""
         self.going = [
-            going and len(kept) < self.levels and controller.decide(kept, nodes)
-            for going, kept, controller in zip(self.going, self.confidences, self.controllers, strict=True)
+            going and len(kept) < self.levels for going, kept in zip(self.going, self.confidences, strict=True)
         ]
+        rows = zip(self.going, self.confidences, self.controllers, strict=True)
+        if self.together is None:
+            self.going = [going and controller.decide(kept, nodes) for going, kept, controller in rows]
+        else:
+            able = [going and len(kept) < controller.limit for going, kept, controller in rows]
+            goes = any(able) and self.together.decide(self.confidences, able, nodes)
+            self.going = [goes and may for may in able]
         return self.going
+
+    def width(self, gains: Sequence[Sequence[float]]) -> int:
+        """As `Pace.width`."""
+        asked = [place for place, going in enumerate(self.going) if going]
+        if self.together is not None:
+            kept = [own if going else [] for own, going in zip(self.confidences, self.going, strict=True)]
+            row_gains = [row if going else [] for row, going in zip(gains, self.going, strict=True)]
+            self._width = self.together.width(kept, row_gains)
+        else:
+            self._width = max(self.controllers[row].width(self.confidences[row], gains[row]) for row in asked)
+        return self._width
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
         """As `Pace.drafted`; the time since the last level is this one's."""
@@ -88,12 +114,17 @@ class RoundPace:
         self.going = [going and sure is not None for going, sure in zip(self.going, confidences, strict=True)]
         now = self.now()
         self._laps.append(now - self._last)
+        self._widths.append(max(1, self._width))
         self._last = now
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         """As `Pace.sizes`."""
+        levels = [own[: len(row)] for own, row in zip(levels, gains, strict=True)]
+        if self.together is not None:
+            size = self.together.size(self.confidences, gains, levels) if any(gains) else 0
+            return [min(size, len(row)) for row in gains]
         rows = zip(self.controllers, self.confidences, gains, levels, strict=True)
-        return [controller.size(kept, row, own[: len(row)]) if len(row) else 0 for controller, kept, row, own in rows]
+        return [controller.size(kept, row, own) if len(row) else 0 for controller, kept, row, own in rows]
 
     def observe(
         self,
@@ -116,11 +147,18 @@ class RoundPace:
         """
         rows = len(self.controllers)
         if self._laps:
-            self.costs.observe_draft(self._laps[0], self._laps[1:], rows)
+            self.costs.observe_draft(self._laps[0], self._laps[1:], rows, self._widths[1:])
         self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
+        drafted = [own[:depth] for own, depth in zip(self.confidences, depths, strict=True)]
         measured = sum(self._laps) + verify_seconds + rest_seconds
+        if self.together is not None:
+            levels = max(len(own) for own in self.confidences)
+            if self.costs.given:
+                measured = self.costs.round(levels, max(nodes), rows)
+            self.together.observe(levels, max(nodes) - 1, drafted, accepted, emitted, measured)
+            return
         for row, controller in enumerate(self.controllers):
-            drafted = self.confidences[row]
-            # Given costs know no other rows, so that a row in a batch is the row alone.
-            seconds = self.costs.round(len(drafted), nodes[row], rows) if self.costs.given else measured
-            controller.observe(drafted[: depths[row]], accepted[row], emitted[row], seconds)
+            # Given costs know no other rows, so that a row which decides for itself is the row alone.
+            levels = len(self.confidences[row])
+            seconds = self.costs.round(levels, nodes[row], rows) if self.costs.given else measured
+            controller.observe(drafted[row], accepted[row], emitted[row], seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ class ControlSettings:
             return ConfidenceController(*given, threshold=self.threshold, **adaptive)
         if self.name == "ucb":
             return UcbController(*given, exploration=self.exploration, **adaptive)
-        thompson = {"prior": (self.prior_accepted, self.prior_rejected), "rule": self.rule, **adaptive}
+        thompson: dict[str, Any] = {"prior": (self.prior_accepted, self.prior_rejected), "rule": self.rule, **adaptive}
         if self.name == "beta":
             return BetaController(*given, **thompson)
         return CalibratedController(*given, calibration=self.calibration, weight=self.confidence_weight, **thompson)

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from outdraft.control.adaptive import Adaptive
-from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_verifying
+from outdraft.control.adaptive import Adaptive, Outcome
+from outdraft.control.worth import Pace, worth_expanding, worth_going_on, worth_starting, worth_verifying
 
 TINY = 1e-300
 """Where Gamma draws of very small counts are cut off."""
+
+NODES_A_LEVEL = (2.0, 1.0)
+"""Candidates verified, and levels that offered them, before any was seen."""
 
 
 class ThompsonController(Adaptive):
@@ -32,43 +35,78 @@ class ThompsonController(Adaptive):
         self.rule = rule
         self.counts = self.evidence("beta", prior)
         self.pace = Pace(self.evidence("pace", Pace.PRIOR), self.costs)
+        self.verified = self.evidence("verified", NODES_A_LEVEL)
+        self.theta = 0.0  # the last one drawn
 
     @abstractmethod
     def draw_theta(self, confidences: Sequence[float]) -> float:
         """A draw of the probability that the next level is accepted if these were."""
 
     @abstractmethod
+    def survivals(self, confidences: Sequence[float]) -> Sequence[float]:
+        """At index i, the probability that the first i of these levels are all accepted."""
+
     def survival(self, confidences: Sequence[float]) -> float:
         """The probability that all of these levels are accepted."""
+        return self.survivals(confidences)[len(confidences)]
 
-    def wants(self, confidences: Sequence[float], nodes: int) -> bool:
-        theta = self.draw_theta(confidences)
+    @property
+    def weighs(self) -> bool:
+        return self.rule == "worth"
+
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
+        self.theta = self.draw_theta(confidences)
         if self.rule == "bernoulli":
-            return uniform(self.generator) < theta
-        price = self.pace.seconds_per_token(self.rows)
+            return uniform(self.generator) < self.theta
         if confidences:
-            chance = self.survival(confidences) * theta
-            return worth_going_on(price, chance, nodes, self.costs, self.rows)
-        return worth_starting(price, theta, nodes, self.limit, self.costs, self.rows)
+            chance = self.survival(confidences) * self.theta
+            return worth_going_on(self.price, chance, nodes, self.costs, self.rows)
+        return worth_starting(self.price, self.ahead(), nodes, self.costs, self.rows)
+
+    def ahead(self) -> list[float]:
+        """The chance of every level of a draft that is not begun yet, by the last draw of theta."""
+        return [self.theta ** (level + 1) for level in range(self.limit)]
+
+    @property
+    def price(self) -> float:
+        """Of a token of this row, in seconds."""
+        return self.pace.seconds_per_token(self.rows)
+
+    def expected_nodes(self, nodes: int) -> float:
+        return min(nodes, self.verified[0] / self.verified[1])
 
     def size(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> int:
-        # A level's candidates share its chance of survival as the drafter's own estimates share its mass.
-        chances, mass = [], 1.0
-        for level, confidence in enumerate(confidences, start=1):
-            mass *= max(confidence, TINY)
-            chances.append(self.survival(confidences[:level]) / max(mass, TINY))
-        price = self.pace.seconds_per_token(self.rows)
-        likely = [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
-        self._nodes = worth_verifying(price, likely, self.costs, self.rows)
-        return self._nodes
+        likely = self.likely(confidences, gains, levels)
+        size = worth_verifying(self.price, likely, self.costs, self.rows)
+        while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
+            size -= 1
+        self._nodes = size
+        return size
 
-    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        expected = self.costs.round(len(confidences), 1 + self._nodes, self.rows)
-        self.pace.observe(tokens, seconds, expected, self.rows)
-        if not confidences:
+    def width(self, confidences: Sequence[float], gains: Sequence[float]) -> int:
+        likely = self.likely(confidences, gains, [len(confidences) - 1] * len(gains))
+        return worth_expanding(self.price, [self.theta * gain for gain in likely], self.costs, self.rows)
+
+    def likely(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> list[float]:
+        """Of every candidate, what `gains`, the drafter's own estimate that its whole path is accepted, is worth.
+
+        A level's candidates share its chance of survival as the drafter's estimates share its mass.
+        """
+        chances, mass = [], 1.0
+        for confidence, survival in zip(confidences, self.survivals(confidences)[1:], strict=True):
+            mass *= max(confidence, TINY)
+            chances.append(survival / max(mass, TINY))
+        return [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
+
+    def learn(self, outcome: Outcome) -> None:
+        self.pace.observe(outcome.tokens, outcome.seconds, outcome.expected, self.rows)
+        levels = len(outcome.confidences)
+        if not levels:
             return
-        self.counts.add(0, accepted)
-        self.counts.add(1, float(accepted < len(confidences)))
+        self.counts.add(0, outcome.accepted)
+        self.counts.add(1, float(outcome.accepted < levels))
+        self.verified.add(0, outcome.nodes)
+        self.verified.add(1, levels)
 
 
 def draw_beta(a: float, b: float, generator: torch.Generator) -> float:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from outdraft.control.adaptive import Adaptive
+from outdraft.control.adaptive import Adaptive, Outcome
 
 IMAGINED = 0.1
 """Rounds that each length is thought to have been tried with full success before it was tried at all."""
@@ -34,20 +34,20 @@ class UcbController(Adaptive):
         self.rewards = self.evidence(f"ucb rewards {self.limit}", best)
         self._length = 0
 
-    def wants(self, confidences: Sequence[float], nodes: int) -> bool:
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
         if not confidences:
             self._length = self._best()
         return len(confidences) < self._length
 
-    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        levels = len(confidences)
+    def learn(self, outcome: Outcome) -> None:
+        levels, nodes, accepted = len(outcome.confidences), outcome.nodes, outcome.accepted
         self._earn(0, 1.0)
         for length in range(1, levels + 1):
-            self._earn(length, self._reward(length, self._nodes * length // levels, min(accepted, length)))
+            self._earn(length, self._reward(length, nodes * length // levels, min(accepted, length)))
 
-    def _reward(self, length: int, nodes: int, accepted: int) -> float:
+    def _reward(self, length: int, nodes: float, accepted: int) -> float:
         """Tokens per second of such a round, in units of plain decoding's."""
-        return (1 + accepted) / (1 + (self._loss(length, nodes) if length else 0.0))
+        return (1 + accepted) / (1 + (self.loss(length, nodes) if length else 0.0))
 
     def _earn(self, length: int, reward: float) -> None:
         self.times.add(length, 1.0)

@@ -37,34 +37,44 @@ class Pace:
         return self.costs.plain(rows) * min(1.0, self.evidence[0] / self.evidence[1])
 
 
-def worth_starting(price: float, theta: float, nodes: int, limit: int, costs: Costs, rows: int) -> bool:
-    """Whether some draft of up to `limit` levels earns more than it costs.
+def price_of(paces: Sequence[Pace], costs: Costs, rows: int) -> float:
+    """Of a token, in seconds, where so many rows share every round; as for `Pace`, never above plain decoding's."""
+    seconds, tokens = (sum(pace.evidence[index] for pace in paces) for index in (0, 1))
+    return costs.plain(rows) / rows * min(1.0, seconds / tokens)
+
+
+def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: Costs, rows: int) -> bool:
+    """Whether some draft earns more than it costs.
 
     Args:
         price: of a token, in seconds.
-        theta: probability that a level is accepted if the one above was.
-        nodes: that each level adds to the target's pass.
+        chances: at index i, tokens expected of level i + 1: the probability that it and all above it are accepted,
+            summed over the rows that draft together.
+        nodes: that each level adds to every row in the target's pass.
     """
-    begin, step, node = costs.begin(rows), costs.step(rows), costs.added(nodes, rows)
+    begin, step = costs.begin(rows), costs.step(rows)
     earned = spent = 0.0
-    survival = 1.0
-    for level in range(limit):
-        survival *= theta
-        earned += price * survival
-        spent += (step if level else begin) + node
-        if earned > spent:
+    for level, chance in enumerate(chances):
+        earned += price * chance
+        spent += step if level else begin
+        if earned > spent + costs.added(nodes * (level + 1), rows):
             return True
     return False
 
 
-def worth_going_on(price: float, chance: float, nodes: int, costs: Costs, rows: int) -> bool:
-    """Whether one more level, accepted with this chance (all levels above included), earns more than it costs."""
+def worth_going_on(price: float, chance: float, nodes: float, costs: Costs, rows: int) -> bool:
+    """Whether one more level earns more than it costs.
+
+    Args:
+        chance: tokens expected of it, summed over the rows that draft together.
+        nodes: that it adds to every row in the target's pass.
+    """
     return price * chance > costs.step(rows) + costs.added(nodes, rows)
 
 
 def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
     """How many of the candidates to verify, given the chances of acceptance in the order in which they are offered; at
-    least one."""
+    least one. Where rows are verified together, gains are sums over them."""
     earned, best, size = 0.0, float("-inf"), 1
     for nodes, gain in enumerate(gains, start=1):
         earned += price * gain
@@ -72,3 +82,12 @@ def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: in
         if net > best:
             best, size = net, nodes
     return min(size, len(gains))
+
+
+def worth_expanding(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
+    """How many of a level's nodes to look below, given the tokens expected there, likeliest first; at least one."""
+    node = costs.widened(1, rows)
+    for nodes, gain in enumerate(gains):
+        if price * gain <= node:
+            return max(1, nodes)
+    return max(1, len(gains))
