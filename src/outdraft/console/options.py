@@ -13,6 +13,7 @@ from outdraft.errors import UserError
 SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
 CONTROL = field_help("control/settings.py", "ControlSettings")
+SERVE = field_help("serving/settings.py", "ServeSettings")
 AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
 TRAINING = field_help("training/config.py", "TrainingConfig")
 
@@ -52,7 +53,31 @@ Chain = Annotated[
 ]
 TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=TREE["depth"])]
 TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=TREE["top_k"])]
-TreeSize = Annotated[int | None, typer.Option("--tree-size", help=TREE["size"])]
+
+
+def whole_or_auto(text: str | None) -> int | str | None:
+    """A whole number, or `auto`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--tree-size must be a whole number or auto, not '{text}'") from None
+
+
+TreeSize = Annotated[
+    str | None,
+    typer.Option(
+        "--tree-size",
+        callback=whole_or_auto,
+        metavar="INTEGER|auto",
+        help=TREE["size"] + " `auto` lets depth, width and size follow from what they cost on this machine.",
+    ),
+]
 
 Controller = Annotated[
     str | None,

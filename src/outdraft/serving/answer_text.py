@@ -1,0 +1,87 @@
+"""The text of one answer while its tokens come: stop strings cut off, nothing handed out that may still be cut.
+
+Knows a tokenizer; nothing of models, rows or the web.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from outdraft.text import Detokenizer
+
+
+class Piece(NamedTuple):
+    """Some text and whether a drafter had guessed the token that it came with."""
+
+    text: str
+    accepted: bool
+
+
+class AnswerText:
+    """Grows token by token.
+
+    Args:
+        tokenizer: of the model.
+        stops: strings that end the answer and are no part of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()):
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = list(stops)
+        self.text = ""
+        self.starts: list[int] = []
+        """Of every token, where its text begins."""
+        self.stopped = False
+        """Whether a stop string was found; the text ends before it, and further tokens add nothing."""
+        self._accepted: list[bool] = []
+        self._given = 0  # characters handed out
+        self._piece = 0  # token whose text is to be handed out next
+
+    def take(self, tokens: Sequence[int], accepted: Sequence[bool]) -> bool:
+        """Take in those of an answer's tokens that are new; whether a stop string is complete."""
+        for place in range(len(self.starts), len(tokens)):
+            self.starts.append(len(self.text))
+            self._accepted.append(accepted[place])
+            if not self.stopped:
+                self._add(self._detokenizer.add(tokens[place]))
+        return self.stopped
+
+    def finish(self) -> None:
+        """No further token comes: what was held back of an unfinished character is text now."""
+        if not self.stopped:
+            self._add(self._detokenizer.finish())
+        self.stopped = True
+
+    def release(self) -> list[Piece]:
+        """The text that has become certain since the last call, by the tokens that it came with."""
+        certain = len(self.text) - (0 if self.stopped else self._uncertain())
+        pieces: list[Piece] = []
+        while self._given < certain:
+            last = self._piece + 1 == len(self.starts)
+            end = certain if last else min(certain, self.starts[self._piece + 1])
+            if end > self._given:
+                pieces.append(Piece(self.text[self._given : end], self._accepted[self._piece]))
+                self._given = end
+            if self._given < certain:
+                self._piece += 1
+        return pieces
+
+    def _add(self, new: str) -> None:
+        before = len(self.text)
+        self.text += new
+        found = [place for stop in self._stops if (place := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.starts = [min(start, len(self.text)) for start in self.starts]
+            self.stopped = True
+
+    def _uncertain(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stops):
+                return length
+        return 0

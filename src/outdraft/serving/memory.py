@@ -1,0 +1,71 @@
+"""How many tokens the cache may hold: what one takes, measured, and what is free. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from outdraft.errors import UserError
+from outdraft.run import TargetRun
+from outdraft.serving.settings import ServeSettings
+from outdraft.target import Target
+
+SHARE = 0.4
+"""Of the free memory; rows are copied when buffers grow, and forwards need some, too."""
+
+
+@torch.inference_mode()
+def slot_bytes(target: Target) -> int:
+    """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
+    slots = 8
+    cache = target.new_cache(1, slots)
+    TargetRun(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
+    return max(1, cache.nbytes // slots)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses, on the device or on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        free = int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, _group_bytes() or free)
+
+
+def _group_bytes() -> int | None:
+    """What this process's control group may still take, where it is bounded."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as most:
+            limit = most.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as now:
+            return None if limit == "max" else max(0, int(limit) - int(now.read()))
+    except (OSError, ValueError):
+        return None
+
+
+def cache_slots(target: Target, settings: ServeSettings, context_length: int, extra: int) -> int:
+    """Slots for all rows together.
+
+    Args:
+        target: whose cache it is.
+        settings: say how many, or how many rows there are at most.
+        context_length: tokens of a row at most.
+        extra: slots a row that a round needs beside its tokens.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    row = context_length + extra
+    if settings.kv_cache_tokens is not None:
+        return settings.kv_cache_tokens
+    slots = int(SHARE * free_bytes(target.device)) // slot_bytes(target)
+    if slots < min(row, 256):
+        raise UserError(
+            f"the free memory holds a cache of {slots} tokens only; free some, or set --kv-cache-tokens yourself"
+        )
+    return min(slots, settings.max_num_seqs * row)

@@ -1,0 +1,176 @@
+"""The requests of OpenAI's API that are understood here, field by field.
+
+A field that stands in neither model is an error, and so is one of `NEUTRAL` with any value but those that ask for
+nothing: what cannot be honoured is refused, never ignored. Knows shapes and bounds; nothing of models or tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from outdraft.serving.faults import refused
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+
+MAX_STOPS = 16
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """What a stream says beside text."""
+
+    include_usage: StrictBool | None = None
+    """One more chunk at the end, with the request's usage and no choices."""
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    content: StrictStr | list[TextPart]
+    name: StrictStr | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **named}
+
+
+class Request(_Strict):
+    """What both ways of asking have in common."""
+
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    """0 and -1 keep all."""
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    max_tokens: Count | None = None
+    ignore_eos: StrictBool | None = None
+    """Go on past an end of sequence, until `max_tokens`; for measurements."""
+    speculative: StrictBool | None = None
+    """False: decode without the drafter, for comparison."""
+    return_pieces: StrictBool | None = None
+    """Say of every piece of text whether a drafter had guessed it (`pieces` of a choice)."""
+    user: StrictStr | None = None
+    metadata: dict[str, StrictStr] | None = None
+    safety_identifier: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, given: Any) -> Any:
+        """Take out what asks for nothing, and refuse what asks for something that is not offered."""
+        if not isinstance(given, dict):
+            return given
+        for name, (values, reason) in NEUTRAL.items():
+            if name in given and name not in cls.model_fields and not _among(given[name], values):
+                raise refused(f"{name} is not supported: {reason}", name, "unsupported_parameter")
+        return {name: value for name, value in given.items() if name not in NEUTRAL or name in cls.model_fields}
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Count | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions."""
+
+    prompt: (
+        StrictStr
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: StrictBool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, each a text or token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+_TOOLS = "the server answers with text only"
+_STORE = "nothing is stored here"
+
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": ((None, []), _TOOLS),
+    "tool_choice": ((None, "none"), _TOOLS),
+    "functions": ((None, []), _TOOLS),
+    "function_call": ((None, "none"), _TOOLS),
+    "parallel_tool_calls": ((None, True, False), _TOOLS),
+    "response_format": ((None, {"type": "text"}), "text is not constrained to a format"),
+    "modalities": ((None, ["text"]), _TOOLS),
+    "audio": ((None,), _TOOLS),
+    "prediction": ((None,), "drafts come from the server's drafter"),
+    "web_search_options": ((None,), "the server reaches nothing outside"),
+    "reasoning_effort": ((None,), "models here have no such setting"),
+    "verbosity": ((None,), "models here have no such setting"),
+    "service_tier": ((None, "auto", "default"), "there is one tier"),
+    "store": ((None, False), _STORE),
+    "suffix": ((None, ""), "text is written from left to right"),
+    "best_of": ((None, 1), "ask for n choices and choose"),
+    "use_beam_search": ((None, False), "beam search is not sampling from the model's law"),
+}
+"""Parameters of OpenAI's and vLLM's that are accepted where they ask for nothing: such values, else the reason."""
+
+
+def _among(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(one) and value == one for one in values)
+
+
+class Model(BaseModel):
+    """One entry of GET /v1/models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "outdraft"
+    max_model_len: StrictInt
+    method: str
+    """Of the drafter; `none` without one."""

@@ -1,0 +1,152 @@
+"""From a loaded model to a listening server and to its orderly end. Knows all parts of `serving`, decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from outdraft.control import ControlSettings
+from outdraft.errors import UserError, first_line
+from outdraft.generation import SpeculativeModel
+from outdraft.serving.app import make_app
+from outdraft.serving.engine import Drafting, Engine
+from outdraft.serving.metrics import Metrics
+from outdraft.serving.settings import ServeSettings
+from outdraft.serving.translation import Translator
+from outdraft.settings import pacer_of, sampling_settings, tree_shape
+from outdraft.target import Target
+
+BACKSTOP = 5
+"""Seconds beyond the engine's own deadline after which connections are cut."""
+
+
+def drafting(model: SpeculativeModel, tree: dict[str, Any], controller: str | ControlSettings | None) -> Drafting:
+    """How the server drafts.
+
+    Raises:
+        UserError: impossible settings of the tree, or no such controller.
+    """
+    if model.drafter is None:
+        return Drafting.none()
+    pacer = pacer_of(controller, tree)
+    greedy, sampling = (
+        tree_shape(model.drafter, model.target.device, tree, draws, pacer is not None) for draws in (False, True)
+    )
+    return Drafting(model.drafter, greedy, sampling, pacer)
+
+
+class Service:
+    """A model, its engine and the application over it.
+
+    Args:
+        model: with its drafter.
+        settings: of the server.
+        tree: settings of the trees, as `generate` takes them.
+        controller: says how far to draft.
+
+    Raises:
+        UserError: the model has no tokenizer, or settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: SpeculativeModel,
+        settings: ServeSettings,
+        tree: dict[str, Any] | None = None,
+        controller: str | ControlSettings | None = None,
+    ):
+        if model.tokenizer is None:
+            raise UserError("the model folder has no tokenizer, and a server answers with text; add one")
+        sampling_settings({"do_sample": settings.defaults.get("temperature", 1.0) != 0, **settings.defaults})
+        names = settings.served_model_name or [_name(model.target)]
+        self.settings = settings
+        self.metrics = Metrics(names[0])
+        translator = Translator(model.target, model.tokenizer, names, settings)
+        self.engine = Engine(
+            model.target, drafting(model, tree or {}, controller), settings, translator.context_length, self.metrics
+        )
+        self.names = names
+        self.app: FastAPI = make_app(self.engine, translator, model.tokenizer, settings, self.metrics)
+
+    def serve(self, listening: socket.socket, ready: Callable[[str], None] = lambda url: None) -> None:
+        """Answer until told to stop (SIGINT, SIGTERM, or `stop`).
+
+        Args:
+            listening: from `listen`.
+            ready: told the address once requests are taken.
+        """
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        config = uvicorn.Config(
+            self.app,
+            log_level=logging.WARNING,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=int(self.settings.shutdown_timeout) + BACKSTOP,
+        )
+        self.server = _Server(config, self.engine, self.settings.shutdown_timeout, lambda: ready(url))
+        self.engine.start()
+        try:
+            self.server.run(sockets=[listening])
+        finally:
+            self.engine.drain(0)
+            self.engine.join(BACKSTOP)
+
+    def stop(self) -> None:
+        """From another thread: finish what runs, then end."""
+        self.server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which on its way down lets the engine finish."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds: float, ready: Callable[[], None]):
+        super().__init__(config)
+        self._engine, self._seconds, self._ready = engine, seconds, ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which would raise the signal again at the end: a server that was told to stop has succeeded."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sign: signal.signal(sign, self.handle_exit) for sign in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sign, handler in before.items():
+                signal.signal(sign, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.drain(self._seconds)
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that a mistake in it is found before anything is loaded onto it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        bound = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from error
+    return bound
+
+
+def _name(target: Target) -> str:
+    """What the model is called where nobody says: its folder's name, without what lies above it."""
+    return Path(str(getattr(target.model.config, "_name_or_path", ""))).name or "model"

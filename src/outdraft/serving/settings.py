@@ -1,0 +1,70 @@
+"""How a server is run: every setting with what it means, which is also the command line's help.
+
+Knows nothing of the web or of models.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Any
+
+from outdraft.errors import UserError
+
+
+@dataclass
+class ServeSettings:
+    """A server's settings; names as in vLLM where it has them."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this machine only."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    served_model_name: list[str] = field(default_factory=list)
+    """Name that clients ask for; may be repeated, the first one stands in answers. By default the model's."""
+    api_key: str | None = None
+    """Key that clients of /v1 must send as a bearer token; better in OUTDRAFT_API_KEY, which no process list shows."""
+    max_model_len: int | None = None
+    """Tokens that prompt and answer may have together; by default the model's context."""
+    max_num_seqs: int = 16
+    """Answers decoded at once; further ones wait."""
+    kv_cache_tokens: int | None = None
+    """Tokens that all answers being decoded may hold in the cache, by default what 40% of the free memory holds."""
+    prefill_chunk: int = 256
+    """Prompt tokens run between two rounds of the answers that are being decoded."""
+    max_waiting: int = 512
+    """Requests that may wait; further ones are told to come back (429)."""
+    max_request_bytes: int = 4 * 2**20
+    """Bytes of a request at most."""
+    request_timeout: float = 30.0
+    """Seconds within which a request's body must have arrived."""
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests have to finish once the server was told to stop."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Sampling settings of requests that do not say; temperature 1 unless given here, as in OpenAI's API."""
+
+    def __post_init__(self) -> None:
+        least = {"max_num_seqs": 1, "prefill_chunk": 1, "max_waiting": 1, "max_request_bytes": 1, "port": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_tokens"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 2, not {value}")
+        for name in ("request_timeout", "shutdown_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} must be seconds, 0 or more, not {getattr(self, name)}")
+        if self.port > 65535:
+            raise UserError(f"--port must be at most 65535, not {self.port}")
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("--api-key must be printable ASCII and not empty")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,92 @@
+"""A server on a free port with a tiny random model in float64, whose drafter is often right; the same model offline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from models import perturbed
+from outdraft.drafters.draft_model import DraftModel
+from outdraft.generation import SpeculativeModel
+from outdraft.serving.server import Service, listen
+from outdraft.serving.settings import ServeSettings
+from outdraft.target import Target
+from training.tiny import tiny_target
+
+NAME = "tiny"
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    service: Service
+    model: SpeculativeModel
+    thread: threading.Thread
+
+    @property
+    def engine(self) -> Any:
+        return self.service.engine
+
+    def client(self, **settings: Any) -> Any:
+        return httpx.Client(base_url=self.url, timeout=60, **settings)
+
+    def stop(self) -> None:
+        self.service.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive(), "the server ends when it is told to"
+
+    def figure(self, name: str) -> float:
+        """Of `/metrics`, added up over labels."""
+        lines = self.service.metrics.text().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"outdraft:{name}{{",)))
+
+
+def tiny_model() -> SpeculativeModel:
+    target = tiny_target(torch.float64)
+    near = perturbed(target.model, lambda: tiny_target(torch.float64).model, 0.05)  # type: ignore[arg-type, return-value]
+    return SpeculativeModel(target, DraftModel(Target(near), target))
+
+
+def start(model: SpeculativeModel, **settings: Any) -> Served:
+    settings = {"served_model_name": [NAME], "shutdown_timeout": 10, **settings}
+    tree = settings.pop("tree", {})
+    service = Service(
+        model, ServeSettings(host="127.0.0.1", port=0, **settings), tree, settings.pop("controller", None)
+    )
+    listening = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    thread = threading.Thread(target=service.serve, args=(listening, lambda url: ready.set()), daemon=True)
+    thread.start()
+    assert ready.wait(30), "the server starts"
+    return Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, model, thread)
+
+
+@pytest.fixture
+def starting() -> Iterator[Callable[..., Served]]:
+    """Starts servers of one test's own."""
+    running: list[Served] = []
+
+    def begin(**settings: Any) -> Served:
+        running.append(start(settings.pop("model", None) or tiny_model(), **settings))
+        return running[-1]
+
+    yield begin
+    for served in running:
+        if served.thread.is_alive():
+            served.stop()
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """One for all tests that leave it as it is."""
+    running = start(tiny_model())
+    yield running
+    running.stop()

@@ -1,0 +1,266 @@
+"""Many clients at once, some of whom leave: every answer is the offline one, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from running import Served
+
+from outdraft.errors import UserError
+from outdraft.serving.server import listen
+from outdraft.serving.settings import ServeSettings
+from training.tiny import WORDS
+
+
+def settled(served: Served, seconds: float = 20) -> None:
+    """Wait until nothing runs or waits."""
+    end = time.monotonic() + seconds
+    while served.figure("num_requests_running") + served.figure("num_requests_waiting"):
+        assert time.monotonic() < end, "rows are left behind"
+        time.sleep(0.01)
+
+
+def test_two_hundred_requests_of_which_some_are_cancelled(served: Served) -> None:
+    """Concurrency 16; greedy and seeded answers, streamed or whole, with and without the drafter."""
+    settled(served)
+    rng = random.Random(0)
+    requests = []
+    for number in range(200):
+        prompt = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+        body = {"prompt": prompt, "max_tokens": rng.randint(1, 24), "temperature": 0}
+        if number % 4 == 0:
+            body |= {"temperature": 0.9, "seed": number}
+        if number % 10 == 3:
+            body["speculative"] = False
+        requests.append((body, number % 2 == 0, number % 5 == 1))
+    before = served.figure("request_success_total")
+
+    def ask(http: httpx.Client, body: dict[str, Any], stream: bool, leave: bool) -> str | None:
+        if leave:
+            with http.stream("POST", "/v1/completions", json={**body, "max_tokens": 90, "stream": True}) as answer:
+                for place, _ in enumerate(answer.iter_lines()):
+                    if place == 4:
+                        return None
+        if not stream:
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["text"])
+        with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+            chunks = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert chunks[-1] == "[DONE]"
+        return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks[:-1])
+
+    with served.client() as http, ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda request: ask(http, *request), requests))
+    settled(served)
+    finished = 0
+    for (body, _, leave), text in zip(requests, texts, strict=True):
+        if leave:
+            continue
+        finished += 1
+        settings = {name: body[name] for name in ("temperature", "seed") if name in body and body["temperature"]}
+        expected = served.model.generate(body["prompt"], max_new_tokens=body["max_tokens"], **settings).text
+        assert text == expected, body
+    assert served.figure("request_success_total") - before >= finished
+    assert served.figure("kv_cache_usage_perc") == 0
+    assert served.figure("spec_decode_num_accepted_tokens_total") > 0
+    assert not served.engine._active and not len(served.engine._waiting)
+
+
+def test_a_client_that_leaves_frees_its_row_at_once(starting: Callable[..., Served]) -> None:
+    served = starting(max_num_seqs=1)
+    long = {"prompt": "red", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    for stream in (True, False):
+        address = served.url.removeprefix("http://").split(":")
+        before = served.figure("request_failure_total")
+        with socket.create_connection((address[0], int(address[1]))) as wire:
+            body = json.dumps({**long, "stream": stream, "n": 50}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            wire.sendall(head.encode() + b"\r\n\r\n" + body)
+            while not served.figure("num_requests_running"):
+                time.sleep(0.005)
+        settled(served, 5)  # fifty answers of 100 tokens each would take far longer
+        assert served.figure("request_failure_total") == before + 1
+    with served.client() as http:
+        assert http.post("/v1/completions", json={"prompt": "red", "max_tokens": 2}).status_code == 200
+
+
+def test_a_slow_reader_holds_no_row(starting: Callable[..., Served]) -> None:
+    served = starting(max_num_seqs=1)
+    with (
+        served.client() as http,
+        http.stream(
+            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 90, "stream": True, "n": 4}
+        ) as answer,
+    ):
+        settled(served)  # nothing was read yet
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back(starting: Callable[..., Served]) -> None:
+    served = starting(max_num_seqs=1, max_waiting=2)
+    with served.client() as http, ThreadPoolExecutor(12) as pool:
+        body = {"prompt": "a", "max_tokens": 60, "n": 4, "ignore_eos": True}
+        answers = list(pool.map(lambda _: http.post("/v1/completions", json=body), range(12)))
+    codes = {answer.status_code for answer in answers}
+    assert codes == {200, 429}
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 429} == {"1"}
+
+
+def test_requests_wait_until_the_cache_has_room(starting: Callable[..., Served]) -> None:
+    """Two rows fit at a time; all are answered, and more is never set aside than there is."""
+    served = starting(kv_cache_tokens=120)
+    most, over = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.001):
+            most = max(most, served.figure("kv_cache_usage_perc"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    with served.client() as http, ThreadPoolExecutor(8) as pool:
+        body = {"prompt": "red", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        answers = list(pool.map(lambda _: http.post("/v1/completions", json=body), range(8)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+        refused = http.post("/v1/completions", json={**body, "max_tokens": 119})
+    over.set()
+    watching.join()
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    assert 0 < most <= 1
+
+
+def test_running_answers_are_finished_when_the_server_is_told_to_stop(starting: Callable[..., Served]) -> None:
+    served = starting(max_num_seqs=1)
+    body = {"prompt": "red", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    with served.client() as http, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(2)]
+        while not served.figure("num_requests_waiting"):
+            time.sleep(0.005)
+        served.stop()
+        assert [one.result().status_code for one in asked] == [200, 200], "the one that waited, too"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/health")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_take_too_long_end_with_an_error_then(starting: Callable[..., Served], stream: bool) -> None:
+    served = starting(max_num_seqs=1, shutdown_timeout=0.0)
+    body = {"prompt": "red", "max_tokens": 100, "n": 64, "ignore_eos": True, "stream": stream}
+    with served.client() as http, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(http.post, "/v1/completions", json=body)
+        while not served.figure("num_requests_running"):
+            time.sleep(0.005)
+        served.stop()
+        answer = asked.result()
+    if stream:
+        last = [line for line in answer.text.splitlines() if line][-2]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    else:
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_failing_forward_fails_its_requests_only(starting: Callable[..., Served]) -> None:
+    served = starting()
+    whole = served.engine.target.forward
+    body = {"prompt": "red", "max_tokens": 5, "temperature": 0}
+    with served.client() as http:
+        expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("out of memory, for instance")
+
+        served.engine.target.forward = broken
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 500 and "memory" not in answer.text
+        served.engine.target.forward = whole
+        assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
+        assert http.get("/health").status_code == 200
+
+
+def test_a_key_is_asked_for_where_one_is_set(starting: Callable[..., Served]) -> None:
+    served = starting(api_key="secret")
+    with served.client() as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            answer = http.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+        assert http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert http.get("/health").status_code == 200
+
+
+def test_large_and_slow_requests_are_cut_off(starting: Callable[..., Served]) -> None:
+    served = starting(max_request_bytes=2000, request_timeout=0.3)
+    with served.client() as http:
+        answer = http.post("/v1/completions", json={"prompt": "a" * 3000})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+        answer = http.post("/v1/completions", content=iter([b"x" * 1500, b"y" * 1500]))
+        assert answer.status_code == 413
+    address = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as wire:
+        wire.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        assert b"408" in wire.recv(100)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"{'prompt': 1}",
+        b"\xff\xfe",
+        b'{"prompt": NaN}',
+        b"[" * 100_000,
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "\\ud800": 1}',
+        b'{"prompt": "a", "seed": 99999999999999999999}',
+        b'{"prompt": [1, 2, -3]}',
+        b'{"prompt": [100000]}',
+        b'{"prompt": []}',
+        b'{"prompt": ""}',
+        b'{"prompt": "a", "stop": ""}',
+        b'{"prompt": "a", "best_of": 3}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])
+def test_malformed_bodies_are_the_client_s_mistake(served: Served, body: bytes, kind: str) -> None:
+    with served.client() as http:
+        answer = http.post("/v1/completions", content=body, headers={"content-type": kind})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_paths_and_methods_that_are_not_there(served: Served) -> None:
+    with served.client() as http:
+        for method, path, status in (
+            ("GET", "/v1/nothing", 404),
+            ("GET", "/v1/completions", 405),
+            ("GET", "/../etc/passwd", 404),
+        ):
+            answer = http.request(method, path)
+            assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for wrong in ({"port": 70000}, {"max_num_seqs": 0}, {"api_key": ""}, {"shutdown_timeout": float("nan")}):
+        with pytest.raises(UserError):
+            ServeSettings(**wrong)
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="cannot listen on"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    assert ServeSettings().loopback and ServeSettings(host="::1").loopback
+    assert not ServeSettings(host="0.0.0.0").loopback
