@@ -252,6 +252,14 @@ def test_loading_spends_no_randomness(tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_folders_from_before_the_switches_load_unchanged(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path, tap_layers=None, state_norm=None)
+    assert "state_norm" not in json.loads((folder / "config.json").read_text())
+    head = load_drafter(folder).head
+    assert (head.config.tap_layers, head.config.state_norm) == ((), False)
+    assert not [name for name in head.state_dict() if "taps" in name or "state_norm" in name]
+
+
 def test_settings_of_later_versions_warn(tmp_path: Path) -> None:
     folder = own_folder(tmp_path, fed_back_norm=True, outdraft_version="99.0")
     with pytest.warns(UserWarning, match=r"outdraft 99\.0.*fed_back_norm"):
@@ -391,6 +399,10 @@ def test_our_own_config_that_does_not_fit_its_weights(tmp_path: Path) -> None:
         ({"rope_theta": "high"}, "rope_theta"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
         ({"num_attention_heads": 3}, "num_key_value_heads"),
+        ({"tap_layers": 2}, "tap_layers must be a list"),
+        ({"tap_layers": [0]}, "tap_layers must be a positive whole number"),
+        ({"tap_layers": [3, 1]}, "rising order"),
+        ({"state_norm": "yes"}, "state_norm"),
         ({"method": "eesd"}, "together with its target"),
     ],
 )

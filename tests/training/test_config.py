@@ -24,6 +24,9 @@ def test_the_paper_preset_is_the_published_recipe() -> None:
     assert (paper.beta1, paper.beta2, paper.clip_value, paper.precision) == (0.9, 0.95, 0.5, "bf16")
     assert (paper.max_length, paper.batch_size, paper.epochs, paper.max_steps) == (2048, 16, 20, None)
     assert (paper.w_reg, paper.w_cls, paper.feature_noise) == (1.0, 0.1, True)
+    assert (paper.unroll_steps, paper.token_loss, paper.w_reg_schedule) == (1, "soft", "constant")
+    assert (paper.tap_layers, paper.state_norm, paper.intermediate_size) == (None, False, None)
+    assert (paper.feature_sampling, paper.partial_alignment, paper.method) == (None, None, "fspad")  # by the method: on
     assert paper.warmup_for(100) == 2000
     assert config(preset="paper", method="eagle").with_preset(10**6).learning_rate == 3e-5
 
@@ -60,6 +63,27 @@ def test_a_mistake_is_one_line_that_names_the_setting(values: dict[str, Any], sa
     with pytest.raises(UserError) as raised:
         config(**values)
     assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("values", [{}, {"token_loss": "top-k", "token_top_k": 5}, {"method": "eesd", "exit_layer": 1}])
+def test_a_record_is_a_configuration_again(values: dict[str, Any]) -> None:
+    settled = config(**values).with_preset(10**6)
+    assert TrainingConfig(**settled.record()).record() == settled.record()
+
+
+@pytest.mark.parametrize("name", ["token_top_k", "token_top_k_weight"])
+def test_settings_of_the_top_k_loss_are_refused_without_it(name: str) -> None:
+    assert getattr(config(**{"token_loss": "top-k", name: 3}), name) == 3
+    with pytest.raises(UserError, match=f'"{name}" belongs to token_loss top-k, not soft; leave it out'):
+        config(**{name: 3})
+
+
+@pytest.mark.parametrize("name", ["tap_layers", "state_norm", "token_loss", "w_reg_schedule", "unroll_decay"])
+def test_what_goes_beyond_the_paper_is_fspad_s_and_eagle_s(name: str) -> None:
+    value = {"tap_layers": "auto", "state_norm": True, "token_loss": "top-k", "w_reg_schedule": "linear"}.get(name, 0.5)
+    assert getattr(config(method="eagle", **{name: value}), name) == value
+    with pytest.raises(UserError, match=f'"{name}" is a setting of fspad and eagle, not of medusa'):
+        config(method="medusa", **{name: value})
 
 
 def test_a_missing_setting_is_named() -> None:

@@ -23,6 +23,13 @@ def shapes(family: str, **fields: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize(("layers", "read"), [(24, (2, 12, 21)), (12, (2, 6, 9)), (5, (2,)), (4, (1, 2)), (2, (1,))])
+def test_a_low_a_middle_and_a_high_layer_are_read(layers: int, read: tuple[int, ...]) -> None:
+    target = shapes("llama", hidden_size=64, num_attention_heads=8, num_hidden_layers=layers)
+    assert feature_head_config(target, tap_layers="auto").tap_layers == read
+    assert feature_head_config(target).tap_layers == ()
+
+
 def test_a_llama_gives_its_own_shapes() -> None:
     target = shapes(
         "llama",
