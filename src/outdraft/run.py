@@ -7,7 +7,7 @@ accepted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,13 @@ class Output(NamedTuple):
     taps: Tensor
     """What the drafter reads of the target: the features, the hidden state of an earlier layer, or several."""
 
+    @classmethod
+    def cat(cls, pieces: Sequence[Output]) -> Output:
+        """Of pieces that follow each other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True)))
+
 
 class TargetRun:
     """The target with the cache of the rows that it is decoding.
@@ -44,22 +51,26 @@ class TargetRun:
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
         """Run `(tokens,)` prompts of any lengths and commit them; what is given after a row's own end means nothing."""
+        return Output.cat(list(self.prefill_in_pieces(prompts)))
+
+    def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
+        """The same, at most so many tokens of every row at a time."""
+        most = most or PREFILL_CHUNK
         target, cache = self.target, self.cache
         longest = max(len(prompt) for prompt in prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         tokens = tokens.to(target.device)
-        pieces = []
-        for start in range(0, longest, PREFILL_CHUNK):
-            piece = tokens[:, start : start + PREFILL_CHUNK]
+        for start in range(0, longest, most):
+            piece = tokens[:, start : start + most]
             count = piece.shape[1]
             slots = cache.reserve(count, target.device)
             seen = causal(len(prompts), count, target.device)
             # Rows that ended before this piece write slots that are never committed.
-            pieces.append(self.forward(piece, slots.clamp(max=target.context_length - 1), seen, slots))
+            output = self.forward(piece, slots.clamp(max=target.context_length - 1), seen, slots)
             cache.commit([range(max(0, min(count, len(prompt) - start))) for prompt in prompts])
-        return Output(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True)))
+            yield output
 
     def tree(self, tree: Tree) -> Output:
         """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.

@@ -87,6 +87,10 @@ class _DraftModelState(DraftState):
         self.cache.select_rows(rows)
         self.known = [self.known[row] for row in rows]
 
+    def join(self, other: _DraftModelState) -> None:
+        self.cache.join(other.cache)
+        self.known += other.known
+
     def _take_in(self, update: Update) -> tuple[Tensor, Tensor]:
         """Run the newly decided tokens; each row's root and the draft logits after it."""
         news = [

@@ -103,6 +103,9 @@ class FeatureDraftState(DraftState):
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
 
+    def join(self, other: FeatureDraftState) -> None:
+        self.cache.join(other.cache)
+
     def _take_in(self, update: Update) -> DraftOutput:
         """Run the decided pairs, with the target's true features, and keep them.
 

@@ -163,3 +163,6 @@ class MedusaState(DraftState):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         pass
+
+    def join(self, other: MedusaState) -> None:
+        pass

@@ -78,6 +78,9 @@ class _Lookup(DraftState):
     def select_rows(self, rows: Sequence[int]) -> None:
         pass
 
+    def join(self, other: _Lookup) -> None:
+        pass
+
 
 def paced(chains: Sequence[list[int]], confidences: Sequence[float], pace: Pace) -> list[list[int]]:
     """What the pace wants of chains that are there already, each beginning with its root; the longer the n-gram that
