@@ -1,0 +1,263 @@
+"""Forwards over few tokens through torch.compile; all others as if there were no compiler.
+
+A forward is compiled twice: for one token, and for any number of them up to `MOST_TOKENS`, all rows in one line
+(`outside.py`). On a CPU weights are frozen into the graphs, which lets the compiler pack them and fuse what stands
+around them; on a GPU what lies between attentions is recorded as CUDA graphs. A graph is compared with the model
+itself when it is first used; if it cannot be made, or computes something else, the model runs uncompiled from then on,
+with one warning.
+
+Knows how inner models are called and how their linear layers look; nothing of trees or drafters.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from outdraft.backends.outside import ATTENTION, Outside, looking_at, stand_in_masks
+from outdraft.backends.packed import PackedLinear, packed_view, why_not_replaced
+from outdraft.cache import SlotCache
+from outdraft.errors import first_line
+
+MOST_TOKENS = 256
+"""Tokens of all rows up to which a forward is compiled: prompts are not."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""By how much a graph's result may differ from the model's own, relative to its length."""
+
+ROUGH = 0.1
+"""The same in 16 bits."""
+
+RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Lengths of lines on a GPU; shorter ones are filled up."""
+
+ARGUMENTS = ("line", "positions")
+"""What a graph is called with."""
+
+MARK = "_outdraft_compiles"
+
+Model = TypeVar("Model", bound=nn.Module)
+Forward = Callable[..., tuple[Tensor, ...]]
+"""An inner model's, of our `Target.inputs` and `input_ids` or `inputs_embeds`; results are `(rows, tokens, ...)`."""
+
+
+def why_not_compiled(model: Any) -> str | None:
+    """What stands in the way of compiling this model here, None if nothing does."""
+    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa'"
+    device = next(model.parameters()).device.type
+    if device not in ("cpu", "cuda"):
+        return "it lies on " + device
+    return why_not_replaced(model) or (_no_cpp() if device == "cpu" else _no_triton())
+
+
+def _no_cpp() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # torch's own class for this moves from version to version
+        return f"no C++ compiler: {first_line(error)}"
+    return None
+
+
+def _no_triton() -> str | None:
+    from torch.utils._triton import has_triton
+
+    return None if has_triton() else "triton is not installed"
+
+
+def compilable_view(model: Model, pack: bool) -> Model:
+    """A shallow copy of the module tree that can be compiled, and that runs as packed or plain modules otherwise.
+
+    Args:
+        model: it stays as it is.
+        pack: whether linear layers are packed where the view runs uncompiled.
+    """
+    view: Any = packed_view(model, _Compilable) if pack else copy.copy(model)
+    _attend_outside(view, {})
+    return view
+
+
+def marked(view: Model) -> Model:
+    """The view, whose forwards `forward_of` is to compile."""
+    view.__dict__[MARK] = True
+    return view
+
+
+def _attend_outside(view: Any, configs: dict[int, Any]) -> None:
+    config = view.__dict__.get("config")
+    if config is not None and hasattr(config, "_attn_implementation"):
+        if id(config) not in configs:
+            configs[id(config)] = own = copy.deepcopy(config)
+            own._attn_implementation = ATTENTION
+        view.__dict__["config"] = configs[id(config)]
+    own_modules = {name: copy.copy(child) for name, child in view._modules.items()}
+    view._modules = own_modules
+    for child in own_modules.values():
+        if child is not None:
+            _attend_outside(child, configs)
+
+
+class _Compilable(PackedLinear):
+    """A packed layer which the compiler sees as a plain one, and packs in its own way."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight, bias)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def forward_of(model: Any, forward: Forward, what: str) -> Forward:
+    """The forward, compiled where the model is one of `compilable_view`.
+
+    Args:
+        model: whose layers the forward runs.
+        forward: takes the inputs of an inner model by name.
+        what: it is, for messages.
+    """
+    if not getattr(model, MARK, False):
+        return forward
+    return CompiledForward(model, forward, what)
+
+
+def backend_of(model: nn.Module) -> str:
+    """The backend that `accelerate` found for this model."""
+    if getattr(model, MARK, False):
+        return "compiled"
+    return "packed" if any(isinstance(module, PackedLinear) for module in model.modules()) else "eager"
+
+
+class CompiledForward:
+    """A forward whose calls over few tokens run through graphs, made when first needed.
+
+    Args:
+        model: of `compilable_view`; graphs are given up for all of its forwards together.
+        forward: what is compiled.
+        what: it is, for messages.
+    """
+
+    def __init__(self, model: Any, forward: Forward, what: str):
+        self.model, self.forward, self.what = model, forward, what
+        self.seconds: dict[str, float] = {}
+        """What making each graph took."""
+        self._graphs: dict[tuple[bool, str], Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
+        given = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        few = given.shape[0] * given.shape[1] <= MOST_TOKENS
+        if not few or not getattr(self.model, MARK) or not isinstance(inputs.get("past_key_values"), SlotCache):
+            return self.forward(**inputs)
+        name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
+        key = (given.shape[0] * given.shape[1] == 1, name)
+        if key in self._graphs:
+            return self._run(self._graphs[key], given, inputs)
+        return self._first(key, given, inputs)
+
+    def _first(self, key: tuple[bool, str], given: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Make the graph, and compare it with the model."""
+        single, name = key
+        size = "1 token" if single else f"2 to {MOST_TOKENS} tokens"
+        print(f"compiling {self.what} over {size} ...", end=" ", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        graph = self._compile(single, name, inputs)
+        try:
+            found = self._run(graph, given, inputs)
+            self.seconds[size] = time.perf_counter() - start
+            print(f"{self.seconds[size]:.1f} s", file=sys.stderr, flush=True)
+            expected = self.forward(**inputs)
+            reason = None if _alike(found, expected) else "its graph computes something else"
+        except Exception as error:  # the compiler's exceptions are of many kinds, and any of them means the same
+            print("failed", file=sys.stderr, flush=True)
+            expected, reason = self.forward(**inputs), first_line(error)
+        if reason is not None:
+            self.model.__dict__[MARK] = False
+            instead = backend_of(self.model)
+            warnings.warn(f"backend 'compiled' cannot serve this model ({reason}); using '{instead}'", stacklevel=4)
+            return expected
+        self._graphs[key] = graph
+        return found
+
+    def _run(self, graph: Callable[..., Any], given: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        rows, tokens = given.shape[:2]
+        masks = inputs["attention_mask"]
+        count = rows * tokens
+        length = line_of(count, given.device)
+        # Fresh tensors: a graph must not see of what kind or how strided those were that they come from.
+        line = given.new_zeros((1, length, *given.shape[2:]))
+        line[:, :count] = given.reshape(1, count, *given.shape[2:])
+        positions = torch.zeros((1, length), dtype=torch.long, device=given.device)
+        positions[:, :count] = inputs["position_ids"].expand(rows, tokens).reshape(1, count)
+        real = list(masks.values()) if isinstance(masks, dict) else [masks]
+        with looking_at(rows, tokens, real, inputs["past_key_values"]):
+            found = graph(line, positions)
+        if given.device.type == "cuda":
+            found = tuple(part.clone() for part in found)  # CUDA graphs write the next results to the same place
+        return tuple(part[:, :count].reshape(rows, tokens, *part.shape[2:]) for part in found)
+
+    def _compile(self, single: bool, name: str, inputs: dict[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
+        masks, device, forward = inputs["attention_mask"], inputs["position_ids"].device, self.forward
+        kinds = list(masks) if isinstance(masks, dict) else [None]
+        stand_ins = stand_in_masks(len(kinds), device)
+        mask: Any = dict(zip(kinds, stand_ins, strict=True)) if isinstance(masks, dict) else stand_ins[0]
+        cache = Outside()
+
+        def graph(line: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            around = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+            return forward(**{name: line}, **around)
+
+        return through_compiler(graph, not single, device)
+
+
+def through_compiler(graph: Callable[..., Any], dynamic: bool, device: torch.device) -> Callable[..., Any]:
+    """The function compiled when it is first called.
+
+    Args:
+        graph: of a line of tokens and their positions.
+        dynamic: for lines of any length from 2 on; else of the length that comes first.
+        device: where it runs.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": _of_lengths}
+    options |= {"freezing": True} if device.type == "cpu" else {"triton.cudagraphs": True}
+    more: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        more["isolate_recompiles"] = True  # else the graphs of all models count towards one limit
+    return torch.compile(graph, dynamic=dynamic, fullgraph=True, options=options, **more)
+
+
+def line_of(count: int, device: torch.device) -> int:
+    """Tokens of the line that `count` tokens run in: on a GPU few lengths, as each is recorded on its own."""
+    if device.type == "cpu":
+        return count
+    return next((length for length in RECORDED if length >= count), count)
+
+
+def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether two results differ by no more than rounding."""
+    for one, other in zip(some, others, strict=True):
+        least = TOLERANCE.get(other.dtype, ROUGH)
+        one, other = one.double(), other.double()
+        if not bool((one - other).norm() <= least * other.norm()):
+            return False
+    return True
+
+
+def _of_lengths(guards: Any) -> list[bool]:
+    """Which of the compiler's checks before every call are kept: nothing but the length of the line ever changes."""
+    return [
+        guard.guard_type == "SHAPE_ENV" or (guard.guard_type == "TENSOR_MATCH" and guard.name in ARGUMENTS)
+        for guard in guards
+    ]

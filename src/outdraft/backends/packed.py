@@ -1,0 +1,94 @@
+"""Linear layers on a CPU whose weights lie in oneDNN's own layout.
+
+Makes shallow views of models in which they stand in place of plain ones; the original stays as it is. Knows nothing of
+what the models are for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PACKABLE = (torch.bfloat16, torch.float32)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in oneDNN's layout; inference only.
+
+    Args:
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Not a buffer: an opaque tensor can neither be cast nor saved.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model on any backend; packed weights are counted like any other, and once."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    beside = {id(parameter) for module in packed for name, parameter in module._parameters.items() if name != "bias"}
+    kept = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in beside)
+    return kept + sum(module.in_features * module.out_features for module in packed)
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """What stands in the way of packing, None if nothing does."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return "it lies on " + weight.device.type
+    if weight.dtype not in PACKABLE:
+        return f"{weight.dtype} is not packed"
+    if not packs(weight.dtype):
+        return f"oneDNN has no linear layers in {weight.dtype} here"
+    return why_not_replaced(model)
+
+
+def why_not_replaced(model: nn.Module) -> str | None:
+    """What forbids to put other modules in place of a model's own, None if nothing does."""
+    if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "_hf_hook"):
+        return "it is quantised or spread over devices"
+    if getattr(model, "peft_config", None):
+        return "it has adapters; merge them first"
+    return None
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN and, for bfloat16, the processor what its kernels need."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
+    """A shallow copy of the module tree in which every linear layer is packed; the original stays as it is.
+
+    Args:
+        model: whose layers are shared.
+        linear: makes a packed layer of `(out, in)` weight and bias.
+    """
+    view: Any = copy.copy(model)
+    view._modules = {name: _packed(child, linear) for name, child in model._modules.items()}
+    return view
+
+
+def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear]) -> nn.Module | None:
+    if type(module) is nn.Linear:
+        return linear(module.weight, module.bias)
+    if isinstance(module, Conv1D):
+        return linear(module.weight.T, module.bias)
+    return None if module is None else packed_view(module, linear)
