@@ -1,0 +1,199 @@
+"""Backends side by side: milliseconds of a forward, seconds of compiling, tokens a second with and without a drafter.
+
+Compile first, so that the measurement does not wait for the compiler, then measure with nothing else running:
+
+    OMP_NUM_THREADS=2 python benchmarks/backends.py --compile-only
+    OMP_NUM_THREADS=2 python benchmarks/backends.py [--batches 1,8] [--nodes 1,4,8,10,16,32] [--tokens 0]
+
+Backends take turns, so that whatever slows the machine down for a while slows all of them down; figures are medians.
+The second run still compiles, but from torch's cache on disk (`TORCHINDUCTOR_CACHE_DIR`): what it says of seconds is
+that, and the first run's are those of a cold cache. With `--layers` and `--width` the weights are random, and nothing
+is drafted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from outdraft.backends import BACKENDS, CompiledForward
+from outdraft.generation import SpeculativeModel
+from outdraft.loading import load_drafter_for, load_target
+from outdraft.reference import load_prompts
+from outdraft.run import TargetRun
+from outdraft.target import Target
+from outdraft.text import encode_prompts
+from outdraft.tree import Tree
+
+
+def targets(given: argparse.Namespace) -> dict[str, Target]:
+    """The same weights on every backend."""
+    dtype = getattr(torch, given.dtype)
+    if given.layers is not None:
+        config = LlamaConfig(
+            vocab_size=given.vocab,
+            hidden_size=given.width,
+            intermediate_size=3 * given.width,
+            num_hidden_layers=given.layers,
+            num_attention_heads=given.width // 64,
+            num_key_value_heads=max(1, given.width // 128),
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        model, words = LlamaForCausalLM(config).to(dtype).to(given.device).eval(), None
+    else:
+        loaded = load_target(given.model, dtype=dtype, device=given.device, backend="eager")
+        model, words = loaded.model, loaded.tokenizer
+    return {name: load_target(model, words, backend=name) for name in given.backends.split(",")}
+
+
+class Forwards:
+    """A target with prompts behind it, and a tree to run again and again."""
+
+    def __init__(self, target: Target, rows: int, nodes: int, context: int):
+        self.run = TargetRun(target, target.new_cache(rows, context + nodes))
+        dice = torch.Generator().manual_seed(rows)
+        with torch.inference_mode():
+            lengths = [context - 3 * row for row in range(rows)]
+            self.run.prefill([torch.randint(target.vocab_size, (length,), generator=dice) for length in lengths])
+        parents = torch.tensor([-1, *((node - 1) // 2 for node in range(1, nodes))]).expand(rows, -1)
+        tokens = torch.randint(target.vocab_size, (rows, nodes), generator=dice).to(target.device)
+        self.tree = Tree(tokens, parents.to(target.device), [nodes] * rows)
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        target = self.run.target
+        start = time.perf_counter()
+        target.head(self.run.tree(self.tree).features)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.run.cache.rollback()
+        return time.perf_counter() - start
+
+
+def forwards(found: dict[str, Target], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of a forward with its head, by backend, number of rows and of nodes."""
+    cases = [(rows, nodes) for rows in numbers(given.batches) for nodes in numbers(given.nodes)]
+    results = []
+    for rows, nodes in cases:
+        ready = {name: Forwards(target, rows, nodes, given.context) for name, target in found.items()}
+        for one in ready.values():
+            one.seconds()  # warms up, and compiles
+            one.seconds()
+        seconds: dict[str, list[float]] = {name: [] for name in ready}
+        for _ in range(0 if given.compile_only else given.repetitions):
+            for name, one in ready.items():
+                seconds[name].append(one.seconds())
+        if not given.compile_only:
+            ms = {name: 1000 * statistics.median(own) for name, own in seconds.items()}
+            results.append({"rows": rows, "nodes": nodes, "ms": ms})
+            print(
+                "| " + " | ".join([str(rows), str(nodes), *(f"{value:.2f}" for value in ms.values())]) + " |",
+                flush=True,
+            )
+    return results
+
+
+def decoding(found: dict[str, Target], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens a second over the shipped prompts, plain and drafted, by backend."""
+    first = next(iter(found.values()))
+    prompts = encode_prompts(load_prompts("heldout")[: given.prompts], first.tokenizer)[0]
+    models = {}
+    for name, target in found.items():
+        drafter = load_drafter_for(target, "reference", method=given.method, backend=name)
+        models[name, "plain"] = SpeculativeModel(target)
+        models[name, given.method] = SpeculativeModel(target, drafter)
+    for model in models.values():
+        model.generate(prompts[0], max_new_tokens=16)  # warms up, and compiles
+    if given.compile_only:
+        return []
+    runs: dict[tuple[str, str], list[Any]] = {key: [] for key in models}
+    for turn, prompt in enumerate(prompts):
+        order = list(models.items())
+        shift = turn % len(order)
+        for key, model in [*order[shift:], *order[:shift]]:
+            runs[key].append(model.generate(prompt, max_new_tokens=given.tokens))
+    base = next(iter(runs))
+    results = []
+    for (name, method), outputs in runs.items():
+        rate = sum(len(o.tokens[0]) for o in outputs) / sum(o.seconds for o in outputs)
+        plain = runs[name, "plain"]
+        own_plain = sum(len(o.tokens[0]) for o in plain) / sum(o.seconds for o in plain)
+        same = sum(o.tokens == p.tokens for o, p in zip(outputs, plain, strict=True))
+        across = sum(o.tokens == p.tokens for o, p in zip(outputs, runs[base], strict=True))
+        tokens = sum(len(o.tokens[0]) for o in outputs)
+        tau = tokens / sum(o.statistics.rounds for o in outputs)
+        results.append(
+            {
+                "backend": name,
+                "method": method,
+                "tokens_per_second": rate,
+                "speed_up": rate / own_plain,
+                "tau": tau,
+                "same_as_own_plain": same,
+                "same_as_first": across,
+                "prompts": len(outputs),
+            }
+        )
+        cells = [name, method, f"{rate:.1f}", f"{rate / own_plain:.2f}", f"{tau:.2f}"]
+        print("| " + " | ".join([*cells, f"{same}/{len(outputs)}", f"{across}/{len(outputs)}"]) + " |", flush=True)
+    return results
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="separated by commas")
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--layers", type=int, help="a target of random weights, so deep")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", default="1,8", help="rows, separated by commas; empty measures no forwards")
+    parser.add_argument("--nodes", default="1,4,8,10,16,32", help="nodes of a row, separated by commas")
+    parser.add_argument("--context", type=int, default=200, help="tokens before the tree")
+    parser.add_argument("--repetitions", type=int, default=20, help="forwards of every backend and case")
+    parser.add_argument("--method", default="fspad")
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64, help="of every answer; 0 decodes nothing")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found = targets(given)
+    report: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(given).items()}}
+    names = list(found)
+    if given.batches:
+        print(
+            "| rows | nodes | " + " | ".join(f"{name} ms" for name in names) + " |\n" + "|---" * (2 + len(names)) + "|"
+        )
+        report["forwards"] = forwards(found, given)
+    if given.tokens and given.layers is None:
+        print(
+            "| backend | method | tokens/s | speed-up | tau | texts as own plain | as the first row |\n"
+            + "|---" * 7
+            + "|"
+        )
+        report["decoding"] = decoding(found, given)
+    for name, target in found.items():
+        if isinstance(target._compiled, CompiledForward):
+            report["compile_seconds"] = target._compiled.seconds
+            seconds = ", ".join(f"{size} {took:.1f} s" for size, took in target._compiled.seconds.items())
+            print(f"{name}: compiled {seconds}")
+    if given.json is not None:
+        given.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
