@@ -201,6 +201,11 @@ def refuse(target: Target) -> None:
             f"exact=True is not offered on {target.device.type}: which rows its kernels round alike has not been "
             "measured; use a CPU, or leave it out"
         )
+    if target.backend == "compiled":
+        raise UserError(
+            "exact=True is not offered with compiled forwards: which rows their kernels round alike has not been "
+            "measured; use --backend packed or eager"
+        )
     if target.config._attn_implementation != "sdpa":
         raise UserError("exact=True needs attn_implementation='sdpa', whose kernel calls can be made one by one")
     if getattr(model, "hf_quantizer", None) is not None or any("forward" in m.__dict__ for m in model.modules()):

@@ -42,7 +42,8 @@ Dtype = Annotated[
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 Backend = Annotated[
-    str | None, typer.Option("--backend", help="eager or packed; by default packed on a CPU, eager elsewhere.")
+    str | None,
+    typer.Option("--backend", help="eager, packed or compiled; packed by default on a CPU, else eager."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
