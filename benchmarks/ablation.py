@@ -15,31 +15,24 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
-import os
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import studies
 from rich.console import Console
+from studies import SETTINGS, TRAINING, shown, spread, write
 
-from outdraft.console.output import number, plain, remarks
-from outdraft.drafters.checkpoint import load_drafter
+from outdraft.console.output import plain, remarks
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, compare, speculative
-from outdraft.evaluation.prompts import Prompt, encode, read_prompts
-from outdraft.evaluation.summary import summarise
+from outdraft.evaluation.prompts import encode
 from outdraft.loading import REFERENCE, load_drafter_for, load_target
-from outdraft.reference import load_prompts
-from outdraft.reference.prompts import DATA
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
-from outdraft.training.features import FeatureCache
-from outdraft.training.preparation import Preparation, prepare
 from outdraft.training.train import train
 
 BASE = "EAGLE"
@@ -50,21 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "FSPAD": {"method": "fspad"},
 }
 """Rows of the table, and the switches that make them."""
-
-TRAINING = Path(DATA) / "train_conversations.jsonl"
-SETTINGS: dict[str, Any] = {
-    "max_length": 384,
-    "batch_size": 16,
-    "learning_rate": 1.5e-3,
-    "lr_schedule": "cosine",
-    "warmup_steps": 40,
-    "precision": "bf16",
-    "features": "cached",
-    "logging_steps": 20,
-    "save_steps": 50,
-    "report_to": ["none"],
-}
-"""Those of the drafter that ships for the reference target."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +62,7 @@ class Study:
     learning_rate: float
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seeds", "limit", "max_new_tokens", "repetitions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if any(temperature < 0 for temperature in self.temperatures):
-            raise UserError("temperatures must be 0 (greedy) or more")
+        studies.check_sizes(self, ("steps", "seeds", "limit", "max_new_tokens", "repetitions"))
 
     @property
     def measurement(self) -> dict[str, Any]:
@@ -107,7 +81,7 @@ class Study:
 
     def config(self, variant: str, seed: int) -> TrainingConfig:
         """Steps, data and all settings but switches and seed are the same in every run."""
-        warmup = min(SETTINGS["warmup_steps"], max(1, self.steps // 4))
+        warmup = studies.warmup_of(self.steps)
         return TrainingConfig(
             data=self.data,
             output_dir=self.folder(variant, seed),
@@ -127,10 +101,7 @@ def train_all(study: Study, console: Console) -> None:
     if not missing:
         return
     target = load_target(study.model, backend="eager")
-    ready = prepare(target, study.config(*missing[0]))
-    cache = FeatureCache(study.output_dir / "features", target, ready.examples, ready.config.max_length)
-    cache.check_budget(ready.config.feature_cache_gb)
-    cache.build(ready.config.batch_size)  # beforehand: its time is nobody's
+    studies.build_features(target, study.config(*missing[0]))
     for place, (variant, seed) in enumerate(missing, start=1):
         console.print(f"{variant}, seed {seed}: run {place} of {len(missing)} to be trained", highlight=False)
         train(target, study.config(variant, seed), resume=True, console=console)
@@ -142,32 +113,7 @@ def finished(study: Study, variant: str, seed: int) -> dict[str, Any] | None:
     Raises:
         UserError: the folder holds a run with other settings.
     """
-    path = study.folder(variant, seed) / "provenance.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    wanted = study.config(variant, seed).record()
-    names = {*SETTINGS, *VARIANTS[variant], "max_steps", "seed"} - {"save_steps", "logging_steps", "report_to"}
-    for name in sorted(names):
-        if record["config"].get(name) != wanted[name]:
-            raise UserError(
-                f"{path.parent} was trained with {name} {record['config'].get(name)}, not {wanted[name]}; "
-                "choose another --output-dir"
-            )
-    return record
-
-
-def check_data(study: Study, target: Target) -> None:
-    """All runs must have been trained on the data that is named now.
-
-    Raises:
-        UserError: one was not.
-    """
-    ready: Preparation = prepare(load_target(study.model, backend="eager"), study.config(BASE, 0))
-    for run in study.runs:
-        record = finished(study, *run)
-        if record is not None and record["data_sha256"] != ready.examples.fingerprint():
-            raise UserError(f"{study.folder(*run)} was trained on other data than {study.data}; choose another folder")
+    return studies.record_of(study.config(variant, seed), VARIANTS[variant])
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -183,7 +129,8 @@ def measure_all(study: Study, console: Console) -> list[dict[str, Any]]:
         if kept.get("settings") != study.measurement:
             if target is None:
                 target = load_target(study.model)
-                check_data(study, target)
+                records = [finished(study, *run) for run in study.runs]
+                studies.check_data(load_target(study.model, backend="eager"), study.config(BASE, 0), records)
             console.print(f"measuring the drafters of seed {seed}", highlight=False)
             kept = {
                 "settings": study.measurement,
@@ -202,7 +149,7 @@ def measured(study: Study, target: Target, seed: int) -> list[dict[str, Any]]:
     for variant in VARIANTS:
         drafter = load_drafter_for(target, study.folder(variant, seed), backend=target.backend)
         rivals.append(speculative(variant, target, drafter))
-    encoded = encode(held_out(study), target)
+    encoded = encode(studies.held_out(study), target)
     rows = []
     for temperature in study.temperatures:
         runs = compare(
@@ -214,30 +161,19 @@ def measured(study: Study, target: Target, seed: int) -> list[dict[str, Any]]:
             seed=seed,
         )
         for rival in rivals[1:]:
-            one = summarise(rival.name, rival.method, rival.parameters, runs[rival.name], runs[PLAIN], None)
-            against = summarise(rival.name, rival.method, rival.parameters, runs[rival.name], runs[BASE], None)
+            own = runs[rival.name]
+            against = studies.timed(rival, own, runs[BASE])
             rows.append(
                 {
                     "variant": rival.name,
                     "seed": seed,
                     "temperature": temperature,
-                    "tau": one.statistics.tau,
-                    "acceptance_rate": one.statistics.acceptance_rate,
-                    "acceptance_by_position": one.statistics.acceptance_by_position,
-                    "tokens_per_second": one.tokens_per_second,
-                    "speedup": one.speedup,
-                    "speedup_interval": list(one.speedup_interval),
-                    "speed_against_eagle": against.speedup,
-                    "draft_seconds_per_round": one.statistics.draft_seconds / max(1, one.statistics.rounds),
-                    "parameters": rival.parameters,
+                    **studies.counted(own),
+                    **studies.timed(rival, own, runs[PLAIN]),
+                    "speed_against_eagle": against["speedup"],
                 }
             )
     return rows
-
-
-def held_out(study: Study) -> Sequence[Prompt]:
-    """Prompts that nothing here was trained on."""
-    return load_prompts("heldout")[: study.limit] if study.prompts is None else read_prompts(study.prompts, study.limit)
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------
@@ -265,11 +201,7 @@ def summed_up(study: Study, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
         for temperature in study.temperatures:
             own = [row for row in rows if (row["variant"], row["temperature"]) == (variant, temperature)]
             if own:
-                positions = zip(*(row["acceptance_by_position"] for row in own), strict=False)
-                entry["decoding"][f"{temperature:g}"] = {
-                    **{name: spread([row[name] for row in own]) for name in FIGURES},
-                    "acceptance_by_position": [spread(list(values)) for values in positions],
-                }
+                entry["decoding"][f"{temperature:g}"] = studies.decoding_of(own, FIGURES)
         table.append(entry)
     return table
 
@@ -279,28 +211,14 @@ def parameters(study: Study, variant: str, rows: Sequence[dict[str, Any]]) -> in
     if counted:
         return counted[0]
     seed = next(seed for seed in range(study.seeds) if finished(study, variant, seed) is not None)
-    return sum(weight.numel() for weight in load_drafter(study.folder(variant, seed)).head.parameters())
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean, and the standard deviation over seeds where there are several."""
-    real = [value for value in values if value is not None and math.isfinite(value)]
-    if not real:
-        return {"mean": None, "deviation": None}
-    return {"mean": statistics.mean(real), "deviation": statistics.stdev(real) if len(real) > 1 else None}
+    return studies.parameters_of(study.folder(variant, seed))
 
 
 def markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
     """One table of the trainings, one for every temperature."""
-
-    def rows(head: Sequence[str], cells: Callable[[dict[str, Any]], list[str] | None]) -> list[str]:
-        body = [f"| {entry['variant']} | {' | '.join(found)} |" for entry in table if (found := cells(entry))]
-        return [f"| drafter | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|", *body, ""] if body else []
-
-    seeds = max((entry["seeds"] for entry in table), default=0)
-    over = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    lines = [f"Each trained {study.steps} steps on the same data; {over}.", ""]
-    lines += rows(
+    lines = [f"Each trained {study.steps} steps on the same data; {studies.over_seeds(table)}.", ""]
+    lines += studies.markdown_rows(
+        table,
         ["parameters", "agreement on the training data", "seconds of training"],
         lambda entry: [
             f"{entry['parameters']:,}",
@@ -309,62 +227,21 @@ def markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
         ],
     )
     for temperature in study.temperatures:
-        law = "Greedy" if temperature == 0 else f"Temperature {temperature:g}"
+        law = studies.law_of(temperature).capitalize()
 
         def cells(entry: dict[str, Any], key: str = f"{temperature:g}") -> list[str] | None:
             found = entry["decoding"].get(key)
             if found is None:
                 return None
-            by_position = ", ".join(number(one["mean"]) for one in found["acceptance_by_position"])
             forms = {"tau": ".2f", "tokens_per_second": ".1f", "speedup": ".2f", "speed_against_eagle": ".3f"}
-            return [*(shown(found[name], form) for name, form in forms.items()), by_position]
+            return [*(shown(found[name], form) for name, form in forms.items()), studies.by_position(found)]
 
         head = ["tau", "tokens/s", "speed-up", f"speed against {BASE}", "accepted at position 1, 2, ..."]
-        body = rows(head, cells)
+        body = studies.markdown_rows(table, head, cells)
         lines += (
             [f"{law}, {study.limit} prompts of up to {study.max_new_tokens} new tokens:", "", *body] if body else []
         )
     return "\n".join(lines)
-
-
-def shown(value: dict[str, float | None], form: str) -> str:
-    text = number(value["mean"], form)
-    return text if value["deviation"] is None else f"{text} +- {number(value['deviation'], form)}"
-
-
-def plot(study: Study, table: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of tau and speed-up with their spread, and acceptance by position, for every temperature."""
-    try:
-        from plotly import graph_objects, subplots
-    except ImportError:
-        raise UserError("the plot needs plotly; pip install 'outdraft[report]'") from None
-    laws = ["greedy" if temperature == 0 else f"temperature {temperature:g}" for temperature in study.temperatures]
-    titles = [f"{what}, {law}" for law in laws for what in ("tau", "speed-up", "accepted at a position")]
-    figure = subplots.make_subplots(rows=len(laws), cols=3, subplot_titles=titles)
-    for row, temperature in enumerate(study.temperatures, start=1):
-        entries = [entry for entry in table if f"{temperature:g}" in entry["decoding"]]
-        names = [entry["variant"] for entry in entries]
-        found = [entry["decoding"][f"{temperature:g}"] for entry in entries]
-        for column, name in enumerate(("tau", "speedup"), start=1):
-            errors = {"type": "data", "array": [one[name]["deviation"] or 0 for one in found]}
-            heights = [one[name]["mean"] for one in found]
-            figure.add_bar(x=names, y=heights, error_y=errors, showlegend=False, row=row, col=column)
-        for place, (name, one) in enumerate(zip(names, found, strict=True)):
-            heights = [at["mean"] for at in one["acceptance_by_position"]]
-            line = graph_objects.Scatter(
-                x=list(range(1, len(heights) + 1)),
-                y=heights,
-                name=name,
-                legendgroup=name,
-                showlegend=row == 1,
-                line={"color": COLOURS[place % len(COLOURS)]},
-            )
-            figure.add_trace(line, row=row, col=3)
-    figure.update_layout(height=380 * len(laws), title=f"FSPAD's parts, {study.steps} steps of training each")
-    write(path, figure.to_html(include_plotlyjs=True))
-
-
-COLOURS = ("#636efa", "#ef553b", "#00cc96", "#ab63fa")
 
 
 def report(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -377,17 +254,9 @@ def report(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> No
     write(study.output_dir / "study.md", text)
     print(text)
     if rows:
-        try:
-            plot(study, table, study.output_dir / "study.html")
-        except UserError as error:
-            console.print(f"no plot: {error}", markup=False)
-
-
-def write(path: Path, text: str) -> None:
-    """Aside and renamed, so that a killed run leaves no half file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        title = f"FSPAD's parts, {study.steps} steps of training each"
+        figures = {"tau": "tau", "speedup": "speed-up"}
+        studies.plot(study, table, figures, title, study.output_dir / "study.html", console)
 
 
 def arguments() -> tuple[Study, bool]:
