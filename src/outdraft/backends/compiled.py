@@ -1,4 +1,4 @@
-"""Forwards over few tokens through torch.compile; all others as if there were no compiler.
+"""Forwards over trees through torch.compile; those over prompts as if there were no compiler.
 
 A forward is compiled twice: for one token, and for any number of them up to `MOST_TOKENS`, all rows in one line
 (`outside.py`). On a CPU weights are frozen into the graphs, which lets the compiler pack them and fuse what stands
@@ -29,7 +29,7 @@ from outdraft.cache import SlotCache
 from outdraft.errors import first_line
 
 MOST_TOKENS = 256
-"""Tokens of all rows up to which a forward is compiled: prompts are not."""
+"""Tokens of all rows up to which a forward is compiled."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """By how much a graph's result may differ from the model's own, relative to its length."""
@@ -158,14 +158,18 @@ class CompiledForward:
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
         given = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        few = given.shape[0] * given.shape[1] <= MOST_TOKENS
-        if not few or not getattr(self.model, MARK) or not isinstance(inputs.get("past_key_values"), SlotCache):
+        if not self._compiles(given, inputs.get("past_key_values")):
             return self.forward(**inputs)
         name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
         key = (given.shape[0] * given.shape[1] == 1, name)
         if key in self._graphs:
             return self._run(self._graphs[key], given, inputs)
         return self._first(key, given, inputs)
+
+    def _compiles(self, given: Tensor, cache: Any) -> bool:
+        """Whether a forward is one of those that graphs are for: rows with nothing behind them are prompts."""
+        few = given.shape[0] * given.shape[1] <= MOST_TOKENS
+        return few and getattr(self.model, MARK) and isinstance(cache, SlotCache) and min(cache.lengths) > 0
 
     def _first(self, key: tuple[bool, str], given: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Make the graph, and compare it with the model."""
