@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from bench_data import QUESTIONS, benchmark, lines_of, question_file
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from cli_fixtures import Folders
+from outdraft.cli import app
 from outdraft.errors import UserError
 from outdraft.evaluation import spec_bench
 from outdraft.evaluation.measure import PLAIN, Answer
 from outdraft.evaluation.questions import SPEC_BENCH
+from outdraft.evaluation.reread import ALL, baseline_of, reread
 from outdraft.statistics import Statistics
 
 MT = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -51,15 +55,15 @@ def test_files_summary_and_their_script_agree(folders: Folders, tmp_path: Path) 
     names = [PLAIN, "transformers prompt-lookup", "prompt-lookup", "fspad"]
     assert [summary.name for summary in comparison.summaries] == names
     assert list(comparison.groups) == list(SPEC_BENCH)
+    again = reread(out, folders.target).methods
     for group in (None, *SPEC_BENCH):
         task = {None: "overall", "multi-turn": "mt_bench"}.get(group, str(group))
         for summary in comparison.summaries if group is None else comparison.groups[group]:
             files = [out / "model_answer" / spec_bench.file_name(name) for name in (summary.name, PLAIN)]
             theirs = their_speed(files[0], files[1], tokenizer, task)
-            again = spec_bench.reread(out, summary.name, PLAIN, tokenizer, group)
             assert summary.statistics.tau == pytest.approx(theirs[0], rel=1e-12)
             assert summary.spec_bench_speedup == pytest.approx(theirs[1], rel=1e-12)
-            assert again == {
+            assert again[files[0].stem][group or ALL] == {
                 "tau": pytest.approx(theirs[0], rel=1e-12),
                 "speedup": pytest.approx(theirs[1], rel=1e-12),
             }
@@ -93,6 +97,41 @@ def test_several_temperatures_have_a_file_each(folders: Folders, tmp_path: Path)
     benchmark(folders, question_file(tmp_path), output_dir=out, **settings)
     found = sorted(file.name for file in (out / "model_answer").iterdir())
     assert found == ["plain-temp-0.jsonl", "plain-temp-1.jsonl"]
+
+
+def test_answers_are_reread_on_the_command_line(folders: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = question_file(tmp_path)
+    (first, second) = benchmark(
+        folders, data, output_dir=out, temperatures=[0.0, 1.0], methods=["none", "fspad"]
+    ).comparisons
+
+    def again(*flags: object) -> Any:
+        return CliRunner().invoke(app, ["bench", "--reread", str(out), "--model", folders.target, *map(str, flags)])
+
+    found = json.loads(again("--json").stdout)["methods"]
+    assert list(found) == ["plain-temp-0", "plain-temp-1", "fspad-temp-0", "fspad-temp-1"]
+    for name, comparison in (("fspad-temp-0", first), ("fspad-temp-1", second)):
+        assert list(found[name]) == [ALL, *SPEC_BENCH]
+        assert found[name][ALL]["tau"] == pytest.approx(comparison["fspad"].statistics.tau, rel=1e-12)
+        assert found[name][ALL]["speedup"] == pytest.approx(comparison["fspad"].spec_bench_speedup, rel=1e-12)
+    assert "fspad-temp-1" in again().stdout
+
+    assert again("--limit", 1).exit_code == 2, "settings of a measurement would be ignored"
+    answers = out / "model_answer" / "fspad-temp-1.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
+    refused = again()
+    assert refused.exit_code == 2 and "different questions" in refused.stderr
+    (out / "model_answer" / "plain-temp-1.jsonl").unlink()
+    assert "no file of plain decoding for fspad-temp-1" in again().stderr
+    assert CliRunner().invoke(app, ["bench", "--reread", str(tmp_path / "absent")]).exit_code == 2
+
+
+def test_plain_decoding_is_found_by_its_name() -> None:
+    theirs = ["vicuna-7b-v1.3-eagle-float16-temp-0.0", "vicuna-7b-v1.3-vanilla-float16-temp-0.0", "x-vanilla-temp-1"]
+    assert baseline_of(theirs[0], theirs, Path()) == theirs[1]
+    with pytest.raises(UserError, match="2 files"):
+        baseline_of("fspad", ["fspad", "plain", "vanilla"], Path())
 
 
 def test_accept_lengths_leave_out_what_lies_past_the_end() -> None:

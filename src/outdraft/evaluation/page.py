@@ -23,11 +23,18 @@ def check(path: Path) -> None:
     """Whether the page could be written, asked before anything is measured.
 
     Raises:
-        UserError: plotly is not installed, or there is no such folder.
+        UserError: plotly is not installed.
+        OSError: its folder cannot be made or written to.
     """
     plotly_script()
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--report {path}: there is no folder {path.parent}; make it, or give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside(path).touch()
+    aside(path).unlink()
+
+
+def aside(path: Path) -> Path:
+    """Where the page is written before it takes its name."""
+    return path.with_name(path.name + ".partial")
 
 
 def plotly_script() -> str:
@@ -45,9 +52,8 @@ def plotly_script() -> str:
 
 def write(path: Path, result: BenchResult, tokenizer: Any) -> None:
     """The page, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(page(result, tokenizer), encoding="utf-8")
-    aside.replace(path)
+    aside(path).write_text(page(result, tokenizer), encoding="utf-8")
+    aside(path).replace(path)
 
 
 def page(result: BenchResult, tokenizer: Any) -> str:
@@ -101,7 +107,8 @@ def _section(number: int, one: Comparison, result: BenchResult, tokenizer: Any, 
         figures.append({"id": name, **figure})
         drawn.append(
             f'<section class="card drawn"><h3>{escape(title)}</h3><p class="muted">{escape(note)}</p>'
-            f'<div class="chart" id="{name}" role="img" aria-label="{escape(title)}"></div></section>'
+            f'<div class="wide"><div class="chart" id="{name}" role="img" aria-label="{escape(title)}"></div></div>'
+            "</section>"
         )
     return (
         f'<h2 id="law-{number}">{escape(law(one.temperature).capitalize())}</h2>'

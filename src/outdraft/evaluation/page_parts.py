@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -92,7 +93,7 @@ def heads(one: Comparison) -> str:
     rivals = sorted((s for s in one.summaries if s.method != "none"), key=lambda s: -s.speedup)[:4]
     cards = "".join(
         f'<div class="card"><div class="name">{escape(s.name)}</div><div class="big">{number(s.speedup)}×</div>'
-        f'<div class="muted">95%: {_interval(s)}<br>tau {number(s.statistics.tau)}, '
+        f'<div class="muted">95%: {_interval(s) or "none of one question"}<br>tau {number(s.statistics.tau)}, '
         f"{number(s.tokens_per_second, '.1f')} tokens/s</div></div>"
         for s in rivals
     )
@@ -133,7 +134,7 @@ def _table(summaries: Sequence[Summary], caption: str) -> str:
             number(100 * s.statistics.acceptance_rate, ".0f") + ("%" if s.statistics.drafted else ""),
             number(s.tokens_per_second, ".1f"),
             number(1000 * s.first_token_seconds, ".0f"),
-            f'<b>{number(s.speedup)}×</b> <span class="muted">[{_interval(s)}]</span>',
+            f'<b>{number(s.speedup)}×</b> <span class="muted">{_interval(s)}</span>',
             f"{number(s.mean_rate_speedup)}×",
             f"{number(s.spec_bench_speedup)}×",
             escape(verdict(s)),
@@ -151,8 +152,9 @@ def _row(cells: Iterable[str], kinds: Sequence[str]) -> str:
 
 
 def _interval(summary: Summary) -> str:
+    """Empty where one question leaves none."""
     low, high = summary.speedup_interval
-    return f"{number(low)}, {number(high)}"
+    return f"[{number(low)}, {number(high)}]" if math.isfinite(low) else ""
 
 
 def samples(one: Comparison, tokenizer: Any) -> str:

@@ -46,7 +46,7 @@ th:first-child, td:first-child, td.text, th.text { text-align:left; } tbody tr:l
 td:first-child { white-space:nowrap; } .facts td:first-child { white-space:normal; }
 td .muted { white-space:nowrap; font-size:13px; } .facts td:first-child { color:var(--muted); width:28%; }
 .facts td { text-align:left; overflow-wrap:anywhere; }
-.chart { width:100%; min-height:200px; } .chart .modebar { opacity:.6; }
+.chart { width:100%; min-width:600px; min-height:200px; } .chart .modebar { opacity:.6; }
 details { margin:8px 0; } summary { cursor:pointer; font-weight:600; }
 .tokens { white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.95; margin:8px 0;
   font:14px/1.95 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace; }
@@ -59,7 +59,8 @@ details { margin:8px 0; } summary { cursor:pointer; font-weight:600; }
     --hit:#cfe6f6; --hit-line:#0072b2; --own:#a34a00; --warn:#fff; --warn-line:#e69f00; color-scheme:light; }
   * { print-color-adjust:exact; -webkit-print-color-adjust:exact; } body { font-size:11.5px; } main { padding:0; }
   nav, .modebar { display:none !important; } .card { border-color:#bbb; padding:10px; }
-  .drawn, tr, .sample, .heads .card { break-inside:avoid; } h2, h3 { break-after:avoid; }
+  .drawn, tr, table, details, .sample, .heads .card { break-inside:avoid; } h2, h3 { break-after:avoid; }
+  .heads { grid-template-columns:repeat(4,1fr); } .big { font-size:24px; }
   .question { max-height:none; } .wide { overflow:visible; } th, td { padding:3px 5px; } }
 """
 

@@ -142,24 +142,6 @@ def counter(tokenizer: Any) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text).input_ids)
 
 
-def reread(folder: Path, method: str, baseline: str, tokenizer: Any, group: str | None = None) -> dict[str, float]:
-    """Spec-Bench's figures of one method from the files in an output folder.
-
-    Args:
-        folder: what `--output-dir` named.
-        method: contender, or the file's name without its ending.
-        baseline: likewise, of plain decoding.
-        tokenizer: the target's.
-        group: one task; all when None.
-
-    Returns:
-        `tau` and `speedup`, each the mean over the repetitions that the files hold.
-    """
-    files = [folder / FOLDER / file_name(name) for name in (method, baseline)]
-    lines, base = (in_group(read(file), group) for file in files)
-    return figures(lines, base, tokenizer)
-
-
 def figures(lines: Sequence[Record], base: Sequence[Record], tokenizer: Any) -> dict[str, float]:
     """`tau` over all repetitions, and the mean of the repetitions' speed-ups, as its report of several runs does."""
     repetitions = range(min((len(line["choices"]) for line in (*lines, *base)), default=0))

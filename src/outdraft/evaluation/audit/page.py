@@ -30,6 +30,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 0 0 .3rem; } p { marg
 section { border-top: 1px solid var(--line); padding: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; } td, th { border-bottom: 1px solid var(--line); text-align: left;
   padding: .25rem .8rem .25rem 0; vertical-align: top; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.checks { overflow-x: auto; } .checks td, .checks th { overflow-wrap: normal; white-space: nowrap; }
 .bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin: .6rem 0 .2rem; }
 .bars i { flex: 1; background: var(--bar); print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .9rem; } code { font-size: .85rem; overflow-wrap: anywhere; }
@@ -58,8 +59,9 @@ def page(audit: Audit) -> str:
 <p class="soft">{escape(told["method"])}; {escape(law_of(audit))}; {audit.seconds:.0f} s. A decoder that keeps the law
 is called wrong by the statistical checks, all together, with probability {audit.alpha:g} at most (Holm's
 correction).</p>
-<table><thead><tr><th>check</th><th>passed</th><th>p</th><th>p, Holm</th><th>seconds</th></tr></thead>
-<tbody>{rows}</tbody></table>
+<div class="checks"><table>
+<thead><tr><th>check</th><th>passed</th><th>p</th><th>p, Holm</th><th>seconds</th></tr></thead>
+<tbody>{rows}</tbody></table></div>
 {"".join(_section(finding) for finding in audit.findings)}
 <section><h2>Noise floor</h2><p>{escape(noise_line(audit))}.</p></section>
 <section><h2>Settings and machine</h2>{_facts(told)}{_facts(audit.environment)}</section>
