@@ -193,6 +193,9 @@ def _claim_folder(
             raise UserError(
                 f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
             ) from None
+        # A setting that the run's version did not have was at what is its default now.
+        fields = TrainingConfig.model_fields
+        before = {**{key: fields[key].default for key in identity.keys() & fields.keys()}, **before}
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             key = changed[0]
