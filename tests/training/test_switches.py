@@ -183,3 +183,16 @@ def test_layers_that_are_not_there_are_refused(target: Target, chats: Path, tmp_
         config = TrainingConfig(data=chats, output_dir=tmp_path / "run", max_steps=1, tap_layers=layers)
         with pytest.raises(UserError, match=says):
             train(target, config)
+
+
+def test_a_run_from_before_the_switches_goes_on(target: Target, chats: Path, tmp_path: Path) -> None:
+    """Its record says nothing of them: they were at what is the default."""
+    given = {"data": chats, "output_dir": tmp_path, "max_steps": 2, "report_to": ["none"], "precision": "fp32"}
+    train(target, TrainingConfig(**given))
+    record = tmp_path / "training_run.json"
+    before = json.loads(record.read_text())
+    assert before.pop("token_loss") == "soft" and before.pop("state_norm") is False
+    record.write_text(json.dumps(before))
+    assert train(target, TrainingConfig(**given), resume=True).steps == 2
+    with pytest.raises(UserError, match="token_loss was soft in this run and is top-k now"):
+        train(target, TrainingConfig(**given, token_loss="top-k"), resume=True)
