@@ -23,7 +23,16 @@ from outdraft.errors import UserError
 from outdraft.exact import Exactness, ExactTarget, exactly
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
-from outdraft.settings import EXACT_TREE, LOSSY, TREE_SETTINGS, check_prompt, pacer_of, sampling_settings, tree_shape
+from outdraft.settings import (
+    EXACT_TREE,
+    LOSSY,
+    TREE_SETTINGS,
+    check_prompt,
+    controller_of,
+    pacer_of,
+    sampling_settings,
+    tree_shape,
+)
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
@@ -110,7 +119,7 @@ def load(
         tokenizer: where the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
-        backend: `eager` or `packed`; by default `packed` on a CPU.
+        backend: `eager`, `packed` or `compiled`; by default `packed` on a CPU.
         trust_remote_code: run code from the model's repository.
 
     Raises:
@@ -152,7 +161,8 @@ class SpeculativeModel:
                 `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
-                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). What they learn
+                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). `tree_size="auto"`
+                leaves depth, width and size to `calibrated` (or `beta`) and what they cost here. What they learn
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
                 need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -217,7 +227,7 @@ class SpeculativeModel:
                 raise UserError(reason)
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
         exact = settings.pop("exact", False)
-        pacer = self._pacer(settings.pop("controller", None))
+        pacer = self._pacer(controller_of(settings.pop("controller", None), tree))
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:

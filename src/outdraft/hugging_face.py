@@ -38,7 +38,7 @@ def custom_generate(
     Args:
         draft_model: as in `load`.
         method: likewise.
-        backend: likewise; `packed` keeps a second copy of the linear layers.
+        backend: likewise; `packed` keeps a second copy of the linear layers, `compiled` two more.
         controller: as in `generate`.
         **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`.
     """
@@ -57,7 +57,7 @@ def custom_generate(
         if key not in bound:
             target = load_target(model, backend=backend)
             loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
-            bound[key] = (model, target, loaded, None if loaded is None else pacer_of(controller))
+            bound[key] = (model, target, loaded, None if loaded is None else pacer_of(controller, tree))
         _, target, drafter, pacer = bound[key]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)

@@ -6,13 +6,13 @@ how anything is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from outdraft.control import ControlSettings
+from outdraft.control import WEIGHING, ControlSettings
 from outdraft.control.pacing import Pacer
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -30,6 +30,15 @@ LOSSY = {
 TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_tokens", "candidates")
 """Those that say what to draft."""
 
+
+AUTO = "auto"
+"""`tree_size` for trees by the machine: a controller decides how deep, wide and large each is, by what that costs."""
+
+AUTO_CONTROLLER = "calibrated"
+"""Decides then, unless another that weighs tokens against seconds is named."""
+
+AUTO_TREE = TreeShape(depth=7, top_k=8, size=64)
+"""The most that such trees may be: beyond EAGLE-2's size, and deeper than drafts are accepted on the whole."""
 
 EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
@@ -68,7 +77,7 @@ def tree_shape(
     Args:
         drafter: None drafts nothing.
         device: of the target.
-        settings: some of `TREE_SETTINGS`; None is as good as absent.
+        settings: some of `TREE_SETTINGS`; None is as good as absent. With `tree_size` `auto` the others are bounds.
         sampling: whether the temperature is above 0. Chains are then sampled from the drafter's law, which the target
             accepts far more often than the most probable tokens; trees that are asked for stay EAGLE-2's.
         controlled: whether a controller decides how far to draft; what is asked for is then the most that it may.
@@ -76,9 +85,12 @@ def tree_shape(
     asked = {name: value for name, value in settings.items() if value is not None}
     if drafter is None:
         return TreeShape(0, 1, 1)
+    auto = asked.get("tree_size") == AUTO
+    if auto:
+        del asked["tree_size"]
     chain = asked.pop("num_speculative_tokens", None)
     sizes = {name.removeprefix("tree_"): whole(name, value) for name, value in asked.items() if name != "candidates"}
-    if chain is not None and sizes:
+    if chain is not None and (sizes or auto):
         raise UserError(
             "num_speculative_tokens is for chains, tree_depth, tree_top_k and tree_size for trees; give one"
         )
@@ -87,19 +99,60 @@ def tree_shape(
         base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
-        base = base.doubled() if controlled else base
+        base = largest(base) if auto else base.doubled() if controlled else base
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 
-def pacer_of(controller: Any) -> Pacer | None:
-    """What `generate` was given as `controller`: a name, settings, a ready pacer, or None for drafts of full length.
+def largest(default: TreeShape) -> TreeShape:
+    """How far a drafter with this default may go where the machine decides: chains twice as long, trees large."""
+    if default.top_k == 1:
+        return default.doubled()
+    bounds = {name: max(getattr(default, name), getattr(AUTO_TREE, name)) for name in ("depth", "top_k", "size")}
+    return replace(default, **bounds)
+
+
+def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:
+    """The controller asked for, or the one that a tree by the machine needs where none is.
+
+    Args:
+        controller: as `generate` takes it.
+        tree: some of `TREE_SETTINGS`.
 
     Raises:
-        UserError: no such controller.
+        UserError: a tree by the machine, and a controller that looks at no costs.
     """
+    if tree.get("tree_size") != AUTO:
+        return controller
+    if controller is None:
+        return AUTO_CONTROLLER
+    settings = controller.settings if isinstance(controller, Pacer) else control_settings(controller)
+    if not settings.weighs:
+        raise UserError(
+            f"tree_size auto weighs tokens against seconds, which controller {settings.name}"
+            f"{' with rule ' + settings.rule if settings.name in WEIGHING else ''} does not; "
+            f"choose of {', '.join(WEIGHING)}, or give tree_size a number"
+        )
+    return controller
+
+
+def control_settings(controller: Any) -> ControlSettings:
+    return controller if isinstance(controller, ControlSettings) else ControlSettings(str(controller))
+
+
+def pacer_of(controller: Any, tree: Mapping[str, Any] | None = None) -> Pacer | None:
+    """What `generate` was given as `controller`: a name, settings, a ready pacer, or None for drafts of full length.
+
+    Args:
+        controller: the same.
+        tree: the settings of the tree given with it.
+
+    Raises:
+        UserError: no such controller, or one that the tree cannot do with.
+    """
+    controller = controller_of(controller, tree or {})
     if controller is None or isinstance(controller, Pacer):
         return controller
-    settings = controller if isinstance(controller, ControlSettings) else ControlSettings(str(controller))
+    settings = control_settings(controller)
     return None if settings.name == "fixed" else Pacer(settings)
 
 

@@ -1,4 +1,4 @@
-"""How far to draft: one controller a row, asked before every level and told every verdict.
+"""How far to draft: a controller a row, asked before every level, alone or together, and told every verdict.
 
 Knows confidences, counts and seconds; nothing of models, trees or tokens.
 """
@@ -8,6 +8,6 @@ from __future__ import annotations
 from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.experience import Experience
-from outdraft.control.settings import CONTROLLERS, ControlSettings
+from outdraft.control.settings import CONTROLLERS, WEIGHING, ControlSettings
 
-__all__ = ["CONTROLLERS", "ControlSettings", "Controller", "Costs", "Experience"]
+__all__ = ["CONTROLLERS", "WEIGHING", "ControlSettings", "Controller", "Costs", "Experience"]

@@ -175,7 +175,7 @@ class _Running:
         """The sampling settings; whatever is wrong with any setting is said before anything runs."""
         generation = dict(self.settings.generation)
         tree = {name: generation.pop(name) for name in TREE_SETTINGS if name in generation}
-        controlled = pacer_of(generation.pop("controller", None)) is not None
+        controlled = pacer_of(generation.pop("controller", None), tree) is not None
         sampling = sampling_settings(generation)
         tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
         return sampling
