@@ -22,7 +22,8 @@ class SlotCache(Cache):
     """Keys and values of all layers for `rows` sequences of different lengths.
 
     Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
-    accepted path in all of them at once.
+    accepted path in all of them at once. Buffers may have more rows than are held: rows that leave make room for others
+    to join, and only rows that change their place are copied.
 
     Args:
         rows: sequences held.
@@ -35,6 +36,7 @@ class SlotCache(Cache):
         self.lengths: list[int] = [0] * rows
         self.pending = 0  # slots written after the committed ones, the same number in every row
         self.capacity = max(1, capacity)
+        self._room = rows  # rows that buffers have
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
         self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
@@ -63,7 +65,7 @@ class SlotCache(Cache):
         self._write(slots)
         self.pending += count
         if self.extent > self.capacity:
-            self._grow(max(self.extent, 2 * self.capacity))
+            self._fit(self.rows, max(self.extent, 2 * self.capacity))
         return slots
 
     def pending_slots(self, first: int, count: int, device: torch.device | str) -> Tensor:
@@ -87,6 +89,8 @@ class SlotCache(Cache):
         buffer, place = self._place(key_states, value_states, layer_idx)
         both = self._buffers[buffer][place]
         extent = self.extent
+        if both.shape[1] != self.rows:
+            both = both[:, : self.rows]
         if self._slots is None:
             both[0, :, :, extent - count : extent, : key_states.shape[-1]] = key_states
             both[1, :, :, extent - count : extent, : value_states.shape[-1]] = value_states
@@ -122,9 +126,26 @@ class SlotCache(Cache):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
+        moves = [(to, row) for to, row in enumerate(rows) if to != row]
+        extent = self.extent
+        self._fit(len(rows), self.capacity)
+        for buffer in self._buffers if moves else ():
+            to, source = torch.tensor(moves, device=buffer.device).unbind(1)
+            # All are read before one is written.
+            buffer[:, :, to, :, :extent] = buffer[:, :, source, :, :extent]
         self.lengths = [self.lengths[row] for row in rows]
-        for i, buffer in enumerate(self._buffers):
-            self._buffers[i] = buffer.index_select(2, torch.tensor(list(rows), device=buffer.device))
+
+    def join(self, other: SlotCache) -> None:
+        """Take in the other's rows after one's own; nothing may be pending in either."""
+        if self.pending or other.pending:
+            raise RuntimeError("rows join between rounds, when nothing is pending")
+        first, rows, extent = self.rows, self.rows + other.rows, other.extent
+        self._fit(rows, max(self.capacity, other.capacity))
+        for layer_idx, (buffer, place) in other._places.items():
+            theirs = other._buffers[buffer][place, :, : other.rows, :, :extent]
+            buffer, place = self._place(theirs[0], theirs[1], layer_idx)
+            self._buffers[buffer][place, :, first:rows, :, :extent] = theirs
+        self.lengths += other.lengths
 
     # --- what transformers asks of a cache ---------------------------------------------------------------------
 
@@ -165,7 +186,7 @@ class SlotCache(Cache):
     def _place(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[int, int]:
         if layer_idx in self._places:
             return self._places[layer_idx]
-        rows, heads, _, width = key_states.shape
+        _, heads, _, width = key_states.shape
         width = max(width, value_states.shape[-1])
         for i, buffer in enumerate(self._buffers):
             taken = {place for owner, place in self._places.values() if owner == i}
@@ -173,7 +194,7 @@ class SlotCache(Cache):
                 self._places[layer_idx] = (i, len(taken))
                 return self._places[layer_idx]
         layers = self._num_layers if not self._buffers else 1
-        shape = (layers, 2, rows, heads, self.capacity, width)
+        shape = (layers, 2, self._room, heads, self.capacity, width)
         self._buffers.append(torch.zeros(shape, dtype=key_states.dtype, device=key_states.device))
         self._places[layer_idx] = (len(self._buffers) - 1, 0)
         return self._places[layer_idx]
@@ -193,9 +214,13 @@ class SlotCache(Cache):
             # All are read before one is written.
             buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
 
-    def _grow(self, capacity: int) -> None:
+    def _fit(self, rows: int, capacity: int) -> None:
+        """Buffers of at least so many rows and slots a row."""
+        if rows <= self._room and capacity <= self.capacity:
+            return
+        room, slots, extent = max(rows, self._room), max(capacity, self.capacity), min(self.extent, self.capacity)
         for i, buffer in enumerate(self._buffers):
-            grown = buffer.new_zeros((*buffer.shape[:4], capacity, buffer.shape[5]))
-            grown[:, :, :, :, : self.capacity] = buffer
+            grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3], slots, buffer.shape[5]))
+            grown[:, :, : self.rows, :, :extent] = buffer[:, :, : self.rows, :, :extent]
             self._buffers[i] = grown
-        self.capacity = capacity
+        self._room, self.capacity = room, slots

@@ -22,7 +22,7 @@ from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.exact import ExactTarget
 from outdraft.places import integers
-from outdraft.run import TargetRun
+from outdraft.run import Output, TargetRun
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.statistics import Statistics
 from outdraft.target import Target
@@ -92,7 +92,7 @@ def decode(
         shape: of the trees, at most.
         costs: told what rounds cost, where rows have controllers (all of them, then).
     """
-    batch = _Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape, costs or Costs())
+    batch = Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape, costs or Costs())
     for row in rows:
         if row.max_new_tokens <= 0:
             row.finish_reason = "length"
@@ -101,8 +101,16 @@ def decode(
         yield batch.round()
 
 
-class _Batch:
-    """The rows still running, the target's cache and the drafter's state for them."""
+class Batch:
+    """The rows still running, the target's cache and the drafter's state for them.
+
+    Args:
+        target: decides.
+        drafter: proposes; None is plain decoding.
+        rows: filled in place, each of at least one new token.
+        shape: of the trees, at most; may be another one in every round.
+        costs: told what rounds cost.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape, costs: Costs):
         self.target, self.drafter, self.rows, self.shape, self.costs = target, drafter, list(rows), shape, costs
@@ -124,7 +132,36 @@ class _Batch:
             return []
         self.clock.start()
         prompts = [torch.tensor(row.prompt) for row in self.rows]
-        features, taps = self.run.prefill(prompts)
+        return self._begin(prompts, self.run.prefill(prompts))
+
+    def prefill_in_pieces(self, tokens: int) -> Iterator[list[Row]]:
+        """The same, giving the word back after every piece; the last one yields the rows.
+
+        Args:
+            tokens: of each row that a piece has at most.
+        """
+        prompts, pieces = [torch.tensor(row.prompt) for row in self.rows], list[Output]()
+        self.clock.start()
+        for piece in self.run.prefill_in_pieces(prompts, tokens):
+            pieces.append(piece)
+            self._spend()
+            yield []
+            self.clock.start()
+        yield self._begin(prompts, Output.cat(pieces))
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch of the same target and drafter, between rounds; it is of no use after."""
+        self.cache.join(other.cache)
+        if self.state is not None and other.state is not None:
+            self.state.join(other.state)
+            self.updates = [Update.beside(Update.join(self.updates), Update.join(other.updates))]
+        self.roots = torch.cat([self.roots, other.roots])
+        self.rows += other.rows
+        self.prefixes += other.prefixes
+
+    def _begin(self, prompts: list[Tensor], prefilled: Output) -> list[Row]:
+        """Decide each row's first token."""
+        features, taps = prefilled
         counts = [len(prompt) for prompt in prompts]
         index = torch.arange(len(counts), device=features.device)
         logits = self.target.head(features[index, integers([n - 1 for n in counts], features.device)])
@@ -144,11 +181,15 @@ class _Batch:
                 tokens[i, counts[i] - 1] = firsts[i]
             self.updates = [Update(tokens.to(features.device), taps, counts)]
             self.state = self.drafter.begin([prompt.to(features.device) for prompt in prompts], self.run)
+        self._spend()
+        return self.leave()
+
+    def _spend(self) -> None:
+        """The time since the clock was started went into prompts."""
         self.clock.mark()
         (seconds,) = self.clock.laps()
         for row in self.rows:
             row.statistics.prefill_seconds += seconds
-        return self._leave()
 
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
@@ -172,7 +213,7 @@ class _Batch:
             pace.observe(depths, accepted, emitted, tree.counts, verifying, rest)
         for row in self.rows:
             row.statistics.add_seconds(drafting, verifying, rest)
-        return self._leave()
+        return self.leave()
 
     def _pace(self, shape: TreeShape) -> RoundPace | None:
         """What the rows' controllers say of this round."""
@@ -229,10 +270,10 @@ class _Batch:
             prefix.append(verdict.tokens)
             row.statistics.add_round(tree.counts[i] - 1, tree.deepest[i], len(verdict.path) - 1, taken)
 
-    def _leave(self) -> list[Row]:
-        """Let finished rows go."""
+    def leave(self) -> list[Row]:
+        """Let finished rows go; all that were there."""
         gained = list(self.rows)
-        staying = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        staying = compacted([row.finish_reason is None for row in self.rows])
         for row in self.rows:
             if row.finish_reason is not None and row.controller is not None:
                 row.controller.finish()
@@ -246,6 +287,16 @@ class _Batch:
                 if self.state is not None:
                     self.state.select_rows(staying)
         return gained
+
+
+def compacted(staying: Sequence[bool]) -> list[int]:
+    """The places of those that stay, the last ones in the gaps that others leave, so that few are moved."""
+    order = list(range(sum(staying)))
+    behind = [place for place in range(len(order), len(staying)) if staying[place]]
+    for place in order:
+        if not staying[place]:
+            order[place] = behind.pop()
+    return order
 
 
 class _Prefix:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -112,6 +112,15 @@ class Update:
 
         return cls(joined("tokens"), joined("taps"), counts)
 
+    @classmethod
+    def beside(cls, first: Update, second: Update) -> Update:
+        """Those of other rows after one's own."""
+
+        def joined(name: str) -> Tensor:
+            return pad_sequence([*getattr(first, name), *getattr(second, name)], batch_first=True)
+
+        return cls(joined("tokens"), joined("taps"), first.counts + second.counts)
+
     def select_rows(self, rows: Sequence[int]) -> Update:
         """Only these rows, in this order."""
         index = torch.tensor(list(rows), device=self.tokens.device)
@@ -181,6 +190,13 @@ class DraftState(ABC):
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another state of the same drafter after one's own, between rounds.
+
+        Only serving needs it: rows join others that are being decoded.
+        """
+        raise UserError(f"{type(self).__name__} takes no further rows in, which serving needs; give it a `join`")
 
 
 class Drafter(ABC):

@@ -69,14 +69,16 @@ class EarlyExitState(DraftState):
         self.drafter, self.run = drafter, run
         self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity)
         self.last_position = drafter.target.context_length - 1
-        self.taken = 0  # of the next update, taps that the exit layer has read already: its last root's
+        # Of every row's next update, taps that the exit layer has read already: its last root's.
+        self.taken = [0] * run.cache.rows
         self._both = _BothCaches(run.cache, self.cache, drafter.cut.layers)
         self._at_once = type(run) is CutRun  # another run may have first layers of its own, as exact mode's
         self._expanded: list[tuple[Tensor, Tensor]] = []  # tokens and parents of the last tree's levels below the root
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         found = self._keep_accepted(update)
-        left = [count - self.taken - kept for count, kept in zip(update.counts, found, strict=True)]
+        seen = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
+        left = [count - known for count, known in zip(update.counts, seen, strict=True)]
         roots = update.roots[:, None]
         lower, none = RunAhead(self.run.cache, self.last_position), torch.zeros_like(roots)
         if self._at_once and not any(left):
@@ -84,8 +86,8 @@ class EarlyExitState(DraftState):
             self.cache.commit([range(1)] * len(left))
         else:
             hidden = self.run.ahead(roots, none, *lower.place(roots, none))
-            newest = self._take_in(update.taps, [self.taken + kept for kept in found], left, hidden)
-        self.taken = 1
+            newest = self._take_in(update.taps, seen, left, hidden)
+        self.taken = [1] * len(left)
         upper = RunAhead(self.cache, self.last_position)
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
@@ -99,7 +101,15 @@ class EarlyExitState(DraftState):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
+        self.taken = [self.taken[row] for row in rows]
         self._expanded = [(tokens[list(rows)], parents[list(rows)]) for tokens, parents in self._expanded]
+
+    def join(self, other: EarlyExitState) -> None:
+        for state in (self, other):  # what was computed for candidates is computed again where they were accepted
+            state.cache.rollback()
+            state._expanded = []
+        self.cache.join(other.cache)
+        self.taken += other.taken
 
     def _keep_accepted(self, update: Update) -> list[int]:
         """Commit what the exit layer has computed for candidates that were accepted; of every row, how many it had."""

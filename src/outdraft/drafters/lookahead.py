@@ -181,6 +181,11 @@ class LookaheadState(DraftState):
         self._take_in()
         self.rows = [self.rows[row] for row in rows]
 
+    def join(self, other: LookaheadState) -> None:
+        self._take_in()
+        other._take_in()
+        self.rows += other.rows
+
     def _take_in(self) -> None:
         """What the target said at the ends of the windows that ran."""
         said, self.run.said = self.run.said, None
