@@ -14,20 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import torch
 
 from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row
 from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.joining import Decoder
 from outdraft.serving.faults import Fault, broken, refused, stopping
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
 from outdraft.serving.memory import cache_slots
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.queueing import Room, Waiting
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.turns import Turns
 from outdraft.target import Target
 
 log = logging.getLogger("outdraft.serving")
@@ -55,34 +52,22 @@ class Drafting:
         return cls(None, TreeShape(0, 1, 1), TreeShape(0, 1, 1))
 
     @property
+    def largest(self) -> TreeShape:
+        """The tree that takes more slots of the cache."""
+        return max(self.greedy, self.sampling, key=self._slots)
+
+    @property
     def slots(self) -> int:
         """Slots of the cache that a round takes at most, beside what was decided."""
-        shapes = (self.greedy, self.sampling)
-        return max(shape.size if self.drafter is None else self.drafter.slots(shape) for shape in shapes)
+        return self._slots(self.largest)
+
+    def _slots(self, shape: TreeShape) -> int:
+        return shape.size if self.drafter is None else self.drafter.slots(shape)
 
     @property
     def levels(self) -> int:
         """That a draft can have."""
         return max(self.greedy.depth, self.sampling.depth) + 1
-
-
-class Decoder(Protocol):
-    """What the engine needs of a decoder; rows are filled in place."""
-
-    shape: TreeShape
-    """Of the next rounds' trees."""
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """These come in together, their prompts first."""
-
-    def prefill(self, tokens: int) -> list[Row]:
-        """Run about so many tokens of newcomers' prompts; the rows that gained their first token by it."""
-
-    def round(self) -> list[Row]:
-        """One round of the running rows; those that gained tokens."""
-
-    def remove(self, row: Row, reason: str) -> None:
-        """Take a row out, whatever it has got to."""
 
 
 @dataclass
@@ -186,7 +171,7 @@ class Engine:
 
     def _lane(self, drafting: Drafting) -> _Lane:
         costs = drafting.pacer.costs if drafting.pacer is not None else None
-        return _Lane(drafting, lambda: Turns(self.target, drafting.drafter, drafting.sampling, costs))
+        return _Lane(drafting, lambda: Decoder(self.target, drafting.drafter, drafting.largest, costs))
 
     def _run(self) -> None:
         try:
@@ -258,9 +243,8 @@ class Engine:
         greedy = all(row.warper.greedy for row in rows)
         lane.decoder.shape = lane.drafting.greedy if greedy else lane.drafting.sampling
         try:
-            with torch.inference_mode():
-                self._tell(lane.decoder.prefill(self.settings.prefill_chunk))
-                self._tell(lane.decoder.round())
+            self._tell(lane.decoder.prefill(self.settings.prefill_chunk))
+            self._tell(lane.decoder.round())
         except Exception:
             log.exception("decoding failed")
             jobs = {id(active.job): active.job for active in self._active.values() if active.lane is lane}
