@@ -42,6 +42,9 @@ EXIT = ExitLayer.method
 Network = FeatureHead | ExitLayer | MedusaHeads
 """Whatever is trained and saved."""
 
+KEPT = "draft_tokens"
+"""The tensor of a reduced draft vocabulary."""
+
 TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 """What an exit layer's target must have in common with the one it was trained for."""
 
@@ -193,10 +196,26 @@ def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping
         if "embed_tokens.weight" in tensors:
             head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     wanted = head.state_dict()
-    shown = {name: official_name(name, config) for name in wanted} if names else None
-    head.load_state_dict(fitting(tensors, wanted, file, shown=shown), assign=True)
+    kept = {KEPT: _draft_tokens(tensors, config, file)} if KEPT in wanted else {}
+    weights = {name: place for name, place in wanted.items() if name not in kept}
+    shown = {name: official_name(name, config) for name in weights} if names else None
+    head.load_state_dict({**fitting(tensors, weights, file, shown=shown), **kept}, assign=True)
     _warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
     return head
+
+
+def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file: str) -> Tensor:
+    """The ids of the tokens that may be drafted."""
+    found = tensors.get(KEPT)
+    if found is None:
+        raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
+    ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
+    if len(set(ids)) != config.draft_vocab_size or not all(0 <= token < config.vocab_size for token in ids):
+        raise UserError(
+            f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
+            "config.json says; copy or train it again"
+        )
+    return torch.tensor(ids)
 
 
 def _warn_of_unknown(unknown: list[str], file: str) -> None:

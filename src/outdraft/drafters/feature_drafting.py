@@ -17,6 +17,7 @@ from outdraft.backends import count_parameters
 from outdraft.cache import SlotCache
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_step import DraftStep
+from outdraft.drafters.draft_vocabulary import DraftVocabulary
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.drafters.growth import grow
 from outdraft.drafters.sight import Sight, causal_sight
@@ -50,6 +51,8 @@ class FeatureDrafter(Drafter):
         layers = head.config.tap_layers
         self.tapped = Tapped(target.model, layers) if layers else None
         self.step = DraftStep(head, self.embed, target.vocab_size)
+        kept = head.draft_tokens
+        self.vocabulary = None if kept is None else DraftVocabulary(kept, target)
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         tapped = self.tapped
@@ -63,8 +66,9 @@ class FeatureDrafter(Drafter):
         return count_parameters(self.head)
 
     def logits(self, p: Tensor) -> Tensor:
-        """What the target's head says of `(..., hidden)` p."""
-        return self.target.head(p.to(self.target.dtype))
+        """What the target's head says of `(..., hidden)` p, on the tokens that may be drafted."""
+        head = self.target.head if self.vocabulary is None else self.vocabulary.head
+        return head(p.to(self.target.dtype))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The checkpoint's own embedding where it has one, else the target's."""
@@ -96,7 +100,9 @@ class FeatureDraftState(DraftState):
             r, levels = out.r, levels + 1
             return self.drafter.logits(out.p)
 
-        tree = grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
+        vocabulary = self.drafter.vocabulary
+        growing = grow if vocabulary is None else vocabulary.grow
+        tree = growing(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
 

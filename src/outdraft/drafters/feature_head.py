@@ -56,8 +56,14 @@ class FeatureHeadConfig:
     state_norm: bool = False
     """RMSNorm on what is read as the feature, be it the target's or, fed back, the drafter's own; off is the
     paper's."""
+    draft_vocab_size: int = 0
+    """Tokens that may be drafted, the most frequent ones of the training's responses; 0 is the whole vocabulary."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.draft_vocab_size <= self.vocab_size:
+            raise UserError(
+                f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, not {self.draft_vocab_size}"
+            )
         self.tap_layers = tuple(self.tap_layers)
         if sorted(set(self.tap_layers)) != list(self.tap_layers) or (self.tap_layers and self.tap_layers[0] < 1):
             raise UserError(f"tap_layers must be layers from 1 on in rising order, not {list(self.tap_layers)}")
@@ -197,6 +203,9 @@ class FeatureHead(nn.Module):
         self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
         # A checkpoint may bring an embedding of its own; without one the target's is used.
         self.embed_tokens: nn.Embedding | None = None
+        kept = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
+        self.draft_tokens: Tensor | None
+        self.register_buffer("draft_tokens", kept)
         self._rotary_table: tuple[Tensor, Tensor] | None = None  # no buffer: `.to(bfloat16)` must not round angles
 
     @property

@@ -90,6 +90,8 @@ def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path)
     values = {name: config[name] for name in known if name in config}
     for name, value in values.items():
         default = known[name].default
+        if type(value) is type(default) and value == default:
+            continue
         if isinstance(default, tuple):
             values[name] = _layers(name, value, folder)
             continue

@@ -55,6 +55,9 @@ class TrainingConfig(BaseModel):
     middle and a high one (beyond the paper)."""
     state_norm: bool = False
     """Normalise what the drafter reads as the feature, its own fed-back one too (beyond the paper)."""
+    draft_vocab_size: int | None = Field(None, ge=1)
+    """Draft only so many tokens, the most frequent ones of the responses; all when not given. Pays where the vocabulary
+    is large."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -215,6 +218,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "partial_alignment": _FEATURE_HEADS,
     "tap_layers": _FEATURE_HEADS,
     "state_norm": _FEATURE_HEADS,
+    "draft_vocab_size": _FEATURE_HEADS,
     "w_reg": _FEATURE_HEADS,
     "w_reg_schedule": _FEATURE_HEADS,
     "w_cls": _FEATURE_HEADS,

@@ -23,6 +23,7 @@ from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
 from outdraft.training.config import TrainingConfig
+from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.features import GIGABYTE, FeatureCache, TrainingExamples, weights_fingerprint
 from outdraft.training.objective import Objective, objective_for
@@ -100,6 +101,7 @@ def train(
         ready = at_exit(ready, _exit_choice(target, ready, resume, console))
         config = ready.config
     objective = objective_for(target, config)
+    keep_frequent(objective.drafter, ready.examples)
     checkpoint = _claim_folder(target, ready, resume, args, console)
     cache = _feature_cache(target, ready, objective, args, console) if config.features == "cached" else None
 
