@@ -31,11 +31,12 @@ import outdraft.decoding as decoding
 from outdraft.backends import accelerate
 from outdraft.cache import SlotCache
 from outdraft.decoding import Row, decode
-from outdraft.drafters import draft_model, early_exit, feature_drafting, growth, lookahead, medusa
+from outdraft.drafters import draft_model, early_exit, feature_drafting, growth, lookahead, medusa, prompt_lookup
 from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.prompt_lookup import PromptLookup, _Lookup
+from outdraft.drafters.sight import Sight
 from outdraft.layers import Cut, ExitView
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts, reference_drafter_path
@@ -108,10 +109,10 @@ class Spans:
             medusa.MedusaState,
             lookahead.LookaheadState,
             draft_model._DraftModelState,
-            _Lookup,
+            prompt_lookup._Lookup,
         )
         found: list[tuple[Any, str, str | Callable[..., str]]] = [
-            (decoding._Batch, "round", "bookkeeping"),
+            (decoding.Batch, "round", "bookkeeping"),
             *((state, "propose", "draft glue") for state in states),
             (Target, "forward", self.layers),
             (Target, "inputs", "masks"),
@@ -120,27 +121,25 @@ class Spans:
             (Cut, "lower", self.layers),
             (Cut, "upper", self.layers),
             (ExitView, "__call__", "draft network"),
-            (FeatureHead, "forward", "draft network"),
+            (DraftStep, "__call__", "draft network"),
             (medusa.Medusa, "logits", "draft network"),
             (SlotCache, "update", WRITES),
             (SlotCache, "reserve", "masks"),
             (SlotCache, "arrange", "commit"),
             (SlotCache, "commit", "commit"),
-            (decoding._Batch, "_commit", "commit"),
+            (decoding.Batch, "_commit", "commit"),
             (growth.RunAhead, "place", "masks"),
             (CutRun, "tree", "masks"),
             (TargetRun, "tree", "masks"),
             (decoding, "verify", "verification"),
-            (PromptLookup, "match", "trees"),
+            (prompt_lookup.Text, "match", "trees"),
+            (prompt_lookup.Text, "extend", "trees"),
+            (Sight, "level", "masks"),
+            (feature_drafting, "causal_sight", "masks"),
         ]
-        for module in (feature_drafting, early_exit, draft_model, medusa):
-            found.append((module, "grow", "trees"))
-        for module in (feature_drafting, early_exit, draft_model):
-            if hasattr(module, "take_in"):
-                found.append((module, "take_in", "masks"))
-        found.append((feature_drafting, "attention_mask", "masks"))
         # What a drafter's step does beside networks and masks runs inside `grow` and counts as trees.
-        return [place for place in found if hasattr(place[0], place[1])]
+        found += [(module, "grow", "trees") for module in (feature_drafting, early_exit, draft_model, medusa)]
+        return [*found, (early_exit, "take_in", "masks")]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outdraft.cache import SlotCache
 from outdraft.layers import Cut, Tapped
+from outdraft.places import causal, counting, integers
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -85,8 +86,10 @@ class TargetRun:
 
         Candidates past the context's end are verified at its last position and then cut: their verdict is never used.
         """
-        lengths = torch.tensor(self.cache.lengths, device=self.target.device)
-        return (lengths[:, None] + tree.depths).clamp(max=self.target.context_length - 1)
+        lengths, last = self.cache.lengths, self.target.context_length - 1
+        positions = integers(lengths, self.target.device)[:, None] + tree.depths
+        # No node lies deeper than there are nodes.
+        return positions if max(lengths) + tree.nodes <= last else positions.clamp(max=last)
 
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
         """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
@@ -164,8 +167,7 @@ class CutRun(TargetRun):
             hidden = torch.cat([hidden, self._run_missing(tree, index, missing)], dim=1)
         self.cache.arrange(places)
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        starts = torch.tensor(self.cache.lengths, device=device)
-        slots = starts[:, None] + torch.arange(tree.nodes, device=device)
+        slots = self.cache.pending_slots(0, tree.nodes, device)
         inputs = self.target.inputs(self.positions(tree), tree.ancestors, slots, self.cache)
         return Output(self.cut.upper(hidden, **inputs), hidden)
 
@@ -174,10 +176,10 @@ class CutRun(TargetRun):
 
         A node is the candidate that ran ahead with its token after its parent; padding stands for the root.
         """
-        levels = [(level.tokens.tolist(), level.parents.tolist()) for level in self._levels]
+        levels = [torch.stack([level.tokens, level.parents]).tolist() for level in self._levels]
         places: list[list[int]] = []
         missing: list[list[int]] = []
-        for row, (tokens, parents) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)):
+        for row, (tokens, parents) in enumerate(zip(*tree.lists, strict=True)):
             ran: dict[tuple[int, int], int] = {}
             first = above = 0
             for level_tokens, level_parents in levels:
@@ -201,9 +203,8 @@ class CutRun(TargetRun):
         nodes = torch.tensor([new + [0] * (count - len(new)) for new in missing], device=device)
         pending = self.cache.pending
         self.cache.reserve(count, device)
-        starts = torch.tensor(self.cache.lengths, device=device)
-        slots = starts[:, None] + torch.arange(pending + count, device=device)
-        rows = torch.arange(len(missing), device=device)[:, None]
+        slots = self.cache.pending_slots(0, pending + count, device)
+        rows = counting(0, len(missing), device)[:, None]
         # Several nodes may have one place (padding has the root's): seen if any of them is.
         seen = torch.zeros(len(missing), count, pending + count, dtype=torch.int, device=device)
         seen.scatter_add_(2, places[:, None].expand(-1, count, -1), tree.ancestors[rows, nodes].int())
@@ -220,8 +221,3 @@ class _Level(NamedTuple):
     tokens: Tensor
     parents: Tensor
     hidden: Tensor
-
-
-def causal(rows: int, count: int, device: torch.device | str) -> Tensor:
-    """`(rows, count, count)` each token sees itself and those before it."""
-    return torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(rows, -1, -1)

@@ -130,8 +130,7 @@ class Target:
     def logits(self, features: Tensor, counts: Sequence[int]) -> Tensor:
         """`(rows, nodes, vocab)` after the first `counts` nodes of every row; what stands after padding is no logit.
 
-        One run of the head over all nodes: several small ones over those that verification walks by cost more
-        (docs/performance.md).
+        One run of the head over all nodes: over those that verification walks by it would be a run for every level.
         """
         rows, nodes, _ = features.shape
         if not self.ragged or sum(counts) == rows * nodes:

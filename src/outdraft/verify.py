@@ -26,7 +26,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from outdraft.sampling import Chance, Warper, laws_of
+from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.tree import Tree
 
 
@@ -73,24 +73,31 @@ def verify_sampled(
         nodes = [verdicts[row].path[-1] for row in walking]
         own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
         laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
-        accepted = []
+        accepted, ended, left = [], [], []
         for row, node, p in zip(walking, nodes, laws, strict=True):
             guesses = children[row].get(node, [])
             q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
             without_replacement = tree.candidates == "without_replacement"
-            place, token = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
-            verdicts[row].tokens.append(token)
-            if place is not None:
+            place, p = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
+            if place is None:
+                ended.append(row)
+                left.append(p)
+            else:
                 verdicts[row].path.append(guesses[place])
+                verdicts[row].tokens.append(tokens[row][guesses[place]])
                 accepted.append(row)
+        if ended:
+            drawn = draw_each([chances[row] for row in ended], torch.stack(left)).tolist()
+            for row, token in zip(ended, drawn, strict=True):
+                verdicts[row].tokens.append(token)
         walking = accepted
     return verdicts
 
 
 def decide(
     p: Tensor, q: Tensor | None, guesses: Sequence[int], without_replacement: bool, chance: Chance
-) -> tuple[int | None, int]:
-    """The token after one node: one of the guesses, or else one drawn from what is left of the target's law.
+) -> tuple[int | None, Tensor]:
+    """The token after one node: one of the guesses, or else to be drawn from what is left of the target's law.
 
     Args:
         p: `(vocab,)` the target's law after the node.
@@ -100,13 +107,13 @@ def decide(
         chance: of the row.
 
     Returns:
-        Which of the guesses was accepted, None if none was; and the token.
+        Which of the guesses was accepted, None if none was; and what is left of p.
     """
     for place, x in enumerate(guesses):
         if chance.accept(acceptance(p, q, x)):
-            return place, x
+            return place, p
         p, q = residual(p, q, x, without_replacement)
-    return None, chance.draw(p)
+    return None, p
 
 
 def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:

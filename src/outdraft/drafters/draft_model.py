@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.growth import RunAhead, grow
 from outdraft.errors import UserError
+from outdraft.places import counting, integers
 from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -98,14 +100,9 @@ class _DraftModelState(DraftState):
             for row, (known, count) in enumerate(zip(self.known, update.counts, strict=True))
         ]
         self.known = [0] * len(news)
-        longest = max(len(new) for new in news)
-        device = update.tokens.device
-        tokens = torch.zeros(len(news), longest, dtype=torch.long, device=device)
-        parents = torch.arange(-1, longest - 1, device=device).repeat(len(news), 1)
-        for row, new in enumerate(news):
-            tokens[row, : len(new)] = new
-        features = self.run.tree(Tree(tokens, parents, [longest] * len(news))).features
+        tokens = pad_sequence(news, batch_first=True)
+        features = self.run.tree(Tree.chains(tokens, 1)).features
         self.cache.commit([range(len(new)) for new in news])
-        index = torch.arange(len(news), device=device)
-        last = torch.tensor([len(new) - 1 for new in news], device=device)
+        index = counting(0, len(news), tokens.device)
+        last = integers([len(new) - 1 for new in news], tokens.device)
         return tokens[index, last], self.model.head(features[index, last])

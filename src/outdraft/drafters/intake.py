@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from outdraft.cache import SlotCache
-from outdraft.run import PREFILL_CHUNK, causal
+from outdraft.places import causal, counting, integers
+from outdraft.run import PREFILL_CHUNK
 
 Forward = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """(piece, positions, seen, slots) -> outputs, each `(rows, tokens of the piece, width)`."""
@@ -32,7 +33,7 @@ def take_in(
     Returns:
         `(rows, width)` of every output at each row's last token.
     """
-    row = torch.arange(len(counts), device=device)
+    row = counting(0, len(counts), device)
     last: list[Tensor] = []
     for start in range(0, max(counts), PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, max(counts) - start)
@@ -41,7 +42,7 @@ def take_in(
         outputs = forward(slice(start, start + count), slots.clamp(max=last_position), seen, slots)
         real = [max(0, min(count, total - start)) for total in counts]
         cache.commit([range(n) for n in real])
-        newest = [output[row, torch.tensor([max(0, n - 1) for n in real], device=device)] for output in outputs]
+        newest = [output[row, integers([max(0, n - 1) for n in real], device)] for output in outputs]
         if last:  # rows that ended before this piece keep what they had
             going = torch.tensor([n > 0 for n in real], device=device)[:, None]
             newest = [new.where(going, old) for new, old in zip(newest, last, strict=True)]

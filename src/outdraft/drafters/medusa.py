@@ -20,6 +20,7 @@ from outdraft.backends import count_parameters
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.growth import grow
 from outdraft.errors import UserError
+from outdraft.places import counting, integers
 from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -151,8 +152,8 @@ class MedusaState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         shape = shape.at_most(self.drafter.heads.config.num_heads, shape.size)
-        row = torch.arange(len(update.counts), device=update.taps.device)
-        last = torch.tensor(update.counts, device=update.taps.device) - 1
+        row = counting(0, len(update.counts), update.taps.device)
+        last = integers([count - 1 for count in update.counts], update.taps.device)
         logits = self.drafter.logits(update.taps[row, last], shape.depth + 1)
         levels = iter(range(1, shape.depth + 1))
 
