@@ -176,7 +176,8 @@ def random_target(case: dict[str, Any]) -> Target:
     )
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
-    return Target(LlamaForCausalLM(config).to("cuda" if cuda else "cpu", torch.bfloat16).eval().requires_grad_(False))
+    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return Target(model.to("cuda" if cuda else "cpu", torch.bfloat16))
 
 
 def random_examples(case: dict[str, Any]) -> ExampleSet:
@@ -194,7 +195,8 @@ class Clock(TrainerCallback):
     """Seconds from the beginning to the end of every step, and the peak of memory between the first and the last."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self._began, self._before = device, [], 0.0, 0
+        self.device, self._began, self._before = device, 0.0, 0
+        self.seconds: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.device.type == "cuda":
