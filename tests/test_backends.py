@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models import tiny
@@ -261,3 +264,20 @@ def test_exact_mode_refuses_compiled_forwards() -> None:
     loaded = load(tiny("llama-gqa", dtype=torch.float32), method="prompt-lookup", backend="compiled")
     with pytest.raises(UserError, match="backend packed or eager"):
         loaded.generate([1, 2, 3], max_new_tokens=4, exact=True)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_quantised_targets_decode_losslessly_without_being_asked_for_eager(kind: str, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    tiny("llama-gqa", dtype=torch.float32).save_pretrained(tmp_path)
+    config = TorchAoConfig(getattr(quantization, kind)())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    assert "Int8" in type(model.model.layers[0].mlp.up_proj.weight).__name__
+    prompts = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="backend")
+        loaded = load(model, method="prompt-lookup")
+    together = loaded.generate(prompts, max_new_tokens=24)
+    assert loaded.target.backend == "eager" and together.statistics.accepted > 0
+    assert together.tokens == load(model).generate(prompts, max_new_tokens=24).tokens
+    assert together.tokens == [loaded.generate(prompt, max_new_tokens=24).tokens[0] for prompt in prompts]

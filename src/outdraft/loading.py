@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from outdraft.backends import accelerate, default_backend, default_dtype
+from outdraft.backends import accelerate, default_backend, default_dtype, why_not_packed
 from outdraft.drafters.base import Drafter
 from outdraft.drafters.checkpoint import Network, load_drafter, load_exit_layer, load_medusa, own_method
 from outdraft.drafters.draft_model import DraftModel
@@ -101,7 +101,7 @@ def load_target(
         words = _load_tokenizer(str(folder), trust_remote_code)
     place = loaded.get_input_embeddings().weight
     if backend is None or backend == "auto":
-        backend = default_backend(place.device, place.dtype)
+        backend = default_backend(place.device, place.dtype) if why_not_packed(loaded) is None else "eager"
     return Target(loaded, words, backend)
 
 
