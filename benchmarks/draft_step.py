@@ -206,8 +206,9 @@ class Bench:
         from outdraft.sampling import Dice, SamplingSettings, Warper
         from outdraft.tree import Tree
 
-        for module in (early_exit, feature_drafting):
-            module.grow = self.levels  # type: ignore[attr-defined]
+        for module in (early_exit, feature_drafting, sys.modules.get("outdraft.drafters.draft_vocabulary")):
+            if module is not None:
+                module.grow = self.levels  # type: ignore[attr-defined]
         target, drafter = self.target, self.drafter
         cache = target.new_cache(1, 512)
         run = drafter.start(target, cache)
