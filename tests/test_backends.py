@@ -149,12 +149,14 @@ def test_a_graph_for_one_token_and_one_for_more_serve_all_rows_nodes_and_lengths
 
 @pytest.mark.usefixtures("untranslated")
 def test_lines_may_be_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("gemma2")
+    model = tiny("llama-gqa")
     monkeypatch.setattr(compiled, "line_of", lambda count, device: count + 3)
+    eager, target = Target(model), Target(model, backend="compiled")
     with torch.inference_mode():
         for rows, nodes in ((2, 5), (1, 1), (1, 9)):
-            ours = tree_features(Target(model, backend="compiled"), rows, nodes)
-            torch.testing.assert_close(ours, tree_features(Target(model), rows, nodes), atol=1e-9, rtol=1e-9)
+            ours, stock = tree_features(target, rows, nodes), tree_features(eager, rows, nodes)
+            torch.testing.assert_close(ours, stock, atol=1e-9, rtol=1e-9)
+    assert target.backend == "compiled"
 
 
 @pytest.mark.usefixtures("untranslated")
