@@ -253,7 +253,7 @@ def greatest(scores: Tensor) -> Tensor:
     """`(...)` index of the largest of `(..., vocab)`, the first of equals."""
     if scores.device.type != "cpu":
         return scores.argmax(-1)
-    # NumPy's search is vectorised; torch's takes ten times as long on a CPU, in bfloat16 twenty.
+    # NumPy's search is vectorised: over 4096 to 128,000 tokens it takes a third to a twelfth of torch's time on a CPU.
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return torch.from_numpy(wide.detach().numpy().argmax(-1, keepdims=True))[..., 0]
 
