@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row
 from outdraft.drafters.base import Drafter, TreeShape
@@ -119,6 +121,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deadline: float | None = None  # set once the server is going down
         self._gate = threading.Lock()  # nothing is submitted once the thread has looked for the last time
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="outdraft-engine", daemon=True)
 
     # --- from any thread ---------------------------------------------------------------------------------------
@@ -174,6 +177,7 @@ class Engine:
         return _Lane(drafting, lambda: Decoder(self.target, drafting.drafter, drafting.largest, costs))
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._obey():
                 self._admit()

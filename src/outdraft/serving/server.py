@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import signal
 import socket
@@ -70,7 +71,8 @@ class Service:
         names = settings.served_model_name or [_name(model.target)]
         self.settings = settings
         self.metrics = Metrics(names[0])
-        translator = Translator(model.target, model.tokenizer, names, settings)
+        # One of its own: encoding may change a tokenizer's state while the engine decodes with the other.
+        translator = Translator(model.target, copy.deepcopy(model.tokenizer), names, settings)
         self.engine = Engine(
             model.target, drafting(model, tree or {}, controller), settings, translator.context_length, self.metrics
         )

@@ -1,0 +1,94 @@
+"""What the server gives when several clients ask at once, with the drafter and without, over the loopback.
+
+    OMP_NUM_THREADS=2 python benchmarks/serving.py [--clients 1,4,16] [--max-new-tokens 64] [--draft-model reference]
+
+Every client asks one held-out prompt after the other, streamed and greedy. Ways take turns; a table says tokens per
+second of all clients together, the ratio to plain decoding by the same server at the same number of clients, tau, and
+the median time to the first token. Run it with nothing else running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from outdraft.generation import load
+from outdraft.reference.prompts import load_prompts
+from outdraft.serving.server import Service, listen
+from outdraft.serving.settings import ServeSettings
+
+
+def ask(http: httpx.Client, messages: Any, most: int, speculative: bool) -> tuple[float, dict[str, Any]]:
+    """Seconds to the first chunk of text, and the usage."""
+    body = {"messages": messages, "max_tokens": most, "temperature": 0, "stream": True, "ignore_eos": True}
+    body |= {"stream_options": {"include_usage": True}, "speculative": speculative}
+    began, first, usage = time.perf_counter(), 0.0, {}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - began
+                usage = json.loads(line.removeprefix("data: ")).get("usage") or usage
+    return first, usage
+
+
+def measure(url: str, prompts: list[Any], clients: int, most: int, speculative: bool) -> dict[str, float]:
+    """One way, all prompts."""
+    with httpx.Client(base_url=url, timeout=600) as http, ThreadPoolExecutor(clients) as pool:
+        began = time.perf_counter()
+        done = list(pool.map(lambda messages: ask(http, messages, most, speculative), prompts))
+        seconds = time.perf_counter() - began
+    tokens = sum(usage["completion_tokens"] for _, usage in done)
+    rounds = sum(usage["speculation"]["rounds"] for _, usage in done)
+    emitted = tokens - len(done)
+    return {
+        "rate": tokens / seconds,
+        "tau": emitted / rounds,
+        "first": statistics.median(first for first, _ in done),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", default="1,4,16")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--draft-model", default="reference")
+    parser.add_argument("--turns", type=int, default=2)
+    options = parser.parse_args()
+    service = Service(load(options.model, options.draft_model), ServeSettings())
+    listening, ready = listen("127.0.0.1", 0), threading.Event()
+    thread = threading.Thread(target=service.serve, args=(listening, lambda url: ready.set()))
+    thread.start()
+    ready.wait()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    prompts = [messages[:1] for messages in load_prompts("heldout")[: options.prompts]]
+    measure(url, prompts[:2], 2, 8, True)
+    measure(url, prompts[:2], 2, 8, False)
+    print("clients  drafter  tokens/s  ratio   tau  first token (ms)")
+    for clients in map(int, options.clients.split(",")):
+        found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for turn in range(options.turns):
+            for speculative in (False, True) if turn % 2 == 0 else (True, False):
+                found[speculative].append(measure(url, prompts, clients, options.max_new_tokens, speculative))
+        plain = statistics.median(one["rate"] for one in found[False])
+        for speculative, runs in found.items():
+            rate, tau, first = (statistics.median(run[name] for run in runs) for name in ("rate", "tau", "first"))
+            way = "yes" if speculative else "no"
+            print(
+                f"{clients:7d}  {way:>7}  {rate:8.1f}  {rate / plain:5.2f}  {tau:4.2f}  {first * 1000:16.0f}",
+                flush=True,
+            )
+    service.stop()
+    thread.join()
+
+
+if __name__ == "__main__":
+    main()
