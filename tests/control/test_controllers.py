@@ -238,6 +238,21 @@ def test_a_deep_candidate_counts_for_what_its_level_is_worth_not_for_what_the_dr
     assert worth_verifying(1.0, gains, controller.costs, 1) == 2
 
 
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+def test_levels_whose_candidates_are_cut_are_drafted_less(name: str):
+    """Whatever their candidates' chances all together: nothing that is not verified is accepted."""
+    lengths = []
+    for cut in (0, 2):
+        controller = make(name, fixed_costs(), prior_accepted=50.0)
+        for _ in range(60):
+            levels = length_of(controller)
+            controller.size([0.7] * levels, [0.7], [0])
+            kept = max(0, levels - cut)
+            controller.observe([0.7] * kept, kept, kept + 1, PLAIN_PASS)
+        lengths.append(mean(length_of(controller) for _ in range(10)))
+    assert lengths[0] > lengths[1] + 1
+
+
 @pytest.mark.parametrize("name", ["fixed", "confidence", "ucb"])
 def test_other_controllers_verify_all_candidates(name: str):
     assert make(name, fixed_costs()).size([0.6, 0.2], [0.5, 0.1, 0.0001], [0, 0, 1]) == 3

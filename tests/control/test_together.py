@@ -100,7 +100,7 @@ def test_one_row_together_is_that_row_alone(name: str):
         accepted = min(len(kept), draft.accepted)
         seconds = costs.round(len(kept), 1 + len(kept))
         alone.observe(kept, accepted, 1 + accepted, seconds)
-        together.observe(len(kept), len(kept), [kept], [accepted], [1 + accepted], seconds)
+        together.observe([len(kept)], len(kept), [kept], [accepted], [1 + accepted], seconds)
         assert controllers[0].safeguard.credit == pytest.approx(alone.safeguard.credit)
 
 
@@ -151,7 +151,7 @@ def test_rows_pool_their_credit_and_share_it_from_then_on():
     controllers = batch("beta", 3, costs)
     controllers[0].safeguard = Safeguard(8.0, 0.0, 0.0)
     together = Together(controllers, costs)
-    together.observe(0, 0, [[], [], []], [0, 0, 0], [1, 1, 1], PLAIN_PASS)
+    together.observe([0, 0, 0], 0, [[], [], []], [0, 0, 0], [1, 1, 1], PLAIN_PASS)
     for controller in controllers:
         assert controller.safeguard.credit == pytest.approx((8 + 2 * START) / 3 + 0.02)
     controllers[0].safeguard.credit = 0.0

@@ -22,6 +22,7 @@ class Outcome:
         confidences, accepted, tokens, seconds: as in `Controller.observe`.
         expected: seconds that the round should have taken.
         nodes: drafted ones that the target's pass was over.
+        drafted: levels that were drafted, those counted of which no candidate was verified.
     """
 
     confidences: Sequence[float]
@@ -30,6 +31,7 @@ class Outcome:
     seconds: float
     expected: float
     nodes: float
+    drafted: int
 
 
 class Adaptive(Controller):
@@ -59,6 +61,7 @@ class Adaptive(Controller):
         self._learned: dict[str, Evidence] = {}
         self._rounds = 0.0  # drafted, fading as the evidence does
         self._nodes = 0.0  # of this round's draft
+        self._levels = 0  # likewise, before candidates were cut
 
     @abstractmethod
     def wants(self, confidences: Sequence[float], nodes: float) -> bool:
@@ -71,7 +74,7 @@ class Adaptive(Controller):
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         levels = len(confidences)
         if levels == 0:
-            self._nodes = 0.0
+            self._nodes, self._levels = 0.0, 0
         if levels >= self.limit:
             return False
         added = self.expected_nodes(nodes)
@@ -85,8 +88,8 @@ class Adaptive(Controller):
         levels, nodes = len(confidences), self._nodes if confidences else 0.0
         self.safeguard.observe(levels > 0, accepted, self.loss(levels, nodes) if levels else 0.0)
         expected = self.costs.round(levels, 1 + nodes, self.rows)
-        self.update(Outcome(confidences, accepted, tokens, seconds, expected, nodes))
-        self._nodes = 0.0
+        self.update(Outcome(confidences, accepted, tokens, seconds, expected, nodes, max(levels, self._levels)))
+        self._nodes, self._levels = 0.0, 0
 
     def update(self, outcome: Outcome) -> None:
         """Take in what a round taught; the safeguard is its caller's business."""

@@ -152,9 +152,9 @@ class RoundPace:
         drafted = [own[:depth] for own, depth in zip(self.confidences, depths, strict=True)]
         measured = sum(self._laps) + verify_seconds + rest_seconds
         if self.together is not None:
-            levels = max(len(own) for own in self.confidences)
+            levels = [len(own) for own in self.confidences]
             if self.costs.given:
-                measured = self.costs.round(levels, max(nodes), rows)
+                measured = self.costs.round(max(levels), max(nodes), rows)
             self.together.observe(levels, max(nodes) - 1, drafted, accepted, emitted, measured)
             return
         for row, controller in enumerate(self.controllers):

@@ -36,6 +36,7 @@ class ThompsonController(Adaptive):
         self.counts = self.evidence("beta", prior)
         self.pace = Pace(self.evidence("pace", Pace.PRIOR), self.costs)
         self.verified = self.evidence("verified", NODES_A_LEVEL)
+        self.kept = self.evidence("kept", (1.0, 1.0))
         self.theta = 0.0  # the last one drawn
 
     @abstractmethod
@@ -59,7 +60,7 @@ class ThompsonController(Adaptive):
         if self.rule == "bernoulli":
             return uniform(self.generator) < self.theta
         if confidences:
-            chance = self.survival(confidences) * self.theta
+            chance = self.survival(confidences) * self.theta * self.kept_share
             return worth_going_on(self.price, chance, nodes, self.costs, self.rows)
         return worth_starting(self.price, self.ahead(), nodes, self.costs, self.rows)
 
@@ -72,6 +73,11 @@ class ThompsonController(Adaptive):
         """Of a token of this row, in seconds."""
         return self.pace.seconds_per_token(self.rows)
 
+    @property
+    def kept_share(self) -> float:
+        """Of the last levels of drafts, those of which a candidate was verified: what is cut earns nothing."""
+        return self.kept[0] / self.kept[1]
+
     def expected_nodes(self, nodes: int) -> float:
         return min(nodes, self.verified[0] / self.verified[1])
 
@@ -80,7 +86,7 @@ class ThompsonController(Adaptive):
         size = worth_verifying(self.price, likely, self.costs, self.rows)
         while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
             size -= 1
-        self._nodes = size
+        self._nodes, self._levels = size, len(confidences)
         return size
 
     def width(self, confidences: Sequence[float], gains: Sequence[float]) -> int:
@@ -101,6 +107,9 @@ class ThompsonController(Adaptive):
     def learn(self, outcome: Outcome) -> None:
         self.pace.observe(outcome.tokens, outcome.seconds, outcome.expected, self.rows)
         levels = len(outcome.confidences)
+        if outcome.drafted > 1:
+            self.kept.add(0, float(levels == outcome.drafted))
+            self.kept.add(1, 1.0)
         if not levels:
             return
         self.counts.add(0, outcome.accepted)

@@ -52,7 +52,7 @@ class Together:
             if not may:
                 continue
             controller.theta = controller.draw_theta(kept)
-            chance += controller.survival(kept) * controller.theta
+            chance += controller.survival(kept) * controller.theta * controller.kept_share
             if levels == 0:
                 ahead = [sum(pair) for pair in zip(ahead, controller.ahead(), strict=True)]
         if levels == 0:
@@ -90,7 +90,7 @@ class Together:
 
     def observe(
         self,
-        levels: int,
+        drafted: Sequence[int],
         nodes: int,
         confidences: Sequence[Sequence[float]],
         accepted: Sequence[int],
@@ -100,16 +100,18 @@ class Together:
         """The verdict of the round.
 
         Args:
-            levels: that were drafted in the row that drafted most.
+            drafted: levels of every row's draft, those counted of which no candidate was verified.
             nodes: drafted ones of the largest tree.
             confidences, accepted, tokens: of every row, as in `Controller.observe`.
             seconds: of the whole round.
         """
+        levels = max(drafted)
         self.safeguard.observe(levels > 0, fmean(accepted), self._loss(levels, nodes) if levels else 0.0)
         expected = self.costs.round(levels, 1 + nodes, self.rows)
         for row, controller in enumerate(self.controllers):
             controller.safeguard = replace(self.safeguard)
-            controller.update(Outcome(confidences[row], accepted[row], tokens[row], seconds, expected, nodes))
+            outcome = Outcome(confidences[row], accepted[row], tokens[row], seconds, expected, nodes, drafted[row])
+            controller.update(outcome)
 
     def _loss(self, levels: int, nodes: float) -> float:
         """What the round costs beyond a plain one if nothing is accepted, in plain rounds."""
