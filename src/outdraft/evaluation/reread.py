@@ -82,7 +82,7 @@ def reread(folder: Path, model: str) -> Reread:
             raise UserError(f"{folder}: {name}.jsonl and plain decoding's file answer different questions; finish both")
         methods[name] = {
             group or ALL: spec_bench.figures(
-                *(spec_bench.in_group(part, group) for part in (lines[name], base)), tokenizer
+                spec_bench.in_group(lines[name], group), spec_bench.in_group(base, group), tokenizer
             )
             for group in (None, *groups_of(base))
         }
