@@ -12,7 +12,7 @@ import torch
 
 GROUP_COST = {"cpu": 128, "cuda": 1024}
 """What one more forward and backward costs beside its tokens, in tokens: all weights are read once more, and a GPU
-wants that many rows to be busy."""
+wants that many rows to be busy. Estimates, not tuned."""
 
 
 def group_cost(device: torch.device) -> int:
