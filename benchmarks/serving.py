@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
-from outdraft.generation import load
 from outdraft.reference.prompts import load_prompts
-from outdraft.serving.server import Service, listen
-from outdraft.serving.settings import ServeSettings
 
 
 def ask(http: httpx.Client, messages: Any, most: int, speculative: bool) -> tuple[float, dict[str, Any]]:
@@ -63,12 +63,27 @@ def main() -> None:
     parser.add_argument("--draft-model", default="reference")
     parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
-    service = Service(load(options.model, options.draft_model), ServeSettings())
-    listening, ready = listen("127.0.0.1", 0), threading.Event()
-    thread = threading.Thread(target=service.serve, args=(listening, lambda url: ready.set()))
-    thread.start()
-    ready.wait()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    command = [sys.executable, "-m", "outdraft.cli", "serve", "--port", "0"]
+    command += ["--model", options.model, "--draft-model", options.draft_model]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    try:
+        compare(address(server), options)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def address(server: subprocess.Popen[str]) -> str:
+    """Where it listens, once it does."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        if (found := re.search(r"listening on (\S+)", line)) is not None:
+            return found[1]
+    raise SystemExit("the server did not start")
+
+
+def compare(url: str, options: argparse.Namespace) -> None:
+    """All ways at all numbers of clients, in turns."""
     prompts = [messages[:1] for messages in load_prompts("heldout")[: options.prompts]]
     measure(url, prompts[:2], 2, 8, True)
     measure(url, prompts[:2], 2, 8, False)
@@ -86,8 +101,6 @@ def main() -> None:
                 f"{clients:7d}  {way:>7}  {rate:8.1f}  {rate / plain:5.2f}  {tau:4.2f}  {first * 1000:16.0f}",
                 flush=True,
             )
-    service.stop()
-    thread.join()
 
 
 if __name__ == "__main__":

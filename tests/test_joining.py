@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -125,6 +126,24 @@ def test_several_rows_come_in_together_and_others_are_taken_out() -> None:
     assert [rows[place].tokens for place in (0, 2, 4)] == [expected[place] for place in (0, 2, 4)]
     assert len(rows[1].tokens) == 1 and rows[1].finish_reason == "cancelled"
     assert not decoder.rows and decoder._running is None, "nothing is kept of rows that have gone"
+
+
+def test_a_long_prompt_holds_nobody_up() -> None:
+    """Between two of its pieces the running rows have a round."""
+    target, drafter = pair("fspad", torch.float64)
+    rows = rows_of(target, [SETTINGS["greedy"]] * len(PROMPTS))
+    running, long = rows[0], rows[3]
+    decoder = Decoder(target, drafter, TreeShape.chain(1))
+    decoder.add([running])
+    decoder.prefill(64)
+    decoder.add([long])
+    lengths = [len(running.tokens)]
+    while not long.tokens:
+        decoder.prefill(5)
+        decoder.round()
+        lengths.append(len(running.tokens))
+    assert len(lengths) - 1 == 6, "thirty tokens, five at a time"
+    assert all(before < after for before, after in pairwise(lengths))
 
 
 def test_the_tree_may_change_from_round_to_round() -> None:

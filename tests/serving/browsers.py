@@ -1,10 +1,20 @@
-"""Where a headless browser is, for tests of pages."""
+"""A headless browser for tests of pages: opened at an address, asked and told things by its debugging protocol."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 
@@ -15,3 +25,111 @@ def browser() -> str:
     if found is None:
         pytest.skip("needs Chromium on PATH or in CHROME_PATH")
     return found
+
+
+class Page:
+    """One page in a browser of its own.
+
+    Args:
+        url: opened at once.
+        folder: for the browser's profile.
+    """
+
+    def __init__(self, url: str, folder: Path):
+        profile = folder / "profile"
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
+        command = [browser(), *flags, f"--user-data-dir={profile}", url]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._asked = 0
+        self.complaints: list[str] = []
+        """What the page wrote to its console, and exceptions of its scripts."""
+        try:
+            port = _waited(lambda: _first_line(profile / "DevToolsActivePort"))
+            listing = f"http://127.0.0.1:{port}/json/list"
+            pages = _waited(lambda: [one for one in httpx.get(listing).json() if one["type"] == "page"])
+            self._wire = _connected(pages[0]["webSocketDebuggerUrl"])
+            self._call("Runtime.enable")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def value(self, expression: str) -> Any:
+        """Of an expression in the page."""
+        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, expression: str) -> Any:
+        """Until it is true."""
+        return _waited(lambda: self.value(expression))
+
+    def _call(self, method: str, **parameters: Any) -> Any:
+        self._asked += 1
+        self._send(json.dumps({"id": self._asked, "method": method, "params": parameters}).encode())
+        while True:
+            message = json.loads(self._receive())
+            if message.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+                self.complaints.append(json.dumps(message["params"]))
+            if message.get("id") == self._asked:
+                return message["result"]
+
+    # --- WebSocket (RFC 6455), as far as a client of this kind needs it ------------------------------------------
+
+    def _send(self, data: bytes) -> None:
+        size = struct.pack("!B", 0x80 | len(data)) if len(data) < 126 else struct.pack("!BH", 0x80 | 126, len(data))
+        self._wire.sendall(b"\x81" + size + bytes(4) + data)  # masked with zeros
+
+    def _receive(self) -> bytes:
+        """The next message of text."""
+        data, last = b"", False
+        while not last:
+            head, size = struct.unpack("!BB", self._exactly(2))
+            last = bool(head & 0x80)
+            if size >= 126:
+                (size,) = struct.unpack("!H" if size == 126 else "!Q", self._exactly(2 if size == 126 else 8))
+            data += self._exactly(size)
+        return data
+
+    def _exactly(self, count: int) -> bytes:
+        parts = b""
+        while len(parts) < count:
+            part = self._wire.recv(count - len(parts))
+            assert part, "the browser has gone"
+            parts += part
+        return parts
+
+
+def _waited(found: Any, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def _first_line(path: Path) -> str | None:
+    return path.read_text().split("\n")[0] if path.exists() and "\n" in path.read_text() else None
+
+
+def _connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    wire = socket.create_connection((str(parts.hostname), int(parts.port or 80)))
+    key = base64.b64encode(os.urandom(16)).decode()
+    lines = [f"GET {parts.path} HTTP/1.1", f"Host: {parts.netloc}", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += [f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "", ""]
+    wire.sendall("\r\n".join(lines).encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += wire.recv(1)
+    assert answer.startswith(b"HTTP/1.1 101"), answer
+    return wire

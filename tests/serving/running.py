@@ -36,7 +36,7 @@ class Served:
         return self.service.engine
 
     def client(self, **settings: Any) -> Any:
-        return httpx.Client(base_url=self.url, timeout=60, **settings)
+        return httpx.Client(base_url=self.url, timeout=None, **settings)
 
     def stop(self) -> None:
         self.service.stop()

@@ -15,7 +15,7 @@ QUESTION = [{"role": "user", "content": "red cat one"}]
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> Any:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=3600)
 
 
 def offline(served: Served, prompt: Any, **settings: Any) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx
-from browsers import browser
-from running import Served
+from browsers import Page
+from running import NAME, Served
+from test_server import settled
 
 from outdraft.serving.page import page
 
@@ -38,34 +38,53 @@ def test_the_page_loads_nothing(served: Served) -> None:
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
 
 
-def opened(served: Served, folder: Path, question: str) -> tuple[str, str]:
-    """The document once the answer is there, and what the browser complained about."""
-    command = [
-        *(browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"),
-        *("--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}", "--dump-dom"),
-        f"{served.url}/#{quote(question)}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+ANSWER = 'document.querySelector("article.assistant:last-of-type")'
 
 
 def test_a_chat_in_a_browser(served: Served, tmp_path: Path) -> None:
-    document, complaints = opened(served, tmp_path, "red <b>cat</b>")
-    assert not complaints
-    assert "red &lt;b&gt;cat&lt;/b&gt;" in document, "text is text"
-    assert "drafter: draft-model" in document
-    answer = document[document.index('class="assistant"') :]
-    assert "<mark>" in answer and "<span>" in answer, "guessed and other tokens look different"
-    assert re.search(r'id="live"[^>]*>tau [0-9.]+ · [0-9.]+ tokens/s', document)
-    assert re.search(r"with the drafter: \d+ tokens, tau [0-9.]+ .* of \d+ drafted accepted", answer)
+    with Page(f"{served.url}/#{quote('red <b>cat</b>')}", tmp_path) as seen:
+        seen.wait(f"{ANSWER} && {ANSWER}.querySelector('.figures')")
+        assert seen.value('document.querySelector("article.user .text").textContent') == "red <b>cat</b>", (
+            "text is text"
+        )
+        assert seen.value('document.getElementById("model").textContent') == f"{NAME}, drafter: draft-model"
+        assert seen.value(f"{ANSWER}.querySelectorAll('mark').length") > 0, "guessed tokens are tinted"
+        assert seen.value(f"{ANSWER}.querySelectorAll('span').length") > 0, "others are not"
+        colours = [f"getComputedStyle({ANSWER}.querySelector('{tag}')).backgroundColor" for tag in ("mark", "span")]
+        assert seen.value(colours[0]) != seen.value(colours[1])
+        live = seen.value('document.getElementById("live").textContent')
+        assert re.fullmatch(r"tau [0-9.]+ · [0-9.]+ tokens/s", live)
+        figures = seen.value(f"{ANSWER}.querySelector('.figures').textContent")
+        assert re.search(r"with the drafter: 32 tokens, tau [0-9.]+ .* of \d+ drafted accepted", figures)
+
+        drafted = served.figure("spec_decode_num_draft_tokens_total")
+        seen.value("""document.getElementById("speculative").click();
+            document.getElementById("question").value = "and dog";
+            document.getElementById("most").value = 10;
+            document.getElementById("ask").requestSubmit()""")
+        seen.wait("document.querySelectorAll('article.assistant .figures').length == 2")
+        assert seen.value(f"{ANSWER}.querySelector('.figures').textContent").startswith("plain: 10 tokens, tau 1.00")
+        assert seen.value(f"{ANSWER}.querySelectorAll('mark').length") == 0
+        assert served.figure("spec_decode_num_draft_tokens_total") == drafted
+        assert not seen.complaints
+
+
+def test_an_answer_can_be_stopped_and_mistakes_are_shown(served: Served, tmp_path: Path) -> None:
+    with Page(served.url, tmp_path) as seen:
+        seen.wait('document.getElementById("model").textContent')
+        seen.value("""document.getElementById("most").value = 4000; answer("red")""")
+        seen.wait("document.querySelector('article .error')")
+        assert "the context is 128 tokens" in seen.value("document.querySelector('article .error').textContent")
+        seen.value("""document.getElementById("most").value = 100; answer("red"); running.abort()""")
+        seen.wait("document.querySelectorAll('article .error').length == 2 && !running")
+        assert seen.value("turns.length") == 0, "nothing is kept of either"
+        assert not seen.complaints
+    settled(served)
 
 
 def test_the_page_says_when_it_needs_a_key(starting: Callable[..., Served], tmp_path: Path) -> None:
-    document, _ = opened(starting(api_key="secret"), tmp_path, "red")
-    assert "needs a key" in document and re.search(r'id="keybox"(?! hidden)', document)
-
-
-def test_plain_decoding_is_asked_for_by_the_switch() -> None:
-    """The page's one request carries the box's state."""
-    source = page()
-    assert 'const speculative = $("speculative").checked;' in source and "speculative, temperature:" in source
+    with Page(starting(api_key="secret").url, tmp_path) as seen:
+        assert seen.wait('document.getElementById("model").textContent') == "needs a key"
+        seen.value("""document.getElementById("key").value = "secret"; connect()""")
+        seen.wait('document.getElementById("model").textContent.includes("drafter")')
+        assert seen.value('document.getElementById("keybox").hidden')
