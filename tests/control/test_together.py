@@ -80,9 +80,9 @@ def fixed_seconds(answers: Sequence[Answer], truth: Costs, length: int) -> float
 
 
 def sure(costs: Costs, theta: float, seed: int = 0) -> Controller:
-    """A controller that is all but certain of this chance, and has credit."""
+    """A controller that is all but certain of this chance, has credit, and need not probe."""
     one = make("beta", costs, 8, seed, prior_accepted=1e6 * theta, prior_rejected=1e6 * (1 - theta))
-    one.safeguard.credit = 5.0
+    one.safeguard = Safeguard(credit=5.0, waited=0.0)
     return one
 
 
@@ -111,6 +111,16 @@ def test_what_one_row_would_like_is_weighed_against_what_it_costs_the_others():
     assert not few.decide([[]] * 4, [True] * 4, 1)
     many = Together([sure(costs, theta) for theta in (0.9, 0.9, 0.9, 0.05)], costs)
     assert many.decide([[]] * 4, [True] * 4, 1), "the fourth row comes along, which costs nothing more"
+
+
+def test_a_batch_that_would_rather_not_begin_tries_once():
+    """Sixteen rows that know nothing are of one doubting mind, where a row alone would have drawn a bold theta."""
+    costs = Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.6)
+    controllers = [make("beta", costs, 8, seed) for seed in range(16)]
+    together = Together(controllers, costs)
+    assert not together.safeguard.allows(False, 0.7, False) and together.decide([[]] * 16, [True] * 16, 1)
+    together.observe([1] * 16, 1, [[0.5]] * 16, [0] * 16, [1] * 16, 1.7)
+    assert not Together(controllers, costs).decide([[]] * 16, [True] * 16, 1)
 
 
 def test_rows_that_found_nothing_to_draft_expect_nothing_of_a_further_level():

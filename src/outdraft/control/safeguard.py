@@ -14,6 +14,9 @@ from statistics import fmean
 
 START = 2.0
 """Credit at first, in plain rounds: 1.6% of an answer of 128 tokens."""
+FIRST_PROBE = 1.0
+"""Plain rounds that may be spent on a first try unasked: rows that decide together average their doubts, and where none
+of them wants to begin, none would find out."""
 MOST = 10.0
 """Credit at most: what a row that has earned more may lose of it before it must stop."""
 RATE = 0.02
@@ -33,7 +36,7 @@ class Safeguard:
     """
 
     credit: float = START
-    waited: float = 0.0
+    waited: float = FIRST_PROBE
     failures: float = 0.0
 
     def allows(self, wanted: bool, loss: float, starting: bool) -> bool:

@@ -17,7 +17,7 @@ from outdraft.control.worth import Pace, worth_expanding, worth_going_on, worth_
 TINY = 1e-300
 """Where Gamma draws of very small counts are cut off."""
 
-NODES_A_LEVEL = (2.0, 1.0)
+NODES_A_LEVEL = (1.0, 1.0)
 """Candidates verified, and levels that offered them, before any was seen."""
 
 
