@@ -70,8 +70,9 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """Until it is true."""
-        return _waited(lambda: self.value(expression))
+        """Until it is true, and makes sense: a page may still be loading."""
+        guarded = f"(() => {{ try {{ const it = {expression}; return it instanceof Node || it }} catch {{}} }})()"
+        return _waited(lambda: self.value(guarded))
 
     def _call(self, method: str, **parameters: Any) -> Any:
         self._asked += 1
