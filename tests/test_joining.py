@@ -135,7 +135,8 @@ def test_a_long_prompt_holds_nobody_up() -> None:
     running, long = rows[0], rows[3]
     decoder = Decoder(target, drafter, TreeShape.chain(1))
     decoder.add([running])
-    decoder.prefill(64)
+    for _ in range(3):  # its prompt, its first token, its own first round
+        decoder.prefill(64)
     decoder.add([long])
     lengths = [len(running.tokens)]
     while not long.tokens:
