@@ -174,8 +174,8 @@ def show(temperature: float, batch: int, figures: dict[str, dict[str, Any]]) -> 
         low, high = one["interval"]
         parts = " | ".join(f"{one['milliseconds'][part]:.1f}" for part in ("draft", "verify", "rest"))
         print(
-            f"| {name} | {one['speedup']:.2f} | {low:.2f}-{high:.2f} | {one['tokens_per_second']:.0f} | {one['tau']:.2f} |"
-            f" {one['levels']:.1f} | {one['drafted']:.1f} | {parts} |",
+            f"| {name} | {one['speedup']:.2f} | {low:.2f}-{high:.2f} | {one['tokens_per_second']:.0f} |"
+            f" {one['tau']:.2f} | {one['levels']:.1f} | {one['drafted']:.1f} | {parts} |",
             flush=True,
         )
 

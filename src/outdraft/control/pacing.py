@@ -152,10 +152,10 @@ class RoundPace:
         drafted = [own[:depth] for own, depth in zip(self.confidences, depths, strict=True)]
         measured = sum(self._laps) + verify_seconds + rest_seconds
         if self.together is not None:
-            levels = [len(own) for own in self.confidences]
+            made = [len(own) for own in self.confidences]
             if self.costs.given:
-                measured = self.costs.round(max(levels), max(nodes), rows)
-            self.together.observe(levels, max(nodes) - 1, drafted, accepted, emitted, measured)
+                measured = self.costs.round(max(made), max(nodes), rows)
+            self.together.observe(made, max(nodes) - 1, drafted, accepted, emitted, measured)
             return
         for row, controller in enumerate(self.controllers):
             # Given costs know no other rows, so that a row which decides for itself is the row alone.
