@@ -163,7 +163,7 @@ def test_a_controller_that_looks_before_it_keeps_changes_the_law_and_is_found_ou
 # --- rows that decide together ---------------------------------------------------------------------------------------
 
 TWO = [(0, 2, 1, 3), (1, 3, 2)]
-LENGTHS = (2, 2)
+LENGTHS = (3, 2)
 
 
 def joint_law(
@@ -190,15 +190,14 @@ def product_law(model) -> dict:
     return {(a, b): p * q for a, p in one.items() for b, q in other.items()}
 
 
-@pytest.mark.parametrize("name", ["beta", "calibrated"])
 @pytest.mark.parametrize(
-    "kind, shape",
+    "kind, name, shape",
     [
-        ("fspad", TreeShape.chain(2, candidates="sampled")),
-        ("draft-model", TreeShape.chain(2, candidates="sampled")),
-        ("fspad", TreeShape(1, 2, 5)),
+        ("draft-model", "calibrated", TreeShape.chain(2, candidates="sampled")),
+        ("draft-model", "beta", TreeShape.chain(2, candidates="sampled")),
+        ("fspad", "calibrated", TreeShape(1, 2, 5)),
     ],
-    ids=["fspad-drawn", "draft-model-drawn", "fspad-tree"],
+    ids=["drawn-calibrated", "drawn-beta", "tree-calibrated"],
 )
 def test_rows_that_decide_together_are_still_independent_and_each_keeps_its_law(kind, name, shape):
     """Whether a row drafts on depends on what was drawn for the other; that is all that it may depend on."""
@@ -206,16 +205,10 @@ def test_rows_that_decide_together_are_still_independent_and_each_keeps_its_law(
     target = Target(model)
     law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, WAVERING)
     assert distance(law, product_law(model)) < EXACT
-    assert max(one[0] for one in depths) > 0
-
-
-def test_how_far_a_row_drafts_does_depend_on_what_was_drawn_in_the_others():
-    """Or the test above would prove nothing about decisions that do."""
-    model, near = small(4)
-    target = Target(model)
-    shape = TreeShape.chain(2, candidates="sampled")
-    _, depths = joint_law(DRAFTERS["draft-model"](target, near), target, "calibrated", shape, WAVERING)
-    assert {one[0] for one in depths} == {1, 2}
+    firsts = {one[0] for one in depths}
+    if (name, shape.candidates) == ("calibrated", "sampled"):
+        assert firsts == {1, 2}, "or nothing would be proved about decisions that depend on draws"
+    assert max(firsts) > 0
 
 
 class PeekingTogether(Peeking):
