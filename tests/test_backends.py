@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models import tiny
 from outdraft.backends import PackedLinear, accelerate, compiled, default_backend, default_dtype, outside
+from outdraft.drafters.early_exit import EarlyExit
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
@@ -177,6 +178,8 @@ def test_early_exit_runs_compiled(family: str) -> None:
     loaded = load(model, layer, backend="compiled")
     drafted = loaded.generate([[1, 2, 3, 4], [5, 6]], max_new_tokens=12)
     assert drafted.statistics.accepted > 0 and loaded.target.backend == "compiled"
+    assert isinstance(loaded.drafter, EarlyExit)
+    assert loaded.drafter.shortcut._run.seconds, "draft levels run through graphs, too"  # type: ignore[attr-defined]
     plain = load(model, layer, backend="eager").generate([[1, 2, 3, 4], [5, 6]], max_new_tokens=12)
     assert (drafted.tokens, drafted.tau) == (plain.tokens, plain.tau)
 

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from outdraft.backends.outside import ATTENTION, Outside, looking_at, stand_in_masks
 from outdraft.backends.packed import PackedLinear, packed_view, why_not_replaced
-from outdraft.cache import SlotCache
 from outdraft.errors import first_line
 
 MOST_TOKENS = 256
@@ -167,9 +166,10 @@ class CompiledForward:
         return self._first(key, given, inputs)
 
     def _compiles(self, given: Tensor, cache: Any) -> bool:
-        """Whether a forward is one of those that graphs are for: rows with nothing behind them are prompts."""
+        """Whether a forward is one of those that graphs are for: over a cache of slots (or several as one), and not
+        over prompts, which are rows with nothing behind them."""
         few = given.shape[0] * given.shape[1] <= MOST_TOKENS
-        return few and getattr(self.model, MARK) and isinstance(cache, SlotCache) and min(cache.lengths) > 0
+        return few and getattr(self.model, MARK) and min(getattr(cache, "lengths", [0])) > 0
 
     def _first(self, key: tuple[bool, str], given: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Make the graph, and compare it with the model."""

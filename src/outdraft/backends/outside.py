@@ -5,7 +5,7 @@ operation does with queries, keys and values (write to the cache, attend under t
 runs. So a graph knows nothing of rows, of lengths or of the cache's size: none of them makes torch compile again, and
 tokens that only fill up a graph's shape never reach the cache.
 
-`transformers` finds the attention by name. Knows our cache; nothing of models.
+`transformers` finds the attention by name. Knows where a cache takes keys and values; nothing of models.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from outdraft.cache import SlotCache
-
 ATTENTION = "outdraft_outside"
 """The name under which `transformers` finds our attention."""
 
@@ -35,7 +33,7 @@ class _Now(threading.local):
     rows: int = 0
     tokens: int = 0
     masks: Sequence[Tensor] = ()
-    cache: SlotCache | None = None
+    cache: Cache | None = None
     calls: int = 0
 
 
@@ -43,7 +41,7 @@ _now = _Now()
 
 
 @contextmanager
-def looking_at(rows: int, tokens: int, masks: Sequence[Tensor], cache: SlotCache) -> Iterator[_Now]:
+def looking_at(rows: int, tokens: int, masks: Sequence[Tensor], cache: Cache) -> Iterator[_Now]:
     """Attention in this thread is of so many rows of so many tokens, under these masks, over this cache."""
     _now.rows, _now.tokens, _now.masks, _now.cache, _now.calls = rows, tokens, masks, cache, 0
     try:

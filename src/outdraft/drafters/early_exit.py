@@ -173,6 +173,11 @@ class _BothCaches(Cache):
         super().__init__(layers=[])
         self.first, self.own, self.cut = first, own, layers
 
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of every row of the target's, by which compiled forwards know that it is no prompt."""
+        return self.first.lengths
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
