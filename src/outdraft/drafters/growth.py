@@ -40,7 +40,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
     if k == 1 and pace is None:
-        return _grow_chain(roots, logits, step, min(most, shape.depth + 1), shape.depth)
+        return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
     nodes = counting(1, k, logits.device).expand(batch, k)  # of the level to expand, the root being 0
@@ -70,13 +70,13 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
     return _best(roots, levels, most, pace)
 
 
-def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int, steps: int) -> Tree:
-    """`grow_dynamic` with one candidate a level: there is nothing to rank."""
+def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
+    """`grow_dynamic` with one candidate a level: there is nothing to rank, so none is drafted that would not stay."""
     chain = [roots, greatest(logits)]
     above = torch.zeros_like(roots)[:, None]
-    for _ in range(steps):
+    for _ in range(length - 1):
         chain.append(greatest(step(chain[-1][:, None], above)[:, 0]))
-    return Tree.chains(torch.stack(chain[: 1 + length], dim=1), 1)
+    return Tree.chains(torch.stack(chain, dim=1), 1)
 
 
 def _each(nodes: Tensor, times: int) -> Tensor:
