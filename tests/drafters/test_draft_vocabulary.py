@@ -149,7 +149,12 @@ def test_the_kept_tokens_are_part_of_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(None, "lacks draft_tokens"), ([3, 3, 5], "3 different token ids below 16"), ([3, 5, 16], "below 16")],
+    [
+        (None, "lacks draft_tokens"),
+        ([3, 3, 5], "3 different token ids below 16"),
+        ([3, 3, 5, 7], "3 different"),
+        ([3, 5, 16], "below 16"),
+    ],
 )
 def test_damaged_kept_tokens_are_refused(tmp_path: Path, wrong: list[int] | None, message: str) -> None:
     file = saved(tmp_path / "drafter", [3, 5, 15]) / "model.safetensors"

@@ -210,7 +210,11 @@ def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file
     if found is None:
         raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
     ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
-    if len(set(ids)) != config.draft_vocab_size or not all(0 <= token < config.vocab_size for token in ids):
+    if (
+        len(ids) != config.draft_vocab_size
+        or len(set(ids)) != len(ids)
+        or not all(0 <= token < config.vocab_size for token in ids)
+    ):
         raise UserError(
             f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
             "config.json says; copy or train it again"
