@@ -31,13 +31,22 @@ import outdraft.decoding as decoding
 from outdraft.backends import accelerate
 from outdraft.cache import SlotCache
 from outdraft.decoding import Row, decode
-from outdraft.drafters import draft_model, early_exit, feature_drafting, growth, lookahead, medusa, prompt_lookup
+from outdraft.drafters import (
+    draft_model,
+    draft_vocabulary,
+    early_exit,
+    feature_drafting,
+    growth,
+    lookahead,
+    medusa,
+    prompt_lookup,
+)
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.drafters.sight import Sight
-from outdraft.layers import Cut, ExitView
+from outdraft.layers import Cut, ExitView, Shortcut, Tapped
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.run import CutRun, TargetRun
@@ -55,10 +64,15 @@ PARTS = (*ARITHMETIC, WRITES, *REST)
 
 
 class Spans:
-    """Seconds of every part of every round, each without the parts inside it."""
+    """Seconds of every part of every round, each without the parts inside it.
 
-    def __init__(self, target: Target):
-        self.target = target
+    Args:
+        target: the model.
+        drafter: what drafts for it; None for plain decoding.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter | None):
+        self.target, self.drafter = target, drafter
         self.rounds: list[dict[str, float]] = []
         self._now: dict[str, float] = defaultdict(float)
         self._inside: list[float] = []  # of every open span, seconds of the spans in it
@@ -120,8 +134,11 @@ class Spans:
             (Target, "embed", "draft network"),
             (Cut, "lower", self.layers),
             (Cut, "upper", self.layers),
+            (Tapped, "__call__", self.layers),
             (ExitView, "__call__", "draft network"),
+            (Shortcut, "__call__", "draft network"),
             (DraftStep, "__call__", "draft network"),
+            (FeatureDrafter, "logits", "draft head"),
             (medusa.Medusa, "logits", "draft network"),
             (SlotCache, "update", WRITES),
             (SlotCache, "reserve", "masks"),
@@ -138,7 +155,12 @@ class Spans:
             (feature_drafting, "causal_sight", "masks"),
         ]
         # What a drafter's step does beside networks and masks runs inside `grow` and counts as trees.
-        found += [(module, "grow", "trees") for module in (feature_drafting, early_exit, draft_model, medusa)]
+        found += [
+            (module, "grow", "trees")
+            for module in (feature_drafting, draft_vocabulary, early_exit, draft_model, medusa)
+        ]
+        if isinstance(self.drafter, early_exit.EarlyExit):
+            found.append((self.drafter.exit, "head", "draft head"))  # the target's own or another, bound when loaded
         return [*found, (early_exit, "take_in", "masks")]
 
 
@@ -236,7 +258,7 @@ def measure(target: Target, method: str, batch: int, prompts: list[list[int]], g
     chosen = given.tree and TreeShape(*(int(part) for part in given.tree.split("/")))
     shape = chosen or (drafter.default_shape(target.device, given.temperature > 0) if drafter else TreeShape(0, 1, 1))
     plain, spanned = (Timed(target, drafter, shape, given) for _ in range(2))
-    spans = Spans(target)
+    spans = Spans(target, drafter)
     turns = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)][: given.turns]
     turns = turns or [(prompts * (1 + batch // len(prompts)))[:batch]]
     Timed(target, drafter, shape, given).decode(turns[0])  # warms up
