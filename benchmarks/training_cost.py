@@ -20,8 +20,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -128,8 +130,17 @@ class Side:
 def work() -> None:
     """Cases in, a JSON line each; measurements out, likewise. What the Trainer prints goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
+    cases: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(cases,), daemon=True).start()
+    while True:
+        print(json.dumps(measure(json.loads(cases.get()))), file=answers, flush=True)
+
+
+def _listen(cases: SimpleQueue[str]) -> None:
+    """Take cases in until whoever asks is gone, finished or killed; then nothing goes on measuring for nobody."""
     for line in sys.stdin:
-        print(json.dumps(measure(json.loads(line))), file=answers, flush=True)
+        cases.put(line)
+    os._exit(0)
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
