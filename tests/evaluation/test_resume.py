@@ -147,3 +147,14 @@ def test_pairs_that_are_known_are_not_measured_and_the_order_of_turns_stays() ->
     everything = {(place, 0): {name: runs[place] for name, runs in whole.items()} for place in range(3)}
     compare(rivals, prompts, known=everything)
     assert not order, "not even a warm-up"
+
+
+def test_the_backend_is_the_one_that_forwards_ran_on(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = bench.environment
+    with monkeypatch.context() as patch:  # as before a graph that cannot be made is given up
+        patch.setattr(bench, "environment", lambda target: {**facts(target), "backend": "compiled"})
+        result = benchmark(folders, question_file(tmp_path), output_dir=tmp_path / "out")
+    assert result.environment["backend"] in ("packed", "eager")
+    assert result.environment["sittings"][-1]["backend"] == result.environment["backend"]

@@ -85,9 +85,11 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         )
         for temperature in settings.temperatures
     ]
-    facts["load_average_at_the_end"] = load_average()
+    # Only now is it known what forwards ran on: a backend that cannot serve the model may give way when first used.
+    ended = {"backend": target.backend, "load_average_at_the_end": load_average()}
+    facts |= ended
     if store is not None:
-        store.end(load_average_at_the_end=facts["load_average_at_the_end"])
+        store.end(**ended)
         facts |= store.sittings[-1]  # those of the last measurement, which need not be now
         facts["sittings"] = store.sittings
         for one in comparisons:
