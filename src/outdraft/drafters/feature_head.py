@@ -139,11 +139,6 @@ class Fusion(nn.Module):
             return z
         return z + self.down_proj(F.silu(self.gate_proj(embeddings)) * self.up_proj(self.norm(z)))
 
-    @property
-    def reads_features_as_they_are(self) -> bool:
-        """Whether `state` changes nothing."""
-        return self.taps is None and self.state_norm is None
-
     def state(self, features: Tensor) -> Tensor:
         """What the fusion reads, `(..., hidden)`, of what the target says, `(..., tap width)`, or of an r in its place.
 
