@@ -48,7 +48,7 @@ class BenchSettings:
     output_dir: Path | None = None
     """Keep every answer here, in Spec-Bench's format too; an interrupted run goes on from it."""
     report: Path | None = None
-    """Write a page with charts to this HTML file; needs outdraft[report]."""
+    """Write a page with charts to this HTML file; needs plotly, the extra `report`."""
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
