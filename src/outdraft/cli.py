@@ -337,6 +337,7 @@ def info(
 
 @app.command()
 def bench(
+    context: typer.Context,
     data: Annotated[
         Path | None,
         typer.Option("--data", help=BENCH["data"]),
@@ -387,8 +388,11 @@ def bench(
     if reread is not None:
         from outdraft.evaluation.reread import reread as reread_answers
 
-        if any((data, draft_model, methods, peers, limit, output_dir, report)):
-            raise UserError("--reread measures nothing; give it with --model and --json only")
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if others := sorted(set(given) - {"reread", "model", "json"}):
+            flags = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise UserError(f"--reread measures nothing, so it takes --model and --json only; leave out {flags}")
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())
         return
