@@ -125,6 +125,7 @@ def test_several_rows_come_in_together_and_others_are_taken_out() -> None:
         decoder.round()
     assert [rows[place].tokens for place in (0, 2, 4)] == [expected[place] for place in (0, 2, 4)]
     assert len(rows[1].tokens) == 1 and rows[1].finish_reason == "cancelled"
+    assert rows[3].tokens == [] and rows[3].finish_reason == "cancelled"
     assert not decoder.rows and decoder._running is None, "nothing is kept of rows that have gone"
 
 

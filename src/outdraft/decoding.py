@@ -169,10 +169,12 @@ class Batch:
         self.roots = draw_each(chances, laws_of(warpers, logits, _Prefixes(self.prefixes)))
         firsts = self.roots.tolist()
         for row, prefix, token, row_logits in zip(self.rows, self.prefixes, firsts, logits, strict=True):
+            prefix.append([token])
+            if row.finish_reason is not None:  # taken out amid its prompt
+                continue
             row.extend([token], self.target.context_length)
             if row.watch is not None:
                 row.watch(row_logits[None])
-            prefix.append([token])
         if self.drafter is not None:
             # Pairs (token one ahead, tap): the prompt from its second token on, then the token just decided.
             tokens = torch.zeros(features.shape[:2], dtype=torch.long)
