@@ -47,14 +47,19 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
     "speculative": st.booleans(),
     "return_pieces": st.booleans(),
 }
+PLAIN = ["n", "stream", "ignore_eos"]
+"""Fields whose values above are all sound."""
 FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *NEUTRAL})
 
 
 @st.composite
 def bodies(draw: st.DrawFn, first: str) -> dict[str, Any]:
-    """Sound requests, of which up to two fields were made into anything."""
-    names = draw(st.sets(st.sampled_from(sorted(NEAR)), max_size=5))
+    """Requests, half of them of sound fields only; of the others up to two fields were made into anything."""
+    plain = draw(st.booleans())
+    names = draw(st.sets(st.sampled_from(PLAIN if plain else sorted(NEAR)), max_size=5))
     body = {name: draw(NEAR[name]) for name in sorted({first, "max_tokens", *names})}
+    if plain:
+        return body
     for name in draw(st.lists(st.sampled_from(FIELDS) | st.text(max_size=8), max_size=2)):
         body[name] = draw(ANY)
     return body
