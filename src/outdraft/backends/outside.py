@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
@@ -72,8 +72,8 @@ def stand_in_masks(count: int, device: torch.device) -> list[Tensor]:
 
 
 # Neither a kernel of its own nor free of effects: CUDA graphs leave it out, and record what lies between.
-_library = torch.library.Library("outdraft", "FRAGMENT")
-_library.define(
+_operators = library.Library("outdraft", "FRAGMENT")
+_operators.define(
     "attend(Tensor query, Tensor key, Tensor value, int layer, int mask, float? scaling) -> Tensor",
     tags=[torch.Tag.cudagraph_unsafe],
 )
@@ -101,8 +101,8 @@ def _shape_of_attend(query: Tensor, key: Tensor, value: Tensor, layer: int, mask
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("attend", _attend, _device)
-_library.impl("attend", _shape_of_attend, "Meta")
+    _operators.impl("attend", _attend, _device)
+_operators.impl("attend", _shape_of_attend, "Meta")
 
 
 def attention(
