@@ -12,7 +12,7 @@ import torch
 
 from enumeration import distance
 from models import tiny
-from outdraft.console.info import describe
+from outdraft.console.facts import describe
 from outdraft.control import CONTROLLERS
 from outdraft.decoding import Row
 from outdraft.drafters.base import RowContext, TreeShape, Update

@@ -1,106 +1,56 @@
-"""The conversation on the terminal: reads lines, keeps the history, streams answers.
-
-Commands begin with a slash. Knows nothing of how answers are made.
-"""
+"""`outdraft chat`: its flags, and what they become. The conversation itself is in `conversation.py`."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from outdraft.console.streaming import stream
-from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-
-HELP = "/reset forgets the conversation, /plain turns the drafter off and on, /quit ends (as does Ctrl-D)"
+from outdraft.console import options as o
+from outdraft.console.output import remarks, results
 
 
-class Chat:
-    """One conversation with a model.
+def chat(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
+    max_new_tokens: o.MaxNewTokens = 512,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    seed: o.Seed = None,
+    num_speculative_tokens: o.Chain = None,
+    tree_depth: o.TreeDepth = None,
+    tree_top_k: o.TreeTopK = None,
+    tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
+    exact: o.Exact = False,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    show_drafts: o.ShowDrafts = False,
+) -> None:
+    """Talk with a model; /plain turns the drafter off and on."""
+    from outdraft.console.conversation import Chat
+    from outdraft.generation import load
 
-    Args:
-        model: with its drafter, if it has one.
-        settings: of `generate`, for every answer.
-        tree: settings of the tree, for answers with the drafter.
-        console: for the answers.
-        remarks: for prompts and figures.
-        show_drafts: colour accepted draft tokens.
-        system: a system message that every conversation begins with.
-    """
-
-    def __init__(
-        self,
-        model: SpeculativeModel,
-        settings: dict[str, Any],
-        tree: dict[str, Any],
-        console: Console,
-        remarks: Console,
-        show_drafts: bool = False,
-        system: str | None = None,
-    ):
-        tokenizer = model.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
-            raise UserError("the model has no chat template, so it cannot chat; use `outdraft generate --raw`")
-        self.model, self.settings, self.tree = model, settings, tree
-        self.console, self.remarks, self.show_drafts = console, remarks, show_drafts
-        self.beginning = [{"role": "system", "content": system}] if system else []
-        self.history = list(self.beginning)
-        self.plain = model.drafter is None
-
-    def run(self) -> None:
-        """Until /quit or the end of the input."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 -- gives `input` line editing and a history
-        self.remarks.print(HELP, style="dim")
-        while True:
-            line = self._read()
-            if line is None or line == "/quit":
-                return
-            if line.startswith("/"):
-                self.command(line)
-            elif line:
-                self.answer(line)
-
-    def command(self, line: str) -> None:
-        """Obey a line that begins with a slash."""
-        if line == "/reset":
-            self.history = list(self.beginning)
-            self.remarks.print("the conversation begins anew")
-        elif line == "/plain" and self.model.drafter is None:
-            self.remarks.print("there is no drafter to turn on; start with --draft-model")
-        elif line == "/plain":
-            self.plain = not self.plain
-            self.remarks.print("the target alone" if self.plain else f"with the drafter ({self.model.method})")
-        else:
-            known = "" if line == "/help" else f"unknown command {line.split()[0]}: "
-            self.remarks.print(known + HELP, markup=False)
-
-    def answer(self, question: str) -> None:
-        """Ask, stream the answer, and keep both; what does not fit the context is not kept."""
-        self.history.append({"role": "user", "content": question})
-        model = self.model.with_drafter(None) if self.plain else self.model
-        settings = self.settings if self.plain else {**self.settings, **self.tree}
-        try:
-            streamed = stream(model.stream(self.history, **settings), self.console, self.show_drafts)
-        except UserError as error:
-            self.history.pop()
-            self.remarks.print(f"{error}; /reset begins anew", markup=False)
-            return
-        except KeyboardInterrupt:
-            self.history.pop()
-            self.remarks.print("\nanswer interrupted and forgotten; /quit ends")
-            return
-        self.history.append({"role": "assistant", "content": streamed.text})
-        self.remarks.print(streamed.line(), style="dim", markup=False)
-        if streamed.finish_reason == "context":
-            self.remarks.print("the conversation has filled the model's context; /reset begins anew")
-
-    def _read(self) -> str | None:
-        """The next line; None at the end of the input."""
-        try:
-            return input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return None
+    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        **o.given(seed=seed, exact=exact or None),
+        **o.sampling(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
+    }
+    tree = o.tree(
+        loaded.drafter,
+        num_speculative_tokens=num_speculative_tokens,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_size=tree_size,
+        controller=controller,
+    )
+    Chat(loaded, settings, tree, results(show_drafts), remarks(), show_drafts, system).run()

@@ -1,214 +1,22 @@
-"""What a model or drafter folder is and what it can do here, without loading a model's weights."""
+"""`outdraft info`: its flags. The facts themselves are gathered in `facts.py`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+import typer
 
-from outdraft.backends import default_backend, default_dtype
-from outdraft.drafters.base import CPU_TREE, GPU_TREE
-from outdraft.drafters.checkpoint import (
-    ExitFolder,
-    MedusaCheckpoint,
-    load_drafter,
-    load_medusa,
-    own_method,
-    read_exit_folder,
-)
-from outdraft.drafters.folder import is_hub_id, not_on_hub
-from outdraft.errors import UserError
-from outdraft.evaluation.environment import versions
-from outdraft.loading import REFERENCE, first_line, resolve_device
-from outdraft.reference import reference_target_path
-from outdraft.target import refuse_unfit
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from outdraft.console import options as o
+from outdraft.console.output import print_json, results
 
 
-def describe(path: str, device: str | None = None) -> dict[str, Any]:
-    """Facts about a folder or hub id; of a drafter when it is one.
+def info(
+    path: Annotated[str, typer.Argument(help="Folder or hub id of a model, folder of a drafter, or `reference`.")],
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Say what a model or drafter is, and what it can do on this machine."""
+    from outdraft.console.facts import describe, table
 
-    Raises:
-        UserError: nothing there that can be read.
-    """
-    if path == REFERENCE and not Path(path).exists():
-        path = str(reference_target_path())
-    folder = Path(path).expanduser()
-    if not is_hub_id(path):
-        _check(folder)
-    facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder)
-    place = resolve_device(device)
-    dtype = default_dtype(place)
-    tree = CPU_TREE if place.type == "cpu" else GPU_TREE
-    return {
-        **facts,
-        "here": {
-            "device": str(place),
-            "dtype": str(dtype).removeprefix("torch."),
-            "backend": default_backend(place, dtype),
-            "tree": {"depth": tree.depth, "top_k": tree.top_k, "size": tree.size},
-        },
-        "versions": versions(),
-    }
-
-
-def table(facts: dict[str, Any]) -> Table:
-    """The same for people."""
-    built = Table(show_header=False)
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if not isinstance(entry, dict | list))
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif isinstance(value, float):
-            value = f"{value:.2f}"
-        elif isinstance(value, int):
-            value = f"{value:,}"
-        if value not in (None, ""):
-            built.add_row(name.replace("_", " "), str(value))
-    return built
-
-
-def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"no folder at '{folder}'; check the path")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"'{folder}' has no config.json, so it is neither a model nor a drafter; check the path")
-
-
-def _is_drafter(folder: Path) -> bool:
-    """Our own folders say so; official ones are a one-layer config without a tokenizer."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"'{folder / 'config.json'}' is not JSON; copy or download it again") from None
-    if "outdraft_version" in config:
-        return True
-    return config.get("num_hidden_layers") == 1 and not any((folder / name).exists() for name in TOKENIZERS)
-
-
-def _drafter(folder: Path) -> dict[str, Any]:
-    method = own_method(folder)
-    if method == "eesd":
-        return _exit_layer(read_exit_folder(folder))
-    if method == "medusa":
-        return _medusa(load_medusa(folder))
-    loaded = load_drafter(folder)
-    config = loaded.head.config
-    return _facts(
-        loaded.head.method,
-        loaded.layout,
-        _size(loaded.head.parameters()),
-        loaded.target_id,
-        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        loaded.training,
-        feature_sampling=config.feature_sampling,
-        partial_alignment=config.partial_alignment,
-        context=config.max_position_embeddings,
-    )
-
-
-def _exit_layer(found: ExitFolder) -> dict[str, Any]:
-    return _facts(
-        "eesd",
-        "outdraft",
-        _size(found.tensors.values()),
-        found.target.get("id"),
-        {name: value for name, value in found.target.items() if name != "id"},
-        found.training,
-        exit_layer=found.config.exit_layer,
-        own_head=found.config.own_head,
-    )
-
-
-def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
-    config = loaded.heads.config
-    return _facts(
-        "medusa",
-        "outdraft",
-        _size(loaded.heads.parameters()),
-        loaded.target.get("id"),
-        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        loaded.training,
-        heads=config.num_heads,
-        layers_of_a_head=config.num_layers,
-        own_head=config.own_head,
-    )
-
-
-def _facts(
-    method: str, layout: str, parameters: int, target: str | None, fits: dict[str, Any], training: Any, **own: Any
-) -> dict[str, Any]:
-    """What is said of every drafter, with its method's own facts."""
-    return {
-        "kind": "drafter",
-        "method": method,
-        "layout": layout,
-        "parameters": parameters,
-        "trained_for": target,
-        "fits_targets_with": fits,
-        **own,
-        "tau_at_end_of_training": (training.get("tau") or {}).get("tau"),
-    }
-
-
-def _size(weights: Iterable[torch.Tensor]) -> int:
-    return sum(weight.numel() for weight in weights)
-
-
-def _model(path: str, folder: Path) -> dict[str, Any]:
-    _check_weights(folder)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # libraries under here have exceptions of their own
-        if isinstance(error, OSError) and is_hub_id(path):
-            raise not_on_hub(path, error) from error
-        raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
-    reason = None
-    try:
-        refuse_unfit(model)
-    except UserError as error:
-        reason = str(error)
-    text = config.get_text_config()
-    return {
-        "kind": "model",
-        "family": config.model_type,
-        "class": type(model).__name__,
-        "parameters": _size(model.parameters()),
-        "layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "context": getattr(text, "max_position_embeddings", None),
-        "tokenizer": any((folder / name).exists() for name in TOKENIZERS) if folder.is_dir() else None,
-        "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
-        "verifies_trees": reason is None,
-        "why_not": reason,
-    }
-
-
-def _check_weights(folder: Path) -> None:
-    """Open every weight file's header, which also compares its size."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"'{file}' is damaged ({first_line(error)}); copy or download it again") from error
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists():
-        return True
-    try:
-        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    facts = describe(path, device)
+    print_json(facts) if json else results().print(table(facts))

@@ -13,8 +13,6 @@ from outdraft.errors import UserError
 SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
 CONTROL = field_help("control/settings.py", "ControlSettings")
-SERVE = field_help("serving/settings.py", "ServeSettings")
-AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
 TRAINING = field_help("training/config.py", "TrainingConfig")
 
 
@@ -85,6 +83,7 @@ Controller = Annotated[
     typer.Option("--controller", help="How far to draft. " + CONTROL["name"]),
 ]
 
+ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]
 Exact = Annotated[
     bool,
     typer.Option("--exact", help="Greedy text equal to plain decoding's even at near-ties; slower than without."),

@@ -1,15 +1,84 @@
-"""What `outdraft serve` does between parsing and its end: check, load, listen, say where. Knows no protocol."""
+"""`outdraft serve`: its flags, and what it does between parsing and its end: check, load, listen, say where.
+
+Knows no protocol.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from outdraft.console import options as o
+from outdraft.console.fields import field_help
+from outdraft.console.output import remarks
 from outdraft.errors import UserError
-from outdraft.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from outdraft.serving.settings import ServeSettings
+
+SERVE = field_help("serving/settings.py", "ServeSettings")
+
+
+def serve(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    host: Annotated[str, typer.Option("--host", help=SERVE["host"])] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help=SERVE["port"])] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option("--served-model-name", help=SERVE["served_model_name"])
+    ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OUTDRAFT_API_KEY", help=SERVE["api_key"])] = None,
+    max_model_len: Annotated[int | None, typer.Option("--max-model-len", help=SERVE["max_model_len"])] = None,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help=SERVE["max_num_seqs"])] = 16,
+    kv_cache_tokens: Annotated[int | None, typer.Option("--kv-cache-tokens", help=SERVE["kv_cache_tokens"])] = None,
+    prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", help=SERVE["prefill_chunk"])] = 256,
+    max_waiting: Annotated[int, typer.Option("--max-waiting", help=SERVE["max_waiting"])] = 512,
+    max_request_bytes: Annotated[int, typer.Option("--max-request-bytes", help=SERVE["max_request_bytes"])] = 4 * 2**20,
+    request_timeout: Annotated[float, typer.Option("--request-timeout", help=SERVE["request_timeout"])] = 30.0,
+    shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    num_speculative_tokens: o.Chain = None,
+    tree_depth: o.TreeDepth = None,
+    tree_top_k: o.TreeTopK = None,
+    tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+) -> None:
+    """Answer OpenAI's clients, with speculation on; sampling options are what requests that do not say get."""
+    from outdraft.serving.settings import ServeSettings
+
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        served_model_name=served_model_name or [],
+        api_key=api_key,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        kv_cache_tokens=kv_cache_tokens,
+        prefill_chunk=prefill_chunk,
+        max_waiting=max_waiting,
+        max_request_bytes=max_request_bytes,
+        request_timeout=request_timeout,
+        shutdown_timeout=shutdown_timeout,
+        defaults=o.given(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
+    )
+    tree = o.given(
+        num_speculative_tokens=num_speculative_tokens, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_size=tree_size
+    )
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    run_serve(model, draft_model, loading, settings, tree, controller, remarks())
 
 
 def run_serve(

@@ -1,16 +1,91 @@
-"""What `outdraft verify` does between parsing and printing: load, audit, save the report."""
+"""`outdraft verify`: its flags, and what it does between parsing and printing: load, audit, save the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
+from outdraft.console import options as o
+from outdraft.console.fields import field_help
+from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
-from outdraft.evaluation.audit import Audit, AuditSettings, run_audit
-from outdraft.evaluation.audit.page import save
-from outdraft.generation import SpeculativeModel
+
+if TYPE_CHECKING:
+    from outdraft.evaluation.audit import Audit, AuditSettings
+    from outdraft.generation import SpeculativeModel
+
+AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
+
+
+def verify(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prompts: JSON lines or text; the shipped held-out ones if left out.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help=AUDIT["limit"])] = 24,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help=AUDIT["max_new_tokens"])] = 48,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    num_speculative_tokens: o.Chain = None,
+    tree_depth: o.TreeDepth = None,
+    tree_top_k: o.TreeTopK = None,
+    tree_size: o.TreeSize = None,
+    controller: o.Controller = None,
+    greedy: Annotated[bool, typer.Option("--greedy/--no-greedy", help=AUDIT["greedy"])] = True,
+    total_variation: Annotated[float, typer.Option("--total-variation", help=AUDIT["total_variation"])] = 0.02,
+    power: Annotated[float, typer.Option("--power", help=AUDIT["power"])] = 0.95,
+    alpha: Annotated[float, typer.Option("--alpha", help=AUDIT["alpha"])] = 0.001,
+    batch_size: Annotated[int, typer.Option("--batch-size", help=AUDIT["batch_size"])] = 256,
+    seed: Annotated[int, typer.Option("--seed", help=AUDIT["seed"])] = 0,
+    report: Annotated[Path | None, typer.Option("--report", help="Save what was found as an HTML page.")] = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    json: o.Json = False,
+) -> None:
+    """Check with evidence that a drafter keeps the target's law here: exit code 0 if kept, 1 if not."""
+    from outdraft.evaluation.audit import AuditSettings
+    from outdraft.evaluation.audit.screen import show
+    from outdraft.generation import load
+
+    generation = o.sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+    ) | o.given(
+        num_speculative_tokens=num_speculative_tokens,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_size=tree_size,
+        controller=controller,
+    )
+    settings = AuditSettings(
+        generation=generation,
+        greedy=greedy,
+        data=data,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        total_variation=total_variation,
+        power=power,
+        alpha=alpha,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    about = {"model": model, "draft_model": draft_model}
+    audit = run_verify(loaded, settings, remarks(), report, about)
+    if json:
+        print_json(audit.as_dict())
+    else:
+        show(audit, results())
+    if not audit.kept:
+        raise typer.Exit(1)
 
 
 def run_verify(
@@ -22,6 +97,9 @@ def run_verify(
         UserError: nothing to verify, unusable prompts or settings, or a report that cannot be written (found out
             before the audit runs).
     """
+    from outdraft.evaluation.audit import run_audit
+    from outdraft.evaluation.audit.page import save
+
     if report is not None:
         _writable(report)
     audit = run_audit(model, settings, remarks, about=about)

@@ -1,0 +1,113 @@
+"""`outdraft bench`: its flags, and what they become. Measures nothing itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outdraft.console import options as o
+from outdraft.console.fields import field_help
+from outdraft.console.output import print_json, remarks, results
+from outdraft.errors import UserError
+
+BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
+
+
+def bench(
+    context: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help=BENCH["data"]),
+    ] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help=BENCH["suite"])] = None,
+    model: o.Model = "reference",
+    draft_model: Annotated[
+        list[str] | None,
+        typer.Option("--draft-model", "-d", help=BENCH["draft_models"]),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Of none,prompt-lookup,lookahead,fspad,eagle,eesd,medusa,draft-model; else lookup and all given.",
+        ),
+    ] = None,
+    controllers: Annotated[
+        str,
+        typer.Option("--controllers", help="Of fixed,confidence,beta,calibrated,ucb: every drafter runs with each."),
+    ] = "fixed",
+    peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",
+    limit: Annotated[int | None, typer.Option("--limit", help=BENCH["limit"])] = None,
+    on_bad_line: Annotated[str, typer.Option("--on-bad-line", help=BENCH["on_bad_line"])] = "error",
+    temperatures: Annotated[str, typer.Option("--temperatures", help="Separated by commas; 0 is greedy.")] = "0",
+    repetitions: Annotated[int, typer.Option("--repetitions", help=BENCH["repetitions"])] = 1,
+    max_new_tokens: o.MaxNewTokens = 128,
+    seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
+    num_speculative_tokens: o.Chain = None,
+    tree_depth: o.TreeDepth = None,
+    tree_top_k: o.TreeTopK = None,
+    tree_size: o.TreeSize = None,
+    include_transformers: Annotated[
+        bool, typer.Option("--include-transformers", help=BENCH["include_transformers"])
+    ] = False,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help=BENCH["output_dir"])] = None,
+    report: Annotated[Path | None, typer.Option("--report", help=BENCH["report"])] = None,
+    reread: Annotated[
+        Path | None,
+        typer.Option("--reread", help="Only Spec-Bench's figures again, from the answer files of this --output-dir."),
+    ] = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    json: o.Json = False,
+) -> None:
+    """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
+    if reread is not None:
+        from outdraft.evaluation.reread import reread as reread_answers
+
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if others := sorted(set(given) - {"reread", "model", "json"}):
+            flags = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise UserError(f"--reread measures nothing, so it takes --model and --json only; leave out {flags}")
+        answers = reread_answers(reread, model)
+        print_json(answers.as_dict()) if json else results().print(answers.table())
+        return
+    from outdraft.evaluation.bench import BenchSettings, run_bench
+
+    result = run_bench(
+        BenchSettings(
+            model=model,
+            draft_models=draft_model or [],
+            methods=None if methods is None else o.listed(methods),
+            controllers=o.listed(controllers) or ["fixed"],
+            data=data,
+            suite=suite,
+            limit=limit,
+            on_bad_line=on_bad_line,
+            temperatures=o.numbers("--temperatures", temperatures),
+            repetitions=repetitions,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            tree=o.given(
+                num_speculative_tokens=num_speculative_tokens,
+                tree_depth=tree_depth,
+                tree_top_k=tree_top_k,
+                tree_size=tree_size,
+            ),
+            include_transformers=include_transformers,
+            peers=o.listed(peers),
+            output_dir=output_dir,
+            report=report,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+        ),
+        remarks(),
+    )
+    if json:
+        print_json(result.as_dict())
+    else:
+        result.show(results())
