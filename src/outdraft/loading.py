@@ -16,15 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from outdraft.backends import accelerate, default_backend, default_dtype, why_not_packed
 from outdraft.drafters.base import Drafter
-from outdraft.drafters.checkpoint import Network, load_drafter, load_exit_layer, load_medusa, own_method
+from outdraft.drafters.checkpoint import Network, load_drafter, own_method
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.drafters.early_exit import EarlyExit
+from outdraft.drafters.exit_folder import load_exit_layer
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.drafters.lookahead import Lookahead
 from outdraft.drafters.medusa import Medusa, MedusaHeads
+from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
 from outdraft.reference import reference_drafter_path, reference_target_path

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from models import tiny
 from outdraft import UserError
-from outdraft.drafters.checkpoint import load_drafter, load_exit_layer, save_drafter, target_facts
+from outdraft.drafters.checkpoint import load_drafter, save_drafter
 from outdraft.drafters.early_exit import EarlyExit
+from outdraft.drafters.exit_folder import load_exit_layer, target_facts
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.loading import load_drafter_for
 from outdraft.target import Target

@@ -16,8 +16,10 @@ from outdraft.console.facts import describe
 from outdraft.control import CONTROLLERS
 from outdraft.decoding import Row
 from outdraft.drafters.base import RowContext, TreeShape, Update
-from outdraft.drafters.checkpoint import load_drafter, load_medusa, save_drafter, target_facts
+from outdraft.drafters.checkpoint import load_drafter, save_drafter
+from outdraft.drafters.exit_folder import target_facts
 from outdraft.drafters.medusa import Medusa, MedusaConfig, MedusaHeads
+from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.errors import UserError
 from outdraft.loading import load_drafter_for
 from outdraft.sampling import Dice, SamplingSettings, Warper

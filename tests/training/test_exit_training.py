@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from models import tiny
-from outdraft.drafters.checkpoint import load_exit_layer
+from outdraft.drafters.exit_folder import load_exit_layer
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.drafters.checkpoint import load_medusa
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
+from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
 from outdraft.target import Target

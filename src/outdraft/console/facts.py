@@ -14,15 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import CPU_TREE, GPU_TREE
-from outdraft.drafters.checkpoint import (
-    ExitFolder,
-    MedusaCheckpoint,
-    load_drafter,
-    load_medusa,
-    own_method,
-    read_exit_folder,
-)
+from outdraft.drafters.checkpoint import load_drafter, own_method
+from outdraft.drafters.exit_folder import ExitFolder, read_exit_folder
 from outdraft.drafters.folder import is_hub_id, not_on_hub
+from outdraft.drafters.medusa_folder import MedusaCheckpoint, load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
 from outdraft.loading import REFERENCE, first_line, resolve_device

@@ -1,14 +1,13 @@
 """Drafter folders: our own, and the official FSPAD and EAGLE-1/2 ones as they are.
 
 A folder is `config.json` and weights. Our own is written whole or not at all (`own_layout.py`); official ones are
-recognised from the names and shapes of their tensors (`official.py`). It knows how a `FeatureHead` and `MedusaHeads`
-are put together from tensors, and an `ExitLayer` from tensors and its target; nothing of decoding or training beyond
-the record that it carries along.
+recognised from the names and shapes of their tensors (`official.py`). It saves every kind of drafter and knows how a
+`FeatureHead` is put together from tensors; the other kinds are read in `exit_folder.py` and `medusa_folder.py`. Nothing
+of decoding, and of training no more than the record that it carries along.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,37 +15,24 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import outdraft
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig, empty
+from outdraft.drafters.exit_folder import TARGET_FACTS
+from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.folder import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    local_folder,
-    read_config,
-    read_weights,
-    some,
-)
-from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
+from outdraft.drafters.folder import CONFIG, WEIGHTS, find_folder, local_folder, read_config, read_weights
+from outdraft.drafters.medusa import MedusaHeads
 from outdraft.drafters.official import REMADE, official_config, official_name, our_name
-from outdraft.drafters.own_layout import fitting, is_own, read_settings, section, write_folder
+from outdraft.drafters.own_layout import fitting, is_own, read_settings, section, warn_of_unknown, write_folder
 from outdraft.errors import UserError, first_line
 
 Layout = Literal["outdraft", "fspad", "eagle"]
-
-EXIT = ExitLayer.method
 
 Network = FeatureHead | ExitLayer | MedusaHeads
 """Whatever is trained and saved."""
 
 KEPT = "draft_tokens"
 """The tensor of a reduced draft vocabulary."""
-
-TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-"""What an exit layer's target must have in common with the one it was trained for."""
 
 
 @dataclass
@@ -104,12 +90,6 @@ def save_drafter(
     return write_folder(folder, config, head.state_dict())
 
 
-def target_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a drafter's folder says of its target beside its name."""
-    config = model.config.get_text_config()
-    return {name: getattr(config, name) for name in TARGET_FACTS}
-
-
 def push_to_hub(
     folder: str | Path,
     repo_id: str,
@@ -147,6 +127,16 @@ def push_to_hub(
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
+def own_method(folder_or_hub_id: str | Path, revision: str | None = None) -> str | None:
+    """The method that a folder of our own names; None for an official one.
+
+    Raises:
+        UserError: there is no drafter's folder at all.
+    """
+    config = read_config(find_folder(folder_or_hub_id, revision))
+    return str(config["method"]) if is_own(config) else None
+
+
 def load_drafter(
     folder_or_hub_id: str | Path,
     *,
@@ -182,7 +172,7 @@ def load_drafter(
 
 def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
     method = config.get("method")
-    if method == EXIT:
+    if method == ExitLayer.method:
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
     if method not in ("fspad", "eagle"):
         raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
@@ -200,7 +190,7 @@ def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping
     weights = {name: place for name, place in wanted.items() if name not in kept}
     shown = {name: official_name(name, config) for name in weights} if names else None
     head.load_state_dict({**fitting(tensors, weights, file, shown=shown), **kept}, assign=True)
-    _warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
+    warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
     return head
 
 
@@ -220,133 +210,3 @@ def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file
             "config.json says; copy or train it again"
         )
     return torch.tensor(ids)
-
-
-def _warn_of_unknown(unknown: list[str], file: str) -> None:
-    if unknown:
-        warnings.warn(
-            f"{file} holds {some(unknown)}, which this drafter has no place for; left out, so drafts may be poor "
-            "(what is decoded stays exact)",
-            stacklevel=4,
-        )
-
-
-# --- reading Medusa's heads --------------------------------------------------------------------------------------
-
-
-@dataclass
-class MedusaCheckpoint:
-    """Loaded heads and what their folder says about them."""
-
-    heads: MedusaHeads
-    target: dict[str, Any]
-    training: dict[str, Any]
-
-
-def own_method(folder_or_hub_id: str | Path, revision: str | None = None) -> str | None:
-    """The method that a folder of our own names; None for an official one.
-
-    Raises:
-        UserError: there is no drafter's folder at all.
-    """
-    config = read_config(find_folder(folder_or_hub_id, revision))
-    return str(config["method"]) if is_own(config) else None
-
-
-def load_medusa(
-    folder_or_hub_id: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    revision: str | None = None,
-) -> MedusaCheckpoint:
-    """Medusa's heads from our own folder, here or on the Hugging Face Hub; arguments as in `load_drafter`.
-
-    Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
-    """
-    folder = find_folder(folder_or_hub_id, revision)
-    config = read_config(folder)
-    if not is_own(config) or config["method"] != MedusaHeads.method:
-        raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")
-    settings = read_settings(MedusaConfig, config, folder)
-    file, tensors = read_weights(folder)
-    with torch.device("meta"):  # no random start, which would be overwritten
-        heads = MedusaHeads(settings)
-    wanted = heads.state_dict()
-    weights = fitting(tensors, wanted, file)
-    heads.load_state_dict(weights, assign=True)
-    _warn_of_unknown([name for name in tensors if name not in wanted], file)
-    heads = heads.to(device=device, dtype=dtype or next(iter(weights.values())).dtype).eval()
-    return MedusaCheckpoint(heads, section(config, "target"), section(config, "training"))
-
-
-# --- reading an exit layer ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class ExitFolder:
-    """What the folder of an exit layer says, before its target is there."""
-
-    config: ExitLayerConfig
-    tensors: dict[str, Tensor]
-    file: str
-    """Where the tensors were read, for messages."""
-    target: dict[str, Any]
-    training: dict[str, Any]
-
-
-def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:
-    """Settings and tensors of an exit layer, without its target.
-
-    Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
-    """
-    folder = find_folder(folder_or_hub_id, revision)
-    config = read_config(folder)
-    if not is_own(config) or config["method"] != EXIT:
-        raise UserError(f"'{folder}' holds no exit layer; choose a folder that `outdraft train --method eesd` made")
-    settings = read_settings(ExitLayerConfig, config, folder)
-    file, tensors = read_weights(folder)
-    target = section(config, "target")
-    if missing := [name for name in TARGET_FACTS if name not in target]:
-        raise UserError(f"'{folder / CONFIG}' says nothing of its target's {some(missing)}; copy or train it again")
-    return ExitFolder(settings, tensors, file, target, section(config, "training"))
-
-
-def load_exit_layer(
-    folder_or_hub_id: str | Path,
-    model: PreTrainedModel,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    revision: str | None = None,
-) -> ExitLayer:
-    """An exit layer from our own folder, here or on the Hugging Face Hub.
-
-    Args:
-        folder_or_hub_id: a folder, else a hub id.
-        model: the target it was trained for, whose family its layer is of.
-        dtype: precision of the weights; as stored when None.
-        device: where they go; the model's when None.
-        revision: of a hub repository.
-
-    Raises:
-        UserError: nothing there, a damaged drafter, or one of another target, with the fix.
-    """
-    found = read_exit_folder(folder_or_hub_id, revision)
-    for name, value in target_facts(model).items():
-        if found.target[name] != value:
-            raise UserError(
-                f"the drafter was trained for a target with {name} {found.target[name]}, this one has {value}; "
-                "choose its own drafter or train one (outdraft train)"
-            )
-    exit_layer = empty(model, found.config)
-    wanted = exit_layer.state_dict()
-    weights = fitting(
-        found.tensors, wanted, found.file, "this target", "choose its own drafter or train one (outdraft train)"
-    )
-    exit_layer.load_state_dict(weights, assign=True)
-    _warn_of_unknown([name for name in found.tensors if name not in wanted], found.file)
-    place: Any = model.get_input_embeddings().weight.device if device is None else device
-    return exit_layer.to(device=place, dtype=dtype or next(iter(weights.values())).dtype)

@@ -144,3 +144,13 @@ def fitting(
     # Copies: what was read may be mapped from the file, which must be free to change.
     dtype = tensors[next(iter(wanted))].dtype
     return {name: tensors[name].to(dtype, copy=True) for name in wanted}
+
+
+def warn_of_unknown(unknown: list[str], file: str) -> None:
+    """Say which tensors of `file` have no place; silent where there is none."""
+    if unknown:
+        warnings.warn(
+            f"{file} holds {some(unknown)}, which this drafter has no place for; left out, so drafts may be poor "
+            "(what is decoded stays exact)",
+            stacklevel=4,
+        )

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from outdraft.drafters.checkpoint import save_drafter, target_facts
+from outdraft.drafters.checkpoint import save_drafter
+from outdraft.drafters.exit_folder import target_facts
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
