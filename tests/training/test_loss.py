@@ -153,34 +153,6 @@ def test_unrolled_steps_see_what_decoding_sees(batch: SimpleNamespace) -> None:
     assert sums.positions == 7
 
 
-@pytest.mark.parametrize("unroll_steps", [1, 3])
-@pytest.mark.parametrize("given", ["positions", "positions and mask"])
-def test_sequences_in_one_row_are_as_good_as_rows_of_their_own(
-    batch: SimpleNamespace, unroll_steps: int, given: str
-) -> None:
-    net = drafter()
-    loss = DrafterLoss(net, lambda x: x @ batch.weight.T, unroll_steps=unroll_steps)
-    apart = loss(batch.embeddings, batch.features, batch.mask)
-    expected = torch.autograd.grad(apart.regression + apart.token, list(net.parameters()))
-
-    def packed(rows: Tensor) -> Tensor:
-        """Both rows after a third one that carries no loss, and padding after them."""
-        row = torch.cat([rows[1, :5], *(rows[i, :length] for i, length in enumerate(batch.lengths))])
-        return torch.cat([row, torch.zeros_like(row[:2])])[None]
-
-    positions = torch.cat([torch.arange(length) for length in (5, *batch.lengths, 2)])[None]
-    sequence = torch.repeat_interleave(torch.arange(4), torch.tensor([5, *batch.lengths, 2]))
-    mask = (sequence[:, None] == sequence[None]).tril()[None, None] if "mask" in given else None
-    loss_mask = packed(batch.mask)
-    loss_mask[0, 2:5] = False
-    loss_mask[0, 5:7] = True  # the beginnings of the second sequence, which nothing predicts
-    together = loss(packed(batch.embeddings), packed(batch.features), loss_mask, None, positions, mask)
-    for name, sums in together._asdict().items():
-        torch.testing.assert_close(sums, getattr(apart, name), atol=1e-12, rtol=1e-12, msg=name)
-    found = torch.autograd.grad(together.regression + together.token, list(net.parameters()))
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
-
-
 def test_every_draft_step_costs_one_forward(batch: SimpleNamespace) -> None:
     net, tokens = drafter(), []
     net.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[1]))

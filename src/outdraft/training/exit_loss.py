@@ -79,13 +79,9 @@ class ExitLoss(nn.Module):
         return ExitSums(cross_entropy, agreed, counted.sum())
 
 
-def next_is_response(loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1)` positions t whose x_{t+1} is one.
-
-    Where several sequences stand in a row, `positions` are the places of tokens in their own one, in which t must be.
-    """
-    counted = loss_mask[:, 1:].bool()
-    return counted if positions is None else counted & (positions[:, 1:] >= 1)
+def next_is_response(loss_mask: Tensor) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1)` positions t whose x_{t+1} is one."""
+    return loss_mask[:, 1:].bool()
 
 
 def float32_ends(model: PreTrainedModel) -> PreTrainedModel:

@@ -68,8 +68,6 @@ class DrafterLoss(nn.Module):
         features: Tensor,
         loss_mask: Tensor,
         noise: Tensor | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
     ) -> LossSums:
         """Sums of both losses over the counted positions of a right-padded batch.
 
@@ -80,24 +78,18 @@ class DrafterLoss(nn.Module):
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
             noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
                 nor to what is read beside them.
-            positions: `(batch, tokens)` each token's place in its own sequence, where several stand in one row, one
-                after the other; every row is one sequence when absent.
-            mask: `(batch, 1, tokens, tokens)` True where a token may look; its own sequence up to itself when absent.
         """
-        counted = counted_positions(loss_mask, positions)
+        counted = counted_positions(loss_mask)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
         seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
-        places = torch.arange(goal.shape[1], device=goal.device)[None] if positions is None else positions[:, :-2]
-        if mask is None and positions is not None:
-            mask = packed_mask(positions)
-        mask = None if mask is None else mask[..., :-2, :-2]
+        places = torch.arange(goal.shape[1], device=goal.device)[None]
         memory = Streams() if self.unroll_steps > 1 else None
-        out = self.drafter(embedded, seen[:, :-2], places, mask, memory)
+        out = self.drafter(embedded, seen[:, :-2], places, None, memory)
         outputs, spoken = [out], [counted]
         for step in range(1, self.unroll_steps):
             own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
-            seen_now = unrolled_mask(own.shape[1], step, own.device, mask)
+            seen_now = unrolled_mask(own.shape[1], step, own.device)
             out = self.drafter(embedded, own, places, seen_now, memory)
             outputs.append(out)
             spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
@@ -138,25 +130,13 @@ class Streams:
         return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
 
 
-def counted_positions(loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one.
-
-    Args:
-        loss_mask: True where x is a response token.
-        positions: `(batch, tokens)` places in their own sequences where several stand in a row: t must be in the same.
-    """
-    counted = loss_mask[:, 2:].bool()
-    return counted if positions is None else counted & (positions[:, 2:] >= 2)
+def counted_positions(loss_mask: Tensor) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
+    return loss_mask[:, 2:].bool()
 
 
-def packed_mask(positions: Tensor) -> Tensor:
-    """`(batch, 1, tokens, tokens)` each token sees its own sequence up to itself; sequences begin at position 0."""
-    sequence = (positions == 0).cumsum(dim=1)
-    return (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
-
-
-def unrolled_mask(length: int, step: int, device: torch.device | str, mask: Tensor | None = None) -> Tensor:
-    """`(1 or batch, 1, length, (step + 1) * length)` who sees whom when a drafter is unrolled on its own features.
+def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
+    """`(1, 1, length, (step + 1) * length)` who sees whom when a drafter is unrolled on its own features.
 
     At draft step j, position t sees what it would see in decoding: the target's features up to t-j (the first `length`
     keys), and on the way from there to t the ones drafted in steps 1 .. j, each at its own place.
@@ -165,14 +145,11 @@ def unrolled_mask(length: int, step: int, device: torch.device | str, mask: Tens
         length: positions.
         step: draft steps taken before, j.
         device: of the mask.
-        mask: `(batch, 1, length, length)` who sees whom at the first step; causal when absent.
     """
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
     drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
     blocks = torch.stack([everything.tril(-step), *drafted], dim=1)  # (queries, steps, keys)
-    if mask is not None:
-        blocks = blocks & mask.transpose(1, 2)  # (batch, queries, 1, keys) over all steps
-    return blocks.view(-1, 1, length, (step + 1) * length)
+    return blocks.view(1, 1, length, (step + 1) * length)
 
 
 def feature_noise(

@@ -84,11 +84,6 @@ def _moved(x: Tensor, by: int, length: int) -> Tensor:
     return moved
 
 
-def reached(loss_mask: Tensor, head: int, positions: Tensor | None = None) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one.
-
-    Where several sequences stand in a row, `positions` are the places of tokens in their own one, which a guess must
-    not leave.
-    """
-    counted = loss_mask[:, head + 1 :].bool()
-    return counted if positions is None else counted & (positions[:, head + 1 :] >= head + 1)
+def reached(loss_mask: Tensor, head: int) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one."""
+    return loss_mask[:, head + 1 :].bool()

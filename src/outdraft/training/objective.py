@@ -42,13 +42,8 @@ class Objective(ABC):
     """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
 
     @abstractmethod
-    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Positions that carry loss in a `(batch, tokens)` mask of response tokens.
-
-        Args:
-            loss_mask: True where a token is of a response.
-            positions: each token's place in its own sequence, where several stand in a row.
-        """
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        """Positions that carry loss in a `(batch, tokens)` mask that is True where a token is of a response."""
 
     @abstractmethod
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
@@ -125,8 +120,8 @@ class FeatureObjective(Objective):
             token_loss_of(config),
         )
 
-    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        return counted_positions(loss_mask, positions)
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return counted_positions(loss_mask)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         ids, lengths = batch["input_ids"], batch["lengths"]
@@ -136,7 +131,7 @@ class FeatureObjective(Objective):
         if self.config.feature_noise:
             seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
             noise = feature_noise(lengths.tolist(), self.target.hidden_size, ids.shape[1], seeds, ids.device)
-        return embeddings, features, batch["loss_mask"], noise, batch.get("positions"), batch.get("mask")
+        return embeddings, features, batch["loss_mask"], noise
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
@@ -154,8 +149,8 @@ class ExitObjective(Objective):
         self.reading = ExitReading(target, drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
-    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        return next_is_response(loss_mask, positions)
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return next_is_response(loss_mask)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"]
@@ -174,8 +169,8 @@ class MedusaObjective(Objective):
         self.reading = Reading(target)
         self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
-    def counted(self, loss_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        return reached(loss_mask, 1, positions)
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return reached(loss_mask, 1)
 
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
         return features, batch["input_ids"], batch["loss_mask"]
