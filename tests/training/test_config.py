@@ -65,7 +65,9 @@ def test_a_mistake_is_one_line_that_names_the_setting(values: dict[str, Any], sa
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("values", [{}, {"token_loss": "top-k", "token_top_k": 5}, {"method": "eesd", "exit_layer": 1}])
+@pytest.mark.parametrize(
+    "values", [{}, {"token_loss": "top-k", "token_top_k": 5}, {"method": "eesd", "exit_layer": 1}, {"w_reg": 0}]
+)
 def test_a_record_is_a_configuration_again(values: dict[str, Any]) -> None:
     settled = config(**values).with_preset(10**6)
     assert TrainingConfig(**settled.record()).record() == settled.record()
@@ -74,14 +76,43 @@ def test_a_record_is_a_configuration_again(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["token_top_k", "token_top_k_weight"])
 def test_settings_of_the_top_k_loss_are_refused_without_it(name: str) -> None:
     assert getattr(config(**{"token_loss": "top-k", name: 3}), name) == 3
-    with pytest.raises(UserError, match=f'"{name}" belongs to token_loss top-k, not soft; leave it out'):
+    with pytest.raises(
+        UserError, match=f'"{name}" belongs to token_loss top-k, not soft; change token_loss or leave it out'
+    ):
         config(**{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "choice", "says"),
+    [
+        ({"unroll_decay": 0.5}, {"unroll_steps": 2}, '"unroll_decay" belongs to unroll_steps of 2 or more, not 1'),
+        ({"w_reg_schedule": "linear", "w_reg": 0}, {"w_reg": 0.1}, '"w_reg_schedule" belongs to w_reg above 0, not 0'),
+        ({"feature_cache_dir": "f"}, {"features": "cached"}, '"feature_cache_dir" belongs to features cached, not onl'),
+        (
+            {"feature_cache_gb": 1.5},
+            {"features": "cached"},
+            '"feature_cache_gb" belongs to features cached, not online',
+        ),
+    ],
+)
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+def test_settings_that_nothing_would_read_are_refused(
+    values: dict[str, Any], choice: dict[str, Any], says: str, preset: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        config(**values, preset=preset)
+    (setting,) = choice
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(f"; change {setting} or leave it out")
+    kept = config(**values | choice, preset=preset).with_preset(10**6).record()
+    assert all(str(kept[name]) == str(value) for name, value in (values | choice).items())
 
 
 @pytest.mark.parametrize("name", ["tap_layers", "state_norm", "token_loss", "w_reg_schedule", "unroll_decay"])
 def test_what_goes_beyond_the_paper_is_fspad_s_and_eagle_s(name: str) -> None:
     value = {"tap_layers": "auto", "state_norm": True, "token_loss": "top-k", "w_reg_schedule": "linear"}.get(name, 0.5)
-    assert getattr(config(method="eagle", **{name: value}), name) == value
+    with_what_it_needs = {"unroll_steps": 2, name: value}
+    assert getattr(config(method="eagle", **with_what_it_needs), name) == value
     with pytest.raises(UserError, match=f'"{name}" is a setting of fspad and eagle, not of medusa'):
         config(method="medusa", **{name: value})
 

@@ -6,8 +6,9 @@ training is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -177,14 +178,19 @@ class TrainingConfig(BaseModel):
 
     def _check_parts(self) -> None:
         """Settings of a choice that was not made are refused, not ignored."""
-        for name, (setting, choice) in PART_OF.items():
-            if name in self.model_fields_set and self.method in READ_BY[name] and getattr(self, setting) != choice:
-                raise UserError(f'"{name}" belongs to {setting} {choice}, not {getattr(self, setting)}; leave it out')
+        for name, part in PART_OF.items():
+            given = name in self.model_fields_set and getattr(self, name) is not None
+            value = getattr(self, part.setting)
+            if given and self.method in READ_BY.get(name, (self.method,)) and not part.made(value):
+                raise UserError(
+                    f'"{name}" belongs to {part.setting} {part.choice}, not {value}; change {part.setting} or leave '
+                    "it out"
+                )
 
     def record(self) -> dict[str, Any]:
         """The settings that this method reads, ready for JSON; a configuration again when given back."""
         left_out = {name for name, methods in READ_BY.items() if self.method not in methods}
-        left_out |= {name for name, (setting, choice) in PART_OF.items() if getattr(self, setting) != choice}
+        left_out |= {name for name, part in PART_OF.items() if not part.made(getattr(self, part.setting))}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
     def with_preset(self, target_parameters: int) -> TrainingConfig:
@@ -237,10 +243,25 @@ READ_BY: dict[str, tuple[str, ...]] = {
 }
 """Settings that not every method reads, and the methods that do."""
 
+
+class Part(NamedTuple):
+    """The choice in another setting without which a setting is not read."""
+
+    setting: str
+    choice: str
+    """In words."""
+    made: Callable[[Any], bool]
+    """Whether a value of `setting` is that choice."""
+
+
 PART_OF = {
-    "hard_weight": ("loss", "mixed"),
-    "token_top_k": ("token_loss", "top-k"),
-    "token_top_k_weight": ("token_loss", "top-k"),
+    "hard_weight": Part("loss", "mixed", lambda loss: loss == "mixed"),
+    "token_top_k": Part("token_loss", "top-k", lambda loss: loss == "top-k"),
+    "token_top_k_weight": Part("token_loss", "top-k", lambda loss: loss == "top-k"),
+    "w_reg_schedule": Part("w_reg", "above 0", lambda weight: weight > 0),
+    "unroll_decay": Part("unroll_steps", "of 2 or more", lambda steps: steps > 1),
+    "feature_cache_gb": Part("features", "cached", lambda features: features == "cached"),
+    "feature_cache_dir": Part("features", "cached", lambda features: features == "cached"),
 }
 """Settings that are read only with a certain choice in another one."""
 
