@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import os
 import re
-import shutil
 import subprocess
 import zlib
 from html.parser import HTMLParser
@@ -15,28 +13,12 @@ from typing import Any
 import pytest
 from bench_data import benchmark, question_file
 
+from browsers import browser
 from cli_fixtures import Folders
 from outdraft.errors import UserError
 from outdraft.evaluation import page
 from outdraft.evaluation.page_style import SLOTS
 from outdraft.evaluation.result import BenchResult
-
-
-def browser() -> str:
-    """A headless-capable Chromium, or a skip that says what is missing."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for name in (os.environ.get("CHROME_PATH", ""), *names) if (path := shutil.which(name))), None)
-    if found is None:
-        try:
-            from playwright.sync_api import sync_playwright
-
-            with sync_playwright() as engines:
-                found = engines.chromium.executable_path if Path(engines.chromium.executable_path).exists() else None
-        except Exception:  # without its browsers the package raises errors of its own kinds
-            found = None
-    if found is None:
-        pytest.skip("needs Chromium on PATH, in CHROME_PATH or by playwright")
-    return found
 
 
 @pytest.fixture(scope="module")

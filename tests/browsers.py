@@ -19,11 +19,19 @@ import pytest
 
 
 def browser() -> str:
-    """Chromium, or a skip that says what is missing."""
+    """A headless-capable Chromium, or a skip that says what is missing."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next((path for name in (os.environ.get("CHROME_PATH", ""), *names) if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip("needs Chromium on PATH or in CHROME_PATH")
+        try:
+            from playwright.sync_api import sync_playwright
+
+            with sync_playwright() as engines:
+                found = engines.chromium.executable_path if Path(engines.chromium.executable_path).exists() else None
+        except Exception:  # without its browsers the package raises errors of its own kinds
+            found = None
+    if found is None:
+        pytest.skip("needs Chromium on PATH, in CHROME_PATH or by playwright")
     return found
 
 
