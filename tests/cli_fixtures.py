@@ -72,7 +72,7 @@ def save_model(folder: Path, layers: int) -> str:
     return str(folder)
 
 
-def save_head(folder: Path, **changes: int | bool) -> str:
+def save_head(folder: Path, **changes: int | bool | tuple[int, ...]) -> str:
     settings = {
         "hidden_size": WIDTH,
         "intermediate_size": 24,

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import outdraft
-from cli_fixtures import CONTEXT, Folders, make_folders, write_lines
+from cli_fixtures import CONTEXT, Folders, make_folders, save_head, write_lines
 from outdraft.cli import app
 
 
@@ -194,6 +194,16 @@ def test_info_tells_models_from_drafters(folders: Folders) -> None:
     drafter = parsed("info", folders.eagle)
     assert (drafter["kind"], drafter["method"], drafter["fits_targets_with"]["vocab_size"]) == ("drafter", "eagle", 260)
     assert "verifies trees" in succeeded("info", folders.target).stdout
+
+
+def test_info_names_what_a_drafter_has_beyond_the_paper(folders: Folders, tmp_path: Path) -> None:
+    beyond = {"tap_layers": [1, 2], "state_norm": True, "draft_vocab_size": 40}
+    found = parsed("info", save_head(tmp_path / "beyond", **{**beyond, "tap_layers": (1, 2)}))
+    assert {name: found[name] for name in beyond} == beyond
+    shown = succeeded("info", tmp_path / "beyond").stdout
+    rows = {name.strip(): value.strip() for _, name, value, _ in (line.split("│") for line in shown.splitlines()[1:-1])}
+    assert (rows["tap layers"], rows["state norm"], rows["draft vocab size"]) == ("1, 2", "yes", "40")
+    assert not beyond.keys() & parsed("info", folders.eagle).keys(), "the paper's own need no naming"
 
 
 def test_info_says_why_a_model_cannot_verify_trees(tmp_path: Path) -> None:

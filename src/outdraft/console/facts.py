@@ -25,6 +25,8 @@ from outdraft.reference import reference_target_path
 from outdraft.target import refuse_unfit
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
+"""Settings of a feature head that are named only where they are not the paper's."""
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
@@ -66,6 +68,8 @@ def table(facts: dict[str, Any]) -> Table:
             value = f"{value:.2f}"
         elif isinstance(value, int):
             value = f"{value:,}"
+        elif isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
         if value not in (None, ""):
             built.add_row(name.replace("_", " "), str(value))
     return built
@@ -107,6 +111,7 @@ def _drafter(folder: Path) -> dict[str, Any]:
         feature_sampling=config.feature_sampling,
         partial_alignment=config.partial_alignment,
         context=config.max_position_embeddings,
+        **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
     )
 
 
