@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -89,10 +90,16 @@ def test_no_body_is_the_server_s_fault(served: Served, path: str, first: str) ->
     assert codes.get(200, 0) > 5 and codes.get(400, 0) > 5, f"both kinds were tried: {codes}"
 
 
+@pytest.mark.timeout(60)
 def test_the_schema_finds_no_fault(served: Served) -> None:
-    """Schemathesis, where it is installed: requests made from the server's own description of itself."""
+    """Schemathesis, where it is installed: requests made from the server's own description of itself.
+
+    On a slow machine it tries fewer of them: a first one of every operation, and others for half a minute.
+    """
     schemathesis = pytest.importorskip("schemathesis")
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    end = time.monotonic() + 30
+    tried: set[str] = set()
 
     for operation in schema.get_all_operations():
         strategy = operation.ok().as_strategy()
@@ -100,10 +107,14 @@ def test_the_schema_finds_no_fault(served: Served) -> None:
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
         @given(strategy)
         def run(case: Any) -> None:
+            if case.operation.label in tried and time.monotonic() > end:
+                return
+            tried.add(case.operation.label)
             if isinstance(case.body, dict):
                 case.body["max_tokens"] = 2
-            answer = case.call(timeout=3600)
+            answer = case.call(timeout=20)
             assert answer.status_code < 500, (answer.status_code, answer.text)
 
         run()
     settled(served)
+    assert {"POST /v1/chat/completions", "POST /v1/completions"} <= tried
