@@ -13,6 +13,7 @@ from outdraft.console.app import Verbs
 from outdraft.console.bench import bench
 from outdraft.console.chat import chat
 from outdraft.console.demo import demo
+from outdraft.console.export import export
 from outdraft.console.generate import generate
 from outdraft.console.info import info
 from outdraft.console.regenerate import regenerate
@@ -20,7 +21,7 @@ from outdraft.console.serve import serve
 from outdraft.console.train import train
 from outdraft.console.verify import verify
 
-VERBS = (demo, generate, chat, train, regenerate, info, bench, verify, serve)
+VERBS = (demo, generate, chat, train, regenerate, info, bench, verify, serve, export)
 """In the order of the help."""
 
 app = typer.Typer(
