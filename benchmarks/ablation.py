@@ -12,25 +12,22 @@ Writes `study.json`, `study.md` and `study.html` there. `docs/ablation.md` says 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import studies
 from rich.console import Console
-from studies import SETTINGS, TRAINING, shown, spread, write
+from studies import SETTINGS, shown, spread, write
 
-from outdraft.console.output import plain, remarks
-from outdraft.errors import UserError
+from outdraft.console.output import plain
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
-from outdraft.loading import REFERENCE, load_drafter_for, load_target
+from outdraft.loading import load_drafter_for, load_target
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
 from outdraft.training.train import train
@@ -46,23 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(studies.Study):
     """What is compared; equal studies can share a folder."""
-
-    model: str
-    data: Path
-    prompts: Path | None
-    output_dir: Path
-    steps: int
-    seeds: int
-    limit: int
-    max_new_tokens: int
-    repetitions: int
-    temperatures: tuple[float, ...]
-    learning_rate: float
-
-    def __post_init__(self) -> None:
-        studies.check_sizes(self, ("steps", "seeds", "limit", "max_new_tokens", "repetitions"))
 
     @property
     def measurement(self) -> dict[str, Any]:
@@ -247,60 +229,25 @@ def markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
 def report(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """All three files; the table on stdout too."""
     table = summed_up(study, rows)
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(study).items()}
-    everything = {"settings": given, "table": table, "measured": list(rows)}
-    write(study.output_dir / "study.json", json.dumps(plain(everything), indent=1))
-    text = markdown(study, table)
-    write(study.output_dir / "study.md", text)
-    print(text)
+    studies.publish(study, table, rows, markdown(study, table))
     if rows:
         title = f"FSPAD's parts, {study.steps} steps of training each"
         figures = {"tau": "tau", "speedup": "speed-up"}
         studies.plot(study, table, figures, title, study.output_dir / "study.html", console)
 
 
-def arguments() -> tuple[Study, bool]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=REFERENCE)
-    parser.add_argument("--data", type=Path, help="to train on; the target's own answers that ship with the package")
-    parser.add_argument("--prompts", type=Path, help="to decode, as for `outdraft bench`; the shipped held-out ones")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=3, help="each variant is trained with seeds 0, 1, ...")
-    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"])
-    parser.add_argument("--limit", type=int, default=24, help="prompts to decode")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--repetitions", type=int, default=1)
-    parser.add_argument("--temperatures", default="0,1")
-    parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
+def work(console: Console) -> None:
+    """Train and measure what is missing, then report."""
+    parser = studies.parser_of(__doc__, "every drafter", steps=600, seeds=3)
     given = parser.parse_args()
-    if given.model != REFERENCE and (given.data is None or given.prompts is None):
-        parser.error("another model than the shipped one needs --data and --prompts of its own")
-    study = Study(
-        model=given.model,
-        data=given.data or TRAINING,
-        prompts=given.prompts,
-        output_dir=given.output_dir,
-        steps=given.steps,
-        seeds=given.seeds,
-        limit=given.limit,
-        max_new_tokens=given.max_new_tokens,
-        repetitions=given.repetitions,
-        temperatures=tuple(float(part) for part in given.temperatures.split(",")),
-        learning_rate=given.learning_rate,
-    )
-    return study, given.train_only
+    study = Study(**studies.fields_of(parser, given))
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    train_all(study, console)
+    report(study, [] if given.train_only else measure_all(study, console), console)
 
 
 def main() -> None:
-    console = remarks()
-    try:
-        study, train_only = arguments()
-        study.output_dir.mkdir(parents=True, exist_ok=True)
-        train_all(study, console)
-        report(study, [] if train_only else measure_all(study, console), console)
-    except UserError as error:
-        sys.exit(f"ablation: {error}")
+    studies.run("ablation", work)
 
 
 if __name__ == "__main__":

@@ -21,24 +21,23 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import studies
 from rich.console import Console
-from studies import SETTINGS, TRAINING, shown, spread, write
+from studies import SETTINGS, shown, spread, write
 
-from outdraft.console.output import number, plain, remarks
+from outdraft.console.output import number, plain
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
-from outdraft.loading import REFERENCE, load_drafter_for, load_target
+from outdraft.loading import load_drafter_for, load_target
 from outdraft.target import Target
 from outdraft.training.config import PRESETS, TrainingConfig
 from outdraft.training.train import train
@@ -92,27 +91,16 @@ class Training(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(studies.Study):
     """What is compared; equal studies can share a folder."""
 
-    model: str
-    data: Path
     corpus_data: Path | None
-    prompts: Path | None
-    output_dir: Path
     variants: tuple[str, ...]
     budgets: tuple[str, ...]
-    steps: int
-    seeds: int
-    limit: int
-    max_new_tokens: int
-    repetitions: int
-    temperatures: tuple[float, ...]
-    learning_rate: float
     unroll_steps: int
 
     def __post_init__(self) -> None:
-        studies.check_sizes(self, ("steps", "seeds", "limit", "max_new_tokens", "repetitions"))
+        super().__post_init__()
         if self.unroll_steps < 2:
             raise UserError(f"--unroll-steps must be at least 2, not {self.unroll_steps}; one step is the base's")
         known = [*SWITCHES, *([CORPUS] if self.corpus_data is not None else [])]
@@ -425,13 +413,8 @@ def markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
 def report(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """All three files; the table on stdout too."""
     table = summed_up(study, rows)
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(study).items()}
     switches = {variant: study.switches(variant) for variant in study.variants}
-    everything = {"settings": given, "switches": switches, "table": table, "measured": list(rows)}
-    write(study.output_dir / "study.json", json.dumps(plain(everything), indent=1))
-    text = markdown(study, table)
-    write(study.output_dir / "study.md", text)
-    print(text)
+    studies.publish(study, table, rows, markdown(study, table), {"switches": switches})
     if rows:
         figures = {"tau": "tau"} | ({"speedup": "speed-up"} if "speedup" in rows[0] else {})
         title = f"Beyond the paper's recipe, {study.steps} steps of {BASE} or as long"
@@ -439,63 +422,39 @@ def report(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> No
 
 
 def arguments() -> tuple[Study, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=REFERENCE)
-    parser.add_argument("--data", type=Path, help="to train on; the target's own answers that ship with the package")
+    parser = studies.parser_of(__doc__, BASE, steps=400, seeds=1)
     parser.add_argument("--corpus-data", type=Path, help="the same number of conversations with the corpus's answers")
-    parser.add_argument("--prompts", type=Path, help="to decode, as for `outdraft bench`; the shipped held-out ones")
-    parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--variants", help=f"of {', '.join(SWITCHES)}; all by default")
     parser.add_argument("--budgets", default=f"{STEPS},{SECONDS}", help="equal steps, equal seconds, or both")
-    parser.add_argument("--steps", type=int, default=400, help=f"of {BASE}")
-    parser.add_argument("--seeds", type=int, default=1, help="each variant is trained with seeds 0, 1, ...")
-    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"])
     parser.add_argument("--unroll-steps", type=int, default=3, help="draft steps where they are trained")
-    parser.add_argument("--limit", type=int, default=24, help="prompts to decode")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--repetitions", type=int, default=1, help="of the prompts, with --speed")
-    parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--costs", action="store_true", help="measure what a step of every variant costs, nothing else")
     parser.add_argument("--cost-steps", type=int, default=5, help="steps of each measurement")
-    parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
     parser.add_argument("--speed", action="store_true", help="time decoding, too, in turns with plain decoding")
     given = parser.parse_args()
-    if given.model != REFERENCE and (given.data is None or given.prompts is None):
-        parser.error("another model than the shipped one needs --data and --prompts of its own")
     every = [*SWITCHES, *([CORPUS] if given.corpus_data is not None else [])]
     study = Study(
-        model=given.model,
-        data=given.data or TRAINING,
+        **studies.fields_of(parser, given),
         corpus_data=given.corpus_data,
-        prompts=given.prompts,
-        output_dir=given.output_dir,
         variants=tuple(given.variants.split(",") if given.variants else every),
         budgets=tuple(given.budgets.split(",")),
-        steps=given.steps,
-        seeds=given.seeds,
-        limit=given.limit,
-        max_new_tokens=given.max_new_tokens,
-        repetitions=given.repetitions,
-        temperatures=tuple(float(part) for part in given.temperatures.split(",")),
-        learning_rate=given.learning_rate,
         unroll_steps=given.unroll_steps,
     )
     return study, given
 
 
+def work(console: Console) -> None:
+    """Measure costs, or train and measure what is missing, then report."""
+    study, given = arguments()
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    if given.costs:
+        measure_costs(study, given.cost_steps, console)
+        return
+    train_all(study, console)
+    report(study, [] if given.train_only else measure_all(study, given.speed, console), console)
+
+
 def main() -> None:
-    console = remarks()
-    try:
-        study, given = arguments()
-        study.output_dir.mkdir(parents=True, exist_ok=True)
-        if given.costs:
-            measure_costs(study, given.cost_steps, console)
-            return
-        train_all(study, console)
-        rows = [] if given.train_only else measure_all(study, given.speed, console)
-        report(study, rows, console)
-    except UserError as error:
-        sys.exit(f"recipes: {error}")
+    studies.run("recipes", work)
 
 
 if __name__ == "__main__":

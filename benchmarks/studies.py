@@ -1,4 +1,4 @@
-"""What the studies of trained drafters share: data and settings, reading back what is finished, rows, tables, a plot.
+"""What the studies of trained drafters share: arguments, settings, reading back what is finished, rows, tables, a plot.
 
 A study trains variants alike and decodes with them; which variants, and how alike, is its own affair
 (`ablation.py`, `recipes.py`).
@@ -6,22 +6,27 @@ A study trains variants alike and decodes with them; which variants, and how ali
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
-from outdraft.console.output import number
+from outdraft.console.output import number, plain, remarks
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import Contender, Run
 from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.evaluation.summary import summarise
+from outdraft.loading import REFERENCE
 from outdraft.reference import load_prompts
 from outdraft.reference.prompts import DATA
 from outdraft.statistics import Statistics
@@ -47,30 +52,71 @@ SETTINGS: dict[str, Any] = {
 """Those of the drafter that ships for the reference target."""
 
 
-class Decoding(Protocol):
-    """What a study decodes, and how."""
+@dataclass(frozen=True)
+class Study:
+    """What every study compares with what; equal studies can share a folder."""
 
-    @property
-    def prompts(self) -> Path | None:
-        """None: the shipped held-out ones."""
+    model: str
+    data: Path
+    prompts: Path | None
+    """To decode; None: the shipped held-out ones."""
+    output_dir: Path
+    steps: int
+    seeds: int
+    limit: int
+    max_new_tokens: int
+    repetitions: int
+    temperatures: tuple[float, ...]
+    learning_rate: float
 
-    @property
-    def limit(self) -> int: ...
-
-    @property
-    def max_new_tokens(self) -> int: ...
-
-    @property
-    def temperatures(self) -> tuple[float, ...]: ...
+    def __post_init__(self) -> None:
+        for name in ("steps", "seeds", "limit", "max_new_tokens", "repetitions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if any(temperature < 0 for temperature in self.temperatures):
+            raise UserError("temperatures must be 0 (greedy) or more")
 
 
-def check_sizes(study: Decoding, names: Sequence[str]) -> None:
-    """Raise UserError for a size that cannot be."""
-    for name in names:
-        if getattr(study, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(study, name)}")
-    if any(temperature < 0 for temperature in study.temperatures):
-        raise UserError("temperatures must be 0 (greedy) or more")
+def parser_of(documentation: str | None, steps_of: str, steps: int, seeds: int) -> argparse.ArgumentParser:
+    """The arguments that every study takes.
+
+    Args:
+        documentation: of the study.
+        steps_of: whose steps are given.
+        steps: by default.
+        seeds: by default.
+    """
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=REFERENCE)
+    parser.add_argument("--data", type=Path, help="to train on; the target's own answers that ship with the package")
+    parser.add_argument("--prompts", type=Path, help="to decode, as for `outdraft bench`; the shipped held-out ones")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {steps_of}")
+    parser.add_argument("--seeds", type=int, default=seeds, help="each variant is trained with seeds 0, 1, ...")
+    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"])
+    parser.add_argument("--limit", type=int, default=24, help="prompts to decode")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--repetitions", type=int, default=1, help="of the prompts, where decoding is timed")
+    parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
+    return parser
+
+
+def fields_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Study` from its arguments."""
+    if given.model != REFERENCE and (given.data is None or given.prompts is None):
+        parser.error("another model than the shipped one needs --data and --prompts of its own")
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(Study)}
+    temperatures = tuple(float(part) for part in given.temperatures.split(","))
+    return {**values, "data": given.data or TRAINING, "temperatures": temperatures}
+
+
+def run(name: str, work: Callable[[Console], None]) -> None:
+    """Do it; a user's mistake ends the program with one line."""
+    try:
+        work(remarks())
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -139,7 +185,7 @@ COUNTED = ("tau", "acceptance_rate")
 """Figures that do not depend on the machine."""
 
 
-def held_out(study: Decoding) -> Sequence[Prompt]:
+def held_out(study: Study) -> Sequence[Prompt]:
     """Prompts that nothing here was trained on."""
     return load_prompts("heldout")[: study.limit] if study.prompts is None else read_prompts(study.prompts, study.limit)
 
@@ -208,8 +254,33 @@ def markdown_rows(
     return [f"| drafter | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|", *body, ""] if body else []
 
 
+def publish(
+    study: Study,
+    table: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    text: str,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """The study's figures as JSON, and its tables, on stdout too.
+
+    Args:
+        study: what was compared.
+        table: an entry for every variant.
+        rows: the measurements behind it.
+        text: the tables.
+        more: entries of the JSON beside these.
+    """
+    given = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(study).items()
+    }
+    everything = {"settings": given, **(more or {}), "table": list(table), "measured": list(rows)}
+    write(study.output_dir / "study.json", json.dumps(plain(everything), indent=1))
+    write(study.output_dir / "study.md", text)
+    print(text)
+
+
 def plot(
-    study: Decoding, table: Sequence[dict[str, Any]], figures: dict[str, str], title: str, path: Path, console: Console
+    study: Study, table: Sequence[dict[str, Any]], figures: dict[str, str], title: str, path: Path, console: Console
 ) -> None:
     """For every temperature bars of some figures with their spread, and acceptance by position.
 
