@@ -12,6 +12,7 @@ import torch
 
 from enumeration import ScriptedChance, distance, law_of
 from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
+from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
@@ -56,8 +57,12 @@ SHAPES = {
 def controlled(
     rows: list[Row], name: str, shape: TreeShape, costs: Costs = CHEAP, seed: int = 0, **options
 ) -> list[Row]:
-    """The rows with controllers of their own, which share nothing but costs."""
+    """The rows with controllers of their own, which share nothing but costs; `auto` is trees by the machine."""
+    shared = ShapePacer(costs)
     for place, row in enumerate(rows):
+        if name == "auto":
+            row.controller = shared.controller(shape.depth + 1, seed + place)
+            continue
         row.controller = Pacer(ControlSettings(name, **options), costs).controller(shape.depth + 1, seed + place)
     return rows
 
@@ -91,7 +96,7 @@ def law_and_statistics(
     return law_of(run), Statistics.sum(everything)
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])
 @pytest.mark.parametrize("shape", [TreeShape.chain(2), TreeShape(1, 2, 5)], ids=["chain", "tree"])
 @pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
 def test_every_controller_keeps_the_law_of_deterministic_candidates(kind, shape, name):
@@ -105,7 +110,7 @@ def test_every_controller_keeps_the_law_of_deterministic_candidates(kind, shape,
     assert drafted > 0
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model"])
@@ -244,7 +249,7 @@ def test_rows_that_look_together_before_they_keep_are_found_out():
 # --- the same tokens -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_greedy_tokens_are_those_of_stock_generate_under_every_controller(kind, name):
     model, near = pair("llama-gqa")

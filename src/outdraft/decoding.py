@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from outdraft.control.base import Controller
+from outdraft.control.by_machine import ByMachine, Choice
 from outdraft.control.costs import Costs
 from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
@@ -196,8 +197,8 @@ class Batch:
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
         self.clock.start()
-        shape = self._shape()
-        pace = self._pace(shape)
+        shape, choice = self._choose()
+        pace = self._pace(shape) if choice is None else None
         tree = self._draft(shape, pace)
         self.clock.mark()
         features, taps = self.run.tree(tree)
@@ -208,6 +209,8 @@ class Batch:
         self._commit(tree, taps, logits, verdicts)
         self.clock.mark()
         drafting, verifying, rest = self.clock.laps()
+        if choice is not None:
+            choice.observe([len(verdict.path) - 1 for verdict in verdicts], drafting + verifying + rest)
         if pace is not None:
             depths = [row.statistics.depths[-1] for row in self.rows]
             accepted = [len(verdict.path) - 1 for verdict in verdicts]
@@ -216,6 +219,15 @@ class Batch:
         for row in self.rows:
             row.statistics.add_seconds(drafting, verifying, rest)
         return self.leave()
+
+    def _choose(self) -> tuple[TreeShape, Choice | None]:
+        """This round's shape, and who is told what came of it, where trees follow the machine."""
+        controller = self.rows[0].controller
+        if self.state is None or not isinstance(controller, ByMachine):
+            return self._fitting(self.shape), None
+        choice = controller.pacer.chooser(self.shape).choose(len(self.rows), sum(max(u.counts) for u in self.updates))
+        shape = self._fitting(choice.shape)
+        return shape, choice if shape == choice.shape else None
 
     def _pace(self, shape: TreeShape) -> RoundPace | None:
         """What the rows' controllers say of this round."""
@@ -237,9 +249,9 @@ class Batch:
         update, self.updates = Update.join(self.updates), []
         return self.state.propose(update, shape, context)
 
-    def _shape(self) -> TreeShape:
-        """The tree that still fits where a family's attention limits the slots."""
-        limit, shape = self.target.slot_limit, self.shape
+    def _fitting(self, shape: TreeShape) -> TreeShape:
+        """As much of it as still fits where a family's attention limits the slots."""
+        limit = self.target.slot_limit
         if limit is None:
             return shape
         left = limit - max(self.cache.lengths)

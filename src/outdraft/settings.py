@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from outdraft.control import WEIGHING, ControlSettings
+from outdraft.control import ControlSettings
+from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -32,13 +33,7 @@ TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_token
 
 
 AUTO = "auto"
-"""`tree_size` for trees by the machine: a controller decides how deep, wide and large each is, by what that costs."""
-
-AUTO_CONTROLLER = "calibrated"
-"""Decides then, unless another that weighs tokens against seconds is named."""
-
-AUTO_TREE = TreeShape(depth=7, top_k=8, size=64)
-"""The most that such trees may be: beyond EAGLE-2's size, and deeper than drafts are accepted on the whole."""
+"""`tree_size` for trees by the machine: every round has the shape that brings the most tokens a second here."""
 
 EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
@@ -99,40 +94,29 @@ def tree_shape(
         base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
-        base = largest(base) if auto else base.doubled() if controlled else base
+        base = base.doubled() if controlled or auto else base
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 
-def largest(default: TreeShape) -> TreeShape:
-    """How far a drafter with this default may go where the machine decides: chains twice as long, trees large."""
-    if default.top_k == 1:
-        return default.doubled()
-    bounds = {name: max(getattr(default, name), getattr(AUTO_TREE, name)) for name in ("depth", "top_k", "size")}
-    return replace(default, **bounds)
-
-
 def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:
-    """The controller asked for, or the one that a tree by the machine needs where none is.
+    """The controller asked for; `auto` where trees follow the machine, which need none.
 
     Args:
         controller: as `generate` takes it.
         tree: some of `TREE_SETTINGS`.
 
     Raises:
-        UserError: a tree by the machine, and a controller that looks at no costs.
+        UserError: a tree by the machine, and a controller.
     """
-    if tree.get("tree_size") != AUTO:
+    if tree.get("tree_size") != AUTO or isinstance(controller, ShapePacer):
         return controller
-    if controller is None:
-        return AUTO_CONTROLLER
-    settings = controller.settings if isinstance(controller, Pacer) else control_settings(controller)
-    if not settings.weighs:
+    settings = controller.settings if isinstance(controller, Pacer) else control_settings(controller or "fixed")
+    if settings.name != "fixed":
         raise UserError(
-            f"tree_size auto weighs tokens against seconds, which controller {settings.name}"
-            f"{' with rule ' + settings.rule if settings.name in WEIGHING else ''} does not; "
-            f"choose of {', '.join(WEIGHING)}, or give tree_size a number"
+            f"tree_size auto chooses whole trees, before controller {settings.name} could stop one; "
+            "leave the controller out, or give tree_size a number"
         )
-    return controller
+    return AUTO
 
 
 def control_settings(controller: Any) -> ControlSettings:
@@ -150,6 +134,8 @@ def pacer_of(controller: Any, tree: Mapping[str, Any] | None = None) -> Pacer | 
         UserError: no such controller, or one that the tree cannot do with.
     """
     controller = controller_of(controller, tree or {})
+    if controller == AUTO:
+        return ShapePacer()
     if controller is None or isinstance(controller, Pacer):
         return controller
     settings = control_settings(controller)

@@ -39,12 +39,17 @@ class Pacer:
             limit: levels that its drafts may have.
             seed: of its own draws; a fresh one from the system when None.
         """
+        return self.settings.make(self.costs, limit, self.generator(seed), self.experience)
+
+    @staticmethod
+    def generator(seed: int | None) -> torch.Generator:
+        """Of a controller's own draws."""
         generator = torch.Generator()
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        return self.settings.make(self.costs, limit, generator, self.experience)
+        return generator
 
 
 class RoundPace:
