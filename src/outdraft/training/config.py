@@ -59,6 +59,9 @@ class TrainingConfig(BaseModel):
     draft_vocab_size: int | None = Field(None, ge=1)
     """Draft only so many tokens, the most frequent ones of the responses; all when not given. Pays where the vocabulary
     is large."""
+    init_from: str | None = None
+    """Drafter whose weights to begin with: a folder, a hub id (official FSPAD and EAGLE ones too), or `reference`; its
+    shape must be this run's."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -225,6 +228,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "tap_layers": _FEATURE_HEADS,
     "state_norm": _FEATURE_HEADS,
     "draft_vocab_size": _FEATURE_HEADS,
+    "init_from": _FEATURE_HEADS,
     "w_reg": _FEATURE_HEADS,
     "w_reg_schedule": _FEATURE_HEADS,
     "w_cls": _FEATURE_HEADS,

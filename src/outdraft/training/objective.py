@@ -20,6 +20,7 @@ from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
+from outdraft.training.beginning import begin_from
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_loss import ExitLoss, next_is_response
 from outdraft.training.features import ExitReading, Reading, TappedReading
@@ -79,7 +80,7 @@ def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network |
 
 
 def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
-    """A drafter with its first float32 weights, on the target's device: from the seed, or the target itself."""
+    """A drafter with its first float32 weights, on the target's device: from the seed, another drafter or the target."""
     if config.method == "eesd":
         assert isinstance(config.exit_layer, int)
         return ExitLayer.beginning(target.model, ExitLayerConfig(config.exit_layer, config.own_head))
@@ -99,6 +100,8 @@ def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         drafter = FeatureHead(shape)
+    if config.init_from is not None:
+        begin_from(drafter, config.init_from)
     return drafter.to(target.device)
 
 
