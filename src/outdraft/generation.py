@@ -162,7 +162,7 @@ class SpeculativeModel:
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). `tree_size="auto"`
-                leaves depth, width and size to `calibrated` (or `beta`) and what they cost here. What they learn
+                drafts whichever shape brings the most tokens a second here, for all rows alike. What they learn
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
                 need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -248,7 +248,8 @@ class SpeculativeModel:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         if exact and all(value is None for value in tree.values()):
             tree = dict(EXACT_TREE)
-        shape = tree_shape(self.drafter, self.target.device, tree, sampling.temperature > 0, pacer is not None)
+        drawing, controlled = sampling.temperature > 0, pacer is not None
+        shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)

@@ -61,7 +61,8 @@ def custom_generate(
         _, target, drafter, pacer = bound[key]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
-        shape = tree_shape(drafter, target.device, tree, generation_config.do_sample, pacer is not None)
+        draws, controlled = generation_config.do_sample, pacer is not None
+        shape = tree_shape(drafter, target.device, tree, draws, controlled, len(input_ids))
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()

@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters.base import CPU_TREE, Drafter, TreeShape
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
 from outdraft.target import Target
@@ -34,6 +34,10 @@ TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_token
 
 AUTO = "auto"
 """`tree_size` for trees by the machine: every round has the shape that brings the most tokens a second here."""
+
+BATCH, BATCH_CHAIN = 4, TreeShape.chain(3)
+"""On a CPU, from so many rows on, a greedy batch drafts this where one row drafts `CPU_TREE`: measured with the shipped
+FSPAD drafter (docs/trees.md), the tree was slower than plain decoding at 16 rows, the chain 1.4 times as fast."""
 
 EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
@@ -66,6 +70,7 @@ def tree_shape(
     settings: dict[str, Any],
     sampling: bool = False,
     controlled: bool = False,
+    rows: int = 1,
 ) -> TreeShape:
     """The tree asked for, else the one that suits drafter and device.
 
@@ -76,6 +81,7 @@ def tree_shape(
         sampling: whether the temperature is above 0. Chains are then sampled from the drafter's law, which the target
             accepts far more often than the most probable tokens; trees that are asked for stay EAGLE-2's.
         controlled: whether a controller decides how far to draft; what is asked for is then the most that it may.
+        rows: decoded together. Only what is drafted greedily depends on it: a seed's text does not.
     """
     asked = {name: value for name, value in settings.items() if value is not None}
     if drafter is None:
@@ -94,7 +100,10 @@ def tree_shape(
         base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
-        base = base.doubled() if controlled or auto else base
+        if controlled or auto:
+            base = base.doubled()
+        elif base == CPU_TREE and rows >= BATCH and not sizes:
+            base = BATCH_CHAIN
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 

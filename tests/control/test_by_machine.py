@@ -87,8 +87,9 @@ def test_defaults_are_on_the_menu_of_their_doubles():
     assert GPU_TREE in Menu(GPU_TREE.doubled()).shapes
 
 
-def test_it_begins_with_the_default_and_in_batches_with_a_chain():
-    assert Menu(TREES).start(1) == CPU_TREE and Menu(CHAINS).start(1) == CPU_CHAIN
+def test_it_begins_with_the_length_of_the_default_and_in_batches_shorter():
+    assert Menu(CHAINS).start(1) == CPU_CHAIN and Menu(GPU_TREE.doubled()).start(1) == GPU_TREE
+    assert Menu(TREES).start(1) == TreeShape.chain(CPU_TREE.depth + 1)
     assert Menu(TREES).start(8) == TreeShape.chain(2)
     assert Menu(PLAIN).start(1) == PLAIN
 
@@ -145,7 +146,7 @@ def test_it_comes_near_the_best_shape_on_a_noisy_machine(bounds: TreeShape, rows
         best = max(machine.rate(shape, rows) for shape in chooser.menu.shapes)
         first.append(run(chooser, machine, rows, 40)[1] / best)
         later.append(run(chooser, machine, rows, 400)[1] / best)
-    assert fmean(first) > 0.85
+    assert fmean(first) > 0.8
     assert fmean(later) > 0.92
 
 
@@ -156,7 +157,7 @@ def test_a_useless_drafter_costs_two_percent_in_the_long_run(rows: int, node: fl
     chooser = Chooser(TREES, Costs())
     plain = machine.rate(PLAIN, rows)
     shapes, first = run(chooser, machine, rows, 128)
-    assert first > 0.93 * plain
+    assert first > 0.92 * plain
     _, later = run(chooser, machine, rows, 1000)
     assert later > 0.975 * plain
     assert shapes.count(PLAIN) > 0.7 * len(shapes)

@@ -64,3 +64,18 @@ def test_the_flag_takes_a_number_or_auto():
     assert whole_or_auto("12") == 12 and whole_or_auto("auto") == "auto" and whole_or_auto(None) is None
     with pytest.raises(UserError, match="--tree-size must be a whole number or auto, not 'large'"):
         whole_or_auto("large")
+
+
+def test_greedy_batches_on_a_cpu_draft_chains_unless_a_tree_is_asked_for():
+    assert tree_shape(Plain(), CPU, {}, rows=3) == CPU_TREE
+    assert tree_shape(Plain(), CPU, {}, rows=4) == tree_shape(Plain(), CPU, {}, rows=16) == TreeShape.chain(3)
+    assert tree_shape(Plain(), CPU, {"tree_depth": 3}, rows=16) == CPU_TREE
+    gpu = torch.device("cuda")
+    assert tree_shape(Plain(), gpu, {}, rows=16) == Plain().default_shape(gpu), "not measured there"
+    assert tree_shape(PromptLookup(), CPU, {}, rows=16) == PromptLookup().default_shape(CPU)
+
+
+def test_with_a_temperature_the_tree_depends_on_no_other_rows():
+    """Or a row of a batch would not have the text that its seed has alone."""
+    alone = tree_shape(Plain(), CPU, {}, sampling=True)
+    assert all(tree_shape(Plain(), CPU, {}, sampling=True, rows=rows) == alone for rows in (4, 16))

@@ -17,7 +17,7 @@ from outdraft.drafters.base import TreeShape
 PLAIN = TreeShape(0, 1, 1)
 """Drafts nothing."""
 BATCH = 4
-"""Rows from which on a batch begins with chains: on two cores trees gained nothing there (docs/trees.md)."""
+"""Rows from which on a batch begins with short chains: on two cores so many nodes cost (docs/trees.md)."""
 STEP_BY_STEP = 6
 """Levels up to which every length is on the menu; beyond, about every fourth part longer."""
 WIDE = 4
@@ -55,18 +55,20 @@ class Menu:
         return [PLAIN, *self.places]
 
     def start(self, rows: int) -> TreeShape:
-        """The shape to begin with: half the bounds' levels; in batches a chain of a quarter, as so many nodes cost."""
+        """The shape to begin with: half the bounds' levels, in batches a quarter; a chain, unless bounds are so wide
+        that they are meant for a device on which nodes cost little."""
         if not self.places:
             return PLAIN
-        line, share = (self.grid[0], 4) if rows >= BATCH else (self.grid[-1], 2)
-        return max((shape for shape in line if levels_of(shape) <= max(1, self.most // share)), key=levels_of)
+        wide = rows < BATCH and self.bounds.top_k > WIDE
+        line, most = self.grid[-1 if wide else 0], max(1, self.most // (4 if rows >= BATCH else 2))
+        return max((shape for shape in line if levels_of(shape) <= most), key=levels_of)
 
     def beside(self, shape: TreeShape) -> list[TreeShape]:
         """Those to try next to this one: a length more or less, a width more or less; next to plain, short chains."""
         if shape == PLAIN:
             return self.grid[0][:3] if self.places else []
         row, place = self.places[shape]
-        around = [(row, place + 1), (row, place - 1), (row + 1, place), (row - 1, place)]
+        around = [(row - 1, place), (row, place - 1), (row, place + 1), (row + 1, place)]
         inside = [(r, i) for r, i in around if 0 <= r < len(self.grid) and 0 <= i < len(self.grid[r])]
         return [self.grid[r][i] for r, i in inside] + [PLAIN] * (place == 0)
 
