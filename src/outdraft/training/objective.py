@@ -80,7 +80,7 @@ def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network |
 
 
 def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
-    """A drafter with its first float32 weights, on the target's device: from the seed, another drafter or the target."""
+    """A drafter with its first float32 weights, on the target's device: of the seed, another drafter or the target."""
     if config.method == "eesd":
         assert isinstance(config.exit_layer, int)
         return ExitLayer.beginning(target.model, ExitLayerConfig(config.exit_layer, config.own_head))
