@@ -44,6 +44,8 @@ CURVES = ("tree", "context", "batch", "temperature", "shape", "memory")
 TREES = "chain 1,chain 2,chain 3,chain 5,chain 7,2/2/6,3/3/10,4/4/16,5/8/32,5/10/60"
 DEFAULT = "default"
 SHAPES = {"cpu": "6x256,12x256,24x256,12x512,24x512,12x768", "cuda": "8b:8,8b,70b:2,70b:8"}
+SHAPE_TOKENS = 16
+"""At most, decoded where weights are random: rounds are alike there."""
 MEMORY_TOKENS = 8
 """Decoded where memory is measured; its peak is the prefill's or the first rounds'."""
 
@@ -86,7 +88,7 @@ def points_of(curve: str, given: argparse.Namespace, context_length: Callable[[]
             yield Point(curve, {"temperature": temperature}, {**shared, **trained, **timed})
     elif curve == "shape":
         for shape in given.shapes:
-            yield Point(curve, {"shape": shape}, {**shared, **timed})
+            yield Point(curve, {"shape": shape}, {**shared, **timed, "tokens": min(given.tokens, SHAPE_TOKENS)})
     elif curve == "context":
         for length in lengths(given, context_length() - given.tokens):
             yield Point(curve, {"context": length}, {**shared, **trained, **timed})
@@ -113,7 +115,8 @@ def measure(point: Point, models: Models, given: argparse.Namespace) -> dict[str
     names = [PLAIN, *rivals.get(point.curve, DEFAULT).split(",")]
     if temperature > 0:
         names = [PLAIN, DEFAULT]
-    found = cell(names, models.target, models.drafter, prompts, given, batch, temperature)
+    sizes = argparse.Namespace(turns=given.turns, tokens=point.settings["tokens"])
+    found = cell(names, models.target, models.drafter, prompts, sizes, batch, temperature)
     shape = models.drafter.default_shape(models.target.device, temperature > 0)
     default = f"{shape.depth}/{shape.top_k}/{shape.size}, {shape.candidates}"
     return {"rivals": {name: with_spread(name, one, shape) for name, one in found.items()}, "default": default}
@@ -196,12 +199,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trees", default=TREES, help="chain N or depth/top_k/size, separated by commas")
     parser.add_argument("--contexts", default="256,512,1024,4096,16384", help="prompt tokens, and the model's limit")
     parser.add_argument("--batches", default="1,2,4,8,16")
-    parser.add_argument("--memory-batches", default="1,4,16")
+    parser.add_argument("--memory-batches", default="1,8")
     parser.add_argument("--temperatures", default="0,0.3,0.6,1,1.5")
     parser.add_argument("--shapes", help="of targets of random weights: layers x width, 8b or 70b, 70b:8 for 8 layers")
     parser.add_argument("--taus", default="2,3,4", help="at which speed-ups of those are stated")
     parser.add_argument("--turns", type=int, default=5, help="of every point, each with prompts of its own")
-    parser.add_argument("--tokens", type=int, default=48, help="of every row in a turn")
+    parser.add_argument("--tokens", type=int, default=32, help="of every row in a turn")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--backend")

@@ -61,11 +61,8 @@ def tables(points: Sequence[Point], taus: Sequence[float]) -> dict[str, str]:
 def speed_table(points: Sequence[Point]) -> list[str]:
     """Speed-up and tau of every rival at every point."""
     axis = points[0]["curve"]
-    head = (
-        ["drafts", "nodes verified"]
-        if axis == "tree"
-        else [{"context": "prompt tokens", "batch": "rows"}.get(axis, axis), "drafts"]
-    )
+    named = {"context": "prompt tokens", "batch": "rows"}.get(axis, axis)
+    head = ["drafts", "nodes verified"] if axis == "tree" else [named, "drafts"]
     lines = row([*head, "speed-up", "turns from - to", "tau", "tokens/s", "plain tokens/s"], head=True)
     for point in points:
         for name, one in rivals_of(point):
@@ -152,15 +149,18 @@ def page(points: Sequence[Point], taus: Sequence[float], path: Path, console: Co
         if own:
             panels += panels_of(curve, own, taus, graph_objects)
     rows = len(panels) // 2
-    figure = subplots.make_subplots(rows=rows, cols=2, subplot_titles=[title for title, *_ in panels])
+    titles = [title for title, *_ in panels]
+    figure = subplots.make_subplots(rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.3 / max(rows, 2))
     for place, (_, x, y, traces) in enumerate(panels):
         at = {"row": place // 2 + 1, "col": place % 2 + 1}
         for trace in traces:
             figure.add_trace(trace, **at)
         figure.update_xaxes(title_text=x, **at)
         figure.update_yaxes(title_text=y, rangemode="tozero", **at)
+        if y == "speed-up":
+            figure.add_hline(y=1, line={"dash": "dot", "color": "#7f7f7f"}, **at)
     figure.update_layout(height=360 * rows, width=1200, template="plotly_white", showlegend=False, margin={"t": 60})
-    studies.write(path, figure.to_html(include_plotlyjs=True))
+    studies.write(path, figure.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
 
 
 def panels_of(curve: str, points: Sequence[Point], taus: Sequence[float], plotly: Any) -> list[Panel]:
@@ -249,6 +249,7 @@ def line_maker(plotly: Any) -> Callable[[str, Sequence[tuple[Any, Any, Any]], in
             mode="lines+markers+text",
             text=[*[""] * (len(own) - 1), name],
             textposition="top center",
+            cliponaxis=False,
             error_y=spread,
             line={"color": colour(place)},
         )

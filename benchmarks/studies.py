@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.console.app import quiet_libraries
 from outdraft.console.output import number, plain, remarks
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.errors import UserError
@@ -113,6 +114,7 @@ def fields_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> dic
 
 def run(name: str, work: Callable[[Console], None]) -> None:
     """Do it; a user's mistake ends the program with one line."""
+    quiet_libraries()
     try:
         work(remarks())
     except UserError as error:
