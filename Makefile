@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format clean help
+ENGINE := .venv-vllm
+ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
+
+.PHONY: demo test test-engine lint format clean help
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,6 +27,16 @@ demo: $(VENV)/.demo ## install, train a drafter for the shipped target, decode w
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest
 
+$(ENGINE)/.vllm: requirements-vllm.txt constraints-vllm.txt
+	test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)
+	$(ENGINE_PIP) --require-hashes --requirement requirements-vllm.txt
+	$(ENGINE_PIP) --requirement constraints-vllm.txt
+	touch $@
+
+test-engine: $(ENGINE)/.vllm ## exported drafters inside vLLM, on a CPU, in an environment of its own
+	$(ENGINE_PIP) --no-build-isolation --editable .
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(ENGINE)/bin/python -m pytest -c tests/engine_vllm/pytest.ini tests/engine_vllm
+
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,5 +46,5 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and all caches
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments and all caches
+	rm -rf $(VENV) $(ENGINE) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,300 @@
+"""Exported folders: every tensor, the forward read from the files, what is refused, and decoding with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import outdraft
+from models import tiny
+from outdraft import UserError
+from outdraft.drafters.checkpoint import load_drafter, save_drafter
+from outdraft.drafters.exit_folder import target_facts
+from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
+from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
+from outdraft.engines import export, head_folder
+from outdraft.engines.export import Exported, export_drafter
+
+CONFIG = FeatureHeadConfig(
+    hidden_size=32,
+    intermediate_size=40,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=32,
+    max_position_embeddings=64,
+)
+EAGLE = {"feature_sampling": False, "partial_alignment": False}
+"""The switches of EAGLE's head."""
+
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "fspad": ({}, "EagleFspadLlamaForCausalLM"),
+    "fspad without fc bias": ({"fc_bias": False}, "EagleFspadLlamaForCausalLM"),
+    "feature sampling alone": ({"partial_alignment": False}, "EagleFspadLlamaForCausalLM"),
+    "partial alignment alone": ({"feature_sampling": False}, "EagleFspadLlamaForCausalLM"),
+    "attention biases": ({"attention_bias": True}, "EagleFspadLlamaForCausalLM"),
+    "eagle with fc bias": (EAGLE, "EagleFcBiasLlamaForCausalLM"),
+    "eagle without": ({**EAGLE, "fc_bias": False}, "EagleLlamaForCausalLM"),
+}
+
+
+def saved_target(folder: Path, family: str = "llama-gqa", **changes: Any) -> Path:
+    tiny(family, dtype=torch.float32, **changes).save_pretrained(folder)
+    return folder
+
+
+def random_head(**changes: Any) -> FeatureHead:
+    torch.manual_seed(3)
+    head = FeatureHead(FeatureHeadConfig(**{**asdict(CONFIG), **changes}))
+    with torch.no_grad():
+        for weight in head.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.1 * torch.randn_like(weight))
+    return head
+
+
+def saved_head(folder: Path, **changes: Any) -> Path:
+    return save_drafter(folder, random_head(**changes), target_id="tiny")
+
+
+def saved_exit(folder: Path, family: str = "llama-gqa", own_head: bool = False) -> Path:
+    """An exit layer that is often right: the target's last layer, a little changed."""
+    model = tiny(family, dtype=torch.float32)
+    exit_layer = ExitLayer.beginning(model, ExitLayerConfig(1, own_head))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for weight in exit_layer.parameters():
+            weight.add_(0.05 * weight.std(correction=0) * torch.randn_like(weight))
+    return save_drafter(folder, exit_layer, target_id="tiny", target=target_facts(model))
+
+
+def exported(tmp_path: Path, drafter: Path, target: Path, engine: str = "vllm", **more: Any) -> Exported:
+    return export_drafter(str(target), str(drafter), engine, tmp_path / "out", **more)
+
+
+# --- FSPAD and EAGLE's head ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_head_is_written_under_the_names_the_engine_reads_and_computes_the_same(tmp_path: Path, name: str) -> None:
+    changes, architecture = VARIANTS[name]
+    done = exported(tmp_path, saved_head(tmp_path / "head", **changes), saved_target(tmp_path / "target"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["architectures"] == [architecture] == [done.architecture]
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == head_folder.expected_shapes(config, tensors)
+    # `bias` is the attention's in vLLM, and fc's in EAGLE's code, where its absence means true.
+    assert ("bias" not in config) if config["fc_bias"] else config["bias"] is False
+    assert not config["attention_bias"] and config.get("qkv_bias", False) == changes.get("attention_bias", False)
+    assert 0 < done.difference < 1e-5
+    assert done.plugin == (architecture != "EagleLlamaForCausalLM")
+    assert '"method": "eagle"' in done.command and str(tmp_path / "out") in done.command
+    # The official names, so it loads here again, as the same drafter.
+    back, head = load_drafter(tmp_path / "out").head, random_head(**changes)
+    assert all(torch.equal(weight, back.state_dict()[key]) for key, weight in head.state_dict().items())
+
+
+def test_a_drafters_own_embedding_goes_along(tmp_path: Path) -> None:
+    folder = saved_head(tmp_path / "head")
+    tensors = {**load_file(folder / "model.safetensors"), "embed_tokens.weight": torch.randn(32, 32)}
+    save_file(tensors, folder / "model.safetensors")
+    exported(tmp_path, folder, saved_target(tmp_path / "target"))
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"], tensors["embed_tokens.weight"]
+    )
+
+
+def test_the_precision_is_the_stored_one_unless_asked_for(tmp_path: Path) -> None:
+    head, target = saved_head(tmp_path / "head"), saved_target(tmp_path / "target")
+    assert exported(tmp_path / "a", head, target).difference < 1e-5
+    exported(tmp_path / "b", head, target, dtype="bfloat16")
+    for place, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
+        tensors = load_file(tmp_path / place / "out" / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen2", "qwen3"])
+def test_families_whose_features_vllm_hands_over_are_taken(tmp_path: Path, family: str) -> None:
+    assert (
+        exported(tmp_path, saved_head(tmp_path / "head"), saved_target(tmp_path / "target", family)).method == "fspad"
+    )
+
+
+REFUSED: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
+    "taps": (lambda p: (saved_head(p / "d", tap_layers=(1,)), saved_target(p / "t")), "tap_layers"),
+    "state norm": (lambda p: (saved_head(p / "d", state_norm=True), saved_target(p / "t")), "state_norm"),
+    "reduced vocabulary": (
+        lambda p: (saved_head(p / "d", draft_vocab_size=8), saved_target(p / "t")),
+        "draft_vocab_size",
+    ),
+    "another width": (lambda p: (saved_head(p / "d", hidden_size=64), saved_target(p / "t")), "hidden_size 64"),
+    "another vocabulary": (lambda p: (saved_head(p / "d", vocab_size=40), saved_target(p / "t")), "vocab_size 40"),
+    "scaled embeddings": (lambda p: (saved_head(p / "d"), saved_target(p / "t", "gemma")), "'gemma'"),
+    "scaled logits": (lambda p: (saved_head(p / "d"), saved_target(p / "t", "granite")), "'granite'"),
+    "medusa": (lambda p: (saved_medusa(p / "d"), saved_target(p / "t")), "Medusa"),
+    "a language model": (lambda p: (saved_target(p / "d"), saved_target(p / "t")), "no drafter"),
+    "no target": (lambda p: (saved_head(p / "d"), p / "absent"), "target"),
+    "another target's exit": (
+        lambda p: (saved_exit(p / "d"), saved_target(p / "t", num_hidden_layers=3)),
+        "num_hidden_layers",
+    ),
+}
+
+
+def saved_medusa(folder: Path) -> Path:
+    return save_drafter(folder, MedusaHeads(MedusaConfig(hidden_size=32, vocab_size=32)), target_id="tiny")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_would_run_otherwise_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+    make, word = REFUSED[case]
+    drafter, target = make(tmp_path)
+    with pytest.raises(UserError, match=word) as error:
+        exported(tmp_path, drafter, target)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"d", "t"} & {p.name for p in tmp_path.iterdir()})
+
+
+def test_heads_are_no_assistant_models(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="custom_generate"):
+        exported(tmp_path, saved_head(tmp_path / "head"), saved_target(tmp_path / "target"), engine="hf")
+
+
+def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, target = saved_head(tmp_path / "head"), saved_target(tmp_path / "target")
+    right = head_folder.engine_tensors
+
+    def swapped(head: FeatureHead) -> dict[str, Any]:
+        tensors = right(head)
+        gate, up = "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"
+        return {**tensors, gate: tensors[up], up: tensors[gate]}
+
+    monkeypatch.setattr(head_folder, "engine_tensors", swapped)
+    with pytest.raises(UserError, match="does not compute what the drafter does"):
+        exported(tmp_path, head, target)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda tensors: tensors.pop("fc.fc.bias"), "lacks fc.fc.bias"),
+        (lambda tensors: tensors.update({"input_layernorm.weight": torch.ones(32)}), "no place"),
+        (lambda tensors: tensors.update({"fc.fc.bias": torch.ones(31)}), "31 where vLLM asks for 32"),
+        (lambda tensors: tensors["fc.fc.bias"].fill_(torch.nan), "no numbers"),
+    ],
+)
+def test_every_tensor_is_checked(change: Callable[[dict[str, Any]], Any], word: str) -> None:
+    head = random_head()
+    config = head_folder.engine_config(head.config, tiny("llama-gqa").config, torch.float32)
+    tensors = {name: tensor.detach().clone() for name, tensor in head_folder.engine_tensors(head).items()}
+    head_folder.check_tensors(config, tensors)
+    change(tensors)
+    with pytest.raises(UserError, match=word):
+        head_folder.check_tensors(config, tensors)
+
+
+# --- EESD ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "qwen2-sliding", "gemma2", "gpt-neox", "gpt2"])
+def test_an_exit_layer_becomes_an_ordinary_model(tmp_path: Path, family: str, own_head: bool) -> None:
+    drafter, target = saved_exit(tmp_path / "exit", family, own_head), saved_target(tmp_path / "target", family)
+    done = exported(tmp_path, drafter, target)
+    assert '"method": "draft_model"' in done.command and not done.plugin
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert small.config.num_hidden_layers == 2
+    assert small.get_output_embeddings().weight is not small.get_input_embeddings().weight
+    # Our own decoding with it as a draft model accepts what it accepts with the exit layer.
+    model = outdraft.load(str(target), str(drafter), dtype="float32", backend="eager")
+    chain: dict[str, Any] = {"max_new_tokens": 24, "num_speculative_tokens": 3}
+    prompts = [[1, 5, 9], [7, 3, 3, 8, 2]]
+    ours = model.generate(prompts, **chain)
+    theirs = outdraft.load(str(target), small, dtype="float32", backend="eager").generate(prompts, **chain)
+    assert ours.tokens == theirs.tokens
+    assert ours.statistics.accepted_at == theirs.statistics.accepted_at and ours.statistics.accepted > 0
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_transformers_drafts_with_it_and_says_the_same(tmp_path: Path, engine: str) -> None:
+    target = saved_target(tmp_path / "target")
+    done = exported(tmp_path, saved_exit(tmp_path / "exit"), target, engine)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    assistant = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32).eval()
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_hook(count)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    settings: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, **settings)
+    alone, calls = calls, 0
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **settings), plain)
+    assert 0 < calls < alone  # its drafts saved forwards
+    assert engine == "vllm" or "assistant_model=assistant" in done.command
+
+
+def test_an_exported_exit_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export.exit_model
+
+    def wrong(exit_layer: ExitLayer, model: Any) -> Any:
+        small = right(exit_layer, model)
+        small.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
+        return small
+
+    monkeypatch.setattr(export, "exit_model", wrong)
+    with pytest.raises(UserError, match="does not compute what the drafter does"):
+        exported(tmp_path, saved_exit(tmp_path / "exit"), saved_target(tmp_path / "target"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- the folder, the command ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_something_in_it_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty folder"):
+        exported(tmp_path, saved_head(tmp_path / "head"), saved_target(tmp_path / "target"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_the_shipped_target_can_be_written_along(tmp_path: Path) -> None:
+    done = export_drafter(
+        "reference", "reference", "vllm", tmp_path / "out", method="eagle", target_dir=tmp_path / "target"
+    )
+    assert done.target == str(tmp_path / "target") and done.target in done.command
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float32)
+    ours = outdraft.load("reference", dtype="float32", backend="eager").target.model
+    assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"engine": "sglang"}, "vllm, hf"),
+        ({"num_speculative_tokens": 0}, "at least 1"),
+        ({"target_dir": "there"}, "for the shipped target"),
+        ({"method": "eagle"}, "leave --method out"),
+        ({"dtype": "int3"}, "unknown dtype"),
+    ],
+)
+def test_other_mistakes_are_one_line(tmp_path: Path, more: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        exported(tmp_path, saved_head(tmp_path / "head"), saved_target(tmp_path / "target"), **more)
+    assert not (tmp_path / "out").exists()
