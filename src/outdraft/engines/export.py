@@ -200,9 +200,10 @@ def _compare_exit(exit_layer: ExitLayer, target: Target, folder: Path) -> float:
     target.model.float()
     exit_layer.float()
     try:
-        read, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # every library under here has exceptions of its own
         raise UserError(f"the exported model cannot be read ({first_line(error)}); use `outdraft serve`") from error
+    read, report = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             raise UserError(
