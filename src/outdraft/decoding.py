@@ -225,7 +225,7 @@ class Batch:
         controller = self.rows[0].controller
         if self.state is None or not isinstance(controller, ByMachine):
             return self._fitting(self.shape), None
-        choice = controller.pacer.chooser(self.shape).choose(len(self.rows), sum(max(u.counts) for u in self.updates))
+        choice = controller.pacer.chooser(self.shape).choose(len(self.rows), self._intake)
         shape = self._fitting(choice.shape)
         return shape, choice if shape == choice.shape else None
 
@@ -235,7 +235,12 @@ class Batch:
         if self.state is None or not controllers:
             return None
         levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
-        return RoundPace(controllers, self.costs, levels, nodes, self.clock.now)
+        return RoundPace(controllers, self.costs, levels, nodes, self._intake, self.clock.now)
+
+    @property
+    def _intake(self) -> int:
+        """Tokens of a row, at most, that the drafter was not told yet."""
+        return sum(max(update.counts) for update in self.updates)
 
     def _draft(self, shape: TreeShape, pace: RoundPace | None) -> Tree:
         if self.state is None or shape.size == 1 or (pace is not None and not any(pace.going)):

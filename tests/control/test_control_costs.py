@@ -133,14 +133,12 @@ def test_fewer_rows_of_a_bucket_cost_less():
         assert costs.verify(2, rows) == pytest.approx(0.02 + 0.0006 * rows, rel=0.03)
 
 
-def test_wider_levels_are_told_from_narrow_ones():
+def test_a_draft_that_did_other_rounds_work_says_nothing_of_beginning():
     costs = Costs()
-    assert costs.widened(2, rows=4) > 0
-    for number in range(60):
-        width = (1, 2, 4)[number % 3]
-        costs.observe_draft(0.003, [0.002 + 0.0001 * 4 * width] * 2, rows=4, widths=[width] * 2)
-    assert costs.widened(1, rows=4) == pytest.approx(0.0004, rel=0.1)
-    assert costs.step(rows=4) == pytest.approx(0.002 + 0.0004 * 7 / 3, rel=0.1)
+    costs.observe_draft(None, [0.002])
+    assert costs.step() == 0.002 and costs.begin() == pytest.approx(0.002)
+    costs.observe_draft(0.003, [])
+    assert costs.begin() == 0.003
 
 
 def test_a_plain_round_is_due_at_first_and_after_a_hundred_others():

@@ -13,7 +13,7 @@ from outdraft.control import CONTROLLERS, Costs, Experience
 from outdraft.control.experience import Evidence
 from outdraft.control.simulation import Run, decode, oracle, round_seconds
 from outdraft.control.thompson import draw_beta
-from outdraft.control.worth import Pace, worth_expanding, worth_going_on, worth_starting, worth_verifying
+from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_verifying
 
 BERNOULLI = [("beta", {"rule": "bernoulli"}), ("calibrated", {"rule": "bernoulli"})]
 THINKING = [("beta", {}), ("calibrated", {}), ("calibrated", {"calibration": "isotonic"})]
@@ -203,13 +203,6 @@ def test_candidates_are_verified_while_each_earns_its_share_of_the_pass():
     assert worth_verifying(0.2, gains, costs, 1) == 2
     assert worth_verifying(1.0, [0.001, 0.001], costs, 1) == 1
     assert worth_verifying(1.0, [], costs, 1) == 0
-
-
-def test_nodes_are_looked_below_while_what_is_expected_there_pays_for_them():
-    costs = Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.05, wider=0.02)
-    assert worth_expanding(1.0, [0.5, 0.1, 0.03, 0.01], costs, 1) == 3
-    assert worth_expanding(0.1, [0.5, 0.1, 0.03, 0.01], costs, 1) == 1
-    assert worth_expanding(1.0, [0.001], costs, 1) == 1
 
 
 @pytest.mark.parametrize("name", ["beta", "calibrated"])

@@ -49,7 +49,7 @@ def decode(
     while rows := [row for row, place in enumerate(places) if place < len(answers[row])]:
         drafts = [answers[row][places[row]] for row in rows]
         own = [controllers[row] for row in rows]
-        pace = RoundPace(own, known, levels, 1, lambda: clock[0])
+        pace = RoundPace(own, known, levels, 1, 0, lambda: clock[0])
         start, level = clock[0], 0
         while any(pace.going):
             clock[0] += truth.step(len(rows)) if level else truth.begin(len(rows))
@@ -144,16 +144,6 @@ def test_candidates_are_verified_while_a_column_of_them_pays_for_itself():
     assert 0 < expected < 4
     assert together.size([[0.8], [0.8]], gains, [[0] * 4, [0] * 2]) == expected
     assert summed([[1.0, 2.0], [], [0.5]]) == [1.5, 2.0]
-
-
-def test_nodes_are_looked_below_while_all_rows_together_pay_for_them():
-    costs = Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.05, wider=0.1)
-    widths = []
-    for theta in (0.9, 0.2):
-        together = Together([sure(costs, theta) for _ in range(3)], costs)
-        together.decide([[]] * 3, [True] * 3, 4)
-        widths.append(together.width([[0.9]] * 3, [[0.5, 0.2, 0.15, 0.05]] * 3))
-    assert widths[0] > widths[1] == 1
 
 
 def test_rows_pool_their_credit_and_share_it_from_then_on():

@@ -55,15 +55,6 @@ class Controller(ABC):
         """
         return len(gains)
 
-    def width(self, confidences: Sequence[float], gains: Sequence[float]) -> int:
-        """How many nodes of the last level to look below, likeliest first; all of them unless overridden.
-
-        Args:
-            confidences: of the levels that were drafted, as in `decide`.
-            gains: of the level's nodes, the drafter's own estimate that the whole path is accepted, largest first.
-        """
-        return len(gains)
-
     @abstractmethod
     def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         """The verdict of a round.

@@ -107,7 +107,6 @@ class Fixed:
     verify_base: float
     verify_per_node: float
     rest: float
-    wider: float
 
 
 class Costs:
@@ -116,7 +115,7 @@ class Costs:
     def __init__(self) -> None:
         self._fixed: Fixed | None = None
         self._begin: dict[int, Average] = {}
-        self._step: dict[int, Line] = {}
+        self._step: dict[int, Average] = {}
         self._rest: dict[int, Average] = {}
         self._verify: dict[int, Line] = {}
         self._plain: dict[int, int] = {}  # rounds since the last plain one
@@ -129,7 +128,6 @@ class Costs:
         verify_base: float,
         verify_per_node: float,
         rest: float = 0.0,
-        wider: float = 0.0,
     ) -> Costs:
         """Costs that observations do not change: for tests, simulation and reproducible draft lengths.
 
@@ -139,29 +137,26 @@ class Costs:
             verify_base: seconds of a target pass over one node.
             verify_per_node: seconds of each further node.
             rest: seconds of everything else in a round.
-            wider: seconds that each further node to look below adds to a level.
         """
         costs = cls()
-        costs._fixed = Fixed(begin, step, verify_base, verify_per_node, rest, wider)
+        costs._fixed = Fixed(begin, step, verify_base, verify_per_node, rest)
         return costs
 
-    def observe_draft(
-        self, begin_seconds: float, step_seconds: Sequence[float], rows: int = 1, widths: Sequence[int] | None = None
-    ) -> None:
+    def observe_draft(self, begin_seconds: float | None, step_seconds: Sequence[float], rows: int = 1) -> None:
         """A draft was made.
 
         Args:
-            begin_seconds: taking in what was decided, and the first level.
+            begin_seconds: taking in what was decided, and the first level; None if other rounds' work was among it.
             step_seconds: of each further level.
             rows: drafted for together.
-            widths: nodes of a row that each of those steps looked below; 1 each when None.
         """
         if self._fixed is not None:
             return
         key = bucket(rows)
-        self._begin.setdefault(key, Average()).observe(begin_seconds)
-        for seconds, width in zip(step_seconds, widths or [1] * len(step_seconds), strict=True):
-            self._step.setdefault(key, Line(1 << key)).observe(rows * width, seconds)
+        if begin_seconds is not None:
+            self._begin.setdefault(key, Average()).observe(begin_seconds)
+        for seconds in step_seconds:
+            self._step.setdefault(key, Average()).observe(seconds)
 
     def observe_round(self, nodes: int, verify_seconds: float, rest_seconds: float, rows: int = 1) -> None:
         """A round ended: the target ran over so many nodes a row (the root included), and the rest was done."""
@@ -184,23 +179,16 @@ class Costs:
         return known.value if known else self._first_step(rows)
 
     def step(self, rows: int = 1) -> float:
-        """Seconds of each further level, as wide as they were of late."""
+        """Seconds of each further level."""
         if self._fixed is not None:
             return self._fixed.step
         known = nearest(self._step, rows)
         begin = nearest(self._begin, rows)
-        return known.seconds if known else begin.value if begin else self._first_step(rows)
+        return known.value if known else begin.value if begin else self._first_step(rows)
 
     def _first_step(self, rows: int) -> float:
         known = nearest(self._step, rows)
-        return known.seconds if known else DRAFT_SHARE * self.verify(1, rows)
-
-    def widened(self, nodes: int, rows: int = 1) -> float:
-        """Seconds that it adds to a level to look below so many further nodes of every row."""
-        if self._fixed is not None:
-            return self._fixed.wider * nodes
-        known = nearest(self._step, rows)
-        return known.slope * nodes * rows / known.unit if known else NODE_SHARE * nodes * rows * self.step(rows)
+        return known.value if known else DRAFT_SHARE * self.verify(1, rows)
 
     def verify(self, nodes: float, rows: int = 1) -> float:
         """Seconds of the target's pass over so many nodes a row, the root included."""

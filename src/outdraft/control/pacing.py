@@ -59,7 +59,8 @@ class RoundPace:
         controllers: of the rows.
         costs: to be told what the round cost.
         levels: that a draft can have in this round.
-        nodes: of its first level, and of any other at most.
+        nodes: of its first level.
+        intake: tokens of a row, at most, that the drafter takes in before it.
         now: a clock in seconds that has waited for the device.
     """
 
@@ -69,6 +70,7 @@ class RoundPace:
         costs: Costs,
         levels: int,
         nodes: int = 1,
+        intake: int = 0,
         now: Callable[[], float] = time.perf_counter,
     ):
         self.controllers, self.costs, self.levels, self.now = controllers, costs, levels, now
@@ -81,8 +83,8 @@ class RoundPace:
         self.confidences: list[list[float]] = [[] for _ in controllers]
         self.going = [levels > 0 and not costs.plain_is_due(len(controllers))] * len(controllers)
         self._laps: list[float] = []
-        self._widths: list[int] = []
-        self._width = nodes
+        # Who takes in a prompt, or a stretch of plain rounds, does work of other rounds.
+        self._usual = intake <= levels + 1
         self._last = now()
         self.wants(nodes)
 
@@ -101,15 +103,8 @@ class RoundPace:
         return self.going
 
     def width(self, gains: Sequence[Sequence[float]]) -> int:
-        """As `Pace.width`."""
-        asked = [place for place, going in enumerate(self.going) if going]
-        if self.together is not None:
-            kept = [own if going else [] for own, going in zip(self.confidences, self.going, strict=True)]
-            row_gains = [row if going else [] for row, going in zip(gains, self.going, strict=True)]
-            self._width = self.together.width(kept, row_gains)
-        else:
-            self._width = max(self.controllers[row].width(self.confidences[row], gains[row]) for row in asked)
-        return self._width
+        """As `Pace.width`: all of them."""
+        return max(len(row) for row in gains)
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
         """As `Pace.drafted`; the time since the last level is this one's."""
@@ -119,7 +114,6 @@ class RoundPace:
         self.going = [going and sure is not None for going, sure in zip(self.going, confidences, strict=True)]
         now = self.now()
         self._laps.append(now - self._last)
-        self._widths.append(max(1, self._width))
         self._last = now
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
@@ -152,7 +146,7 @@ class RoundPace:
         """
         rows = len(self.controllers)
         if self._laps:
-            self.costs.observe_draft(self._laps[0], self._laps[1:], rows, self._widths[1:])
+            self.costs.observe_draft(self._laps[0] if self._usual else None, self._laps[1:], rows)
         self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
         drafted = [own[:depth] for own, depth in zip(self.confidences, depths, strict=True)]
         measured = sum(self._laps) + verify_seconds + rest_seconds

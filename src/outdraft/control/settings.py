@@ -20,8 +20,6 @@ from outdraft.control.ucb import UcbController
 from outdraft.errors import UserError
 
 CONTROLLERS = ("fixed", "confidence", "beta", "calibrated", "ucb")
-WEIGHING = ("beta", "calibrated")
-"""Those that weigh tokens against seconds (with the rule `worth`), and decide for all rows of a batch together."""
 RULES = ("worth", "bernoulli")
 
 
@@ -70,11 +68,6 @@ class ControlSettings:
         for holds, message in bounds:
             if not holds:
                 raise UserError(message)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether such a controller weighs tokens against seconds."""
-        return self.name in WEIGHING and self.rule == "worth"
 
     def make(
         self, costs: Costs, limit: int, generator: torch.Generator, experience: Experience | None = None

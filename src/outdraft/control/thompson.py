@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from outdraft.control.adaptive import Adaptive, Outcome
-from outdraft.control.worth import Pace, worth_expanding, worth_going_on, worth_starting, worth_verifying
+from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_verifying
 
 TINY = 1e-300
 """Where Gamma draws of very small counts are cut off."""
@@ -88,10 +88,6 @@ class ThompsonController(Adaptive):
             size -= 1
         self._nodes, self._levels = size, len(confidences)
         return size
-
-    def width(self, confidences: Sequence[float], gains: Sequence[float]) -> int:
-        likely = self.likely(confidences, gains, [len(confidences) - 1] * len(gains))
-        return worth_expanding(self.price, [self.theta * gain for gain in likely], self.costs, self.rows)
 
     def likely(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> list[float]:
         """Of every candidate, what `gains`, the drafter's own estimate that its whole path is accepted, is worth.

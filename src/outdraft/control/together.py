@@ -19,7 +19,7 @@ from outdraft.control.adaptive import Outcome
 from outdraft.control.costs import Costs
 from outdraft.control.safeguard import Safeguard
 from outdraft.control.thompson import ThompsonController
-from outdraft.control.worth import price_of, worth_expanding, worth_going_on, worth_starting, worth_verifying
+from outdraft.control.worth import price_of, worth_going_on, worth_starting, worth_verifying
 
 
 class Together:
@@ -79,14 +79,6 @@ class Together:
         while size > 1 and self._loss(drafted, size) > self.safeguard.credit:
             size -= 1
         return size
-
-    def width(self, confidences: Sequence[Sequence[float]], gains: Sequence[Sequence[float]]) -> int:
-        """How many nodes of every row's last level to look below, likeliest first."""
-        expected = []
-        for controller, kept, row in zip(self.controllers, confidences, gains, strict=True):
-            likely = controller.likely(kept, row, [len(kept) - 1] * len(row))
-            expected.append([controller.theta * gain for gain in likely])
-        return worth_expanding(self.price, summed(expected), self.costs, self.rows)
 
     def observe(
         self,

@@ -82,12 +82,3 @@ def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: in
         if net > best:
             best, size = net, nodes
     return min(size, len(gains))
-
-
-def worth_expanding(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
-    """How many of a level's nodes to look below, given the tokens expected there, likeliest first; at least one."""
-    node = costs.widened(1, rows)
-    for nodes, gain in enumerate(gains):
-        if price * gain <= node:
-            return max(1, nodes)
-    return max(1, len(gains))
