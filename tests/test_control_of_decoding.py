@@ -44,6 +44,9 @@ DEAR = Costs.fixed(begin=0.6, step=0.5, verify_base=1.0, verify_per_node=0.2)
 WAVERING = Costs.fixed(begin=0.05, step=0.3, verify_base=1.0, verify_per_node=0.05)
 """A second level pays if what was drawn for the first looks good in the rows together."""
 
+HALFWAY = Costs.fixed(begin=0.45, step=0.05, verify_base=1.0, verify_per_node=0.05)
+"""Drafting pays if half of it is accepted."""
+
 PROMPT = (0, 2, 1, 3)
 LEARNING = [name for name in CONTROLLERS if name != "fixed"]
 SHAPES = {
@@ -200,16 +203,22 @@ def product_law(model) -> dict:
     [
         ("draft-model", "calibrated", TreeShape.chain(2, candidates="sampled")),
         ("draft-model", "beta", TreeShape.chain(2, candidates="sampled")),
+        ("draft-model", "auto", TreeShape.chain(2, candidates="sampled")),
         ("fspad", "calibrated", TreeShape(1, 2, 5)),
+        ("fspad", "auto", TreeShape(1, 2, 5)),
     ],
-    ids=["drawn-calibrated", "drawn-beta", "tree-calibrated"],
+    ids=["drawn-calibrated", "drawn-beta", "drawn-auto", "tree-calibrated", "tree-auto"],
 )
 def test_rows_that_decide_together_are_still_independent_and_each_keeps_its_law(kind, name, shape):
     """Whether a row drafts on depends on what was drawn for the other; that is all that it may depend on."""
     model, near = small(4)
     target = Target(model)
-    law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, WAVERING)
+    costs = HALFWAY if name == "auto" else WAVERING
+    law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, costs)
     assert distance(law, product_law(model)) < EXACT
+    if name == "auto":
+        assert len({one[1] for one in depths if len(one) > 1}) > 1, "or no decision would depend on the other row"
+        return
     firsts = {one[0] for one in depths}
     if (name, shape.candidates) == ("calibrated", "sampled"):
         assert firsts == {1, 2}, "or nothing would be proved about decisions that depend on draws"
