@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,6 +32,7 @@ from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.folder import CONFIG, WEIGHTS, some
 from outdraft.drafters.medusa import MedusaHeads
 from outdraft.engines import head_folder
+from outdraft.engines.commands import assisted, vllm_server
 from outdraft.engines.exit_model import exit_model
 from outdraft.engines.vllm_plugin import EAGLE
 from outdraft.errors import UserError, first_line
@@ -102,12 +103,15 @@ def export_drafter(
     shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
     if target_dir is not None and not shipped:
         raise UserError(f"--target-dir is for the shipped target; give the engine '{model}' itself")
+    if target_dir is not None and {_absolute(target_dir), *_absolute(target_dir).parents} & {_absolute(output_dir)}:
+        raise UserError("--target-dir must not be inside --output-dir; choose a folder beside it")
     if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
         draft_model = reference_drafter_path(method)
     kind = own_method(draft_model)
     if kind == MedusaHeads.method:
         raise UserError("Medusa heads have no export; serve them with `outdraft serve`, or train another drafter")
-    source = reference_target_path() if shipped else model
+    here = Path(model).expanduser()
+    source = reference_target_path() if shipped else here if here.exists() else model
     with _new_folder(output_dir) as folder:
         if kind == ExitLayer.method:
             exported = _export_exit(draft_model, source, folder, dtype)
@@ -121,12 +125,12 @@ def export_drafter(
                 shutil.copytree(source, copy, dirs_exist_ok=True)
             source = _absolute(target_dir)
     where = str(_absolute(output_dir))
-    target = str(_absolute(source)) if Path(source).expanduser().exists() else str(source)
+    target = str(_absolute(source)) if Path(source).exists() else str(source)
     if engine == "hf":
-        command = _python(target, where, num_speculative_tokens)
+        command = assisted(target, where, num_speculative_tokens)
     else:
         vllm_method = "draft_model" if found == ExitLayer.method else "eagle"
-        command = _vllm(target, where, vllm_method, num_speculative_tokens)
+        command = vllm_server(target, where, vllm_method, num_speculative_tokens)
     plugin = engine == "vllm" and found != ExitLayer.method and name != EAGLE
     return Exported(where, engine, found, name, target, difference, command, plugin)
 
@@ -260,41 +264,14 @@ def _new_folder(place: str | Path) -> Iterator[Path]:
     try:
         yield beside
         beside.chmod(0o755)
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+        for file in beside.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors makes files that only their owner can read
         os.replace(beside, final)
+    except SafetensorError as error:
+        raise UserError(f"cannot write to '{place}' ({first_line(error)}); choose another folder") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _absolute(place: str | Path) -> Path:
     return Path(place).expanduser().resolve()
-
-
-def _vllm(target: str, folder: str, method: str, tokens: int) -> str:
-    speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
-    words = [
-        "python",
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        target,
-        "--speculative-config",
-        speculative,
-    ]
-    return shlex.join(words)
-
-
-def _python(target: str, folder: str, tokens: int) -> str:
-    """Statements that decode with the folder as `assistant_model`."""
-    return "\n".join(
-        [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"model = AutoModelForCausalLM.from_pretrained({target!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({target!r})",
-            f"assistant = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=model.dtype)",
-            f"assistant.generation_config.num_assistant_tokens = {tokens}",
-            "prompt = tokenizer('Once upon a time', return_tensors='pt')",
-            "print(tokenizer.decode(model.generate(**prompt, assistant_model=assistant, max_new_tokens=64)[0]))",
-        ]
-    )
