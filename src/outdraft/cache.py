@@ -10,6 +10,7 @@ It is a `transformers` Cache, so stock models write to it. It does not know what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class SlotCache(Cache):
         self._writing = 0  # tokens a row of the forward that was reserved last
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
         self._rows = torch.empty(0)  # (rows, 1) beside them
+        self._views: dict[int, _Views] = {}  # buffer -> what this forward reads and writes of it
 
     @property
     def rows(self) -> int:
@@ -78,6 +80,7 @@ class SlotCache(Cache):
         self._writing = slots.shape[1]
         self._slots = None if len(set(self.lengths)) <= 1 else slots
         self._rows = counting(0, self.rows, slots.device)[:, None]
+        self._views = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -87,18 +90,31 @@ class SlotCache(Cache):
         if count != self._writing:
             raise RuntimeError(f"{count} tokens written, {self._writing} reserved")
         buffer, place = self._place(key_states, value_states, layer_idx)
-        both = self._buffers[buffer][place]
-        extent = self.extent
-        if both.shape[1] != self.rows:
-            both = both[:, : self.rows]
+        views = self._views.get(buffer) or self._open(buffer, count)
+        keys, values = views.seen[2 * place], views.seen[2 * place + 1]
+        width, value_width = key_states.shape[-1], value_states.shape[-1]
+        if width != keys.shape[-1] or value_width != values.shape[-1]:
+            keys, values = keys[..., :width], values[..., :value_width]
         if self._slots is None:
-            both[0, :, :, extent - count : extent, : key_states.shape[-1]] = key_states
-            both[1, :, :, extent - count : extent, : value_states.shape[-1]] = value_states
+            new_keys, new_values = views.written[2 * place], views.written[2 * place + 1]
+            if width != new_keys.shape[-1] or value_width != new_values.shape[-1]:
+                new_keys, new_values = new_keys[..., :width], new_values[..., :value_width]
+            new_keys.copy_(key_states)
+            new_values.copy_(value_states)
         else:
             row = self._rows
-            both[0][row, :, self._slots, : key_states.shape[-1]] = key_states.transpose(1, 2)
-            both[1][row, :, self._slots, : value_states.shape[-1]] = value_states.transpose(1, 2)
-        return both[0, :, :, :extent, : key_states.shape[-1]], both[1, :, :, :extent, : value_states.shape[-1]]
+            keys[row, :, self._slots] = key_states.transpose(1, 2)
+            values[row, :, self._slots] = value_states.transpose(1, 2)
+        return keys, values
+
+    def _open(self, buffer: int, count: int) -> _Views:
+        """Views of all layers at once, which many small ones for every layer would take longer to make."""
+        extent = self.extent
+        held = self._buffers[buffer].flatten(0, 1)[:, : self.rows]
+        self._views[buffer] = views = _Views(
+            held[..., :extent, :].unbind(0), held[..., extent - count : extent, :].unbind(0)
+        )
+        return views
 
     def arrange(self, places: Sequence[Sequence[int]]) -> None:
         """Make these pending tokens of every row, as many in each, the ones being written, and forget the others.
@@ -123,6 +139,7 @@ class SlotCache(Cache):
     def rollback(self) -> None:
         """Forget every pending token."""
         self.pending = self._writing = 0
+        self._views = {}
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
@@ -223,4 +240,14 @@ class SlotCache(Cache):
             grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3], slots, buffer.shape[5]))
             grown[:, :, : self.rows, :, :extent] = buffer[:, :, : self.rows, :, :extent]
             self._buffers[i] = grown
+        self._views = {}
         self._room, self.capacity = room, slots
+
+
+class _Views(NamedTuple):
+    """Of one buffer, keys and values of every layer in turn, each `(rows, kv_heads, slots, width)`."""
+
+    seen: tuple[Tensor, ...]
+    """All slots that the forward reads."""
+    written: tuple[Tensor, ...]
+    """Those that it writes, where they are the same in all rows."""

@@ -16,7 +16,8 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,9 @@ ROUGH = 0.1
 
 RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Lengths of lines on a GPU; shorter ones are filled up."""
+
+FROZEN: dict[str, Any] = {"freezing": True}
+"""The compiler's settings on a CPU."""
 
 ARGUMENTS = ("line", "positions")
 """What a graph is called with."""
@@ -179,7 +183,8 @@ class CompiledForward:
         start = time.perf_counter()
         graph = self._compile(single, name, inputs)
         try:
-            found = self._run(graph, given, inputs)
+            with translating(given.device):
+                found = self._run(graph, given, inputs)
             self.seconds[size] = time.perf_counter() - start
             print(f"{self.seconds[size]:.1f} s", file=sys.stderr, flush=True)
             expected = self.forward(**inputs)
@@ -226,6 +231,21 @@ class CompiledForward:
         return through_compiler(graph, not single, device)
 
 
+@contextmanager
+def translating(device: torch.device) -> Iterator[None]:
+    """Around a graph's first call, in which it is made: on a CPU weights become constants of it.
+
+    `options` reach the compiler too late for this: whether weights are constants is settled when the model is traced.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch(FROZEN):
+        yield
+
+
 def through_compiler(graph: Callable[..., Any], dynamic: bool, device: torch.device) -> Callable[..., Any]:
     """The function compiled when it is first called.
 
@@ -235,7 +255,7 @@ def through_compiler(graph: Callable[..., Any], dynamic: bool, device: torch.dev
         device: where it runs.
     """
     options: dict[str, Any] = {"guard_filter_fn": _of_lengths}
-    options |= {"freezing": True} if device.type == "cpu" else {"triton.cudagraphs": True}
+    options |= FROZEN if device.type == "cpu" else {"triton.cudagraphs": True}
     more: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         more["isolate_recompiles"] = True  # else the graphs of all models count towards one limit

@@ -30,11 +30,10 @@ ATTENTION = "outdraft_outside"
 class _Now(threading.local):
     """What the forward that is running in this thread looks at."""
 
-    rows: int = 0
-    tokens: int = 0
-    masks: Sequence[Tensor] = ()
-    cache: Cache | None = None
-    calls: int = 0
+    def __init__(self) -> None:
+        self.rows = self.tokens = self.calls = 0
+        self.masks: list[Tensor] = []
+        self.cache: Cache | None = None
 
 
 _now = _Now()
@@ -43,11 +42,11 @@ _now = _Now()
 @contextmanager
 def looking_at(rows: int, tokens: int, masks: Sequence[Tensor], cache: Cache) -> Iterator[_Now]:
     """Attention in this thread is of so many rows of so many tokens, under these masks, over this cache."""
-    _now.rows, _now.tokens, _now.masks, _now.cache, _now.calls = rows, tokens, masks, cache, 0
+    _now.rows, _now.tokens, _now.masks, _now.cache, _now.calls = rows, tokens, list(masks), cache, 0
     try:
         yield _now
     finally:
-        _now.masks, _now.cache = (), None
+        _now.masks, _now.cache = [], None
 
 
 class Outside(Cache):
@@ -90,8 +89,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, mask: int, sc
         query, key, value = (x[0].unflatten(1, (rows, tokens)).transpose(0, 1) for x in (query, key, value))
     key, value = cache.update(key, value, layer)
     _now.calls += 1
+    seen = _now.masks[mask]
+    if seen.dtype == torch.bool:  # every layer would turn it into what is added to scores
+        seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+        _now.masks[mask] = seen
     grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, _now.masks[mask], scale=scaling, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(query, key, value, seen, scale=scaling, enable_gqa=grouped)
     out = out.transpose(1, 2).reshape(1, count, query.shape[1], -1)
     return out if padded == count else F.pad(out, (0, 0, 0, 0, 0, padded - count))
 

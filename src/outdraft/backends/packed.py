@@ -1,7 +1,7 @@
 """Linear layers on a CPU whose weights lie in oneDNN's own layout.
 
-Makes shallow views of models in which they stand in place of plain ones; the original stays as it is. Knows nothing of
-what the models are for.
+Makes shallow views of models in which they stand in place of plain ones, and doubles of fewer operations (`fused.py`)
+in place of the modules around them; the original stays as it is. Knows nothing of what the models are for.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from outdraft.backends.fused import Doubles
+
 PACKABLE = (torch.bfloat16, torch.float32)
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 class PackedLinear(nn.Module):
@@ -35,7 +39,7 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return _product(x, self._packed, self.bias, "none", [], "")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -77,18 +81,27 @@ def packs(dtype: torch.dtype) -> bool:
 def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
     """A shallow copy of the module tree in which every linear layer is packed; the original stays as it is.
 
+    Norms, MLPs and attentions that have a double (`fused.py`) have that in their place.
+
     Args:
         model: whose layers are shared.
         linear: makes a packed layer of `(out, in)` weight and bias.
     """
+    return _view(model, linear, Doubles(linear))
+
+
+def _view(model: Model, linear: Callable[..., PackedLinear], doubles: Doubles) -> Model:
     view: Any = copy.copy(model)
-    view._modules = {name: _packed(child, linear) for name, child in model._modules.items()}
+    view._modules = {name: _packed(child, linear, doubles) for name, child in model._modules.items()}
     return view
 
 
-def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear]) -> nn.Module | None:
+def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubles: Doubles) -> nn.Module | None:
     if type(module) is nn.Linear:
         return linear(module.weight, module.bias)
     if isinstance(module, Conv1D):
         return linear(module.weight.T, module.bias)
-    return None if module is None else packed_view(module, linear)
+    if module is None:
+        return None
+    double = doubles.double(module)
+    return _view(module, linear, doubles) if double is None else double
