@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ from outdraft.text import encode_prompts
 from outdraft.tree import Tree
 
 
-def targets(given: argparse.Namespace) -> dict[str, Target]:
-    """The same weights on every backend."""
+def targets(given: argparse.Namespace) -> tuple[Any, dict[str, Target]]:
+    """The stock model, and the same weights on every backend."""
     dtype = getattr(torch, given.dtype)
     if given.layers is not None:
         config = LlamaConfig(
@@ -52,7 +53,7 @@ def targets(given: argparse.Namespace) -> dict[str, Target]:
     else:
         loaded = load_target(given.model, dtype=dtype, device=given.device, backend="eager")
         model, words = loaded.model, loaded.tokenizer
-    return {name: load_target(model, words, backend=name) for name in given.backends.split(",")}
+    return model, {name: load_target(model, words, backend=name) for name in given.backends.split(",")}
 
 
 class Forwards:
@@ -102,26 +103,43 @@ def forwards(found: dict[str, Target], given: argparse.Namespace) -> list[dict[s
     return results
 
 
-def decoding(found: dict[str, Target], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens a second over the shipped prompts, plain and drafted, by backend."""
+class Stock:
+    """`transformers`' own greedy generate, of the model as it is."""
+
+    def __init__(self, model: Any, stops: list[int]):
+        self.model, self.stops = model, stops
+
+    def generate(self, prompt: list[int], max_new_tokens: int) -> Any:
+        ids = torch.tensor([prompt], device=self.model.device)
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": 0, "eos_token_id": self.stops}
+        start = time.perf_counter()
+        found = self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        seconds = time.perf_counter() - start
+        tokens = found[0, len(prompt) :].tolist()
+        return SimpleNamespace(tokens=[tokens], seconds=seconds, statistics=SimpleNamespace(rounds=len(tokens)))
+
+
+def decoding(model: Any, found: dict[str, Target], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens a second over the shipped prompts: stock generate, then plain and drafted by backend."""
     first = next(iter(found.values()))
     prompts = encode_prompts(load_prompts("heldout")[: given.prompts], first.tokenizer)[0]
-    models = {}
+    models: dict[tuple[str, str], Any] = {("stock", "plain"): Stock(model, first.eos_token_ids)}
     for name, target in found.items():
         drafter = load_drafter_for(target, "reference", method=given.method, backend=name)
         models[name, "plain"] = SpeculativeModel(target)
         models[name, given.method] = SpeculativeModel(target, drafter)
-    for model in models.values():
-        model.generate(prompts[0], max_new_tokens=16)  # warms up, and compiles
+    for one in models.values():
+        one.generate(prompts[0], max_new_tokens=16)  # warms up, and compiles
     if given.compile_only:
         return []
     runs: dict[tuple[str, str], list[Any]] = {key: [] for key in models}
     for turn, prompt in enumerate(prompts):
         order = list(models.items())
         shift = turn % len(order)
-        for key, model in [*order[shift:], *order[:shift]]:
-            runs[key].append(model.generate(prompt, max_new_tokens=given.tokens))
+        for key, one in [*order[shift:], *order[:shift]]:
+            runs[key].append(one.generate(prompt, max_new_tokens=given.tokens))
     base = next(iter(runs))
+    ratios = {key: quartiles(outputs, runs[base]) for key, outputs in runs.items()}
     results = []
     for (name, method), outputs in runs.items():
         rate = sum(len(o.tokens[0]) for o in outputs) / sum(o.seconds for o in outputs)
@@ -137,15 +155,28 @@ def decoding(found: dict[str, Target], given: argparse.Namespace) -> list[dict[s
                 "method": method,
                 "tokens_per_second": rate,
                 "speed_up": rate / own_plain,
+                "against_stock": ratios[name, method],
                 "tau": tau,
                 "same_as_own_plain": same,
                 "same_as_first": across,
                 "prompts": len(outputs),
             }
         )
-        cells = [name, method, f"{rate:.1f}", f"{rate / own_plain:.2f}", f"{tau:.2f}"]
+        cells = [name, method, f"{rate:.1f}", f"{rate / own_plain:.2f}", ratios[name, method], f"{tau:.2f}"]
         print("| " + " | ".join([*cells, f"{same}/{len(outputs)}", f"{across}/{len(outputs)}"]) + " |", flush=True)
     return results
+
+
+def quartiles(some: list[Any], others: list[Any]) -> str:
+    """How many times the tokens a second of others, prompt by prompt: median, and the quartiles around it."""
+    ratios = [
+        len(one.tokens[0]) / one.seconds * other.seconds / len(other.tokens[0])
+        for one, other in zip(some, others, strict=True)
+    ]
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def numbers(text: str) -> list[int]:
@@ -171,7 +202,7 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = targets(given)
+    model, found = targets(given)
     report: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(given).items()}}
     names = list(found)
     if given.batches:
@@ -181,11 +212,11 @@ def main() -> None:
         report["forwards"] = forwards(found, given)
     if given.tokens and given.layers is None:
         print(
-            "| backend | method | tokens/s | speed-up | tau | texts as own plain | as the first row |\n"
-            + "|---" * 7
+            "| backend | method | tokens/s | over own plain | over stock | tau | texts as own plain | as stock |\n"
+            + "|---" * 8
             + "|"
         )
-        report["decoding"] = decoding(found, given)
+        report["decoding"] = decoding(model, found, given)
     for name, target in found.items():
         if isinstance(target._compiled, CompiledForward):
             report["compile_seconds"] = target._compiled.seconds
