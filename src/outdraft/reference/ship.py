@@ -42,7 +42,11 @@ def portable(record: Any) -> Any:
         return {key: portable(value) for key, value in record.items() if key not in LOCAL}
     if isinstance(record, list):
         return [portable(value) for value in record]
-    return Path(record).name if isinstance(record, str) and record.startswith(("/", ".venv/", "~")) else record
+    if not isinstance(record, str):
+        return record
+    key, given, value = record.partition("=")  # an override, or a plain word
+    path = value if given and key.isidentifier() else record
+    return record.removesuffix(path) + Path(path).name if path.startswith(("/", ".venv/", "~")) else record
 
 
 def main() -> None:
