@@ -76,9 +76,9 @@ def plain_texts(target_folder: str, prompts: list[list[int]]) -> list[list[int]]
         return engine.greedy(prompts)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="session", params=METHODS)
 def engine(request: pytest.FixtureRequest, folders: dict[str, Exported], plain_texts: Any) -> Iterator[Any]:
-    """An engine with each of the drafters in turn, and the drafter's method."""
+    """An engine with each of the drafters in turn, and the drafter's method; pytest groups the tests by drafter."""
     exported = folders[request.param]
     with Engine(exported.target, exported) as running:
         yield running, request.param

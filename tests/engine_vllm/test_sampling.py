@@ -8,7 +8,6 @@ of the prefill, the others out of rejection sampling.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,10 +22,13 @@ LEAST_EXPECTED = 8
 """Cells that fewer samples are expected in are counted together."""
 
 
-@pytest.fixture(scope="module")
-def fspad(folders: dict[str, Any]) -> Iterator[Engine]:
-    with Engine(folders["fspad"].target, folders["fspad"]) as running:
-        yield running
+pytestmark = pytest.mark.parametrize("engine", ["fspad"], indirect=True)
+
+
+@pytest.fixture
+def fspad(engine: Any) -> Engine:
+    """The engine that other tests of this drafter use, too."""
+    return engine[0]
 
 
 @pytest.fixture(scope="module")

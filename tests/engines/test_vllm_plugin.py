@@ -75,6 +75,11 @@ def test_the_guard_leaves_other_platforms_and_versions_alone(vllm: Any, version:
     assert vllm.sampler.expand_batch_to_tokens == "vLLM's own"
 
 
+def test_a_vllm_without_that_sampler_is_left_to_itself(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.v1.sample.rejection_sampler")
+    assert not vllm_sampling.guard((0, 5, 0))
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"), [("0.32.0", (0, 32, 0)), ("0.32.1rc2+cpu", (0, 32, 12)), ("dev", (0, 0, 0))]
 )

@@ -29,7 +29,10 @@ def guard(version: tuple[int, int, int]) -> bool:
     """
     if version > LAST_AFFECTED or not import_module("vllm.platforms").current_platform.is_cpu():
         return False
-    sampler: Any = import_module("vllm.v1.sample.rejection_sampler")
+    try:
+        sampler: Any = import_module("vllm.v1.sample.rejection_sampler")
+    except ImportError:  # a vLLM from before there was this module; it is not ours to end it
+        return False
     sampler.expand_batch_to_tokens = expand_batch_to_tokens
     return True
 
