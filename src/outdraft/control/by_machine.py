@@ -138,11 +138,12 @@ class Chooser:
     def observe(self, choice: Choice, accepted: Sequence[int], seconds: float) -> None:
         """As `Choice.observe`."""
         room, shape, best = self.rooms[bucket(choice.rows)], choice.shape, self.best(choice.rows)
-        if self._known(room, best):
+        room.credit = min(MOST, room.credit + RATE)
+        if self._known(room, best) and shape != PLAIN:  # which is timed when it is due, whatever that loses
             most = self._seconds(room, best, choice.rows)
             spent = self._seconds(room, shape, choice.rows) or believable(seconds, OUTLIER * most)
             loss = spent / most - self.menu.tokens(shape) / self.menu.tokens(best)
-            room.credit = min(MOST, room.credit + RATE - max(0.0, loss))
+            room.credit -= max(0.0, loss)
         self.menu.observe(shape, accepted)
         # Who takes in a prompt, or a stretch of plain rounds, does work of other rounds.
         if levels_of(shape) == 0 or choice.intake <= self.menu.most + 2:
