@@ -103,7 +103,9 @@ def test_no_weight_of_the_target_is_held_twice(family: str, backend: str, own_he
     borrowed = storages(*views) & original
     added = (storages(*views) | storages(drafter.exit_layer)) - original
     assert len(borrowed) > 10
-    assert len(added) == own
+    assert added == storages(drafter.exit_layer) - original, "nothing but the exit layer"
+    # `packed` joins products of one input, and has a weight of its own beside that of each norm.
+    assert len(added) <= own if backend == "packed" else len(added) == own
     assert drafter.num_parameters == sum(weight.numel() for weight in exit_layer.parameters())
 
 
