@@ -38,25 +38,25 @@ class Drafting:
 
     Attributes:
         drafter: None decodes plainly.
-        greedy: the tree while every running row is greedy.
+        greedy: the tree while every running row is greedy, for `rows` of them.
         sampling: the tree as soon as one row draws.
         pacer: makes a controller for every row; None drafts as far as the trees go.
     """
 
     drafter: Drafter | None
-    greedy: TreeShape
+    greedy: Callable[[int], TreeShape]
     sampling: TreeShape
     pacer: Pacer | None = None
 
     @classmethod
     def none(cls) -> Drafting:
         """Plain decoding."""
-        return cls(None, TreeShape(0, 1, 1), TreeShape(0, 1, 1))
+        return cls(None, lambda rows: TreeShape(0, 1, 1), TreeShape(0, 1, 1))
 
     @property
     def largest(self) -> TreeShape:
         """The tree that takes more slots of the cache."""
-        return max(self.greedy, self.sampling, key=self._slots)
+        return max(self.greedy(1), self.sampling, key=self._slots)
 
     @property
     def slots(self) -> int:
@@ -69,7 +69,7 @@ class Drafting:
     @property
     def levels(self) -> int:
         """That a draft can have."""
-        return max(self.greedy.depth, self.sampling.depth) + 1
+        return max(self.greedy(1).depth, self.sampling.depth) + 1
 
 
 @dataclass
@@ -245,7 +245,7 @@ class Engine:
         if not rows:
             return
         greedy = all(row.warper.greedy for row in rows)
-        lane.decoder.shape = lane.drafting.greedy if greedy else lane.drafting.sampling
+        lane.decoder.shape = lane.drafting.greedy(len(rows)) if greedy else lane.drafting.sampling
         try:
             self._tell(lane.decoder.prefill(self.settings.prefill_chunk))
             self._tell(lane.decoder.round())

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def drafting(model: SpeculativeModel, tree: dict[str, Any], controller: str | Co
     if model.drafter is None:
         return Drafting.none()
     pacer = pacer_of(controller, tree)
-    greedy, sampling = (
-        tree_shape(model.drafter, model.target.device, tree, draws, pacer is not None) for draws in (False, True)
-    )
-    return Drafting(model.drafter, greedy, sampling, pacer)
+    shape = partial(tree_shape, model.drafter, model.target.device, tree, controlled=pacer is not None)
+    greedy = cache(lambda rows: shape(rows=rows))
+    greedy(1)  # impossible settings are told now
+    return Drafting(model.drafter, greedy, shape(sampling=True), pacer)
 
 
 class Service:

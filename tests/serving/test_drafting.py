@@ -1,0 +1,41 @@
+"""What a server drafts: by the rows that run, or chosen by the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from running import Served, tiny_model
+
+from outdraft.drafters.base import CPU_TREE, Drafter
+from outdraft.drafters.draft_model import DraftModel
+from outdraft.errors import UserError
+from outdraft.serving.server import drafting
+from outdraft.settings import BATCH, BATCH_CHAIN
+
+PROMPTS = ["red cat", "green dog", "blue sun", "one moon", "two", "three red dogs"]
+
+
+def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftModel, "default_shape", Drafter.default_shape)
+    model = tiny_model()
+    drafts = drafting(model, {}, None)
+    assert [drafts.greedy(rows) for rows in (1, BATCH - 1, BATCH, 16)] == [CPU_TREE, CPU_TREE, BATCH_CHAIN, BATCH_CHAIN]
+    assert drafts.slots == max(model.drafter.slots(shape) for shape in (CPU_TREE, BATCH_CHAIN, drafts.sampling))
+    named = drafting(model, {"num_speculative_tokens": 2}, None)
+    assert named.greedy(1) == named.greedy(16)
+    with pytest.raises(UserError, match="give one"):
+        drafting(model, {"num_speculative_tokens": 2, "tree_size": 4}, None)
+
+
+@pytest.mark.parametrize("tree", [{}, {"tree_size": "auto"}], ids=["by rows", "by the machine"])
+def test_answers_are_the_offline_ones(starting: Callable[..., Served], tree: dict[str, str]) -> None:
+    served = starting(tree=tree)
+    with served.client() as http, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        bodies = [{"prompt": prompt, "max_tokens": 24, "temperature": 0} for prompt in PROMPTS * 3]
+        answers = list(pool.map(lambda body: http.post("/v1/completions", json=body).json(), bodies))
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    offline = {prompt: served.model.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS}
+    assert texts == [offline[body["prompt"]] for body in bodies]
+    assert served.figure("spec_decode_num_accepted_tokens_total") > 0
