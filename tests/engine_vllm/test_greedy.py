@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_engine import CHAIN, NEW_TOKENS
+from vllm_engine import CHAIN, NEW_TOKENS, since
 
 import outdraft
 
@@ -20,18 +20,6 @@ def ours(engine: Any, prompts: list[list[int]]) -> Any:
         model = outdraft.load("reference", "reference", method=method, dtype="float32", backend="eager")
         OURS[method] = model.generate(prompts, max_new_tokens=NEW_TOKENS, num_speculative_tokens=CHAIN)
     return OURS[method]
-
-
-def since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What was counted between the two."""
-    found: dict[str, Any] = {}
-    for name, value in after.items():
-        if isinstance(value, list):
-            earlier = before.get(name) or [0] * len(value)
-            found[name] = [new - old for new, old in zip(value, earlier, strict=True)]
-        else:
-            found[name] = value - before.get(name, 0)
-    return found
 
 
 def test_texts_and_counters_are_ours(engine: Any, ours: Any, prompts: Any, plain_texts: Any) -> None:

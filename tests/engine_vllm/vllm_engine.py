@@ -13,16 +13,19 @@ NEW_TOKENS = 48
 
 
 class Engine:
-    """A vLLM engine in this process, ended with the block.
+    """A vLLM engine in this process, ended with the block; one at a time, for vLLM keeps its groups in globals.
 
     Args:
         target: the target's folder.
         drafter: an exported one; none for plain decoding.
     """
 
+    running = 0
+
     def __init__(self, target: str, drafter: Exported | None, **settings: Any):
         from vllm import LLM
 
+        assert Engine.running == 0, "another engine is still running"
         speculative = None
         if drafter is not None:
             method = "draft_model" if drafter.method == "eesd" else "eagle"
@@ -39,11 +42,13 @@ class Engine:
         )
 
     def __enter__(self) -> Engine:
+        Engine.running += 1
         return self
 
     def __exit__(self, *error: object) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        Engine.running -= 1
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
@@ -68,3 +73,15 @@ class Engine:
                 name = metric.name.removeprefix("vllm:spec_decode_")
                 found[name] = metric.values if hasattr(metric, "values") else metric.value
         return found
+
+
+def since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What was counted between the two."""
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        if isinstance(value, list):
+            earlier = before.get(name) or [0] * len(value)
+            found[name] = [new - old for new, old in zip(value, earlier, strict=True)]
+        else:
+            found[name] = value - before.get(name, 0)
+    return found

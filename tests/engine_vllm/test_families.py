@@ -1,0 +1,83 @@
+"""Heads of every kind on targets of every family that they are exported for: vLLM's texts and counters are ours.
+
+Random targets and heads of 32 tokens: drafts of no sense are right now and then, which is enough for a comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_engine import CHAIN, Engine, since
+
+import outdraft
+from models import tiny
+from outdraft.drafters.checkpoint import save_drafter
+from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.engines.export import export_drafter
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+CONFIG = FeatureHeadConfig(**SHAPE, vocab_size=32)
+
+CASES: dict[str, tuple[str, dict[str, bool], str]] = {
+    "llama, EAGLE's head without bias": (
+        "llama-gqa",
+        {"feature_sampling": False, "partial_alignment": False, "fc_bias": False},
+        "EagleLlamaForCausalLM",
+    ),
+    "mistral, FSPAD": ("mistral", {}, "EagleFspadLlamaForCausalLM"),
+    "qwen2, FSPAD with attention biases, none in fc": (
+        "qwen2",
+        {"attention_bias": True, "fc_bias": False},
+        "EagleFspadLlamaForCausalLM",
+    ),
+    "qwen3, feature sampling alone": ("qwen3", {"partial_alignment": False}, "EagleFspadLlamaForCausalLM"),
+}
+
+
+def saved(root: Path, family: str, changes: dict[str, bool]) -> tuple[str, str]:
+    """Folders of a random target and of a random head whose drafts vary."""
+    model = tiny(family, dtype=torch.float32, num_hidden_layers=3, **SHAPE)
+    model.generation_config.eos_token_id = model.config.eos_token_id = 31
+    model.save_pretrained(root / "target")
+    torch.manual_seed(5)
+    head = FeatureHead(replace(CONFIG, **changes))
+    with torch.no_grad():
+        for weight in head.parameters():
+            if weight.ndim == 2:
+                weight.mul_(3)
+            else:
+                weight.add_(0.2 * torch.randn_like(weight))
+    return str(root / "target"), str(save_drafter(root / "head", head, target_id="random"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_texts_and_counters_are_ours(tmp_path: Path, case: str) -> None:
+    family, changes, architecture = CASES[case]
+    target, head = saved(tmp_path, family, changes)
+    exported = export_drafter(target, head, "vllm", tmp_path / "exported")
+    assert exported.architecture == architecture
+    prompts = [[1 + (7 * k + j) % 30 for j in range(5 + k)] for k in range(12)]
+    model = outdraft.load(target, head, dtype="float32", backend="eager")
+    ours = model.generate(prompts, max_new_tokens=64, num_speculative_tokens=CHAIN)
+    with Engine(target, exported, skip_tokenizer_init=True) as engine:
+        assert engine.greedy(prompts, 64) == ours.tokens
+        counts = since({}, engine.counts())
+    own = ours.statistics
+    assert 0 < own.accepted < own.drafted
+    assert counts == {
+        "num_drafts": own.rounds,
+        "num_draft_tokens": own.drafted,
+        "num_accepted_tokens": own.accepted,
+        "num_accepted_tokens_per_pos": [*own.accepted_at, *[0] * CHAIN][:CHAIN],
+    }
