@@ -95,9 +95,11 @@ def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
 
 
 def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
-    """Constants (masks, frequencies) that no checkpoint holds come from the model's own layer."""
+    """Constants (masks, frequencies) that no checkpoint holds come from the model's own layer; what a backend has
+    added to that is none of them."""
     for name, buffer in original._buffers.items():
-        layer._buffers[name] = buffer
+        if name in layer._buffers:
+            layer._buffers[name] = buffer
     for name, child in original._modules.items():
         if child is not None and layer._modules.get(name) is not None:
             _lend_buffers(layer._modules[name], child)  # type: ignore[arg-type]
