@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import CPU_TREE, Drafter, TreeShape
+from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GREEDY_CHAIN, Drafter, TreeShape
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
 from outdraft.target import Target
@@ -34,10 +34,6 @@ TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_token
 
 AUTO = "auto"
 """`tree_size` for trees by the machine: every round has the shape that brings the most tokens a second here."""
-
-BATCH, BATCH_CHAIN = 4, TreeShape.chain(3)
-"""On a CPU, from so many rows on, a greedy batch drafts this where one row drafts `CPU_TREE`: measured with the shipped
-FSPAD drafter (docs/trees.md), the tree was slower than plain decoding at 16 rows, the chain 1.4 times as fast."""
 
 EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
@@ -102,8 +98,8 @@ def tree_shape(
         base = drafter.default_shape(device, sampling and not sizes)
         if controlled or auto:
             base = base.doubled()
-        elif base == CPU_TREE and rows >= BATCH and not sizes:
-            base = BATCH_CHAIN
+        elif base == CPU_TREE and drafter.stepwise and not sizes:
+            base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 

@@ -66,12 +66,15 @@ def test_the_flag_takes_a_number_or_auto():
         whole_or_auto("large")
 
 
-def test_greedy_batches_on_a_cpu_draft_chains_unless_a_tree_is_asked_for():
-    assert tree_shape(Plain(), CPU, {}, rows=3) == CPU_TREE
+def test_on_a_cpu_chains_are_drafted_greedily_unless_a_tree_is_asked_for():
+    assert tree_shape(Plain(), CPU, {}) == tree_shape(Plain(), CPU, {}, rows=3) == TreeShape.chain(4)
     assert tree_shape(Plain(), CPU, {}, rows=4) == tree_shape(Plain(), CPU, {}, rows=16) == TreeShape.chain(3)
     assert tree_shape(Plain(), CPU, {"tree_depth": 3}, rows=16) == CPU_TREE
     gpu = torch.device("cuda")
     assert tree_shape(Plain(), gpu, {}, rows=16) == Plain().default_shape(gpu), "not measured there"
+    level_by_level, at_once = Plain(), Plain()
+    at_once.stepwise = False
+    assert tree_shape(at_once, CPU, {}) == CPU_TREE != tree_shape(level_by_level, CPU, {})
     assert tree_shape(PromptLookup(), CPU, {}, rows=16) == PromptLookup().default_shape(CPU)
 
 

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from running import Served, tiny_model
 
-from outdraft.drafters.base import CPU_TREE, Drafter
+from outdraft.drafters.base import BATCH, BATCH_CHAIN, GREEDY_CHAIN, Drafter
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
 from outdraft.serving.server import drafting
-from outdraft.settings import BATCH, BATCH_CHAIN
 
 PROMPTS = ["red cat", "green dog", "blue sun", "one moon", "two", "three red dogs"]
 
@@ -21,8 +20,9 @@ def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(DraftModel, "default_shape", Drafter.default_shape)
     model = tiny_model()
     drafts = drafting(model, {}, None)
-    assert [drafts.greedy(rows) for rows in (1, BATCH - 1, BATCH, 16)] == [CPU_TREE, CPU_TREE, BATCH_CHAIN, BATCH_CHAIN]
-    assert drafts.slots == max(model.drafter.slots(shape) for shape in (CPU_TREE, BATCH_CHAIN, drafts.sampling))
+    assert drafts.greedy(1) == drafts.greedy(BATCH - 1) == GREEDY_CHAIN
+    assert drafts.greedy(BATCH) == drafts.greedy(16) == BATCH_CHAIN
+    assert drafts.slots == max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN, drafts.sampling))
     named = drafting(model, {"num_speculative_tokens": 2}, None)
     assert named.greedy(1) == named.greedy(16)
     with pytest.raises(UserError, match="give one"):

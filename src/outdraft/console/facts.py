@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.backends import default_backend, default_dtype
-from outdraft.drafters.base import CPU_TREE, GPU_TREE
+from outdraft.drafters.base import GPU_TREE, GREEDY_CHAIN
 from outdraft.drafters.checkpoint import load_drafter, own_method
 from outdraft.drafters.exit_folder import ExitFolder, read_exit_folder
 from outdraft.drafters.folder import is_hub_id, not_on_hub
@@ -43,7 +43,7 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder)
     place = resolve_device(device)
     dtype = default_dtype(place)
-    tree = CPU_TREE if place.type == "cpu" else GPU_TREE
+    tree = GREEDY_CHAIN if place.type == "cpu" else GPU_TREE
     return {
         **facts,
         "here": {

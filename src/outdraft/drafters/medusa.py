@@ -117,7 +117,7 @@ class Medusa(Drafter):
         UserError: the shapes say that it is another model's drafter.
     """
 
-    method = MedusaHeads.method
+    method, stepwise = MedusaHeads.method, False
 
     def __init__(self, heads: MedusaHeads, target: Target):
         for name in ("hidden_size", "vocab_size"):
