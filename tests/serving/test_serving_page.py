@@ -9,10 +9,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import httpx
-from browsers import Page
 from running import NAME, Served
 from test_server import settled
 
+from browsers import Page
 from outdraft.serving.page import page
 
 
