@@ -252,8 +252,8 @@ def test_chains_are_shapes_too():
 class Levels:
     """A pace that wants so many levels and at most so many candidates of each row, and writes down what it is told."""
 
-    def __init__(self, levels: Sequence[int], sizes: Sequence[int] | None = None, widths: Sequence[int] = ()):
-        self.levels, self.most, self.widths = list(levels), sizes, widths
+    def __init__(self, levels: Sequence[int], sizes: Sequence[int] | None = None):
+        self.levels, self.most = list(levels), sizes
         self.level = 0
         self.going = [levels > 0 for levels in self.levels]
         self.told: list[list[float | None]] = []
@@ -269,9 +269,6 @@ class Levels:
     def drafted(self, confidences: Sequence[float | None]) -> None:
         self.told.append(list(confidences))
         self.level += 1
-
-    def width(self, gains: Sequence[Sequence[float]]) -> int:
-        return self.widths[self.level - 1] if self.widths else len(gains[0])
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         self.gains, self.of = [list(row) for row in gains], [list(row) for row in levels]
@@ -289,24 +286,6 @@ def test_each_row_s_dynamic_tree_is_as_deep_as_its_pace_wants(top_k):
         expected = eagle2(models[row], TreeShape(levels - 1, top_k, 200)) if levels else set()
         assert set(paths_of(tree, row)) == expected
     assert len(stepper.expanded) == 3, "no step for a level that nobody wants"
-
-
-@pytest.mark.parametrize("widths", [(1, 3, 2), (3, 1, 1), (2, 2, 2)])
-def test_a_pace_may_have_fewer_nodes_expanded(widths):
-    """Below the likeliest so many of a level only; the others stay candidates."""
-    models, roots = [table(seed) for seed in range(3)], torch.arange(3)
-    stepper, pace = Stepper(models), Levels([4, 4, 4], widths=widths)
-    tree = grow_dynamic(roots, stepper.roots, stepper, TreeShape(3, 3, 200), pace)
-    tree.validate()
-    for row, model in enumerate(models):
-        kept = set(paths_of(tree, row))
-        frontier: list[Path] = [()]
-        for width in (1, *widths):
-            children = [(*path, token) for path in frontier[:width] for token in model(path).topk(3).indices.tolist()]
-            assert set(children) <= kept
-            frontier = sorted(children, key=lambda path: -probability_of(model, path))[:3]
-        assert len(kept) == 3 * (1 + sum(widths))
-    assert [len(level[0]) for level in stepper.expanded] == list(widths)
 
 
 def probability_of(model: Model, path: Path) -> float:

@@ -102,10 +102,6 @@ class RoundPace:
             self.going = [goes and may for may in able]
         return self.going
 
-    def width(self, gains: Sequence[Sequence[float]]) -> int:
-        """As `Pace.width`: all of them."""
-        return max(len(row) for row in gains)
-
     def drafted(self, confidences: Sequence[float | None]) -> None:
         """As `Pace.drafted`; the time since the last level is this one's."""
         for row, confidence in enumerate(confidences):

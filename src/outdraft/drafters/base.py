@@ -152,13 +152,6 @@ class Pace(Protocol):
                 None in a row that found nothing to draft. What stands at rows that did not want it is not read.
         """
 
-    def width(self, gains: Sequence[Sequence[float]]) -> int:
-        """How many nodes of every row's last level to look below, where they were chosen by rule; at least one.
-
-        Args:
-            gains: of every row, draft probabilities of those nodes' whole paths, largest first.
-        """
-
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
         """How many candidates of each row to verify, where they were chosen by rule.
 

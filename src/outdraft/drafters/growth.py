@@ -57,8 +57,6 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
             if not any(wanted):
                 break
             mass = scores.exp()
-            width = pace.width(mass.tolist())
-            tokens, above, nodes, scores = tokens[:, :width], above[:, :width], nodes[:, :width], scores[:, :width]
         child_scores, child_tokens = log_softmax(step(tokens, above)).topk(k)
         levels.append(_Level(child_tokens.flatten(1), (child_scores + scores[..., None]).flatten(1), _each(nodes, k)))
         first, count = 1 + count, count + levels[-1].tokens.shape[1]
