@@ -39,9 +39,10 @@ from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN
 from outdraft.generation import SpeculativeModel
 from outdraft.loading import REFERENCE, resolve_device
+from outdraft.settings import tree_shape
 
 CURVES = ("tree", "context", "batch", "temperature", "shape", "memory")
-TREES = "chain 1,chain 2,chain 3,chain 5,chain 7,2/2/6,3/3/10,4/4/16,5/8/32,5/10/60"
+TREES = "chain 1,chain 2,chain 3,chain 4,chain 5,chain 7,2/2/6,3/3/10,4/4/16,5/8/32,5/10/60"
 DEFAULT = "default"
 SHAPES = {"cpu": "6x256,12x256,24x256,12x512,24x512,12x768", "cuda": "8b:8,8b,70b:2,70b:8"}
 SHAPE_TOKENS = 16
@@ -111,15 +112,21 @@ def measure(point: Point, models: Models, given: argparse.Namespace) -> dict[str
     prompts = models.prompts
     if point.curve == "context":
         prompts = models.long(point.at["context"], given.turns)
-    rivals = {"tree": given.trees, "batch": f"{DEFAULT},chain 2", "shape": f"{DEFAULT},chain 3"}
+    rivals = {"tree": given.trees, "batch": f"{DEFAULT},chain 2", "shape": f"{DEFAULT},chain 3,3/3/10"}
     names = [PLAIN, *rivals.get(point.curve, DEFAULT).split(",")]
     if temperature > 0:
         names = [PLAIN, DEFAULT]
     sizes = argparse.Namespace(turns=given.turns, tokens=point.settings["tokens"])
     found = cell(names, models.target, models.drafter, prompts, sizes, batch, temperature)
-    shape = models.drafter.default_shape(models.target.device, temperature > 0)
-    default = f"{shape.depth}/{shape.top_k}/{shape.size}, {shape.candidates}"
-    return {"rivals": {name: with_spread(name, one, shape) for name, one in found.items()}, "default": default}
+    shape = tree_shape(models.drafter, models.target.device, {}, sampling=temperature > 0, rows=batch)
+    return {"rivals": {name: with_spread(name, one, shape) for name, one in found.items()}, "default": in_words(shape)}
+
+
+def in_words(shape: TreeShape) -> str:
+    """A draft as the tables name it."""
+    drawn = "sampled " * (shape.candidates == "sampled")
+    tree = f"{shape.depth}/{shape.top_k}/{shape.size}"
+    return f"{drawn}chain {shape.depth + 1}" if shape.top_k == 1 else drawn + tree
 
 
 def with_spread(name: str, figures: dict[str, Any], default: TreeShape) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def speed_table(points: Sequence[Point]) -> list[str]:
     lines = row([*head, "speed-up", "turns from - to", "tau", "tokens/s", "plain tokens/s"], head=True)
     for point in points:
         for name, one in rivals_of(point):
-            place = [name, nodes_of(name, point)] if axis == "tree" else [f"{point[axis]:g}", drafts(name, point)]
+            place = [name, nodes_of(name)] if axis == "tree" else [f"{point[axis]:g}", drafts(name, point)]
             low, high = one["spread"]
             speed = [f"{one['speedup']:.2f}", f"{low:.2f} - {high:.2f}", f"{one['tau']:.2f}"]
             rates = [one["tokens_per_second"], point["rivals"][PLAIN]["tokens_per_second"]]
@@ -121,11 +121,9 @@ def drafts(name: str, point: Point) -> str:
     return point["default"] if name == "default" else name
 
 
-def nodes_of(name: str, point: Point) -> int:
-    """Nodes that the target verifies in a round, the root included."""
-    if name.startswith("chain "):
-        return int(name.split()[1]) + 1
-    return int((point["default"].split(",")[0] if name == "default" else name.split()[-1]).split("/")[2])
+def nodes_of(name: str) -> int:
+    """Nodes that the target verifies in a round of a named draft, the root included."""
+    return int(name.split()[1]) + 1 if name.startswith("chain ") else int(name.split("/")[2])
 
 
 def gain(one: dict[str, Any], tau: float) -> float | None:
@@ -191,7 +189,7 @@ def panels_of(curve: str, points: Sequence[Point], taus: Sequence[float], plotly
         (point,) = points
         kinds = {"chains": [], "trees": []}  # type: dict[str, list[Any]]
         for name, one in rivals_of(point):
-            kinds["chains" if name.startswith("chain") else "trees"].append((nodes_of(name, point), one))
+            kinds["chains" if name.startswith("chain") else "trees"].append((nodes_of(name), one))
         series = {kind: sorted(own, key=lambda pair: pair[0]) for kind, own in kinds.items() if own}
         axis = "nodes verified in a round"
     else:
