@@ -72,6 +72,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 """Rows of the table, and what each sets."""
 
+SAME_COST = 0.05
+"""A step that costs the base's to within this share gets no training of its own for equal seconds."""
+
 SKIPPED_COSTS = 2
 """Steps of a measurement that pay for allocation."""
 
@@ -121,7 +124,7 @@ class Study(studies.Study):
         """Equal steps first, so that what is there after an interruption can be compared."""
         for budget in self.budgets:
             for variant in self.variants:
-                if budget == STEPS or variant not in (BASE, CORPUS):  # those cost a step what the base costs
+                if budget == STEPS or self.costs_differ(variant):
                     yield Training(variant, budget, seed)
 
     @property
@@ -148,6 +151,14 @@ class Study(studies.Study):
             seed=training.seed,
             **{**settings, **self.switches(training.variant)},
         )
+
+    def costs_differ(self, variant: str) -> bool:
+        """Whether equal seconds are other steps than equal steps, by more than noise; so it is taken to be until both
+        were measured."""
+        costs = costs_of(self)
+        if variant in (BASE, CORPUS):
+            return False
+        return not {BASE, variant} <= costs.keys() or abs(costs[variant] / costs[BASE] - 1) > SAME_COST
 
     def equal_seconds(self, variant: str) -> int:
         """Steps of the variant that take as long as the base's steps, with nothing else running.

@@ -108,8 +108,16 @@ FURTHER: dict[str, dict[str, Any]] = {
     "falcon": {**_GPT_LIKE, **_GPT_LAYERS, "model_type": "falcon", "alibi": False},
     "granite": {**_LLAMA_LIKE, "model_type": "granite", "logits_scaling": 3.0},
     "cohere": {**_LLAMA_LIKE, "model_type": "cohere"},
+    "nemotron": {**_LLAMA_LIKE, "model_type": "nemotron"},
+    "glm4-moe": {
+        **_LLAMA_LIKE,
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+    },
 }
-"""Mixtures of experts, keys wider than values, scaled logits: a glance at each, in float32 where a kernel wants it."""
+"""Mixtures of experts, keys wider than values, scaled logits, half of a head rotated: a glance at each, in float32 where a kernel wants it."""
 
 
 def tiny(

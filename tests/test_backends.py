@@ -82,13 +82,15 @@ def doubled(model: nn.Module) -> dict[str, int]:
         ("gemma2", {"FusedAttention": 4, "FusedMLP": 4}),  # weights of its norms count from one
         ("phi3", {"FusedNorm": 5}),  # its projections are joined already
         ("gpt-neox", {}),
+        ("nemotron", {}),  # half of every head is rotated, as much as the tables are wide
+        ("glm4-moe", {"FusedMLP": 2, "FusedNorm": 5}),
     ],
 )
 def test_modules_are_known_by_what_they_hold(family: str, doubles: dict[str, int]) -> None:
     assert doubled(tiny(family, dtype=torch.float32)) == doubles
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen2-sliding", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen2-sliding", "qwen3", "gemma3", "phi3", "nemotron", "glm4-moe"])
 def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
     model = tiny(family, dtype=torch.float32)
     with torch.inference_mode():
@@ -115,6 +117,12 @@ def test_a_module_that_computes_otherwise_than_it_looks_is_left_alone() -> None:
     model.model.norm.__class__ = Offset
     model.model.layers[1].mlp.register_forward_hook(lambda *given: None)
     assert doubled(model) == {"FusedAttention": 1, "FusedMLP": 1, "FusedNorm": 4}
+
+
+def test_a_norm_without_a_weight_is_left_alone() -> None:
+    model = tiny("llama-gqa", dtype=torch.float32)
+    model.model.norm = nn.RMSNorm(32, eps=1e-6, elementwise_affine=False)
+    assert doubled(model)["FusedNorm"] == 4
 
 
 def test_packed_drafters_draft_the_same() -> None:

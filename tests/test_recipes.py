@@ -71,7 +71,6 @@ def test_switches_steps_and_data_are_the_rows(study: Path, root: Path) -> None:
     assert {name: config["max_steps"] for name, config in found.items()} == {
         "fspad-steps-seed0": 4,
         "several-layers-steps-seed0": 4,
-        "several-layers-seconds-seed0": 4,
         "all-steps-seed0": 4,
         "all-seconds-seed0": 2,
         "corpus-answers-steps-seed0": 4,
@@ -88,9 +87,9 @@ def test_the_table_has_tau_and_positions_and_speed_only_where_asked(
     study: Path, recipes: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = json.loads((study / "study.json").read_text())["table"]
-    names = ["FSPAD", "several layers", "all", "corpus answers", "several layers, equal seconds", "all, equal seconds"]
+    names = ["FSPAD", "several layers", "all", "corpus answers", "all, equal seconds"]
     assert [entry["variant"] for entry in table] == names
-    assert [entry["idle_seconds"] for entry in table] == pytest.approx([0.4, 0.4, 0.8, 0.4, 0.4, 0.4])
+    assert [entry["idle_seconds"] for entry in table] == pytest.approx([0.4, 0.4, 0.8, 0.4, 0.4])
     for entry in table:
         for temperature in ("0", "1"):
             decoding = entry["decoding"][temperature]

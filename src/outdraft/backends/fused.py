@@ -64,7 +64,7 @@ class Doubles:
         if any(tensor is not None for tensor in module._buffers.values()):
             return None
         if not parts:
-            one = held == {"weight"} and module.weight.dim() == 1
+            one = held == {"weight"} and module.weight is not None and module.weight.dim() == 1
             return FusedNorm if one and epsilon(module) is not None else None
         if any(parameter is not None for parameter in module._parameters.values()):
             return None
@@ -268,7 +268,7 @@ def _alike(module: Any, make: Callable[[Any, Join], nn.Module]) -> bool:
     own = copy.deepcopy(module).float().eval()
     try:
         double = make(own, _plain_layer)
-        return all(_same(own(**given), double(**given)) for given in _inputs(own))
+        return all(_same(own(**given), double(**given)) for given in _inputs(own)) and not _turns_a_part(own)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # it is called otherwise than it looks
 
@@ -286,6 +286,20 @@ def _inputs(module: Any) -> list[dict[str, Any]]:
     mask = torch.ones(TRIED, TRIED, dtype=torch.bool, device=device).tril()[None, None]
     around = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": mask, "past_key_values": None}
     return [{name: x, **around} for x in tried]
+
+
+def _turns_a_part(module: Any) -> bool:
+    """Whether it is an attention that rotates as much of a head as the tables are wide, where a double rotates all:
+    what a model's tables are like only its forward shows."""
+    *_, given = _inputs(module)
+    if "position_embeddings" not in given:
+        return False
+    narrow = tuple(table[..., : module.head_dim // 2] for table in given["position_embeddings"])
+    try:
+        module(**{**given, "position_embeddings": narrow})
+    except RuntimeError:  # sizes that do not fit
+        return False
+    return True
 
 
 def _plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
