@@ -117,7 +117,8 @@ FURTHER: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
     },
 }
-"""Mixtures of experts, keys wider than values, scaled logits, half of a head rotated: a glance at each, in float32 where a kernel wants it."""
+"""Mixtures of experts, keys wider than values, scaled logits, heads of which half is rotated: a glance at each, in
+float32 where a kernel wants it."""
 
 
 def tiny(

@@ -90,7 +90,9 @@ def test_modules_are_known_by_what_they_hold(family: str, doubles: dict[str, int
     assert doubled(tiny(family, dtype=torch.float32)) == doubles
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen2-sliding", "qwen3", "gemma3", "phi3", "nemotron", "glm4-moe"])
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "llama-mha", "qwen2-sliding", "qwen3", "gemma3", "phi3", "nemotron", "glm4-moe"]
+)
 def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
     model = tiny(family, dtype=torch.float32)
     with torch.inference_mode():
