@@ -121,6 +121,17 @@ def test_a_module_that_computes_otherwise_than_it_looks_is_left_alone() -> None:
     assert doubled(model) == {"FusedAttention": 1, "FusedMLP": 1, "FusedNorm": 4}
 
 
+def test_hooks_of_linear_layers_run_on() -> None:
+    model = tiny("llama-gqa", dtype=torch.float32)
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, given, out: out + 1)
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    assert doubled(model) == {"FusedAttention": 1, "FusedMLP": 1, "FusedNorm": 5}
+    view, tokens = accelerate(model, "packed"), torch.tensor([[1, 2, 3]])
+    assert sum(isinstance(module, nn.Linear) for module in view.modules()) == 2
+    with torch.inference_mode():
+        torch.testing.assert_close(view(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-5)
+
+
 def test_a_norm_without_a_weight_is_left_alone() -> None:
     model = tiny("llama-gqa", dtype=torch.float32)
     model.model.norm = nn.RMSNorm(32, eps=1e-6, elementwise_affine=False)

@@ -52,7 +52,7 @@ class Doubles:
     def double(self, module: nn.Module) -> nn.Module | None:
         """A module of the same function, None where none is known."""
         make = self._maker(module)
-        if make is None or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if make is None or any(hooked(part) for part in module.modules()):
             return None
         kind = _kind(module)
         if kind not in self._verdicts:
@@ -216,6 +216,11 @@ def _norm(norm: Any) -> nn.Module | None:
 def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = (x[:, :, None].unflatten(-1, (2, -1)) for x in (cos, sin))
     return cos, torch.stack([-sin[..., 0, :], sin[..., 1, :]], dim=-2)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it also runs something that others have put there, which what takes its place would leave out."""
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def epsilon(norm: Any) -> float | None:

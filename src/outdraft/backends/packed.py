@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from outdraft.backends.fused import Doubles
+from outdraft.backends.fused import Doubles, hooked
 
 PACKABLE = (torch.bfloat16, torch.float32)
 
@@ -79,7 +79,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
-    """A shallow copy of the module tree in which every linear layer is packed; the original stays as it is.
+    """A shallow copy of the module tree in which linear layers without hooks are packed; the original stays as it is.
 
     Norms, MLPs and attentions that have a double (`fused.py`) have that in their place.
 
@@ -97,11 +97,11 @@ def _view(model: Model, linear: Callable[..., PackedLinear], doubles: Doubles) -
 
 
 def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubles: Doubles) -> nn.Module | None:
-    if type(module) is nn.Linear:
-        return linear(module.weight, module.bias)
-    if isinstance(module, Conv1D):
-        return linear(module.weight.T, module.bias)
     if module is None:
         return None
+    if type(module) is nn.Linear and not hooked(module):
+        return linear(module.weight, module.bias)
+    if isinstance(module, Conv1D) and not hooked(module):
+        return linear(module.weight.T, module.bias)
     double = doubles.double(module)
     return _view(module, linear, doubles) if double is None else double
