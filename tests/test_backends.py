@@ -168,6 +168,19 @@ def test_models_with_adapters_fall_back_with_a_warning() -> None:
         assert accelerate(model, "packed") is model
 
 
+def test_models_with_parametrized_weights_fall_back_with_a_warning() -> None:
+    model = tiny("llama-gqa", dtype=torch.float32)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.warns(UserWarning, match="parametrized"):
+        assert accelerate(model, "packed") is model
+
+
+def test_packed_layers_tell_their_weights_type_and_shape() -> None:
+    layer = PackedLinear(torch.zeros(6, 4), None)
+    assert (layer.weight.dtype, layer.weight.shape, layer.weight.device.type) == (torch.float32, (6, 4), "meta")
+    assert not list(layer.parameters())
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match="unknown backend 'fast'"):
         load(tiny("llama-gqa"), backend="fast")

@@ -284,9 +284,10 @@ def test_the_shipped_target_can_be_written_along(tmp_path: Path) -> None:
     assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
-def test_the_target_does_not_go_into_the_drafters_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="beside it"):
-        export_drafter("reference", "reference", "vllm", tmp_path / "out", target_dir=tmp_path / "out" / "target")
+@pytest.mark.parametrize(("out", "target"), [("out", "out/target"), ("target/out", "target"), ("one", "one")])
+def test_neither_folder_goes_into_the_other(tmp_path: Path, out: str, target: str) -> None:
+    with pytest.raises(UserError, match="side by side"):
+        export_drafter("reference", "reference", "vllm", tmp_path / out, target_dir=tmp_path / target)
     assert list(tmp_path.iterdir()) == []
 
 

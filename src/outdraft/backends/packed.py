@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from outdraft.backends.fused import Doubles, hooked
@@ -35,6 +36,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Some families' code asks for its type or shape (a router that computes in its weight's precision).
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         # Not a buffer: an opaque tensor can neither be cast nor saved.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
@@ -68,6 +71,8 @@ def why_not_replaced(model: nn.Module) -> str | None:
         return "it is quantised or spread over devices"
     if getattr(model, "peft_config", None):
         return "it has adapters; merge them first"
+    if any(is_parametrized(module) for module in model.modules()):
+        return "it has parametrized weights; make them plain with torch.nn.utils.parametrize.remove_parametrizations"
     return None
 
 

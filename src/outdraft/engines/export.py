@@ -103,8 +103,10 @@ def export_drafter(
     shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
     if target_dir is not None and not shipped:
         raise UserError(f"--target-dir is for the shipped target; give the engine '{model}' itself")
-    if target_dir is not None and {_absolute(target_dir), *_absolute(target_dir).parents} & {_absolute(output_dir)}:
-        raise UserError("--target-dir must not be inside --output-dir; choose a folder beside it")
+    if target_dir is not None:
+        drafted, copied = _absolute(output_dir), _absolute(target_dir)
+        if drafted == copied or drafted in copied.parents or copied in drafted.parents:
+            raise UserError("--target-dir and --output-dir must not lie in each other; choose folders side by side")
     if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
         draft_model = reference_drafter_path(method)
     kind = own_method(draft_model)
