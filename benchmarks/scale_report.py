@@ -5,6 +5,7 @@ Takes the points that `scale.py` has measured; measures nothing and knows no mod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -298,6 +299,8 @@ def picture(html: Path, png: Path, rows: int, console: Console) -> None:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
         size = [f"--window-size=1220,{360 * rows + 20}", f"--user-data-dir={profile}", f"--screenshot={png.resolve()}"]
         command = [browser, *flags, *size, html.resolve().as_uri()]
-        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-    if done.returncode or not png.is_file():
-        console.print(f"no {png.name}: the browser ended with {done.returncode}", markup=False)
+        png.unlink(missing_ok=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # some write the picture and then do not end
+            subprocess.run(command, capture_output=True, timeout=60, check=False)
+    if not png.is_file():
+        console.print(f"no {png.name}: the browser gave none", markup=False)

@@ -1,10 +1,11 @@
 """What the server gives when several clients ask at once, with the drafter and without, over the loopback.
 
-    OMP_NUM_THREADS=2 python benchmarks/serving.py [--clients 1,4,16] [--max-new-tokens 64] [--draft-model reference]
+    python benchmarks/serving.py [--clients 1,4,16] [--max-new-tokens 64] [--draft-model reference]
 
 Every client asks one held-out prompt after the other, streamed and greedy. Ways take turns; a table says tokens per
 second of all clients together, the ratio to plain decoding by the same server at the same number of clients, tau, and
-the median time to the first token. Run it with nothing else running.
+the median time to the first token. Run it with nothing else running, and without OMP_NUM_THREADS, which would be the
+server's too.
 """
 
 from __future__ import annotations

@@ -130,9 +130,13 @@ def test_default_trees_suit_device_and_temperature(fast: Any) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     head = outdraft.load(speaking(), FeatureHead(FeatureHeadConfig(32, 48, 4, 2, 8, 260)), backend="eager").drafter
     assert tree_shape(None, cpu, {}).size == 1
-    assert tree_shape(head, cpu, {}) == TreeShape(3, 3, 10)
+    assert tree_shape(head, cpu, {}) == tree_shape(head, cpu, {}, rows=3) == TreeShape.chain(4)
+    assert tree_shape(head, cpu, {}, rows=4) == TreeShape.chain(3)
+    assert tree_shape(head, cpu, {"tree_size": 6}, rows=4) == TreeShape(3, 3, 6)
+    assert tree_shape(fast.drafter, cpu, {}, rows=4) == fast.drafter.default_shape(cpu, False)
     assert tree_shape(head, gpu, {}) == tree_shape(head, gpu, {}, sampling=True) == TreeShape(5, 10, 60)
-    assert tree_shape(head, cpu, {}, sampling=True) == TreeShape.chain(4, candidates="sampled")
+    sampled = TreeShape.chain(4, candidates="sampled")
+    assert tree_shape(head, cpu, {}, sampling=True) == tree_shape(head, cpu, {}, sampling=True, rows=16) == sampled
     assert tree_shape(head, cpu, {"tree_size": 6}, sampling=True) == TreeShape(3, 3, 6)
     assert tree_shape(PromptLookup(), cpu, {"num_speculative_tokens": 5}, sampling=True) == TreeShape.chain(5)
     assert tree_shape(fast.drafter, cpu, {"num_speculative_tokens": 5}, sampling=True).candidates == "sampled"

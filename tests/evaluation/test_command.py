@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_data import question_file
+from torch import nn
 from typer.testing import CliRunner
 
 from cli_fixtures import Folders
+from outdraft.backends import PackedLinear
 from outdraft.cli import app
+from outdraft.evaluation import peers
 from outdraft.evaluation.questions import SPEC_BENCH
 
 
@@ -42,6 +45,27 @@ def test_the_json_has_all_figures_of_all_questions_and_of_every_group(folders: F
     assert {"load_average", "git_revision", "threads", "versions", "backend", "dtype"} < set(found["environment"])
 
 
+def test_peers_run_on_stock_modules_unless_asked_otherwise(folders: Folders, tmp_path: Path, monkeypatch: Any) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(peers, "_config_kept", lambda model, kept=peers._config_kept: ran.append(model) or kept(model))
+    for flags, packed in (((), 0), (("--peers-backend", "same"), 1)):
+        ran.clear()
+        given = ("--limit", 1, "--peers", "generate", "--backend", "packed", "--json", *flags)
+        result = bench(folders, question_file(tmp_path), *given)
+        assert result.exit_code == 0, result.stderr
+        modules = {type(module) for model in ran for module in model.modules()}
+        assert (PackedLinear in modules) == packed and (nn.Linear in modules) != packed
+        found = json.loads(result.stdout)
+        (one,) = found["results"]
+        assert found["environment"]["backend"] == "packed"
+        for group in (one["methods"], *one["groups"].values()):
+            stock, drafted = group["transformers generate"], group["prompt-lookup"]
+            assert stock["speedup_over_stock"] == 1.0 != drafted["speedup_over_stock"] > 0
+            assert group["plain"]["speedup_over_stock"] > 0
+    assert "over stock" in bench(folders, question_file(tmp_path), "--limit", 1, "--peers", "generate").stdout
+    assert "over stock" not in bench(folders, question_file(tmp_path), "--limit", 1).stdout
+
+
 def test_tables_by_task_are_printed(folders: Folders, tmp_path: Path) -> None:
     result = bench(folders, question_file(tmp_path), "--limit", 1, "--output-dir", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
@@ -56,6 +80,7 @@ def test_mistakes_are_one_line(folders: Folders, tmp_path: Path) -> None:
         (("--suite", "specbench"), "unknown suite 'specbench'"),
         (("--on-bad-line", "ignore"), "--on-bad-line"),
         (("--peers", "medusa"), "unknown peer 'medusa'"),
+        (("--peers-backend", "packed"), "--peers-backend must be eager or same"),
         (("--temperatures", "1,1"), "twice"),
         (("--report", tmp_path), "is a folder"),
     ):

@@ -40,6 +40,7 @@ def serve(
     max_request_bytes: Annotated[int, typer.Option("--max-request-bytes", help=SERVE["max_request_bytes"])] = 4 * 2**20,
     request_timeout: Annotated[float, typer.Option("--request-timeout", help=SERVE["request_timeout"])] = 30.0,
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
+    threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
     top_k: o.TopK = None,
@@ -70,6 +71,7 @@ def serve(
         max_request_bytes=max_request_bytes,
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
+        threads=threads,
         defaults=o.given(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

@@ -21,10 +21,11 @@ from outdraft.evaluation.environment import environment, load_average
 from outdraft.evaluation.identity import Divergence
 from outdraft.evaluation.measure import PLAIN, Contender, Run, Script, compare
 from outdraft.evaluation.partings import partings
+from outdraft.evaluation.peers import STOCK
 from outdraft.evaluation.questions import Question, QuestionSet, questions_of, read_questions
 from outdraft.evaluation.result import BenchResult, Comparison
 from outdraft.evaluation.store import Store
-from outdraft.evaluation.summary import Summary, summarise
+from outdraft.evaluation.summary import Summary, paired, summarise
 from outdraft.loading import REFERENCE, load_target
 from outdraft.reference import load_prompts
 from outdraft.target import Target
@@ -63,6 +64,7 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         shipped=settings.model == REFERENCE,
         include_transformers=settings.include_transformers,
         peers=settings.peers,
+        stock=_stock(settings, target),
     )
     facts = environment(target)
     store = None
@@ -101,6 +103,14 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         page.write(settings.report, result, target.tokenizer)
         remarks.print(f"report: {settings.report}", highlight=False)
     return result
+
+
+def _stock(settings: BenchSettings, target: Target) -> Target | None:
+    """The model once more, as `transformers` loads it, where its own ways of decoding are to run on that."""
+    asked = settings.peers or settings.include_transformers
+    if not asked or settings.peers_backend == "same" or target.backend == "eager":
+        return None
+    return load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
 
 
 def _questions(settings: BenchSettings) -> QuestionSet:
@@ -181,13 +191,16 @@ def summed_up(
 
     def of(rival: Contender, group: str | None) -> Summary:
         places = {i for i, question in enumerate(questions) if question.group == group}
-        own, plain = (
-            [run for run in runs[name] if group is None or run.prompt in places] for name in (rival.name, PLAIN)
+        own, plain, stock = (
+            [run for run in runs.get(name, []) if group is None or run.prompt in places]
+            for name in (rival.name, PLAIN, STOCK)
         )
         found = parted[rival.name]
         if found is not None and group is not None:
             found = [divergence for divergence in found if divergence.prompt in places]
         summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
+        if stock:
+            summary.over_stock, summary.over_stock_interval = paired(own, stock)
         if questions:
             lines, base = (
                 [

@@ -45,6 +45,9 @@ class BenchSettings:
     """Time the stock `generate` of transformers too; the same as --peers generate."""
     peers: list[str] = field(default_factory=list)
     """The stock library in the same run, with commas: generate, prompt-lookup[=N], assistant[=PATH], early-exit=N."""
+    peers_backend: str = "eager"
+    """eager or same: whether --peers run on the model as transformers loads it, which is loaded once more for that, or
+    on the target's own packed or compiled modules."""
     output_dir: Path | None = None
     """Keep every answer here, in Spec-Bench's format too; an interrupted run goes on from it."""
     report: Path | None = None
@@ -65,6 +68,8 @@ class BenchSettings:
             raise UserError("--temperatures names a temperature twice; leave one of them out")
         if self.on_bad_line not in ("error", "skip"):
             raise UserError(f"--on-bad-line must be error or skip, not '{self.on_bad_line}'")
+        if self.peers_backend not in ("eager", "same"):
+            raise UserError(f"--peers-backend must be eager or same, not '{self.peers_backend}'")
         if self.suite is not None and self.suite not in SUITES:
             raise UserError(f"unknown suite '{self.suite}' in --suite; choose of {', '.join(SUITES)}")
         if self.suite is not None and self.data is None:
@@ -89,6 +94,7 @@ class BenchSettings:
             "seed": self.seed,
             "controllers": self.controllers,
             "peers": self.peers,
+            "peers_backend": self.peers_backend,
             **self.tree,
         }
 

@@ -36,6 +36,7 @@ def contenders(
     shipped: bool = False,
     include_transformers: bool = False,
     peers: Sequence[str] = (),
+    stock: Target | None = None,
 ) -> list[Contender]:
     """Plain decoding first, then whatever was asked for.
 
@@ -49,6 +50,7 @@ def contenders(
         shipped: whether drafters that are not given come from the package, which has some for its reference target.
         include_transformers: the stock `generate` too; the same as `generate` among the peers.
         peers: the stock library's own ways of decoding, as in `peers.py`.
+        stock: the same model for those, with modules as `transformers` loads them; the target when None.
 
     Raises:
         UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
@@ -68,7 +70,7 @@ def contenders(
         _agree(methods, drafters)
     assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
     asked = ["generate", *peers] if include_transformers else peers
-    found = [speculative(PLAIN, target, None), *stock_peers(asked, target, assistants, backend)]
+    found = [speculative(PLAIN, target, None), *stock_peers(asked, stock or target, assistants, backend)]
     free = [method for method in WITHOUT_MODEL if method in (methods or (LOOKUP,))]
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():

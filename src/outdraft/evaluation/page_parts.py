@@ -29,7 +29,9 @@ to question, so that whatever disturbs the machine for a while disturbs all of t
 per second of two runs of the same question, prefill included; the figure is the median of those ratios, its interval a
 bootstrap over questions (2,000 resamples, the repetitions of a question drawn together).</p>
 <p><b>Baseline.</b> <i>plain</i> is the same target without a drafter, on the same code, backend and precision.
-Methods named <i>transformers …</i> are the stock library on the same model object.</p>
+Methods named <i>transformers …</i> are the stock library, with the same weights in the same precision: on its own
+modules, or with <code>--peers-backend same</code> on the target's. <i>Over stock</i> is likewise, over its plain
+<code>generate</code>.</p>
 <p><b>tau</b> is the number of tokens that a forward of the target after the prefill emits, the bonus token included;
 the <b>acceptance rate</b> is the share of verified candidates that were accepted, without it (in a tree most candidates
 are alternatives, so it is low by design).</p>
@@ -93,7 +95,8 @@ def heads(one: Comparison) -> str:
     rivals = sorted((s for s in one.summaries if s.method != "none"), key=lambda s: -s.speedup)[:4]
     cards = "".join(
         f'<div class="card"><div class="name">{escape(s.name)}</div><div class="big">{number(s.speedup)}×</div>'
-        f'<div class="muted">95%: {_interval(s) or "none of one question"}<br>tau {number(s.statistics.tau)}, '
+        f'<div class="muted">95%: {_interval(s.speedup_interval) or "none of one question"}<br>'
+        f"tau {number(s.statistics.tau)}, "
         f"{number(s.tokens_per_second, '.1f')} tokens/s</div></div>"
         for s in rivals
     )
@@ -123,6 +126,7 @@ def _table(summaries: Sequence[Summary], caption: str) -> str:
         ("tokens/s", ""),
         ("first token, ms", ""),
         ("speed-up, median of pairs [95%]", ""),
+        ("over stock generate [95%]", ""),
         ("ratio of mean rates", ""),
         ("Spec-Bench's own", ""),
         ("identical to plain", "text"),
@@ -134,7 +138,10 @@ def _table(summaries: Sequence[Summary], caption: str) -> str:
             number(100 * s.statistics.acceptance_rate, ".0f") + ("%" if s.statistics.drafted else ""),
             number(s.tokens_per_second, ".1f"),
             number(1000 * s.first_token_seconds, ".0f"),
-            f'<b>{number(s.speedup)}×</b> <span class="muted">{_interval(s)}</span>',
+            f'<b>{number(s.speedup)}×</b> <span class="muted">{_interval(s.speedup_interval)}</span>',
+            f'{number(s.over_stock)}× <span class="muted">{_interval(s.over_stock_interval)}</span>'
+            if math.isfinite(s.over_stock)
+            else "",
             f"{number(s.mean_rate_speedup)}×",
             f"{number(s.spec_bench_speedup)}×",
             escape(verdict(s)),
@@ -151,9 +158,9 @@ def _row(cells: Iterable[str], kinds: Sequence[str]) -> str:
     return "<tr>" + "".join(f'<td class="{k}">{c}</td>' for c, k in zip(cells, kinds, strict=True)) + "</tr>"
 
 
-def _interval(summary: Summary) -> str:
+def _interval(ends: tuple[float, float]) -> str:
     """Empty where one question leaves none."""
-    low, high = summary.speedup_interval
+    low, high = ends
     return f"[{number(low)}, {number(high)}]" if math.isfinite(low) else ""
 
 

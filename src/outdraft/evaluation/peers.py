@@ -1,6 +1,6 @@
 """The stock library's own ways of decoding, timed and counted like ours: the `generate` of transformers on the same
-model object, in the same precision and on the same backend, alone, with prompt lookup, with an assistant model, and
-with an early exit of the target itself.
+model in the same precision, alone, with prompt lookup, with an assistant model, and with an early exit of the target
+itself.
 
 What it emits in a round is read off its streamer, which is called once per target forward; the library does not say
 how many candidates it drafted, so there is no acceptance rate of a peer. Knows nothing of our drafters.
@@ -37,8 +37,9 @@ def peers(asked: Sequence[str], target: Target, assistants: Sequence[Target], ba
 
     Args:
         asked: each of `SHAPES`.
-        target: the same model object as ours.
-        assistants: small models that are loaded already; `assistant` without a path takes the first.
+        target: the model, with the modules that they are to run on.
+        assistants: small models that are loaded already; `assistant` without a path takes the first. They may be
+            packed, which is to the peer's advantage.
         backend: of an assistant that is loaded here.
 
     Raises:

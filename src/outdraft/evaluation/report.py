@@ -29,6 +29,8 @@ def table(summaries: Sequence[Summary], temperature: float) -> Table:
         "tokens/s": lambda s: number(s.tokens_per_second, ".1f"),
         "speed-up [95%]": speedup,
     }
+    if any(math.isfinite(summary.over_stock) for summary in summaries):
+        columns["over stock"] = lambda s: f"{number(s.over_stock)}x"
     if any(math.isfinite(summary.spec_bench_speedup) for summary in summaries):
         columns["Spec-Bench's own"] = lambda s: f"{number(s.spec_bench_speedup)}x"
     return _table(summaries, {**columns, "identical": verdict}, law(temperature))

@@ -44,8 +44,11 @@ class Summary:
     divergences: list[Divergence] | None
     """Where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
     questions: int = 0
-    spec_bench_speedup: float = float("nan")
+    spec_bench_speedup: float = _NAN
     """Spec-Bench's own: likewise, but plain decoding's tokens are counted by tokenizing its texts anew."""
+    over_stock: float = _NAN
+    """As `speedup`, over the `generate` of transformers; nan where that was not in the run."""
+    over_stock_interval: tuple[float, float] = (_NAN, _NAN)
 
     @property
     def timed(self) -> bool:
@@ -85,6 +88,8 @@ class Summary:
             "speedup_interval": list(self.speedup_interval),
             "mean_rate_speedup": self.mean_rate_speedup,
             "spec_bench_speedup": self.spec_bench_speedup,
+            "speedup_over_stock": self.over_stock,
+            "speedup_over_stock_interval": list(self.over_stock_interval),
             "questions": self.questions,
             "median_tokens_per_second": self.median_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -120,7 +125,7 @@ def summarise(
     timed = statistics.prefill_seconds > 0
     rates = np.array([run.tokens_per_second for run in runs])
     base = np.array([run.tokens_per_second for run in plain])
-    ratios = rates / base
+    speedup, spread = paired(runs, plain)
     return Summary(
         name=name,
         method=method,
@@ -133,12 +138,19 @@ def summarise(
         if timed and statistics.rounds
         else _NAN,
         first_token_seconds=float(np.median(prefills)) if timed else _NAN,
-        speedup=float(np.median(ratios)),
-        speedup_interval=interval(ratios, [run.prompt for run in runs]),
+        speedup=speedup,
+        speedup_interval=spread,
         mean_rate_speedup=float(rates.mean() / base.mean()),
         divergences=divergences,
         questions=len({run.prompt for run in runs}),
     )
+
+
+def paired(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, tuple[float, float]]:
+    """How much faster runs are than others of the same prompts and repetitions in the same order: the median over
+    pairs, and its interval."""
+    ratios = np.array([run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, base, strict=True)])
+    return float(np.median(ratios)), interval(ratios, [run.prompt for run in runs])
 
 
 def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:

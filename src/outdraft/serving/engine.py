@@ -27,6 +27,7 @@ from outdraft.serving.memory import cache_slots
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.queueing import Room, Waiting
 from outdraft.serving.settings import ServeSettings
+from outdraft.serving.threads import threads_of
 from outdraft.target import Target
 
 log = logging.getLogger("outdraft.serving")
@@ -121,7 +122,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deadline: float | None = None  # set once the server is going down
         self._gate = threading.Lock()  # nothing is submitted once the thread has looked for the last time
-        self._threads = torch.get_num_threads()
+        self._threads = threads_of(settings.threads)
         self._thread = threading.Thread(target=self._run, name="outdraft-engine", daemon=True)
 
     # --- from any thread ---------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ class ServeSettings:
     """Seconds within which a request's body must have arrived."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests have to finish once the server was told to stop."""
+    threads: int | None = None
+    """Threads the model computes with on a CPU; by default OMP_NUM_THREADS, or all cores but the server's one."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Sampling settings of requests that do not say; temperature 1 unless given here, as in OpenAI's API."""
 
@@ -48,6 +50,8 @@ class ServeSettings:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads must be at least 1, not {self.threads}")
         for name in ("max_model_len", "kv_cache_tokens"):
             if (value := getattr(self, name)) is not None and value < 2:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 2, not {value}")
