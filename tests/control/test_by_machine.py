@@ -215,7 +215,10 @@ def test_numbers_of_rows_are_timed_apart_and_begin_where_others_got_to():
     assert levels_of(chooser.best(16)) < levels_of(chooser.best(8))
 
 
-@pytest.mark.parametrize(("gain", "rows", "drafts"), [(1.05, 1, True), (1.05, 8, False), (1.2, 8, True)])
+@pytest.mark.parametrize(
+    ("gain", "rows", "drafts"),
+    [(1.05, 1, True), (1.05, 2, False), (1.15, 8, False), (1.2, 8, True), (1.2, 16, False), (1.3, 16, True)],
+)
 def test_a_batch_drafts_only_for_more_than_its_rows_ends_lie_apart(gain: float, rows: int, drafts: bool):
     """Chains of one level which bring, a second, so many times what plain rounds do."""
     chooser = Chooser(TreeShape.chain(1), Costs.fixed(begin=0.0, step=0.0, verify_base=1.0, verify_per_node=0.0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log2
 
 from outdraft.control.base import Controller
 from outdraft.control.costs import OUTLIER, PLAIN_EVERY, Costs, believable, bucket
@@ -34,9 +35,9 @@ ENOUGH = 2
 """Rounds of a shape that are timed before anything is concluded from them."""
 MEMORY = 10
 """Rounds that a shape's average looks back on."""
-APART = 0.1
-"""What drafting must promise beyond plain decoding where rows are several: drafted rows end apart, and a batch takes as
-long as its slowest row, which the mean of its rows does not show."""
+APART = 0.06
+"""What drafting must promise beyond plain decoding, for every doubling of the rows: drafted rows end apart, and a batch
+takes as long as its slowest row, which the mean of its rows does not show."""
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Chooser:
         timed = [shape for shape in self.menu.shapes if self._known(room, shape)]
         if not timed:
             return self._elsewhere(rows)
-        apart = 1 + APART * (rows > 1)
+        apart = 1 + APART * log2(rows)
 
         def rate(shape: TreeShape) -> float:
             return self.menu.tokens(shape) * (apart if shape == PLAIN else 1) / self._seconds(room, shape, rows)
