@@ -25,7 +25,7 @@ demo: $(VENV)/.demo ## install, train a drafter for the shipped target, decode w
 	$(BIN)/outdraft demo
 
 test: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 $(ENGINE)/.vllm: requirements-vllm.txt constraints-vllm.txt
 	test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)
