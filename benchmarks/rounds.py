@@ -51,6 +51,7 @@ from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.run import CutRun, TargetRun
 from outdraft.sampling import Dice, SamplingSettings, Warper
+from outdraft.settings import tree_shape
 from outdraft.target import Target
 from outdraft.text import encode_prompts
 
@@ -256,7 +257,7 @@ def middle(rounds: list[dict[str, float]]) -> dict[str, float]:
 def measure(target: Target, method: str, batch: int, prompts: list[list[int]], given: argparse.Namespace) -> dict:
     drafter = drafter_of(method, target, given.layers is not None)
     chosen = given.tree and TreeShape(*(int(part) for part in given.tree.split("/")))
-    shape = chosen or (drafter.default_shape(target.device, given.temperature > 0) if drafter else TreeShape(0, 1, 1))
+    shape = chosen or tree_shape(drafter, target.device, {}, sampling=given.temperature > 0, rows=batch)
     plain, spanned = (Timed(target, drafter, shape, given) for _ in range(2))
     spans = Spans(target, drafter)
     turns = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)][: given.turns]
