@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft.backends import BACKENDS, CompiledForward
+from outdraft.evaluation.contenders import WITH_LOOKUP
 from outdraft.generation import SpeculativeModel
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts
@@ -127,7 +128,7 @@ def decoding(model: Any, found: dict[str, Target], given: argparse.Namespace) ->
     for name, target in found.items():
         drafter = load_drafter_for(target, "reference", method=given.method, backend=name)
         models[name, "plain"] = SpeculativeModel(target)
-        models[name, given.method] = SpeculativeModel(target, drafter)
+        models[name, given.method] = models[name, given.method + WITH_LOOKUP] = SpeculativeModel(target, drafter)
     for one in models.values():
         one.generate(prompts[0], max_new_tokens=16)  # warms up, and compiles
     if given.compile_only:
@@ -137,7 +138,8 @@ def decoding(model: Any, found: dict[str, Target], given: argparse.Namespace) ->
         order = list(models.items())
         shift = turn % len(order)
         for key, one in [*order[shift:], *order[:shift]]:
-            runs[key].append(one.generate(prompt, max_new_tokens=given.tokens))
+            alone = {"prompt_lookup_min": 0} if key[1] == given.method else {}
+            runs[key].append(one.generate(prompt, max_new_tokens=given.tokens, **alone))
     base = next(iter(runs))
     ratios = {key: quartiles(outputs, runs[base]) for key, outputs in runs.items()}
     results = []

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from outdraft.drafters.base import Drafter
+from outdraft.evaluation.contenders import WITH_LOOKUP
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.prompts import encode, read_prompts
@@ -40,9 +41,18 @@ WARM_UP_TOKENS = 12
 
 def settings_of(name: str) -> dict[str, Any]:
     """Settings of `generate`: `default`, `auto`, `chain N`, `depth/top_k/size` (EAGLE-2's), `drawn depth/top_k/size`,
-    or the name of a controller for the default's doubled shape."""
+    or the name of a controller for the default's doubled shape; with `+lookup` repetitions are drafted, too."""
+    if name == PLAIN:
+        return {}
+    if not name.endswith(WITH_LOOKUP):
+        return {"prompt_lookup_min": 0, **shape_of(name)}
+    return shape_of(name.removesuffix(WITH_LOOKUP))
+
+
+def shape_of(name: str) -> dict[str, Any]:
+    """Settings of the shape alone."""
     words = name.split()
-    if name in (PLAIN, "default"):
+    if name == "default":
         return {}
     if name == "auto":
         return {"tree_size": "auto"}

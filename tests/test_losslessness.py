@@ -557,14 +557,14 @@ def test_a_draft_model_says_what_it_would_say_alone():
     ("text", "most", "expected"),
     [
         ([1, 2, 3, 9, 1, 2, 3], 3, [9, 1, 2]),
-        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),
+        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3, 9, 1, 2, 3, 9]),
         ([5, 7, 5, 8, 5], 1, [8]),
         ([4, 1, 6, 2, 1, 7, 4, 1], 1, [6]),
         ([1, 2, 3], 4, []),
         ([1], 4, []),
-        ([3, 3, 3], 4, [3]),
+        ([3, 3, 3], 4, [3, 3, 3, 3]),
     ],
-    ids=["trigram", "to-the-end", "latest", "longest-first", "nothing", "one-token", "overlap"],
+    ids=["trigram", "round-and-round", "latest", "longest-first", "nothing", "one-token", "overlap"],
 )
 def test_prompt_lookup_continues_the_latest_longest_match(text, most, expected):
     assert PromptLookup(longest=3).continuation(text, most) == expected

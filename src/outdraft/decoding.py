@@ -20,9 +20,11 @@ from outdraft.control.base import Controller
 from outdraft.control.by_machine import ByMachine, Choice
 from outdraft.control.costs import Costs
 from outdraft.control.pacing import RoundPace
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.drafters.base import Drafter, DraftState, Pace, RowContext, TreeShape, Update
+from outdraft.drafters.repeats import Others, Repeats, spliced
 from outdraft.exact import ExactTarget
 from outdraft.places import integers
+from outdraft.prefixes import Prefix, Prefixes
 from outdraft.run import Output, TargetRun
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.statistics import Statistics
@@ -46,6 +48,7 @@ class Row:
         finish_reason: `eos`, `length`, `stop` or `context`; None while the row is running.
         accepted: for every decided token, whether it was drafted.
         controller: says how far to draft for it; None drafts as far as the shape allows.
+        repeats: when what the text repeats is drafted in the drafter's place; None asks the drafter always.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
     """
 
@@ -60,6 +63,7 @@ class Row:
     accepted: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     controller: Controller | None = None
+    repeats: Repeats | None = None
     watch: Callable[[Tensor], None] | None = None
 
     def extend(self, tokens: Sequence[int], context_length: int) -> int:
@@ -117,7 +121,8 @@ class Batch:
         self.target, self.drafter, self.rows, self.shape, self.costs = target, drafter, list(rows), shape, costs
         self.clock = _Clock(target.device)
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
-        self.capacity = min(longest, target.context_length) + self._slots(shape)
+        repeated = max((1 + row.repeats.most for row in rows if row.repeats is not None), default=0)
+        self.capacity = min(longest, target.context_length) + max(self._slots(shape), repeated)
         self.cache = target.new_cache(len(rows), self.capacity)
         self.run = TargetRun(target, self.cache) if drafter is None else drafter.start(target, self.cache)
         if isinstance(target, ExactTarget):
@@ -125,7 +130,8 @@ class Batch:
         self.state: DraftState | None = None
         self.roots = torch.empty(0, dtype=torch.long)
         self.updates: list[Update] = []  # what the drafter has not been told yet
-        self.prefixes = [_Prefix(row.prompt, self.capacity, target.device) for row in rows]
+        self.told = False  # whether it was told anything
+        self.prefixes = [Prefix(row.prompt, self.capacity, target.device, row.repeats) for row in rows]
 
     def prefill(self) -> list[Row]:
         """Run the prompts and decide each row's first token, as plain decoding does."""
@@ -167,7 +173,7 @@ class Batch:
         index = torch.arange(len(counts), device=features.device)
         logits = self.target.head(features[index, integers([n - 1 for n in counts], features.device)])
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
-        self.roots = draw_each(chances, laws_of(warpers, logits, _Prefixes(self.prefixes)))
+        self.roots = draw_each(chances, laws_of(warpers, logits, Prefixes(self.prefixes)))
         firsts = self.roots.tolist()
         for row, prefix, token, row_logits in zip(self.rows, self.prefixes, firsts, logits, strict=True):
             prefix.append([token])
@@ -197,16 +203,21 @@ class Batch:
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
         self.clock.start()
-        shape, choice = self._choose()
-        pace = self._pace(shape) if choice is None else None
-        tree = self._draft(shape, pace)
+        repeated = self._repeated()
+        shape, choice, pace = self.shape, None, None
+        if not all(repeated):
+            shape, choice = self._choose()
+            pace = self._pace(shape) if choice is None else None
+            if choice is not None or pace is not None:  # they weigh what the drafter's own rounds bring
+                repeated = [[]] * len(self.rows)
+        tree = self._draft(shape, pace, repeated)
         self.clock.mark()
         features, taps = self.run.tree(tree)
         logits = self.target.logits(features, tree.counts)
         self.clock.mark()
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
-        verdicts = verify(tree, logits, warpers, _Prefixes(self.prefixes), chances)
-        self._commit(tree, taps, logits, verdicts)
+        verdicts = verify(tree, logits, warpers, Prefixes(self.prefixes), chances)
+        self._commit(tree, taps, logits, verdicts, repeated)
         self.clock.mark()
         drafting, verifying, rest = self.clock.laps()
         if choice is not None:
@@ -242,17 +253,41 @@ class Batch:
         """Tokens of a row, at most, that the drafter was not told yet."""
         return sum(max(update.counts) for update in self.updates)
 
-    def _draft(self, shape: TreeShape, pace: RoundPace | None) -> Tree:
+    def _draft(self, shape: TreeShape, pace: Pace | None, repeated: Sequence[list[int]]) -> Tree:
+        if all(repeated):
+            roots = self.roots.tolist()
+            return Tree.listed(
+                [[root, *chain] for root, chain in zip(roots, repeated, strict=True)], self.target.device
+            )
         if self.state is None or shape.size == 1 or (pace is not None and not any(pace.going)):
             return Tree.roots(self.roots)
+        if pace is None and any(repeated):
+            pace = Others([not chain for chain in repeated])
         context = RowContext(
-            _Prefixes(self.prefixes),
+            Prefixes(self.prefixes),
             [row.warper for row in self.rows],
             [row.chance for row in self.rows],
             pace,
         )
         update, self.updates = Update.join(self.updates), []
-        return self.state.propose(update, shape, context)
+        self.told = True
+        tree = self.state.propose(update, shape, context)
+        return spliced(tree, repeated) if isinstance(pace, Others) else tree
+
+    def _repeated(self) -> list[list[int]]:
+        """Of every row, the candidates that its own text gives, none where it repeats nothing.
+
+        A greedy row alone drafts as many as it may; otherwise the tree's size is the limit, since all rows pay for the
+        longest. That size is the same in any company where rows draw, so that a seed's text is. The first round is the
+        drafter's, which then has read the prompts before these rows join others.
+        """
+        if not self.told or self.shape.size == 1:
+            return [[]] * len(self.rows)
+        alone = len(self.rows) == 1 and self.rows[0].warper.greedy
+        limit = self.capacity if alone else self.shape.size - 1
+        if self.target.slot_limit is not None:
+            limit = min(limit, self.target.slot_limit - max(self.cache.lengths) - 1)
+        return [prefix.repeated(max(0, limit)) for prefix in self.prefixes]
 
     def _fitting(self, shape: TreeShape) -> TreeShape:
         """As much of it as still fits where a family's attention limits the slots."""
@@ -267,7 +302,9 @@ class Batch:
     def _slots(self, shape: TreeShape) -> int:
         return shape.size if self.drafter is None else self.drafter.slots(shape)
 
-    def _commit(self, tree: Tree, taps: Tensor, logits: Tensor, verdicts: list[Verdict]) -> None:
+    def _commit(
+        self, tree: Tree, taps: Tensor, logits: Tensor, verdicts: list[Verdict], repeated: Sequence[list[int]]
+    ) -> None:
         """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
         self.cache.commit([verdict.path for verdict in verdicts])
         counts = [len(verdict.path) for verdict in verdicts]
@@ -288,6 +325,7 @@ class Batch:
                 row.watch(logits[i, verdict.path[:taken]])
             prefix.append(verdict.tokens)
             row.statistics.add_round(tree.counts[i] - 1, tree.deepest[i], len(verdict.path) - 1, taken)
+            row.statistics.repeats += bool(repeated[i]) and tree.counts[i] > 1
 
     def leave(self) -> list[Row]:
         """Let finished rows go; all that were there."""
@@ -316,40 +354,6 @@ def compacted(staying: Sequence[bool]) -> list[int]:
         if not staying[place]:
             order[place] = behind.pop()
     return order
-
-
-class _Prefix:
-    """Everything decided of one row; as a tensor once somebody asks, in a buffer that grows in place."""
-
-    def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device):
-        self.known, self.size, self.device = list(prompt), capacity + len(prompt), device
-        self.buffer: Tensor | None = None
-        self.written = 0
-
-    @property
-    def tokens(self) -> Tensor:
-        if self.buffer is None:
-            self.buffer = torch.zeros(self.size, dtype=torch.long, device=self.device)
-        if self.written < len(self.known):
-            self.buffer[self.written : len(self.known)] = torch.tensor(self.known[self.written :])
-            self.written = len(self.known)
-        return self.buffer[: self.written]
-
-    def append(self, tokens: Sequence[int]) -> None:
-        self.known += tokens
-
-
-class _Prefixes(Sequence[Tensor]):
-    """The rows' prefixes for those who read them, which most drafters and settings do not."""
-
-    def __init__(self, prefixes: Sequence[_Prefix]):
-        self.prefixes = prefixes
-
-    def __len__(self) -> int:
-        return len(self.prefixes)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self.prefixes[row].tokens
 
 
 class _Clock:

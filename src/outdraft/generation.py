@@ -25,11 +25,13 @@ from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
 from outdraft.settings import (
     EXACT_TREE,
+    LOOKUP_SETTINGS,
     LOSSY,
     TREE_SETTINGS,
     check_prompt,
     controller_of,
     pacer_of,
+    repeats_of,
     sampling_settings,
     tree_shape,
 )
@@ -165,6 +167,8 @@ class SpeculativeModel:
                 drafts whichever shape brings the most tokens a second here, for all rows alike. What they learn
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
                 need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
+                `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
+                drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (14) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
                 on this machine, even where rounding would part them; slower (docs/exact.md).
 
@@ -226,6 +230,7 @@ class SpeculativeModel:
             if settings.pop(name, None) not in (None, 1, 1.0):
                 raise UserError(reason)
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
+        lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
         pacer = self._pacer(controller_of(settings.pop("controller", None), tree))
         encoded, _ = encode_prompts(prompts, self.tokenizer)
@@ -250,6 +255,7 @@ class SpeculativeModel:
             tree = dict(EXACT_TREE)
         drawing, controlled = sampling.temperature > 0, pacer is not None
         shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
+        repeats = repeats_of(self.drafter, lookup, shape if exact else None)
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
@@ -257,7 +263,7 @@ class SpeculativeModel:
             own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
-            row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop)
+            row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)

@@ -21,7 +21,7 @@ from outdraft.errors import UserError
 from outdraft.generation import pad
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.settings import LOSSY, check_prompt, pacer_of, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, LOSSY, check_prompt, pacer_of, repeats_of, tree_shape
 from outdraft.target import Target
 
 
@@ -40,8 +40,10 @@ def custom_generate(
         method: likewise.
         backend: likewise; `packed` keeps a second copy of the linear layers, `compiled` two more.
         controller: as in `generate`.
-        **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`.
+        **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
+            `prompt_lookup_min`, `prompt_lookup_num_tokens`.
     """
+    lookup = {name: tree.pop(name, None) for name in LOOKUP_SETTINGS}
     bound: dict[Any, tuple[Any, Target, Drafter | None, Pacer | None]] = {}
 
     def generate(
@@ -63,6 +65,7 @@ def custom_generate(
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
         draws, controlled = generation_config.do_sample, pacer is not None
         shape = tree_shape(drafter, target.device, tree, draws, controlled, len(input_ids))
+        repeats = repeats_of(drafter, lookup)
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
@@ -74,7 +77,7 @@ def custom_generate(
                 processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
             warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
-            row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop)
+            row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=repeats)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, seed)
             rows.append(row)

@@ -16,6 +16,7 @@ from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
 from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GREEDY_CHAIN, Drafter, TreeShape
+from outdraft.drafters.repeats import Repeats
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
 from outdraft.target import Target
@@ -31,6 +32,9 @@ LOSSY = {
 TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_tokens", "candidates")
 """Those that say what to draft."""
 
+
+LOOKUP_SETTINGS = ("prompt_lookup_min", "prompt_lookup_num_tokens")
+"""Those that say when a repetition is drafted in the drafter's place, and how much of it."""
 
 AUTO = "auto"
 """`tree_size` for trees by the machine: every round has the shape that brings the most tokens a second here."""
@@ -101,6 +105,30 @@ def tree_shape(
         elif base == CPU_TREE and drafter.stepwise and not sizes:
             base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
+
+
+def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeShape | None = None) -> Repeats | None:
+    """When rows draft what their texts repeat in the drafter's place; None for never.
+
+    Args:
+        drafter: one that looks back itself, or None, leaves no place.
+        given: some of `LOOKUP_SETTINGS` as `generate` takes them, a least of 0 being never; None is as good as absent.
+        shape: of the trees, where candidates cost so much that repetitions may be no larger.
+
+    Raises:
+        UserError: impossible numbers, or nobody whose place could be taken.
+    """
+    known = {name: whole(name, given[name]) for name in LOOKUP_SETTINGS if given.get(name) is not None}
+    if drafter is None or drafter.looks_back:
+        if any(known.values()):
+            who = "without a drafter" if drafter is None else f"beside {drafter.method}, which looks back itself"
+            raise UserError(f"prompt_lookup_min and prompt_lookup_num_tokens do nothing {who}; leave them out")
+        return None
+    least, most = LOOKUP_SETTINGS
+    if known.get(least) == 0:
+        return None
+    repeats = Repeats(known.get(least, Repeats.least), known.get(most, Repeats.most))
+    return repeats if shape is None else replace(repeats, most=max(1, min(repeats.most, shape.size - 1)))
 
 
 def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:

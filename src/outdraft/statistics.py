@@ -19,6 +19,7 @@ class Statistics:
         reached: at index d, rounds whose tree had candidates at depth d + 1.
         accepted_at: at index d, rounds that accepted a candidate at depth d + 1.
         lengths: for every round, how many candidates were accepted.
+        repeats: rounds whose candidates were what the text repeats, in the drafter's place.
         depths: for every round, how deep its tree went, 0 where nothing was drafted.
         prefill_seconds, draft_seconds, verify_seconds, rest_seconds: where the time went; a batch's seconds stand
             in each of its rows.
@@ -28,6 +29,7 @@ class Statistics:
     emitted: int = 0
     drafted: int = 0
     accepted: int = 0
+    repeats: int = 0
     reached: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -88,7 +90,7 @@ class Statistics:
         """Added up; rows that were decoded `together` share their seconds, of which the longest counts."""
         total = cls()
         for part in parts:
-            for name in ("rounds", "emitted", "drafted", "accepted"):
+            for name in ("rounds", "emitted", "drafted", "accepted", "repeats"):
                 setattr(total, name, getattr(total, name) + getattr(part, name))
             for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds"):
                 own, others = getattr(total, name), getattr(part, name)
@@ -109,6 +111,7 @@ class Statistics:
             "emitted": self.emitted,
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "repeats": self.repeats,
             "acceptance_rate": self.acceptance_rate,
             "acceptance_by_position": self.acceptance_by_position,
             "draft_lengths": self.draft_lengths,

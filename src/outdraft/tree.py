@@ -66,6 +66,17 @@ class Tree:
         tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
         return tree
 
+    @classmethod
+    def listed(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Tree:
+        """Trees of one chain each, of point masses, from lists of tokens that begin with the root; any lengths."""
+        counts = [len(chain) for chain in chains]
+        nodes = max(counts)
+        tokens = torch.tensor([[*chain, *[0] * (nodes - len(chain))] for chain in chains], device=device)
+        if min(counts) == nodes:
+            return cls.chains(tokens, 1)
+        parents = [[*range(-1, count - 1), *[0] * (nodes - count)] for count in counts]
+        return cls(tokens, torch.tensor(parents, device=device), counts, levels=nodes - 1)
+
     @property
     def rows(self) -> int:
         return self.tokens.shape[0]

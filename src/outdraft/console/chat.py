@@ -26,6 +26,8 @@ def chat(
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
+    prompt_lookup_min: o.LookupMin = None,
+    prompt_lookup_num_tokens: o.LookupTokens = None,
     controller: o.Controller = None,
     exact: o.Exact = False,
     dtype: o.Dtype = None,
@@ -51,6 +53,8 @@ def chat(
         tree_depth=tree_depth,
         tree_top_k=tree_top_k,
         tree_size=tree_size,
+        prompt_lookup_min=prompt_lookup_min,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         controller=controller,
     )
     Chat(loaded, settings, tree, results(show_drafts), remarks(), show_drafts, system).run()

@@ -12,6 +12,7 @@ from outdraft.errors import UserError
 
 SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
+REPEATS = field_help("drafters/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")
 TRAINING = field_help("training/config.py", "TrainingConfig")
 
@@ -77,6 +78,12 @@ TreeSize = Annotated[
         help=TREE["size"] + " `auto` lets depth, width and size follow from what they cost on this machine.",
     ),
 ]
+
+LookupMin = Annotated[
+    int | None,
+    typer.Option("--prompt-lookup-min", help=REPEATS["least"] + " Takes the drafter's place there; 0 never does.  [4]"),
+]
+LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=REPEATS["most"] + "  [14]")]
 
 Controller = Annotated[
     str | None,

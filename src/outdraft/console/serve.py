@@ -50,6 +50,8 @@ def serve(
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
+    prompt_lookup_min: o.LookupMin = None,
+    prompt_lookup_num_tokens: o.LookupTokens = None,
     controller: o.Controller = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
@@ -77,7 +79,12 @@ def serve(
         ),
     )
     tree = o.given(
-        num_speculative_tokens=num_speculative_tokens, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_size=tree_size
+        num_speculative_tokens=num_speculative_tokens,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_size=tree_size,
+        prompt_lookup_min=prompt_lookup_min,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     run_serve(model, draft_model, loading, settings, tree, controller, remarks())

@@ -38,6 +38,8 @@ def verify(
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
     tree_size: o.TreeSize = None,
+    prompt_lookup_min: o.LookupMin = None,
+    prompt_lookup_num_tokens: o.LookupTokens = None,
     controller: o.Controller = None,
     greedy: Annotated[bool, typer.Option("--greedy/--no-greedy", help=AUDIT["greedy"])] = True,
     total_variation: Annotated[float, typer.Option("--total-variation", help=AUDIT["total_variation"])] = 0.02,
@@ -63,6 +65,8 @@ def verify(
         tree_depth=tree_depth,
         tree_top_k=tree_top_k,
         tree_size=tree_size,
+        prompt_lookup_min=prompt_lookup_min,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         controller=controller,
     )
     settings = AuditSettings(

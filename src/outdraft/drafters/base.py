@@ -220,6 +220,9 @@ class Drafter(ABC):
     stepwise = True
     """Whether every level of a draft costs a step of its own."""
 
+    looks_back = False
+    """Whether it drafts from what the text repeats, by itself."""
+
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         """The tree that suits it on this device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
         if device.type != "cpu":

@@ -48,6 +48,7 @@ class Lookahead(Drafter):
 
     method = "lookahead"
     has_law = False
+    looks_back = True
 
     def __init__(self, window: int = 15, ngram: int = 5, pool: int = 15):
         for name, value, least in (("window", window, 1), ("ngram", ngram, 2), ("pool", pool, 1)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outdraft.drafters.base import Drafter, DraftState, Pace, RowContext, TreeShape, Update
+from outdraft.drafters.ngrams import Text
 from outdraft.run import TargetRun
 from outdraft.tree import Tree
 
@@ -26,6 +27,7 @@ class PromptLookup(Drafter):
 
     method = "prompt-lookup"
     has_law = False
+    looks_back = True
 
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
@@ -37,50 +39,21 @@ class PromptLookup(Drafter):
         return TreeShape.chain(10)
 
     def continuation(self, tokens: list[int], most: int) -> list[int]:
-        """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`."""
-        text = Text(self, tokens)
+        """`most` tokens after the latest earlier occurrence of the end of `tokens`, or none if there is no such."""
+        text = self.text(tokens)
         _, end = text.match()
-        return tokens[end : end + most]
+        return text.after(end, most)
 
-
-class Text:
-    """What was decided of one row, and where each of its n-grams last ended.
-
-    Args:
-        drafter: says how long n-grams are.
-        tokens: decided so far.
-    """
-
-    def __init__(self, drafter: PromptLookup, tokens: Sequence[int]):
-        self.drafter = drafter
-        self.tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}
-        self.extend(tokens)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Take in newly decided tokens."""
-        for token in tokens:
-            # The n-grams that end here are earlier ones only now that something follows.
-            end = len(self.tokens)
-            for n in range(self.drafter.shortest, min(self.drafter.longest, end) + 1):
-                self._ends[tuple(self.tokens[end - n :])] = end
-            self.tokens.append(token)
-
-    def match(self) -> tuple[int, int]:
-        """Length of the longest end of the text that occurred before (0: none), and where it last ended."""
-        count = len(self.tokens)
-        for n in range(min(self.drafter.longest, count - 1), self.drafter.shortest - 1, -1):
-            end = self._ends.get(tuple(self.tokens[count - n :]))
-            if end is not None:
-                return n, end
-        return 0, count
+    def text(self, tokens: Sequence[int]) -> Text:
+        """A row's text, of so many tokens as yet."""
+        return Text(tokens, self.longest, self.shortest)
 
 
 class _Lookup(DraftState):
     """The rows' texts, which grow with every update."""
 
     def __init__(self, drafter: PromptLookup, prompts: Sequence[Tensor]):
-        self.texts = [Text(drafter, prompt.tolist()) for prompt in prompts]
+        self.texts = [drafter.text(prompt.tolist()) for prompt in prompts]
         # The first update begins with the prompt's second token.
         self.known = [len(prompt) - 1 for prompt in prompts]
 
@@ -92,18 +65,11 @@ class _Lookup(DraftState):
         chains, sure = [], []
         for text in self.texts:
             n, end = text.match()
-            chains.append([text.tokens[-1], *text.tokens[end : end + most]])
+            chains.append([text.tokens[-1], *text.after(end, most)])
             sure.append(n / (n + 1))
         if rows.pace is not None:
             chains = paced(chains, sure, rows.pace)
-        nodes = max(len(chain) for chain in chains)
-        device = update.tokens.device
-        padded = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=device)
-        if all(len(chain) == nodes for chain in chains):
-            return Tree.chains(padded, 1)
-        counts = [len(chain) for chain in chains]
-        parents = [[*range(-1, count - 1), *[0] * (nodes - count)] for count in counts]
-        return Tree(padded, torch.tensor(parents, device=device), counts, levels=nodes - 1)
+        return Tree.listed(chains, update.tokens.device)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.texts = [self.texts[row] for row in rows]

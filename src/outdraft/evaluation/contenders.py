@@ -19,6 +19,8 @@ from outdraft.reference import SHIPPED
 from outdraft.target import Target
 
 LOOKUP = "prompt-lookup"
+WITH_LOOKUP = "+lookup"
+"""What a method's name ends with where repetitions are drafted in the drafter's place, as `generate` does by itself."""
 FIXED = "fixed"
 STOCK_NAMES = "transformers "
 """What the names of peers begin with."""
@@ -43,7 +45,8 @@ def contenders(
     Args:
         target: the same for all.
         draft_models: `PATH` or `NAME=PATH` each.
-        methods: those to compare; prompt lookup and every given drafter when None.
+        methods: those to compare, `METHOD+lookup` with repetitions; prompt lookup and every given drafter, without and
+            with them, when None.
         backend: of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
         controllers: every drafter runs with each of them.
@@ -56,15 +59,16 @@ def contenders(
         UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
     """
     for method in methods or ():
-        if method not in METHODS:
-            raise UserError(f"unknown method '{method}' in --methods; choose of {', '.join(METHODS)}")
+        if _base(method) not in METHODS or (method != _base(method) and _base(method) in ("none", *WITHOUT_MODEL)):
+            known = ", ".join(METHODS)
+            raise UserError(f"unknown method '{method}' in --methods; choose of {known}, and METHOD{WITH_LOOKUP}")
     for controller in controllers:
         if controller not in CONTROLLERS:
             raise UserError(f"unknown controller '{controller}' in --controllers; choose of {', '.join(CONTROLLERS)}")
     drafters = loaded_drafters(target, draft_models, backend)
     if methods is not None:
         present = {drafter.method for drafter in drafters.values()}
-        for method in dict.fromkeys(methods):
+        for method in dict.fromkeys(map(_base, methods)):
             if shipped and method in SHIPPED and method not in present:
                 drafters[method] = _loaded(target, REFERENCE, method, backend)
         _agree(methods, drafters)
@@ -75,10 +79,20 @@ def contenders(
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
         shape = {} if drafter.method in WITHOUT_MODEL else tree or {}
-        for controller in controllers:
-            called = name if len(controllers) == 1 and controller == FIXED else f"{name} {controller}"
-            found.append(speculative(called, target, drafter, controller=controller, **shape))
+        for repeats in ("",) if drafter.looks_back else ("", WITH_LOOKUP):
+            if methods is not None and drafter.method + repeats not in methods:
+                continue
+            for controller in controllers:
+                called = name + repeats if list(controllers) == [FIXED] else f"{name}{repeats} {controller}"
+                found.append(
+                    speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
+                )
     return found
+
+
+def _base(method: str) -> str:
+    """The method of a drafter with or without repetitions."""
+    return method.removesuffix(WITH_LOOKUP)
 
 
 def _loaded(target: Target, source: str | None, method: str | None, backend: str | None) -> Drafter:
@@ -106,9 +120,10 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
 
 def _agree(methods: Sequence[str], drafters: dict[str, Drafter]) -> None:
     present = {drafter.method for drafter in drafters.values()}
-    for method in methods:
+    asked = set(map(_base, methods))
+    for method in sorted(asked):
         if method not in ("none", *WITHOUT_MODEL) and method not in present:
             raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     for name, drafter in drafters.items():
-        if drafter.method not in methods:
+        if drafter.method not in asked:
             raise UserError(f"the drafter '{name}' is of method '{drafter.method}'; add it to --methods")

@@ -98,9 +98,11 @@ def tau_meter(
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
 
+    settings = {"max_new_tokens": max_new_tokens, "prompt_lookup_min": 0}  # of the network alone
+
     def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)
-        found = SpeculativeModel(target, drafter).generate(list(prompts), max_new_tokens=max_new_tokens).statistics
+        found = SpeculativeModel(target, drafter).generate(list(prompts), **settings).statistics
         return {"tau": found.tau, "acceptance_rate": found.acceptance_rate} if found.rounds else {}
 
     return measure

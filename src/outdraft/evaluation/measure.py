@@ -83,9 +83,19 @@ Pair = Mapping[str, Run]
 """The runs of all contenders on one prompt and repetition, by name."""
 
 
-def speculative(name: str, target: Target, drafter: Drafter | None, **tree: Any) -> Contender:
-    """Our decoding with a drafter, or plainly with None; `tree` as in `generate`."""
+def speculative(name: str, target: Target, drafter: Drafter | None, *, repeats: bool = False, **tree: Any) -> Contender:
+    """Our decoding with a drafter, or plainly with None.
+
+    Args:
+        name: of the contender.
+        target: the model.
+        drafter: the drafter.
+        repeats: whether repetitions are drafted in its place, as `generate` does by itself.
+        **tree: as in `generate`.
+    """
     model = SpeculativeModel(target, drafter)
+    if drafter is not None and not drafter.looks_back and not repeats:
+        tree["prompt_lookup_min"] = 0
 
     def decode(prompt: list[int], settings: dict[str, Any]) -> Answer:
         output = model.generate(prompt, **settings, **tree)

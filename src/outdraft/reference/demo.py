@@ -22,6 +22,7 @@ from rich.text import Text
 from outdraft.console.output import painted
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import Comparison, measured
+from outdraft.evaluation.contenders import WITH_LOOKUP
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS, Contender, speculative
 from outdraft.evaluation.prompts import encode
@@ -40,6 +41,7 @@ CONVERSATIONS = DATA / "train_conversations.jsonl"
 """Training prompts with the target's own answers."""
 
 LOOKUP, TRAINED, SHIPPED = "prompt-lookup", "fspad-demo", "fspad-shipped"
+REPEATS = SHIPPED + WITH_LOOKUP
 
 BATCH = 8
 
@@ -140,7 +142,7 @@ def run_demo(settings: DemoSettings, remarks: Console) -> DemoResult:
             folder = settings.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "drafter"
             training = train_drafter(trainable, target, folder, settings.train_seconds, remarks)
             rivals.append(_speculative(TRAINED, target, folder, "fspad", settings))
-        rivals.append(shipped)
+        rivals += [shipped, _speculative(REPEATS, target, REFERENCE, "fspad", settings, repeats=True)]
         prompts = prompts[: affordable(rivals, prompts[0], settings.max_new_tokens)]
         remarks.print(f"decoding {len(prompts)} held-out prompts, {len(rivals)} ways each", highlight=False)
         comparison = measured(target, rivals, prompts, max_new_tokens=settings.max_new_tokens, remarks=remarks)
@@ -225,9 +227,11 @@ def write_answers(target: Target, folder: Path, remarks: Console, count: int = 4
     return folder / "answers.jsonl"
 
 
-def _speculative(name: str, target: Target, source: Any, method: str, settings: DemoSettings) -> Contender:
+def _speculative(
+    name: str, target: Target, source: Any, method: str, settings: DemoSettings, repeats: bool = False
+) -> Contender:
     drafter = load_drafter_for(target, source, method=method, backend=settings.backend)
-    return speculative(name, target, drafter)
+    return speculative(name, target, drafter, repeats=repeats)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ import torch
 from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row
 from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters.repeats import Repeats
 from outdraft.joining import Decoder
 from outdraft.serving.faults import Fault, broken, refused, stopping
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
@@ -42,12 +43,14 @@ class Drafting:
         greedy: the tree while every running row is greedy, for `rows` of them.
         sampling: the tree as soon as one row draws.
         pacer: makes a controller for every row; None drafts as far as the trees go.
+        repeats: when what a row's text repeats is drafted in the drafter's place; None never.
     """
 
     drafter: Drafter | None
     greedy: Callable[[int], TreeShape]
     sampling: TreeShape
     pacer: Pacer | None = None
+    repeats: Repeats | None = None
 
     @classmethod
     def none(cls) -> Drafting:
@@ -62,7 +65,7 @@ class Drafting:
     @property
     def slots(self) -> int:
         """Slots of the cache that a round takes at most, beside what was decided."""
-        return self._slots(self.largest)
+        return max(self._slots(self.largest), 0 if self.repeats is None else 1 + self.repeats.most)
 
     def _slots(self, shape: TreeShape) -> int:
         return shape.size if self.drafter is None else self.drafter.slots(shape)
@@ -224,6 +227,7 @@ class Engine:
                 break
             self._waiting.pop()
             lane = self._lanes[job.ask.speculative]
+            answer.row.repeats = lane.drafting.repeats
             pacer = lane.drafting.pacer
             if pacer is not None:
                 seed = None if job.ask.seed is None else job.ask.seed + answer.index

@@ -24,7 +24,7 @@ from outdraft.serving.engine import Drafting, Engine
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.translation import Translator
-from outdraft.settings import pacer_of, sampling_settings, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, pacer_of, repeats_of, sampling_settings, tree_shape
 from outdraft.target import Target
 
 BACKSTOP = 5
@@ -39,11 +39,13 @@ def drafting(model: SpeculativeModel, tree: dict[str, Any], controller: str | Co
     """
     if model.drafter is None:
         return Drafting.none()
+    repeats = repeats_of(model.drafter, tree)
+    tree = {name: value for name, value in tree.items() if name not in LOOKUP_SETTINGS}
     pacer = pacer_of(controller, tree)
     shape = partial(tree_shape, model.drafter, model.target.device, tree, controlled=pacer is not None)
     greedy = cache(lambda rows: shape(rows=rows))
     greedy(1)  # impossible settings are told now
-    return Drafting(model.drafter, greedy, shape(sampling=True), pacer)
+    return Drafting(model.drafter, greedy, shape(sampling=True), pacer, repeats)
 
 
 class Service:

@@ -164,7 +164,9 @@ def proposals(
     watch = Watch(model.drafter, [listen], chance=lambda _: Dice(next(own)))
     with torch.random.fork_rng():
         torch.manual_seed(drafting_seed)
-        model.with_drafter(watch).generate(list(prompts), **generation)
+        model.with_drafter(watch).generate(
+            list(prompts), **generation | {"prompt_lookup_min": None if watch.looks_back else 0}
+        )
     return found, drawn
 
 

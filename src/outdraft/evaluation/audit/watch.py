@@ -82,7 +82,7 @@ class Watch(Drafter):
         prefill_once: bool = False,
     ):
         self.inner, self.listeners, self.chance, self.prefill_once = inner, listeners, chance, prefill_once
-        self.method, self.has_law = inner.method, inner.has_law
+        self.method, self.has_law, self.looks_back = inner.method, inner.has_law, inner.looks_back
         self.newest: Round | None = None
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
