@@ -116,7 +116,7 @@ def measure(point: Point, models: Models, given: argparse.Namespace) -> dict[str
     names = [PLAIN, *rivals.get(point.curve, DEFAULT).split(",")]
     if temperature > 0:
         names = [PLAIN, DEFAULT]
-    sizes = argparse.Namespace(turns=given.turns, tokens=point.settings["tokens"])
+    sizes = argparse.Namespace(turns=given.turns, tokens=point.settings["tokens"], full=False)
     found = cell(names, models.target, models.drafter, prompts, sizes, batch, temperature)
     shape = tree_shape(models.drafter, models.target.device, {}, sampling=temperature > 0, rows=batch)
     return {"rivals": {name: with_spread(name, one, shape) for name, one in found.items()}, "default": in_words(shape)}

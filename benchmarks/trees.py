@@ -5,9 +5,11 @@ Run it with nothing else running:
     OMP_NUM_THREADS=2 python benchmarks/trees.py [--model M --draft-model D] [--batches 1,4,8,16] [--temperatures 0,1]
 
 In every turn all rivals decode the same batch of prompts in rotating order, each row to the same length whatever it
-says, so plain decoding is always a full batch. What counts is tokens per second after the prefill, each rival's against
-plain decoding's of the same turn; the interval is over turns. `auto` is `tree_size="auto"`; it learns as it goes and
-keeps what it learned from cell to cell no more than a user's process would (a model of its own for every cell).
+says, so plain decoding is always a full batch. A drafted batch empties as the luckier rows end; `--full` stops at the
+first of them, which is what a server sees that puts new rows in their places. What counts is tokens per second after
+the prefill, each rival's against plain decoding's of the same turn; the interval is over turns. `auto` is
+`tree_size="auto"`; it learns as it goes and keeps what it learned from cell to cell no more than a user's process would
+(a model of its own for every cell). `NAME+lookup` drafts what the text repeats, too, as `generate` does by itself.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from outdraft.decoding import decode
 from outdraft.drafters.base import Drafter
 from outdraft.evaluation.contenders import WITH_LOOKUP
 from outdraft.evaluation.environment import environment
@@ -82,13 +85,25 @@ class Rival:
     def of(cls, name: str, target: Target, drafter: Drafter) -> Rival:
         return cls(name, SpeculativeModel(target, None if name == PLAIN else drafter), settings_of(name))
 
-    def decode(self, prompts: Sequence[list[int]], counts: bool = True, **settings: Any) -> None:
-        output = self.model.generate(list(prompts), **settings, **self.settings)
+    def decode(self, prompts: Sequence[list[int]], full: bool, counts: bool = True, **settings: Any) -> None:
+        """One turn.
+
+        Args:
+            prompts: of the rows.
+            full: count only as long as all rows run.
+            counts: whether it does at all.
+            **settings: of `generate`.
+        """
+        model = self.model
+        rows, shape, costs = model._rows(list(prompts), {**settings, **self.settings})
+        for _ in decode(model.target, model.drafter, rows, shape, costs):
+            if full and any(row.finish_reason is not None for row in rows):
+                break
         if counts:
-            decided = sum(row.emitted for row in output.row_statistics)
-            self.rates.append(decided / output.statistics.decode_seconds)
-            self.counts.append(output.statistics)
-            self.rounds.append(max(row.rounds for row in output.row_statistics))
+            total = Statistics.sum((row.statistics for row in rows), together=True)
+            self.rates.append(total.emitted / total.decode_seconds)
+            self.counts.append(total)
+            self.rounds.append(max(row.statistics.rounds for row in rows))
 
     def against(self, plain: Rival) -> dict[str, Any]:
         """The figures of the table."""
@@ -126,14 +141,17 @@ def cell(
 ) -> dict[str, dict[str, Any]]:
     """All rivals at one batch size and temperature."""
     rivals = [Rival.of(name, target, drafter) for name in names]
-    settings = {"temperature": temperature, "max_new_tokens": given.tokens, "min_new_tokens": given.tokens}
-    short = {**settings, "max_new_tokens": WARM_UP_TOKENS, "min_new_tokens": WARM_UP_TOKENS}
+    # Every row gets all its tokens. Not by `min_new_tokens`, which reads every row's prefix in every law: most users
+    # have no such setting, and drafts pay for it more than plain decoding does.
+    endless = {"logit_bias": dict.fromkeys(target.eos_token_ids, -100.0)}
+    settings = {"temperature": temperature, "max_new_tokens": given.tokens, **endless}
+    short = {**settings, "max_new_tokens": WARM_UP_TOKENS}
     for rival in rivals:
-        rival.decode(prompts[:batch], counts=False, seed=0, **short)
+        rival.decode(prompts[:batch], given.full, counts=False, seed=0, **short)
     for turn, chosen in enumerate(turns_of(prompts, batch, given.turns)):
         first = turn % len(rivals)
         for rival in (*rivals[first:], *rivals[:first]):
-            rival.decode(chosen, seed=1000 * turn, **settings)
+            rival.decode(chosen, given.full, seed=1000 * turn, **settings)
     return {rival.name: rival.against(rivals[0]) for rival in rivals}
 
 
@@ -149,6 +167,7 @@ def main() -> None:
     parser.add_argument("--sampling-rivals", default=SAMPLING)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="of every row")
+    parser.add_argument("--full", action="store_true", help="measure only as long as all rows of a batch are running")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--backend")
