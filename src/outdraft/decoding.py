@@ -7,6 +7,7 @@ trees of nothing but their roots, so both are measured on the same code.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.tree import Tree
 from outdraft.verify import Verdict, verify
+
+MANY = 0.4
+"""Share of the rows that must have so long a repetition for the others to be padded to it: a column of candidates
+costs, in every row, a fifth to a quarter of what a token costs there otherwise, and repetitions mostly come true."""
 
 
 @dataclass
@@ -121,8 +126,8 @@ class Batch:
         self.target, self.drafter, self.rows, self.shape, self.costs = target, drafter, list(rows), shape, costs
         self.clock = _Clock(target.device)
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
-        repeated = max((1 + row.repeats.most for row in rows if row.repeats is not None), default=0)
-        self.capacity = min(longest, target.context_length) + max(self._slots(shape), repeated)
+        repeated = max((row.repeats.most for row in rows if row.repeats is not None), default=0)
+        self.capacity = min(longest, target.context_length) + self._slots(shape) + repeated
         self.cache = target.new_cache(len(rows), self.capacity)
         self.run = TargetRun(target, self.cache) if drafter is None else drafter.start(target, self.cache)
         if isinstance(target, ExactTarget):
@@ -277,17 +282,20 @@ class Batch:
     def _repeated(self) -> list[list[int]]:
         """Of every row, the candidates that its own text gives, none where it repeats nothing.
 
-        A greedy row alone drafts as many as it may; otherwise the tree's size is the limit, since all rows pay for the
-        longest. That size is the same in any company where rows draw, so that a seed's text is. The first round is the
-        drafter's, which then has read the prompts before these rows join others.
+        All rows pay for the longest, so that it is no longer than the tree's chains but where many rows repeat
+        themselves at once; and never so where rows draw, for a seed's text is to be the same in any company. The first
+        round is the drafter's, which then has read the prompts before these rows join others.
         """
         if not self.told or self.shape.size == 1:
             return [[]] * len(self.rows)
-        alone = len(self.rows) == 1 and self.rows[0].warper.greedy
-        limit = self.capacity if alone else self.shape.size - 1
+        greedy = all(row.warper.greedy for row in self.rows)
+        limit = self.capacity if greedy else self.shape.size - 1
         if self.target.slot_limit is not None:
-            limit = min(limit, self.target.slot_limit - max(self.cache.lengths) - 1)
-        return [prefix.repeated(max(0, limit)) for prefix in self.prefixes]
+            limit = max(0, min(limit, self.target.slot_limit - max(self.cache.lengths) - self._slots(self.shape)))
+        found = [prefix.repeated(limit) for prefix in self.prefixes]
+        many = sorted(map(len, found), reverse=True)[math.ceil(MANY * len(found)) - 1]
+        longest = max(many, self.shape.size - 1)
+        return [chain[:longest] for chain in found]
 
     def _fitting(self, shape: TreeShape) -> TreeShape:
         """As much of it as still fits where a family's attention limits the slots."""

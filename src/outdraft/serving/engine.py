@@ -65,7 +65,7 @@ class Drafting:
     @property
     def slots(self) -> int:
         """Slots of the cache that a round takes at most, beside what was decided."""
-        return max(self._slots(self.largest), 0 if self.repeats is None else 1 + self.repeats.most)
+        return self._slots(self.largest) + (0 if self.repeats is None else self.repeats.most)
 
     def _slots(self, shape: TreeShape) -> int:
         return shape.size if self.drafter is None else self.drafter.slots(shape)
