@@ -1,8 +1,8 @@
 """What the server gives when several clients ask at once, with the drafter and without, over the loopback.
 
-    python benchmarks/serving.py [--clients 1,4,16] [--max-new-tokens 64] [--draft-model reference]
+    python benchmarks/serving.py [--clients 1,4,16] [--max-new-tokens 64] [--draft-model reference] [-- SERVER OPTIONS]
 
-Every client asks one held-out prompt after the other, streamed and greedy. Ways take turns; a table says tokens per
+Every client asks one held-out prompt after the other, streamed. Ways take turns; a table says tokens per
 second of all clients together, the ratio to plain decoding by the same server at the same number of clients, tau, and
 the median time to the first token. Run it with nothing else running, and without OMP_NUM_THREADS, which would be the
 server's too.
@@ -26,9 +26,9 @@ import httpx
 from outdraft.reference.prompts import load_prompts
 
 
-def ask(http: httpx.Client, messages: Any, most: int, speculative: bool) -> tuple[float, dict[str, Any]]:
+def ask(http: httpx.Client, messages: Any, body: dict[str, Any], speculative: bool) -> tuple[float, dict[str, Any]]:
     """Seconds to the first chunk of text, and the usage."""
-    body = {"messages": messages, "max_tokens": most, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {"messages": messages, "stream": True, "ignore_eos": True, **body}
     body |= {"stream_options": {"include_usage": True}, "speculative": speculative}
     began, first, usage = time.perf_counter(), 0.0, {}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -39,11 +39,11 @@ def ask(http: httpx.Client, messages: Any, most: int, speculative: bool) -> tupl
     return first, usage
 
 
-def measure(url: str, prompts: list[Any], clients: int, most: int, speculative: bool) -> dict[str, float]:
+def measure(url: str, prompts: list[Any], clients: int, body: dict[str, Any], speculative: bool) -> dict[str, float]:
     """One way, all prompts."""
     with httpx.Client(base_url=url, timeout=600) as http, ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
-        done = list(pool.map(lambda messages: ask(http, messages, most, speculative), prompts))
+        done = list(pool.map(lambda messages: ask(http, messages, body, speculative), prompts))
         seconds = time.perf_counter() - began
     tokens = sum(usage["completion_tokens"] for _, usage in done)
     rounds = sum(usage["speculation"]["rounds"] for _, usage in done)
@@ -63,9 +63,11 @@ def main() -> None:
     parser.add_argument("--model", default="reference")
     parser.add_argument("--draft-model", default="reference")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("server", nargs="*", help="further options of `outdraft serve`, after --")
     options = parser.parse_args()
     command = [sys.executable, "-m", "outdraft.cli", "serve", "--port", "0"]
-    command += ["--model", options.model, "--draft-model", options.draft_model]
+    command += ["--model", options.model, "--draft-model", options.draft_model, *options.server]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
     try:
         compare(address(server), options)
@@ -86,14 +88,15 @@ def address(server: subprocess.Popen[str]) -> str:
 def compare(url: str, options: argparse.Namespace) -> None:
     """All ways at all numbers of clients, in turns."""
     prompts = [messages[:1] for messages in load_prompts("heldout")[: options.prompts]]
-    measure(url, prompts[:2], 2, 8, True)
-    measure(url, prompts[:2], 2, 8, False)
+    body = {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
+    for speculative in (True, False):
+        measure(url, prompts[:2], 2, {**body, "max_tokens": 8}, speculative)
     print("clients  drafter  tokens/s  ratio   tau  first token (ms)")
     for clients in map(int, options.clients.split(",")):
         found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for turn in range(options.turns):
             for speculative in (False, True) if turn % 2 == 0 else (True, False):
-                found[speculative].append(measure(url, prompts, clients, options.max_new_tokens, speculative))
+                found[speculative].append(measure(url, prompts, clients, body, speculative))
         plain = statistics.median(one["rate"] for one in found[False])
         for speculative, runs in found.items():
             rate, tau, first = (statistics.median(run[name] for run in runs) for name in ("rate", "tau", "first"))

@@ -254,7 +254,7 @@ def test_demo_trains_decodes_and_compares(folders: Folders, tmp_path: Path, monk
     monkeypatch.setattr("outdraft.reference.demo.CONVERSATIONS", folders.chats)
     common = ("demo", "--prompts", 2, "--max-new-tokens", 6, "--dtype", "float32")
     found = parsed(*common, "--train-seconds", 0.5, "--output-dir", tmp_path / "kept")
-    assert set(found["methods"]) == {"plain", "prompt-lookup", "fspad-demo", "fspad-shipped"}
+    assert set(found["methods"]) == {"plain", "prompt-lookup", "fspad-demo", "fspad-shipped", "fspad-shipped+lookup"}
     for figures in found["methods"].values():
         assert set(figures) == {"tau", "tokens_per_second", "speedup", "identical"}
         assert figures["identical"] is True

@@ -297,6 +297,28 @@ def test_greedy_rows_get_what_the_rule_gives_them(bias, seen):
     assert found == rule.verify_sampled(tree, logits, warpers, prefixes, dice)
 
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["point", "drawn"])
+@pytest.mark.parametrize("name", ["plain", "temperature", "min-p", "logit-bias"])
+def test_chains_at_once_are_what_the_rule_says_node_by_node(name: str, drawn: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    lengths: set[tuple[int, ...]] = set()
+    for seed in range(40):
+        tokens = torch.randint(VOCAB, (3, 5), generator=generator)
+        parents = torch.tensor([[-1, 0, 1, 2, 3], [-1, 0, 1, 0, 0], [-1, 0, 0, 0, 0]])
+        laws = torch.rand(3, 5, VOCAB, generator=generator, dtype=torch.float64).softmax(-1) if drawn else None
+        tree = Tree(tokens, parents, [5, 3, 1], "without_replacement" if drawn else "point", laws)
+        logits = 2 * torch.randn(3, 5, VOCAB, generator=generator, dtype=torch.float64)
+        warpers = [warper(SETTINGS[name]) for _ in range(3)]
+        prefixes = [torch.tensor(PROMPT)] * 3
+        found = rule.verify_chains(tree, warpers[0].laws(logits), [Dice(seed + row) for row in range(3)])
+        assert found == verify(tree, logits, warpers, prefixes, [Dice(seed + row) for row in range(3)])
+        expected = rule.verify_sampled(tree, logits, warpers, prefixes, [Dice(seed + row) for row in range(3)])
+        assert found == expected
+        lengths.add(tuple(len(verdict.path) for verdict in found))
+    assert {one[0] for one in lengths} >= {1, 2, 3} and {one[1] for one in lengths} == {1, 2, 3}
+    assert {one[2] for one in lengths} == {1}
+
+
 def test_greedy_rows_beside_others_or_with_drawn_guesses_go_by_the_rule():
     tree = Tree(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[-1, 0], [-1, 0]]), [2, 2])
     logits = torch.zeros(2, 2, VOCAB)

@@ -169,6 +169,8 @@ class Warper:
         shape = (0,) if self.greedy else (s.temperature, s.top_k, s.top_p, s.min_p)
         self.kind: Hashable = None if self.reads_prefix else (*shape, bias)
         """Warpers of one kind make the same law of the same logits; None where it depends on the prefix."""
+        self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1)
+        """Whether a law costs a search through the vocabulary, so that none should be made in vain."""
         self._processors = [*reading]
         if s.logit_bias:
             self._processors.append(LogitBias(s.logit_bias, vocab_size))

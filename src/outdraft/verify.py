@@ -59,6 +59,8 @@ def verify(
     kind = warpers[0].kind
     if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
+    if kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers) and _is_chains(tree):
+        return verify_chains(tree, warpers[0].laws(logits), chances)
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 
 
@@ -129,6 +131,41 @@ def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
                 path.append(node)
         verdicts.append(Verdict(path, [chosen[row][node] for node in path]))
     return verdicts
+
+
+def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[Verdict]:
+    """`verify` where every node has at most one child, from the target's `(rows, nodes, vocab)` laws after all nodes.
+
+    The rule at all nodes at once: nothing but the dice has to be asked one after the other.
+    """
+    rows = tree.rows
+    guesses = tree.tokens[:, 1:, None]
+    odds = laws[:, :-1].gather(2, guesses)
+    if tree.laws is not None:
+        odds = odds / tree.laws[:, :-1].to(laws.dtype).gather(2, guesses)
+    chosen = odds[..., 0].clamp(max=1.0).tolist()
+    ends = []
+    for row, count in enumerate(tree.counts):
+        accepted = 0
+        while accepted < count - 1 and chances[row].accept(chosen[row][accepted]):
+            accepted += 1
+        ends.append(accepted)
+    at = torch.arange(rows, device=laws.device), torch.tensor(ends, device=laws.device)
+    left = laws[at]
+    refused = [row for row, (end, count) in enumerate(zip(ends, tree.counts, strict=True)) if end < count - 1]
+    for row in refused:
+        q = None if tree.laws is None else tree.laws[row, ends[row]].to(laws.dtype)
+        left[row], _ = residual(left[row], q, tree.lists[0][row][ends[row] + 1], False)
+    drawn = draw_each(chances, left).tolist()
+    return [
+        Verdict(list(range(end + 1)), [*tree.lists[0][row][1 : end + 1], drawn[row]]) for row, end in enumerate(ends)
+    ]
+
+
+def _is_chains(tree: Tree) -> bool:
+    """Whether every node is the child of the one before it."""
+    parents = tree.lists[1]
+    return all(parents[row][:count] == list(range(-1, count - 1)) for row, count in enumerate(tree.counts))
 
 
 def acceptance(p: Tensor, q: Tensor | None, x: int) -> float:

@@ -122,7 +122,7 @@ def test_assistants_come_from_drafters_or_folders(folders: Folders) -> None:
     from outdraft.loading import load_target
 
     target = load_target(folders.target, dtype="float32")
-    named = ["plain", "transformers assistant", "prompt-lookup", "small"]
+    named = ["plain", "transformers assistant", "prompt-lookup", "small", "small+lookup"]
     found = contenders(target, [f"small={folders.small_model}"], peers=["assistant"])
     assert [contender.name for contender in found] == named
     (given,) = peers([f"assistant={folders.small_model}"], target, [], "eager")

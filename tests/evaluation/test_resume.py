@@ -49,13 +49,14 @@ def test_an_interrupted_benchmark_goes_on(
     data, out = question_file(tmp_path), tmp_path / "out"
     expected = texts(benchmark(folders, data))
     with monkeypatch.context() as patch:
-        interrupted_after(3 + 3 * 2 + 3 * 2 + 4, patch)  # warm-up, two conversations of two turns, one question, a bit
+        interrupted_after(4 + 4 * 2 + 4 * 2 + 5, patch)  # warm-up, two conversations of two turns, one question, a bit
         with pytest.raises(KeyboardInterrupt):
             benchmark(folders, data, output_dir=out)
     assert "3 of 8 pairs kept" in capsys.readouterr().err
     kept = (out / "runs.jsonl").read_text()
     assert [line["question"] for line in lines_of(out / "runs.jsonl")] == [0, 1, 2]
-    assert all(set(line["answers"]) == {"plain", "prompt-lookup", "fspad"} for line in lines_of(out / "runs.jsonl"))
+    named = {"plain", "prompt-lookup", "fspad", "fspad+lookup"}
+    assert all(set(line["answers"]) == named for line in lines_of(out / "runs.jsonl"))
 
     with (out / "runs.jsonl").open("a") as file:
         file.write('{"temperature": 0.0, "quest')  # as a loss of power leaves it

@@ -52,7 +52,7 @@ def test_files_summary_and_their_script_agree(folders: Folders, tmp_path: Path) 
     result = benchmark(folders, question_file(tmp_path), output_dir=out, peers=["prompt-lookup"])
     (comparison,) = result.comparisons
     tokenizer = AutoTokenizer.from_pretrained(folders.target)
-    names = [PLAIN, "transformers prompt-lookup", "prompt-lookup", "fspad"]
+    names = [PLAIN, "transformers prompt-lookup", "prompt-lookup", "fspad", "fspad+lookup"]
     assert [summary.name for summary in comparison.summaries] == names
     assert list(comparison.groups) == list(SPEC_BENCH)
     again = reread(out, folders.target).methods
