@@ -127,9 +127,7 @@ def test_repetitions_keep_the_law(kind, name, settings):
     assert tally.is_telling()
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("drawn chain", 1), ("drawn chain", 2), ("drawn tree", 1), ("drawn with replacement", 1)]
-)
+@pytest.mark.parametrize(("name", "least"), [("drawn chain", 1), ("drawn chain", 2), ("drawn tree", 1)])
 @pytest.mark.parametrize("kind", ["fspad", "draft-model"])
 def test_longer_repetitions_beside_deeper_trees_keep_the_law(kind, name, least):
     """And the drafter goes on after them, with what was decided meanwhile."""
@@ -291,7 +289,7 @@ def test_decoding_ends_with_the_context(family, kind):
             tally.finish(target, drafter, rows, shape)
             assert {row.finish_reason for row in rows} == {"context"}
             assert [row.tokens for row in rows] == [expected[place] for place in which]
-    assert tally.is_telling() and tally.both > 0
+    assert tally.is_telling()
 
 
 @pytest.mark.parametrize("length", [5, 6, 8])
