@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from models import tiny
+from models import VOCAB, tiny
 from outdraft.backends import (
     PackedLinear,
     accelerate,
@@ -22,6 +22,7 @@ from outdraft.backends import (
     count_parameters,
     default_backend,
     default_dtype,
+    fused,
     outside,
 )
 from outdraft.drafters.early_exit import EarlyExit
@@ -31,7 +32,7 @@ from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.errors import UserError
 from outdraft.generation import load
 from outdraft.layers import Tapped
-from outdraft.run import TappedRun, TargetRun
+from outdraft.run import Output, TappedRun, TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
 
@@ -101,6 +102,33 @@ def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
                 tree_features(Target(model, backend=backend), rows, nodes) for backend in ("packed", "eager")
             )
             torch.testing.assert_close(ours, stock, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2-sliding", "gemma3"])
+def test_prompts_are_read_as_stock_modules_read_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every token sees all before it by the kernel for that, everywhere else under the mask."""
+    monkeypatch.setattr(fused, "LONG", 16)
+    model = tiny(family, dtype=torch.float32)
+    prompts = [torch.arange(3, 43) % VOCAB, torch.arange(20) % VOCAB]
+    kinds: dict[str, list[bool]] = {"packed": [], "eager": []}
+    real = fused.F.scaled_dot_product_attention
+    with torch.inference_mode():
+        for pieces in (1024, 24):
+            found = []
+            for backend, seen in kinds.items():
+
+                def recorded(*args: Any, seen: list[bool] = seen, **settings: Any) -> torch.Tensor:
+                    seen.append(bool(settings.get("is_causal")))
+                    return real(*args, **settings)
+
+                monkeypatch.setattr(fused.F, "scaled_dot_product_attention", recorded)
+                target = Target(model, backend=backend)
+                run = TargetRun(target, target.new_cache(2, 64))
+                out = Output.cat(list(run.prefill_in_pieces(prompts, pieces))).features
+                found.append([out[0], out[1, :20]])
+            for ours, stock in zip(*found, strict=True):
+                torch.testing.assert_close(ours, stock, atol=2e-5, rtol=2e-5)
+    assert set(kinds["packed"]) == {True, False} and set(kinds["eager"]) == {False}
 
 
 def test_a_module_that_computes_otherwise_than_it_looks_is_left_alone() -> None:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from outdraft.backends.outside import ATTENTION
+
 Join = Callable[[Tensor, Tensor | None], nn.Module]
 """Makes a linear layer of a weight `(out, in)` and a bias."""
 
@@ -33,6 +35,12 @@ TOLERANCE = 1e-4
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 """Parts of an attention; the norms are of single heads, and may be absent."""
+
+DIRECT = ("sdpa", ATTENTION)
+"""Names of attentions that a double calls itself; others are looked up."""
+
+LONG = 64
+"""Tokens from which on it is worth to look whether a mask is causal."""
 
 TRIED = 5
 """Tokens of an input to compare on."""
@@ -165,10 +173,12 @@ class FusedAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
-        if name == "sdpa" and attention_mask is not None:
+        if name in DIRECT and attention_mask is not None and not torch.compiler.is_compiling():
             shared = heads != kv_heads
             seen = self._rotation.added(attention_mask, query.dtype)
-            out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling, enable_gqa=shared)
+            out = F.scaled_dot_product_attention(
+                query, key, value, seen, is_causal=seen is None, scale=self.scaling, enable_gqa=shared
+            )
             return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1)), None
         interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, sdpa_attention_forward)
         out, weights = interface(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
@@ -195,15 +205,26 @@ class Rotation:
             self._tables = (cos, *tables)
         return tables[0], tables[1]
 
-    def added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """A boolean mask as what is added to scores, which every layer would make of it otherwise."""
+    def added(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A boolean mask as what is added to scores, which every layer would make of it otherwise; None for a prompt's
+        where every token sees all before it, for which attention has a kernel that leaves out the other half."""
         if mask.dtype != torch.bool:
             return mask
         known, added = self._mask
+        if known is not mask and _is_causal(mask):
+            self._mask = (mask, None)
+            return None
         if known is not mask:
             added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
             self._mask = (mask, added)
         return added
+
+
+def _is_causal(mask: Tensor) -> bool:
+    tokens, keys = mask.shape[-2:]
+    if tokens != keys or tokens < LONG:
+        return False
+    return bool((mask == torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril()).all())
 
 
 def _norm(norm: Any) -> nn.Module | None:
