@@ -138,7 +138,8 @@ def test_longer_repetitions_beside_deeper_trees_keep_the_law(kind, name, least):
     assert tally.is_telling()
 
 
-COMPANY = [((0, 2, 1, 0, 2), NARROW, 3), ((1, 1, 0), NARROW, 3)]
+COMPANY = [((0, 2, 1, 0, 2), NARROW, 3), ((1, 1, 0), GREEDY, 5)]
+"""The second row has one text, so that the runs of both are few."""
 
 
 def joint_law(drafter: Drafter, target: Target, shape: TreeShape, repeats: Sequence[Repeats | None], tally: Tally):
