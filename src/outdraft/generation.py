@@ -168,7 +168,7 @@ class SpeculativeModel:
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
                 need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
-                drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (14) of it at most.
+                drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
                 on this machine, even where rounding would part them; slower (docs/exact.md).
 

@@ -83,7 +83,7 @@ LookupMin = Annotated[
     int | None,
     typer.Option("--prompt-lookup-min", help=REPEATS["least"] + " Takes the drafter's place there; 0 never does.  [4]"),
 ]
-LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=REPEATS["most"] + "  [14]")]
+LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=REPEATS["most"] + "  [20]")]
 
 Controller = Annotated[
     str | None,

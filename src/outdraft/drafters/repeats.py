@@ -27,7 +27,7 @@ class Repeats:
 
     least: int = 4
     """Tokens at the end of a text that must have stood there before, for what followed then to be drafted."""
-    most: int = 14
+    most: int = 20
     """Candidates of such a draft; at most twice as many as tokens were found again."""
 
     def __post_init__(self) -> None:
