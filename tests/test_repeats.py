@@ -7,7 +7,7 @@ out, or these tests would prove nothing. How a text is searched and how users as
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -179,6 +179,31 @@ def test_rows_of_a_batch_keep_their_laws_whether_one_repeats_or_all_do(kind, sha
     assert distance(law, product_law(model)) < EXACT
     assert tally.is_telling()
     assert tally.all > 0 if company == "all" else tally.both > 0
+
+
+class Deaf(Drafter):
+    """Drafts to the shape's limit in every row, whatever the pace says, as drafters may."""
+
+    method = "deaf"
+
+    def __init__(self, inner: Drafter):
+        self.inner = inner
+
+    def begin(self, prompts, run):
+        state = self.inner.begin(prompts, run)
+        propose = state.propose
+        state.propose = lambda update, shape, rows: propose(update, shape, replace(rows, pace=None))
+        return state
+
+
+@pytest.mark.parametrize("name", ["drawn chain", "drawn tree", "tree"])
+def test_what_a_drafter_drafts_for_a_repeating_row_gives_way(name):
+    model, near = small(3)
+    target, tally = Target(model), Tally()
+    drafter = Deaf(DRAFTERS["draft-model"](target, near))
+    law = joint_law(drafter, target, SHAPES[name], [Repeats(1, 1), None], tally)
+    assert distance(law, product_law(model)) < EXACT
+    assert tally.both > 0
 
 
 # --- what the enumeration finds out ----------------------------------------------------------------------------------

@@ -37,6 +37,13 @@ MANY = 0.4
 """Share of the rows that must have so long a repetition for the others to be padded to it: a column of candidates
 costs, in every row, a fifth to a quarter of what a token costs there otherwise, and repetitions mostly come true."""
 
+MOST_NODES = 256
+"""Of all rows, up to which they are padded so: what a compiled forward takes, and more than a CPU does at a profit."""
+
+UNTOLD = 64
+"""Tokens of a row that the drafter may be behind before it is asked again, whatever is repeated: it takes them in at
+once, in all rows as many as in the one that has most."""
+
 
 @dataclass
 class Row:
@@ -282,19 +289,20 @@ class Batch:
     def _repeated(self) -> list[list[int]]:
         """Of every row, the candidates that its own text gives, none where it repeats nothing.
 
-        All rows pay for the longest, so that it is no longer than the tree's chains but where many rows repeat
-        themselves at once; and never so where rows draw, for a seed's text is to be the same in any company. The first
-        round is the drafter's, which then has read the prompts before these rows join others.
+        All rows pay for the longest, so that it has no more candidates than the tree but where many rows repeat
+        themselves at once; and never more where rows draw, for a seed's text is to be the same in any company. The
+        first round is the drafter's, which then has read the prompts before these rows join others.
         """
-        if not self.told or self.shape.size == 1:
+        if not self.told or self.shape.size == 1 or self._intake > UNTOLD:
             return [[]] * len(self.rows)
         greedy = all(row.warper.greedy for row in self.rows)
         limit = self.capacity if greedy else self.shape.size - 1
         if self.target.slot_limit is not None:
-            limit = max(0, min(limit, self.target.slot_limit - max(self.cache.lengths) - self._slots(self.shape)))
+            left = self.target.slot_limit - max(self.cache.lengths) - self._slots(self.shape) - self._intake
+            limit = max(0, min(limit, left))
         found = [prefix.repeated(limit) for prefix in self.prefixes]
         many = sorted(map(len, found), reverse=True)[math.ceil(MANY * len(found)) - 1]
-        longest = max(many, self.shape.size - 1)
+        longest = max(self.shape.size - 1, min(many, MOST_NODES // len(found) - 1))
         return [chain[:longest] for chain in found]
 
     def _fitting(self, shape: TreeShape) -> TreeShape:

@@ -121,8 +121,13 @@ def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeSha
     known = {name: whole(name, given[name]) for name in LOOKUP_SETTINGS if given.get(name) is not None}
     if drafter is None or drafter.looks_back:
         if any(known.values()):
-            who = "without a drafter" if drafter is None else f"beside {drafter.method}, which looks back itself"
-            raise UserError(f"prompt_lookup_min and prompt_lookup_num_tokens do nothing {who}; leave them out")
+            both = "prompt_lookup_min and prompt_lookup_num_tokens"
+            if drafter is None:
+                raise UserError(f"{both} are for rounds with a drafter; give one (--draft-model)")
+            raise UserError(
+                f"{both} do nothing beside {drafter.method}, which looks back itself; "
+                "num_speculative_tokens is the length of its drafts"
+            )
         return None
     least, most = LOOKUP_SETTINGS
     if known.get(least) == 0:

@@ -29,6 +29,9 @@ from torch import Tensor
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.tree import Tree
 
+AT_ONCE = 2**25
+"""Probabilities, of all nodes of all rows, up to which the laws of chains are made at once."""
+
 
 @dataclass
 class Verdict:
@@ -59,7 +62,8 @@ def verify(
     kind = warpers[0].kind
     if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
-    if kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers) and _is_chains(tree):
+    alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
+    if alike and logits.numel() <= AT_ONCE and _is_chains(tree):
         return verify_chains(tree, warpers[0].laws(logits), chances)
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 

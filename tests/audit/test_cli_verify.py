@@ -49,6 +49,15 @@ class Text(HTMLParser):
             self.loads.append(tag)
 
 
+@pytest.mark.parametrize(
+    "setting", [("--prompt-lookup-min", 0), ("--prompt-lookup-min", 2, "--prompt-lookup-num-tokens", 3)]
+)
+def test_repetitions_may_be_audited_or_left_out(folders: Folders, prompts: Path, setting: tuple[object, ...]) -> None:
+    result = verify(folders, prompts, *setting, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kept"] is True
+
+
 def test_a_kept_law_is_exit_code_0(folders: Folders, prompts: Path, tmp_path: Path) -> None:
     report = tmp_path / "new" / "report.html"
     result = verify(folders, prompts, "--temperature", 1, "--json", "--report", report)

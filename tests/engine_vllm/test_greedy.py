@@ -18,7 +18,9 @@ def ours(engine: Any, prompts: list[list[int]]) -> Any:
     _, method = engine
     if method not in OURS:
         model = outdraft.load("reference", "reference", method=method, dtype="float32", backend="eager")
-        OURS[method] = model.generate(prompts, max_new_tokens=NEW_TOKENS, num_speculative_tokens=CHAIN)
+        OURS[method] = model.generate(
+            prompts, max_new_tokens=NEW_TOKENS, num_speculative_tokens=CHAIN, prompt_lookup_min=0
+        )
     return OURS[method]
 
 

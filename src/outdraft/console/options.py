@@ -124,8 +124,10 @@ def tree(drafter: object, **settings: Any) -> dict[str, Any]:
     """
     found = given(**settings)
     if found and drafter is None:
-        flag = "--" + next(iter(found)).replace("_", "-")
-        raise UserError(f"{flag} shapes what a drafter drafts; give --draft-model or --method prompt-lookup")
+        name = next(iter(found))
+        other = "" if name.startswith("prompt_lookup") else " or --method prompt-lookup"
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} shapes what a drafter drafts; give --draft-model{other}")
     return found
 
 

@@ -106,7 +106,9 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
     if pace is not None:
-        gains = [[gain for gain in row if gain > 0] for row in scores[:, :most].exp().tolist()]
+        kept_scores = scores[:, :most]
+        drafted = kept_scores.isfinite().sum(1).tolist()
+        gains = [row[:count] for row, count in zip(kept_scores.exp().tolist(), drafted, strict=True)]
         own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
         counts = pace.sizes(gains, own.gather(1, order).tolist())
         order = order[:, : max(counts)]

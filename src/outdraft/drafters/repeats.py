@@ -28,12 +28,16 @@ class Repeats:
     least: int = 4
     """Tokens at the end of a text that must have stood there before, for what followed then to be drafted."""
     most: int = 20
-    """Candidates of such a draft; at most twice as many as tokens were found again."""
+    """Candidates of such a draft, and at most twice as many as tokens were found again; no more than of other drafts
+    where a temperature is set."""
 
     def __post_init__(self) -> None:
-        for name, option in (("least", "prompt_lookup_min"), ("most", "prompt_lookup_num_tokens")):
-            if getattr(self, name) < 1:
-                raise UserError(f"{option} must be at least 1, not {getattr(self, name)}; prompt_lookup_min 0 is never")
+        if self.least < 1:
+            raise UserError(f"prompt_lookup_min must be 0 (never) or more, not {self.least}")
+        if self.most < 1:
+            raise UserError(
+                f"prompt_lookup_num_tokens must be at least 1, not {self.most}; prompt_lookup_min 0 turns it off"
+            )
 
     def text(self, tokens: Sequence[int]) -> Text:
         """A row's text, of so many tokens as yet."""
@@ -71,11 +75,11 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
     """The tree with these chains in its rows that have one.
 
     Args:
-        tree: whose rows of chains are nothing but roots.
+        tree: of the drafter; what it drafted for a row that has a chain gives way to that.
         chains: of every row, candidates below its root, one below the other; none leaves the row as it is.
     """
     device, own = tree.tokens.device, [1 + len(chain) for chain in chains]
-    counts = [max(pair) for pair in zip(tree.counts, own, strict=True)]
+    counts = [mine if mine > 1 else count for count, mine in zip(tree.counts, own, strict=True)]
     more = max(0, max(counts) - tree.nodes)
     tokens, parents = (F.pad(part, (0, more)) for part in (tree.tokens, tree.parents))
     tokens, parents = tokens[:, : max(counts)].clone(), parents[:, : max(counts)].clone()
@@ -83,6 +87,7 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
     for row, chain in enumerate(chains):
         if chain:
             below = torch.tensor(chain, device=device)
+            tokens[row, 1:] = parents[row, 1:] = 0
             tokens[row, 1 : own[row]] = below
             parents[row, 1 : own[row]] = torch.arange(len(chain), device=device)
             if laws is not None:

@@ -124,6 +124,7 @@ class Reply:
                 "rounds": did.rounds,
                 "drafted_tokens": did.drafted,
                 "accepted_tokens": did.accepted,
+                "repeats": did.repeats,
                 "tau": round(did.tau, 4) if did.rounds else None,
             },
         }

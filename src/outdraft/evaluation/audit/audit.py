@@ -31,7 +31,7 @@ from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.generation import SpeculativeModel
 from outdraft.reference import load_prompts
 from outdraft.sampling import SamplingSettings
-from outdraft.settings import TREE_SETTINGS, pacer_of, sampling_settings, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, TREE_SETTINGS, pacer_of, repeats_of, sampling_settings, tree_shape
 
 NOISE_PROMPTS = 8
 TWICE_PROMPTS = 4
@@ -175,6 +175,8 @@ class _Running:
         """The sampling settings; whatever is wrong with any setting is said before anything runs."""
         generation = dict(self.settings.generation)
         tree = {name: generation.pop(name) for name in TREE_SETTINGS if name in generation}
+        lookup = {name: generation.pop(name) for name in LOOKUP_SETTINGS if name in generation}
+        repeats_of(self.drafter, lookup)
         controlled = pacer_of(generation.pop("controller", None), tree) is not None
         sampling = sampling_settings(generation)
         tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
@@ -278,4 +280,8 @@ def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], mo
 
 def _without_tree(generation: dict[str, Any]) -> dict[str, Any]:
     """What plain decoding takes of the settings."""
-    return {name: value for name, value in generation.items() if name not in (*TREE_SETTINGS, "controller")}
+    return {
+        name: value
+        for name, value in generation.items()
+        if name not in (*TREE_SETTINGS, *LOOKUP_SETTINGS, "controller")
+    }
