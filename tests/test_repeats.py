@@ -284,7 +284,7 @@ WIDE = {"chain": TreeShape.chain(3), "tree": TreeShape(2, 4, 12)}
     ],
 )
 def test_greedy_tokens_are_those_of_stock_generate(family, kind, least):
-    """Alone and in ragged batches, past sliding windows."""
+    """Alone and in ragged batches, where all rows repeat themselves or none, past sliding windows."""
     model, near = pair(family)
     target, tally = Target(model), Tally()
     drafter = DRAFTERS[kind](target, near)
@@ -294,7 +294,7 @@ def test_greedy_tokens_are_those_of_stock_generate(family, kind, least):
         assert [row.tokens for row in tally.finish(target, drafter, rows, shape)] == expected
         rows = repeating(rows_of(target, PROMPTS[2:3], GREEDY, 40, dice(1)), least, 14)
         assert tally.finish(target, drafter, rows, shape)[0].tokens == expected[2]
-    assert tally.repeated > 0 and tally.both > 0 and tally.others > 0
+    assert tally.repeated > 0 and tally.both == 0 and tally.others > 0
     if least == 1:
         assert tally.is_telling()
 
@@ -320,14 +320,15 @@ def test_decoding_ends_with_the_context(family, kind):
 
 @pytest.mark.parametrize("length", [5, 6, 8])
 def test_repetitions_beside_drafts_end_with_a_familys_last_slot(length):
-    """GPT-Neo's table of slots holds what the exit drafter ran ahead as well as the other row's repetition."""
+    """GPT-Neo's table of slots holds what the exit drafter ran ahead as well as the other row's repetition. Rows that
+    draw from one token say what greedy ones say, and do not wait for each other."""
     model, near = pair("gpt-neo")
     target, tally = Target(model), Tally()
     drafter, shape = DRAFTERS["eesd"](target, near), TreeShape.chain(length)
     prompts = [[*range(30), *range(8)], list(range(25, 30)), [3, 4, 3, 4, 3]]
     for more in range(12):
         given = [prompts[0] + [31] * (more > 0) + list(range(10, 9 + more)), *prompts[1:]]
-        rows = repeating(rows_of(target, given, GREEDY, 1000, dice(3)), 1, 14)
+        rows = repeating(rows_of(target, given, SamplingSettings(temperature=1, top_k=1), 1000, dice(3)), 1, 14)
         tally.finish(target, drafter, rows, shape)
         assert rows[0].tokens == stock_greedy("gpt-neo", tuple(given[0]), CONTEXT - len(given[0]))
     assert tally.both > 0

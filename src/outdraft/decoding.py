@@ -7,7 +7,6 @@ trees of nothing but their roots, so both are measured on the same code.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +32,8 @@ from outdraft.target import Target
 from outdraft.tree import Tree
 from outdraft.verify import Verdict, verify
 
-MANY = 0.4
-"""Share of the rows that must have so long a repetition for the others to be padded to it: a column of candidates
-costs, in every row, a fifth to a quarter of what a token costs there otherwise, and repetitions mostly come true."""
-
 MOST_NODES = 256
-"""Of all rows, up to which they are padded so: what a compiled forward takes, and more than a CPU does at a profit."""
+"""Of all rows, up to which they are padded to the longest repetition: what a compiled forward takes."""
 
 UNTOLD = 64
 """Tokens of a row that the drafter may be behind before it is asked again, whatever is repeated: it takes them in at
@@ -289,21 +284,22 @@ class Batch:
     def _repeated(self) -> list[list[int]]:
         """Of every row, the candidates that its own text gives, none where it repeats nothing.
 
-        All rows pay for the longest, so that it has no more candidates than the tree but where many rows repeat
-        themselves at once; and never more where rows draw, for a seed's text is to be the same in any company. The
-        first round is the drafter's, which then has read the prompts before these rows join others.
+        In company a greedy row waits for all others to repeat themselves, too: all pay for the longest, and padding the
+        drafter's trees to it was slower in every batch. Rows that draw do not wait, and have no more candidates than
+        the tree, for a seed's text is to be the same in any company. The first round is the drafter's, which then has
+        read the prompts before these rows join others.
         """
         if not self.told or self.shape.size == 1 or self._intake > UNTOLD:
             return [[]] * len(self.rows)
-        greedy = all(row.warper.greedy for row in self.rows)
-        limit = self.capacity if greedy else self.shape.size - 1
+        greedy = [row.warper.greedy for row in self.rows]
+        limit = max(1, MOST_NODES // len(greedy) - 1) if all(greedy) else self.shape.size - 1
         if self.target.slot_limit is not None:
             left = self.target.slot_limit - max(self.cache.lengths) - self._slots(self.shape) - self._intake
             limit = max(0, min(limit, left))
         found = [prefix.repeated(limit) for prefix in self.prefixes]
-        many = sorted(map(len, found), reverse=True)[math.ceil(MANY * len(found)) - 1]
-        longest = max(self.shape.size - 1, min(many, MOST_NODES // len(found) - 1))
-        return [chain[:longest] for chain in found]
+        if all(found):
+            return found
+        return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
 
     def _fitting(self, shape: TreeShape) -> TreeShape:
         """As much of it as still fits where a family's attention limits the slots."""
