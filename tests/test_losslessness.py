@@ -407,7 +407,7 @@ def test_a_faulty_verification_would_be_seen(monkeypatch):
     def keeping_all(tree: Tree, choices: torch.Tensor) -> torch.Tensor:
         return choices.scatter(1, tree.parents[:, 1:], tree.tokens[:, 1:])
 
-    monkeypatch.setattr(rule, "acceptance", lambda p, q, x: 1.0)
+    monkeypatch.setattr(rule, "acceptance", lambda p, q, x: torch.ones(x.shape))
     law, _ = decoded_law("eagle", 3, PROMPT, PLAIN, 3, CHAIN)
     assert distance(law, expected_law(small(3)[0], PROMPT, PLAIN, 3)) > 1e-3
     monkeypatch.setattr(rule, "verify_greedy", lambda tree, choices: right(tree, keeping_all(tree, choices)))

@@ -367,9 +367,11 @@ def test_accepting_without_the_settings_is_caught(monkeypatch):
     """Acceptance by the target's law before the temperature, residual after it."""
     settings = SETTINGS["temperature"]
 
-    def untempered(p: Tensor, q: Tensor | None, x: int) -> float:
+    right = rule.acceptance
+
+    def untempered(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
         soft = p**settings.temperature
-        return min(1.0, (soft[x] / soft.sum() / (1 if q is None else q[x])).item())
+        return right(soft / soft.sum(-1, keepdim=True), q, x)
 
     monkeypatch.setattr(rule, "acceptance", untempered)
     for candidates in ("top-k", "sampled"):

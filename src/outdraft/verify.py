@@ -116,7 +116,7 @@ def decide(
         Which of the guesses was accepted, None if none was; and what is left of p.
     """
     for place, x in enumerate(guesses):
-        if chance.accept(acceptance(p, q, x)):
+        if chance.accept(acceptance(p, q, torch.tensor(x, device=p.device)).item()):
             return place, p
         p, q = residual(p, q, x, without_replacement)
     return None, p
@@ -143,23 +143,20 @@ def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[V
     The rule at all nodes at once: nothing but the dice has to be asked one after the other.
     """
     rows = tree.rows
-    guesses = tree.tokens[:, 1:, None]
-    odds = laws[:, :-1].gather(2, guesses)
-    if tree.laws is not None:
-        odds = odds / tree.laws[:, :-1].to(laws.dtype).gather(2, guesses)
-    chosen = odds[..., 0].clamp(max=1.0).tolist()
+    q = None if tree.laws is None else tree.laws[:, :-1].to(laws.dtype)
+    odds = acceptance(laws[:, :-1], q, tree.tokens[:, 1:]).tolist()
     ends = []
     for row, count in enumerate(tree.counts):
         accepted = 0
-        while accepted < count - 1 and chances[row].accept(chosen[row][accepted]):
+        while accepted < count - 1 and chances[row].accept(odds[row][accepted]):
             accepted += 1
         ends.append(accepted)
     at = torch.arange(rows, device=laws.device), torch.tensor(ends, device=laws.device)
     left = laws[at]
     refused = [row for row, (end, count) in enumerate(zip(ends, tree.counts, strict=True)) if end < count - 1]
     for row in refused:
-        q = None if tree.laws is None else tree.laws[row, ends[row]].to(laws.dtype)
-        left[row], _ = residual(left[row], q, tree.lists[0][row][ends[row] + 1], False)
+        drawn_from = None if q is None else q[row, ends[row]]
+        left[row], _ = residual(left[row], drawn_from, tree.lists[0][row][ends[row] + 1], False)
     drawn = draw_each(chances, left).tolist()
     return [
         Verdict(list(range(end + 1)), [*tree.lists[0][row][1 : end + 1], drawn[row]]) for row, end in enumerate(ends)
@@ -172,9 +169,12 @@ def _is_chains(tree: Tree) -> bool:
     return all(parents[row][:count] == list(range(-1, count - 1)) for row, count in enumerate(tree.counts))
 
 
-def acceptance(p: Tensor, q: Tensor | None, x: int) -> float:
-    """min(1, p(x) / q(x)); q None is the point mass on x."""
-    return (p[x] if q is None else p[x] / q[x]).clamp(max=1.0).item()
+def acceptance(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
+    """`(...)` min(1, p(x) / q(x)) of `(..., vocab)` laws and `(...)` tokens; q None is the point mass on x."""
+    odds = p.gather(-1, x[..., None])[..., 0]
+    if q is not None:
+        odds = odds / q.gather(-1, x[..., None])[..., 0]
+    return odds.clamp(max=1.0)
 
 
 def residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> tuple[Tensor, Tensor | None]:

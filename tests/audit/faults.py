@@ -24,12 +24,12 @@ def no_residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) 
     return p, q
 
 
-def untempered(temperature: float) -> Callable[[Tensor, Tensor | None, int], float]:
+def untempered(temperature: float) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
     """Candidates accepted by the law before the temperature, corrected by the one after it."""
 
-    def wrong(p: Tensor, q: Tensor | None, x: int) -> float:
+    def wrong(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
         raw = p**temperature
-        return acceptance(raw / raw.sum(), q, x)
+        return acceptance(raw / raw.sum(-1, keepdim=True), q, x)
 
     return wrong
 

@@ -22,7 +22,9 @@ def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch)
     drafts = drafting(model, {}, None)
     assert drafts.greedy(1) == drafts.greedy(BATCH - 1) == GREEDY_CHAIN
     assert drafts.greedy(BATCH) == drafts.greedy(16) == BATCH_CHAIN
-    assert drafts.slots == max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN, drafts.sampling))
+    largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN, drafts.sampling))
+    assert drafts.slots == largest + drafts.repeats.most
+    assert drafting(model, {"prompt_lookup_min": 0}, None).slots == largest
     named = drafting(model, {"num_speculative_tokens": 2}, None)
     assert named.greedy(1) == named.greedy(16)
     with pytest.raises(UserError, match="give one"):
