@@ -32,6 +32,9 @@ MeasureTau = Callable[[Network], dict[str, float]]
 
 SAME_WISH_SECONDS = 1.0
 
+EVERY_SECONDS = 15.0
+"""Between lines where no bar can be shown."""
+
 SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "learning_rate": ".1e"}
 
 
@@ -71,6 +74,44 @@ class ProgressReport(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class ReadingReport:
+    """How far the target has run over the data, with its speed and the time left: a bar on a terminal, a line every
+    `EVERY_SECONDS` elsewhere.
+
+    Args:
+        console: where it goes.
+        examples: to be read.
+        tokens: of all of them.
+    """
+
+    def __init__(self, console: Console, examples: int, tokens: int):
+        self.console, self.examples, self.tokens = console, examples, tokens
+        self._read = [0, 0]
+        self._began = self._told = time.monotonic()
+        columns = (TextColumn("reading the target"), BarColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=tokens)
+
+    def __enter__(self) -> ReadingReport:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, examples: int, tokens: int) -> None:
+        """So many more are read."""
+        self._read = [self._read[0] + examples, self._read[1] + tokens]
+        now = time.monotonic()
+        speed = self._read[1] / max(now - self._began, 1e-9)
+        text = f"{self._read[0]:,} of {self.examples:,} examples, {speed:,.0f} tokens/s"
+        self._bar.update(self._task, completed=self._read[1], description=text)
+        if self._bar.disable and (now - self._told > EVERY_SECONDS or self._read[0] == self.examples):
+            self._told = now
+            left = (self.tokens - self._read[1]) / speed
+            self.console.print(f"reading the target: {text}, {left:.0f} s left", highlight=False)
 
 
 class TauMeter(TrainerCallback):

@@ -90,6 +90,9 @@ class TrainingConfig(BaseModel):
     """The target's most probable tokens that the top-k loss counts again."""
     token_top_k_weight: float = Field(1.0, gt=0)
     """How often it does so."""
+    teacher_top_k: int = Field(64, ge=0)
+    """The target's most probable tokens that a drafter learns from at every position; 0 takes its whole distribution,
+    which needs its output layer in every step and a drafter of the whole vocabulary."""
     feature_noise: bool = True
     """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
     unroll_steps: int = Field(1, ge=1, le=16)
@@ -132,8 +135,9 @@ class TrainingConfig(BaseModel):
     """Seed of the drafter's first weights, the data order and the noise."""
 
     # --- features
-    features: Literal["online", "cached"] = "online"
-    """Run the target in every step, or once over the data with its features kept on disk."""
+    features: Literal["auto", "online", "cached"] = "auto"
+    """Run the target in every step (online), or once over the data with its features kept on disk (cached); auto keeps
+    them where the run reads its data more than once and `feature_cache_gb` has room for them."""
     feature_cache_gb: float = Field(50.0, gt=0)
     """Largest feature cache to write, in GB."""
     feature_cache_dir: Path | None = None
@@ -264,8 +268,8 @@ PART_OF = {
     "token_top_k_weight": Part("token_loss", "top-k", lambda loss: loss == "top-k"),
     "w_reg_schedule": Part("w_reg", "above 0", lambda weight: weight > 0),
     "unroll_decay": Part("unroll_steps", "of 2 or more", lambda steps: steps > 1),
-    "feature_cache_gb": Part("features", "cached", lambda features: features == "cached"),
-    "feature_cache_dir": Part("features", "cached", lambda features: features == "cached"),
+    "feature_cache_gb": Part("features", "cached or auto", lambda features: features != "online"),
+    "feature_cache_dir": Part("features", "cached or auto", lambda features: features != "online"),
 }
 """Settings that are read only with a certain choice in another one."""
 
@@ -301,6 +305,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w_reg_schedule": "constant",
         "w_cls": 0.1,
         "token_loss": "soft",
+        "teacher_top_k": 0,
         "feature_noise": True,
         "unroll_steps": 1,
         "tap_layers": None,

@@ -1,7 +1,9 @@
-"""Cross-entropy of a drafter's logits against the target's law, its token, or both, with logits of one chunk at a time.
+"""Cross-entropy of a drafter's logits against the target's distribution, its token, or both, with logits of one chunk
+at a time.
 
-Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's law, which
-is made once a chunk. Knows heads as functions; nothing of positions, drafters or what counts.
+Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's distribution:
+the whole of it, made once a chunk by its head, or its most probable tokens (`teacher.py`), for which no head of the
+target runs. Knows heads as functions; nothing of positions, drafters or what counts.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from outdraft.training.teacher import TopProbs
 from outdraft.training.token_loss import SOFT, TokenLoss, losses_and_slope
 
 Head = Callable[[Tensor], Tensor]
@@ -45,7 +48,7 @@ class Guess(NamedTuple):
 
 def soft_cross_entropy(
     p: Tensor,
-    goal: Tensor,
+    goal: Tensor | TopProbs,
     head: Head,
     chunk_size: int = 512,
     *,
@@ -53,38 +56,46 @@ def soft_cross_entropy(
     through: Head | None = None,
     labels: HardLabels | None = None,
     token_loss: TokenLoss = SOFT,
+    precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`soft_cross_entropies` of a single guess that counts everywhere: two scalars."""
     guesses = [Guess(p, None, own_head, through)]
-    totals, agreed = soft_cross_entropies(guesses, goal, head, chunk_size, labels=labels, token_loss=token_loss)
+    settings: dict[str, Any] = {"labels": labels, "token_loss": token_loss, "precision": precision}
+    totals, agreed = soft_cross_entropies(guesses, goal, head, chunk_size, **settings)
     return totals[0], agreed[0]
 
 
 def soft_cross_entropies(
     guesses: Sequence[Guess],
-    goal: Tensor,
+    goal: Tensor | TopProbs,
     head: Head,
     chunk_size: int = 512,
     *,
     labels: HardLabels | None = None,
     token_loss: TokenLoss = SOFT,
+    precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For every guess, the sum over positions of the cross-entropy of its law against that of head(goal).
+    """For every guess, the sum over positions of its cross-entropy against the target's distribution there.
 
     Args:
         guesses: all at the same positions.
-        goal: `(positions, hidden)` the target's features there; no gradient.
-        head: the target's frozen head; it runs in the precision of `goal`, as it does in decoding.
+        goal: `(positions, hidden)` the target's features there, whose distribution is head(goal)'s, no gradient; or the
+            most probable tokens of that distribution, with ids of what `head` gives.
+        head: the target's frozen head, or what it says of a draft vocabulary.
         chunk_size: positions whose logits are held at once, those of one guess and the target's law.
         labels: tokens to be hit beside, or in place of, the law.
         token_loss: what else than cross-entropy to sum; without labels.
+        precision: what the head runs in, as it does in decoding; the precision of features in `goal` if not given.
 
     Returns:
         Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
         of equal argmaxes.
     """
     leaves = [leaf for guess in guesses for leaf in _leaves(guess)]
-    totals, agreed = _ChunkedCrossEntropy.apply(tuple(guesses), goal, head, labels, token_loss, chunk_size, *leaves)
+    precision = precision or (guesses[0].p.dtype if isinstance(goal, TopProbs) else goal.dtype)
+    totals, agreed = _ChunkedCrossEntropy.apply(
+        tuple(guesses), goal, head, precision, labels, token_loss, chunk_size, *leaves
+    )
     return totals, agreed
 
 
@@ -102,27 +113,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         guesses: tuple[Guess, ...],
-        goal: Tensor,
+        goal: Tensor | TopProbs,
         head: Head,
+        precision: torch.dtype,
         labels: HardLabels | None,
         token_loss: TokenLoss,
         chunk_size: int,
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
+        device, positions = guesses[0].p.device, len(guesses[0].p)
         exact = torch.promote_types(guesses[0].p.dtype, torch.float32)
-        totals = torch.zeros(len(guesses), dtype=exact, device=goal.device)
-        agreed = torch.zeros(len(guesses), dtype=torch.long, device=goal.device)
+        totals = torch.zeros(len(guesses), dtype=exact, device=device)
+        agreed = torch.zeros(len(guesses), dtype=torch.long, device=device)
         gradients = [[torch.zeros_like(leaf) for leaf in _leaves(guess)] if wanted else [] for guess in guesses]
-        for start in range(0, len(goal), chunk_size):
+        for start in range(0, positions, chunk_size):
             chunk = slice(start, start + chunk_size)
-            best, law = _target_says(goal[chunk], head, exact, labels)
+            best, law = _target_says(goal, chunk, head, exact, labels)
             for k, guess in enumerate(guesses):
                 counted = None if guess.counted is None else guess.counted[chunk]
                 p, *own = _leaves(guess)
                 leaf = p[chunk].detach().requires_grad_(wanted)
                 with torch.set_grad_enabled(wanted):
-                    logits = _logits(leaf, goal.dtype, head, guess)
+                    logits = _logits(leaf, precision, head, guess)
                 equal = logits.detach().argmax(dim=-1) == best
                 agreed[k] += (equal if counted is None else equal & counted).sum()
                 loss, slope = _loss(logits.detach(), law, labels, token_loss, chunk, counted, exact, wanted)
@@ -146,13 +159,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factors = [total for total, count in zip(totals, ctx.counts, strict=True) for _ in range(count)]
         pairs = zip(ctx.saved_tensors, factors, strict=True)
         scaled = (gradient * factor.to(gradient.dtype) for gradient, factor in pairs)
-        return (None, None, None, None, None, None, *scaled)
+        return (None, None, None, None, None, None, None, *scaled)
 
 
-def _target_says(goal: Tensor, head: Head, exact: torch.dtype, labels: HardLabels | None) -> tuple[Tensor, Tensor]:
-    """`(positions,)` its best tokens and `(positions, vocab)` its law, which is empty where only tokens are asked."""
+def _target_says(
+    goal: Tensor | TopProbs, chunk: slice, head: Head, exact: torch.dtype, labels: HardLabels | None
+) -> tuple[Tensor, Tensor | TopProbs]:
+    """`(positions,)` its best tokens and its distribution: its most probable tokens where these are given, else
+    `(positions, vocab)`, which is empty where only tokens are asked."""
+    if isinstance(goal, TopProbs):
+        return goal.ids[chunk, 0], TopProbs(goal.ids[chunk], goal.probs[chunk].to(exact))
     with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
-        logits = head(goal)
+        logits = head(goal[chunk])
         best = logits.argmax(dim=-1)
         only_tokens = labels is not None and labels.weight == 1
         return best, logits.new_empty(0) if only_tokens else logits.softmax(dim=-1, dtype=exact)
@@ -168,7 +186,7 @@ def _logits(p: Tensor, precision: torch.dtype, head: Head, guess: Guess) -> Tens
 @torch.no_grad()
 def _loss(
     logits: Tensor,
-    law: Tensor,
+    law: Tensor | TopProbs,
     labels: HardLabels | None,
     token_loss: TokenLoss,
     chunk: slice,
@@ -182,7 +200,7 @@ def _loss(
     """
     with torch.autocast(logits.device.type, enabled=False):
         if token_loss.kind != "soft":
-            losses, slope = losses_and_slope(token_loss, logits, law, wanted)
+            losses, slope = losses_and_slope(token_loss, logits, _spread(law, logits), wanted)
             if counted is not None:
                 losses = losses.masked_fill_(~counted, 0.0)
                 slope = None if slope is None else slope.masked_fill_(~counted[:, None], 0.0)
@@ -193,7 +211,9 @@ def _loss(
         if labels is not None:
             tokens = labels.tokens[chunk, None]
             losses -= weight * log_guess.gather(1, tokens)[:, 0]
-        if weight != 1:
+        if weight != 1 and isinstance(law, TopProbs):
+            losses -= (1 - weight) * (law.probs * log_guess.gather(1, law.ids.clamp(min=0))).sum(dim=-1)
+        elif weight != 1:
             blocks = zip(law.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
             losses -= (1 - weight) * torch.cat([(p * log_q).sum(dim=-1) for p, log_q in blocks])
         if counted is not None:
@@ -201,10 +221,21 @@ def _loss(
         if not wanted:
             return losses.sum(), None
         slope = log_guess.exp_()
-        if weight != 1:
+        if weight != 1 and isinstance(law, TopProbs):
+            # What the teacher's tokens leave out carries no loss, so a row weighs what they have together.
+            slope.mul_((1 - weight) * law.probs.sum(dim=-1, keepdim=True) + weight)
+            slope.scatter_add_(1, law.ids.clamp(min=0), (weight - 1) * law.probs)
+        elif weight != 1:
             slope.sub_(law, alpha=1 - weight)
         if labels is not None:
             slope.scatter_add_(1, tokens, slope.new_full(tokens.shape, -weight))
         if counted is not None:
             slope.masked_fill_(~counted[:, None], 0.0)
         return losses.sum(), slope
+
+
+def _spread(law: Tensor | TopProbs, logits: Tensor) -> Tensor:
+    """`(positions, vocab)` of the most probable tokens, 0 elsewhere; a whole distribution as it is."""
+    if not isinstance(law, TopProbs):
+        return law
+    return law.probs.new_zeros(logits.shape).scatter_add_(1, law.ids.clamp(min=0), law.probs)

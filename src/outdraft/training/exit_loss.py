@@ -18,6 +18,7 @@ from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.layers import ExitView, layers_of
 from outdraft.target import Target
 from outdraft.training.cross_entropy import HardLabels, soft_cross_entropy
+from outdraft.training.teacher import TopProbs
 
 LossKind = Literal["soft", "hard", "mixed"]
 
@@ -54,7 +55,14 @@ class ExitLoss(nn.Module):
         """The layer always runs as in decoding: no dropout, so that equal steps give equal bits."""
         return super().train(False)
 
-    def forward(self, hidden: Tensor, features: Tensor, input_ids: Tensor, loss_mask: Tensor) -> ExitSums:
+    def forward(
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        said: TopProbs | None = None,
+    ) -> ExitSums:
         """Sums over the counted positions of a right-padded batch.
 
         Args:
@@ -62,6 +70,7 @@ class ExitLoss(nn.Module):
             features: `(batch, tokens, hidden)` after all of them and the final norm.
             input_ids: `(batch, tokens)`.
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
+            said: the target's most probable tokens at the counted positions, if they are known already.
         """
         counted, own = next_is_response(loss_mask), self.drafter.head
         weight = next(self.drafter.parameters())
@@ -69,9 +78,10 @@ class ExitLoss(nn.Module):
         labels = HardLabels(input_ids[:, 1:][counted], self.hard_weight) if self.hard_weight else None
         cross_entropy, agreed = soft_cross_entropy(
             out[:, :-1][counted],
-            features[:, :-1][counted],
+            features[:, :-1][counted] if said is None else said,
             self._target.head,
             self.chunk_size,
+            precision=features.dtype,
             own_head=own,
             through=None if own is None else self._target.head_through(own),
             labels=labels,

@@ -1,34 +1,28 @@
-"""Where the target's states come from: a forward in every step, or a cache on disk written once.
+"""Which states of the target a drafter is trained on, and batches of them.
 
-A `Reading` says which states a drafter is trained on: the features after the final norm, or hidden states of earlier
-layers beside them. They go by the name of features here, whatever their width.
-
-The cache is one flat file in the target's own precision, filled example by example, so that a killed run goes on where
-it stopped; its key is a hash of target, data and length. Knows the target as a function and nothing of the loss.
+A `Reading` gives the features after the final norm, or hidden states of earlier layers beside them; they go by the name
+of features here, whatever their width. Whether they are read in every step or once, from `feature_store.py`, is the
+caller's choice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from outdraft.errors import UserError
+from outdraft.backends import why_not_packed
 from outdraft.layers import Cut, Tapped
-from outdraft.training.grouping import group_cost, groups_of_like_length
-from outdraft.training.protocol import TargetLike, target_id
+from outdraft.target import Target
+from outdraft.training.protocol import TargetLike
+from outdraft.training.teacher import TopProbs
 from outdraft.training.tokenization import Example, ExampleSet
 
-GIGABYTE = 1e9
-PROGRESS = "progress.json"
-DATA = "features.bin"
 SAMPLED_VALUES = 1024
+COPIED_BYTES = 4e9
+"""Weights of a target up to which a packed copy is made of them for reading."""
 
 
 def pad(rows: Sequence[Tensor], tokens: int | None = None) -> Tensor:
@@ -51,9 +45,9 @@ def target_features(target: TargetLike, input_ids: Tensor, lengths: Tensor) -> T
     Returns:
         `(batch, tokens, hidden)`.
     """
-    mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+    # No mask: what stands on padding, to the right, is seen by no token, and causal attention is faster without one.
     with torch.autocast(input_ids.device.type, enabled=False):
-        return target.features(input_ids, mask.long())
+        return target.features(input_ids)
 
 
 class Reading:
@@ -82,6 +76,10 @@ class Reading:
         """`(batch, tokens, width)` of a right-padded batch, as `target_features`."""
         return target_features(self.target, input_ids, lengths)
 
+    def features(self, read: Tensor) -> Tensor:
+        """`(..., hidden)` the features after the final norm among what was read, `(..., width)`."""
+        return read
+
 
 class ExitReading(Reading):
     """The hidden state after the target's first layers, then its features.
@@ -105,6 +103,9 @@ class ExitReading(Reading):
         # No mask: what stands on padding, to the right, is seen by no token.
         with torch.autocast(input_ids.device.type, enabled=False):
             return torch.cat(self._cut.both(input_ids=input_ids, use_cache=False), dim=-1)
+
+    def features(self, read: Tensor) -> Tensor:
+        return read[..., self.target.hidden_size :]
 
 
 class TappedReading(Reading):
@@ -130,120 +131,16 @@ class TappedReading(Reading):
         with torch.autocast(input_ids.device.type, enabled=False):
             return self._tapped(input_ids=input_ids, use_cache=False)
 
-
-class FeatureCache:
-    """Features of all examples in one memory-mapped file `(tokens, width)`.
-
-    Args:
-        folder: where caches live; this one gets a folder of its own, named by its key.
-        target: whose features.
-        examples: of which data.
-        max_length: to which the data were cut.
-        reading: what of the target is kept; its features when not given.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        target: TargetLike,
-        examples: ExampleSet,
-        max_length: int,
-        reading: Reading | None = None,
-    ):
-        self.target, self.examples = target, examples
-        self.reading = reading or Reading(target)
-        self.key = cache_key(target, examples, max_length, self.reading.name)
-        self.folder = Path(folder) / self.key
-        self.width, self.dtype = self.reading.width, target.dtype
-        self.offsets = [0]
-        for example in examples.examples:
-            self.offsets.append(self.offsets[-1] + len(example))
-        self._rows: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size on disk, known before anything is computed."""
-        return self.examples.tokens * self.reading.token_nbytes
-
-    @property
-    def done(self) -> int:
-        """Examples already written."""
-        try:
-            progress = json.loads((self.folder / PROGRESS).read_text())
-            whole = (self.folder / DATA).stat().st_size == self.nbytes
-            return int(progress["done"]) if whole else 0
-        except (OSError, ValueError, KeyError):
-            return 0
-
-    @property
-    def complete(self) -> bool:
-        return self.done == len(self.examples)
-
-    def check_budget(self, budget_gb: float) -> None:
-        """Raises a UserError when the cache would be larger than the budget or the space left on disk."""
-        needed = self.nbytes / GIGABYTE
-        if needed > budget_gb:
-            raise UserError(
-                f"the feature cache needs {needed:.2f} GB, more than feature_cache_gb = {budget_gb:g}; "
-                f"raise it to {needed:.2f}, or use features = online"
-            )
-        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-        if not self.folder.exists() and self.nbytes > free:
-            raise UserError(
-                f"the feature cache needs {needed:.2f} GB and only {free / GIGABYTE:.2f} GB are free under {existing}; "
-                "set feature_cache_dir to a larger disk, or use features = online"
-            )
-
-    def build(self, batch_size: int, progress: Callable[[int], None] | None = None) -> None:
-        """Write what is not there yet.
-
-        Args:
-            batch_size: examples of one forward, at most.
-            progress: called with the number of examples written.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        done = self.done
-        if done == len(self.examples):
-            return
-        rows = self._map(shared=True)
-        for start in range(done, len(self.examples), batch_size):
-            batch = self.examples.examples[start : start + batch_size]
-            for group in groups_of_like_length([len(example) for example in batch], group_cost(self.target.device)):
-                ids = pad([batch[i].input_ids.long() for i in group]).to(self.target.device)
-                lengths = torch.tensor([len(batch[i]) for i in group], device=ids.device)
-                features = self.reading(ids, lengths).cpu()
-                for row, i in enumerate(group):
-                    offset = self.offsets[start + i]
-                    rows[offset : offset + len(batch[i])] = features[row, : len(batch[i])]
-            self._note_done(start + len(batch))
-            if progress is not None:
-                progress(start + len(batch))
-        del rows
-
-    def __getitem__(self, index: int) -> Tensor:
-        """`(tokens, width)` features of one example."""
-        if self._rows is None:
-            if not self.complete:
-                raise RuntimeError("the feature cache is not complete; build it first")
-            self._rows = self._map(shared=False)
-        return self._rows[self.offsets[index] : self.offsets[index + 1]].clone()
-
-    def _map(self, shared: bool) -> Tensor:
-        count = self.offsets[-1] * self.width
-        path = str(self.folder / DATA)
-        return torch.from_file(path, shared=shared, size=count, dtype=self.dtype).view(-1, self.width)
-
-    def _note_done(self, count: int) -> None:
-        partial = self.folder / f"{PROGRESS}.partial"
-        partial.write_text(json.dumps({"done": count, "of": len(self.examples), "target": target_id(self.target)}))
-        os.replace(partial, self.folder / PROGRESS)
+    def features(self, read: Tensor) -> Tensor:
+        return read[..., : self.target.hidden_size]
 
 
-def cache_key(target: TargetLike, examples: ExampleSet, max_length: int, reading: str = "") -> str:
-    """Name of the cache: equal exactly when target, weights, precision, data, length and what is read are."""
-    parts = [target_id(target), weights_fingerprint(target), str(target.dtype), examples.fingerprint(), str(max_length)]
-    return hashlib.sha256("\n".join(parts + [reading] * bool(reading)).encode()).hexdigest()[:20]
+def reader_of(target: TargetLike) -> TargetLike:
+    """The same target where it only reads: on packed layers if it lies on a CPU and a second copy of it is small."""
+    if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
+        return target
+    small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
+    return Target(target.model, target.tokenizer, "packed") if small else target
 
 
 def weights_fingerprint(target: TargetLike) -> str:
@@ -257,18 +154,23 @@ def weights_fingerprint(target: TargetLike) -> str:
 
 
 class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
-    """The examples as a dataset that knows every example's place, with cached features where there are any."""
+    """The examples as a dataset that knows every example's place, with what was read before where there is any.
 
-    def __init__(self, examples: ExampleSet, cache: FeatureCache | None = None):
-        self.examples, self.cache = examples, cache
+    Args:
+        examples: the data.
+        stored: gives what was read of the target for an example, and the teacher's most probable tokens.
+    """
+
+    def __init__(self, examples: ExampleSet, stored: Callable[[Example], tuple[Tensor, TopProbs]] | None = None):
+        self.examples, self.stored = examples, stored
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, object]:
         item: dict[str, object] = {"index": index, "example": self.examples[index]}
-        if self.cache is not None:
-            item["features"] = self.cache[index]
+        if self.stored is not None:
+            item["features"], item["said"] = self.stored(self.examples[index])
         return item
 
 
@@ -276,8 +178,9 @@ def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
     """A right-padded batch.
 
     Returns:
-        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; `features` `(batch, tokens, width)`
-        when they are cached.
+        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; where it was read before, `features`
+        `(batch, tokens, width)` and, if the teacher's probabilities were kept, `teacher_ids`, `teacher_probs`
+        `(predicting positions of the batch, k)`.
     """
     examples: list[Example] = [item["example"] for item in items]  # type: ignore[misc]
     batch = {
@@ -288,4 +191,8 @@ def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
     }
     if "features" in items[0]:
         batch["features"] = pad([item["features"] for item in items])  # type: ignore[misc]
+        said: list[TopProbs] = [item["said"] for item in items]  # type: ignore[misc]
+        if said[0].ids.shape[1]:
+            batch["teacher_ids"] = torch.cat([one.ids for one in said])
+            batch["teacher_probs"] = torch.cat([one.probs for one in said])
     return batch

@@ -7,7 +7,7 @@ target's head as a function and nothing of data, optimisers or processes: sums c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.training.cross_entropy import Guess, Head, soft_cross_entropies
+from outdraft.training.teacher import TopProbs
 from outdraft.training.token_loss import SOFT, TokenLoss
 
 NOISE_WIDTH = 0.2
@@ -45,7 +46,9 @@ class DrafterLoss(nn.Module):
         unroll_steps: draft steps that are trained; 1 is the paper's loss, more feed the drafter its own r as in
             decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), each at the cost of one more forward.
         unroll_decay: step k weighs this to the power of k, the weights made to sum to 1.
-        token_loss: what the drafter's law is held against the target's by.
+        token_loss: what the drafter's distribution is held against the target's by.
+        teacher: `(positions, hidden)` features of the target -> its most probable tokens there, with ids of what `head`
+            gives; without it the whole distribution is made by `head`.
     """
 
     def __init__(
@@ -56,11 +59,12 @@ class DrafterLoss(nn.Module):
         unroll_steps: int = 1,
         unroll_decay: float = 0.8,
         token_loss: TokenLoss = SOFT,
+        teacher: Callable[[Tensor], TopProbs] | None = None,
     ):
         super().__init__()
         self.drafter = drafter
         self.chunk_size, self.unroll_steps, self.unroll_decay = chunk_size, unroll_steps, unroll_decay
-        self.token_loss, self._head = token_loss, head
+        self.token_loss, self._head, self._teacher = token_loss, head, teacher
 
     def forward(
         self,
@@ -68,6 +72,7 @@ class DrafterLoss(nn.Module):
         features: Tensor,
         loss_mask: Tensor,
         noise: Tensor | None = None,
+        said: TopProbs | None = None,
     ) -> LossSums:
         """Sums of both losses over the counted positions of a right-padded batch.
 
@@ -78,6 +83,7 @@ class DrafterLoss(nn.Module):
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
             noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
                 nor to what is read beside them.
+            said: the target's most probable tokens at the counted positions, row by row, if they are known already.
         """
         counted = counted_positions(loss_mask)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
@@ -93,9 +99,11 @@ class DrafterLoss(nn.Module):
             out = self.drafter(embedded, own, places, seen_now, memory)
             outputs.append(out)
             spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
-        return self._compare(outputs, spoken, goal)
+        return self._compare(outputs, spoken, goal, said)
 
-    def _compare(self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor) -> LossSums:
+    def _compare(
+        self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor, said: TopProbs | None
+    ) -> LossSums:
         """Weighted sums over the draft steps, of which every one counts where `spoken` says, at most where the first
         does; what the target says is asked once for all of them."""
         counted = spoken[0]
@@ -106,7 +114,17 @@ class DrafterLoss(nn.Module):
             distance = F.smooth_l1_loss(out.r[here].to(exact), features[here].to(exact), reduction="none", beta=1.0)
             regressions.append(distance.mean(dim=-1).sum())
             guesses.append(Guess(out.p[counted], None if here is counted else here[counted]))
-        tokens, agreed = soft_cross_entropies(guesses, goal, self._head, self.chunk_size, token_loss=self.token_loss)
+        if said is None and self._teacher is not None:
+            pieces = [self._teacher(piece) for piece in goal.split(self.chunk_size)]
+            said = TopProbs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        tokens, agreed = soft_cross_entropies(
+            guesses,
+            goal if said is None else said,
+            self._head,
+            self.chunk_size,
+            token_loss=self.token_loss,
+            precision=goal.dtype,
+        )
         weights = self.unroll_decay ** torch.arange(len(outputs), dtype=exact, device=goal.device)
         weights /= weights.sum()
         regression = (torch.stack(regressions) * weights).sum()

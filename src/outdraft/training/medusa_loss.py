@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from outdraft.drafters.medusa import MedusaHeads
 from outdraft.target import Target
 from outdraft.training.cross_entropy import Guess, HardLabels, soft_cross_entropies
+from outdraft.training.teacher import TopProbs
 
 HEAD_DECAY = 0.8
 """Head k weighs this to the power of k (section 2.2.1)."""
@@ -49,13 +50,16 @@ class MedusaLoss(nn.Module):
         self.chunk_size, self.hard_weight = chunk_size, hard_weight
         self._target = target
 
-    def forward(self, features: Tensor, input_ids: Tensor, loss_mask: Tensor) -> MedusaSums:
+    def forward(
+        self, features: Tensor, input_ids: Tensor, loss_mask: Tensor, said: TopProbs | None = None
+    ) -> MedusaSums:
         """Sums over the counted positions of a right-padded batch.
 
         Args:
             features: `(batch, tokens, hidden)` the target's f_0 .. f_{L-1}.
             input_ids: `(batch, tokens)`.
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
+            said: the target's most probable tokens at the first head's counted positions, if they are known already.
         """
         seen = features.to(next(self.drafter.parameters()).dtype)
         speaking = self.drafter.speaking(self._target)
@@ -68,9 +72,10 @@ class MedusaLoss(nn.Module):
             guesses.append(Guess(head(read[counted]), here[counted], own, None if own is None else speaking[k - 1]))
         losses, agreed = soft_cross_entropies(
             guesses,
-            features[:, 1:-1][counted],
+            features[:, 1:-1][counted] if said is None else said,
             self._target.head,
             self.chunk_size,
+            precision=features.dtype,
             labels=HardLabels(input_ids[:, 2:][counted], self.hard_weight) if self.hard_weight else None,
         )
         weights = HEAD_DECAY ** torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)

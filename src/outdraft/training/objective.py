@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from outdraft.drafters.checkpoint import Network
+from outdraft.drafters.draft_vocabulary import DraftVocabulary
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
@@ -23,11 +24,12 @@ from outdraft.target import Target
 from outdraft.training.beginning import begin_from
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_loss import ExitLoss, next_is_response
-from outdraft.training.features import ExitReading, Reading, TappedReading
+from outdraft.training.features import ExitReading, Reading, TappedReading, reader_of
 from outdraft.training.head_config import feature_head_config
 from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
 from outdraft.training.medusa_loss import MedusaLoss, reached
 from outdraft.training.protocol import TargetLike
+from outdraft.training.teacher import TopProbs, predicting, top_probs, within
 from outdraft.training.token_loss import TokenLoss
 
 
@@ -47,7 +49,7 @@ class Objective(ABC):
         """Positions that carry loss in a `(batch, tokens)` mask that is True where a token is of a response."""
 
     @abstractmethod
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
         """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
 
     @abstractmethod
@@ -112,21 +114,28 @@ class FeatureObjective(Objective):
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
         self.target, self.config, self.drafter = target, config, drafter
-        layers = drafter.config.tap_layers
-        self.reading = TappedReading(target, layers) if layers else Reading(target)
+        layers, reader = drafter.config.tap_layers, reader_of(target)
+        self.reading = TappedReading(reader, layers) if layers else Reading(reader)
+        head, self._places = target.head, None
+        if drafter.draft_tokens is not None and config.teacher_top_k and isinstance(target, Target):
+            # What is never drafted needs no logit, and most of a large vocabulary is never drafted.
+            head = DraftVocabulary(drafter.draft_tokens, target).head
+            self._places = torch.full((target.vocab_size,), -1, device=target.device)
+            self._places[drafter.draft_tokens] = torch.arange(len(drafter.draft_tokens), device=target.device)
         self.loss = DrafterLoss(
             drafter,
-            target.head,
+            head,
             config.loss_chunk_size,
             config.unroll_steps,
             config.unroll_decay,
             token_loss_of(config),
+            self._teacher if config.teacher_top_k else None,
         )
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return counted_positions(loss_mask)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
         ids, lengths = batch["input_ids"], batch["lengths"]
         with torch.no_grad():
             embeddings = self.target.embed(ids)
@@ -134,7 +143,16 @@ class FeatureObjective(Objective):
         if self.config.feature_noise:
             seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
             noise = feature_noise(lengths.tolist(), self.target.hidden_size, ids.shape[1], seeds, ids.device)
-        return embeddings, features, batch["loss_mask"], noise
+        said = stored_teacher(batch, first=1)
+        return embeddings, features, batch["loss_mask"], noise, None if said is None else self._known(said)
+
+    def _teacher(self, goal: Tensor) -> TopProbs:
+        with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
+            return self._known(top_probs(self.target.head(goal), min(self.config.teacher_top_k, self.target.vocab_size)))
+
+    def _known(self, said: TopProbs) -> TopProbs:
+        """In ids of what the drafter's head gives."""
+        return said if self._places is None else within(said, self._places)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
@@ -149,14 +167,14 @@ class ExitObjective(Objective):
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
-        self.reading = ExitReading(target, drafter.config.exit_layer)
+        self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return next_is_response(loss_mask)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
-        return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"]
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
+        return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"], stored_teacher(batch)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
@@ -169,17 +187,26 @@ class MedusaObjective(Objective):
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: MedusaHeads):
         self.drafter = drafter
-        self.reading = Reading(target)
+        self.reading = Reading(reader_of(target))
         self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return reached(loss_mask, 1)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Tensor | None, ...]:
-        return features, batch["input_ids"], batch["loss_mask"]
+    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
+        return features, batch["input_ids"], batch["loss_mask"], stored_teacher(batch, first=1)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
+
+
+def stored_teacher(batch: Mapping[str, Tensor], first: int = 0) -> TopProbs | None:
+    """The target's most probable tokens of a batch (`collate`) from position `first` on; None where none were kept."""
+    if "teacher_ids" not in batch:
+        return None
+    ids, probs = batch["teacher_ids"], batch["teacher_probs"]
+    later = predicting(batch["loss_mask"]).nonzero()[:, 1] >= first
+    return TopProbs(ids[later], probs[later])
 
 
 def token_loss_of(config: TrainingConfig) -> TokenLoss:

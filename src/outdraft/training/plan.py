@@ -16,7 +16,8 @@ from rich.table import Table
 
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_choice import ExitChoice, choose_exit
-from outdraft.training.features import GIGABYTE, TrainingExamples, collate
+from outdraft.training.feature_store import GIGABYTE, feature_store
+from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.head_config import inner_width
 from outdraft.training.objective import Objective, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare

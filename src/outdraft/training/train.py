@@ -21,13 +21,14 @@ from transformers import TrainingArguments
 from outdraft.drafters.checkpoint import save_drafter
 from outdraft.drafters.exit_folder import target_facts
 from outdraft.errors import UserError
-from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, TauMeter, measured
+from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
 from outdraft.training.config import TrainingConfig
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.exit_choice import ExitChoice, choose_exit
-from outdraft.training.features import GIGABYTE, FeatureCache, TrainingExamples, weights_fingerprint
-from outdraft.training.objective import Objective, objective_for
+from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
+from outdraft.training.features import TrainingExamples, weights_fingerprint
+from outdraft.training.objective import Objective, new_drafter, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
@@ -101,17 +102,20 @@ def train(
     if config.exit_layer == "auto":
         ready = at_exit(ready, _exit_choice(target, ready, resume, console))
         config = ready.config
-    objective = objective_for(target, config)
-    keep_frequent(objective.drafter, ready.examples)
+    drafter = new_drafter(target, config)
+    keep_frequent(drafter, ready.examples)
+    objective = objective_for(target, config, drafter)
     checkpoint = _claim_folder(target, ready, resume, args, console)
-    cache = _feature_cache(target, ready, objective, args, console) if config.features == "cached" else None
+    store = feature_store(target, ready, objective)
+    if store is not None:
+        _read_target(store, ready, args, console)
 
     stop, progress = OrderlyStop(), ProgressReport(console)
     meter = TauMeter(measure_tau, objective.drafter, config.eval_steps) if measure_tau else None
     trainer = DrafterTrainer(
         objective,
         config,
-        TrainingExamples(ready.examples, cache),
+        TrainingExamples(ready.examples, None if store is None else store.__getitem__),
         args,
         callbacks=[*([meter] if meter else []), progress, stop],  # stop last: it sees a Ctrl-C during a measurement
     )
@@ -232,22 +236,19 @@ def _choice_record(ready: Preparation) -> dict[str, Any]:
     return {} if ready.choice is None else {CHOICE: asdict(ready.choice)}
 
 
-def _feature_cache(
-    target: TargetLike, ready: Preparation, objective: Objective, args: TrainingArguments, console: Console
-) -> FeatureCache:
-    config = ready.config
-    folder = config.feature_cache_dir or config.output_dir / "features"
-    cache = FeatureCache(folder, target, ready.examples, config.max_length, objective.reading)
-    console.print(
-        f"feature cache: {cache.nbytes / GIGABYTE:.3f} GB for {ready.examples.tokens} tokens, "
-        f"{cache.done} of {len(ready.examples)} examples there",
-        highlight=False,
-    )
-    cache.check_budget(config.feature_cache_gb)
-    if args.should_save:
-        cache.build(max(1, config.batch_size // config.gradient_accumulation_steps))
+def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArguments, console: Console) -> None:
+    """Fill the store with what it lacks, in the first process; the others wait."""
+    store.check_budget(ready.examples, ready.config.feature_cache_gb)
+    missing = store.missing(ready.examples)
+    if missing and args.should_save:
+        size = store.nbytes(missing) / GIGABYTE
+        console.print(
+            f"features: {size:.3f} GB for {len(missing)} of {len(ready.examples)} examples", highlight=False
+        )
+        with ReadingReport(console, len(missing), sum(map(len, missing))) as report:
+            store.build(ready.examples, report)
     PartialState().wait_for_everyone()
-    return cache
+    store.reload()
 
 
 def _run(

@@ -1,0 +1,255 @@
+"""What the target says of every example, on disk: written once, read by every run that follows.
+
+A store belongs to one target and one `Reading`; its examples are found by a hash of their tokens, so more data later
+costs only what is new. Three flat files grow side by side (what is read, and the target's most probable next tokens
+with their probabilities), and an index gets a line once an example is whole: a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from outdraft.errors import UserError
+from outdraft.training.features import Reading, pad, weights_fingerprint
+from outdraft.training.objective import Objective
+from outdraft.training.preparation import Preparation
+from outdraft.training.protocol import TargetLike, target_id
+from outdraft.training.teacher import TopProbs, predicting, top_probs
+from outdraft.training.tokenization import Example, ExampleSet
+
+GIGABYTE = 1e9
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of one forward: enough rows for the matrix products to be busy."""
+
+WINDOW = 512
+"""Examples among which those of like length are put together, so that little is padded and the time left is known."""
+
+HEAD_ROWS = 512
+"""Positions whose logits are held at once."""
+
+Progress = Callable[[int, int], None]
+"""`(examples, tokens)` written since the last call."""
+
+
+class Entry(NamedTuple):
+    """Where an example stands in the files."""
+
+    row: int
+    """First row of its tokens."""
+    tokens: int
+    said: int
+    """First row of its teacher's probabilities."""
+    predicted: int
+    """Rows of these: positions whose next token is of a response."""
+
+
+class FeatureStore:
+    """Features and teacher's probabilities of examples, memory-mapped.
+
+    Args:
+        folder: where stores live; this one gets a folder of its own, named by its key.
+        target: whose features.
+        reading: what of the target is kept.
+        teacher_top_k: the target's most probable tokens that are kept at every position; 0 keeps none.
+    """
+
+    def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):
+        self.reading, self.dtype = reading, target.dtype
+        self.top_k = min(teacher_top_k, target.vocab_size)
+        self.key = store_key(target, reading, self.top_k)
+        self.folder = Path(folder) / self.key
+        self._files = tuple(self.folder / name for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"))
+        self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
+        self._index: dict[str, Entry] = {}
+        self._rows = [0, 0]
+        """Rows that are there: of tokens, and of the teacher."""
+        self._maps: tuple[Tensor, ...] | None = None
+        self._read_index()
+
+    def missing(self, examples: ExampleSet) -> list[Example]:
+        """Examples that are not there yet, each once."""
+        absent = {name: one for one in examples.examples if (name := fingerprint(one)) not in self._index}
+        return list(absent.values())
+
+    def nbytes(self, examples: Sequence[Example]) -> int:
+        """What these examples take on disk, known before anything is computed."""
+        said = sum(int(predicting(example.loss_mask).sum()) for example in examples)
+        return sum(map(len, examples)) * self._row_bytes[0] + said * sum(self._row_bytes[1:])
+
+    def check_budget(self, examples: ExampleSet, budget_gb: float) -> None:
+        """Raises a UserError when the examples would take more than the budget, or than the disk has left."""
+        needed = self.nbytes(examples.examples) / GIGABYTE
+        if needed > budget_gb:
+            raise UserError(
+                f"the features of these examples need {needed:.2f} GB, more than feature_cache_gb = {budget_gb:g}; "
+                f"raise it to {needed:.2f}, or use features = online"
+            )
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        more, free = self.nbytes(self.missing(examples)), shutil.disk_usage(existing).free
+        if more > free:
+            raise UserError(
+                f"the features of these examples need {more / GIGABYTE:.2f} GB more and only {free / GIGABYTE:.2f} GB "
+                f"are free under {existing}; set feature_cache_dir to a larger disk, or use features = online"
+            )
+
+    def build(self, examples: ExampleSet, progress: Progress | None = None) -> None:
+        """Run the target over what is not there yet.
+
+        Args:
+            examples: what is wanted.
+            progress: told of what was written.
+        """
+        missing = self.missing(examples)
+        if not missing:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "target.json").write_text(json.dumps({"target": target_id(self.reading.target)}) + "\n")
+        self._maps = None
+        budget = BATCH_TOKENS.get(self.reading.target.device.type, BATCH_TOKENS["cuda"])
+        with self._appending() as files, open(self.folder / "index.jsonl", "a", encoding="utf-8") as index:
+            for batch in batches_of_like_length(missing, budget):
+                features, said = self._read(batch)
+                for example, rows, probs in zip(batch, features, said, strict=True):
+                    parts = (rows, probs.ids.int(), probs.probs.half())
+                    for file, part in zip(files, parts, strict=True):
+                        file.write(_bytes(part))
+                    self._note(fingerprint(example), Entry(self._rows[0], len(rows), self._rows[1], len(probs.ids)))
+                for file in files:
+                    file.flush()
+                lines = (json.dumps([name, *self._index[name]]) for name in map(fingerprint, batch))
+                index.write("".join(f"{line}\n" for line in lines))
+                index.flush()
+                if progress is not None:
+                    progress(len(batch), sum(map(len, batch)))
+
+    def __getitem__(self, example: Example) -> tuple[Tensor, TopProbs]:
+        """`(tokens, width)` what was read for one example, and the teacher's `(predicting positions, k)`."""
+        if self._maps is None:
+            self._maps = self._mapped()
+        entry = self._index[fingerprint(example)]
+        features, ids, probs = self._maps
+        rows = features[entry.row : entry.row + entry.tokens].clone()
+        said = slice(entry.said, entry.said + entry.predicted)
+        return rows, TopProbs(ids[said].long(), probs[said].float())
+
+    def reload(self) -> None:
+        """Take notice of what another process has written."""
+        self._maps = None
+        self._read_index()
+
+    # --- the target's part -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _read(self, batch: Sequence[Example]) -> tuple[list[Tensor], list[TopProbs]]:
+        """What is kept of every example."""
+        target = self.reading.target
+        ids = pad([example.input_ids.long() for example in batch]).to(target.device)
+        lengths = torch.tensor([len(example) for example in batch], device=ids.device)
+        read = self.reading(ids, lengths)
+        rows = [read[i, : len(example)] for i, example in enumerate(batch)]
+        places = [predicting(example.loss_mask).to(ids.device) for example in batch]
+        goals = torch.cat([self.reading.features(row)[:-1][place] for row, place in zip(rows, places, strict=True)])
+        pieces = [top_probs(target.head(piece), self.top_k) for piece in goals.split(HEAD_ROWS)] if self.top_k else []
+        if pieces:
+            all_ids, all_probs = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
+        else:
+            all_ids, all_probs = torch.empty(len(goals), 0, dtype=torch.long), torch.empty(len(goals), 0)
+        counts = [int(place.sum()) for place in places]
+        said = map(TopProbs, all_ids.split(counts), all_probs.split(counts))
+        return [row.cpu() for row in rows], list(said)
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, entry: Entry) -> None:
+        self._index[name] = entry
+        self._rows = [entry.row + entry.tokens, entry.said + entry.predicted]
+
+    def _read_index(self) -> None:
+        try:
+            lines = (self.folder / "index.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        except OSError:
+            return
+        for line in lines:
+            if not line.endswith("\n"):  # killed while it was written
+                break
+            name, *numbers = json.loads(line)
+            self._note(name, Entry(*numbers))
+
+    @contextlib.contextmanager
+    def _appending(self) -> Iterator[list]:
+        """The files, open at the end of what the index vouches for; what a killed run left beyond it is cut off."""
+        sizes = (self._rows[0], self._rows[1], self._rows[1])
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "ab")) for path in self._files]
+            for file, rows, size in zip(files, sizes, self._row_bytes, strict=True):
+                file.truncate(rows * size)
+                file.seek(0, 2)
+            index = self.folder / "index.jsonl"
+            index.write_text("".join(f"{json.dumps([k, *v])}\n" for k, v in self._index.items()), encoding="utf-8")
+            yield files
+
+    def _mapped(self) -> tuple[Tensor, ...]:
+        kinds = ((self.dtype, self.reading.width), (torch.int32, self.top_k), (torch.float16, self.top_k))
+        maps = []
+        for path, (dtype, width), part in zip(self._files, kinds, (0, 1, 1), strict=True):
+            size = self._rows[part] * width
+            flat = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0)
+            maps.append(flat.view(self._rows[part], width).to(dtype))
+        return tuple(maps)
+
+
+def feature_store(target: TargetLike, ready: Preparation, objective: Objective) -> FeatureStore | None:
+    """The store of a run; None where the target runs in every step.
+
+    Left to us, features are kept where a run reads its data more than once and the budget has room for them.
+    """
+    config, examples = ready.config, ready.examples
+    if config.features == "online":
+        return None
+    folder = config.feature_cache_dir or config.output_dir / "features"
+    store = FeatureStore(folder, target, objective.reading, config.teacher_top_k)
+    once = ready.total_steps * config.batch_size * ready.processes <= len(examples)
+    if config.features == "auto" and (
+        once or store.nbytes(examples.examples) > config.feature_cache_gb * GIGABYTE
+    ):
+        return None
+    return store
+
+
+def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+    """Every example once, in batches of at most so many padded tokens; one longer than that is a batch of its own."""
+    for start in range(0, len(examples), WINDOW):
+        batch: list[Example] = []
+        for example in sorted(examples[start : start + WINDOW], key=len):
+            if batch and (len(batch) + 1) * len(example) > tokens:
+                yield batch
+                batch = []
+            batch.append(example)
+        yield batch
+
+
+def fingerprint(example: Example) -> str:
+    """Equal exactly where tokens and response mask are."""
+    digest = hashlib.sha256(example.input_ids.numpy().tobytes())
+    digest.update(example.loss_mask.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def store_key(target: TargetLike, reading: Reading, top_k: int) -> str:
+    """Name of the store: equal exactly where weights, precision and what is kept are."""
+    parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def _bytes(rows: Tensor) -> bytes:
+    return rows.contiguous().view(torch.uint8).numpy().tobytes() if rows.numel() else b""
