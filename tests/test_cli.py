@@ -249,8 +249,8 @@ def test_bench_prints_a_table(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_demo_trains_decodes_and_compares(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outdraft.loading.reference_target_path", lambda: Path(folders.target))
-    monkeypatch.setattr("outdraft.loading.reference_drafter_path", lambda *_: Path(folders.drafter))
+    monkeypatch.setattr("outdraft.named.reference_target_path", lambda: Path(folders.target))
+    monkeypatch.setattr("outdraft.named.reference_drafter_path", lambda *_: Path(folders.drafter))
     monkeypatch.setattr("outdraft.reference.demo.CONVERSATIONS", folders.chats)
     common = ("demo", "--prompts", 2, "--max-new-tokens", 6, "--dtype", "float32")
     found = parsed(*common, "--train-seconds", 0.5, "--output-dir", tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""From a folder or hub id to a target and a drafter, with errors that name the fix.
+"""From a folder, GGUF file, name or hub id to a target and a drafter, with errors that name the fix.
 
 Knows file layouts only as far as to tell a drafter's folder from a language model's; the rest is `transformers`' and
 `drafters/checkpoint.py`'s business.
@@ -29,11 +29,9 @@ from outdraft.drafters.medusa import Medusa, MedusaHeads
 from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError, first_line
-from outdraft.reference import reference_drafter_path, reference_target_path
+from outdraft.gguf_file import gguf_in
+from outdraft.named import named, place_of, shipped_drafter
 from outdraft.target import Target
-
-REFERENCE = "reference"
-"""In place of a model or drafter: the ones shipped with the package."""
 
 METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
 
@@ -83,24 +81,29 @@ def load_target(
     backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
-    """A target from a folder, a hub id, `reference`, or a loaded model (which stays as it is).
+    """A target from a folder, a GGUF file, a hub id, `smollm2`, `reference`, or a loaded model (which stays as it is).
 
     Raises:
         UserError: it cannot be loaded or cannot be a target, with the reason.
     """
     words = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    shown_as = None
     if isinstance(model, PreTrainedModel):
         loaded: Any = model.eval()
         folder = tokenizer
     else:
-        shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
-        source = reference_target_path() if shipped else model
-        path = str(source if is_hub_id(source) else _model_folder(Path(source).expanduser()))
+        found = place_of(model)
+        path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
         where = resolve_device(device)
         loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
+        shown_as = found.shown_as
+        if shown_as is not None:  # else records would name a folder of this machine
+            loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
     if words is None and folder is not None:
         words = _load_tokenizer(str(folder), trust_remote_code)
+        if words is not None and shown_as is not None and tokenizer is None:
+            words.name_or_path = shown_as
     place = loaded.get_input_embeddings().weight
     if backend is None or backend == "auto":
         backend = default_backend(place.device, place.dtype) if why_not_packed(loaded) is None else "eager"
@@ -119,7 +122,8 @@ def load_drafter_for(
 
     Args:
         target: what it drafts for; the drafter takes its device and precision.
-        draft_model: a drafter's folder, a smaller language model, `reference`, or one already loaded.
+        draft_model: a drafter's folder, a smaller language model, `reference` or `smollm2` for the drafters that ship
+            for these, or one already loaded.
         method: what it must be; by default whatever the folder holds.
 
     Raises:
@@ -137,8 +141,8 @@ def load_drafter_for(
         return Lookahead.for_device(target.device)
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
-    if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
-        draft_model = reference_drafter_path(method)
+    if named(draft_model) is not None:
+        draft_model = shipped_drafter(str(draft_model), method)
     drafter = _load_drafter(target, draft_model, backend, trust_remote_code)
     if method is not None and drafter.method != method:
         raise UserError(f"--method {method}, but {draft_model} is a '{drafter.method}' drafter; leave --method out")
@@ -153,7 +157,7 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         return DraftModel(source, target)
     if isinstance(source, PreTrainedModel):
         return DraftModel(Target(source.eval()), target)
-    if _is_language_model(find_folder(source, None)):
+    if gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     place: dict[str, Any] = {"dtype": target.dtype, "device": target.device}

@@ -14,7 +14,8 @@ from outdraft.console.output import print_json, remarks, results
 
 def export(
     draft_model: Annotated[
-        str, typer.Option("--draft-model", "-d", help="Drafter: its folder or hub id, or `reference` (shipped).")
+        str,
+        typer.Option("--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` (shipped)."),
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the engine to load.")],
     model: o.Model = "reference",
@@ -26,7 +27,7 @@ def export(
     ] = None,
     target_dir: Annotated[
         Path | None,
-        typer.Option("--target-dir", help="Also write the shipped target there, as an ordinary folder."),
+        typer.Option("--target-dir", help="Also write a shipped or GGUF target there, as an ordinary folder."),
     ] = None,
     num_speculative_tokens: Annotated[
         int, typer.Option("--num-speculative-tokens", help="Length of the chains in the command that is printed.")

@@ -20,8 +20,9 @@ from outdraft.drafters.folder import is_hub_id, not_on_hub
 from outdraft.drafters.medusa_folder import MedusaCheckpoint, load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
-from outdraft.loading import REFERENCE, first_line, resolve_device
-from outdraft.reference import reference_target_path
+from outdraft.gguf_file import record_in
+from outdraft.loading import first_line, resolve_device
+from outdraft.named import place_of
 from outdraft.target import refuse_unfit
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -30,13 +31,12 @@ BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
-    """Facts about a folder or hub id; of a drafter when it is one.
+    """Facts about a folder, GGUF file, name or hub id; of a drafter when it is one.
 
     Raises:
         UserError: nothing there that can be read.
     """
-    if path == REFERENCE and not Path(path).exists():
-        path = str(reference_target_path())
+    path = str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
         _check(folder)
@@ -179,8 +179,10 @@ def _model(path: str, folder: Path) -> dict[str, Any]:
     except UserError as error:
         reason = str(error)
     text = config.get_text_config()
+    made_from = record_in(folder) or {}
     return {
         "kind": "model",
+        **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
         "family": config.model_type,
         "class": type(model).__name__,
         "parameters": _size(model.parameters()),

@@ -11,7 +11,9 @@ from outdraft.console.output import print_json, results
 
 
 def info(
-    path: Annotated[str, typer.Argument(help="Folder or hub id of a model, folder of a drafter, or `reference`.")],
+    path: Annotated[
+        str, typer.Argument(help="A model (folder, GGUF file, hub id, `smollm2`, `reference`) or a drafter's folder.")
+    ],
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:

@@ -22,11 +22,15 @@ def training(name: str, *flags: str) -> Any:
     return typer.Option(*(flags or ("--" + name.replace("_", "-"),)), help=TRAINING[name])
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Target: a folder, a hub id, or `reference` (shipped).")]
+TARGET = "Target: a folder, a GGUF file, a hub id, `smollm2`, or `reference` (shipped)."
+
+Model = Annotated[str, typer.Option("--model", "-m", help=TARGET)]
 DraftModel = Annotated[
     str | None,
     typer.Option(
-        "--draft-model", "-d", help="Drafter: its folder or hub id, a smaller model, or `reference` (shipped)."
+        "--draft-model",
+        "-d",
+        help="Drafter: its folder or hub id, a smaller model, or `smollm2` or `reference` (shipped).",
     ),
 ]
 Method = Annotated[

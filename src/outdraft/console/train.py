@@ -17,9 +17,7 @@ def train(
         list[str] | None,
         typer.Argument(help="Any setting as key=value; an unknown one is answered with all there are."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Target: a folder, a hub id, or `reference`.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=o.TARGET)] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file of settings; key=value and flags override it.")
     ] = None,

@@ -37,8 +37,8 @@ from outdraft.engines.exit_model import exit_model
 from outdraft.engines.vllm_plugin import EAGLE
 from outdraft.errors import UserError, first_line
 from outdraft.layers import Cut
-from outdraft.loading import REFERENCE, load_target, resolve_dtype
-from outdraft.reference import reference_drafter_path, reference_target_path
+from outdraft.loading import load_target, resolve_dtype
+from outdraft.named import named, place_of, shipped_drafter
 from outdraft.target import Target
 
 ENGINES = ("vllm", "hf")
@@ -84,12 +84,12 @@ def export_drafter(
     """Write a drafter for an engine.
 
     Args:
-        model: its target: a folder, a hub id or `reference`.
-        draft_model: the drafter: a folder, a hub id or `reference`.
+        model: its target: a folder, a GGUF file, a hub id, `smollm2` or `reference`.
+        draft_model: the drafter: a folder, a hub id, or `smollm2` or `reference` for those that ship.
         engine: `vllm`, or `hf` for `transformers`' assisted generation.
         output_dir: a folder that is new or empty.
         method: which of the shipped drafters; of any other folder, what it must be.
-        target_dir: also write the shipped target there, as an ordinary folder.
+        target_dir: also write the target there, as an ordinary folder, where it is none: a shipped one or a GGUF file.
         dtype: precision of the written weights; as stored when None.
         num_speculative_tokens: of the command.
 
@@ -100,20 +100,20 @@ def export_drafter(
         raise UserError(f"unknown engine '{engine}'; choose one of {', '.join(ENGINES)}")
     if num_speculative_tokens < 1:
         raise UserError(f"--num-speculative-tokens must be at least 1, not {num_speculative_tokens}")
-    shipped = str(model) == REFERENCE and not Path(REFERENCE).exists()
-    if target_dir is not None and not shipped:
+    place = place_of(model)
+    if target_dir is not None and not place.made_here:
         raise UserError(f"--target-dir is for the shipped target; give the engine '{model}' itself")
     if target_dir is not None:
         drafted, copied = _absolute(output_dir), _absolute(target_dir)
         if drafted == copied or drafted in copied.parents or copied in drafted.parents:
             raise UserError("--target-dir and --output-dir must not lie in each other; choose folders side by side")
-    if str(draft_model) == REFERENCE and not Path(REFERENCE).exists():
-        draft_model = reference_drafter_path(method)
+    if named(draft_model) is not None:
+        draft_model = shipped_drafter(str(draft_model), method)
     kind = own_method(draft_model)
     if kind == MedusaHeads.method:
         raise UserError("Medusa heads have no export; serve them with `outdraft serve`, or train another drafter")
-    here = Path(model).expanduser()
-    source = reference_target_path() if shipped else here if here.exists() else model
+    here = Path(place.path).expanduser()
+    source = here if here.exists() else place.path
     with _new_folder(output_dir) as folder:
         if kind == ExitLayer.method:
             exported = _export_exit(draft_model, source, folder, dtype)

@@ -26,7 +26,8 @@ from outdraft.evaluation.questions import Question, QuestionSet, questions_of, r
 from outdraft.evaluation.result import BenchResult, Comparison
 from outdraft.evaluation.store import Store
 from outdraft.evaluation.summary import Summary, paired, summarise
-from outdraft.loading import REFERENCE, load_target
+from outdraft.loading import load_target
+from outdraft.named import named
 from outdraft.reference import load_prompts
 from outdraft.target import Target
 
@@ -61,7 +62,7 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         backend=settings.backend,
         tree=settings.tree,
         controllers=settings.controllers,
-        shipped=settings.model == REFERENCE,
+        shipped=str(settings.model) if named(settings.model) is not None else None,
         include_transformers=settings.include_transformers,
         peers=settings.peers,
         stock=_stock(settings, target),

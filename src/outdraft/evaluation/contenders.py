@@ -14,8 +14,8 @@ from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Contender, speculative
 from outdraft.evaluation.peers import peers as stock_peers
-from outdraft.loading import METHODS, REFERENCE, WITHOUT_MODEL, load_drafter_for
-from outdraft.reference import SHIPPED
+from outdraft.loading import METHODS, WITHOUT_MODEL, load_drafter_for
+from outdraft.named import shipped_drafters
 from outdraft.target import Target
 
 LOOKUP = "prompt-lookup"
@@ -35,7 +35,7 @@ def contenders(
     backend: str | None = None,
     tree: dict[str, Any] | None = None,
     controllers: Sequence[str] = (FIXED,),
-    shipped: bool = False,
+    shipped: str | None = None,
     include_transformers: bool = False,
     peers: Sequence[str] = (),
     stock: Target | None = None,
@@ -50,7 +50,7 @@ def contenders(
         backend: of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
         controllers: every drafter runs with each of them.
-        shipped: whether drafters that are not given come from the package, which has some for its reference target.
+        shipped: name of the model whose shipped drafters stand for those that are not given.
         include_transformers: the stock `generate` too; the same as `generate` among the peers.
         peers: the stock library's own ways of decoding, as in `peers.py`.
         stock: the same model for those, with modules as `transformers` loads them; the target when None.
@@ -69,8 +69,8 @@ def contenders(
     if methods is not None:
         present = {drafter.method for drafter in drafters.values()}
         for method in dict.fromkeys(map(_base, methods)):
-            if shipped and method in SHIPPED and method not in present:
-                drafters[method] = _loaded(target, REFERENCE, method, backend)
+            if shipped is not None and method in shipped_drafters(shipped) and method not in present:
+                drafters[method] = _loaded(target, shipped, method, backend)
         _agree(methods, drafters)
     assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
     asked = ["generate", *peers] if include_transformers else peers

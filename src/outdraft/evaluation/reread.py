@@ -20,8 +20,8 @@ from outdraft.evaluation import spec_bench
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.questions import MT_BENCH, MULTI_TURN
 from outdraft.evaluation.spec_bench import Record
-from outdraft.loading import REFERENCE, first_line
-from outdraft.reference import reference_target_path
+from outdraft.loading import first_line
+from outdraft.named import place_of
 
 ALL = "all questions"
 THEIRS = "vanilla"
@@ -63,7 +63,7 @@ def reread(folder: Path, model: str) -> Reread:
     Args:
         folder: what `--output-dir` named, or a folder of answer files. Plain decoding's are called `plain...` or, as
             Spec-Bench does, `...vanilla...`; where files are of several temperatures, one of each.
-        model: whose tokenizer counts; a folder, a hub id or `reference`.
+        model: whose tokenizer counts; a folder, a GGUF file, a hub id, `smollm2` or `reference`.
 
     Raises:
         UserError: no answer files or none of plain decoding, files of other questions than its, or no tokenizer.
@@ -114,7 +114,7 @@ def groups_of(lines: Sequence[Record]) -> list[str]:
 
 def tokenizer_of(model: str) -> Any:
     """A model's tokenizer, without its weights."""
-    path = str(reference_target_path()) if model == REFERENCE and not Path(model).exists() else model
+    path = str(place_of(model).path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # every library under here has exceptions of its own; the user needs their first line

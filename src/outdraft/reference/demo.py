@@ -28,7 +28,8 @@ from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS, Contender, specul
 from outdraft.evaluation.prompts import encode
 from outdraft.evaluation.report import WIDE, rendered
 from outdraft.generation import SpeculativeModel
-from outdraft.loading import REFERENCE, load_drafter_for, load_target
+from outdraft.loading import load_drafter_for, load_target
+from outdraft.named import REFERENCE
 from outdraft.reference.prompts import DATA, Messages, load_prompts
 from outdraft.target import Target
 from outdraft.text import Detokenizer

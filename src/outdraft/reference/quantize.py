@@ -1,17 +1,14 @@
 """Pack the reference target as int8 rows with float32 scales, and load it back as an ordinary Hugging Face folder.
 
 The packed rows are the definition of the target: unpacking rounds ``int8 * scale`` to bfloat16 once, so that the
-bfloat16 and the float32 target are the same weights. The folder is written once per user, under ``$OUTDRAFT_CACHE``
-or ``~/.cache/outdraft``. Knows nothing about how the weights were trained.
+bfloat16 and the float32 target are the same weights. Knows nothing about how the weights were trained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError
+from outdraft.user_cache import made_once
 
 PACKAGED = Path(__file__).parent / "target"
 PACKED, UNPACKED = "model.int8.safetensors", "model.safetensors"
@@ -104,11 +102,6 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """Where unpacked models are kept."""
-    return Path(os.environ.get("OUTDRAFT_CACHE") or Path.home() / ".cache" / "outdraft")
-
-
 def reference_target_path(packaged: Path = PACKAGED) -> Path:
     """The folder of the reference target for ``from_pretrained``; the first call writes it, later calls find it."""
     if not (packaged / PACKED).exists():
@@ -116,20 +109,7 @@ def reference_target_path(packaged: Path = PACKAGED) -> Path:
             f"{packaged / PACKED} is missing: this copy of outdraft was installed without the reference target's "
             "weights; reinstall the package, or build them with `python -m outdraft.reference.build_target`"
         )
-    folder = cache_folder() / f"reference-target-{_digest(packaged)}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            unpack_folder(packaged, draft)
-            draft.chmod(0o755)
-            draft.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return made_once(f"reference-target-{_digest(packaged)}", lambda folder: unpack_folder(packaged, folder))
 
 
 def load_reference_target(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

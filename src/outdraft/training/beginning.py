@@ -10,10 +10,7 @@ from dataclasses import asdict
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
-from outdraft.reference import reference_drafter_path
-
-SHIPPED = "reference"
-"""In place of a folder: the drafter of the same method that ships with the package."""
+from outdraft.named import NAMED, shipped_drafter
 
 LENIENT = {"max_position_embeddings"}
 """What may differ: the length of a table that is computed."""
@@ -24,12 +21,13 @@ def begin_from(drafter: FeatureHead, source: str) -> None:
 
     Args:
         drafter: of the shape that the target and the settings ask for.
-        source: folder, hub id, or `reference`; FSPAD's and EAGLE's official folders load as our own do.
+        source: folder, hub id, or `reference` or `smollm2` for the drafter of the same method that ships for these;
+            FSPAD's and EAGLE's official folders load as our own do.
 
     Raises:
         UserError: nothing there, or a drafter of another shape.
     """
-    found = load_drafter(reference_drafter_path(drafter.method) if source == SHIPPED else source).head
+    found = load_drafter(shipped_drafter(source, drafter.method) if source in NAMED else source).head
     there, here = asdict(found.config), asdict(drafter.config)
     if different := [name for name in here if name not in LENIENT and there[name] != here[name]]:
         name = different[0]

@@ -60,8 +60,8 @@ class TrainingConfig(BaseModel):
     """Draft only so many tokens, the most frequent ones of the responses; all when not given. Pays where the vocabulary
     is large."""
     init_from: str | None = None
-    """Drafter whose weights to begin with: a folder, a hub id (official FSPAD and EAGLE ones too), or `reference`; its
-    shape must be this run's."""
+    """Drafter whose weights to begin with: a folder, a hub id (official FSPAD and EAGLE ones too), `smollm2` or
+    `reference`; its shape must be this run's."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
