@@ -17,8 +17,12 @@ from outdraft.evaluation.prompts import read_prompts
 from outdraft.loading import load_target
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
+from outdraft.training.features import reader_of
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.train import TrainResult, train
+
+TAU_PROMPTS = 8
+"""Held-out prompts that are decoded for tau; agreement is measured on all that is held out."""
 
 AROUND = ("model", "dtype", "device", "eval_data", "hold_out")
 """Settings of a run that are not the training's own."""
@@ -60,7 +64,9 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
         for note in split.notes:
             remarks.print(note, markup=False)
         config = config.model_copy(update={"data": split.write(config.output_dir / "data")})
-    return train(target, config, resume, tau_meter(target, beginning), remarks)
+    held_out = split.held_out if split is not None else []
+    reader: Any = reader_of(target)  # tau is measured where it is decoded, on the fast layers
+    return train(target, config, resume, tau_meter(reader, beginning[:TAU_PROMPTS]), remarks, held_out)
 
 
 def is_main_process() -> bool:

@@ -20,7 +20,7 @@ from outdraft.loading import load_drafter_for
 from outdraft.target import Target
 from outdraft.training.conversations import Conversation, OnBadLine, read_conversations
 
-HELD_OUT = 8
+HELD_OUT = 32
 """Conversations held out, unless said otherwise."""
 
 SMALLEST_SPLIT = 10

@@ -26,6 +26,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from outdraft.drafters.checkpoint import Network
+from outdraft.training.held_out_loss import CHAIN, BestWeights
 
 MeasureTau = Callable[[Network], dict[str, float]]
 """Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
@@ -35,7 +36,7 @@ SAME_WISH_SECONDS = 1.0
 EVERY_SECONDS = 15.0
 """Between lines where no bar can be shown."""
 
-SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "learning_rate": ".1e"}
+SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "held_out_top1_1": ".3f", CHAIN: ".3f", "learning_rate": ".1e"}
 
 
 class ProgressReport(TrainerCallback):
@@ -61,7 +62,7 @@ class ProgressReport(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or logs is None or not {"loss", "tau"} & set(logs):
+        if not state.is_world_process_zero or logs is None or not {"loss", "tau", CHAIN} & set(logs):
             return
         self._latest.update({name: logs[name] for name in SHOWN if name in logs})
         text = "  ".join(f"{name} {self._latest[name]:{form}}" for name, form in SHOWN.items() if name in self._latest)
@@ -115,15 +116,25 @@ class ReadingReport:
 
 
 class TauMeter(TrainerCallback):
-    """Measures the real acceptance length every `every` steps, in the first process; the others wait."""
+    """Measures what is held out every `every` steps, in the first process; the others wait.
 
-    def __init__(self, measure: MeasureTau, drafter: Network, every: int):
-        self.measure, self.drafter, self.every = measure, drafter, every
+    Args:
+        measure: gives tau and what else is measured.
+        drafter: in training.
+        every: steps between measurements.
+        best: keeps the weights that did best.
+    """
+
+    def __init__(self, measure: MeasureTau, drafter: Network, every: int, best: BestWeights):
+        self.measure, self.drafter, self.every, self.best = measure, drafter, every, best
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps and args.should_save:
-            self.log(measured(self.measure, self.drafter))
+            found = measured(self.measure, self.drafter)
+            self.log(dict(found))
+            if CHAIN in found and self.best.note(found[CHAIN], state.global_step) and args.world_size == 1:
+                control.should_save = control.should_training_stop = True
 
 
 def measured(measure: MeasureTau, drafter: Network) -> dict[str, float]:

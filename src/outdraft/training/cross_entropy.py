@@ -211,7 +211,7 @@ def _loss(
         if labels is not None:
             tokens = labels.tokens[chunk, None]
             losses -= weight * log_guess.gather(1, tokens)[:, 0]
-        if weight != 1 and isinstance(law, TopProbs):
+        if isinstance(law, TopProbs):
             losses -= (1 - weight) * (law.probs * log_guess.gather(1, law.ids.clamp(min=0))).sum(dim=-1)
         elif weight != 1:
             blocks = zip(law.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
@@ -221,7 +221,7 @@ def _loss(
         if not wanted:
             return losses.sum(), None
         slope = log_guess.exp_()
-        if weight != 1 and isinstance(law, TopProbs):
+        if isinstance(law, TopProbs):
             # What the teacher's tokens leave out carries no loss, so a row weighs what they have together.
             slope.mul_((1 - weight) * law.probs.sum(dim=-1, keepdim=True) + weight)
             slope.scatter_add_(1, law.ids.clamp(min=0), (weight - 1) * law.probs)

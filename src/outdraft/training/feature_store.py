@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ class FeatureStore:
             self._note(name, Entry(*numbers))
 
     @contextlib.contextmanager
-    def _appending(self) -> Iterator[list]:
+    def _appending(self) -> Iterator[list[BinaryIO]]:
         """The files, open at the end of what the index vouches for; what a killed run left beyond it is cut off."""
         sizes = (self._rows[0], self._rows[1], self._rows[1])
         with contextlib.ExitStack() as stack:
@@ -219,9 +219,7 @@ def feature_store(target: TargetLike, ready: Preparation, objective: Objective) 
     folder = config.feature_cache_dir or config.output_dir / "features"
     store = FeatureStore(folder, target, objective.reading, config.teacher_top_k)
     once = ready.total_steps * config.batch_size * ready.processes <= len(examples)
-    if config.features == "auto" and (
-        once or store.nbytes(examples.examples) > config.feature_cache_gb * GIGABYTE
-    ):
+    if config.features == "auto" and (once or store.nbytes(examples.examples) > config.feature_cache_gb * GIGABYTE):
         return None
     return store
 

@@ -85,21 +85,44 @@ class DrafterLoss(nn.Module):
                 nor to what is read beside them.
             said: the target's most probable tokens at the counted positions, row by row, if they are known already.
         """
+        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, noise, self.unroll_steps)
+        return self._compare(outputs, spoken, goal, said)
+
+    def hits(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Where each of so many draft steps guesses the target's best token; arguments as in `forward`.
+
+        Returns:
+            Both `(batch, tokens - 2, steps)`: whether it does, and where it counts.
+        """
+        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, None, steps)
+        counted, right = spoken[0], torch.zeros(*spoken[0].shape, steps, dtype=torch.bool, device=goal.device)
+        for rows in counted.nonzero().split(self.chunk_size):
+            here = tuple(rows.T)
+            with torch.autocast(goal.device.type, enabled=False):
+                best = self._teacher(goal[here]).ids[:, 0] if self._teacher else self._head(goal[here]).argmax(-1)
+                for k, out in enumerate(outputs):
+                    right[..., k][here] = self._head(out.p[here].to(goal.dtype)).argmax(-1) == best
+        return right, torch.stack(spoken, dim=-1)
+
+    def _unrolled(
+        self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None, steps: int
+    ) -> tuple[list[DraftOutput], list[Tensor], Tensor]:
+        """What every draft step gives, where it counts, and the features that are to be hit."""
         counted = counted_positions(loss_mask)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
         seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
         places = torch.arange(goal.shape[1], device=goal.device)[None]
-        memory = Streams() if self.unroll_steps > 1 else None
+        memory = Streams() if steps > 1 else None
         out = self.drafter(embedded, seen[:, :-2], places, None, memory)
         outputs, spoken = [out], [counted]
-        for step in range(1, self.unroll_steps):
+        for step in range(1, steps):
             own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
             seen_now = unrolled_mask(own.shape[1], step, own.device)
             out = self.drafter(embedded, own, places, seen_now, memory)
             outputs.append(out)
             spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
-        return self._compare(outputs, spoken, goal, said)
+        return outputs, spoken, goal
 
     def _compare(
         self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor, said: TopProbs | None

@@ -23,6 +23,7 @@ from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
 from outdraft.training.beginning import begin_from
 from outdraft.training.config import TrainingConfig
+from outdraft.training.cross_entropy import Head
 from outdraft.training.exit_loss import ExitLoss, next_is_response
 from outdraft.training.features import ExitReading, Reading, TappedReading, reader_of
 from outdraft.training.head_config import feature_head_config
@@ -51,6 +52,19 @@ class Objective(ABC):
     @abstractmethod
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
         """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
+
+    def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
+        """Where the drafter guesses the target's best token, and where that counts.
+
+        Args:
+            batch: as `collate` gives it.
+            features: what was read of the target for it.
+            steps: draft steps to look at, at most.
+
+        Returns:
+            Both `(rows, positions, steps)` booleans; None for a drafter whose guesses are not looked at.
+        """
+        return None
 
     @abstractmethod
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
@@ -116,7 +130,8 @@ class FeatureObjective(Objective):
         self.target, self.config, self.drafter = target, config, drafter
         layers, reader = drafter.config.tap_layers, reader_of(target)
         self.reading = TappedReading(reader, layers) if layers else Reading(reader)
-        head, self._places = target.head, None
+        head: Head = target.head
+        self._places: Tensor | None = None
         if drafter.draft_tokens is not None and config.teacher_top_k and isinstance(target, Target):
             # What is never drafted needs no logit, and most of a large vocabulary is never drafted.
             head = DraftVocabulary(drafter.draft_tokens, target).head
@@ -146,9 +161,15 @@ class FeatureObjective(Objective):
         said = stored_teacher(batch, first=1)
         return embeddings, features, batch["loss_mask"], noise, None if said is None else self._known(said)
 
+    def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        loss: DrafterLoss = self.loss  # type: ignore[assignment]
+        return loss.hits(self.target.embed(batch["input_ids"]), features, batch["loss_mask"], steps)
+
     def _teacher(self, goal: Tensor) -> TopProbs:
         with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
-            return self._known(top_probs(self.target.head(goal), min(self.config.teacher_top_k, self.target.vocab_size)))
+            return self._known(
+                top_probs(self.target.head(goal), min(self.config.teacher_top_k, self.target.vocab_size))
+            )
 
     def _known(self, said: TopProbs) -> TopProbs:
         """In ids of what the drafter's head gives."""

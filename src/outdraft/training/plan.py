@@ -16,12 +16,13 @@ from rich.table import Table
 
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_choice import ExitChoice, choose_exit
-from outdraft.training.feature_store import GIGABYTE, feature_store
+from outdraft.training.feature_store import GIGABYTE, HEAD_ROWS, feature_store
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.head_config import inner_width
 from outdraft.training.objective import Objective, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, parameter_count
+from outdraft.training.teacher import predicting, top_probs
 from outdraft.training.trainer import use_bf16
 
 
@@ -50,7 +51,7 @@ class TrainPlan:
     memory_bytes: int
     """Most memory held: measured on a GPU, estimated from shapes on a CPU."""
     feature_cache_bytes: int
-    """What `features = cached` would write."""
+    """What of the target is kept on disk; 0 where it runs in every step."""
     notes: list[str] = field(default_factory=list)
     exit_choice: ExitChoice | None = None
     """How EESD's exit layer was chosen, where it was left to us."""
@@ -68,7 +69,9 @@ class TrainPlan:
             "steps": f"{self.steps:,} ({self.passes:.1f} passes over the data)",
             "time": f"{duration(self.seconds)} ({self.step_seconds:.3g} s a step, timed here)",
             "memory": f"{self.memory_bytes / GIGABYTE:.2f} GB",
-            "feature cache": f"{self.feature_cache_bytes / GIGABYTE:.3f} GB with features = cached",
+            "features": f"{self.feature_cache_bytes / GIGABYTE:.3f} GB on disk"
+            if self.feature_cache_bytes
+            else "online",
         }
         for name, text in rows.items():
             table.add_row(name, text)
@@ -92,8 +95,9 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
     per_example, per_step, measured_bytes = _timed(target, ready, objective, bf16)
     per_batch = config.batch_size * ready.processes
     seconds = ready.total_steps * per_step
-    if config.features == "cached":
-        seconds += len(examples) * per_example
+    store = feature_store(target, ready, objective)
+    if store is not None:
+        seconds += len(store.missing(examples)) * per_example
     return TrainPlan(
         preset=config.preset,
         method=config.method,
@@ -109,7 +113,7 @@ def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
         step_seconds=per_step,
         seconds=seconds,
         memory_bytes=measured_bytes or estimated_memory_bytes(target, ready, objective),
-        feature_cache_bytes=examples.tokens * objective.reading.token_nbytes,
+        feature_cache_bytes=0 if store is None else store.nbytes(examples.examples),
         notes=ready.notes,
         exit_choice=ready.choice,
     )
@@ -124,7 +128,8 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
     # Of every token: some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
     inner = config.intermediate_size or inner_width(target)
     activations = 4 * tokens * (20 * target.hidden_size + 8 * inner)
-    logits = 4 * 4 * min(tokens, config.loss_chunk_size) * target.vocab_size
+    kept = config.draft_vocab_size if config.teacher_top_k and config.draft_vocab_size else target.vocab_size
+    logits = 4 * 4 * min(tokens, config.loss_chunk_size) * kept
     return weights + trained + activations + logits
 
 
@@ -144,9 +149,15 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
     batch = {name: value.to(device) for name, value in collate([data[i] for i in chosen]).items()}
     optimizer = torch.optim.AdamW(objective.drafter.parameters(), lr=0.0)
     held: dict[str, torch.Tensor] = {}
+    cached = feature_store(target, ready, objective) is not None
+    top_k = min(config.teacher_top_k, target.vocab_size)
 
     def forward() -> None:
         held["features"] = objective.reading(batch["input_ids"], batch["lengths"])
+        if cached and config.teacher_top_k:
+            goals = objective.reading.features(held["features"])[:, :-1][predicting(batch["loss_mask"])]
+            parts = [top_probs(objective.reading.target.head(rows), top_k) for rows in goals.split(HEAD_ROWS)]
+            batch["teacher_ids"], batch["teacher_probs"] = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def piece() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -157,7 +168,7 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
         torch.cuda.reset_peak_memory_stats(device)
     target_seconds, piece_seconds = _seconds(forward, device), _seconds(piece, device)
     update_seconds = _seconds(lambda: optimizer.step(), device)
-    online = target_seconds if config.features == "online" else 0.0
+    online = 0.0 if cached else target_seconds
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     step = config.gradient_accumulation_steps * (online + piece_seconds) + update_seconds
     return target_seconds / count, step, peak

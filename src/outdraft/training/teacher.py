@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 LOGARITHM_ROWS = 32
 """Positions whose logits are made float32 at once: so many stay in a processor's cache, which is four times as fast."""
 

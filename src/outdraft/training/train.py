@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,23 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from outdraft.drafters.checkpoint import save_drafter
+from outdraft.drafters.checkpoint import Network, save_drafter
 from outdraft.drafters.exit_folder import target_facts
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
 from outdraft.training.config import TrainingConfig
+from outdraft.training.conversations import Conversation
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.features import TrainingExamples, weights_fingerprint
+from outdraft.training.held_out_loss import CHAIN, BestWeights, HeldOut
 from outdraft.training.objective import Objective, new_drafter, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
+from outdraft.training.tokenization import tokenize
 from outdraft.training.trainer import DrafterTrainer, training_arguments
 
 try:
@@ -46,7 +50,7 @@ CHOICE = "exit_choice"
 # What may change between a run and its resumption without changing the weights it ends in.
 FREE = {
     "data", "output_dir", "on_bad_line", "preset", "epochs", "features", "feature_cache_gb", "feature_cache_dir",
-    "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to",
+    "save_steps", "save_total_limit", "logging_steps", "eval_steps", "patience", "report_to",
 }  # fmt: skip
 
 
@@ -72,6 +76,7 @@ def train(
     resume: bool = False,
     measure_tau: MeasureTau | None = None,
     console: Console | None = None,
+    held_out: Sequence[Conversation] = (),
 ) -> TrainResult:
     """Train a drafter for `target` (arXiv 2408.15562 or 2406.03853) and save it to `config.output_dir`.
 
@@ -83,6 +88,8 @@ def train(
         resume: go on from the last whole checkpoint of the output folder; begins anew when there is none.
         measure_tau: called with the drafter every `eval_steps` and at the end.
         console: where progress goes; stderr when not given.
+        held_out: conversations that are not trained on, with answers: top-1 agreement on them is measured beside tau,
+            and the weights that did best on them are the ones that are saved.
 
     Raises:
         UserError: settings, data or folder that cannot work.
@@ -111,7 +118,11 @@ def train(
         _read_target(store, ready, args, console)
 
     stop, progress = OrderlyStop(), ProgressReport(console)
-    meter = TauMeter(measure_tau, objective.drafter, config.eval_steps) if measure_tau else None
+    best = BestWeights(config.output_dir, objective.drafter, config.patience)
+    measure = _measurement(target, ready, objective, measure_tau, held_out)
+    if checkpoint is not None:
+        best.resume()
+    meter = TauMeter(measure, objective.drafter, config.evaluation_for(ready.total_steps), best) if measure else None
     trainer = DrafterTrainer(
         objective,
         config,
@@ -126,9 +137,8 @@ def train(
 
     tau = None
     if args.should_save:
-        if measure_tau is not None:
-            tau = measured(measure_tau, objective.drafter)
-            trainer.log(dict(tau))
+        if measure is not None:
+            tau = _final(measure, best, trainer, console)
         metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         result = TrainResult(
             folder=config.output_dir,
@@ -144,6 +154,41 @@ def train(
         result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None)
     PartialState().wait_for_everyone()
     return result
+
+
+def _measurement(
+    target: TargetLike,
+    ready: Preparation,
+    objective: Objective,
+    measure_tau: MeasureTau | None,
+    conversations: Sequence[Conversation],
+) -> MeasureTau | None:
+    """All that is measured on what is held out; None where nothing is."""
+    tokenizer: Any = target.tokenizer
+    spoken = [
+        one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
+    ]
+    held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
+    if measure_tau is None and held is None:
+        return None
+
+    def measure(network: Network) -> dict[str, float]:
+        found = measure_tau(network) if measure_tau is not None else {}
+        return {**found, **(held.measure() if held is not None else {})}
+
+    return measure
+
+
+def _final(measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, console: Console) -> dict[str, float]:
+    """What is said of the weights that are saved: the last ones, or better ones of before."""
+    drafter = best.drafter
+    found = measured(measure, drafter)  # type: ignore[arg-type]
+    trainer.log(dict(found))
+    if found.get(CHAIN, 0.0) < best.score:
+        best.restore()
+        found = measured(measure, drafter)  # type: ignore[arg-type]
+        console.print(f"the weights of step {best.step} did best on what is held out: they are saved", highlight=False)
+    return found
 
 
 def _leave_group_at_exit() -> None:
@@ -242,9 +287,7 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
     missing = store.missing(ready.examples)
     if missing and args.should_save:
         size = store.nbytes(missing) / GIGABYTE
-        console.print(
-            f"features: {size:.3f} GB for {len(missing)} of {len(ready.examples)} examples", highlight=False
-        )
+        console.print(f"features: {size:.3f} GB for {len(missing)} of {len(ready.examples)} examples", highlight=False)
         with ReadingReport(console, len(missing), sum(map(len, missing))) as report:
             store.build(ready.examples, report)
     PartialState().wait_for_everyone()
