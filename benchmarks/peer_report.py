@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -24,7 +25,8 @@ def over_llama(one: Comparison, group: str | None = None) -> dict[str, tuple[flo
 
 
 def ratio(value: float, spread: tuple[float, float]) -> str:
-    return f"{number(value)}x [{number(spread[0])}, {number(spread[1])}]"
+    """With its interval; a dash where there is none."""
+    return f"{number(value)}x [{number(spread[0])}, {number(spread[1])}]" if math.isfinite(value) else "-"
 
 
 def agreement(summary: Summary) -> str:
@@ -53,7 +55,8 @@ def markdown(result: BenchResult) -> str:
         "",
         "Tokens/s are medians over questions, the prefill included; then after the first token, over all questions. "
         "Ratios are medians over pairs of the same question, with bootstrap 95% intervals; tau is tokens a target "
-        "forward.",
+        "forward. An engine that rounds elsewhere (llama.cpp keeps activations in float32) parts from bfloat16 at "
+        "near-ties, which says nothing of which is nearer to the weights.",
     ]
     for one in result.comparisons:
         against = over_llama(one)
@@ -81,10 +84,13 @@ def by_task(one: Comparison) -> list[str]:
     """Tokens a second and the ratio to llama.cpp of every task."""
     heads = [f"{group} ({summaries[0].questions})" for group, summaries in one.groups.items()]
     against = {group: over_llama(one, group) for group in one.groups}
-    lines = [f"| tokens/s (over {LLAMA}) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    compared = LLAMA in one.runs
+    title = f"tokens/s (over {LLAMA})" if compared else "tokens/s"
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for place, summary in enumerate(one.summaries):
         cells = [
-            f"{summaries[place].median_tokens_per_second:.1f} ({number(against[group][summary.name][0])}x)"
+            f"{summaries[place].median_tokens_per_second:.1f}"
+            + (f" ({against[group][summary.name][0]:.2f}x)" if compared else "")
             for group, summaries in one.groups.items()
         ]
         lines.append(f"| {summary.name} | {' | '.join(cells)} |")

@@ -76,7 +76,12 @@ def main() -> None:
                 yield from ((step, token) for token in tokens[seen:])
                 step, seen = step + (len(tokens) > seen), len(tokens)
 
-    facts = {"vllm": vllm.__version__, "torch": torch.__version__, "speculative": json.dumps(drafting)}
+    facts = {
+        "speculative": json.dumps(drafting),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+    }
     serve(answers, decode, {**facts, **vars(given)})
 
 
