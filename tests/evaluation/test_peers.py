@@ -137,6 +137,7 @@ def test_counts_of_rounds_are_ours() -> None:
     rounds = module._Rounds()
     for count in (5, 1, 3, 2):  # the prompt, then what the forwards emitted
         rounds.put(torch.zeros(count))
-    found = rounds.statistics(tokens=6, seconds=3.0, start=0.0)
+    found, accepted = module.counted(rounds.emitted, tokens=6, prefill=1.0, seconds=3.0)
     assert (found.rounds, found.emitted, found.accepted, found.lengths) == (2, 5, 3, [2, 1])
-    assert rounds.accepted(6) == [False, True, True, False, True, False]
+    assert (found.prefill_seconds, found.rest_seconds) == (1.0, 2.0)
+    assert accepted == [False, True, True, False, True, False]

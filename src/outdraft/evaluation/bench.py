@@ -5,7 +5,7 @@ Ties the rooms of the evaluation together; each decision is made in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,15 @@ HELD_OUT = "held-out"
 """The group of the shipped prompts."""
 
 
-def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
+def run_bench(
+    settings: BenchSettings, remarks: Console, others: Callable[[Target], Sequence[Contender]] = lambda model: ()
+) -> BenchResult:
     """Load, measure, sum up; with an output folder, go on where an earlier run of the same settings stopped.
 
     Args:
         settings: what to compare.
         remarks: where progress goes.
+        others: more contenders, of the model that the stock library's ways of decoding run on.
 
     Raises:
         UserError: something that cannot be loaded, read or decoded, or an output folder of other settings.
@@ -55,6 +58,7 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
     )
     questions = [dialogue.question for dialogue in fitting]
+    stock = _stock(settings, target)
     rivals = contenders(
         target,
         settings.draft_models,
@@ -65,8 +69,9 @@ def run_bench(settings: BenchSettings, remarks: Console) -> BenchResult:
         shipped=str(settings.model) if named(settings.model) is not None else None,
         include_transformers=settings.include_transformers,
         peers=settings.peers,
-        stock=_stock(settings, target),
+        stock=stock,
     )
+    rivals += others(stock or target)
     facts = environment(target)
     store = None
     if settings.output_dir is not None:

@@ -99,8 +99,7 @@ def stock(
             )
             tokens = output[0, len(prompt) :].tolist()
             seconds = time.perf_counter() - start
-        statistics = rounds.statistics(len(tokens), seconds, start)
-        return Answer(tokens, seconds, statistics, rounds.accepted(len(tokens)))
+        return Answer(tokens, seconds, *counted(rounds.emitted, len(tokens), rounds.first - start, seconds))
 
     return Contender(name, decode, method, parameters)
 
@@ -124,26 +123,32 @@ class _Rounds(BaseStreamer):
     def end(self) -> None:
         """Nothing is held back."""
 
-    def statistics(self, tokens: int, seconds: float, start: float) -> Statistics:
-        """Counted as ours: rounds are the forwards after the one over the prompt.
 
-        Seconds after the first token are not taken apart; they all stand in `rest_seconds`.
-        """
-        before_last = sum(self.emitted[:-1])
-        rounds = [*self.emitted[:-1], min(self.emitted[-1], tokens - before_last)][1:]
-        prefill = self.first - start
-        return Statistics(
-            rounds=len(rounds),
-            emitted=sum(rounds),
-            accepted=sum(rounds) - len(rounds),
-            lengths=[emitted - 1 for emitted in rounds],
-            prefill_seconds=prefill,
-            rest_seconds=seconds - prefill,
-        )
+def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float) -> tuple[Statistics, list[bool]]:
+    """What a decoding did of which only the tokens of each target forward are known, counted as ours.
 
-    def accepted(self, tokens: int) -> list[bool]:
-        """For every token, whether it was a candidate: all of a round but its last."""
-        return [place < count - 1 for count in self.emitted for place in range(count)][:tokens]
+    Seconds after the first token are not taken apart; they all stand in `rest_seconds`.
+
+    Args:
+        emitted: by every target forward, the one over the prompt first; the last may reach past the answer's end.
+        tokens: of the answer.
+        prefill: seconds to the first token.
+        seconds: of all.
+
+    Returns:
+        The statistics, whose rounds are the forwards after the one over the prompt; and for every token whether it was
+        a candidate: all of a round but its last.
+    """
+    rounds = [*emitted[:-1], min(emitted[-1], tokens - sum(emitted[:-1]))][1:]
+    statistics = Statistics(
+        rounds=len(rounds),
+        emitted=sum(rounds),
+        accepted=sum(rounds) - len(rounds),
+        lengths=[count - 1 for count in rounds],
+        prefill_seconds=prefill,
+        rest_seconds=seconds - prefill,
+    )
+    return statistics, [place < count - 1 for count in emitted for place in range(count)][:tokens]
 
 
 def _assisted(target: Target, path: str, assistants: Sequence[Target], backend: str | None) -> Contender:
