@@ -151,8 +151,8 @@ class TrainingConfig(BaseModel):
     logging_steps: int = Field(10, ge=1)
     """Steps between log entries."""
     eval_steps: int = Field(500, ge=1)
-    """Steps between measurements on what is held out: the real acceptance length tau, and top-1 agreement for each draft
-    step. A tenth of the run where that is less, unless set by hand."""
+    """Steps between measurements on what is held out: the real acceptance length tau, and top-1 agreement for each
+    draft step. A tenth of the run where that is less, unless set by hand."""
     patience: int = Field(0, ge=0)
     """Stop after so many measurements in a row without a longer held-out chain; 0 runs to the end. The best weights are
     what is saved in any case."""

@@ -1,9 +1,9 @@
 """Cross-entropy of a drafter's logits against the target's distribution, its token, or both, with logits of one chunk
 at a time.
 
-Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's distribution:
-the whole of it, made once a chunk by its head, or its most probable tokens (`teacher.py`), for which no head of the
-target runs. Knows heads as functions; nothing of positions, drafters or what counts.
+Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's
+distribution: the whole of it, made once a chunk by its head, or its most probable tokens (`teacher.py`), for which no
+head of the target runs. Knows heads as functions; nothing of positions, drafters or what counts.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 leaf = p[chunk].detach().requires_grad_(wanted)
                 with torch.set_grad_enabled(wanted):
                     logits = _logits(leaf, precision, head, guess)
-                equal = logits.detach().argmax(dim=-1) == best
+                equal = _is_best(logits.detach(), best)
                 agreed[k] += (equal if counted is None else equal & counted).sum()
                 loss, slope = _loss(logits.detach(), law, labels, token_loss, chunk, counted, exact, wanted)
                 totals[k] += loss
@@ -174,6 +174,12 @@ def _target_says(
         best = logits.argmax(dim=-1)
         only_tokens = labels is not None and labels.weight == 1
         return best, logits.new_empty(0) if only_tokens else logits.softmax(dim=-1, dtype=exact)
+
+
+def _is_best(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Whether no logit is above this token's, -1 for a token that has none; many times as fast as an argmax in bf16."""
+    own = logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+    return (own == logits.amax(dim=-1)) & (tokens >= 0)
 
 
 def _logits(p: Tensor, precision: torch.dtype, head: Head, guess: Guess) -> Tensor:

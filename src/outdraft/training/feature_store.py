@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     said: int
     """First row of its teacher's probabilities."""
     predicted: int
-    """Rows of these: positions whose next token is of a response."""
+    """Rows of these: one for every position from that before the first response token to that before the last."""
 
 
 class FeatureStore:
@@ -78,12 +78,16 @@ class FeatureStore:
 
     def missing(self, examples: ExampleSet) -> list[Example]:
         """Examples that are not there yet, each once."""
-        absent = {name: one for one in examples.examples if (name := fingerprint(one)) not in self._index}
+        absent = {fingerprint(one): one for one in examples.examples if not self._holds(one)}
         return list(absent.values())
+
+    def _holds(self, example: Example) -> bool:
+        entry = self._index.get(fingerprint(example))
+        return entry is not None and entry.predicted >= len(said_range(example))
 
     def nbytes(self, examples: Sequence[Example]) -> int:
         """What these examples take on disk, known before anything is computed."""
-        said = sum(int(predicting(example.loss_mask).sum()) for example in examples)
+        said = sum(len(said_range(example)) for example in examples)
         return sum(map(len, examples)) * self._row_bytes[0] + said * sum(self._row_bytes[1:])
 
     def check_budget(self, examples: ExampleSet, budget_gb: float) -> None:
@@ -139,8 +143,10 @@ class FeatureStore:
         entry = self._index[fingerprint(example)]
         features, ids, probs = self._maps
         rows = features[entry.row : entry.row + entry.tokens].clone()
-        said = slice(entry.said, entry.said + entry.predicted)
-        return rows, TopProbs(ids[said].long(), probs[said].float())
+        places = said_range(example)
+        counted = predicting(example.loss_mask)[places.start : places.stop]
+        said = slice(entry.said, entry.said + len(places))
+        return rows, TopProbs(ids[said][counted].long(), probs[said][counted].float())
 
     def reload(self) -> None:
         """Take notice of what another process has written."""
@@ -157,14 +163,16 @@ class FeatureStore:
         lengths = torch.tensor([len(example) for example in batch], device=ids.device)
         read = self.reading(ids, lengths)
         rows = [read[i, : len(example)] for i, example in enumerate(batch)]
-        places = [predicting(example.loss_mask).to(ids.device) for example in batch]
-        goals = torch.cat([self.reading.features(row)[:-1][place] for row, place in zip(rows, places, strict=True)])
+        places = [said_range(example) for example in batch]
+        goals = torch.cat(
+            [self.reading.features(row)[place.start : place.stop] for row, place in zip(rows, places, strict=True)]
+        )
         pieces = [top_probs(target.head(piece), self.top_k) for piece in goals.split(HEAD_ROWS)] if self.top_k else []
         if pieces:
             all_ids, all_probs = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
         else:
             all_ids, all_probs = torch.empty(len(goals), 0, dtype=torch.long), torch.empty(len(goals), 0)
-        counts = [int(place.sum()) for place in places]
+        counts = [len(place) for place in places]
         said = map(TopProbs, all_ids.split(counts), all_probs.split(counts))
         return [row.cpu() for row in rows], list(said)
 
@@ -186,7 +194,7 @@ class FeatureStore:
             self._note(name, Entry(*numbers))
 
     @contextlib.contextmanager
-    def _appending(self) -> Iterator[list[BinaryIO]]:
+    def _appending(self) -> Iterator[Sequence[BinaryIO]]:
         """The files, open at the end of what the index vouches for; what a killed run left beyond it is cut off."""
         sizes = (self._rows[0], self._rows[1], self._rows[1])
         with contextlib.ExitStack() as stack:
@@ -236,10 +244,16 @@ def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator
         yield batch
 
 
+def said_range(example: Example) -> range:
+    """Positions of which the teacher is asked: those before the first response token to the last, gaps included."""
+    places = predicting(example.loss_mask).nonzero()[:, 0]
+    return range(int(places[0]), int(places[-1]) + 1) if len(places) else range(0)
+
+
 def fingerprint(example: Example) -> str:
-    """Equal exactly where tokens and response mask are."""
+    """Equal exactly where tokens and the beginning of the first response are."""
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
-    digest.update(example.loss_mask.numpy().tobytes())
+    digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
 
 

@@ -1,4 +1,4 @@
-"""How well a drafter guesses on conversations that it is not trained on, without decoding: quick, and smoother than tau.
+"""How well a drafter guesses on conversations that it is not trained on, without decoding: quick and smooth.
 
 The drafter is unrolled on its own features over the held-out responses, as it drafts. Two figures come of it: top-1
 agreement with the target for each draft step, and the mean number of tokens a chain of these steps would yield, the
