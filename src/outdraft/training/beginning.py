@@ -1,16 +1,19 @@
-"""First weights of a drafter from another one: published, of an earlier run, or for a sister of the target.
-
-Knows drafter folders and the configuration of heads; nothing of data or of how training goes on.
+"""What a drafter's training begins with: weights of another one (published, of an earlier run, or for a sister of the
+target), and embeddings as large as the features beside them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+
+import torch
 
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
 from outdraft.named import NAMED, shipped_drafter
+from outdraft.training.protocol import TargetLike
 
 LENIENT = {"max_position_embeddings"}
 """What may differ: the length of a table that is computed."""
@@ -37,3 +40,28 @@ def begin_from(drafter: FeatureHead, source: str) -> None:
         )
     wanted = drafter.state_dict()
     drafter.load_state_dict({name: weight for name, weight in found.state_dict().items() if name in wanted})
+
+
+PROBED_TOKENS = 64
+
+
+@torch.no_grad()
+def scale_of(target: TargetLike) -> float:
+    """What brings embeddings near to the size of the target's features; 1 where they are no smaller.
+
+    The largest power of two that does not make them larger: folding it into weights rounds nothing.
+    """
+    ids = torch.linspace(0, target.vocab_size - 1, PROBED_TOKENS, device=target.device).long()[None]
+    ids = ids[:, : target.context_length]
+    features, embeddings = target.features(ids).float(), target.embed(ids).float()
+    ratio = float(features.square().mean().sqrt() / embeddings.square().mean().sqrt().clamp(min=1e-12))
+    return 2.0 ** max(0, math.floor(math.log2(max(ratio, 1.0))))
+
+
+@torch.no_grad()
+def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
+    """The drafter that makes of embeddings what it makes of embeddings times `by` now; changed in place."""
+    drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
+    if drafter.fusion.feature_sampling:
+        drafter.fusion.gate_proj.weight *= by
+    return drafter

@@ -59,6 +59,9 @@ class TrainingConfig(BaseModel):
     draft_vocab_size: int | None = Field(None, ge=1)
     """Draft only so many tokens, the most frequent ones of the responses; all when not given. Pays where the vocabulary
     is large."""
+    embedding_scale: float | Literal["auto"] = Field("auto")
+    """Train on embeddings times this, and fold it into the weights that are saved: with auto embeddings come near to
+    the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
     init_from: str | None = None
     """Drafter whose weights to begin with: a folder, a hub id (official FSPAD and EAGLE ones too), `smollm2` or
     `reference`; its shape must be this run's."""
@@ -243,6 +246,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "state_norm": _FEATURE_HEADS,
     "draft_vocab_size": _FEATURE_HEADS,
     "init_from": _FEATURE_HEADS,
+    "embedding_scale": _FEATURE_HEADS,
     "w_reg": _FEATURE_HEADS,
     "w_reg_schedule": _FEATURE_HEADS,
     "w_cls": _FEATURE_HEADS,
@@ -316,6 +320,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w_cls": 0.1,
         "token_loss": "soft",
         "teacher_top_k": 0,
+        "embedding_scale": 1.0,
         "feature_noise": True,
         "unroll_steps": 1,
         "tap_layers": None,

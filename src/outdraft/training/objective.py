@@ -6,6 +6,7 @@ or progress.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
-from outdraft.training.beginning import begin_from
+from outdraft.training.beginning import begin_from, scale_of, scaled
 from outdraft.training.config import TrainingConfig
 from outdraft.training.cross_entropy import Head
 from outdraft.training.exit_loss import ExitLoss, next_is_response
@@ -52,6 +53,10 @@ class Objective(ABC):
     @abstractmethod
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
         """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
+
+    def finished(self) -> Network:
+        """The drafter as it decodes and is saved: itself, or a copy into which is folded what only training does."""
+        return self.drafter
 
     def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
         """Where the drafter guesses the target's best token, and where that counts.
@@ -118,6 +123,7 @@ def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
         drafter = FeatureHead(shape)
     if config.init_from is not None:
         begin_from(drafter, config.init_from)
+        scaled(drafter, 1 / (scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale))
     return drafter.to(target.device)
 
 
@@ -128,6 +134,7 @@ class FeatureObjective(Objective):
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
         self.target, self.config, self.drafter = target, config, drafter
+        self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         layers, reader = drafter.config.tap_layers, reader_of(target)
         self.reading = TappedReading(reader, layers) if layers else Reading(reader)
         head: Head = target.head
@@ -153,7 +160,7 @@ class FeatureObjective(Objective):
     def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
         ids, lengths = batch["input_ids"], batch["lengths"]
         with torch.no_grad():
-            embeddings = self.target.embed(ids)
+            embeddings = self._embed(ids)
         noise = None
         if self.config.feature_noise:
             seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
@@ -163,7 +170,13 @@ class FeatureObjective(Objective):
 
     def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         loss: DrafterLoss = self.loss  # type: ignore[assignment]
-        return loss.hits(self.target.embed(batch["input_ids"]), features, batch["loss_mask"], steps)
+        return loss.hits(self._embed(batch["input_ids"]), features, batch["loss_mask"], steps)
+
+    def finished(self) -> FeatureHead:
+        return self.drafter if self.scale == 1 else scaled(copy.deepcopy(self.drafter), self.scale)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.target.embed(ids) * self.scale
 
     def _teacher(self, goal: Tensor) -> TopProbs:
         with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):

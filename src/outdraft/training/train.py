@@ -173,7 +173,7 @@ def _measurement(
         return None
 
     def measure(network: Network) -> dict[str, float]:
-        found = measure_tau(network) if measure_tau is not None else {}
+        found = measure_tau(objective.finished()) if measure_tau is not None else {}
         return {**found, **(held.measure() if held is not None else {})}
 
     return measure
@@ -320,7 +320,7 @@ def _save(
     settings = ready.config.record()
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau}
     facts = target_facts(target.model)
-    save_drafter(result.folder, objective.drafter, target_id=target_id(target), training=summary, target=facts)
+    save_drafter(result.folder, objective.finished(), target_id=target_id(target), training=summary, target=facts)
     record = provenance(
         target=target_id(target),
         config=settings,
