@@ -173,7 +173,8 @@ class FeatureObjective(Objective):
         return loss.hits(self._embed(batch["input_ids"]), features, batch["loss_mask"], steps)
 
     def finished(self) -> FeatureHead:
-        return self.drafter if self.scale == 1 else scaled(copy.deepcopy(self.drafter), self.scale)
+        drafter: FeatureHead = self.drafter  # type: ignore[assignment]
+        return drafter if self.scale == 1 else scaled(copy.deepcopy(drafter), self.scale)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.embed(ids) * self.scale
