@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from outdraft.errors import UserError, first_line
+from outdraft.int8_rows import PACKED, unpack
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-WEIGHT_FILES = (WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", PACKED)
 """Where weights may lie, best first."""
 
 
@@ -109,7 +110,7 @@ def read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return unpack(load_file(file)) if file.name == PACKED else load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling can raise anything
         raise UserError(

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError
+from outdraft.int8_rows import PACKED, pack, unpack
 from outdraft.user_cache import made_once
 
 PACKAGED = Path(__file__).parent / "target"
-PACKED, UNPACKED = "model.int8.safetensors", "model.safetensors"
+UNPACKED = "model.safetensors"
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -29,45 +29,6 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-SCALE = ".scale"
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 rows and their scales; of a few clipping points, each row keeps the one of least squared error."""
-    weight = weight.float()
-    peak = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    best, least = peak / 127, torch.full_like(peak, torch.inf)
-    for clip in torch.linspace(0.7, 1.0, 13).tolist():
-        scale = clip * peak / 127
-        rounded = (weight / scale).round().clamp(-127, 127) * scale
-        error = (rounded - weight).square().sum(1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return (weight / best).round().clamp(-127, 127).to(torch.int8), best.squeeze(1)
-
-
-def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """The bfloat16 matrix that packed rows stand for."""
-    return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
-
-
-def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices become int8 rows and a scale vector; vectors become bfloat16."""
-    packed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.ndim == 2:
-            packed[name], packed[name + SCALE] = quantize_rows(tensor)
-        else:
-            packed[name] = tensor.to(torch.bfloat16)
-    return {name: tensor.contiguous() for name, tensor in packed.items()}
-
-
-def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The bfloat16 state that a packed state stands for."""
-    return {
-        name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
-        for name, tensor in packed.items()
-        if not name.endswith(SCALE)
-    }
 
 
 def pack_folder(source: Path, destination: Path) -> None:

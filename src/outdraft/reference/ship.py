@@ -1,5 +1,5 @@
-"""Puts a trained drafter into the package: weights in bfloat16, its record without the paths of the machine that it was
-trained on. Knows drafter folders as files only.
+"""Puts a trained drafter into the package: weights in bfloat16 or, for larger targets, as int8 rows; its record without
+the paths of the machine that it was trained on. Knows drafter folders as files only.
 """
 
 from __future__ import annotations
@@ -12,27 +12,36 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from outdraft.reference import SHIPPED
+from outdraft.int8_rows import PACKED, pack
+from outdraft.named import DRAFTERS, NAMED, REFERENCE
 
 LOCAL = {"data", "output_dir", "feature_cache_dir", "platform", "report_to"}
 """Settings and facts that belong to one machine."""
 
 
-def ship(folder: Path, destination: Path) -> None:
-    """Write `folder`'s drafter to `destination`."""
+def ship(folder: Path, destination: Path, model: str) -> None:
+    """Write `folder`'s drafter to `destination` as one for a named model."""
     destination.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", PACKED):
+        (destination / name).unlink(missing_ok=True)
     weights = load_file(folder / "model.safetensors")
-    stored = {
-        name: weight.to(torch.bfloat16) if weight.is_floating_point() else weight for name, weight in weights.items()
-    }
-    save_file(stored, destination / "model.safetensors", metadata={"format": "pt"})
-    (destination / "model.safetensors").chmod(0o644)
+    if model == REFERENCE:
+        file = destination / "model.safetensors"
+        stored = {
+            name: weight.to(torch.bfloat16) if weight.is_floating_point() else weight
+            for name, weight in weights.items()
+        }
+    else:
+        file, stored = destination / PACKED, pack(weights)
+    save_file(stored, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    shown = NAMED[model].shown_as or model
     for name in ("config.json", "provenance.json"):
         record = portable(json.loads((folder / name).read_text(encoding="utf-8")))
         if name == "config.json":
-            record["target"]["id"] = "reference"
+            record["target"]["id"] = shown
         elif "target" in record:
-            record["target"] = "reference"
+            record["target"] = shown
         (destination / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -53,9 +62,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the trained drafter")
-    parser.add_argument("method", choices=SHIPPED)
+    parser.add_argument("method", choices=("fspad", "eagle", "eesd"))
+    parser.add_argument("--model", choices=tuple(NAMED), default=REFERENCE, help="that it drafts for")
     arguments = parser.parse_args()
-    ship(arguments.folder, Path(__file__).parent / SHIPPED[arguments.method])
+    ship(arguments.folder, DRAFTERS / NAMED[arguments.model].drafters[arguments.method], arguments.model)
 
 
 if __name__ == "__main__":
