@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from outdraft.errors import UserError
 
@@ -56,9 +56,9 @@ class TrainingConfig(BaseModel):
     middle and a high one (beyond the paper)."""
     state_norm: bool = False
     """Normalise what the drafter reads as the feature, its own fed-back one too (beyond the paper)."""
-    draft_vocab_size: int | None = Field(None, ge=1)
-    """Draft only so many tokens, the most frequent ones of the responses; all when not given. Pays where the vocabulary
-    is large."""
+    draft_vocab_size: PositiveInt | Literal["auto", "all"] | None = "auto"
+    """Draft only so many tokens, the most frequent ones of the responses, or all of them; auto takes 16,384 where the
+    target has 32,000 or more, 32,768 from 100,000 on, and all of a smaller vocabulary."""
     embedding_scale: float | Literal["auto"] = Field("auto")
     """Train on embeddings times this, and fold it into the weights that are saved: with auto embeddings come near to
     the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
@@ -223,6 +223,12 @@ class TrainingConfig(BaseModel):
         values = {**dict(self), **filled, "preset": name}
         return TrainingConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
 
+    def draft_vocabulary_for(self, vocab_size: int) -> int | None:
+        """Tokens of so many that the drafter may propose; None is all of them."""
+        if self.draft_vocab_size == "auto":
+            return 32768 if vocab_size >= 100_000 else 16384 if vocab_size >= 32_000 else None
+        return None if self.draft_vocab_size == "all" else self.draft_vocab_size
+
     def evaluation_for(self, total_steps: int) -> int:
         """Steps between measurements: at least ten in a run, except when set by hand."""
         if "eval_steps" in self.model_fields_set:
@@ -321,6 +327,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "token_loss": "soft",
         "teacher_top_k": 0,
         "embedding_scale": 1.0,
+        "draft_vocab_size": None,
         "feature_noise": True,
         "unroll_steps": 1,
         "tap_layers": None,

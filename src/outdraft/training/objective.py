@@ -116,7 +116,7 @@ def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
         partial_alignment=config.partial_alignment,
         tap_layers=config.tap_layers,
         state_norm=config.state_norm,
-        draft_vocab_size=config.draft_vocab_size,
+        draft_vocab_size=config.draft_vocabulary_for(target.vocab_size),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -128,7 +128,8 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
     # Of every token: some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
     inner = config.intermediate_size or inner_width(target)
     activations = 4 * tokens * (20 * target.hidden_size + 8 * inner)
-    kept = config.draft_vocab_size if config.teacher_top_k and config.draft_vocab_size else target.vocab_size
+    reduced = config.draft_vocabulary_for(target.vocab_size) if config.teacher_top_k else None
+    kept = reduced or target.vocab_size
     logits = 4 * 4 * min(tokens, config.loss_chunk_size) * kept
     return weights + trained + activations + logits
 
