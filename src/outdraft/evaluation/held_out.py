@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from outdraft.drafters.checkpoint import Network
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
@@ -44,7 +43,7 @@ class Split:
     @property
     def prompts(self) -> list[Prompt]:
         """What to measure tau on: what is held out, else some of what is trained on."""
-        return [prompt_of(_record(conversation)) for conversation in self.held_out or self.trained[:HELD_OUT]]
+        return [prompt_of(conversation.record()) for conversation in self.held_out or self.trained[:HELD_OUT]]
 
     def write(self, folder: Path) -> Path:
         """The data to train on: `folder/train.jsonl`, beside `held_out.jsonl`; what it came from if all is trained on.
@@ -108,13 +107,9 @@ def tau_meter(
     return measure
 
 
-def _record(conversation: Conversation) -> dict[str, Any]:
-    return {"messages": list(conversation.messages)} if conversation.text is None else {"text": conversation.text}
-
-
 def _write(path: Path, conversations: Sequence[Conversation]) -> None:
     """Written aside and renamed: several processes may do this at once."""
     aside = path.with_suffix(f".{os.getpid()}.partial")
-    lines = (json.dumps(_record(conversation), ensure_ascii=False) for conversation in conversations)
+    lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
     aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     os.replace(aside, path)
