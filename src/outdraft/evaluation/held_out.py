@@ -61,6 +61,8 @@ class Split:
 def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error") -> Split:
     """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
 
+    Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
+
     Raises:
         UserError: data that cannot be used.
     """
@@ -69,12 +71,19 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     if found.skipped:
         notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
     kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
+    while 0 < kept < len(everything) and _same_prompt(everything[-kept - 1], everything[-kept]):
+        kept += 1
+    kept = 0 if kept == len(everything) else kept
     if kept:
         notes.append(f"held out for measuring tau: the last {kept} of {len(everything)} conversations")
     else:
         notes.append("no conversation is held out: tau is measured on prompts that are trained on")
     split = len(everything) - kept
     return Split(data, everything[:split], everything[split:], notes)
+
+
+def _same_prompt(one: Conversation, other: Conversation) -> bool:
+    return one.text is None and other.text is None and one.questions == other.questions
 
 
 def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:

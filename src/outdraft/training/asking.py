@@ -136,7 +136,7 @@ class Asked:
 
     def _question(self) -> list[Message]:
         """The user's next turn, with the system turn before the first."""
-        rest = questions(self.conversation)[sum(one["role"] != "assistant" for one in self._told) :]
+        rest = self.conversation.questions[sum(one["role"] != "assistant" for one in self._told) :]
         return rest[: 2 if rest and rest[0]["role"] == "system" else 1]
 
     def _decoded(self, tokens: Sequence[int], finished: bool) -> str:
@@ -144,11 +144,6 @@ class Asked:
         assert tokenizer is not None
         text = decode_text(tokenizer, tokens)
         return text if finished else text.rstrip("\ufffd")  # a character that was cut in the middle
-
-
-def questions(conversation: Conversation) -> list[Message]:
-    """The turns that are not the assistant's."""
-    return [message for message in conversation.messages if message["role"] != "assistant"]
 
 
 def identities(conversations: Sequence[Conversation]) -> list[int | str]:
@@ -163,5 +158,5 @@ def identities(conversations: Sequence[Conversation]) -> list[int | str]:
 
 
 def _hash(conversation: Conversation) -> str:
-    asked = conversation.text or questions(conversation)
+    asked = conversation.text or conversation.questions
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

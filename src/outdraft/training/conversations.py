@@ -52,6 +52,11 @@ class Conversation:
     origin: str | None = None
     """What the record says of where it comes from, under `source`."""
 
+    @property
+    def questions(self) -> list[Message]:
+        """The turns that are not the assistant's."""
+        return [message for message in self.messages if message["role"] != "assistant"]
+
     def record(self) -> dict[str, Any]:
         """A record that is read as this conversation's turns or text again."""
         if self.text is not None:

@@ -22,7 +22,7 @@ from outdraft.generation import SpeculativeModel
 from outdraft.settings import repeats_of, sampling_settings, tree_shape
 from outdraft.training.answer_file import AnswerFile
 from outdraft.training.answer_progress import AnswerProgress
-from outdraft.training.asking import Asked, Asking, Name, identities, questions
+from outdraft.training.asking import Asked, Asking, Name, identities
 from outdraft.training.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.training.crowd import Crowd
 from outdraft.training.tokenization import require_chat_template
@@ -31,8 +31,8 @@ ROWS_CPU, ROWS = 24, 64
 """Answers decoded at once, on a CPU and elsewhere."""
 
 FEW_ROWS = 4
-"""Up to which a CPU has time to spare for candidates: on two busy cores SmolLM2-135M with prompt lookup and 20 rows took
-some four times as long as without."""
+"""Up to which a CPU has time to spare for candidates: with prompt lookup and 20 rows SmolLM2-135M took some four times
+as long as without, on two busy cores."""
 
 WINDOW = 8
 """Times as many prompts as rows are put in order of length, so that those that run together are of like length. Of all
@@ -213,7 +213,7 @@ class _Prompts:
                 self.names.append(name)
                 if name not in file.present:
                     self.missing.append((name, place))
-                elif (there := file.present[name]) != questions(conversation)[: len(there)]:
+                elif (there := file.present[name]) != conversation.questions[: len(there)]:
                     raise UserError(
                         f"{file.path} has the answer to another prompt under id {identity}; choose another output"
                     )
