@@ -16,15 +16,7 @@ from outdraft.training.train import train
 defaults = ["reference", str(DATA / "train_prompts.jsonl"), "runs/example", "200"]
 name, questions, output, steps = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
 
-writer = outdraft.load(name, method="prompt-lookup")
-answers = regenerate(
-    lambda prompts, **settings: writer.generate(prompts, **settings).tokens,
-    questions,
-    Path(output) / "answers.jsonl",
-    tokenizer=writer.tokenizer,
-    max_new_tokens=64,
-    context_length=writer.target.context_length,
-).output
+answers = regenerate(outdraft.load(name), questions, Path(output) / "answers.jsonl", max_new_tokens=64).output
 
 target = load_target(name, backend="eager")  # gradients go through its head
 config = TrainingConfig(data=answers, output_dir=Path(output) / "drafter", max_steps=int(steps), max_length=384)

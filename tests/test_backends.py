@@ -97,7 +97,7 @@ def test_modules_are_known_by_what_they_hold(family: str, doubles: dict[str, int
 def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
     model = tiny(family, dtype=torch.float32)
     with torch.inference_mode():
-        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1)):
+        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (2, fused.FOLDED), (2, fused.FOLDED + 1)):
             ours, stock = (
                 tree_features(Target(model, backend=backend), rows, nodes) for backend in ("packed", "eager")
             )
@@ -253,7 +253,7 @@ def test_compiled_features_are_those_of_stock_modules(family: str) -> None:
     model = tiny(family)
     eager, target = Target(model), Target(model, backend="compiled")
     with torch.inference_mode():
-        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1)):
+        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (2, fused.FOLDED), (2, fused.FOLDED + 1)):
             ours, stock = tree_features(target, rows, nodes), tree_features(eager, rows, nodes)
             torch.testing.assert_close(ours, stock, atol=1e-9, rtol=1e-9)
     assert target.backend == "compiled" and target.num_parameters == eager.num_parameters

@@ -177,12 +177,45 @@ def test_train_measures_on_given_prompts(folders: Folders, tmp_path: Path) -> No
 def test_regenerate_answers_and_goes_on(folders: Folders, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     common = ("regenerate", "--model", folders.target, "--data", folders.chats, "--output", output)
-    settings = ("--max-new-tokens", 8, "--dtype", "float32")
-    assert parsed(*common, *settings)["written"] == 12
+    settings = ("--max-new-tokens", 8, "--dtype", "float32", "--temperature", "0,1", "--batch-size", 5)
+    assert parsed(*common, *settings)["written"] == 24
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])
-    assert 0 < parsed(*common, *settings, "-d", folders.drafter)["written"] < 12
+    assert 0 < parsed(*common, *settings)["written"] < 24
     assert output.read_bytes() == whole
+    said = succeeded(*common, *settings).stdout
+    assert "0 written, 24 were there" in said
+    greedy = ("--max-new-tokens", 8, "--dtype", "float32", "--output")
+    plain, drafted = tmp_path / "plain.jsonl", tmp_path / "drafted.jsonl"
+    said = succeeded(*common, *greedy, plain).stdout
+    assert "12 written" in said and "tokens/s" in said and "ended by themselves" in said and "tau" not in said
+    for more in (("-d", folders.drafter), ("--method", "prompt-lookup")):
+        drafted.unlink(missing_ok=True)
+        assert "tau" in succeeded(*common, *greedy, drafted, *more).stdout
+        assert drafted.read_bytes() == plain.read_bytes()
+
+
+def test_regenerate_interrupted_says_how_to_go_on(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from outdraft.training.crowd import Crowd
+
+    def interrupted(crowd: Crowd) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Crowd, "step", interrupted)
+    result = run("regenerate", "--model", folders.target, "--data", folders.chats, "-o", tmp_path / "o.jsonl")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        f"interrupted: 0 of 12 answers are in {tmp_path / 'o.jsonl'}; run it again to go on"
+    )
+
+
+def test_regenerate_refuses_what_would_do_nothing(folders: Folders, tmp_path: Path) -> None:
+    common = ("regenerate", "--model", folders.target, "--data", folders.chats, "-o", tmp_path / "o.jsonl")
+    assert "--top-p changes nothing at temperature 0" in refused(*common, "--top-p", 0.9)
+    assert "numbers with commas" in refused(*common, "--temperature", "warm")
+    assert "at least 1" in refused(*common, "--batch-size", 0)
 
 
 def test_info_tells_models_from_drafters(folders: Folders) -> None:

@@ -302,6 +302,15 @@ def test_the_last_conversations_are_held_out(tmp_path: Path) -> None:
     assert hold_out(data, 2).write(tmp_path / "split").read_bytes() == before
 
 
+def test_answers_to_one_prompt_are_not_divided(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": str(i // 3)}, {"role": "assistant", "content": str(i)}] for i in range(30)]
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    split = hold_out(data, 2)
+    assert [one.messages[1]["content"] for one in split.held_out] == ["27", "28", "29"]
+    assert len(split.trained) == 27
+
+
 def test_small_data_are_not_divided(tmp_path: Path) -> None:
     data = write_chats(tmp_path / "chats.jsonl", 5)
     split = hold_out(data)

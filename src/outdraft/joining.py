@@ -42,6 +42,11 @@ class Decoder:
         running = self._running.rows if self._running is not None else []
         return [*running, *(row for newcomers in self._coming for row in newcomers.batch.rows)]
 
+    @property
+    def prefilling(self) -> bool:
+        """Whether newcomers have not joined yet."""
+        return bool(self._coming)
+
     def add(self, rows: Sequence[Row]) -> None:
         """These come in together, each of at least one new token; their prompts run side by side."""
         batch = Batch(self.target, self.drafter, rows, self._largest, self.costs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +54,9 @@ def test_a_folder_is_read_by_file_name_and_a_json_list_as_it_is(tmp_path: Path) 
     [
         ('{"messages": [', "broken JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        ('{"prompt": "x"}', "unknown shape with keys: prompt"),
+        ('{"words": "x"}', "unknown shape with keys: words"),
+        ('{"prompt": 7}', '"prompt" must be a non-empty string'),
+        ('{"turns": ["x", ""]}', '"turns" must be a list of non-empty strings'),
         ('["x"]', "must be an object"),
         ('{"messages": []}', "empty"),
         ('{"messages": [{"role": "user"}]}', 'string "content"'),
@@ -82,3 +86,90 @@ def test_missing_and_empty_data_say_what_to_give(tmp_path: Path) -> None:
         read_conversations(write(tmp_path, ""))
     with pytest.raises(UserError, match="all 1 lines were skipped"):
         read_conversations(write(tmp_path, "nonsense"), on_bad_line="skip")
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"prompt": "a"}, ["a"]),
+        ({"prompt": "a", "completion": "b"}, ["a", "b"]),
+        ({"instruction": "a", "input": ""}, ["a"]),
+        ({"instruction": "a", "input": "c", "output": "b", "text": "Below is an instruction"}, ["a\n\nc", "b"]),
+        ({"question": "a", "answer": "b"}, ["a", "b"]),
+    ],
+)
+def test_bare_questions_are_a_users_turn(tmp_path: Path, record: dict[str, str], turns: list[str]) -> None:
+    (found,) = read_conversations(write(tmp_path, json.dumps(record)))
+    assert found.bare and [message["content"] for message in found.messages] == turns
+    assert [message["role"] for message in found.messages] == ["user", "assistant"][: len(turns)]
+
+
+def test_the_turns_of_spec_bench_are_all_questions(tmp_path: Path) -> None:
+    (found,) = read_conversations(write(tmp_path, '{"question_id": 81, "category": "qa", "turns": ["a", "b"]}'))
+    assert [(message["role"], message["content"]) for message in found.messages] == [("user", "a"), ("user", "b")]
+
+
+def test_a_text_file_has_a_prompt_a_line_and_other_names_may_hold_json(tmp_path: Path) -> None:
+    found = list(read_conversations(write(tmp_path, "one", "", '{"text": "no record"}', name="prompts.txt")))
+    assert [one.messages[0]["content"] for one in found] == ["one", '{"text": "no record"}']
+    assert found[1].source.endswith("prompts.txt:3")
+    assert [one.text for one in read_conversations(write(tmp_path, '{"text": "x"}', name="data"))] == ["x"]
+
+
+def test_what_is_not_finished_stays_so_when_it_is_written_again(tmp_path: Path) -> None:
+    turns = json.loads(GOOD)["messages"]
+    marked = [turns[0], {**turns[1], "finished": False}, *turns]
+    lines = [
+        {"id": 3, "source": "gsm8k", "finished": False, "messages": marked},
+        {"finished": True, "messages": turns},
+        {"finished": False, "text": "once"},
+    ]
+    found = list(read_conversations(write(tmp_path, *map(json.dumps, lines))))
+    assert [one.cut for one in found] == [{1, 3}, set(), {0}]
+    assert (found[0].id, found[0].origin, found[1].id, found[1].origin) == (3, "gsm8k", None, None)
+    again = list(read_conversations(write(tmp_path, *(json.dumps(one.record()) for one in found), name="again.jsonl")))
+    assert [(one.messages, one.text, one.cut) for one in again] == [(one.messages, one.text, one.cut) for one in found]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **modules: object) -> None:
+    """These stand for packages; None for one that is missing."""
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+
+
+def test_parquet_and_the_hub_name_the_package_that_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, pyarrow=None, pyarrow__parquet=None, pandas=None, datasets=None)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read_conversations(tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="pip install datasets"):
+        read_conversations("hf:some/set")
+
+
+def test_a_data_set_of_the_hub_is_asked_for_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        if split == "none":
+            raise ValueError("no such split\nat all")
+        return [{"prompt": "a"}]
+
+    installed(monkeypatch, datasets=SimpleNamespace(load_dataset=load_dataset))
+    found = [*read_conversations("hf:some/set"), *read_conversations("hf:some/set:test")]
+    assert asked == [("some/set", "train"), ("some/set", "test")]
+    assert [one.source for one in found] == ["hf:some/set:#1", "hf:some/set:test:#1"]
+    with pytest.raises(UserError, match=r"no such split; check the name"):
+        read_conversations("hf:some/set:none")
+
+
+def test_parquet_rows_are_records(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    turns = json.loads(GOOD)["messages"]
+    parquet.write_table(arrow.table({"messages": [turns, turns]}), tmp_path / "p.parquet")
+    for path in (tmp_path / "p.parquet", tmp_path):
+        assert [list(one.messages) for one in read_conversations(path)] == [turns, turns]
+    (tmp_path / "p.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="no Parquet file that can be read"):
+        read_conversations(tmp_path / "p.parquet")

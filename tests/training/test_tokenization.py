@@ -56,6 +56,42 @@ def test_only_the_answers_and_their_end_tokens_carry_loss() -> None:
     assert marked(CHATML) == ["Grüß<|im_end|>", "ok<|im_end|>"]
 
 
+CUT = Conversation("data:1", messages=TWO_TURNS.messages, cut=frozenset({3}))
+BOTH_CUT = Conversation("data:1", messages=TWO_TURNS.messages, cut=frozenset({1, 3}))
+TWO_ENDS = MARKED.replace("<|im_end|>{% endgeneration %}", "<|im_end|><|im_end|>\n{% endgeneration %}")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, TWO_ENDS], ids=["prefixes", "marks", "two ends"])
+def test_no_end_token_is_learned_after_an_answer_that_was_cut_off(template: str) -> None:
+    whole = marked(template)
+    assert whole[0].startswith("Grüß<|im_end|>") and whole[1].startswith("ok<|im_end|>")
+    assert marked(template, [CUT]) == [whole[0], "ok"]
+    assert marked(template, [BOTH_CUT]) == ["Grüß", "ok"]
+
+
+def test_an_end_without_special_tokens_is_left_out_as_well() -> None:
+    assert marked(TRIMMING, [BOTH_CUT]) == ["(Grüß", "(ok"]
+
+
+def test_ids_do_not_depend_on_whether_an_answer_was_cut_off() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenize([CUT], tokenizer, 999)[0].input_ids.equal(tokenize([TWO_TURNS], tokenizer, 999)[0].input_ids)
+
+
+def test_an_end_that_the_tokenizer_adds_to_a_text_counts_only_if_the_text_ended() -> None:
+    class Ending:
+        """Ends every text, as some tokenizers do."""
+
+        eos_token_id = 2
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [7, 8, 9, 2]}
+
+    ended, cut = Conversation("data:1", text="x"), Conversation("data:1", text="x", cut=frozenset({0}))
+    masks = [tokenize([one], Ending(), 99)[0].loss_mask.tolist() for one in (ended, cut)]
+    assert masks == [[True] * 4, [True, True, True, False]]
+
+
 def test_generation_marks_of_the_template_are_used() -> None:
     assert marked(MARKED) == ["Grüß<|im_end|>", "ok<|im_end|>"]
 

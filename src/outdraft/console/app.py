@@ -58,8 +58,8 @@ class Verbs(TyperGroup):
                 return super().invoke(ctx)
         except UserError as error:
             _end(f"error: {error}", USER_MISTAKE, debug)
-        except KeyboardInterrupt:
-            _end("interrupted", INTERRUPTED, debug)
+        except KeyboardInterrupt as stop:  # with a message where there is something to go on with
+            _end(str(stop) or "interrupted", INTERRUPTED, debug)
         except BrokenPipeError:  # the reader of our output, `head` for one, has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(INTERNAL) from None

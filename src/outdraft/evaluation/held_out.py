@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from outdraft.drafters.checkpoint import Network
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
@@ -44,7 +43,7 @@ class Split:
     @property
     def prompts(self) -> list[Prompt]:
         """What to measure tau on: what is held out, else some of what is trained on."""
-        return [prompt_of(_record(conversation)) for conversation in self.held_out or self.trained[:HELD_OUT]]
+        return [prompt_of(conversation.record()) for conversation in self.held_out or self.trained[:HELD_OUT]]
 
     def write(self, folder: Path) -> Path:
         """The data to train on: `folder/train.jsonl`, beside `held_out.jsonl`; what it came from if all is trained on.
@@ -62,6 +61,8 @@ class Split:
 def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error") -> Split:
     """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
 
+    Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
+
     Raises:
         UserError: data that cannot be used.
     """
@@ -70,12 +71,19 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     if found.skipped:
         notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
     kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
+    while 0 < kept < len(everything) and _same_prompt(everything[-kept - 1], everything[-kept]):
+        kept += 1
+    kept = 0 if kept == len(everything) else kept
     if kept:
         notes.append(f"held out for measuring tau: the last {kept} of {len(everything)} conversations")
     else:
         notes.append("no conversation is held out: tau is measured on prompts that are trained on")
     split = len(everything) - kept
     return Split(data, everything[:split], everything[split:], notes)
+
+
+def _same_prompt(one: Conversation, other: Conversation) -> bool:
+    return one.text is None and other.text is None and one.questions == other.questions
 
 
 def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
@@ -108,13 +116,9 @@ def tau_meter(
     return measure
 
 
-def _record(conversation: Conversation) -> dict[str, Any]:
-    return {"messages": list(conversation.messages)} if conversation.text is None else {"text": conversation.text}
-
-
 def _write(path: Path, conversations: Sequence[Conversation]) -> None:
     """Written aside and renamed: several processes may do this at once."""
     aside = path.with_suffix(f".{os.getpid()}.partial")
-    lines = (json.dumps(_record(conversation), ensure_ascii=False) for conversation in conversations)
+    lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
     aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     os.replace(aside, path)

@@ -1,17 +1,19 @@
 """Prompts to measure with, from files.
 
-JSON lines of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
-`{"prompt"}` or `{"text"}`; in any other file every line is a prompt. Knows nothing of models.
+Records of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
+`{"prompt"}`, Alpaca's `{"instruction", "input"}` or `{"text"}`; which files hold them is `records.py`'s to know. Knows
+nothing of models.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError
+from outdraft.records import HUB, bare_question, read_records
+from outdraft.records import BadRecord as NoPrompt
 from outdraft.text import encode_prompts
 
 Prompt = str | list[dict[str, str]]
@@ -27,13 +29,12 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     Raises:
         UserError: no such file, a line that holds no prompt (with its number), or no prompt at all.
     """
-    path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}; leave it out for all prompts")
-    if not path.is_file():
+    if not str(path).startswith(HUB) and not Path(path).is_file():
         raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
     found = []
-    for source, _, content in prompt_lines(path):
+    for source, _, content in read_records(path):
         try:
             if isinstance(content, NoPrompt):
                 raise content
@@ -47,34 +48,12 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return found
 
 
-def prompt_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """`file:line`, the line's number and what it holds: a record of JSON lines or the text of another file's line.
-
-    Where a line cannot be read, a `NoPrompt` with the reason stands in its place.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            content: Any
-            try:
-                text = line.decode("utf-8-sig").strip()
-                content = json.loads(text) if path.suffix in (".jsonl", ".json") else {"text": text}
-            except UnicodeDecodeError:
-                content = NoPrompt("not UTF-8 text")
-            except json.JSONDecodeError as problem:
-                content = NoPrompt(f"broken JSON, {problem}")
-            yield f"{path}:{number}", number, content
-
-
-class NoPrompt(Exception):
-    """A record without a prompt; carries the reason."""
-
-
 def prompt_of(record: Any) -> Prompt:
     """What to answer in one record; the answers that a conversation ends with are left out."""
     if not isinstance(record, dict):
         raise NoPrompt("a record must be an object")
+    if "instruction" in record and (asked := bare_question(record)) is not None:
+        return [{"role": "user", "content": asked}]
     for name in ("prompt", "text"):
         if name in record:
             if not isinstance(record[name], str) or not record[name].strip():

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import NoPrompt, Prompt, prompt_lines, prompt_of
+from outdraft.evaluation.prompts import Prompt, prompt_of
+from outdraft.records import BadRecord as NoPrompt
+from outdraft.records import read_records
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -96,7 +98,7 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
     known: dict[int | str, str] = {}
     for file in files:
         read = _reader(suite, file, several=path.is_dir())
-        for source, number, content in prompt_lines(file):
+        for source, number, content in read_records(file):
             try:
                 if isinstance(content, NoPrompt):
                     raise content
@@ -118,7 +120,7 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
 
 def guessed(file: Path) -> str:
     """The suite that a file's records are of; `prompts` where nothing tells."""
-    records = [content for _, _, content in prompt_lines(file) if isinstance(content, dict)]
+    records = [content for _, _, content in read_records(file) if isinstance(content, dict)]
     if not records or not all("turns" in record or "answer" in record for record in records):
         return "prompts"
     if all("question" in record for record in records):

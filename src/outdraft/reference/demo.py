@@ -214,17 +214,7 @@ def write_answers(target: Target, folder: Path, remarks: Console, count: int = 4
     questions = folder / "prompts.jsonl"
     records: list[Messages] = load_prompts("train")[:count]
     questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records), encoding="utf-8")
-    model = SpeculativeModel(target)
-    regenerate(
-        lambda prompts, **settings: model.generate(prompts, **settings).tokens,
-        questions,
-        folder / "answers.jsonl",
-        tokenizer=target.tokenizer,
-        max_new_tokens=128,
-        batch_size=16,
-        context_length=target.context_length,
-        console=remarks,
-    )
+    regenerate(SpeculativeModel(target), questions, folder / "answers.jsonl", max_new_tokens=128, console=remarks)
     return folder / "answers.jsonl"
 
 

@@ -1,18 +1,20 @@
-"""Conversations from JSON lines: three shapes in, one shape out, every mistake named with its file and line.
+"""Conversations from records of data: several shapes in, one shape out, every mistake named with its file and line.
 
-Reads `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}` and `{"text": ...}`. Knows no tokenizer and no
-model: what becomes of a conversation is decided in `tokenization.py` and `regenerate.py`.
+Reads `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with or without
+an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`, Spec-Bench's
+`{"turns": [...]}`. Knows no tokenizer and no model: what becomes of a conversation is decided in `tokenization.py` and
+`regenerate.py`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from outdraft.errors import UserError
+from outdraft.records import ANSWERS, BadRecord, bare_question, data_files, read_records
 
 Message = dict[str, str]
 OnBadLine = Literal["error", "skip"]
@@ -27,19 +29,48 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-SHAPES = '{"messages": [...]}, {"conversations": [...]} or {"text": "..."}'
+SHAPES = '{"messages": [...]}, {"conversations": [...]}, {"prompt": "..."} or {"text": "..."}'
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One line of the data: either the turns of a chat or the text of a document."""
+    """One record of the data: either the turns of a chat or the text of a document."""
 
     source: str
     """`file:line`, for messages to the user."""
     messages: tuple[Message, ...] = ()
-    """`{"role", "content"}` with roles system, user, assistant; an optional system turn, then user first, in turns."""
+    """`{"role", "content"}` with roles system, user, assistant; an optional system turn, then user first, in turns. Of
+    Spec-Bench's `turns` the user's alone."""
     text: str | None = None
     """A plain document for base models; None for a chat."""
+    bare: bool = False
+    """Whether it came as a question without turns, which a model without a chat template can continue as it is."""
+    cut: frozenset[int] = frozenset()
+    """Places of assistant turns that were cut off, after which no end token belongs; 0 for a text."""
+    id: int | str | None = None
+    """The record's own, where it has one."""
+    origin: str | None = None
+    """What the record says of where it comes from, under `source`."""
+
+    @property
+    def questions(self) -> list[Message]:
+        """The turns that are not the assistant's."""
+        return [message for message in self.messages if message["role"] != "assistant"]
+
+    def record(self) -> dict[str, Any]:
+        """A record that is read as this conversation's turns or text again."""
+        if self.text is not None:
+            return {"text": self.text, **({"finished": False} if self.cut else {})}
+        messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
+        last = last_answer(self.messages)
+        for place in self.cut - {last}:
+            messages[place]["finished"] = False
+        return {**({"finished": False} if last in self.cut else {}), "messages": messages}
+
+
+def last_answer(messages: Sequence[Message]) -> int:
+    """The place of the last assistant turn; -1 where there is none."""
+    return max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
 
 @dataclass
@@ -57,15 +88,13 @@ class ConversationSet:
         return iter(self.conversations)
 
 
-class _BadLine(Exception):
-    """A record that cannot be used; carries the reason."""
-
-
 def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> ConversationSet:
-    """Read one JSON-lines file, a JSON file that holds a list of records, or every `*.jsonl` of a folder by name.
+    """Read all records of a file, of every `*.jsonl` and `*.parquet` of a folder by name, or of `hf:NAME`.
+
+    A file is JSON lines, a JSON list, Parquet, or a text with a prompt a line.
 
     Args:
-        path: the file or folder.
+        path: the file, the folder or the data set.
         on_bad_line: `error` stops at the first record that cannot be used; `skip` leaves it out and lists it.
 
     Raises:
@@ -73,10 +102,10 @@ def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> Co
     """
     found = ConversationSet()
     for file in data_files(path):
-        for source, record in _records(file):
+        for source, _, record in read_records(file):
             try:
                 found.conversations.append(_conversation(source, record))
-            except _BadLine as problem:
+            except BadRecord as problem:
                 message = f"{source}: {problem}"
                 if on_bad_line == "error":
                     raise UserError(
@@ -89,76 +118,60 @@ def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> Co
     return found
 
 
-def data_files(path: str | Path) -> list[Path]:
-    """The files that `path` stands for, sorted by name.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise UserError(f"no *.jsonl file in {path}; give --data a JSON-lines file or a folder that has some")
-        return files
-    if not path.is_file():
-        raise UserError(f"no such file or folder: {path}; give --data a JSON-lines file or a folder of them")
-    return [path]
-
-
-def _records(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-    with file.open("rb") as lines:
-        start = lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        lines.seek(0)
-        if start.startswith(b"["):  # ShareGPT is published as one JSON list
-            try:
-                records = json.load(lines)
-            except ValueError as problem:
-                raise UserError(
-                    f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines"
-                ) from None
-            yield from ((f"{file}:#{i + 1}", record) for i, record in enumerate(records))
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{file}:{number}", line
-
-
-def _conversation(source: str, record: bytes | dict[str, Any]) -> Conversation:
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise _BadLine("not UTF-8 text") from None
-        except ValueError as problem:
-            raise _BadLine(f"broken JSON, {problem}") from None
+def _conversation(source: str, record: Any) -> Conversation:
+    if isinstance(record, BadRecord):
+        raise record
     if not isinstance(record, dict):
-        raise _BadLine(f"a record must be an object such as {SHAPES}")
-    if "messages" in record:
-        return Conversation(source, messages=_turns(record["messages"], "role", "content"))
-    if "conversations" in record:
-        return Conversation(source, messages=_turns(record["conversations"], "from", "value"))
-    if "text" in record:
+        raise BadRecord(f"a record must be an object such as {SHAPES}")
+    name, origin = record.get("id"), record.get("source")
+    known: dict[str, Any] = {
+        "id": name if isinstance(name, int | str) else None,
+        "origin": origin if isinstance(origin, str) else None,
+    }
+    unfinished = record.get("finished") is False
+    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if name in record:
+            messages = _turns(record[name], role, content)
+            cut = {place for place, turn in enumerate(record[name]) if turn.get("finished") is False}
+            return Conversation(
+                source, messages, cut=frozenset(cut | ({last_answer(messages)} if unfinished else set())), **known
+            )
+    if "text" in record and not isinstance(record.get("instruction"), str):  # Alpaca's `text` is both in a template
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise _BadLine('"text" must be a non-empty string')
-        return Conversation(source, text=record["text"])
+            raise BadRecord('"text" must be a non-empty string')
+        return Conversation(source, text=record["text"], cut=frozenset({0} if unfinished else ()), **known)
+    if "turns" in record:
+        return Conversation(source, _asked(record["turns"]), **known)
+    if (question := bare_question(record)) is not None:
+        answers = [record[name] for name in ANSWERS if isinstance(record.get(name), str)]
+        spoken = [("user", question), *(("assistant", answer) for answer in answers[:1])]
+        messages = tuple({"role": role, "content": content} for role, content in spoken)
+        end = frozenset({1} if unfinished and answers else ())
+        return Conversation(source, messages, bare=True, cut=end, **known)
     keys = ", ".join(sorted(map(str, record))) or "none"
-    raise _BadLine(f"unknown shape with keys: {keys}; expected {SHAPES}")
+    raise BadRecord(f"unknown shape with keys: {keys}; expected {SHAPES}")
+
+
+def _asked(turns: Any) -> tuple[Message, ...]:
+    """Spec-Bench's turns, all of them the user's."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise BadRecord('"turns" must be a list of non-empty strings')
+    return tuple({"role": "user", "content": turn} for turn in turns)
 
 
 def _turns(turns: Any, role_key: str, content_key: str) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
-        raise _BadLine("the list of turns is empty or no list")
+        raise BadRecord("the list of turns is empty or no list")
     messages = []
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get(content_key), str):
-            raise _BadLine(f'every turn needs "{role_key}" and a string "{content_key}"')
+            raise BadRecord(f'every turn needs "{role_key}" and a string "{content_key}"')
         role = ROLES.get(str(turn.get(role_key)).lower())
         if role is None:
-            raise _BadLine(f'unknown role "{turn.get(role_key)}"; known are {", ".join(ROLES)}')
+            raise BadRecord(f'unknown role "{turn.get(role_key)}"; known are {", ".join(ROLES)}')
         messages.append({"role": role, "content": turn[content_key]})
     order = [message["role"] for message in messages]
     spoken = order[1:] if order[0] == "system" else order
     if spoken != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))] or not spoken:
-        raise _BadLine(f"wrong role order ({', '.join(order[:6])}); user and assistant must alternate, user first")
+        raise BadRecord(f"wrong role order ({', '.join(order[:6])}); user and assistant must alternate, user first")
     return tuple(messages)

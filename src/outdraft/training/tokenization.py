@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -84,9 +84,11 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
         if conversation.text is not None:
             ids = list(tokenizer(conversation.text)["input_ids"])
             mask, marked = [True] * len(ids), 0
+            if conversation.cut and ids[-1] == tokenizer.eos_token_id:  # one that the tokenizer adds
+                mask[-1] = False
         else:
             require_chat_template(tokenizer, conversation.source)
-            ids, mask, marked = _chat(_until_last_response(conversation.messages), tokenizer)
+            ids, mask, marked = _chat(_until_last_response(conversation.messages), tokenizer, conversation.cut)
             spoken = sum(message["role"] == "assistant" for message in conversation.messages)
             turns += spoken
             found.unmarked_turns += spoken - marked
@@ -141,23 +143,63 @@ def _until_last_response(messages: Sequence[Message]) -> list[Message]:
     return kept
 
 
-def _chat(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[bool], int]:
-    """Ids, mask and the number of assistant turns that could be marked."""
-    spoken = sum(message["role"] == "assistant" for message in messages)
-    if not spoken:
+def _chat(messages: list[Message], tokenizer: Any, cut: Collection[int] = ()) -> tuple[list[int], list[bool], int]:
+    """Ids, mask and the number of assistant turns that could be marked; turns at the places `cut` have no end."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
         return [], [], 0
     if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
         marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         if any(marked["assistant_masks"]):
-            return list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]], spoken
+            ids, mask = list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
+            return ids, _without_ends(ids, mask, answers, cut, tokenizer), len(answers)
     text = render(tokenizer, messages)
-    spans = [span for i in range(len(messages)) if (span := _response_span(tokenizer, messages, i, text)) is not None]
+    found = {place: _response_span(tokenizer, messages, place, text) for place in answers}
+    ended = [span for place, span in found.items() if span is not None and place not in cut]
+    endless = [
+        (span[0], _spoken_end(tokenizer, text, span, messages[place]["content"]))
+        for place, span in found.items()
+        if span is not None and place in cut
+    ]
+    spans = sorted([*ended, *endless])
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
     else:
         ids, starts = _ids_and_starts(tokenizer, text, spans)
-    return ids, _mask(ids, starts, spans, tokenizer.eos_token_id), len(spans)
+    marks = zip(_mask(ids, starts, ended, tokenizer.eos_token_id), _mask(ids, starts, endless, None), strict=True)
+    return ids, [one or other for one, other in marks], len(spans)
+
+
+def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
+    """Where in `text` what was said of a turn ends, before the template's end mark."""
+    said = content.strip()  # as many templates have it
+    place = text.rfind(said, *span)
+    if place >= 0:
+        return place + len(said)
+    marks = [text.find(mark, *span) for mark in tokenizer.all_special_tokens]
+    return min((mark for mark in marks if mark >= 0), default=span[1])
+
+
+def _without_ends(
+    ids: list[int], mask: list[bool], answers: list[int], cut: Collection[int], tokenizer: Any
+) -> list[bool]:
+    """The mask without the special tokens with which the template ends the turns at the places `cut`."""
+    begins = [i for i, marked in enumerate(mask) if marked and not (i and mask[i - 1])]
+    if not cut or len(begins) != len(answers):  # which run is which turn cannot be told: none has an end
+        chosen = begins if cut else []
+    else:
+        chosen = [begin for begin, place in zip(begins, answers, strict=True) if place in cut]
+    special = set(tokenizer.all_special_ids)
+    kept = list(mask)
+    for begin in chosen:
+        end = next((i for i in range(begin, len(ids)) if not mask[i]), len(ids))
+        marks = [i for i in range(begin, end) if ids[i] in special]
+        first = marks[-1] if marks else end
+        while first - 1 in marks:
+            first -= 1
+        kept[first:end] = [False] * (end - first)
+    return kept
 
 
 def _response_span(tokenizer: Any, messages: list[Message], turn: int, text: str) -> tuple[int, int] | None:

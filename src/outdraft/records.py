@@ -1,0 +1,164 @@
+"""Records of data, from wherever they lie: JSON lines, JSON lists, Parquet, texts with a prompt a line, the hub.
+
+All that reads prompts or conversations reads them through this, so that every verb takes the same files. What a record
+means is for its readers to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from outdraft.errors import UserError, first_line
+
+HUB = "hf:"
+"""Before the name of a data set of the Hugging Face hub."""
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+FOLDER_SUFFIXES = (".jsonl", ".parquet")
+"""Of the files that a folder stands for."""
+
+BARE = (("instruction", "input"), ("prompt", None), ("question", None))
+"""What a record without turns asks: a field, and one with more of the question that may be there."""
+
+ANSWERS = ("output", "completion", "response", "answer")
+"""Where such a record has its answer, if it has one."""
+
+Found = tuple[str, int, Any]
+"""`file:line`, the line's number and the record, or the `BadRecord` that says why it cannot be read."""
+
+
+class BadRecord(Exception):
+    """A record that cannot be used; carries the reason."""
+
+
+def read_records(source: str | Path) -> Iterator[Found]:
+    """The records of a file, in its order, or of `hf:NAME` or `hf:NAME:SPLIT` on the hub.
+
+    Raises:
+        UserError: a package is missing that such a source needs, or the whole of it cannot be read.
+    """
+    if str(source).startswith(HUB):
+        yield from _hub(str(source))
+        return
+    file = Path(source)
+    if file.suffix == ".parquet":
+        yield from _numbered(file, _parquet(file))
+        return
+    with file.open("rb") as lines:
+        start = lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if file.suffix in JSON_SUFFIXES or (file.suffix != ".txt" and start.startswith(b"{")):
+        yield from _json_list(file) if start.startswith(b"[") else _lines(file, json.loads)
+    else:
+        yield from _lines(file, lambda text: {"prompt": text})
+
+
+def data_files(path: str | Path) -> list[str | Path]:
+    """The sources that `path` stands for: itself, or the files of a folder by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if str(path).startswith(HUB):
+        return [str(path)]
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in FOLDER_SUFFIXES)
+        if not files:
+            raise UserError(f"no *.jsonl file in {path}; give --data a JSON-lines file or a folder that has some")
+        return list(files)
+    if not path.is_file():
+        raise UserError(f"no such file or folder: {path}; give --data a JSON-lines file or a folder of them")
+    return [path]
+
+
+def bare_question(record: Mapping[str, Any]) -> str | None:
+    """What a record without turns asks, Alpaca's `input` after the `instruction`; None where it asks nothing.
+
+    Raises:
+        BadRecord: the field holds no text.
+    """
+    for name, more in BARE:
+        if name not in record:
+            continue
+        question = record[name]
+        if not isinstance(question, str) or not question.strip():
+            raise BadRecord(f'"{name}" must be a non-empty string')
+        rest = record.get(more) if more else None
+        return f"{question}\n\n{rest}" if isinstance(rest, str) and rest.strip() else question
+    return None
+
+
+def _lines(file: Path, read: Any) -> Iterator[Found]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            content: Any
+            try:
+                content = read(line.decode("utf-8-sig").strip())
+            except UnicodeDecodeError:
+                content = BadRecord("not UTF-8 text")
+            except json.JSONDecodeError as problem:
+                content = BadRecord(f"broken JSON, {problem}")
+            yield f"{file}:{number}", number, content
+
+
+def _json_list(file: Path) -> Iterator[Found]:
+    """ShareGPT and Alpaca are published as one JSON list."""
+    try:
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as problem:
+        raise UserError(f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines") from None
+    yield from _numbered(file, iter(records))
+
+
+def _numbered(source: str | Path, records: Iterator[Any]) -> Iterator[Found]:
+    for number, record in enumerate(records, start=1):
+        yield f"{source}:#{number}", number, record
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        yield from _parquet_by_pandas(file)
+        return
+    try:
+        for batch in ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except Exception as error:  # the library has exceptions of its own
+        raise _unreadable(file, error) from error
+
+
+def _parquet_by_pandas(file: Path) -> Iterator[Any]:
+    try:
+        import pandas
+
+        frame = pandas.read_parquet(file)
+    except ImportError:
+        raise UserError(f"{file}: Parquet is read by pyarrow, which is missing: pip install pyarrow") from None
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    yield from json.loads(frame.to_json(orient="records"))  # plain lists and numbers in place of arrays
+
+
+def _hub(source: str) -> Iterator[Found]:
+    name, _, split = source.removeprefix(HUB).partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{source}: data sets of the hub need a package: pip install datasets") from None
+    try:
+        records = load_dataset(name, split=split or "train")
+    except Exception as error:  # network, names, scripts, formats
+        raise UserError(
+            f"{source}: {first_line(error)}; check the name, the split (hf:NAME:SPLIT), or take a file"
+        ) from (error)
+    yield from _numbered(source, iter(records))
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: no Parquet file that can be read ({first_line(error)}); check the file")
