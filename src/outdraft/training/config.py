@@ -102,6 +102,9 @@ class TrainingConfig(BaseModel):
     """Draft steps trained on the drafter's own features, as it decodes (beyond the paper; each costs a forward)."""
     unroll_decay: float = Field(0.8, gt=0, le=1)
     """Weight of every further draft step relative to the one before."""
+    unroll_from: float = Field(0.0, ge=0, lt=1)
+    """Share of the run after which further draft steps are trained; before it only the first one is, which is several
+    times as fast and what a young drafter learns most from."""
     loss_chunk_size: int = Field(512, ge=1)
     """Positions whose logits are held at once; smaller needs less memory."""
 
@@ -262,6 +265,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "feature_noise": _FEATURE_HEADS,
     "unroll_steps": _FEATURE_HEADS,
     "unroll_decay": _FEATURE_HEADS,
+    "unroll_from": _FEATURE_HEADS,
     "exit_layer": _EESD,
     "own_head": _EESD + _MEDUSA,
     "loss": _EESD + _MEDUSA,
@@ -288,6 +292,7 @@ PART_OF = {
     "token_top_k_weight": Part("token_loss", "top-k", lambda loss: loss == "top-k"),
     "w_reg_schedule": Part("w_reg", "above 0", lambda weight: weight > 0),
     "unroll_decay": Part("unroll_steps", "of 2 or more", lambda steps: steps > 1),
+    "unroll_from": Part("unroll_steps", "of 2 or more", lambda steps: steps > 1),
     "feature_cache_gb": Part("features", "cached or auto", lambda features: features != "online"),
     "feature_cache_dir": Part("features", "cached or auto", lambda features: features != "online"),
 }

@@ -73,6 +73,7 @@ class DrafterLoss(nn.Module):
         loss_mask: Tensor,
         noise: Tensor | None = None,
         said: TopProbs | None = None,
+        steps: int | None = None,
     ) -> LossSums:
         """Sums of both losses over the counted positions of a right-padded batch.
 
@@ -84,8 +85,9 @@ class DrafterLoss(nn.Module):
             noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
                 nor to what is read beside them.
             said: the target's most probable tokens at the counted positions, row by row, if they are known already.
+            steps: draft steps to train; all when not given.
         """
-        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, noise, self.unroll_steps)
+        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, noise, steps or self.unroll_steps)
         return self._compare(outputs, spoken, goal, said)
 
     def hits(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,11 @@ class Objective(ABC):
         """Positions that carry loss in a `(batch, tokens)` mask that is True where a token is of a response."""
 
     @abstractmethod
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
-        """What the loss takes in this step, from a batch (`collate`) and what was read of the target for it."""
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
+        """What the loss takes in a step, at this share of the run, from a batch (`collate`) and what was read of the
+        target for it."""
 
     def finished(self) -> Network:
         """The drafter as it decodes and is saved: itself, or a copy into which is folded what only training does."""
@@ -157,7 +160,9 @@ class FeatureObjective(Objective):
     def counted(self, loss_mask: Tensor) -> Tensor:
         return counted_positions(loss_mask)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
         ids, lengths = batch["input_ids"], batch["lengths"]
         with torch.no_grad():
             embeddings = self._embed(ids)
@@ -166,7 +171,9 @@ class FeatureObjective(Objective):
             seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
             noise = feature_noise(lengths.tolist(), self.target.hidden_size, ids.shape[1], seeds, ids.device)
         said = stored_teacher(batch, first=1)
-        return embeddings, features, batch["loss_mask"], noise, None if said is None else self._known(said)
+        known = None if said is None else self._known(said)
+        steps = self.config.unroll_steps if progress >= self.config.unroll_from else 1
+        return embeddings, features, batch["loss_mask"], noise, known, steps
 
     def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         loss: DrafterLoss = self.loss  # type: ignore[assignment]
@@ -208,7 +215,9 @@ class ExitObjective(Objective):
     def counted(self, loss_mask: Tensor) -> Tensor:
         return next_is_response(loss_mask)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
         return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"], stored_teacher(batch)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
@@ -228,7 +237,9 @@ class MedusaObjective(Objective):
     def counted(self, loss_mask: Tensor) -> Tensor:
         return reached(loss_mask, 1)
 
-    def arguments(self, batch: Mapping[str, Tensor], features: Tensor, step: int) -> tuple[Any, ...]:
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
         return features, batch["input_ids"], batch["loss_mask"], stored_teacher(batch, first=1)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:

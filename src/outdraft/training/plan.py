@@ -160,14 +160,17 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
             parts = [top_probs(objective.reading.target.head(rows), top_k) for rows in goals.split(HEAD_ROWS)]
             batch["teacher_ids"], batch["teacher_probs"] = (torch.cat(part) for part in zip(*parts, strict=True))
 
-    def piece() -> None:
+    def piece(progress: float = 1.0) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            sums = objective.loss(*objective.arguments(batch, held["features"], 0))
+            sums = objective.loss(*objective.arguments(batch, held["features"], 0, progress))
         objective.total(sums).backward()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     target_seconds, piece_seconds = _seconds(forward, device), _seconds(piece, device)
+    if config.unroll_steps > 1 and config.unroll_from:
+        alone = _seconds(lambda: piece(0.0), device)
+        piece_seconds += config.unroll_from * (alone - piece_seconds)
     update_seconds = _seconds(lambda: optimizer.step(), device)
     online = 0.0 if cached else target_seconds
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

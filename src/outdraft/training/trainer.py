@@ -104,12 +104,12 @@ class DrafterTrainer(Trainer):
         """The step's mean loss, as this group's share of it."""
         ids, lengths = inputs["input_ids"], inputs["lengths"]
         features = inputs["features"] if "features" in inputs else self.objective.reading(ids, lengths)
-        sums = model(*self.objective.arguments(inputs, features, self.state.global_step))
+        progress = self.state.global_step / self.args.max_steps
+        sums = model(*self.objective.arguments(inputs, features, self.state.global_step, progress))
         for name, part in sums._asdict().items():
             self._sums[name] = self._sums.get(name, 0.0) + part.detach().double().cpu()
         count = sums.positions if num_items_in_batch is None else num_items_in_batch
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
-        progress = self.state.global_step / self.args.max_steps
         loss = self.objective.total(sums, progress) * (self.args.world_size / max(int(count), 1))
         return (loss, sums) if return_outputs else loss
 
