@@ -25,6 +25,8 @@ from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.teacher import predicting, top_probs
 from outdraft.training.trainer import use_bf16
 
+MANY_PASSES = 10
+
 
 @dataclass
 class TrainPlan:
@@ -68,6 +70,7 @@ class TrainPlan:
             "data": f"{self.examples:,} examples, {self.tokens:,} tokens, {self.response_tokens:,} of responses",
             "steps": f"{self.steps:,} ({self.passes:.1f} passes over the data)",
             "time": f"{duration(self.seconds)} ({self.step_seconds:.3g} s a step, timed here)",
+            "in hours": self._in_hours(),
             "memory": f"{self.memory_bytes / GIGABYTE:.2f} GB",
             "features": f"{self.feature_cache_bytes / GIGABYTE:.3f} GB on disk"
             if self.feature_cache_bytes
@@ -78,6 +81,14 @@ class TrainPlan:
         console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
+
+    def _in_hours(self) -> str:
+        """Passes over the data that an hour, four and twelve are good for at the speed timed here."""
+        reading = max(self.seconds - self.steps * self.step_seconds, 0.0)
+        a_pass = self.steps * self.step_seconds / self.passes
+        counts = {hours: max(hours * 3600 - reading, 0.0) / a_pass for hours in (1, 4, 12)}
+        shown = ", ".join(f"{count:.1f} passes in {hours} h" for hours, count in counts.items())
+        return f"{shown}; past {MANY_PASSES} passes more answers bring more than more steps"
 
 
 def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:

@@ -16,6 +16,9 @@ from outdraft.training.exit_choice import ExitChoice
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.tokenization import ExampleSet, tokenize
 
+ADVISED_EXAMPLES = 5000
+"""Conversations from which drafters learn well; a fifth of them is few."""
+
 
 @dataclass
 class Preparation:
@@ -41,7 +44,13 @@ class Preparation:
             (data.without_response, "conversations have no response token left and were dropped"),
             (data.unmarked_turns, "assistant turns carry no loss: the template renders them differently later on"),
         )
-        return [f"{count} {text}" for count, text in counts if count]
+        notes = [f"{count} {text}" for count, text in counts if count]
+        if len(data) < ADVISED_EXAMPLES // 5:
+            notes.append(
+                f"{len(data)} examples are few to learn from: {ADVISED_EXAMPLES:,} answers by the target itself are "
+                "advised (outdraft regenerate)"
+            )
+        return notes
 
 
 def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
