@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from outdraft.allocator import keep_freed_memory
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
@@ -34,6 +35,7 @@ def plan_training(settings: dict[str, Any]) -> TrainPlan:
     Raises:
         UserError: settings, target or data that cannot work.
     """
+    keep_freed_memory()
     around, config = _divided(settings)
     return plan(_target(around), config)
 
@@ -49,6 +51,7 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
     Raises:
         UserError: settings, target or data that cannot work.
     """
+    keep_freed_memory()
     around, config = _divided(settings)
     count = HELD_OUT if around.get("hold_out") is None else around["hold_out"]
     if not isinstance(count, int) or count < 0:
