@@ -25,4 +25,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((MMAP_MAX, 0), (TRIM_THRESHOLD, KEPT_BYTES), (TOP_PAD, PAD_BYTES))
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    told = [mallopt(parameter, value) == 1 for parameter, value in settings]
+    return all(told)
