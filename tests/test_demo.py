@@ -16,7 +16,7 @@ from cli_fixtures import Folders, make_folders
 from outdraft import named
 from outdraft.cli import app
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import Answer, Contender
+from outdraft.evaluation.measure import Answer, Contender, compare
 from outdraft.evaluation.report import closing
 from outdraft.evaluation.summary import Summary
 from outdraft.reference import demo
@@ -171,6 +171,12 @@ def test_slow_machines_decode_fewer_prompts_and_then_shorter_answers(
     found = demo.affordable(rivals, [1], 28, 64, time.perf_counter() + 50.2)
     assert found == (prompts, tokens)
     assert demo.affordable(rivals, [1], 2, 8, time.perf_counter() + 50) == (2, 8)
+
+
+def test_no_prompt_is_begun_after_the_time_there_is() -> None:
+    alone = [rival(1.0)]
+    late, early = time.perf_counter() - 1, time.perf_counter() + 60
+    assert [len(compare(alone, [[1], [2], [3]], end=end)["x"]) for end in (late, early, None)] == [1, 3, 3]
 
 
 # --- what it comes to ----------------------------------------------------------------------------------------------

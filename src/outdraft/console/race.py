@@ -41,9 +41,9 @@ class Race:
         rates = f"{number(self.plain.tokens_per_second, '.1f')} tokens/s, {self.name}"
         text = "the same text"
         if (found := self.parting) is not None:
-            kind = "a near-tie" if found.tie else "more than rounding explains"
+            kind = "a near-tie that rounding decides" if found.tie else "more than rounding explains"
             gap = f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
-            text = f"texts differ from token {found.position + 1} on, {kind} ({gap})"
+            text = f"the texts part at token {found.position + 1}, {kind} ({gap})"
         return (
             f"{PLAIN} {rates} {number(self.drafted.tokens_per_second, '.1f')} tokens/s: {number(self.ratio)}x, {text}"
         )

@@ -110,7 +110,8 @@ class DemoResult:
         console.print()
         console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
         facts = self.environment
-        console.print(f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend")
+        made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
+        console.print(f"{summaries[0].questions} held-out prompts; {made_on}")
         if any(summary.divergences for summary in summaries):
             console.print(
                 f"Texts part where {facts['dtype']} rounds a near-tie between two tokens differently in one-token and "
@@ -167,8 +168,8 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
         rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
         encoded = encode(prompts, target)
         count, tokens = affordable(rivals, encoded[0], len(encoded), settings.max_new_tokens, end)
-        remarks.print(f"decoding {count} held-out prompts, {len(rivals)} ways each, up to {tokens} tokens")
-        comparison = measured(target, rivals, encoded[:count], max_new_tokens=tokens, remarks=remarks)
+        remarks.print(f"decoding {count} held-out prompts, {len(rivals)} ways each, {tokens} tokens at most")
+        comparison = measured(target, rivals, encoded[:count], max_new_tokens=tokens, remarks=remarks, end=end)
     return DemoResult(name, streamed, comparison, environment(target), training)
 
 
