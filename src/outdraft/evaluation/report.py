@@ -138,7 +138,7 @@ def closing(summaries: Sequence[Summary]) -> str:
         if math.isfinite(best.over_stock):
             text += f", {number(best.over_stock)}x over {STOCK}"
         if not best.speedup_interval[0] > 1:
-            text += f" (not proven: {best.questions} questions leave room for 1x)"
+            text += " (not proven: too few questions to rule out 1x)"
     else:
         text = f"Nothing was faster than {PLAIN} decoding here"
     if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 1]:

@@ -111,7 +111,7 @@ class DemoResult:
         console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
         facts = self.environment
         made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
-        console.print(f"{summaries[0].questions} held-out prompts; {made_on}")
+        console.print(f"held-out prompts: {summaries[0].questions}; {made_on}")
         if any(summary.divergences for summary in summaries):
             console.print(
                 f"Texts part where {facts['dtype']} rounds a near-tie between two tokens differently in one-token and "
