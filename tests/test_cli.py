@@ -278,24 +278,6 @@ def test_bench_prints_a_table(folders: Folders, tmp_path: Path) -> None:
     assert "prompt-lookup" in result.stdout and "fspad" in result.stdout and "yes" in result.stdout
 
 
-# --- the demo, with the tiny model in the reference target's place --------------------------------------------------
-
-
-def test_demo_trains_decodes_and_compares(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outdraft.named.reference_target_path", lambda: Path(folders.target))
-    monkeypatch.setattr("outdraft.named.reference_drafter_path", lambda *_: Path(folders.drafter))
-    monkeypatch.setattr("outdraft.reference.demo.CONVERSATIONS", folders.chats)
-    common = ("demo", "--prompts", 2, "--max-new-tokens", 6, "--dtype", "float32")
-    found = parsed(*common, "--train-seconds", 0.5, "--output-dir", tmp_path / "kept")
-    assert set(found["methods"]) == {"plain", "prompt-lookup", "fspad-demo", "fspad-shipped", "fspad-shipped+lookup"}
-    for figures in found["methods"].values():
-        assert set(figures) == {"tau", "tokens_per_second", "speedup", "identical"}
-        assert figures["identical"] is True
-    assert found["training"]["steps"] >= 1 and (tmp_path / "kept/model.safetensors").exists()
-    shown = succeeded(*common, "--skip-training").stdout
-    assert "fspad-shipped" in shown and "fspad-demo" not in shown
-
-
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 

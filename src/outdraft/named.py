@@ -37,6 +37,8 @@ class Named:
     """What it is called in records; as `transformers` calls it when None."""
     drafters: dict[str, str]
     """Methods of the drafters that ship for it, and their folders under `DRAFTERS`."""
+    prompts: Path
+    """Questions that ship for it, in none of its drafters' training data."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def _smollm2() -> Path:
 
 
 NAMED = {
-    REFERENCE: Named(lambda: reference_target_path(), None, SHIPPED),
-    SMOLLM2: Named(_smollm2, HUB_ID, {method: f"smollm2/{method}" for method in ("fspad", "eagle", "eesd")}),
+    REFERENCE: Named(lambda: reference_target_path(), None, SHIPPED, DRAFTERS / "data/heldout_prompts.jsonl"),
+    SMOLLM2: Named(
+        _smollm2,
+        HUB_ID,
+        {method: f"smollm2/{method}" for method in ("fspad", "eagle", "eesd")},
+        DRAFTERS / "smollm2/heldout_prompts.jsonl",
+    ),
 }

@@ -6,26 +6,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.output import print_json, remarks, results
 
 
 def demo(
-    train_seconds: Annotated[float, typer.Option("--train-seconds", help="Time for training a drafter.")] = 90.0,
-    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to decode.")] = 12,
-    max_new_tokens: o.MaxNewTokens = 96,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="smollm2, or the tiny `reference`; by default the first that is here."),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to decode, at most.")] = 28,
+    max_new_tokens: o.MaxNewTokens = 64,
     dtype: o.Dtype = None,
     backend: o.Backend = None,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Keep the trained drafter here.")] = None,
-    skip_training: Annotated[bool, typer.Option("--skip-training", help="Only the drafter that ships.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="First train a drafter for the tiny target.")] = False,
+    train_seconds: Annotated[
+        float | None, typer.Option("--train-seconds", help="Time for training a drafter; with --train.  [90]")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="Keep the trained drafter here; with --train.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Train a drafter for the shipped target, then decode held-out prompts with and without it."""
+    """Answer a question without and with a drafter, then compare all ways of decoding on held-out prompts."""
     from outdraft.reference.demo import DemoSettings, run_demo
 
-    settings = DemoSettings(train_seconds, prompts, max_new_tokens, dtype, backend, output_dir, skip_training)
-    result = run_demo(settings, remarks())
+    settings = DemoSettings(model, train, train_seconds, output_dir, prompts, max_new_tokens, dtype, backend)
+    result = run_demo(settings, Console(quiet=True) if json else results(), remarks())
     if json:
         print_json(result.as_dict())
     else:

@@ -1,4 +1,4 @@
-"""Where results and remarks go, and how text with accepted draft tokens looks. Knows nothing of what is printed."""
+"""Where results and remarks go, and how accepted draft tokens look. Knows nothing of what is printed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 ACCEPTED = "black on green"
 """Style of tokens that a drafter had guessed."""
@@ -46,14 +44,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-def painted(pieces: Iterable[tuple[str, bool]]) -> Text:
-    """Text of (piece, accepted) with the accepted ones coloured."""
-    text = Text()
-    for piece, accepted in pieces:
-        text.append(piece, ACCEPTED if accepted else None)
-    return text
 
 
 def number(value: float | None, form: str = ".2f") -> str:

@@ -20,6 +20,7 @@ class Streamed:
     """One streamed answer."""
 
     text: str = ""
+    tokens: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
     finish_reason: str | None = None
     seconds: float = 0.0
@@ -30,10 +31,14 @@ class Streamed:
         rounds = self.accepted.count(False) - 1 + (self.accepted[-1] if self.accepted else 0)
         return (len(self.accepted) - 1) / rounds if rounds > 0 else float("nan")
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill included."""
+        return len(self.accepted) / self.seconds if self.seconds else float("nan")
+
     def line(self) -> str:
         """The figures in a line."""
-        count = len(self.accepted)
-        rate = count / self.seconds if self.seconds else float("nan")
+        count, rate = len(self.accepted), self.tokens_per_second
         share = f", {sum(self.accepted) / count:.0%} drafted" if any(self.accepted) else ""
         end = {"context": "the context is full", "length": "max_new_tokens reached"}.get(str(self.finish_reason), "")
         return f"tau {number(self.tau)} | {number(rate, '.1f')} tokens/s | {count} tokens{share}" + (
@@ -47,6 +52,7 @@ def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False)
     start = time.perf_counter()
     for piece in pieces:
         streamed.text += piece.text
+        streamed.tokens.append(piece.token)
         streamed.accepted.append(piece.accepted)
         streamed.finish_reason = piece.finish_reason
         style = ACCEPTED if show_drafts and piece.accepted else None

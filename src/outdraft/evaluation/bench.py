@@ -137,6 +137,7 @@ def measured(
     remarks: Console,
     questions: Sequence[Question] = (),
     store: Store | None = None,
+    end: float | None = None,
 ) -> Comparison:
     """One comparison of rivals, one of which is `PLAIN`.
 
@@ -151,6 +152,7 @@ def measured(
         remarks: where progress goes.
         questions: what the prompts ask, where groups matter.
         store: keeps complete pairs, and knows those of earlier runs.
+        end: as in `measure.compare`; for single prompts without questions or a store.
     """
     title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     known = store.known(temperature) if store is not None else {}
@@ -169,6 +171,7 @@ def measured(
                 progress=advance,
                 known=known,
                 completed=lambda *pair: store.keep(temperature, *pair) if store is not None else None,
+                end=end,
             )
         except KeyboardInterrupt:
             if store is not None:

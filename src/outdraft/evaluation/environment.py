@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def load_average() -> list[float] | None:
         return [round(load, 2) for load in os.getloadavg()]
     except (OSError, AttributeError):  # Windows has none
         return None
+
+
+def disturbed(loads: Iterable[Sequence[float] | None], cores: int) -> str | None:
+    """A note where more processes wanted a core than there are, by any of several load averages."""
+    busiest = max((load[0] for load in loads if load), default=0.0)
+    if busiest <= cores + 0.5:
+        return None
+    return f"The machine was busy: a load average of {busiest:g} on {cores} cores. Timings are disturbed."
 
 
 def versions() -> dict[str, str]:

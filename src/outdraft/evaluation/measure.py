@@ -7,6 +7,7 @@ in `partings.py`, the stock library's own ways of decoding in `peers.py`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,7 @@ def compare(
     progress: Callable[[], None] = lambda: None,
     known: Mapping[tuple[int, int], Pair] | None = None,
     completed: Callable[[int, int, Pair], None] = lambda prompt, repetition, pair: None,
+    end: float | None = None,
 ) -> dict[str, list[Run]]:
     """Let every contender decode every prompt `repetitions` times, after a short warm-up that does not count.
 
@@ -128,6 +130,7 @@ def compare(
         progress: called after every contender's run.
         known: pairs measured before, by prompt and repetition; they are not measured again.
         completed: called as soon as all contenders have answered a prompt in a repetition.
+        end: of the time there is, by `time.perf_counter`; no pair but the first is begun after it. None is no end.
 
     Returns:
         Runs by the contender's name, in the same order of prompts and repetitions for all.
@@ -144,6 +147,8 @@ def compare(
             contender.decode(first_prompt, short)
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
     for turn, (place, repetition) in enumerate(turns):
+        if end is not None and turn > 0 and time.perf_counter() > end:
+            break
         pair = dict(known.get((place, repetition), {}))
         if not pair:
             first = turn % len(contenders)

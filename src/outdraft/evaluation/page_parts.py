@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from outdraft.console.output import number
+from outdraft.evaluation.environment import disturbed
 from outdraft.evaluation.measure import PLAIN, Answer
 from outdraft.evaluation.report import verdict
 from outdraft.evaluation.result import BenchResult, Comparison
@@ -60,10 +61,8 @@ def notes(result: BenchResult) -> str:
     facts, found = result.environment, []
     names = ("load_average", "load_average_at_the_end")
     loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
-    busiest = max((load[0] for load in loads if load), default=0.0)
-    cores = facts.get("cores") or facts["threads"]
-    if busiest > cores + 0.5:
-        found.append(f"The machine was busy: a load average of {busiest:g} on {cores} cores. Timings are disturbed.")
+    if (note := disturbed(loads, facts.get("cores") or facts["threads"])) is not None:
+        found.append(note)
     sizes = {name: s[0].questions for one in result.comparisons for name, s in one.groups.items()}
     few = [f"{name} {count}" for name, count in sizes.items() if count < FEW_QUESTIONS]
     if few:

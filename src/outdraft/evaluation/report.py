@@ -11,6 +11,8 @@ from rich.text import Text
 
 from outdraft.console.output import number
 from outdraft.evaluation.identity import Divergence
+from outdraft.evaluation.measure import PLAIN
+from outdraft.evaluation.peers import STOCK
 from outdraft.evaluation.summary import Summary
 
 Column = Callable[[Summary], str]
@@ -125,6 +127,23 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
     ]
     more = len(lines) - SHOWN_DIVERGENCES
     return lines[:SHOWN_DIVERGENCES] + ([f"... and {more} more (all with --json)"] if more > 0 else [])
+
+
+def closing(summaries: Sequence[Summary]) -> str:
+    """Which way of drafting was the fastest, how sure that is, and which ones lost, in a sentence."""
+    drafting = [summary for summary in summaries if summary.method != "none"]
+    best = max(drafting, key=lambda summary: summary.speedup)
+    if best.speedup > 1:
+        text = f"Fastest here: {best.name}, {speedup(best)} over {PLAIN} decoding"
+        if math.isfinite(best.over_stock):
+            text += f", {number(best.over_stock)}x over {STOCK}"
+        if not best.speedup_interval[0] > 1:
+            text += " (not proven: too few questions to rule out 1x)"
+    else:
+        text = f"Nothing was faster than {PLAIN} decoding here"
+    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 1]:
+        text += f"; slower than {PLAIN} decoding: {', '.join(losing)}"
+    return text + "."
 
 
 def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True) -> Group:

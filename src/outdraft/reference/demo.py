@@ -1,12 +1,12 @@
-"""The demo: trains an FSPAD drafter for the reference target in a given time, then decodes held-out prompts without and
-with drafters, in turns, and shows that the texts are the same and how much sooner they come.
+"""The demo: an answer streams without and with a drafter, then all ways of decoding answer held-out questions in turns.
 
-Training and measuring are those of every user; only the choice of data, steps and contenders is made here.
+On SmolLM2-135M-Instruct; on the small reference target where that cannot be had, or where a drafter is to be trained
+first. Decoding, measuring and training are those of every user; only the questions, the contenders, and how much of it
+all a machine can afford are chosen here.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,75 +15,69 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.text import Text
 
-from outdraft.console.output import painted
+from outdraft.console.race import Race, race
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import Comparison, measured
-from outdraft.evaluation.contenders import WITH_LOOKUP
-from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS, Contender, speculative
-from outdraft.evaluation.prompts import encode
-from outdraft.evaluation.report import WIDE, rendered
+from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.environment import disturbed, environment
+from outdraft.evaluation.measure import WARM_UP_TOKENS, Contender
+from outdraft.evaluation.peers import STOCK
+from outdraft.evaluation.prompts import encode, read_prompts
+from outdraft.evaluation.report import WIDE, closing, rendered
 from outdraft.generation import SpeculativeModel
 from outdraft.loading import load_drafter_for, load_target
-from outdraft.named import REFERENCE
-from outdraft.reference.prompts import DATA, Messages, load_prompts
-from outdraft.target import Target
-from outdraft.text import Detokenizer
-from outdraft.training.config import TrainingConfig
-from outdraft.training.plan import TrainPlan, plan
-from outdraft.training.regenerate import regenerate
-from outdraft.training.train import train
+from outdraft.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
+from outdraft.reference.demo_training import train_drafter
 
-CONVERSATIONS = DATA / "train_conversations.jsonl"
-"""Training prompts with the target's own answers."""
+MODELS = (SMOLLM2, REFERENCE)
 
-LOOKUP, TRAINED, SHIPPED = "prompt-lookup", "fspad-demo", "fspad-shipped"
-REPEATS = SHIPPED + WITH_LOOKUP
+TRAINED, SHIPPED = "fspad-demo", "fspad-shipped"
+"""What the two drafters are called where one is trained."""
 
-BATCH = 8
+ORDER = ("eagle", "fspad", "eesd")
+"""Of drafters in the table."""
+FAVOURITES = ("fspad", "eagle", "eesd")
+"""The first that ships drafts the answer that is streamed."""
 
-RECIPE: dict[str, Any] = {
-    "max_length": 384,
-    "batch_size": BATCH,
-    "learning_rate": 3e-3,
-    "lr_schedule": "cosine",
-    "features": "cached",
-}
-"""For a run of a minute or two: a high peak, small batches, and the target, dearer than its drafter, run only once."""
+TRAIN_SECONDS = 90.0
 
-PASSES = 5
-"""Over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over more only 2.8."""
+DECODE_SECONDS = 105.0
+"""For decoding in all; slow machines decode fewer prompts, and shorter answers, than asked for."""
 
-SHARE_FOR_STEPS = 0.9
-"""Of the time for training; the rest is saving, and steps slower than the one that was timed."""
-
-FEWEST = 10
-"""Steps, and conversations."""
-
-DECODE_SECONDS = 90.0
-"""For decoding in all; slow machines decode fewer prompts than asked for."""
-
-FEWEST_PROMPTS = 3
+FEWEST_PROMPTS, FEWEST_TOKENS = 7, 24
+"""Down to one prompt of every task; before that, answers are not cut below so many tokens."""
 
 
 @dataclass
 class DemoSettings:
     """What `outdraft demo` takes."""
 
-    train_seconds: float = 90.0
-    prompts: int = 12
-    max_new_tokens: int = 96
+    model: str | None = None
+    """One of `MODELS`; the first that is here when None."""
+    train: bool = False
+    """Train a drafter first, for the reference target."""
+    train_seconds: float | None = None
+    output_dir: Path | None = None
+    prompts: int = 28
+    """In the table, at most."""
+    max_new_tokens: int = 64
+    """Of an answer in the table, at most; the one that is streamed may be twice as long."""
     dtype: str | None = None
     backend: str | None = None
-    output_dir: Path | None = None
-    skip_training: bool = False
 
     def __post_init__(self) -> None:
-        if self.train_seconds <= 0 or self.prompts < 1 or self.max_new_tokens < 2:
+        if self.model is not None and self.model not in MODELS:
+            raise UserError(f"--model {self.model} has no demo; choose of {', '.join(MODELS)}, or use `outdraft bench`")
+        if self.train and self.model == SMOLLM2:
+            raise UserError(
+                f"--train is for the small target, not '{SMOLLM2}'; leave out --model, or use outdraft train"
+            )
+        for flag, value in (("--train-seconds", self.train_seconds), ("--output-dir", self.output_dir)):
+            if value is not None and not self.train:
+                raise UserError(f"{flag} is about training a drafter; add --train, or leave it out")
+        if (self.train_seconds is not None and self.train_seconds <= 0) or self.prompts < 1 or self.max_new_tokens < 2:
             raise UserError("--train-seconds and --prompts must be more than 0, --max-new-tokens more than 1")
 
 
@@ -91,17 +85,19 @@ class DemoSettings:
 class DemoResult:
     """What the demo has found."""
 
+    model: str
+    race: Race
     comparison: Comparison
     environment: dict[str, Any]
     training: dict[str, Any] | None
     """Of the drafter trained in the demo; None without training."""
-    sample: Text
-    """One answer, accepted draft tokens coloured."""
 
     def as_dict(self) -> dict[str, Any]:
         """The headline figures by method; everything else beside them."""
         summaries = self.comparison.summaries
         return {
+            "model": self.model,
+            "answer": self.race.as_dict(),
             "methods": {summary.name: summary.headline() for summary in summaries},
             "details": {summary.name: summary.as_dict() for summary in summaries},
             "environment": self.environment,
@@ -109,131 +105,107 @@ class DemoResult:
         }
 
     def show(self, console: Console) -> None:
-        """Print the sample, the table, and what the table's last column means."""
-        console.print(self.sample)
+        """Print the table, what disturbs its figures, and what it comes to; the streamed answer was shown before."""
+        summaries = self.comparison.summaries
         console.print()
-        console.print(rendered(self.comparison.summaries, self.comparison.temperature, wide=console.width >= WIDE))
+        console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
         facts = self.environment
-        console.print(f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend")
-        if any(summary.divergences for summary in self.comparison.summaries):
+        made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
+        console.print(f"held-out prompts: {summaries[0].questions}; {made_on}")
+        if any(summary.divergences for summary in summaries):
             console.print(
                 f"Texts part where {facts['dtype']} rounds a near-tie between two tokens differently in one-token and "
-                "many-token forwards; with --dtype float32 they are identical."
+                "many-token forwards; rare with --dtype float32, ruled out by `outdraft generate --exact`."
             )
+        if (note := disturbed([facts["load_average"]], facts["cores"] or facts["threads"])) is not None:
+            console.print(note)
+        console.print(closing(summaries), style="bold")
 
 
-def run_demo(settings: DemoSettings, remarks: Console) -> DemoResult:
-    """Train, decode, compare; on two idle cores in less than four minutes.
+def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
+    """Stream one answer, then compare; with training before, where asked. Two idle cores need less than three minutes,
+    training apart.
 
     Args:
         settings: how much of it.
+        console: where the answer is streamed.
         remarks: where progress goes.
 
     Raises:
-        UserError: the reference target is missing, or a setting cannot be kept.
+        UserError: the target is missing, or a setting cannot be kept.
     """
-    trainable = load_target(REFERENCE, dtype=settings.dtype, backend="eager")
-    target = decoding_target(trainable, settings.backend)
-    prompts = encode(load_prompts("heldout")[: settings.prompts], target)
-    rivals = [speculative(PLAIN, target, None), _speculative(LOOKUP, target, None, LOOKUP, settings)]
-    shipped = _speculative(SHIPPED, target, REFERENCE, "fspad", settings)
-    training = None
+    name = chosen(settings, remarks)
+    whole = load_target(name, dtype=settings.dtype, backend="eager")
+    target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
+    prompts: list[Any] = read_prompts(NAMED[name].prompts, settings.prompts)
     with ExitStack() as stack:
-        if not settings.skip_training:
+        training, drafters, methods, first = None, list[str](), methods_of(name), name
+        if settings.train:
             folder = settings.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "drafter"
-            training = train_drafter(trainable, target, folder, settings.train_seconds, remarks)
-            rivals.append(_speculative(TRAINED, target, folder, "fspad", settings))
-        rivals += [shipped, _speculative(REPEATS, target, REFERENCE, "fspad", settings, repeats=True)]
-        prompts = prompts[: affordable(rivals, prompts[0], settings.max_new_tokens)]
-        remarks.print(f"decoding {len(prompts)} held-out prompts, {len(rivals)} ways each", highlight=False)
-        comparison = measured(target, rivals, prompts, max_new_tokens=settings.max_new_tokens, remarks=remarks)
-    return DemoResult(comparison, environment(target), training, _sample(comparison, target))
-
-
-def affordable(rivals: Sequence[Contender], prompt: list[int], max_new_tokens: int) -> int:
-    """How many prompts can be decoded in about `DECODE_SECONDS`, judged by the first rival on one prompt."""
-    for _ in range(2):  # the first one warms up
-        answer = rivals[0].decode(prompt, {"max_new_tokens": WARM_UP_TOKENS})
-    seconds = answer.seconds / len(answer.tokens) * max_new_tokens * len(rivals)
-    return max(FEWEST_PROMPTS, int(DECODE_SECONDS / seconds))
-
-
-def decoding_target(target: Target, backend: str | None) -> Target:
-    """The same weights on the backend for decoding."""
-    return load_target(target.model, target.tokenizer, backend=backend)
-
-
-def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
-    """Train an FSPAD drafter in about so many seconds; what came of it.
-
-    Args:
-        target: on the plain backend, for gradients go through its head.
-        decoding: the same target, to write answers where none are shipped.
-        folder: of the drafter.
-        seconds: time for it all.
-        remarks: where progress goes.
-    """
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        aside = Path(name)
-        data = CONVERSATIONS if CONVERSATIONS.exists() else write_answers(decoding, aside, remarks)
-        config = TrainingConfig(
-            **RECIPE,
-            data=data,
-            output_dir=folder,
-            feature_cache_dir=aside / "features",
-            report_to=["none"],
-            save_steps=10**6,
-            max_steps=1,
+            seconds = settings.train_seconds or TRAIN_SECONDS
+            training = train_drafter(whole, target, folder, seconds, remarks)
+            drafters = [f"{TRAINED}={folder}", f"{SHIPPED}={shipped_drafter(name)}"]
+            methods, first = [LOOKUP, "fspad", "fspad" + WITH_LOOKUP], str(folder)
+        elif methods == [LOOKUP]:
+            remarks.print(f"no drafter ships for {name} in this version: prompt lookup drafts alone", soft_wrap=True)
+        end = time.perf_counter() + DECODE_SECONDS
+        method = next((one for one in FAVOURITES if one in methods), LOOKUP)
+        drafter = load_drafter_for(target, None if method == LOOKUP else first, method=method, backend=settings.backend)
+        streamed = race(
+            SpeculativeModel(target, drafter),
+            method if method == LOOKUP else (TRAINED if settings.train else method) + WITH_LOOKUP,
+            prompts[0],
+            console,
+            2 * settings.max_new_tokens,
         )
-        trial = plan(target, config)
-        count, steps = fitting(trial, SHARE_FOR_STEPS * (seconds - (time.perf_counter() - began)))
-        remarks.print(f"training an FSPAD drafter: {steps} steps on {count} conversations", highlight=False)
-        chosen = aside / "chosen.jsonl"
-        chosen.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
-        changes = {"data": chosen, "max_steps": steps, "logging_steps": max(1, steps // 10)}
-        result = train(target, config.model_copy(update=changes), console=remarks)
-    return {"conversations": count, "steps": result.steps, "seconds": time.perf_counter() - began, **result.metrics}
+        rivals = contenders(
+            *(target, drafters, methods),
+            backend=settings.backend,
+            shipped=name,
+            include_transformers=True,
+            stock=whole,
+        )
+        rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
+        encoded = encode(prompts, target)
+        count, tokens = affordable(rivals, encoded[0], len(encoded), settings.max_new_tokens, end)
+        remarks.print(f"decoding {count} held-out prompts, {len(rivals)} ways each, {tokens} tokens at most")
+        comparison = measured(target, rivals, encoded[:count], max_new_tokens=tokens, remarks=remarks, end=end)
+    return DemoResult(name, streamed, comparison, environment(target), training)
 
 
-def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
-    """How many conversations, and steps over them, take about so many seconds.
+def chosen(settings: DemoSettings, remarks: Console) -> str:
+    """Which of `MODELS` it is on; says so where the real one cannot be had.
 
-    Args:
-        trial: of a run of one step over all conversations, with cached features.
-        seconds: for features and steps.
+    Raises:
+        UserError: the one asked for cannot be had.
     """
-    each = (trial.seconds - trial.step_seconds) / trial.examples
-    count = int(seconds / (each + PASSES * trial.step_seconds / BATCH))
-    count = max(min(FEWEST, trial.examples), min(count, trial.examples))
-    return count, max(FEWEST, int((seconds - count * each) / trial.step_seconds))
+    if settings.train or settings.model is not None:
+        return REFERENCE if settings.train else str(settings.model)
+    try:
+        place_of(SMOLLM2)
+    except UserError as error:
+        line = f"{error}. The demo goes on with the small reference target that ships with outdraft."
+        remarks.print(line, markup=False, soft_wrap=True)
+        return REFERENCE
+    return SMOLLM2
 
 
-def write_answers(target: Target, folder: Path, remarks: Console, count: int = 48) -> Path:
-    """The target's own answers to some training prompts, where none are shipped."""
-    questions = folder / "prompts.jsonl"
-    records: list[Messages] = load_prompts("train")[:count]
-    questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records), encoding="utf-8")
-    regenerate(SpeculativeModel(target), questions, folder / "answers.jsonl", max_new_tokens=128, console=remarks)
-    return folder / "answers.jsonl"
+def methods_of(name: str) -> list[str]:
+    """Prompt lookup, and every drafter that ships for a named model; FSPAD's with repetitions too."""
+    there = [method for method in ORDER if method in shipped_drafters(name)]
+    both = [(method, method + WITH_LOOKUP) if method == "fspad" else (method,) for method in there]
+    return [LOOKUP, *(method for several in both for method in several)]
 
 
-def _speculative(
-    name: str, target: Target, source: Any, method: str, settings: DemoSettings, repeats: bool = False
-) -> Contender:
-    drafter = load_drafter_for(target, source, method=method, backend=settings.backend)
-    return speculative(name, target, drafter, repeats=repeats)
-
-
-@torch.inference_mode()
-def _sample(comparison: Comparison, target: Target) -> Text:
-    """The first answer by the last drafter, with the tokens it had guessed coloured."""
-    name = comparison.summaries[-1].name
-    answer = comparison.runs[name][0].answer
-    assert target.tokenizer is not None
-    detokenizer = Detokenizer(target.tokenizer)
-    pieces = [(detokenizer.add(token), hit) for token, hit in zip(answer.tokens, answer.accepted, strict=True)]
-    pieces.append((detokenizer.finish(), answer.accepted[-1]))
-    return Text.assemble(
-        (f"First held-out prompt by {name}, accepted draft tokens coloured:\n", "bold"), painted(pieces)
-    )
+def affordable(
+    rivals: Sequence[Contender], prompt: list[int], prompts: int, max_new_tokens: int, end: float
+) -> tuple[int, int]:
+    """How many prompts can be decoded by all, and how many tokens of each, until about `end` (of `perf_counter`)."""
+    seconds = 0.0
+    for rival in rivals:
+        for _ in range(2):  # the first one warms up
+            answer = rival.decode(prompt, {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)})
+        seconds += answer.seconds / len(answer.tokens)
+    fitting = max(0.0, end - time.perf_counter()) / seconds  # tokens of every rival
+    tokens = min(max_new_tokens, max(FEWEST_TOKENS, int(fitting / FEWEST_PROMPTS)))
+    return min(prompts, max(FEWEST_PROMPTS, int(fitting / tokens))), tokens
