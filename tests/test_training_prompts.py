@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 
 from outdraft.named import DRAFTERS
 
-SHARED = Path(os.environ.get("OUTDRAFT_SHARED", Path(__file__).parents[2] / "shared")) / "data"
-ANSWERS, QUESTIONS = SHARED / "smollm2_answers" / "answers.jsonl", SHARED / "spec_bench" / "question.jsonl"
 HELD_OUT = DRAFTERS / "smollm2" / "heldout_prompts.jsonl"
 
 RUN = 13
@@ -50,14 +47,14 @@ def known(questions: Iterable[str], trained: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not ANSWERS.exists(), reason="needs the training answers, which are no part of the package")
 @pytest.mark.parametrize("measured", ["Spec-Bench", "held out"])
-def test_training_prompts_are_none_that_are_measured_on(measured: str) -> None:
-    trained = asked(records(ANSWERS))
+def test_training_prompts_are_none_that_are_measured_on(measured: str, shared: Path) -> None:
+    trained = asked(records(shared / "data" / "smollm2_answers" / "answers.jsonl"))
     if measured == "held out":
         questions = asked(records(HELD_OUT))
     else:
-        questions = [turn for record in records(QUESTIONS) for turn in record["turns"]]
+        spec_bench = records(shared / "data" / "spec_bench" / "question.jsonl")
+        questions = [turn for record in spec_bench for turn in record["turns"]]
     assert len(trained) > 1000 and len(questions) > 20
     assert known(questions, trained) == []
 
