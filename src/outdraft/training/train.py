@@ -61,6 +61,7 @@ class TrainResult:
     folder: Path
     """The drafter: `config.json`, `model.safetensors`, `provenance.json`."""
     steps: int
+    """Optimizer steps that were made: fewer than planned where patience has ended the run."""
     seconds: float
     """Wall-clock of this process, data and measurement included."""
     peak_memory_bytes: int
@@ -142,7 +143,7 @@ def train(
         metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         result = TrainResult(
             folder=config.output_dir,
-            steps=ready.total_steps,
+            steps=trainer.state.global_step,
             seconds=time.perf_counter() - began,
             peak_memory_bytes=peak_memory_bytes(target.device),
             metrics=metrics,

@@ -1,0 +1,317 @@
+"""The store of what the target says: it is the target's own, grows with the data, and can be killed at any time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from outdraft.errors import UserError
+from outdraft.target import Target
+from outdraft.training import feature_store
+from outdraft.training.conversations import read_conversations
+from outdraft.training.feature_store import FeatureStore, batches_of_like_length, said_range
+from outdraft.training.features import ExitReading, Reading, TappedReading, TrainingExamples, collate, reader_of
+from outdraft.training.tokenization import Example, ExampleSet, tokenize
+
+from .tiny import tiny_target
+
+TOP_K = 20
+READINGS: dict[str, Callable[[Target], Reading]] = {
+    "features": Reading,
+    "exit": lambda target: ExitReading(target, 1),
+    "taps": lambda target: TappedReading(target, [1, 3]),
+    "packed": lambda target: Reading(reader_of(target)),
+}
+
+
+@pytest.fixture
+def examples(target: Target, chats: Path) -> ExampleSet:
+    return tokenize(read_conversations(chats), target.tokenizer, 128)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of examples in every forward."""
+    monkeypatch.setitem(feature_store.BATCH_TOKENS, "cpu", 400)
+
+
+def store_of(folder: Path, target: Target, top_k: int = TOP_K) -> FeatureStore:
+    return FeatureStore(folder, target, Reading(target), top_k)
+
+
+def counted_forwards(target: Target, fail_at: int | None = None) -> list[int]:
+    """Rows of every forward of `features` from now on."""
+    forward, rows = target.features, []
+
+    def counting(ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if len(rows) == fail_at:
+            raise KeyboardInterrupt
+        rows.append(len(ids))
+        return forward(ids, mask)
+
+    target.features = counting  # type: ignore[method-assign,assignment]
+    return rows
+
+
+def assert_equal(one: FeatureStore, other: FeatureStore, examples: ExampleSet) -> None:
+    """Up to the rounding of forwards of other batches."""
+    for example in examples.examples:
+        (rows, said), (others, likewise) = one[example], other[example]
+        torch.testing.assert_close(rows, others, atol=1e-5, rtol=1e-4)
+        assert torch.equal(said.ids, likewise.ids)
+        torch.testing.assert_close(said.probs, likewise.probs, atol=1e-6, rtol=2e-3)
+
+
+def assert_targets_own(store: FeatureStore, target: Target, example: Example) -> None:
+    """Against one forward of the stock model over this example alone."""
+    ids = example.input_ids.long()[None]
+    with torch.no_grad():
+        law = target.model(ids, use_cache=False).logits[0, :-1].softmax(-1)[example.loss_mask[1:]]
+    rows, said = store[example]
+    torch.testing.assert_close(rows, target.features(ids)[0].detach(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(said.ids, law.topk(store.top_k).indices)
+    torch.testing.assert_close(said.probs, law.gather(1, said.ids), atol=1e-7, rtol=1e-3)  # kept as float16
+
+
+@pytest.mark.parametrize("kind", READINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_is_what_the_target_says(
+    chats: Path, tmp_path: Path, dtype: torch.dtype, kind: str, small_batches: None
+) -> None:
+    target = tiny_target(dtype, layers=4)
+    examples = tokenize(read_conversations(chats), target.tokenizer, 128)
+    store = FeatureStore(tmp_path, target, READINGS[kind](target), TOP_K)
+    assert len(store.missing(examples)) == 26
+    store.build(examples)
+    store = FeatureStore(tmp_path, target, READINGS[kind](target), TOP_K)
+    assert store.missing(examples) == []
+    exact = dtype == torch.float32
+    for example in (examples[0], examples[13], examples[25]):
+        ids = example.input_ids.long()[None]
+        with torch.no_grad():
+            out = target.model(ids, use_cache=False, output_hidden_states=True)
+        last, hidden = out.hidden_states[-1][0], [state[0] for state in out.hidden_states]
+        direct = {"exit": [hidden[1], last], "taps": [last, hidden[1], hidden[3]]}.get(kind, [last])
+        rows, said = store[example]
+        assert rows.dtype == dtype
+        torch.testing.assert_close(rows, torch.cat(direct, dim=-1), atol=1e-5 if exact else 0.15, rtol=0.05)
+        law = out.logits[0, :-1].float().softmax(-1)[example.loss_mask[1:]]
+        assert said.ids.shape == (int(example.loss_mask[1:].sum()), TOP_K)
+        torch.testing.assert_close(said.probs, law.gather(1, said.ids), atol=1e-7 if exact else 0.05, rtol=1e-3)
+        best = law.topk(TOP_K).values
+        torch.testing.assert_close(said.probs.sum(-1), best.sum(-1), atol=1e-5 if exact else 0.05, rtol=1e-3)
+        assert (said.probs[:, :-1] >= said.probs[:, 1:]).all()
+
+
+def test_its_size_is_known_beforehand(target: Target, examples: ExampleSet, tmp_path: Path) -> None:
+    store = store_of(tmp_path, target)
+    responses = sum(int(example.loss_mask[1:].sum()) for example in examples.examples)
+    assert store.nbytes(examples.examples) == examples.tokens * 16 * 4 + responses * TOP_K * (4 + 2)
+    store.build(examples)
+    assert sum(file.stat().st_size for file in store.folder.glob("*.bin")) == store.nbytes(examples.examples)
+
+
+def test_a_batch_has_the_teacher_of_its_predicting_positions_row_by_row(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    store = store_of(tmp_path, target)
+    store.build(examples)
+    data = TrainingExamples(examples, store.__getitem__)
+    batch = collate([data[index] for index in (3, 4)])
+    assert batch["features"].shape == (*batch["input_ids"].shape, 16)
+    assert torch.equal(batch["teacher_ids"], torch.cat([store[examples[index]][1].ids for index in (3, 4)]))
+    assert len(batch["teacher_ids"]) == int(batch["loss_mask"][:, 1:].sum())
+
+
+def test_without_a_teacher_features_alone_are_kept(target: Target, examples: ExampleSet, tmp_path: Path) -> None:
+    store = store_of(tmp_path, target, top_k=0)
+    store.build(examples)
+    rows, said = store[examples[0]]
+    assert said.ids.shape[1] == 0 and rows.shape == (len(examples[0]), 16)
+    batch = collate([TrainingExamples(examples, store.__getitem__)[0]])
+    assert "features" in batch and "teacher_ids" not in batch
+    assert (store.folder / "teacher_probs.bin").stat().st_size == 0
+
+
+def test_a_killed_build_goes_on_where_it_stopped(
+    target: Target, examples: ExampleSet, tmp_path: Path, small_batches: None
+) -> None:
+    rows = counted_forwards(target, fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        store_of(tmp_path, target).build(examples)
+    done = sum(rows)
+    whole = tiny_target()
+    again = store_of(tmp_path, whole)
+    assert 0 < done < 26 and len(again.missing(examples)) == 26 - done
+    rows = counted_forwards(whole)
+    told: list[tuple[int, int]] = []
+    missing = again.missing(examples)
+    again.build(examples, lambda count, tokens: told.append((count, tokens)))
+    assert sum(rows) == 26 - done
+    assert [sum(part) for part in zip(*told, strict=True)] == [26 - done, sum(map(len, missing))]
+    undisturbed = store_of(tmp_path / "other", tiny_target())
+    undisturbed.build(examples)
+    assert_equal(again, undisturbed, examples)
+
+
+def test_half_written_lines_and_rows_are_cut_off(
+    target: Target, examples: ExampleSet, tmp_path: Path, small_batches: None
+) -> None:
+    counted_forwards(target, fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        store_of(tmp_path, target).build(examples)
+    folder = store_of(tmp_path, tiny_target()).folder
+    lines = (folder / "index.jsonl").read_text().splitlines(keepends=True)
+    (folder / "index.jsonl").write_text("".join(lines[:-1]) + lines[-1][:-9])
+    for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"):
+        with open(folder / name, "ab") as file:
+            file.write(b"\xff" * 21)  # of the example that was being written
+    again = store_of(tmp_path, tiny_target())
+    assert len(again.missing(examples)) == 26 - len(lines) + 1
+    again.build(examples)
+    reopened = store_of(tmp_path, tiny_target())
+    assert reopened.missing(examples) == []
+    undisturbed = store_of(tmp_path / "other", tiny_target())
+    undisturbed.build(examples)
+    assert_equal(reopened, undisturbed, examples)
+    for file in undisturbed.folder.glob("*.bin"):
+        assert (folder / file.name).stat().st_size == file.stat().st_size
+
+
+def test_more_data_costs_only_what_is_new(examples: ExampleSet, tmp_path: Path) -> None:
+    half = ExampleSet(examples.examples[:13])
+    store_of(tmp_path, tiny_target()).build(half)
+    target = tiny_target()
+    store, rows = store_of(tmp_path, target), counted_forwards(target)
+    grown = ExampleSet([*examples.examples[10:], *examples.examples[:3], examples[20]])
+    assert len(store.missing(grown)) == 13
+    store.build(grown)
+    store.build(grown)
+    assert sum(rows) == 13
+    for example in grown.examples:
+        assert_targets_own(store, tiny_target(), example)
+
+
+def test_what_one_process_writes_another_reads_after_reload(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    waiting = store_of(tmp_path, target)
+    store_of(tmp_path, tiny_target()).build(examples)
+    assert len(waiting.missing(examples)) == 26
+    waiting.reload()
+    assert waiting.missing(examples) == []
+    assert_targets_own(waiting, target, examples[7])
+
+
+def test_other_weights_another_reading_and_another_teacher_get_their_own(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    keys = {store_of(tmp_path, target, top_k).key for top_k in (0, 5, 20)}
+    keys.add(FeatureStore(tmp_path, target, ExitReading(target, 1), 20).key)
+    keys.add(store_of(tmp_path, tiny_target(torch.bfloat16)).key)
+    assert store_of(tmp_path, tiny_target()).key in keys
+    assert store_of(tmp_path, target, 500).key == store_of(tmp_path, target, 260).key  # more than there are
+    with torch.no_grad():
+        target.model.model.norm.weight[3] += 0.01
+    keys.add(store_of(tmp_path, target).key)
+    assert len(keys) == 6
+
+
+def shortened(example: Example) -> Example:
+    """Without loss on its last response token."""
+    mask = example.loss_mask.clone()
+    mask[int(mask.nonzero()[-1])] = False
+    return Example(example.input_ids, mask)
+
+
+def test_an_example_is_found_where_its_last_token_carries_no_loss_any_more(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    store = store_of(tmp_path, target)
+    store.build(examples)
+    fewer = ExampleSet([shortened(example) for example in examples.examples])
+    assert store.missing(fewer) == []
+    (rows, said), (_, before) = store[fewer[2]], store[examples[2]]
+    assert len(rows) == len(examples[2]) and torch.equal(said.ids, before.ids[:-1])
+    assert_targets_own(store, target, fewer[2])
+
+
+def test_gaps_between_responses_are_left_out(target: Target, examples: ExampleSet, tmp_path: Path) -> None:
+    mask = examples[0].loss_mask.clone()
+    mask[said_range(examples[0]).start + 3] = False
+    gapped = ExampleSet([Example(examples[0].input_ids, mask)])
+    store = store_of(tmp_path, target)
+    store.build(gapped)
+    assert_targets_own(store, target, gapped[0])
+
+
+def test_an_example_whose_loss_reaches_further_than_before_is_read_again(examples: ExampleSet, tmp_path: Path) -> None:
+    """And stays whole, wherever the next run is killed."""
+    target = tiny_target()
+    store_of(tmp_path, target).build(ExampleSet([shortened(examples[0]), examples[1]]))
+    store = store_of(tmp_path, target)
+    assert store.missing(ExampleSet(examples.examples[:2])) == [examples[0]]
+    store.build(ExampleSet(examples.examples[:2]))
+    killed = tiny_target()
+    counted_forwards(killed, fail_at=0)
+    with pytest.raises(KeyboardInterrupt):
+        store_of(tmp_path, killed).build(ExampleSet(examples.examples[:3]))
+    last = store_of(tmp_path, tiny_target())
+    last.build(ExampleSet(examples.examples[:3]))
+    for example in examples.examples[:3]:
+        assert_targets_own(last, target, example)
+
+
+def test_equal_tokens_with_other_ends_are_read_once_for_both(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    both = ExampleSet([examples[0], shortened(examples[0]), examples[1]])
+    store = store_of(tmp_path, target)
+    assert len(store.missing(both)) == 2
+    store.build(both)
+    for example in both.examples:
+        assert_targets_own(store, target, example)
+
+
+def test_a_store_over_the_budget_is_refused_with_its_size_before_anything_is_written(
+    target: Target, examples: ExampleSet, tmp_path: Path
+) -> None:
+    store = store_of(tmp_path, target)
+    examples.examples *= 10_000
+    needed = store.nbytes(examples.examples) / 1e9
+    with pytest.raises(UserError) as raised:
+        store.check_budget(examples, 0.1)
+    assert str(raised.value) == (
+        f"the features of these examples need {needed:.2f} GB, more than feature_cache_gb = 0.1; "
+        f"raise it to {needed:.2f}, or use features = online"
+    )
+    assert list(tmp_path.glob("*/*.bin")) == []
+
+
+def test_a_disk_with_too_little_left_is_named_and_what_is_there_already_needs_none(
+    target: Target, examples: ExampleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    store = store_of(tmp_path / "not" / "there", target)
+    with pytest.raises(UserError) as raised:
+        store.check_budget(examples, 50)
+    said = str(raised.value)
+    assert (
+        f"only 0.00 GB are free under {tmp_path}; set feature_cache_dir to a larger disk" in said and "\n" not in said
+    )
+    store.build(examples)
+    store.check_budget(examples, 50)
+
+
+def test_batches_hold_every_example_once_and_no_more_tokens_than_allowed(examples: ExampleSet) -> None:
+    batches = list(batches_of_like_length(examples.examples, 300))
+    assert sorted(map(id, examples.examples)) == sorted(id(one) for batch in batches for one in batch)
+    assert all(len(batch) * max(map(len, batch)) <= 300 for batch in batches) and len(batches) < 26
+    alone = list(batches_of_like_length(examples.examples[:3], 1))
+    assert [len(batch) for batch in alone] == [1, 1, 1]
