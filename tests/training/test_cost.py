@@ -200,15 +200,17 @@ def test_guesses_that_share_their_goals_are_as_good_as_alone(hard_weight: float,
 
 
 def test_the_targets_law_is_made_once_for_all_draft_steps(tmp_path: Path) -> None:
-    for values, guesses in ((METHODS["fspad unrolled"], 3), (METHODS["medusa"], 3)):
-        objective = objective_in_float64(tmp_path, **values)
+    for (values, guesses), top_k in itertools.product(
+        ((METHODS["fspad unrolled"], 3), (METHODS["medusa"], 3)), (0, 64)
+    ):
+        objective: Any = objective_in_float64(tmp_path, **values, teacher_top_k=top_k)
         batch = collate([TrainingExamples(some_examples([40]))[0]])
         features = objective.reading(batch["input_ids"], batch["lengths"])
         rows: list[int] = []
         own = objective.loss
-        place, name = (own, "_head") if hasattr(own, "_head") else (own._target, "head")
-        head = getattr(place, name)
-        setattr(place, name, lambda x, head=head, rows=rows: (rows.append(len(x)), head(x))[1])
+        places = [(objective.target, "head"), *([(own, "_head")] if hasattr(own, "_head") else [])]
+        for (place, name), head in [(place, getattr(*place)) for place in places]:
+            setattr(place, name, lambda x, head=head, rows=rows: (rows.append(len(x)), head(x))[1])
         sums = own(*objective.arguments(batch, features, 0))
         assert sum(rows) == (1 + guesses) * int(sums.positions)
 

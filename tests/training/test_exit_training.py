@@ -195,9 +195,11 @@ def test_cached_states_pieces_and_processes_train_alike(chats: Path, tmp_path: P
     }
     found = {}
     for name, more in ways.items():
-        quiet(deep(), eesd(chats, tmp_path / name, max_steps=5, own_head=True, **more))
+        # The whole distribution: a teacher that is kept in float16 moves some of Adam's first signs.
+        quiet(deep(), eesd(chats, tmp_path / name, max_steps=5, own_head=True, teacher_top_k=0, **more))
         found[name] = weights(tmp_path / name)
-    two = eesd(chats, tmp_path / "two", max_steps=5, own_head=True, batch_size=2, gradient_accumulation_steps=1)
+    of_two = {"batch_size": 2, "gradient_accumulation_steps": 1, "teacher_top_k": 0}
+    two = eesd(chats, tmp_path / "two", max_steps=5, own_head=True, **of_two)
     done = program({**two, "layers": 4}, processes=2)
     assert done.returncode == 0, done.stderr
     found["two"] = weights(tmp_path / "two")

@@ -279,18 +279,19 @@ def test_equal_tokens_with_other_ends_are_read_once_for_both(
         assert_targets_own(store, target, example)
 
 
-def test_a_store_over_the_budget_is_refused_with_its_size_before_anything_is_written(
-    target: Target, examples: ExampleSet, tmp_path: Path
+def test_a_store_over_the_budget_is_refused_with_what_is_enough_before_anything_is_written(
+    target: Target, examples: ExampleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = store_of(tmp_path, target)
-    examples.examples *= 10_000
-    needed = store.nbytes(examples.examples) / 1e9
+    monkeypatch.setattr(FeatureStore, "nbytes", lambda self, examples: 37_214_000_000 // 26 * len(examples))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e12))
     with pytest.raises(UserError) as raised:
         store.check_budget(examples, 0.1)
     assert str(raised.value) == (
-        f"the features of these examples need {needed:.2f} GB, more than feature_cache_gb = 0.1; "
-        f"raise it to {needed:.2f}, or use features = online"
+        "the features of these examples need 37.21 GB, more than feature_cache_gb = 0.1; "
+        "raise it to 37.22, or use features = online"
     )
+    store.check_budget(examples, 37.22)
     assert list(tmp_path.glob("*/*.bin")) == []
 
 

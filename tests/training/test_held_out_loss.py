@@ -17,7 +17,7 @@ from outdraft.drafters.checkpoint import Network
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
-from outdraft.training.conversations import read_conversations
+from outdraft.training.conversations import Conversation, read_conversations
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.held_out_loss import CHAIN, STEPS, BestWeights, HeldOut, Hits
@@ -155,6 +155,14 @@ def test_a_run_logs_agreement_on_what_is_held_out(chats: Path, tmp_path: Path) -
     assert [entry["step"] for entry in state["log_history"] if CHAIN in entry] == [3]
     assert "held_out_top1_1 0." in said.getvalue() and f"{CHAIN} 1." in said.getvalue()
     assert json.loads((tmp_path / "run/provenance.json").read_text())["tau"] == result.tau
+
+
+def test_held_out_conversations_that_are_too_long_are_not_measured(chats: Path, tmp_path: Path) -> None:
+    long = Conversation("x:1", ({"role": "user", "content": "red " * 99}, {"role": "assistant", "content": "blue"}))
+    unanswered = Conversation("x:2", ({"role": "user", "content": "red"},))
+    values = settings(chats, tmp_path / "run", max_steps=2, save_steps=2)
+    result = quiet(tiny_target(), values, held_out=[long, unanswered], measure_tau=lambda drafter: {"tau": 1.5})
+    assert result.tau == {"tau": 1.5}
 
 
 class Script:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -97,9 +98,10 @@ class FeatureStore:
         """Raises a UserError when the examples would take more than the budget, or than the disk has left."""
         needed = self.nbytes(examples.examples) / GIGABYTE
         if needed > budget_gb:
+            enough = math.ceil(100 * needed) / 100
             raise UserError(
                 f"the features of these examples need {needed:.2f} GB, more than feature_cache_gb = {budget_gb:g}; "
-                f"raise it to {needed:.2f}, or use features = online"
+                f"raise it to {enough:.2f}, or use features = online"
             )
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         more, free = self.nbytes(self.missing(examples)), shutil.disk_usage(existing).free

@@ -7,6 +7,7 @@ real acceptance length is measured by a function that is handed in.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import time
@@ -169,7 +170,9 @@ def _measurement(
     spoken = [
         one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
     ]
-    held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
+    held = None
+    with contextlib.suppress(UserError):  # none is left within the length of training: then nothing is measured on them
+        held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
     if measure_tau is None and held is None:
         return None
 
