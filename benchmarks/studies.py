@@ -33,7 +33,7 @@ from outdraft.reference.prompts import DATA
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
-from outdraft.training.features import FeatureCache
+from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import prepare
 
@@ -132,11 +132,10 @@ def warmup_of(steps: int) -> int:
 def build_features(target: Target, config: TrainingConfig) -> None:
     """Compute the features that a training reads, beforehand: their time is nobody's."""
     ready = prepare(target, config)
-    assert config.feature_cache_dir is not None
-    reading = objective_for(target, ready.config).reading
-    cache = FeatureCache(config.feature_cache_dir, target, ready.examples, ready.config.max_length, reading)
-    cache.check_budget(ready.config.feature_cache_gb)
-    cache.build(ready.config.batch_size)
+    store = feature_store(target, ready, objective_for(target, ready.config))
+    assert store is not None
+    store.check_budget(ready.examples, ready.config.feature_cache_gb)
+    store.build(ready.examples)
 
 
 def record_of(config: TrainingConfig, switches: Iterable[str]) -> dict[str, Any] | None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from outdraft.target import Target
+from outdraft.training import feature_store
+from outdraft.training.conversations import read_conversations
+from outdraft.training.tokenization import ExampleSet, tokenize
 
 from .tiny import tiny_target, write_chats
 
@@ -26,3 +29,14 @@ def target() -> Target:
 def chats(tmp_path: Path) -> Path:
     """26 chats: neither a multiple of the batches nor of the pieces used in the tests."""
     return write_chats(tmp_path / "chats.jsonl", 26)
+
+
+@pytest.fixture
+def examples(target: Target, chats: Path) -> ExampleSet:
+    return tokenize(read_conversations(chats), target.tokenizer, 128)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of examples in every forward."""
+    monkeypatch.setitem(feature_store.BATCH_TOKENS, "cpu", 400)

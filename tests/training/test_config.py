@@ -25,6 +25,7 @@ def test_the_paper_preset_is_the_published_recipe() -> None:
     assert (paper.max_length, paper.batch_size, paper.epochs, paper.max_steps) == (2048, 16, 20, None)
     assert (paper.w_reg, paper.w_cls, paper.feature_noise) == (1.0, 0.1, True)
     assert (paper.unroll_steps, paper.token_loss, paper.w_reg_schedule) == (1, "soft", "constant")
+    assert paper.teacher_top_k == 0  # the target's whole distribution
     assert (paper.tap_layers, paper.state_norm, paper.intermediate_size) == (None, False, None)
     assert (paper.feature_sampling, paper.partial_alignment, paper.method) == (None, None, "fspad")  # by the method: on
     assert paper.warmup_for(100) == 2000
@@ -57,6 +58,9 @@ def test_what_is_set_by_hand_wins_over_the_preset() -> None:
         ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
         ({"method": "hydra"}, "\"method\" cannot be 'hydra'"),
         ({"data": None}, '"data" cannot be None'),
+        ({"teacher_top_k": -1}, '"teacher_top_k" cannot be -1'),
+        ({"patience": -1}, '"patience" cannot be -1'),
+        ({"features": "never"}, "\"features\" cannot be 'never'"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_setting(values: dict[str, Any], says: str) -> None:
@@ -65,8 +69,22 @@ def test_a_mistake_is_one_line_that_names_the_setting(values: dict[str, Any], sa
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_run_is_measured_ten_times_unless_said_otherwise() -> None:
+    assert [config().evaluation_for(steps) for steps in (5, 11, 400, 5000, 20_000)] == [1, 1, 40, 500, 500]
+    assert [config(eval_steps=7).evaluation_for(steps) for steps in (5, 400)] == [7, 7]
+    assert config(eval_steps=500).with_preset(10**6).evaluation_for(40) == 500
+
+
 @pytest.mark.parametrize(
-    "values", [{}, {"token_loss": "top-k", "token_top_k": 5}, {"method": "eesd", "exit_layer": 1}, {"w_reg": 0}]
+    "values",
+    [
+        {},
+        {"features": "online"},
+        {"teacher_top_k": 0, "patience": 3},
+        {"token_loss": "top-k", "token_top_k": 5},
+        {"method": "eesd", "exit_layer": 1},
+        {"w_reg": 0},
+    ],
 )
 def test_a_record_is_a_configuration_again(values: dict[str, Any]) -> None:
     settled = config(**values).with_preset(10**6)
@@ -87,11 +105,15 @@ def test_settings_of_the_top_k_loss_are_refused_without_it(name: str) -> None:
     [
         ({"unroll_decay": 0.5}, {"unroll_steps": 2}, '"unroll_decay" belongs to unroll_steps of 2 or more, not 1'),
         ({"w_reg_schedule": "linear", "w_reg": 0}, {"w_reg": 0.1}, '"w_reg_schedule" belongs to w_reg above 0, not 0'),
-        ({"feature_cache_dir": "f"}, {"features": "cached"}, '"feature_cache_dir" belongs to features cached, not onl'),
         (
-            {"feature_cache_gb": 1.5},
+            {"feature_cache_dir": "f", "features": "online"},
             {"features": "cached"},
-            '"feature_cache_gb" belongs to features cached, not online',
+            '"feature_cache_dir" belongs to features cached or auto, not online',
+        ),
+        (
+            {"feature_cache_gb": 1.5, "features": "online"},
+            {"features": "auto"},
+            '"feature_cache_gb" belongs to features cached or auto, not online',
         ),
     ],
 )

@@ -15,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft.errors import UserError
 from outdraft.target import Target
-from outdraft.training import grouping
+from outdraft.training import feature_store, grouping
 from outdraft.training.config import TrainingConfig
 from outdraft.training.cross_entropy import Guess, HardLabels, soft_cross_entropies, soft_cross_entropy
-from outdraft.training.features import FeatureCache, TrainingExamples, collate
+from outdraft.training.feature_store import FeatureStore
+from outdraft.training.features import Reading, TrainingExamples, collate
 from outdraft.training.grouping import groups_of_like_length
 from outdraft.training.objective import Objective, objective_for
 from outdraft.training.tokenization import Example, ExampleSet
@@ -140,9 +141,11 @@ def test_the_trainer_computes_in_groups_and_resumes_to_the_same_bits(
         quiet(tiny_target(), settings(data, tmp_path / "whole", length_groups=False), resume=True)
 
 
-def test_the_cache_is_built_in_groups(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(grouping.GROUP_COST, "cpu", 0)
-    examples = some_examples([40, 9, 40, 9, 3])
+def test_what_is_kept_is_read_in_batches_of_like_length(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(feature_store.BATCH_TOKENS, "cpu", 80)
+    examples = some_examples([40, 9, 38, 11, 3, 90])
     forward, shapes = target.features, []
 
     def watching(ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -150,12 +153,12 @@ def test_the_cache_is_built_in_groups(target: Target, tmp_path: Path, monkeypatc
         return forward(ids, mask)
 
     target.features = watching  # type: ignore[method-assign,assignment]
-    cache = FeatureCache(tmp_path, target, examples, 128)
-    cache.build(batch_size=4)
-    assert shapes == [(2, 40), (2, 9), (1, 3)]
-    for i in range(5):
-        alone = forward(examples[i].input_ids.long()[None])[0]
-        torch.testing.assert_close(cache[i], alone, atol=1e-5, rtol=1e-4)
+    store = FeatureStore(tmp_path, target, Reading(target), 4)
+    store.build(examples)
+    assert shapes == [(3, 11), (2, 40), (1, 90)]
+    for example in examples.examples:
+        alone = forward(example.input_ids.long()[None])[0]
+        torch.testing.assert_close(store[example][0], alone.detach(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
@@ -197,15 +200,17 @@ def test_guesses_that_share_their_goals_are_as_good_as_alone(hard_weight: float,
 
 
 def test_the_targets_law_is_made_once_for_all_draft_steps(tmp_path: Path) -> None:
-    for values, guesses in ((METHODS["fspad unrolled"], 3), (METHODS["medusa"], 3)):
-        objective = objective_in_float64(tmp_path, **values)
+    for (values, guesses), top_k in itertools.product(
+        ((METHODS["fspad unrolled"], 3), (METHODS["medusa"], 3)), (0, 64)
+    ):
+        objective: Any = objective_in_float64(tmp_path, **values, teacher_top_k=top_k)
         batch = collate([TrainingExamples(some_examples([40]))[0]])
         features = objective.reading(batch["input_ids"], batch["lengths"])
         rows: list[int] = []
         own = objective.loss
-        place, name = (own, "_head") if hasattr(own, "_head") else (own._target, "head")
-        head = getattr(place, name)
-        setattr(place, name, lambda x, head=head, rows=rows: (rows.append(len(x)), head(x))[1])
+        places = [(objective.target, "head"), *([(own, "_head")] if hasattr(own, "_head") else [])]
+        for (place, name), head in [(place, getattr(*place)) for place in places]:
+            setattr(place, name, lambda x, head=head, rows=rows: (rows.append(len(x)), head(x))[1])
         sums = own(*objective.arguments(batch, features, 0))
         assert sum(rows) == (1 + guesses) * int(sums.positions)
 

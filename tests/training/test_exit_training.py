@@ -189,15 +189,17 @@ def test_a_family_with_dropout_trains_without(chats: Path, tmp_path: Path) -> No
 
 def test_cached_states_pieces_and_processes_train_alike(chats: Path, tmp_path: Path) -> None:
     ways: dict[str, dict[str, Any]] = {
-        "online": {},
+        "online": {"features": "online"},
         "cached": {"features": "cached"},
         "whole": {"gradient_accumulation_steps": 1},
     }
     found = {}
     for name, more in ways.items():
-        quiet(deep(), eesd(chats, tmp_path / name, max_steps=5, own_head=True, **more))
+        # The whole distribution: a teacher that is kept in float16 moves some of Adam's first signs.
+        quiet(deep(), eesd(chats, tmp_path / name, max_steps=5, own_head=True, teacher_top_k=0, **more))
         found[name] = weights(tmp_path / name)
-    two = eesd(chats, tmp_path / "two", max_steps=5, own_head=True, batch_size=2, gradient_accumulation_steps=1)
+    of_two = {"batch_size": 2, "gradient_accumulation_steps": 1, "teacher_top_k": 0}
+    two = eesd(chats, tmp_path / "two", max_steps=5, own_head=True, **of_two)
     done = program({**two, "layers": 4}, processes=2)
     assert done.returncode == 0, done.stderr
     found["two"] = weights(tmp_path / "two")
@@ -211,7 +213,8 @@ def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path
     found = plan(target, TrainingConfig(**eesd(chats, tmp_path / "run")))
     assert not (tmp_path / "run").exists() and found.method == "eesd"
     assert found.drafter_parameters == sum(weight.numel() for weight in exit_of(target).parameters())
-    assert found.feature_cache_bytes == found.tokens * 2 * 16 * 4 and found.memory_bytes > 0
+    assert found.feature_cache_bytes == found.tokens * 2 * 16 * 4 + found.response_tokens * 64 * (4 + 2)
+    assert found.memory_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
 from outdraft.target import Target
+from outdraft.training import plan as plan_module
 from outdraft.training.config import TrainingConfig
-from outdraft.training.objective import new_drafter
+from outdraft.training.feature_store import feature_store
+from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.plan import duration, plan
+from outdraft.training.preparation import prepare
 
 
 def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_path: Path) -> None:
@@ -21,12 +25,47 @@ def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_pat
     assert (found.preset, found.steps, found.examples) == ("tiny", 21, 26)
     drafter = new_drafter(target, config)
     assert found.drafter_parameters == sum(weight.numel() for weight in drafter.parameters())
-    assert found.feature_cache_bytes == found.tokens * 16 * 4
+    # Features, and of every response token 64 candidates as int32 with a float16 each.
+    assert found.feature_cache_bytes == found.tokens * 16 * 4 + found.response_tokens * 64 * (4 + 2)
     assert 0 < found.step_seconds < 10 and found.seconds >= found.steps * found.step_seconds
     assert found.memory_bytes > 4 * found.target_parameters + 16 * found.drafter_parameters
     said = io.StringIO()
     found.show(Console(file=said, width=150))
     assert f"{found.drafter_parameters:,} parameters" in said.getvalue() and "21 (3.2 passes" in said.getvalue()
+
+
+def test_the_plan_tells_what_is_kept_and_what_runs_in_every_step(
+    target: Target, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a second for every example's forward, a tenth for a step and nothing for its update."""
+    monkeypatch.setattr(
+        plan_module, "_seconds", lambda work, _: (work(), {"forward": 4.0, "piece": 0.1}.get(work.__name__, 0.0))[1]
+    )
+    common = {"data": chats, "output_dir": tmp_path / "run", "max_steps": 20, "batch_size": 4, "precision": "fp32"}
+    cached, online = (plan(target, TrainingConfig(**common, features=kind)) for kind in ("cached", "online"))
+    assert (online.step_seconds, cached.step_seconds) == (pytest.approx(4.1), pytest.approx(0.1))
+    assert online.seconds == pytest.approx(20 * 4.1) and cached.seconds == pytest.approx(20 * 0.1 + 26 * 1.0)
+    assert cached.feature_cache_bytes > 0 == online.feature_cache_bytes
+    said = io.StringIO()
+    online.show(Console(file=said, width=150))
+    assert "features" in said.getvalue() and "online" in said.getvalue()
+    auto = [plan(target, TrainingConfig(**{**common, "max_steps": steps})).feature_cache_bytes for steps in (6, 7)]
+    assert auto == [0, cached.feature_cache_bytes]
+    bare = plan(target, TrainingConfig(**common, features="cached", teacher_top_k=0))
+    assert bare.feature_cache_bytes == bare.tokens * 16 * 4
+
+
+def test_a_plan_counts_no_time_for_what_is_kept_already(
+    target: Target, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_seconds", lambda work, _: (work(), 4.0)[1])
+    config = TrainingConfig(data=chats, output_dir=tmp_path, batch_size=4, features="cached", max_steps=2)
+    before = plan(target, config)
+    ready = prepare(target, config)
+    store = feature_store(target, ready, objective_for(target, ready.config))
+    assert store is not None
+    store.build(ready.examples)
+    assert before.seconds - plan(target, config).seconds == pytest.approx(26 * 1.0)
 
 
 def test_durations_read_well() -> None:

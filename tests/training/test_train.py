@@ -220,10 +220,10 @@ def test_pieces_of_a_batch_give_the_same_training(whole: tuple[Path, Path], tmp_
 
 def test_two_processes_train_as_one_with_twice_the_batch(whole: tuple[Path, Path], tmp_path: Path) -> None:
     data, _ = whole
-    both = settings(data, tmp_path / "both", batch_size=2, gradient_accumulation_steps=1, max_steps=5)
-    done = program(both, processes=2)
+    common = {"gradient_accumulation_steps": 1, "max_steps": 5, "features": "cached"}
+    done = program(settings(data, tmp_path / "both", batch_size=2, **common), processes=2)
     assert done.returncode == 0, done.stderr
-    quiet(tiny_target(), settings(data, tmp_path / "one", batch_size=4, gradient_accumulation_steps=1, max_steps=5))
+    quiet(tiny_target(), settings(data, tmp_path / "one", batch_size=4, **common))
     states = [json.loads((tmp_path / run / "checkpoint-5/trainer_state.json").read_text()) for run in ("both", "one")]
     logs = [[entry for entry in state["log_history"] if "loss" in entry] for state in states]
     assert len(logs[0]) == len(logs[1]) == 5
@@ -232,6 +232,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(whole: tuple[Path, Path
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "both")[name], weight, atol=1e-4, rtol=1e-3, msg=name)
     assert done.stderr.count("step 5/5") == 1  # one process speaks
+    assert done.stderr.count("reading the target: 26 of 26 examples") == 1  # and reads for both
 
 
 def test_tau_is_measured_at_its_interval_and_at_the_end_and_changes_nothing(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from outdraft.training.features import Reading, pad, weights_fingerprint
 from outdraft.training.objective import Objective
 from outdraft.training.preparation import Preparation
 from outdraft.training.protocol import TargetLike, target_id
-from outdraft.training.teacher import TopProbs, predicting, top_probs
+from outdraft.training.teacher import TopProbs, most_probable, predicting
 from outdraft.training.tokenization import Example, ExampleSet
 
 GIGABYTE = 1e9
@@ -33,9 +34,6 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 WINDOW = 512
 """Examples among which those of like length are put together, so that little is padded and the time left is known."""
-
-HEAD_ROWS = 512
-"""Positions whose logits are held at once."""
 
 Progress = Callable[[int, int], None]
 """`(examples, tokens)` written since the last call."""
@@ -78,7 +76,13 @@ class FeatureStore:
 
     def missing(self, examples: ExampleSet) -> list[Example]:
         """Examples that are not there yet, each once."""
-        absent = {fingerprint(one): one for one in examples.examples if not self._holds(one)}
+        absent: dict[str, Example] = {}
+        for one in examples.examples:
+            if self._holds(one):
+                continue
+            name = fingerprint(one)
+            if name not in absent or len(said_range(one)) > len(said_range(absent[name])):  # it serves both
+                absent[name] = one
         return list(absent.values())
 
     def _holds(self, example: Example) -> bool:
@@ -94,9 +98,10 @@ class FeatureStore:
         """Raises a UserError when the examples would take more than the budget, or than the disk has left."""
         needed = self.nbytes(examples.examples) / GIGABYTE
         if needed > budget_gb:
+            enough = math.ceil(100 * needed) / 100
             raise UserError(
                 f"the features of these examples need {needed:.2f} GB, more than feature_cache_gb = {budget_gb:g}; "
-                f"raise it to {needed:.2f}, or use features = online"
+                f"raise it to {enough:.2f}, or use features = online"
             )
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         more, free = self.nbytes(self.missing(examples)), shutil.disk_usage(existing).free
@@ -167,9 +172,8 @@ class FeatureStore:
         goals = torch.cat(
             [self.reading.features(row)[place.start : place.stop] for row, place in zip(rows, places, strict=True)]
         )
-        pieces = [top_probs(target.head(piece), self.top_k) for piece in goals.split(HEAD_ROWS)] if self.top_k else []
-        if pieces:
-            all_ids, all_probs = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
+        if self.top_k:
+            all_ids, all_probs = (part.cpu() for part in most_probable(target, goals, self.top_k))
         else:
             all_ids, all_probs = torch.empty(len(goals), 0, dtype=torch.long), torch.empty(len(goals), 0)
         counts = [len(place) for place in places]
@@ -179,6 +183,7 @@ class FeatureStore:
     # --- files -------------------------------------------------------------------------------------------------
 
     def _note(self, name: str, entry: Entry) -> None:
+        self._index.pop(name, None)  # in the order of the files, so that the last line says where they end
         self._index[name] = entry
         self._rows = [entry.row + entry.tokens, entry.said + entry.predicted]
 
@@ -203,7 +208,9 @@ class FeatureStore:
                 file.truncate(rows * size)
                 file.seek(0, 2)
             index = self.folder / "index.jsonl"
-            index.write_text("".join(f"{json.dumps([k, *v])}\n" for k, v in self._index.items()), encoding="utf-8")
+            partial = index.with_suffix(".partial")
+            partial.write_text("".join(f"{json.dumps([k, *v])}\n" for k, v in self._index.items()), encoding="utf-8")
+            partial.replace(index)
             yield files
 
     def _mapped(self) -> tuple[Tensor, ...]:

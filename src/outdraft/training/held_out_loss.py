@@ -56,7 +56,7 @@ class HeldOut:
         count = torch.stack([hit.spoken.sum(dim=(0, 1)) for hit in hits]).sum(0).clamp(min=1)
         lengths = torch.cat([hit.chains() for hit in hits])
         found = {f"held_out_top1_{k + 1}": float(right[k] / count[k]) for k in range(len(right))}
-        return {**found, CHAIN: float(lengths.mean())}
+        return {**found, CHAIN: float(lengths.mean())} if len(lengths) else found
 
     def _hits(self) -> Iterator[Hits | None]:
         for i, batch in enumerate(self._batches):
@@ -81,7 +81,7 @@ class Hits:
     def chains(self) -> Tensor:
         """`(chains,)` tokens that a chain from every position yields: step 1 there, step 2 one further, and so on."""
         steps = self.hits.shape[-1]
-        whole = self.spoken[:, : self.spoken.shape[1] - steps + 1, 0]
+        whole = self.spoken[:, : max(self.spoken.shape[1] - steps + 1, 0), 0]
         length, alive = torch.ones(whole.shape, device=whole.device), whole.clone()
         for k in range(steps):
             alive = alive & self.hits[:, k : k + whole.shape[1], k]
@@ -103,18 +103,22 @@ class BestWeights:
     def __init__(self, folder: Path, drafter: nn.Module, patience: int = 0):
         self.drafter, self.patience = drafter, patience
         self._weights, self._record = folder / "best.safetensors", folder / "best.json"
-        self.score, self.step, self.since = -1.0, 0, 0
+        self.score, self.step, self.since, self.measured = -1.0, 0, 0, 0
 
     def resume(self) -> None:
         """Go on with what an interrupted run has kept."""
         try:
             record = json.loads(self._record.read_text())
-            self.score, self.step, self.since = record["score"], record["step"], record["since"]
+            found = record["score"], record["step"], record["since"], record["measured"]
         except (OSError, ValueError, KeyError):
-            self.score, self.step, self.since = -1.0, 0, 0
+            found = -1.0, 0, 0, 0
+        self.score, self.step, self.since, self.measured = found
 
     def note(self, score: float, step: int) -> bool:
         """Take notice of a measurement; True where training has not got better for too long."""
+        if step <= self.measured:  # a resumed run comes by a second time
+            return False
+        self.measured = step
         if score > self.score:
             self.score, self.step, self.since = score, step, 0
             partial = self._weights.with_suffix(".partial")
@@ -124,7 +128,8 @@ class BestWeights:
         else:
             self.since += 1
         partial = self._record.with_suffix(".partial")
-        partial.write_text(json.dumps({"score": self.score, "step": self.step, "since": self.since}) + "\n")
+        record = {"score": self.score, "step": self.step, "since": self.since, "measured": self.measured}
+        partial.write_text(json.dumps(record) + "\n")
         os.replace(partial, self._record)
         return bool(self.patience) and self.since >= self.patience
 

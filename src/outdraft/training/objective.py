@@ -31,7 +31,7 @@ from outdraft.training.head_config import feature_head_config
 from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
 from outdraft.training.medusa_loss import MedusaLoss, reached
 from outdraft.training.protocol import TargetLike
-from outdraft.training.teacher import TopProbs, predicting, top_probs, within
+from outdraft.training.teacher import TopProbs, most_probable, predicting, within
 from outdraft.training.token_loss import TokenLoss
 
 
@@ -187,10 +187,7 @@ class FeatureObjective(Objective):
         return self.target.embed(ids) * self.scale
 
     def _teacher(self, goal: Tensor) -> TopProbs:
-        with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
-            return self._known(
-                top_probs(self.target.head(goal), min(self.config.teacher_top_k, self.target.vocab_size))
-            )
+        return self._known(most_probable(self.target, goal, self.config.teacher_top_k, self.config.loss_chunk_size))
 
     def _known(self, said: TopProbs) -> TopProbs:
         """In ids of what the drafter's head gives."""
@@ -209,6 +206,7 @@ class ExitObjective(Objective):
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
+        self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
         self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
@@ -218,7 +216,12 @@ class ExitObjective(Objective):
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
-        return *features.split(self.width, dim=-1), batch["input_ids"], batch["loss_mask"], stored_teacher(batch)
+        hidden, last = features.split(self.width, dim=-1)
+        said = stored_teacher(batch)
+        if said is None and self.top_k:
+            goal = last[:, :-1][self.counted(batch["loss_mask"])]
+            said = most_probable(self.target, goal, self.top_k, self.rows)
+        return hidden, last, batch["input_ids"], batch["loss_mask"], said
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
@@ -230,7 +233,8 @@ class MedusaObjective(Objective):
     parts: ClassVar = {"loss_head1": "first_head"}
 
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: MedusaHeads):
-        self.drafter = drafter
+        self.drafter, self.target = drafter, target
+        self.top_k, self.rows = teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target))
         self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
@@ -240,7 +244,11 @@ class MedusaObjective(Objective):
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
-        return features, batch["input_ids"], batch["loss_mask"], stored_teacher(batch, first=1)
+        said = stored_teacher(batch, first=1)
+        if said is None and self.top_k:
+            goal = features[:, 1:-1][self.counted(batch["loss_mask"])]
+            said = most_probable(self.target, goal, self.top_k, self.rows)
+        return features, batch["input_ids"], batch["loss_mask"], said
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
@@ -253,6 +261,11 @@ def stored_teacher(batch: Mapping[str, Tensor], first: int = 0) -> TopProbs | No
     ids, probs = batch["teacher_ids"], batch["teacher_probs"]
     later = predicting(batch["loss_mask"]).nonzero()[:, 1] >= first
     return TopProbs(ids[later], probs[later])
+
+
+def teacher_of(config: TrainingConfig) -> int:
+    """The target's tokens that EESD and Medusa learn from at every position; 0 where its law is not asked for."""
+    return 0 if weight_of_tokens(config) == 1 else config.teacher_top_k
 
 
 def token_loss_of(config: TrainingConfig) -> TokenLoss:

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from outdraft.training.config import TrainingConfig
 from outdraft.training.exit_choice import ExitChoice, choose_exit
-from outdraft.training.feature_store import GIGABYTE, HEAD_ROWS, feature_store
+from outdraft.training.feature_store import GIGABYTE, feature_store
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.head_config import inner_width
 from outdraft.training.objective import Objective, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, parameter_count
-from outdraft.training.teacher import predicting, top_probs
+from outdraft.training.teacher import most_probable, predicting
 from outdraft.training.trainer import use_bf16
 
 MANY_PASSES = 10
@@ -162,14 +162,13 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
     optimizer = torch.optim.AdamW(objective.drafter.parameters(), lr=0.0)
     held: dict[str, torch.Tensor] = {}
     cached = feature_store(target, ready, objective) is not None
-    top_k = min(config.teacher_top_k, target.vocab_size)
 
     def forward() -> None:
         held["features"] = objective.reading(batch["input_ids"], batch["lengths"])
         if cached and config.teacher_top_k:
             goals = objective.reading.features(held["features"])[:, :-1][predicting(batch["loss_mask"])]
-            parts = [top_probs(objective.reading.target.head(rows), top_k) for rows in goals.split(HEAD_ROWS)]
-            batch["teacher_ids"], batch["teacher_probs"] = (torch.cat(part) for part in zip(*parts, strict=True))
+            said = most_probable(objective.reading.target, goals, config.teacher_top_k)
+            batch["teacher_ids"], batch["teacher_probs"] = said
 
     def piece(progress: float = 1.0) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -10,6 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from outdraft.training.protocol import TargetLike
+
+HEAD_ROWS = 512
+"""Positions whose logits are held at once, unless said otherwise."""
+
 LOGARITHM_ROWS = 32
 """Positions whose logits are made float32 at once: so many stay in a processor's cache, which is four times as fast."""
 
@@ -28,6 +33,21 @@ def top_probs(logits: Tensor, k: int) -> TopProbs:
     best = logits.topk(k, dim=-1)
     whole = torch.cat([rows.float().logsumexp(dim=-1, keepdim=True) for rows in logits.split(LOGARITHM_ROWS)])
     return TopProbs(best.indices, (best.values.float() - whole).exp())
+
+
+@torch.no_grad()
+def most_probable(target: TargetLike, goal: Tensor, k: int, rows: int = HEAD_ROWS) -> TopProbs:
+    """What the target says after some features.
+
+    Args:
+        target: whose head is asked.
+        goal: `(positions, hidden)`.
+        k: tokens of every position, or all where it has less.
+        rows: positions whose logits are held at once.
+    """
+    with torch.autocast(goal.device.type, enabled=False):
+        pieces = [top_probs(target.head(piece), min(k, target.vocab_size)) for piece in goal.split(rows)]
+    return TopProbs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def predicting(loss_mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ real acceptance length is measured by a function that is handed in.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import time
@@ -61,6 +62,7 @@ class TrainResult:
     folder: Path
     """The drafter: `config.json`, `model.safetensors`, `provenance.json`."""
     steps: int
+    """Optimizer steps that were made: fewer than planned where patience has ended the run."""
     seconds: float
     """Wall-clock of this process, data and measurement included."""
     peak_memory_bytes: int
@@ -142,7 +144,7 @@ def train(
         metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         result = TrainResult(
             folder=config.output_dir,
-            steps=ready.total_steps,
+            steps=trainer.state.global_step,
             seconds=time.perf_counter() - began,
             peak_memory_bytes=peak_memory_bytes(target.device),
             metrics=metrics,
@@ -168,7 +170,9 @@ def _measurement(
     spoken = [
         one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
     ]
-    held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
+    held = None
+    with contextlib.suppress(UserError):  # none is left within the length of training: then nothing is measured on them
+        held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
     if measure_tau is None and held is None:
         return None
 
