@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.errors import UserError
+from outdraft.training.beginning import scale_of
 from outdraft.training.config import TrainingConfig
-from outdraft.training.objective import new_drafter
+from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.train import train
 
 from .tiny import tiny_target, write_chats
@@ -35,12 +37,40 @@ def test_the_first_weights_are_the_other_drafters(tmp_path: Path, method: str) -
     on = config(tmp_path, "second", method=method, seed=5, init_from=str(first.folder))
     begun, other = new_drafter(target, on), new_drafter(target, config(tmp_path, "third", method=method, seed=5))
     before = load_file(first.folder / "model.safetensors")
-    assert all(torch.equal(weight, before[name]) for name, weight in begun.state_dict().items())
+    decoding = objective_for(target, on, begun).finished()
+    assert all(torch.equal(weight, before[name]) for name, weight in decoding.state_dict().items())
     assert not all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
     second = train(target, on, console=console)
     after = load_drafter(second.folder)
     assert after.training["config"]["init_from"] == str(first.folder)
     assert any(not torch.equal(weight, before[name]) for name, weight in after.head.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["fspad", "eagle"])
+def test_a_finished_drafter_makes_of_embeddings_what_the_trained_one_makes_of_larger_ones(
+    tmp_path: Path, method: str
+) -> None:
+    target = tiny_target()
+    settings = config(tmp_path, "run", method=method, embedding_scale=4.0)
+    trained = new_drafter(target, settings)
+    finished = objective_for(target, settings, trained).finished()
+    embeddings, features = torch.randn(2, 3, 5, target.hidden_size)
+    for one, other in zip(trained(4 * embeddings, features), finished(embeddings, features), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(trained(embeddings, features).r, finished(embeddings, features).r)
+
+
+def test_embeddings_are_brought_to_the_size_of_features_by_a_power_of_two() -> None:
+    target = tiny_target()
+    with torch.no_grad():
+        target.model.get_input_embeddings().weight *= 0.01
+    scale = scale_of(target)
+    ids = torch.linspace(0, target.vocab_size - 1, 64).long()[None]
+    ratio = target.features(ids).square().mean().sqrt() / target.embed(ids).square().mean().sqrt()
+    assert scale == 2.0 ** round(math.log2(scale)) and scale <= ratio < 2 * scale and scale > 2
+    with torch.no_grad():
+        target.model.get_input_embeddings().weight *= 1e6
+    assert scale_of(target) == 1
 
 
 def test_a_drafter_of_another_shape_is_refused(tmp_path: Path) -> None:
