@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outdraft.backends import PackedLinear
+from outdraft.backends.fused import FOLDED
 from outdraft.cache import SlotCache
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead, RMSNorm
 
@@ -163,7 +164,14 @@ class DraftStep:
         turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
         v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
         k, v = cache.update(turned[:, heads:], v, 0)
-        out = F.scaled_dot_product_attention(turned[:, :heads], k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
+        q, shared = turned[:, :heads], heads // kv_heads
+        if shared > 1 and nodes <= FOLDED and q.device.type == "cpu":
+            # Heads that share keys as further queries of one head: the keys are read once.
+            q = q.reshape(rows, kv_heads, shared * nodes, size)
+            seen = None if mask is None else mask.repeat(1, 1, shared, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).view(rows, heads, nodes, size)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
         return out.transpose(1, 2).reshape(rows * nodes, -1)
 
     # --- what is prepared --------------------------------------------------------------------------------------
