@@ -84,7 +84,7 @@ def test_agreement_is_what_a_loop_of_draft_steps_finds(method: str, chats: Path)
         common = keep_of(examples)
         head[[token for token in range(260) if token not in common]] *= 0.01
     objective = FeatureObjective(target, config, drafter)
-    by_hand = [step_by_step(target, drafter, example) for example in few.examples]
+    by_hand = [step_by_step(target, objective.finished(), example) for example in few.examples]
     right, count, chains = [0] * STEPS, [0] * STEPS, []
     for example, found in zip(few.examples, by_hand, strict=True):
         for (start, step), hit in found.items():

@@ -80,8 +80,8 @@ def test_what_is_trained_is_what_decodes(exact_target: Target, switches: str) ->
     """Draft step k of decoding and step k of unrolled training give the same logits after the same text."""
     config = settings(**SWITCHES[switches])
     head = drafter_for(exact_target, config)
-    rounds = drafted(head, exact_target, [10, 20, 30, 25, 99, 31], rounds=4)
     objective = FeatureObjective(exact_target, config, head)
+    rounds = drafted(objective.finished(), exact_target, [10, 20, 30, 25, 99, 31], rounds=4)
     outputs: list[Tensor] = []
     head.register_forward_hook(lambda _, __, out: outputs.append(out.p))
     for text, said in rounds:
