@@ -8,11 +8,11 @@
 # PROMPTS  prompts without an answer yet, as `outdraft regenerate` reads them, or - to write no answers
 # ANSWERS  answers of the model that are there already, in the format of `outdraft regenerate`, or -
 # The rest are training settings for all drafters (max_steps=20 tries the whole way in minutes).
-# MODEL names another copy of the model (a folder); METHODS="fspad eagle eesd" chooses; SHIP=1 puts them into the package.
+# OUTDRAFT and PYTHON name the commands of an environment that is not active; MODEL names another copy of the model (a folder); METHODS="fspad eagle eesd" chooses; SHIP=1 puts them into the package.
 set -euo pipefail
 work=$1 prompts=$2 answers=$3
 shift 3
-outdraft=${OUTDRAFT:-outdraft} model=${MODEL:-smollm2}
+outdraft=${OUTDRAFT:-outdraft} model=${MODEL:-smollm2} python=${PYTHON:-python}
 mkdir -p "$work"
 
 : > "$work/data.jsonl"
@@ -26,7 +26,7 @@ fi
 for method in ${METHODS:-fspad eagle eesd}; do
     own=()
     [ "$method" = eesd ] && own=(--exit-layer auto)
-    "$outdraft" train --model "$model" --method "$method" "${own[@]}" --data "$work/data.jsonl" --hold-out 64 \
+    "$outdraft" train --model "$model" --method "$method" ${own[@]+"${own[@]}"} --data "$work/data.jsonl" --hold-out 64 \
         --max-length 768 --output-dir "$work/$method" --report-to none --resume feature_cache_dir="$work/features" "$@"
-    [ -z "${SHIP:-}" ] || python -m outdraft.reference.ship "$work/$method" "$method" --model smollm2
+    [ -z "${SHIP:-}" ] || "$python" -m outdraft.reference.ship "$work/$method" "$method" --model smollm2
 done

@@ -67,7 +67,7 @@ def data_files(path: str | Path) -> list[str | Path]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in FOLDER_SUFFIXES)
         if not files:
-            raise UserError(f"no *.jsonl file in {path}; give --data a JSON-lines file or a folder that has some")
+            raise UserError(f"no *.jsonl or *.parquet file in {path}; give --data a file or a folder that has some")
         return list(files)
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}; give --data a JSON-lines file or a folder of them")

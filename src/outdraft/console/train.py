@@ -38,10 +38,13 @@ def train(
     on_bad_line: Annotated[str | None, o.training("on_bad_line")] = None,
     report_to: Annotated[list[str] | None, o.training("report_to")] = None,
     eval_data: Annotated[
-        Path | None, typer.Option("--eval-data", help="Prompts to measure tau on, in place of held-out ones.")
+        Path | None,
+        typer.Option(
+            "--eval-data", help="Prompts to measure tau on (the first 8), in place of held-out conversations."
+        ),
     ] = None,
     hold_out: Annotated[
-        int | None, typer.Option("--hold-out", help="Last conversations kept out to measure tau on (8).")
+        int | None, typer.Option("--hold-out", help="Last conversations kept out of training and measured on (32).")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; train nothing.")] = False,

@@ -148,12 +148,17 @@ class Asked:
 
 def identities(conversations: Sequence[Conversation]) -> list[int | str]:
     """An id for each: its own, else a hash of what it asks; those that come again get a number."""
-    counts: dict[int | str, int] = {}
+    own = [one.id if one.id is not None else _hash(one) for one in conversations]
+    given, used = set(own), set[int | str]()
     found: list[int | str] = []
-    for conversation in conversations:
-        name = conversation.id if conversation.id is not None else _hash(conversation)
-        counts[name] = counts.get(name, 0) + 1
-        found.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+    for name in own:
+        number = 1
+        unique = name
+        while unique in used or (number > 1 and unique in given):
+            number += 1
+            unique = f"{name}-{number}"
+        used.add(unique)
+        found.append(unique)
     return found
 
 

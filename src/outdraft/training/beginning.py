@@ -12,7 +12,7 @@ import torch
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
-from outdraft.named import NAMED, shipped_drafter
+from outdraft.named import named, shipped_drafter
 from outdraft.training.protocol import TargetLike
 
 LENIENT = {"max_position_embeddings"}
@@ -30,7 +30,7 @@ def begin_from(drafter: FeatureHead, source: str) -> None:
     Raises:
         UserError: nothing there, or a drafter of another shape.
     """
-    found = load_drafter(shipped_drafter(source, drafter.method) if source in NAMED else source).head
+    found = load_drafter(shipped_drafter(source, drafter.method) if named(source) is not None else source).head
     there, here = asdict(found.config), asdict(drafter.config)
     if different := [name for name in here if name not in LENIENT and there[name] != here[name]]:
         name = different[0]

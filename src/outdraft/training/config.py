@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from outdraft.errors import UserError
 
@@ -59,7 +59,7 @@ class TrainingConfig(BaseModel):
     draft_vocab_size: PositiveInt | Literal["auto", "all"] | None = "auto"
     """Draft only so many tokens, the most frequent ones of the responses, or all of them; auto takes 16,384 where the
     target has 32,000 or more, 32,768 from 100,000 on, and all of a smaller vocabulary."""
-    embedding_scale: float | Literal["auto"] = Field("auto")
+    embedding_scale: PositiveFloat | Literal["auto"] = "auto"
     """Train on embeddings times this, and fold it into the weights that are saved: with auto embeddings come near to
     the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
     init_from: str | None = None
@@ -95,7 +95,7 @@ class TrainingConfig(BaseModel):
     """How often it does so."""
     teacher_top_k: int = Field(64, ge=0)
     """The target's most probable tokens that a drafter learns from at every position; 0 takes its whole distribution,
-    which needs its output layer in every step and a drafter of the whole vocabulary."""
+    which needs its output layer in every step."""
     feature_noise: bool = True
     """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
     unroll_steps: int = Field(1, ge=1, le=16)
@@ -160,8 +160,8 @@ class TrainingConfig(BaseModel):
     """Steps between measurements on what is held out: the real acceptance length tau, and top-1 agreement for each
     draft step. A tenth of the run where that is less, unless set by hand."""
     patience: int = Field(0, ge=0)
-    """Stop after so many measurements in a row without a longer held-out chain; 0 runs to the end. The best weights are
-    what is saved in any case."""
+    """Stop FSPAD's or EAGLE's training after so many measurements in a row without a longer held-out chain; 0 runs to
+    the end. In any case the weights with the longest one are saved."""
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
     """Trackers to log to, as in transformers (tensorboard, wandb, none)."""
 
@@ -193,9 +193,12 @@ class TrainingConfig(BaseModel):
         if isinstance(self.exit_layer, int) and self.exit_layer < 1:
             raise UserError(f'"exit_layer" must be at least 1, not {self.exit_layer}')
 
-    def _check_parts(self) -> None:
-        """Settings of a choice that was not made are refused, not ignored."""
+    def _check_parts(self, filled: bool = False) -> None:
+        """Settings of a choice that was not made are refused, not ignored; a preset may make it yet until `filled`."""
         for name, part in PART_OF.items():
+            preset = (recipe[part.setting] for recipe in PRESETS.values() if part.setting in recipe)
+            if not filled and part.setting not in self.model_fields_set and any(map(part.made, preset)):
+                continue
             given = name in self.model_fields_set and getattr(self, name) is not None
             value = getattr(self, part.setting)
             if given and self.method in READ_BY.get(name, (self.method,)) and not part.made(value):
@@ -224,7 +227,9 @@ class TrainingConfig(BaseModel):
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
         values = {**dict(self), **filled, "preset": name}
-        return TrainingConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
+        found = TrainingConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
+        found._check_parts(filled=True)
+        return found
 
     def draft_vocabulary_for(self, vocab_size: int) -> int | None:
         """Tokens of so many that the drafter may propose; None is all of them."""
@@ -266,6 +271,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "unroll_steps": _FEATURE_HEADS,
     "unroll_decay": _FEATURE_HEADS,
     "unroll_from": _FEATURE_HEADS,
+    "patience": _FEATURE_HEADS,
     "exit_layer": _EESD,
     "own_head": _EESD + _MEDUSA,
     "loss": _EESD + _MEDUSA,

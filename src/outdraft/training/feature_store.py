@@ -27,6 +27,11 @@ from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.teacher import TopProbs, most_probable, predicting
 from outdraft.training.tokenization import Example, ExampleSet
 
+try:
+    import fcntl
+except ImportError:  # no such thing on Windows, where two runs must not share a store while it grows
+    fcntl = None  # type: ignore[assignment]
+
 GIGABYTE = 1e9
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -118,12 +123,16 @@ class FeatureStore:
             examples: what is wanted.
             progress: told of what was written.
         """
-        missing = self.missing(examples)
-        if not missing:
+        if not self.missing(examples):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._append(self.missing(examples), progress)
+
+    def _append(self, missing: Sequence[Example], progress: Progress | None) -> None:
+        if not missing:  # somebody else has read them while we waited
+            return
         (self.folder / "target.json").write_text(json.dumps({"target": target_id(self.reading.target)}) + "\n")
-        self._maps = None
         budget = BATCH_TOKENS.get(self.reading.target.device.type, BATCH_TOKENS["cuda"])
         with self._appending() as files, open(self.folder / "index.jsonl", "a", encoding="utf-8") as index:
             for batch in batches_of_like_length(missing, budget):
@@ -155,7 +164,8 @@ class FeatureStore:
 
     def reload(self) -> None:
         """Take notice of what another process has written."""
-        self._maps = None
+        self._maps, self._rows = None, [0, 0]
+        self._index.clear()
         self._read_index()
 
     # --- the target's part -------------------------------------------------------------------------------------
@@ -192,11 +202,28 @@ class FeatureStore:
             lines = (self.folder / "index.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         except OSError:
             return
+        there = [path.stat().st_size if path.is_file() else 0 for path in self._files]
         for line in lines:
-            if not line.endswith("\n"):  # killed while it was written
+            try:
+                name, *numbers = json.loads(line)
+                entry = Entry(*numbers)
+            except (ValueError, TypeError):  # killed while it was written, or damaged: what follows is not to be found
                 break
-            name, *numbers = json.loads(line)
-            self._note(name, Entry(*numbers))
+            ends = (entry.row + entry.tokens, entry.said + entry.predicted, entry.said + entry.predicted)
+            if not line.endswith("\n") or any(
+                end * size > bytes_there for end, size, bytes_there in zip(ends, self._row_bytes, there, strict=True)
+            ):
+                break
+            self._note(name, entry)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes meanwhile; what others have written before is known."""
+        with open(self.folder / "lock", "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.reload()
+            yield
 
     @contextlib.contextmanager
     def _appending(self) -> Iterator[Sequence[BinaryIO]]:
@@ -232,7 +259,7 @@ def feature_store(target: TargetLike, ready: Preparation, objective: Objective) 
     if config.features == "online":
         return None
     folder = config.feature_cache_dir or config.output_dir / "features"
-    store = FeatureStore(folder, target, objective.reading, config.teacher_top_k)
+    store = FeatureStore(folder, target, objective.reading, objective.top_k)
     once = ready.total_steps * config.batch_size * ready.processes <= len(examples)
     if config.features == "auto" and (once or store.nbytes(examples.examples) > config.feature_cache_gb * GIGABYTE):
         return None

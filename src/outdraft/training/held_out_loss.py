@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from outdraft.drafters.checkpoint import Network
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.objective import Objective
 from outdraft.training.tokenization import ExampleSet
@@ -47,7 +46,7 @@ class HeldOut:
         ]
         self._features: list[Tensor] = []
 
-    def measure(self, network: Network | None = None) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """`held_out_top1_1` .. for each draft step, and `held_out_chain`; nothing for an objective that cannot say."""
         hits = [hit for hit in self._hits() if hit is not None]
         if not hits:
@@ -131,7 +130,17 @@ class BestWeights:
         record = {"score": self.score, "step": self.step, "since": self.since, "measured": self.measured}
         partial.write_text(json.dumps(record) + "\n")
         os.replace(partial, self._record)
+        return self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether training has not got better for too long."""
         return bool(self.patience) and self.since >= self.patience
+
+    def forget(self) -> None:
+        """Of a run that begins: what an abandoned one may have left in its folder."""
+        self._record.unlink(missing_ok=True)
+        self._weights.unlink(missing_ok=True)
 
     def restore(self) -> None:
         """Put the best weights into the drafter."""

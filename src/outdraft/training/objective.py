@@ -42,6 +42,8 @@ class Objective(ABC):
     """Logged names of parts of the loss -> the sums that they are means of."""
     reading: Reading
     """What the loss needs of the target."""
+    top_k: int
+    """The target's most probable tokens that the loss is taken against; 0 for its whole distribution, or none."""
     drafter: Network
     loss: nn.Module
     """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
@@ -138,11 +140,12 @@ class FeatureObjective(Objective):
     def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
+        self.top_k = config.teacher_top_k
         layers, reader = drafter.config.tap_layers, reader_of(target)
         self.reading = TappedReading(reader, layers) if layers else Reading(reader)
         head: Head = target.head
         self._places: Tensor | None = None
-        if drafter.draft_tokens is not None and config.teacher_top_k and isinstance(target, Target):
+        if drafter.draft_tokens is not None and self.top_k and isinstance(target, Target):
             # What is never drafted needs no logit, and most of a large vocabulary is never drafted.
             head = DraftVocabulary(drafter.draft_tokens, target).head
             self._places = torch.full((target.vocab_size,), -1, device=target.device)
@@ -154,7 +157,7 @@ class FeatureObjective(Objective):
             config.unroll_steps,
             config.unroll_decay,
             token_loss_of(config),
-            self._teacher if config.teacher_top_k else None,
+            self._teacher if self.top_k else None,
         )
 
     def counted(self, loss_mask: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class FeatureObjective(Objective):
         return self.target.embed(ids) * self.scale
 
     def _teacher(self, goal: Tensor) -> TopProbs:
-        return self._known(most_probable(self.target, goal, self.config.teacher_top_k, self.config.loss_chunk_size))
+        return self._known(most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size))
 
     def _known(self, said: TopProbs) -> TopProbs:
         """In ids of what the drafter's head gives."""

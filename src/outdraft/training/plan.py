@@ -165,9 +165,9 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
 
     def forward() -> None:
         held["features"] = objective.reading(batch["input_ids"], batch["lengths"])
-        if cached and config.teacher_top_k:
+        if cached and objective.top_k:
             goals = objective.reading.features(held["features"])[:, :-1][predicting(batch["loss_mask"])]
-            said = most_probable(objective.reading.target, goals, config.teacher_top_k)
+            said = most_probable(objective.reading.target, goals, objective.top_k)
             batch["teacher_ids"], batch["teacher_probs"] = said
 
     def piece(progress: float = 1.0) -> None:

@@ -25,6 +25,7 @@ from outdraft.training.answer_progress import AnswerProgress
 from outdraft.training.asking import Asked, Asking, Name, identities
 from outdraft.training.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.training.crowd import Crowd
+from outdraft.training.protocol import target_id
 from outdraft.training.tokenization import require_chat_template
 
 ROWS_CPU, ROWS = 24, 64
@@ -120,6 +121,7 @@ def regenerate(
         if conversation.text is None and not conversation.bare:
             require_chat_template(target.tokenizer, conversation.source)
     settings = {
+        "model": target_id(target),
         "max_new_tokens": max_new_tokens,
         "temperatures": [float(one) for one in temperatures],
         "seed": seed,

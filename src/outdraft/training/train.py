@@ -48,7 +48,10 @@ except ModuleNotFoundError as error:
 RUN = "training_run.json"
 CHOICE = "exit_choice"
 
-# What may change between a run and its resumption without changing the weights it ends in.
+BEFORE = {"embedding_scale": 1.0, "teacher_top_k": 0}
+"""What runs did whose version did not have these settings, where that is not their default."""
+
+# What may change between a run and its resumption without changing how it trains.
 FREE = {
     "data", "output_dir", "on_bad_line", "preset", "epochs", "features", "feature_cache_gb", "feature_cache_dir",
     "save_steps", "save_total_limit", "logging_steps", "eval_steps", "patience", "report_to",
@@ -69,7 +72,9 @@ class TrainResult:
     metrics: dict[str, float]
     """The last log entry: loss, loss_reg, loss_cls, acc, learning_rate."""
     tau: dict[str, float] | None
-    """What `measure_tau` said of the final drafter."""
+    """What was measured of the drafter that is saved."""
+    best_step: int
+    """The step whose weights are saved: the last one, unless an earlier did better on what is held out."""
 
 
 def train(
@@ -124,6 +129,8 @@ def train(
     measure = _measurement(target, ready, objective, measure_tau, held_out)
     if checkpoint is not None:
         best.resume()
+    elif args.should_save:
+        best.forget()
     meter = TauMeter(measure, objective.drafter, config.evaluation_for(ready.total_steps), best) if measure else None
     trainer = DrafterTrainer(
         objective,
@@ -135,12 +142,12 @@ def train(
     if meter is not None:
         meter.log = trainer.log
     _leave_group_at_exit()
-    _run(trainer, checkpoint, stop, progress, console)
+    _run(trainer, checkpoint, stop, progress, console, ended=checkpoint is not None and best.out_of_patience)
 
-    tau = None
+    tau, step = None, trainer.state.global_step
     if args.should_save:
         if measure is not None:
-            tau = _final(measure, best, trainer, console)
+            tau, step = _final(measure, best, trainer, console)
         metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         result = TrainResult(
             folder=config.output_dir,
@@ -149,11 +156,12 @@ def train(
             peak_memory_bytes=peak_memory_bytes(target.device),
             metrics=metrics,
             tau=tau,
+            best_step=step,
         )
         _save(target, ready, objective, result, checkpoint)
     else:
         seconds, peak = time.perf_counter() - began, peak_memory_bytes(target.device)
-        result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None)
+        result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None, step)
     PartialState().wait_for_everyone()
     return result
 
@@ -183,8 +191,10 @@ def _measurement(
     return measure
 
 
-def _final(measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, console: Console) -> dict[str, float]:
-    """What is said of the weights that are saved: the last ones, or better ones of before."""
+def _final(
+    measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, console: Console
+) -> tuple[dict[str, float], int]:
+    """What is said of the weights that are saved, the last ones or better ones of before, and their step."""
     drafter = best.drafter
     found = measured(measure, drafter)  # type: ignore[arg-type]
     trainer.log(dict(found))
@@ -192,7 +202,8 @@ def _final(measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, cons
         best.restore()
         found = measured(measure, drafter)  # type: ignore[arg-type]
         console.print(f"the weights of step {best.step} did best on what is held out: they are saved", highlight=False)
-    return found
+        return found, best.step
+    return found, trainer.state.global_step
 
 
 def _leave_group_at_exit() -> None:
@@ -249,9 +260,10 @@ def _claim_folder(
             raise UserError(
                 f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
             ) from None
-        # A setting that the run's version did not have was at what is its default now.
+        # A setting that the run's version did not have was at what is its default now, with a few exceptions.
         fields = TrainingConfig.model_fields
-        before = {**{key: fields[key].default for key in identity.keys() & fields.keys()}, **before}
+        defaults = {key: fields[key].default for key in identity.keys() & fields.keys()}
+        before = {**defaults, **{key: BEFORE[key] for key in identity.keys() & BEFORE.keys()}, **before}
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             key = changed[0]
@@ -299,11 +311,16 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
 
 
 def _run(
-    trainer: DrafterTrainer, checkpoint: Path | None, stop: OrderlyStop, progress: ProgressReport, console: Console
+    trainer: DrafterTrainer,
+    checkpoint: Path | None,
+    stop: OrderlyStop,
+    progress: ProgressReport,
+    console: Console,
+    ended: bool,
 ) -> None:
     """The loop itself; ends with the final weights in the drafter, or with KeyboardInterrupt after a checkpoint."""
     total = trainer.args.max_steps
-    if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= total:
+    if checkpoint is not None and (ended or int(checkpoint.name.rpartition("-")[2]) >= total):
         trainer.load_finished(checkpoint)
         return
     try:
@@ -322,7 +339,7 @@ def _save(
     target: TargetLike, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None
 ) -> None:
     settings = ready.config.record()
-    summary = {"config": settings, "metrics": result.metrics, "tau": result.tau}
+    summary = {"config": settings, "metrics": result.metrics, "tau": result.tau, "weights_of_step": result.best_step}
     facts = target_facts(target.model)
     save_drafter(result.folder, objective.finished(), target_id=target_id(target), training=summary, target=facts)
     record = provenance(
