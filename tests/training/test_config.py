@@ -122,12 +122,21 @@ def test_settings_that_nothing_would_read_are_refused(
     values: dict[str, Any], choice: dict[str, Any], says: str, preset: str
 ) -> None:
     with pytest.raises(UserError) as raised:
-        config(**values, preset=preset)
+        config(**values, preset=preset).with_preset(10**6)  # auto is a preset only once the target is known
     (setting,) = choice
     assert says in str(raised.value) and "\n" not in str(raised.value)
     assert str(raised.value).endswith(f"; change {setting} or leave it out")
     kept = config(**values | choice, preset=preset).with_preset(10**6).record()
     assert all(str(kept[name]) == str(value) for name, value in (values | choice).items())
+
+
+def test_what_a_preset_makes_a_setting_s_choice_is_taken_for_made() -> None:
+    assert config(unroll_from=0.4).with_preset(135 * 10**6).unroll_from == 0.4
+    assert config(unroll_from=0.4, preset="small").with_preset(10**6).unroll_steps == 3
+    with pytest.raises(UserError, match='"unroll_from" belongs to unroll_steps of 2 or more, not 1'):
+        config(unroll_from=0.4, preset="paper")
+    with pytest.raises(UserError, match='"unroll_from" belongs to unroll_steps of 2 or more, not 1'):
+        config(unroll_from=0.4, preset="small", unroll_steps=1)
 
 
 @pytest.mark.parametrize("name", ["tap_layers", "state_norm", "token_loss", "w_reg_schedule", "unroll_decay"])

@@ -195,8 +195,9 @@ class TrainingConfig(BaseModel):
 
     def _check_parts(self, filled: bool = False) -> None:
         """Settings of a choice that was not made are refused, not ignored; a preset may make it yet until `filled`."""
+        recipes = PRESETS.values() if self.preset == "auto" else [PRESETS[self.preset]]
         for name, part in PART_OF.items():
-            preset = (recipe[part.setting] for recipe in PRESETS.values() if part.setting in recipe)
+            preset = (recipe[part.setting] for recipe in recipes if part.setting in recipe)
             if not filled and part.setting not in self.model_fields_set and any(map(part.made, preset)):
                 continue
             given = name in self.model_fields_set and getattr(self, name) is not None
