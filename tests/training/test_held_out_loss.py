@@ -258,3 +258,22 @@ def test_measuring_changes_no_weight_and_hides_no_loss(chats: Path, tmp_path: Pa
     losses = [[entry["loss"] for entry in log(tmp_path / name)] for name in ("plain", "measured")]
     assert losses[0] == losses[1] and len(losses[0]) == 11
     assert_same_bits(tmp_path / "plain/checkpoint-11", tmp_path / "measured/checkpoint-11")
+
+
+def test_weights_of_an_abandoned_run_are_not_those_of_the_next_in_its_folder(chats: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    left = BestWeights(folder, torch.nn.Linear(2, 2))
+    left.note(9.0, 400)
+    script = Script([1.5, 3.0, 2.0, 1.0])
+    quiet(tiny_target(), settings(chats, folder, max_steps=8, eval_steps=2), measure_tau=script)
+    assert_holds(folder, script.seen[1])
+
+
+def test_a_run_out_of_patience_is_finished_when_it_is_resumed(chats: Path, tmp_path: Path) -> None:
+    values = settings(chats, tmp_path / "run", max_steps=20, eval_steps=2, patience=2)
+    first = quiet(tiny_target(), values, measure_tau=Script([3.0, 2.0, 2.0]))
+    assert first.steps == 6
+    script = Script([2.0])
+    again = quiet(tiny_target(), values, resume=True, measure_tau=script)
+    assert again.steps == 6 and len(script.seen) == 2  # the last weights and the best ones

@@ -175,3 +175,38 @@ def test_equal_tokens_with_other_ends_are_read_once_for_both(
     store.build(both)
     for example in both.examples:
         assert_targets_own(store, target, example)
+
+
+def test_rows_that_the_files_have_lost_are_read_again(examples: ExampleSet, tmp_path: Path) -> None:
+    target = tiny_target()
+    store = store_of(tmp_path, target)
+    store.build(examples)
+    file = store.folder / "features.bin"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # a copy that was cut off
+    again = store_of(tmp_path, tiny_target())
+    lost = again.missing(examples)
+    assert 0 < len(lost) < len(examples)
+    again.build(examples)
+    assert_equal(again, store_of(tmp_path, target), examples)
+    for example in examples.examples:
+        assert_targets_own(again, target, example)
+
+
+def test_a_damaged_line_of_the_index_hides_what_follows_and_is_no_error(examples: ExampleSet, tmp_path: Path) -> None:
+    store = store_of(tmp_path, tiny_target())
+    store.build(examples)
+    index = store.folder / "index.jsonl"
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines[:3], "not json\n", *lines[4:]]))
+    assert len(store_of(tmp_path, tiny_target()).missing(examples)) == len(examples) - 3
+
+
+def test_two_that_build_one_store_wait_for_each_other(examples: ExampleSet, tmp_path: Path) -> None:
+    first, second = store_of(tmp_path, tiny_target()), store_of(tmp_path, tiny_target())
+    half = ExampleSet(examples.examples[:13])
+    first.build(half)
+    rows = counted_forwards(second.reading.target)  # it was opened before the first one wrote
+    second.build(examples)
+    assert sum(rows) == len(examples) - 13
+    for example in examples.examples:
+        assert_targets_own(second, tiny_target(), example)
