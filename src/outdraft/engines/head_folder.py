@@ -31,13 +31,13 @@ def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
         config: the drafter's.
         target: the target's text config.
     """
-    for name, what in (
-        ("tap_layers", "reads several layers of the target (tap_layers)"),
-        ("state_norm", "normalises what it reads (state_norm)"),
-        ("draft_vocab_size", "has a reduced vocabulary (draft_vocab_size)"),
+    for name, what, instead in (
+        ("tap_layers", "reads several layers of the target (tap_layers)", "without"),
+        ("state_norm", "normalises what it reads (state_norm)", "without"),
+        ("draft_vocab_size", "has a reduced vocabulary (draft_vocab_size)", "with draft_vocab_size=all"),
     ):
         if getattr(config, name):
-            raise UserError(f"the drafter {what}, which vLLM cannot run; train one without")
+            raise UserError(f"the drafter {what}, which vLLM cannot run; train one {instead}")
     if target.model_type not in FAMILIES:
         raise UserError(
             f"vLLM's EAGLE heads are right for targets of the families {', '.join(FAMILIES)}, not "
