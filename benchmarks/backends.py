@@ -220,9 +220,9 @@ def main() -> None:
         )
         report["decoding"] = decoding(model, found, given)
     for name, target in found.items():
-        if isinstance(target._compiled, CompiledForward):
-            report["compile_seconds"] = target._compiled.seconds
-            seconds = ", ".join(f"{size} {took:.1f} s" for size, took in target._compiled.seconds.items())
+        if isinstance(target._run, CompiledForward):
+            report["compile_seconds"] = target._run.seconds
+            seconds = ", ".join(f"{size} {took:.1f} s" for size, took in target._run.seconds.items())
             print(f"{name}: compiled {seconds}")
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=1))

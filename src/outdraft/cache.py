@@ -9,6 +9,7 @@ It is a `transformers` Cache, so stock models write to it. It does not know what
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,14 +31,18 @@ class SlotCache(Cache):
         rows: sequences held.
         num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
         capacity: slots a row, grown by doubling when a forward needs more.
+        pool: lends buffers, of rounded sizes; without one they are made as large as asked for.
     """
 
-    def __init__(self, rows: int, num_layers: int, capacity: int):
+    def __init__(self, rows: int, num_layers: int, capacity: int, pool: BufferPool | None = None):
         super().__init__(layers=[])
         self.lengths: list[int] = [0] * rows
         self.pending = 0  # slots written after the committed ones, the same number in every row
         self.capacity = max(1, capacity)
         self._room = rows  # rows that buffers have
+        self._pool = pool
+        if pool is not None:
+            self._room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
         self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
@@ -45,6 +50,8 @@ class SlotCache(Cache):
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
         self._rows = torch.empty(0)  # (rows, 1) beside them
         self._views: dict[int, _Views] = {}  # buffer -> what this forward reads and writes of it
+        if pool is not None:
+            weakref.finalize(self, pool.give_back, self._buffers)
 
     @property
     def rows(self) -> int:
@@ -107,6 +114,27 @@ class SlotCache(Cache):
             values[row, :, self._slots] = value_states.transpose(1, 2)
         return keys, values
 
+    def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Where a layer keeps all its keys and all its values, `(room, kv_heads, capacity, width)`.
+
+        Args:
+            key_states, value_states: of that layer, any number of tokens; only their shapes are looked at.
+            layer_idx: the layer.
+        """
+        buffer, place = self._place(key_states, value_states, layer_idx)
+        both = self._buffers[buffer][place]
+        return both[0, ..., : key_states.shape[-1]], both[1, ..., : value_states.shape[-1]]
+
+    @property
+    def room(self) -> int:
+        """Rows that the buffers have."""
+        return self._room
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie; while these stay the same, a recorded forward finds what it recorded."""
+        return (self._room, self.capacity, *(buffer.data_ptr() for buffer in self._buffers))
+
     def _open(self, buffer: int, count: int) -> _Views:
         """Views of all layers at once, which many small ones for every layer would take longer to make."""
         extent = self.extent
@@ -127,6 +155,14 @@ class SlotCache(Cache):
         self._move(places)
         self.pending = len(places[0])
         self._write(self.pending_slots(0, self.pending, self._rows.device))
+
+    def room_for(self, pending: int) -> None:
+        """Make the buffers hold so many tokens a row beyond the committed ones, which a forward writes by itself."""
+        self._fit(self.rows, max(self.lengths, default=0) + pending)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """So many tokens of every row, written right after the committed ones, are committed, too."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     # --- after the verdict -------------------------------------------------------------------------------------
 
@@ -212,7 +248,7 @@ class SlotCache(Cache):
                 return self._places[layer_idx]
         layers = self._num_layers if not self._buffers else 1
         shape = (layers, 2, self._room, heads, self.capacity, width)
-        self._buffers.append(torch.zeros(shape, dtype=key_states.dtype, device=key_states.device))
+        self._buffers.append(self._new(shape, key_states))
         self._places[layer_idx] = (len(self._buffers) - 1, 0)
         return self._places[layer_idx]
 
@@ -236,12 +272,57 @@ class SlotCache(Cache):
         if rows <= self._room and capacity <= self.capacity:
             return
         room, slots, extent = max(rows, self._room), max(capacity, self.capacity), min(self.extent, self.capacity)
+        if self._pool is not None:
+            room, slots = rounded_rows(room), rounded_slots(slots)
         for i, buffer in enumerate(self._buffers):
-            grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3], slots, buffer.shape[5]))
+            grown = self._new((*buffer.shape[:2], room, buffer.shape[3], slots, buffer.shape[5]), buffer)
             grown[:, :, : self.rows, :, :extent] = buffer[:, :, : self.rows, :, :extent]
             self._buffers[i] = grown
+            if self._pool is not None:
+                self._pool.give_back([buffer])
         self._views = {}
         self._room, self.capacity = room, slots
+
+    def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer; of zeros, so that nothing that is not a number stands where nothing was written yet."""
+        if self._pool is not None:
+            return self._pool.take(shape, like)
+        return like.new_zeros(shape)
+
+
+class BufferPool:
+    """Buffers that outlive the caches that they were lent to, so that a recorded forward can serve many of them.
+
+    Args:
+        most: buffers that are kept while nobody uses them.
+    """
+
+    def __init__(self, most: int = 4):
+        self.most = most
+        self._free: list[Tensor] = []
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer of this shape, and of the other's precision and device; what it holds are numbers."""
+        for i, buffer in enumerate(self._free):
+            if buffer.shape == shape and buffer.dtype == like.dtype and buffer.device == like.device:
+                return self._free.pop(i)
+        self._free.clear()  # before more memory is taken
+        return like.new_zeros(shape)
+
+    def give_back(self, buffers: list[Tensor]) -> None:
+        """Nobody uses them any more."""
+        self._free = [*self._free, *buffers][-self.most :]
+
+
+def rounded_rows(rows: int) -> int:
+    """Up to a power of two."""
+    return 1 << (rows - 1).bit_length() if rows else 0
+
+
+def rounded_slots(slots: int) -> int:
+    """Up to a power of two or one and a half of one, 512 at least."""
+    whole = max(512, 1 << (slots - 1).bit_length())
+    return whole * 3 // 4 if whole > 512 and slots <= whole * 3 // 4 else whole
 
 
 class _Views(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from outdraft.backends import accelerate, default_backend, default_dtype, why_not_packed
+from outdraft.backends import accelerate, best_backend, default_backend, default_dtype
 from outdraft.drafters.base import Drafter
 from outdraft.drafters.checkpoint import Network, load_drafter, own_method
 from outdraft.drafters.draft_model import DraftModel
@@ -104,9 +104,8 @@ def load_target(
         words = _load_tokenizer(str(folder), trust_remote_code)
         if words is not None and shown_as is not None and tokenizer is None:
             words.name_or_path = shown_as
-    place = loaded.get_input_embeddings().weight
     if backend is None or backend == "auto":
-        backend = default_backend(place.device, place.dtype) if why_not_packed(loaded) is None else "eager"
+        backend = best_backend(loaded)
     return Target(loaded, words, backend)
 
 

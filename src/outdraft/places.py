@@ -35,6 +35,11 @@ def itself(rows: int, count: int, device: torch.device) -> Tensor:
     return _itself(_size(count), device)[:count, :count].expand(rows, -1, -1)
 
 
+def chosen(x: Tensor, nodes: Tensor) -> Tensor:
+    """Of `(rows, n, width)` the entries at these `(rows, m)` nodes."""
+    return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def _size(count: int) -> int:
     return max(LEAST, 1 << (count - 1).bit_length())
 

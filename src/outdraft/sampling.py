@@ -304,15 +304,44 @@ class Dice:
         return int(draw_each([self], law[None]))
 
 
+class Thrown:
+    """Dice that were thrown ahead, in the order in which `Dice` would throw them, and lie on the device.
+
+    Args:
+        shares: `(throws,)` numbers in [0, 1), float64.
+    """
+
+    def __init__(self, shares: Tensor):
+        self.shares, self._next = shares, 0
+
+    def share(self) -> Tensor:
+        """The next one."""
+        self._next += 1
+        return self.shares[self._next - 1]
+
+    def accept(self, probability: float) -> bool:
+        raise NotImplementedError("what was thrown ahead only draws")
+
+    def draw(self, law: Tensor) -> int:
+        return int(draw_each([self], law[None]))
+
+
 def draw_each(chances: Sequence[Chance], laws: Tensor) -> Tensor:
     """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance."""
+    if all(isinstance(chance, Thrown) for chance in chances):
+        return at_shares(torch.stack([thrown.share() for thrown in chances]), laws)  # type: ignore[attr-defined]
     if not all(isinstance(chance, Dice) for chance in chances):
         drawn = [chance.draw(law) for chance, law in zip(chances, laws, strict=True)]
         return torch.tensor(drawn, device=laws.device)
-    # The first token up to which more than a uniform share of the law lies: in float64, so that no token of positive
-    # probability is lost, and below the whole of it, which rounding could else bring a share up to.
     shares = torch.tensor([dice.uniform() for dice in chances], dtype=torch.float64)  # type: ignore[attr-defined]
+    return at_shares(shares.to(laws.device), laws)
+
+
+def at_shares(shares: Tensor, laws: Tensor) -> Tensor:
+    """`(rows,)` of each of the `(rows, vocab)` laws the first token up to which more than a `(rows,)` share of it lies:
+    in float64, so that no token of positive probability is lost, and below the whole of it, which rounding could else
+    bring a share up to."""
     upto = laws.cumsum(-1, dtype=torch.float64)
     whole = upto[:, -1:]
-    wanted = torch.minimum(shares.to(laws.device)[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
+    wanted = torch.minimum(shares[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
     return torch.searchsorted(upto, wanted, right=True)[:, 0]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from outdraft.backends import accelerate, backend_of, forward_of
-from outdraft.cache import SlotCache
+from outdraft.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
+from outdraft.cache import BufferPool, SlotCache
 from outdraft.errors import UserError
 from outdraft.tree import attention_mask
 
@@ -50,13 +50,15 @@ class Target:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str = "eager"
     ):
         refuse_unfit(model)
+        if model.device.type == "cuda":
+            avoid_plans()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.tokenizer = accelerate(model, backend), tokenizer
         self.config = model.config.get_text_config()
         self._inner: Any = self.model.base_model
         self._accelerated = self.model
-        compiled = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
-        self._compiled = compiled if self.backend == "compiled" else None
+        self._run = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
+        self.pool = BufferPool() if self.backend == "graphs" else None
         self._windows = _windows(self.config)
         self._head = _head(self.model)
 
@@ -151,7 +153,7 @@ class Target:
     # --- forwards over the cache -------------------------------------------------------------------------------
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
-        return SlotCache(rows, self.num_layers, capacity)
+        return SlotCache(rows, self.num_layers, capacity, self.pool)
 
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
         """Run `(rows, tokens)` over reserved slots; the last arguments as in `inputs`.
@@ -159,20 +161,25 @@ class Target:
         Returns:
             `(rows, tokens, hidden)` features.
         """
-        run = self._compiled or self._whole
-        return run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
+        return self._run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
         return (self._inner(**inputs).last_hidden_state,)
 
     def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
         """What the inner model, whole or cut, takes beside tokens; positions, seen and slots as in `attention_mask`."""
-        masks = {
-            kind: self._mask(attention_mask(seen, slots, cache.lengths, cache.extent, positions, window))
-            for kind, window in self._windows.items()
-        }
+        lengths, extent = cache.lengths, cache.extent
+
+        def masks() -> Any:
+            made = {
+                kind: self._mask(attention_mask(seen, slots, lengths, extent, positions, window))
+                for kind, window in self._windows.items()
+            }
+            return made if len(made) > 1 else next(iter(made.values()))
+
+        sight = None if self.pool is None else Sight(seen, slots, positions, lengths, self._windows, masks)
         return {
-            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+            "attention_mask": sight or masks(),
             "position_ids": positions[:, -seen.shape[1] :],
             "past_key_values": cache,
             "use_cache": True,

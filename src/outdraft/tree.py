@@ -118,9 +118,21 @@ class Tree:
         """Of every row, how deep its deepest node lies."""
         if self._deepest is None:
             # Padding lies right below the root, so that it counts only where there is nothing else.
-            found = self.depths.amax(1).tolist() if self.nodes > 1 else [0] * self.rows
+            found = [0] * self.rows if self.nodes == 1 else self._deepest_of_lists() or self.depths.amax(1).tolist()
             self._deepest = [depth if count > 1 else 0 for depth, count in zip(found, self.counts, strict=True)]
         return self._deepest
+
+    def _deepest_of_lists(self) -> list[int] | None:
+        """The same on the host, where parents have come over already."""
+        if self._lists is None:
+            return None
+        found = []
+        for parents in self._lists[1]:
+            depths = [0] * len(parents)
+            for node in range(1, len(parents)):  # parents come before their children
+                depths[node] = depths[parents[node]] + 1
+            found.append(max(depths))
+        return found
 
     @property
     def lists(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -125,7 +125,9 @@ def decide(
 def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
     """`verify` of candidates chosen by rule where p is the point mass on `(rows, nodes)` choices after every node."""
     said = choices.gather(1, tree.parents.clamp(min=0))  # the choice after each node's parent
-    right, chosen, parents = torch.stack([tree.tokens == said, choices, tree.parents]).tolist()  # the one transfer
+    # The one transfer; with it the tree is on the host, too.
+    right, chosen, tokens, parents = torch.stack([tree.tokens == said, choices, tree.tokens, tree.parents]).tolist()
+    tree._lists = (tokens, parents)
     verdicts = []
     for row, count in enumerate(tree.counts):
         path = [0]

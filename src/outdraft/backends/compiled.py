@@ -1,10 +1,9 @@
 """Forwards over trees through torch.compile; those over prompts as if there were no compiler.
 
 A forward is compiled twice: for one token, and for any number of them up to `MOST_TOKENS`, all rows in one line
-(`outside.py`). On a CPU weights are frozen into the graphs, which lets the compiler pack them and fuse what stands
-around them; on a GPU what lies between attentions is recorded as CUDA graphs. A graph is compared with the model
-itself when it is first used; if it cannot be made, or computes something else, the model runs uncompiled from then on,
-with one warning.
+(`outside.py`). Weights are frozen into the graphs, which lets the compiler pack them and fuse what stands around them.
+A graph is compared with the model itself when it is first used; if it cannot be made, or computes something else, the
+model runs uncompiled from then on, with one warning. For CPUs; GPUs have `graphs.py`.
 
 Knows how inner models are called and how their linear layers look; nothing of trees or drafters.
 """
@@ -26,27 +25,17 @@ from torch.nn import functional as F
 
 from outdraft.backends.outside import ATTENTION, Outside, looking_at, stand_in_masks
 from outdraft.backends.packed import PackedLinear, packed_view, why_not_replaced
+from outdraft.backends.view import alike, backend_of, mark, marked_as, with_attention
 from outdraft.errors import first_line
 
 MOST_TOKENS = 256
 """Tokens of all rows up to which a forward is compiled."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""By how much a graph's result may differ from the model's own, relative to its length."""
-
-ROUGH = 0.1
-"""The same in 16 bits."""
-
-RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Lengths of lines on a GPU; shorter ones are filled up."""
-
 FROZEN: dict[str, Any] = {"freezing": True}
-"""The compiler's settings on a CPU."""
+"""The compiler's settings: weights become constants."""
 
 ARGUMENTS = ("line", "positions")
 """What a graph is called with."""
-
-MARK = "_outdraft_compiles"
 
 Model = TypeVar("Model", bound=nn.Module)
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -58,9 +47,9 @@ def why_not_compiled(model: Any) -> str | None:
     if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
         return "its attention is not 'sdpa'"
     device = next(model.parameters()).device.type
-    if device not in ("cpu", "cuda"):
-        return "it lies on " + device
-    return why_not_replaced(model) or (_no_cpp() if device == "cpu" else _no_triton())
+    if device != "cpu":
+        return f"it lies on {device}; backend 'graphs' is for GPUs"
+    return why_not_replaced(model) or _no_cpp()
 
 
 def _no_cpp() -> str | None:
@@ -73,12 +62,6 @@ def _no_cpp() -> str | None:
     return None
 
 
-def _no_triton() -> str | None:
-    from torch.utils._triton import has_triton
-
-    return None if has_triton() else "triton is not installed"
-
-
 def compilable_view(model: Model, pack: bool) -> Model:
     """A shallow copy of the module tree that can be compiled, and that runs as packed or plain modules otherwise.
 
@@ -87,28 +70,8 @@ def compilable_view(model: Model, pack: bool) -> Model:
         pack: whether linear layers are packed where the view runs uncompiled.
     """
     view: Any = packed_view(model, _Compilable) if pack else copy.copy(model)
-    _attend_outside(view, {})
+    with_attention(view, ATTENTION)
     return view
-
-
-def marked(view: Model) -> Model:
-    """The view, whose forwards `forward_of` is to compile."""
-    view.__dict__[MARK] = True
-    return view
-
-
-def _attend_outside(view: Any, configs: dict[int, Any]) -> None:
-    config = view.__dict__.get("config")
-    if config is not None and hasattr(config, "_attn_implementation"):
-        if id(config) not in configs:
-            configs[id(config)] = own = copy.deepcopy(config)
-            own._attn_implementation = ATTENTION
-        view.__dict__["config"] = configs[id(config)]
-    own_modules = {name: copy.copy(child) for name, child in view._modules.items()}
-    view._modules = own_modules
-    for child in own_modules.values():
-        if child is not None:
-            _attend_outside(child, configs)
 
 
 class _Compilable(PackedLinear):
@@ -122,26 +85,6 @@ class _Compilable(PackedLinear):
         if torch.compiler.is_compiling():
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)
-
-
-def forward_of(model: Any, forward: Forward, what: str) -> Forward:
-    """The forward, compiled where the model is one of `compilable_view`.
-
-    Args:
-        model: whose layers the forward runs.
-        forward: takes the inputs of an inner model by name.
-        what: it is, for messages.
-    """
-    if not getattr(model, MARK, False):
-        return forward
-    return CompiledForward(model, forward, what)
-
-
-def backend_of(model: nn.Module) -> str:
-    """The backend that `accelerate` found for this model."""
-    if getattr(model, MARK, False):
-        return "compiled"
-    return "packed" if any(isinstance(module, PackedLinear) for module in model.modules()) else "eager"
 
 
 class CompiledForward:
@@ -173,7 +116,7 @@ class CompiledForward:
         """Whether a forward is one of those that graphs are for: over a cache of slots (or several as one), and not
         over prompts, which are rows with nothing behind them."""
         few = given.shape[0] * given.shape[1] <= MOST_TOKENS
-        return few and getattr(self.model, MARK) and min(getattr(cache, "lengths", [0])) > 0
+        return few and marked_as(self.model) == "compiled" and min(getattr(cache, "lengths", [0])) > 0
 
     def _first(self, key: tuple[bool, str], given: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Make the graph, and compare it with the model."""
@@ -183,17 +126,17 @@ class CompiledForward:
         start = time.perf_counter()
         graph = self._compile(single, name, inputs)
         try:
-            with translating(given.device):
+            with translating():
                 found = self._run(graph, given, inputs)
             self.seconds[size] = time.perf_counter() - start
             print(f"{self.seconds[size]:.1f} s", file=sys.stderr, flush=True)
             expected = self.forward(**inputs)
-            reason = None if _alike(found, expected) else "its graph computes something else"
+            reason = None if alike(found, expected) else "its graph computes something else"
         except Exception as error:  # the compiler's exceptions are of many kinds, and any of them means the same
             print("failed", file=sys.stderr, flush=True)
             expected, reason = self.forward(**inputs), first_line(error)
         if reason is not None:
-            self.model.__dict__[MARK] = False
+            mark(self.model, None)
             instead = backend_of(self.model)
             warnings.warn(f"backend 'compiled' cannot serve this model ({reason}); using '{instead}'", stacklevel=4)
             return expected
@@ -204,18 +147,13 @@ class CompiledForward:
         rows, tokens = given.shape[:2]
         masks = inputs["attention_mask"]
         count = rows * tokens
-        length = line_of(count, given.device)
         # Fresh tensors: a graph must not see of what kind or how strided those were that they come from.
-        line = given.new_zeros((1, length, *given.shape[2:]))
-        line[:, :count] = given.reshape(1, count, *given.shape[2:])
-        positions = torch.zeros((1, length), dtype=torch.long, device=given.device)
-        positions[:, :count] = inputs["position_ids"].expand(rows, tokens).reshape(1, count)
+        line = given.reshape(1, count, *given.shape[2:]).clone(memory_format=torch.contiguous_format)
+        positions = inputs["position_ids"].expand(rows, tokens).reshape(1, count).clone()
         real = list(masks.values()) if isinstance(masks, dict) else [masks]
         with looking_at(rows, tokens, real, inputs["past_key_values"]):
             found = graph(line, positions)
-        if given.device.type == "cuda":
-            found = tuple(part.clone() for part in found)  # CUDA graphs write the next results to the same place
-        return tuple(part[:, :count].reshape(rows, tokens, *part.shape[2:]) for part in found)
+        return tuple(part.reshape(rows, tokens, *part.shape[2:]) for part in found)
 
     def _compile(self, single: bool, name: str, inputs: dict[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
         masks, device, forward = inputs["attention_mask"], inputs["position_ids"].device, self.forward
@@ -228,55 +166,33 @@ class CompiledForward:
             around = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
             return forward(**{name: line}, **around)
 
-        return through_compiler(graph, not single, device)
+        return through_compiler(graph, not single)
 
 
 @contextmanager
-def translating(device: torch.device) -> Iterator[None]:
-    """Around a graph's first call, in which it is made: on a CPU weights become constants of it.
+def translating() -> Iterator[None]:
+    """Around a graph's first call, in which it is made: weights become constants of it.
 
     `options` reach the compiler too late for this: whether weights are constants is settled when the model is traced.
     """
-    if device.type != "cpu":
-        yield
-        return
     from torch._inductor import config
 
     with config.patch(FROZEN):
         yield
 
 
-def through_compiler(graph: Callable[..., Any], dynamic: bool, device: torch.device) -> Callable[..., Any]:
+def through_compiler(graph: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
     """The function compiled when it is first called.
 
     Args:
         graph: of a line of tokens and their positions.
         dynamic: for lines of any length from 2 on; else of the length that comes first.
-        device: where it runs.
     """
-    options: dict[str, Any] = {"guard_filter_fn": _of_lengths}
-    options |= FROZEN if device.type == "cpu" else {"triton.cudagraphs": True}
+    options: dict[str, Any] = {"guard_filter_fn": _of_lengths} | FROZEN
     more: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         more["isolate_recompiles"] = True  # else the graphs of all models count towards one limit
     return torch.compile(graph, dynamic=dynamic, fullgraph=True, options=options, **more)
-
-
-def line_of(count: int, device: torch.device) -> int:
-    """Tokens of the line that `count` tokens run in: on a GPU few lengths, as each is recorded on its own."""
-    if device.type == "cpu":
-        return count
-    return next((length for length in RECORDED if length >= count), count)
-
-
-def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    """Whether two results differ by no more than rounding."""
-    for one, other in zip(some, others, strict=True):
-        least = TOLERANCE.get(other.dtype, ROUGH)
-        one, other = one.double(), other.double()
-        if not bool((one - other).norm() <= least * other.norm()):
-            return False
-    return True
 
 
 def _of_lengths(guards: Any) -> list[bool]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from outdraft.backends import tree_attention
 from outdraft.backends.outside import ATTENTION
 
 Join = Callable[[Tensor, Tensor | None], nn.Module]
@@ -36,7 +37,7 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 """Parts of an attention; the norms are of single heads, and may be absent."""
 
-DIRECT = ("sdpa", ATTENTION)
+DIRECT = ("sdpa", ATTENTION, tree_attention.ATTENTION)
 """Names of attentions that a double calls itself; others are looked up."""
 
 LONG = 64
@@ -104,7 +105,9 @@ class FusedNorm(nn.Module):
         self._width, self._shape = len(norm.weight), (2 * len(norm.weight),)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a compiler makes one operation of the plain formula
+        if hidden_states.is_cuda and tree_attention.running() is not None:
+            return tree_attention.normed(hidden_states, self.weight, self.eps)
+        if hidden_states.is_cuda or torch.compiler.is_compiling():  # both make one operation of the plain formula
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         both = torch.cat((hidden_states, hidden_states.neg()), dim=-1)
         return F.layer_norm(both, self._shape, self.doubled, None, self.eps)[..., : self._width]
@@ -123,9 +126,13 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = join(*_joined(mlp.gate_proj, mlp.up_proj))
         self.down_proj = join(mlp.down_proj.weight, mlp.down_proj.bias)
         self.act_fn = mlp.act_fn
+        self._silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        both = self.gate_up_proj(x)
+        if both.is_cuda and self._silu and tree_attention.running() is not None:
+            return self.down_proj(tree_attention.gated(both))
+        gate, up = both.chunk(2, -1)
         return self.down_proj(self.act_fn(gate) * up)
 
 
@@ -166,10 +173,17 @@ class FusedAttention(nn.Module):
         rows, tokens, _ = hidden_states.shape
         heads, kv_heads, size = self._heads, self._kv_heads, self.head_dim
         mixed = self.qkv_proj(hidden_states).view(rows, tokens, heads + 2 * kv_heads, size)
-        cos, sin = self._rotation.tables(*position_embeddings)
-        straight = mixed[:, :, : heads + kv_heads]
+        straight, pending = mixed[:, :, : heads + kv_heads], tree_attention.running()
         if self.q_norm is not None and self.k_norm is not None:
             straight = torch.cat([self.q_norm(straight[:, :, :heads]), self.k_norm(straight[:, :, heads:])], dim=2)
+            if pending is not None:
+                mixed = torch.cat([straight, mixed[:, :, heads + kv_heads :]], dim=2)
+        if pending is not None:
+            new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
+            keys, values = pending.held(new, new, self.layer_idx)
+            query = tree_attention.rotated_and_stored(mixed, position_embeddings, keys, values, pending)
+            return self.o_proj(pending.attend(query, keys, values, self.scaling, attention_mask)), None
+        cos, sin = self._rotation.tables(*position_embeddings)
         halves = straight.view(rows, tokens, heads + kv_heads, 2, size // 2)
         turned = torch.addcmul(halves * cos, halves.flip(3), sin).view(rows, tokens, -1, size).transpose(1, 2)
         query, key = turned[:, :heads], turned[:, heads:]
@@ -251,7 +265,7 @@ def _norm(norm: Any) -> nn.Module | None:
     """The norm or its double; None as it is."""
     if norm is None:
         return None
-    return FusedNorm(norm) if Doubles(_plain_layer).double(norm) is not None else norm
+    return FusedNorm(norm) if Doubles(plain_layer).double(norm) is not None else norm
 
 
 def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +327,7 @@ def _alike(module: Any, make: Callable[[Any, Join], nn.Module]) -> bool:
     """Whether a double of plain single-precision layers gives what the module gives."""
     own = copy.deepcopy(module).float().eval()
     try:
-        double = make(own, _plain_layer)
+        double = make(own, plain_layer)
         return all(_same(own(**given), double(**given)) for given in _inputs(own)) and not _turns_a_part(own)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # it is called otherwise than it looks
@@ -348,7 +362,7 @@ def _turns_a_part(module: Any) -> bool:
     return True
 
 
-def _plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
+def plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
     layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

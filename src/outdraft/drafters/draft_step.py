@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from outdraft.backends import PackedLinear
 from outdraft.backends.fused import FOLDED
+from outdraft.backends.tree_attention import rotated_and_stored, running
 from outdraft.cache import SlotCache
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead, RMSNorm
 
@@ -92,9 +93,10 @@ class DraftStep:
         Args:
             tokens: `(rows, nodes)` ids one ahead of the features.
             features: `(rows, nodes, tap width)` of the target, or an `r` of this step in their place.
-            angles: `angles` of their positions.
-            mask: `(rows or 1, 1, nodes, keys)` added to the scores; None lets every node see every key.
-            cache: `reserve` it first.
+            angles: `angles` of their positions, or `turns` of them over pending tokens (`tree_attention.running_over`).
+            mask: `(rows or 1, 1, nodes, keys)` added to the scores; None lets every node see every key. Not read over
+                pending tokens, which say themselves what they see.
+            cache: `reserve` it first; over pending tokens theirs is taken.
         """
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
@@ -120,6 +122,11 @@ class DraftStep:
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)
         positions.clamp_(max=last)
         return self._cos[positions], self._sin[positions]
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(rows, count, head_dim)` of positions on the device, as over pending tokens."""
+        at = positions.clamp(max=len(self._cos) - 1)
+        return self._cos.flatten(1)[at], self._sin[:, :, 1:].expand(-1, -1, 2, -1).flatten(1)[at]
 
     def _state(self, features: Tensor) -> Tensor:
         """What the fusion reads, as `Fusion.state`."""
@@ -159,17 +166,23 @@ class DraftStep:
         parts = [linear(x) for linear in self._qkv]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         mixed = mixed.view(rows, nodes, heads + 2 * kv_heads, size)
+        if (pending := running()) is not None:
+            new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
+            keys, values = pending.held(new, new, 0)
+            q = rotated_and_stored(mixed, angles, keys, values, pending)
+            return pending.attend(q, keys, values, size**-0.5, None).view(rows * nodes, -1)
         turned = mixed[:, :, : heads + kv_heads].unflatten(-1, (2, size // 2))
         cos, sin = angles
         turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
         v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
         k, v = cache.update(turned[:, heads:], v, 0)
         q, shared = turned[:, :heads], heads // kv_heads
-        if shared > 1 and nodes <= FOLDED and q.device.type == "cpu":
+        if shared > 1 and (nodes <= FOLDED or q.is_cuda):
             # Heads that share keys as further queries of one head: the keys are read once.
             q = q.reshape(rows, kv_heads, shared * nodes, size)
             seen = None if mask is None else mask.repeat(1, 1, shared, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).view(rows, heads, nodes, size)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            out = out.reshape(rows, heads, nodes, size)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
         return out.transpose(1, 2).reshape(rows * nodes, -1)

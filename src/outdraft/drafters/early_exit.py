@@ -67,7 +67,7 @@ class EarlyExitState(DraftState):
 
     def __init__(self, drafter: EarlyExit, run: CutRun):
         self.drafter, self.run = drafter, run
-        self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity)
+        self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity, drafter.target.pool)
         self.last_position = drafter.target.context_length - 1
         # Of every row's next update, taps that the exit layer has read already: its last root's.
         self.taken = [0] * run.cache.rows
@@ -183,6 +183,22 @@ class _BothCaches(Cache):
     ) -> tuple[Tensor, Tensor]:
         cache = self.first if layer_idx < self.cut else self.own
         return cache.update(key_states, value_states, layer_idx)
+
+    def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        cache = self.first if layer_idx < self.cut else self.own
+        return cache.whole(key_states, value_states, layer_idx)
+
+    @property
+    def room(self) -> int:
+        return min(self.first.room, self.own.room)
+
+    @property
+    def capacity(self) -> int:
+        return min(self.first.capacity, self.own.capacity)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (*self.first.addresses, *self.own.addresses)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.first.get_seq_length()

@@ -8,7 +8,7 @@ that run again. It does not know the network's equations (`feature_head.py`) nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.draft_vocabulary import DraftVocabulary
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead
 from outdraft.drafters.growth import grow
+from outdraft.drafters.recorded_drafts import RecordedDrafts
 from outdraft.drafters.sight import Sight, causal_sight
 from outdraft.errors import UserError
 from outdraft.layers import Tapped
+from outdraft.places import chosen
 from outdraft.run import PREFILL_CHUNK, TappedRun, TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -53,6 +55,7 @@ class FeatureDrafter(Drafter):
         self.step = DraftStep(head, self.embed, target.vocab_size)
         kept = head.draft_tokens
         self.vocabulary = None if kept is None else DraftVocabulary(kept, target)
+        self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         tapped = self.tapped
@@ -70,6 +73,11 @@ class FeatureDrafter(Drafter):
         head = self.target.head if self.vocabulary is None else self.vocabulary.head
         return head(p.to(self.target.dtype))
 
+    @property
+    def grow(self) -> Callable[..., Tree]:
+        """`growth.grow`, over the tokens that may be drafted."""
+        return grow if self.vocabulary is None else self.vocabulary.grow
+
     def embed(self, tokens: Tensor) -> Tensor:
         """The checkpoint's own embedding where it has one, else the target's."""
         own = self.head.embed_tokens
@@ -81,9 +89,14 @@ class FeatureDraftState(DraftState):
 
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
         self.drafter, self.network = drafter, drafter.step
-        self.cache = SlotCache(rows, 1, capacity)
+        self.cache = SlotCache(rows, 1, capacity, drafter.target.pool)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        recorded = self.drafter.recorded
+        if recorded is not None and recorded.serves(update, shape, rows, self.cache):
+            tree = recorded(update, shape, rows, self.cache)
+            if tree is not None:
+                return tree
         newest = self._take_in(update)
         roots = update.roots
         starts = list(self.cache.lengths)
@@ -100,9 +113,7 @@ class FeatureDraftState(DraftState):
             r, levels = out.r, levels + 1
             return self.drafter.logits(out.p)
 
-        vocabulary = self.drafter.vocabulary
-        growing = grow if vocabulary is None else vocabulary.grow
-        tree = growing(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
+        tree = self.drafter.grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
 
@@ -133,8 +144,3 @@ class FeatureDraftState(DraftState):
             return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
         last = torch.tensor(counts, device=p.device)[:, None] - 1
         return DraftOutput(chosen(p, last), chosen(r, last))
-
-
-def chosen(x: Tensor, nodes: Tensor) -> Tensor:
-    """Of `(rows, n, width)` the entries at these `(rows, m)` nodes."""
-    return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,226 @@
+"""Whole drafts of a `FeatureHead` on a GPU, each kind recorded once as a CUDA graph.
+
+From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
+the best candidates chosen by the same functions as elsewhere (`growth.py`, `drawing.py`), over lengths that lie on the
+device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes as long to issue
+as a target of 8B takes to run. Prompts, paces and laws that depend on the prefix are drafted unrecorded.
+
+Knows the drafter's network and cache; not how candidates are chosen, nor what becomes of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from outdraft.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
+from outdraft.backends.tree_attention import Pending, running_over
+from outdraft.cache import SlotCache
+from outdraft.drafters.base import RowContext, TreeShape, Update
+from outdraft.errors import first_line
+from outdraft.places import causal, chosen, itself
+from outdraft.sampling import Chance, Dice, SamplingSettings, Thrown, Warper
+from outdraft.tree import Tree
+
+if TYPE_CHECKING:
+    from outdraft.drafters.feature_drafting import FeatureDrafter
+
+GREEDY = Warper(SamplingSettings(), 0, 1)
+"""What rows are taken to be where candidates are chosen, not drawn."""
+
+_UNREAD = torch.empty(0, dtype=torch.long)
+
+MOST_NEW = 64
+"""Decided tokens of a row that a recorded draft takes in; a prompt has more."""
+
+
+class RecordedDrafts:
+    """The drafts of one drafter that were recorded.
+
+    Args:
+        drafter: whose network drafts, with a target on backend `graphs`.
+    """
+
+    def __init__(self, drafter: FeatureDrafter):
+        self.drafter = drafter
+        self.records = True
+        """Whether drafts can be recorded."""
+        self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
+        self._memory: Any = None
+
+    def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
+        """Whether a recording can make this draft."""
+        kinds = {warper.kind for warper in rows.warpers}
+        drawn = shape.candidates != "top-k" and not rows.greedy
+        return (
+            self.records
+            and shape.size > 1
+            and rows.pace is None
+            and max(update.counts) <= MOST_NEW
+            and min(cache.lengths) > 0
+            and (rows.greedy or not drawn or (len(kinds) == 1 and None not in kinds))
+            # Chains without replacement are as many as the law has tokens, which the host would have to ask.
+            and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
+            and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
+        )
+
+    def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> Tree | None:
+        """Take in the update and grow trees, as `FeatureDraftState.propose` does; None, and nothing done, where that
+        turns out to be impossible."""
+        count, new = len(update.counts), max(update.counts)
+        new = next(size for size in SIZES if size >= new)
+        cache.room_for(new + shape.top_k * (shape.depth + 1))
+        drawn = shape.candidates != "top-k" and not rows.greedy
+        key = (cache.addresses, new, shape, rows.warpers[0].kind if drawn else None, update.taps.shape[2])
+        draft = self.recordings.get(key)
+        if draft is None:
+            draft = _Draft(self.drafter, cache, new, shape, rows if drawn else None, update.taps)
+            draft.fill(update, cache.lengths, rows.chances)
+            try:
+                draft.record(self._pool(cache))
+            except Exception as error:
+                self.records = False
+                warnings.warn(f"drafts cannot be recorded ({first_line(error)}); they run unrecorded", stacklevel=2)
+                return None
+            self.recordings[key] = draft
+            if len(self.recordings) > MOST_RECORDINGS:
+                self.recordings.popitem(last=False)
+        else:
+            self.recordings.move_to_end(key)
+            draft.fill(update, cache.lengths, rows.chances)
+        cache.advance(update.counts)
+        return draft.tree(count)
+
+    def _pool(self, cache: SlotCache) -> Any:
+        if self._memory is None and self.drafter.step.device.type == "cuda":
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
+
+
+@dataclass
+class _Given:
+    """What a draft is made of, on the device; rows and tokens filled up."""
+
+    tokens: Tensor
+    taps: Tensor
+    counts: Tensor
+    lengths: Tensor
+    shares: Tensor
+
+
+class _Draft:
+    """One kind of draft.
+
+    Args:
+        drafter: whose network drafts.
+        cache: of the drafter; rows are filled up to those that its buffers have.
+        new: decided tokens of a row, filled up.
+        shape: of the trees.
+        rows: whose settings candidates are drawn by; None where they are chosen.
+        taps: for their kind.
+    """
+
+    def __init__(
+        self,
+        drafter: FeatureDrafter,
+        cache: SlotCache,
+        new: int,
+        shape: TreeShape,
+        rows: RowContext | None,
+        taps: Tensor,
+    ):
+        self.drafter, self.cache, self.shape = drafter, cache, shape
+        room, device = cache.room, taps.device
+        self.warper = None if rows is None else rows.warpers[0]
+        self.throws = 0 if rows is None else shape.top_k * min(shape.depth + 1, (shape.size - 1) // shape.top_k)
+        self.given = _Given(
+            torch.zeros(room, new, dtype=torch.long, device=device),
+            torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
+            torch.ones(room, dtype=torch.long, device=device),
+            torch.zeros(room, dtype=torch.int32, device=device),
+            torch.zeros(room, self.throws, dtype=torch.float64, device=device),
+        )
+        self._rows = 0
+
+    def fill(self, update: Update, lengths: Sequence[int], chances: Sequence[Chance]) -> None:
+        """Put in what was decided and how long the rows are; throw their dice."""
+        given, (rows, new) = self.given, update.tokens.shape
+        if rows != self._rows:
+            given.lengths.zero_()
+            given.counts.fill_(1)
+            self._rows = rows
+        width = min(new, given.tokens.shape[1])
+        given.tokens[:rows, :width] = update.tokens[:, :width]
+        given.taps[:rows, :width] = update.taps[:, :width]
+        put(given.counts, update.counts)
+        put(given.lengths, list(lengths))
+        if self.throws:
+            put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
+
+    def record(self, memory: Any) -> None:
+        self._replayed = Replayed(self._run, self.given.tokens.device, memory)
+        if self.given.tokens.is_cuda:
+            self.cache = None  # type: ignore[assignment]  # its buffers are known, and it may end
+
+    def tree(self, rows: int) -> Tree:
+        """The trees of the first so many rows."""
+        tokens, *rest = (part[:rows] for part in self._replayed())
+        candidates, count, levels = self._made
+        if self.chains is not None:
+            return Tree.chains(tokens, self.chains, candidates, rest[0] if rest else None)
+        parents, depths, ancestors = rest
+        return Tree(tokens, parents, [count] * rows, levels=levels, _depths=depths, _ancestors=ancestors)
+
+    @property
+    def chains(self) -> int | None:
+        """Of a tree of chains, how many there are."""
+        if self.warper is None and self.shape.top_k > 1:
+            return None
+        return min(self.shape.top_k, self.shape.size - 1)
+
+    def _context(self) -> RowContext:
+        if self.warper is None:
+            return RowContext([], [GREEDY], [])
+        shares = self.given.shares
+        return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
+
+    def _run(self) -> tuple[Tensor, ...]:
+        given, drafter, network, device = self.given, self.drafter, self.drafter.step, self.given.tokens.device
+        rows, new = given.tokens.shape
+        last = given.counts[:, None] - 1
+        order = torch.arange(new, device=device)
+        pending = self._pending(given.lengths, causal(rows, new, device), given.lengths[:, None] + order)
+        with running_over(pending):
+            taken = network(given.tokens, given.taps, network.turns(pending.positions), None, self.cache)
+        roots, base = given.tokens.gather(1, last)[:, 0], given.lengths + given.counts.int()
+        r = chosen(taken.r, last)
+        seen = torch.empty(0)
+        positions: list[Tensor] = []
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal r, seen
+            nodes = tokens.shape[1]
+            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
+            own = itself(rows, nodes, device)
+            seen = torch.cat([chosen(seen, parents), own], dim=2) if positions else own
+            positions.append((base + len(positions))[:, None].expand(rows, nodes))
+            pending = self._pending(base, seen, torch.cat(positions, dim=1))
+            with running_over(pending):
+                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, self.cache)
+            r = out.r
+            return drafter.logits(out.p)
+
+        tree = drafter.grow(roots, drafter.logits(chosen(taken.p, last)[:, 0]), step, self.shape, self._context())
+        self._made = (tree.candidates, tree.counts[0], tree.levels)
+        if self.chains is None:
+            return tree.tokens, tree.parents, tree.depths, tree.ancestors
+        return (tree.tokens,) if tree.laws is None else (tree.tokens, tree.laws)
+
+    def _pending(self, lengths: Tensor, seen: Tensor, positions: Tensor) -> Pending:
+        return Pending(lengths, seen, positions.long(), (None,), self.cache)
