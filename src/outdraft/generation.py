@@ -36,8 +36,9 @@ from outdraft.settings import (
     tree_shape,
 )
 from outdraft.statistics import Statistics
+from outdraft.stops import stops_at
 from outdraft.target import Target
-from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
+from outdraft.text import Detokenizer, answer_text, encode_prompts
 
 
 @dataclass
@@ -46,7 +47,7 @@ class GenerationOutput:
 
     Attributes:
         tokens: new token ids, an end-of-sequence token included.
-        texts: the same as text, special tokens left out; None without a tokenizer.
+        texts: the same as text after the prompt's, special tokens left out; None without a tokenizer.
         prompts: token ids of the prompts.
         finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string) or `context` (the model's limit).
         accepted: for every new token, whether a drafter had guessed it.
@@ -196,7 +197,7 @@ class SpeculativeModel:
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
-            [decode_text(tokenizer, row.tokens) for row in rows] if tokenizer else None,
+            [answer_text(tokenizer, row.prompt, row.tokens) for row in rows] if tokenizer else None,
             [row.prompt for row in rows],
             [str(row.finish_reason) for row in rows],
             [row.accepted for row in rows],
@@ -212,7 +213,7 @@ class SpeculativeModel:
         rows, shape, costs = self._rows(prompts, settings)
         if self.tokenizer is None:
             raise UserError("streaming text needs a tokenizer; use generate for token ids")
-        texts = [Detokenizer(self.tokenizer) for _ in rows]
+        texts = [Detokenizer(self.tokenizer, prompt=row.prompt) for row in rows]
         for _ in decode(target, self.drafter, rows, shape, costs):
             for i, row in enumerate(rows):
                 for place in range(len(texts[i].tokens), len(row.tokens)):
@@ -264,7 +265,7 @@ class SpeculativeModel:
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
             own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
-            should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
+            should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)

@@ -1,12 +1,16 @@
-"""Text in, text out: prompts to token ids, token ids to text as they come, stop strings.
+"""Text in, text out: prompts to token ids, token ids to text as they come.
+
+One detokenizer serves whole answers, streams, the command line, the server, stop strings and the names of tokens.
 
 Knows tokenizers; knows nothing of models or decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -84,50 +88,132 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, handed out as soon as it is certain."""
+    """Text of a growing list of tokens, handed out as soon as no later token can change it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True):
+    All that is handed out together is what the tokenizer makes of the prompt and the tokens, less the prompt's text; so
+    an answer keeps the space before its first word where the tokenizer marks words by one.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave the text of special tokens out.
+        prompt: tokens that stand before the first one. Their own text is never handed out.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.tokens: list[int] = []
-        self._start = 0  # tokens before this one are settled
-        self._given = ""  # text already handed out of those after it
+        self.special = special_ids(tokenizer)
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._window = self._context(prompt)  # tokens whose text is not settled, and some before them
+        # What the prompt leaves of a character is the answer's, which completes it.
+        self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # characters of it handed out
+        self._chunk = 0  # place in the window after which the newest text began
+        self._holding = False
 
     def add(self, token: int) -> str:
-        """The new text that this token completes; empty while a character is still in the making."""
+        """The new text that this token makes certain; empty while a character is still in the making."""
         self.tokens.append(token)
-        if self._since(self._start).endswith("�"):
+        if self.skip and token in self.special:
             return ""
-        new = self.finish()
-        if self._given.endswith("\n") or len(self.tokens) - self._start > 64:
-            # Keep one token of context: decoders drop a leading space at the start of what they are given.
-            newest = len(self.tokens) - 1
-            if context := self._since(newest):
-                self._start, self._given = newest, context
+        self._window.append(token)
+        self._holding = self._is_byte(token)
+        if self._holding:  # of such a run each byte may still turn all others into replacement characters
+            return ""
+        text = self._text()
+        certain = len(text) - self._uncertain(text)
+        new = text[self._given : certain]
+        self._given, self._holding = max(self._given, certain), certain < len(text)
+        self._shorten(text, new)
         return new
+
+    @property
+    def pending(self) -> str:
+        """Text that stands there by now and is not certain; empty while a character is unfinished."""
+        if not self._holding:
+            return ""
+        new = self._text()[self._given :]
+        return "" if new.endswith("\ufffd") else new
 
     def finish(self) -> str:
         """What is still held back, when no token will complete it."""
-        text = self._since(self._start)
-        new, self._given = text[len(self._given) :], text
+        text = self._text() if self._window else ""
+        new, self._given, self._holding = text[self._given :], len(text), False
         return new
 
-    def _since(self, start: int) -> str:
-        return decode_text(self.tokenizer, self.tokens[start:], self.skip)
+    def peek(self, token: int) -> str:
+        """What a token would add to the text and to `pending`; empty where no character is complete after it."""
+        if token in self.special:
+            return decode_text(self.tokenizer, [token], skip_special_tokens=False)
+        text = decode_text(self.tokenizer, [*self._window, token], self.skip)
+        return "" if text.endswith("\ufffd") else text[self._given + len(self.pending) :]
+
+    def _text(self) -> str:
+        return decode_text(self.tokenizer, self._window, self.skip)
+
+    def _is_byte(self, token: int) -> bool:
+        return byte_of(self.tokenizer, token) is not None
+
+    def _uncertain(self, text: str) -> int:
+        """Characters at the end that further tokens may change."""
+        if text.endswith("\ufffd"):  # of a character's bytes that are not complete there is never more than one
+            return 1
+        if not self._cleans:
+            return 0
+        return max((n for end in _CLEANED for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
+
+    def _shorten(self, text: str, new: str) -> None:
+        """Let go of tokens that are settled, but for those that gave the newest text: decoders drop a leading space at
+        the start of what they are given."""
+        if not self._holding and new:
+            if self._chunk and len(self._window) > WINDOW:
+                self._window = self._window[self._chunk :]
+                self._given = len(self._text())
+            self._chunk = len(self._window)
+        elif len(self._window) > 4 * WINDOW:  # bytes without end that are no text
+            held = len(text) - self._given
+            self._window = self._window[-WINDOW:]
+            self._given, self._chunk = max(0, len(self._text()) - held), 0
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The end of the prompt that the answer's text may depend on: nothing before a special token."""
+        start = len(prompt)
+        while start > max(0, len(prompt) - WINDOW) and prompt[start - 1] not in self.special:
+            start -= 1
+        while 0 < start < len(prompt) and self._is_byte(prompt[start]) and prompt[start - 1] not in self.special:
+            start -= 1
+        return list(prompt[start:])
 
 
-def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
-    """A test whether the newest token completes one of the strings.
+WINDOW = 16
+"""Tokens that are decoded again with each new one, at most, once their text is settled."""
 
-    Raises:
-        UserError: a string is empty, which every text contains.
-    """
-    if not all(strings):
-        raise UserError("a stop string is empty; leave it out")
-    longest = max(len(string.encode()) for string in strings)
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " n ' t", " 'm", " 's", " 've", " 're")
+"""Texts out of which `clean_up_tokenization_spaces` takes spaces."""
 
-    def completed(tokens: list[int]) -> bool:
-        # A token that says anything says at least a byte; some more tokens for those that say nothing.
-        tail = decode_text(tokenizer, tokens[-(longest + 8) :], skip_special_tokens=False)
-        return any(string in tail for string in strings)
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_special: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 
-    return completed
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that `skip_special_tokens` leaves out."""
+    known = _special.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ids = {token for token, entry in added.items() if entry.special} | set(tokenizer.all_special_ids)
+        known = _special[tokenizer] = (len(tokenizer), frozenset(ids))
+    return known[1]
+
+
+def byte_of(tokenizer: PreTrainedTokenizerBase, token: int) -> int | None:
+    """The byte that a token of byte fallback stands for; None for every other token."""
+    spelled = _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token)))
+    return None if spelled is None else int(spelled[1], 16)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of a whole answer after its prompt: what a stream of it adds up to."""
+    detokenizer = Detokenizer(tokenizer, prompt=prompt)
+    detokenizer._window += tokens
+    return detokenizer.finish()

@@ -156,7 +156,7 @@ class Job:
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []
         for place, prompt in enumerate(prompt for prompt in ask.prompts for _ in range(ask.choices)):
-            text = AnswerText(tokenizer, ask.stops)
+            text = AnswerText(tokenizer, ask.stops, prompt)
             warper = Warper(ask.sampling, len(prompt), target.vocab_size, sorted(ask.ends), (), target.device)
             dice = Dice(None if ask.seed is None else ask.seed + place)
             row = Row(prompt, warper, dice, ask.max_new_tokens, ask.ends)
