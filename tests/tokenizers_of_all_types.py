@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every type that models have: byte-level, byte fallback, WordPiece, word ends; spaces kept or not."""
+"""Tiny tokenizers of every type that models have, with and without a space before the first word."""
 
 from __future__ import annotations
 

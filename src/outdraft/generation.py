@@ -7,8 +7,9 @@ carries all statistics. Knows nothing of trees or verification.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class GenerationOutput:
         tokens: new token ids, an end-of-sequence token included.
         texts: the same as text after the prompt's, special tokens left out; None without a tokenizer.
         prompts: token ids of the prompts.
-        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string) or `context` (the model's limit).
+        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string), `context` (the model's limit),
+            or `error`.
+        errors: for every row why it could not go on, where it ended so; the others went on.
         accepted: for every new token, whether a drafter had guessed it.
         statistics: of all rows together.
         row_statistics: of each row.
@@ -66,6 +69,7 @@ class GenerationOutput:
     row_statistics: list[Statistics]
     seconds: float
     exactness: Exactness | None = None
+    errors: list[str | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -176,7 +180,8 @@ class SpeculativeModel:
                 on this machine, even where rounding would part them; slower (docs/exact.md).
 
         Raises:
-            UserError: an unknown or impossible setting, or a prompt beyond the context.
+            UserError: an unknown or impossible setting, or a prompt beyond the context; or in every row logits that are no
+                numbers or a processor that fails. One such row in company ends alone, with a warning.
         """
         streamer = settings.pop("streamer", None)
         start = time.perf_counter()
@@ -194,6 +199,7 @@ class SpeculativeModel:
                 streamed = len(rows[0].tokens)
         if streamer is not None:
             streamer.end()
+        say_failures(rows)
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
@@ -205,6 +211,7 @@ class SpeculativeModel:
             [row.statistics for row in rows],
             time.perf_counter() - start,
             replace(target.exactness) if isinstance(target, ExactTarget) else None,
+            [row.error for row in rows],
         )
 
     def stream(self, prompts: Any, **settings: Any) -> Iterator[Piece]:
@@ -222,6 +229,7 @@ class SpeculativeModel:
                     if reason is not None:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
+        say_failures(rows)
 
     def _target(self, settings: dict[str, Any]) -> Target:
         return exactly(self.target) if settings.get("exact") else self.target
@@ -280,6 +288,15 @@ class SpeculativeModel:
         if key not in self._pacers:
             self._pacers[key] = pacer_of(controller)
         return self._pacers[key]
+
+
+def say_failures(rows: Sequence[Row]) -> None:
+    """Raise UserError if no row could be decoded to its end; warn of some that could not."""
+    failed = {place: row.error for place, row in enumerate(rows) if row.error is not None}
+    for place, error in failed.items():
+        if len(failed) == len(rows):
+            raise UserError(error)
+        warnings.warn(f"row {place} has ended early: {error}", stacklevel=3)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

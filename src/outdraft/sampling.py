@@ -149,6 +149,8 @@ class Warper:
         extra: Sequence[hf.LogitsProcessor] = (),
         device: torch.device | str = "cpu",
     ):
+        self.error: Exception | None = None
+        """What a processor has raised, where a law was asked of it in company (`laws_of`)."""
         self.greedy = settings.temperature == 0
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
@@ -205,11 +207,15 @@ class Warper:
         return self._laws(flat, _NO_PREFIX).view_as(logits)
 
     def choices(self, logits: Tensor) -> Tensor:
-        """`(...)` the only tokens of those laws; only where it is `greedy`, too."""
+        """`(...)` the only tokens of those laws; only where it is `greedy`, too.
+
+        One past the vocabulary, as `draw_each` has it, where the logits leave none.
+        """
         scores = logits
         if self._processors:
             scores = self._scores(logits.reshape(-1, logits.shape[-1]), _NO_PREFIX).view_as(logits)
-        return greatest(scores)
+        chosen, best = _best(scores)
+        return torch.where(best.isfinite(), chosen, scores.shape[-1])
 
     def _scores(self, logits: Tensor, prefixes: Tensor) -> Tensor:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -220,7 +226,9 @@ class Warper:
     def _laws(self, logits: Tensor, prefixes: Tensor) -> Tensor:
         scores = self._scores(logits, prefixes)
         if self.greedy:
-            return torch.zeros_like(scores).scatter_(1, greatest(scores)[:, None], 1.0)
+            chosen, best = _best(scores)
+            certain = torch.where(best.isfinite(), 1.0, torch.nan).to(scores.dtype)
+            return torch.zeros_like(scores).scatter_(1, chosen[:, None], certain[:, None])
         return scores.softmax(-1)
 
 
@@ -229,6 +237,8 @@ _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
 
 def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
     """`(rows, vocab)` of each row's own warper, from as many logits; rows of one kind are computed together.
+
+    A law is NaN where the logits are no numbers or a processor fails, which then is the warper's `error`.
 
     Args:
         warpers: of the rows.
@@ -242,13 +252,23 @@ def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor
     groups: dict[Hashable, list[int]] = {}
     for row, warper in enumerate(warpers):
         if warper.kind is None:
-            found[row] = warper.law(logits[row], prefixes[row])
+            try:
+                found[row] = warper.law(logits[row], prefixes[row])
+            except Exception as error:  # processors are the user's and raise what they like: the other rows go on
+                warper.error, found[row] = error, torch.nan
         else:
             groups.setdefault(warper.kind, []).append(row)
     for rows in groups.values():
         index = torch.tensor(rows, device=logits.device)
         found[index] = warpers[rows[0]].laws(logits[index])
     return found
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`(...)` `greatest`, and what stands there, which is no finite number where any is NaN or infinite or all are
+    ruled out."""
+    chosen = greatest(scores)
+    return chosen, scores.gather(-1, chosen[..., None])[..., 0]
 
 
 def greatest(scores: Tensor) -> Tensor:
@@ -327,7 +347,11 @@ class Thrown:
 
 
 def draw_each(chances: Sequence[Chance], laws: Tensor) -> Tensor:
-    """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance."""
+    """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance.
+
+    Of a law that is NaN, which is what becomes of logits that are no numbers, one past the vocabulary: whoever draws
+    finds out with the token itself, by no further transfer from a device.
+    """
     if all(isinstance(chance, Thrown) for chance in chances):
         return at_shares(torch.stack([thrown.share() for thrown in chances]), laws)  # type: ignore[attr-defined]
     if not all(isinstance(chance, Dice) for chance in chances):

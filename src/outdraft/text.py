@@ -7,6 +7,7 @@ Knows tokenizers; knows nothing of models or decoding.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,18 +22,20 @@ Message = dict[str, str]
 Prompt = str | list[int] | list[Message] | torch.Tensor
 
 
-def encode_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[list[int]], bool]:
+def encode_prompts(
+    prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
+) -> tuple[list[list[int]], bool]:
     """One prompt or a list of them to token ids.
 
     A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
-    or token ids (a list or a tensor; a 2-D tensor is a batch).
+    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own.
 
     Returns:
         The ids, and whether a single prompt was given.
     """
     if isinstance(prompts, torch.Tensor):
         rows = list(prompts) if prompts.dim() == 2 else [prompts]
-        return [_encode(row, tokenizer) for row in rows], prompts.dim() != 2
+        return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
     if isinstance(prompts, Mapping):  # its keys would pass for prompts
         raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
     single = isinstance(prompts, str) or (
@@ -41,16 +44,16 @@ def encode_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> t
     batch = [prompts] if single else list(prompts)
     if not batch:
         raise UserError("no prompt given")
-    return [_encode(prompt, tokenizer) for prompt in batch], single
+    return [_encode(prompt, tokenizer, switches) for prompt in batch], single
 
 
-def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None) -> list[int]:
     if isinstance(prompt, torch.Tensor):
         ids = prompt.reshape(-1).tolist()
     elif isinstance(prompt, str):
         ids = list(_needed(tokenizer)(prompt)["input_ids"])
     elif prompt and isinstance(prompt[0], dict):
-        ids = encode_chat(prompt, _needed(tokenizer))
+        ids = encode_chat(prompt, _needed(tokenizer), switches)
     else:
         ids = [int(token) for token in prompt]
     if not ids:
@@ -58,22 +61,47 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]
     return ids
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, Any] | None = None
+) -> list[int]:
     """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
 
+    Args:
+        messages: the conversation.
+        tokenizer: with the template.
+        switches: what the template itself can be told (`chat_template_kwargs`), such as `enable_thinking`.
+
     Raises:
-        UserError: the tokenizer has no chat template, or refuses the roles.
+        UserError: the tokenizer has no chat template, or refuses the roles; or switches that are not the template's.
     """
+    switches = check_switches(switches)
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
     begun = messages[-1].get("role") == "assistant"
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True, **switches
         )
     except Exception as error:  # templates raise what they like
         raise UserError(f"the chat template refuses this conversation: {error}") from error
     return list(encoded["input_ids"])  # type: ignore
+
+
+def check_switches(switches: Any) -> dict[str, Any]:
+    """What a chat template is told beside the conversation; an empty dictionary for None.
+
+    Raises:
+        UserError: no dictionary, or names that are how a conversation is rendered and not the template's own.
+    """
+    if switches is None:
+        return {}
+    if not isinstance(switches, Mapping) or not all(isinstance(name, str) for name in switches):
+        raise UserError(f"chat_template_kwargs must map the chat template's own names to values, not {switches!r}")
+    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+    for name in switches:
+        if name in taken:
+            raise UserError(f"chat_template_kwargs cannot set '{name}', which is no switch of the template's own")
+    return dict(switches)
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -143,11 +171,13 @@ class Detokenizer:
         return new
 
     def peek(self, token: int) -> str:
-        """What a token would add to the text and to `pending`; empty where no character is complete after it."""
+        """What a token would add to the text and to `pending`, but for a character that it leaves unfinished."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
         text = decode_text(self.tokenizer, [*self._window, token], self.skip)
-        return "" if text.endswith("\ufffd") else text[self._given + len(self.pending) :]
+        if text.endswith("\ufffd"):
+            text = "" if self._is_byte(token) else text[:-1]
+        return text[self._given + len(self.pending) :]
 
     def _text(self) -> str:
         return decode_text(self.tokenizer, self._window, self.skip)
@@ -217,3 +247,30 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token
     detokenizer = Detokenizer(tokenizer, prompt=prompt)
     detokenizer._window += tokens
     return detokenizer.finish()
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes:
+    """A token's own bytes, which may be a part of a character.
+
+    Args:
+        tokenizer: of the model.
+        token: whose.
+        name: the text that it adds where it stands, which has its bytes where it is no part of a character.
+    """
+    spelled = decode_text(tokenizer, [token], skip_special_tokens=False)
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    byte = byte_of(tokenizer, token)
+    if byte is not None and spelled != piece:
+        return bytes([byte])
+    if token not in special_ids(tokenizer) and all(letter in _BYTE_LEVEL for letter in piece):
+        own = bytes(_BYTE_LEVEL[letter] for letter in piece)
+        if own.decode("utf-8", "replace") == spelled:  # else its letters are what they look like
+            return own
+    return name.lstrip("\ufffd").encode("utf-8", "replace")
+
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+"""The letters that byte-level tokenizers write for bytes."""
