@@ -31,6 +31,8 @@ from outdraft.settings import (
     TREE_SETTINGS,
     check_prompt,
     controller_of,
+    in_effect,
+    model_settings,
     pacer_of,
     repeats_of,
     sampling_settings,
@@ -116,6 +118,7 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
+    generation_config: str = "auto",
 ) -> SpeculativeModel:
     """A target and its drafter, ready to generate.
 
@@ -130,6 +133,8 @@ def load(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         backend: `eager`, `packed` or `compiled`; by default `packed` on a CPU.
         trust_remote_code: run code from the model's repository.
+        generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
+            given; `vllm` ignores them, as in vLLM.
 
     Raises:
         UserError: something cannot be loaded or does not fit together.
@@ -137,6 +142,9 @@ def load(
     target = load_target(
         model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
     )
+    if generation_config not in ("auto", "vllm"):
+        raise UserError(f"generation_config must be auto or vllm, not {generation_config!r}")
+    target.ignores_generation_config = generation_config == "vllm"
     drafter = load_drafter_for(target, draft_model, method=method, backend=backend, trust_remote_code=trust_remote_code)
     return SpeculativeModel(target, drafter)
 
@@ -147,6 +155,7 @@ class SpeculativeModel:
     def __init__(self, target: Target, drafter: Drafter | None = None):
         self.target, self.drafter = target, drafter
         self._pacers: dict[Any, Pacer | None] = {}
+        self._said = False  # that the model's own settings are in effect
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -158,7 +167,9 @@ class SpeculativeModel:
 
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
         """The same target with another drafter, or with none: plain decoding."""
-        return SpeculativeModel(self.target, drafter)
+        other = SpeculativeModel(self.target, drafter)
+        other._said = self._said
+        return other
 
     def generate(self, prompts: Any, **settings: Any) -> GenerationOutput:
         """Answer one prompt or several at once.
@@ -167,21 +178,23 @@ class SpeculativeModel:
             prompts: a text, a conversation, token ids, or a list of any of these.
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
-                `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
+                `min_new_tokens` and the other fields of `SamplingSettings`; `eos_token_id`, `stop_strings`, `seed`,
+                `logits_processor`, `streamer`; `chat_template_kwargs`, which the chat template itself is told;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). `tree_size="auto"`
                 drafts whichever shape brings the most tokens a second here, for all rows alike. What they learn
                 serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
-                need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
+                need not mean the same text. Greedy unless `do_sample` or a `temperature` is given,
+                or the model's own generation config samples: its settings apply where none are given.
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
                 on this machine, even where rounding would part them; slower (docs/exact.md).
 
         Raises:
-            UserError: an unknown or impossible setting, or a prompt beyond the context; or in every row logits that are no
-                numbers or a processor that fails. One such row in company ends alone, with a warning.
+            UserError: an unknown or impossible setting, or a prompt beyond the context; or in every row logits that are
+                no numbers or a processor that fails. One such row in company ends alone, with a warning.
         """
         streamer = settings.pop("streamer", None)
         start = time.perf_counter()
@@ -244,7 +257,7 @@ class SpeculativeModel:
         lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
         pacer = self._pacer(controller_of(settings.pop("controller", None), tree))
-        encoded, _ = encode_prompts(prompts, self.tokenizer)
+        encoded, _ = encode_prompts(prompts, self.tokenizer, settings.pop("chat_template_kwargs", None))
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
@@ -259,7 +272,11 @@ class SpeculativeModel:
         seed = settings.pop("seed", None)
         seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
-        sampling = sampling_settings(settings)
+        own = model_settings(self.target)
+        if exact and settings.get("temperature") is None:
+            settings.setdefault("do_sample", False)
+        sampling = sampling_settings(settings, own)
+        self._say(in_effect(own, settings))
         if exact and sampling.temperature > 0:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         if exact and all(value is None for value in tree.values()):
@@ -279,6 +296,16 @@ class SpeculativeModel:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)
         return rows, shape, pacer.costs if pacer is not None else None
+
+    def _say(self, own: dict[str, Any]) -> None:
+        """That the model's own settings decide, once."""
+        if own and not self._said:
+            what = ", ".join(f"{name}={value}"[:80] for name, value in own.items())
+            warnings.warn(
+                f"the model's generation config sets {what}; give others, or ignore it (generation_config='vllm')",
+                stacklevel=4,
+            )
+        self._said = self._said or bool(own)
 
     def _pacer(self, controller: Any) -> Pacer | None:
         """The same one for the same settings, so that what was learned and measured is kept."""

@@ -51,6 +51,7 @@ def verify(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
 ) -> None:
     """Check with evidence that a drafter keeps the target's law here: exit code 0 if kept, 1 if not."""
@@ -81,7 +82,8 @@ def verify(
         batch_size=batch_size,
         seed=seed,
     )
-    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     about = {"model": model, "draft_model": draft_model}
     audit = run_verify(loaded, settings, remarks(), report, about)
     if json:

@@ -106,7 +106,7 @@ def tau_meter(
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
 
-    settings = {"max_new_tokens": max_new_tokens, "prompt_lookup_min": 0}  # of the network alone
+    settings = {"max_new_tokens": max_new_tokens, "prompt_lookup_min": 0, "do_sample": False}  # of the network alone
 
     def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)

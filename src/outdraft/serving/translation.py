@@ -24,7 +24,7 @@ from outdraft.serving.protocol import (
     TokenizeRequest,
 )
 from outdraft.serving.settings import ServeSettings
-from outdraft.settings import check_prompt
+from outdraft.settings import check_prompt, model_settings
 from outdraft.target import Target
 from outdraft.text import check_switches, decode_text, encode_chat
 
@@ -50,7 +50,8 @@ class Translator:
     def __init__(self, target: Target, tokenizer: PreTrainedTokenizerBase, names: list[str], settings: ServeSettings):
         self.target, self.tokenizer, self.names = target, tokenizer, names
         self.context_length = min(settings.max_model_len or target.context_length, target.context_length)
-        self.defaults = {"temperature": 1.0, **settings.defaults}
+        own = {name: value for name, value in model_settings(target).items() if name != "do_sample"}
+        self.defaults = {"temperature": 1.0, **own, **settings.defaults}
         self.switches = check_switches(settings.chat_template_kwargs)
         self._encoding = threading.Lock()  # tokenizers may keep state while they encode
 
