@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from outdraft.console.streaming import stream
+from outdraft.generation import Piece
 from outdraft.serving.answer_text import AnswerText
 from outdraft.stops import stops_at
-from outdraft.text import Detokenizer, answer_text
+from outdraft.text import Detokenizer, answer_text, bytes_of
 from tokenizers_of_all_types import ALL, END
 
 TEXTS = st.text(
@@ -127,3 +131,36 @@ def test_special_tokens_are_stop_strings_and_no_text(tokenizer: Any) -> None:
     ended.take(tokens[: len(ids(tokenizer, "a cat")) + 1], [False] * 99)
     ended.finish()
     assert ended.text == text
+
+
+@pytest.mark.parametrize("kind", [name for name in ALL if "byte" in name])
+@settings(max_examples=40, deadline=None)
+@given(text=TEXTS.filter(bool))
+def test_bytes_of_tokens_are_their_own(kind: str, text: str) -> None:
+    tokenizer: Any = ALL[kind]()
+    detokenizer, tokens, names, own = Detokenizer(tokenizer), ids(tokenizer, text), [], []
+    for token in tokens:
+        names.append(detokenizer.peek(token))
+        own.append(bytes_of(tokenizer, token, names[-1]))
+        detokenizer.add(token)
+    whole = tokenizer.decode(tokens)
+    assert b"".join(own).decode() == whole
+    if "\ufffd" not in whole:
+        assert "".join(names) == whole
+
+
+def test_bytes_of_a_special_token_are_those_of_its_text() -> None:
+    for make in ALL.values():
+        assert bytes_of(make(), make().eos_token_id, END) == END.encode()
+
+
+def test_the_terminal_shows_text_as_it_is() -> None:
+    text = "\ta\tb :smile: [bold] x\r\n"
+    for show_drafts in (False, True):
+        shown = io.StringIO()
+        pieces = [Piece(0, 1, letter, False, None) for letter in text]
+        assert stream(pieces, Console(file=shown, width=20, soft_wrap=True), show_drafts).text == text
+        assert shown.getvalue() == text + "\n"
+    guessed, shown = [Piece(0, 1, ":smile: [bold]", True, None)], io.StringIO()
+    stream(guessed, Console(file=shown), True)
+    assert shown.getvalue() == ":smile: [bold]\n"
