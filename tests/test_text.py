@@ -21,7 +21,13 @@ from tokenizers_of_all_types import ALL, END
 TEXTS = st.text(
     alphabet="abct nsdo.,!?'\n\t éß中文国\U0001f600\U0001f468\u200d\u0301\u2028\u00a0\ufffd", max_size=60
 ) | st.sampled_from(
-    ["中文" * 30, "don ' t 's 've n't 'm", "  lead   in", "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 9, "é" * 70]
+    [
+        "中文" * 30,
+        "don ' t 's 've n't 'm",
+        "  lead   in",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 9,
+        "é" * 70 + "中" * 30 + "été é",
+    ]
 )
 KINDS = pytest.mark.parametrize("tokenizer", [ALL[name]() for name in ALL], ids=list(ALL))
 

@@ -137,8 +137,10 @@ class Detokenizer:
         self._window = self._context(prompt)  # tokens whose text is not settled, and some before them
         # What the prompt leaves of a character is the answer's, which completes it.
         self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # characters of it handed out
+        self._seen = self._given  # characters of it that stood there, certain or not
         self._chunk = 0  # place in the window after which the newest text began
-        self._holding = False
+        self.pending = ""
+        """Text that stands there by now and is not certain; empty while a character is unfinished."""
 
     def add(self, token: int) -> str:
         """The new text that this token makes certain; empty while a character is still in the making."""
@@ -146,28 +148,20 @@ class Detokenizer:
         if self.skip and token in self.special:
             return ""
         self._window.append(token)
-        self._holding = self._is_byte(token)
-        if self._holding:  # of such a run each byte may still turn all others into replacement characters
-            return ""
         text = self._text()
-        certain = len(text) - self._uncertain(text)
+        # Of a run of byte tokens each may still turn all others into replacement characters.
+        certain = self._given if self._is_byte(token) else len(text) - self._uncertain(text)
         new = text[self._given : certain]
-        self._given, self._holding = max(self._given, certain), certain < len(text)
+        self._given = max(self._given, certain)
+        self.pending = "" if text.endswith("\ufffd") else text[self._given :]
+        self._seen = max(self._seen, self._given + len(self.pending))
         self._shorten(text, new)
         return new
-
-    @property
-    def pending(self) -> str:
-        """Text that stands there by now and is not certain; empty while a character is unfinished."""
-        if not self._holding:
-            return ""
-        new = self._text()[self._given :]
-        return "" if new.endswith("\ufffd") else new
 
     def finish(self) -> str:
         """What is still held back, when no token will complete it."""
         text = self._text() if self._window else ""
-        new, self._given, self._holding = text[self._given :], len(text), False
+        new, self._given, self.pending = text[self._given :], len(text), ""
         return new
 
     def peek(self, token: int) -> str:
@@ -177,7 +171,7 @@ class Detokenizer:
         text = decode_text(self.tokenizer, [*self._window, token], self.skip)
         if text.endswith("\ufffd"):
             text = "" if self._is_byte(token) else text[:-1]
-        return text[self._given + len(self.pending) :]
+        return text[self._seen :]
 
     def _text(self) -> str:
         return decode_text(self.tokenizer, self._window, self.skip)
@@ -196,15 +190,16 @@ class Detokenizer:
     def _shorten(self, text: str, new: str) -> None:
         """Let go of tokens that are settled, but for those that gave the newest text: decoders drop a leading space at
         the start of what they are given."""
-        if not self._holding and new:
+        if new and self._given == len(text):
             if self._chunk and len(self._window) > WINDOW:
                 self._window = self._window[self._chunk :]
-                self._given = len(self._text())
+                self._given = self._seen = len(self._text())
             self._chunk = len(self._window)
-        elif len(self._window) > 4 * WINDOW:  # bytes without end that are no text
+        elif len(self._window) > 4 * WINDOW and not self._is_byte(self._window[-1]):  # bytes without end, no text
             held = len(text) - self._given
             self._window = self._window[-WINDOW:]
             self._given, self._chunk = max(0, len(self._text()) - held), 0
+            self._seen = self._given
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """The end of the prompt that the answer's text may depend on: nothing before a special token."""
