@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import generation as hf
 
 from outdraft.errors import UserError
+from outdraft.places import sent
 
 
 @dataclass
@@ -333,8 +334,8 @@ def draw_each(chances: Sequence[Chance], laws: Tensor) -> Tensor:
     if not all(isinstance(chance, Dice) for chance in chances):
         drawn = [chance.draw(law) for chance, law in zip(chances, laws, strict=True)]
         return torch.tensor(drawn, device=laws.device)
-    shares = torch.tensor([dice.uniform() for dice in chances], dtype=torch.float64)  # type: ignore[attr-defined]
-    return at_shares(shares.to(laws.device), laws)
+    thrown = [dice.uniform() for dice in chances]  # type: ignore[attr-defined]
+    return at_shares(sent(thrown, laws.device, torch.float64), laws)
 
 
 def at_shares(shares: Tensor, laws: Tensor) -> Tensor:

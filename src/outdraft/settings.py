@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GREEDY_CHAIN, Drafter, TreeShape
+from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, Drafter, TreeShape, gpu_tree
 from outdraft.drafters.repeats import Repeats
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
@@ -104,6 +104,8 @@ def tree_shape(
             base = base.doubled()
         elif base == CPU_TREE and drafter.stepwise and not sizes:
             base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
+        elif base == GPU_TREE and not sizes:
+            base = gpu_tree(rows)
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 

@@ -26,6 +26,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from outdraft.places import sent
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.tree import Tree
 
@@ -153,7 +154,7 @@ def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[V
         while accepted < count - 1 and chances[row].accept(odds[row][accepted]):
             accepted += 1
         ends.append(accepted)
-    at = torch.arange(rows, device=laws.device), torch.tensor(ends, device=laws.device)
+    at = torch.arange(rows, device=laws.device), sent(ends, laws.device)
     left = laws[at]
     refused = [row for row, (end, count) in enumerate(zip(ends, tree.counts, strict=True)) if end < count - 1]
     for row in refused:
@@ -167,6 +168,8 @@ def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[V
 
 def _is_chains(tree: Tree) -> bool:
     """Whether every node is the child of the one before it."""
+    if tree.chain:  # the host need not look
+        return True
     parents = tree.lists[1]
     return all(parents[row][:count] == list(range(-1, count - 1)) for row, count in enumerate(tree.counts))
 

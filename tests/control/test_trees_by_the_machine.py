@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from outdraft.console.options import whole_or_auto
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import CPU_TREE, Drafter, TreeShape
+from outdraft.drafters.base import CPU_TREE, GPU_TREE, Drafter, TreeShape
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
 from outdraft.settings import controller_of, pacer_of, tree_shape
@@ -71,7 +73,11 @@ def test_on_a_cpu_chains_are_drafted_greedily_unless_a_tree_is_asked_for():
     assert tree_shape(Plain(), CPU, {}, rows=4) == tree_shape(Plain(), CPU, {}, rows=16) == TreeShape.chain(3)
     assert tree_shape(Plain(), CPU, {"tree_depth": 3}, rows=16) == CPU_TREE
     gpu = torch.device("cuda")
-    assert tree_shape(Plain(), gpu, {}, rows=16) == Plain().default_shape(gpu), "not measured there"
+    assert tree_shape(Plain(), gpu, {}) == GPU_TREE == Plain().default_shape(gpu)
+    assert tree_shape(Plain(), gpu, {}, rows=8) == replace(GPU_TREE, size=16)
+    assert tree_shape(Plain(), gpu, {}, rows=32) == TreeShape.chain(3)
+    assert tree_shape(Plain(), gpu, {}, rows=500) == TreeShape.chain(1)
+    assert tree_shape(Plain(), gpu, {}, sampling=True, rows=8) == tree_shape(Plain(), gpu, {}, sampling=True)
     level_by_level, at_once = Plain(), Plain()
     at_once.stepwise = False
     assert tree_shape(at_once, CPU, {}) == CPU_TREE != tree_shape(level_by_level, CPU, {})
