@@ -1,10 +1,10 @@
-"""What a round costs on a GPU: a target of a real model's shape with random weights, on stock modules and as recorded graphs.
+"""What a round costs on a GPU: a target of a real model's shape and random weights, stock and as recorded graphs.
 
     python benchmarks/gpu.py --output-dir gpu [--stages correct,rounds,forwards,attention] [--tiny]
 
 Times do not depend on weights; acceptance does, so none is reported. Every line is printed and written to
-`OUTPUT_DIR/gpu.json` at once, so that a run that is cut short loses nothing. `--tiny` runs all of it on a CPU in a minute, to
-try the script itself. Results and what they mean: docs/measurements/gpu.md.
+`OUTPUT_DIR/gpu.json` at once, so that a run that is cut short loses nothing. `--tiny` runs all of it on a CPU in a
+minute, to try the script itself. Results and what they mean: docs/measurements/gpu.md.
 """
 
 from __future__ import annotations

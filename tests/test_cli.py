@@ -47,9 +47,10 @@ def test_generate_streams_the_text_to_stdout_and_the_figures_to_stderr(folders: 
 
 def test_generate_with_a_drafter_says_what_the_target_alone_says(folders: Folders) -> None:
     common = ("generate", "hello", "--model", folders.target, "--max-new-tokens", 24, "--dtype", "float32")
-    plain = parsed(*common)
+    plain = parsed(*common, "--method", "none")
     for more in (
-        ("-d", folders.drafter),
+        (),
+        ("-d", folders.drafter, "--controller", "fixed"),
         ("-d", folders.eagle, "--num-speculative-tokens", 3),
         ("-d", folders.small_model),
         ("--method", "prompt-lookup"),

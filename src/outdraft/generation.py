@@ -30,6 +30,7 @@ from outdraft.settings import (
     TREE_SETTINGS,
     check_prompt,
     controller_of,
+    default_controller,
     pacer_of,
     repeats_of,
     sampling_settings,
@@ -119,16 +120,19 @@ def load(
             `reference` for the small one that is shipped.
         draft_model: a drafter's folder (ours, official FSPAD or EAGLE), a smaller language model, `reference` or
             `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is.
+        method: `fspad`, `eagle`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is, and
+            `prompt-lookup`, which needs no training, without one.
         tokenizer: where the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
-        backend: `eager`, `packed` or `compiled`; by default `packed` on a CPU.
+        backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
         trust_remote_code: run code from the model's repository.
 
     Raises:
         UserError: something cannot be loaded or does not fit together.
     """
+    if draft_model is None and method is None:
+        method = "prompt-lookup"
     target = load_target(
         model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
     )
@@ -165,10 +169,12 @@ class SpeculativeModel:
                 `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
-                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). `tree_size="auto"`
-                drafts whichever shape brings the most tokens a second here, for all rows alike. What they learn
-                serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
-                need not mean the same text. Greedy unless `do_sample` or a `temperature` is given.
+                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
+                `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for and no seed is given
+                with a temperature; else `fixed`. `tree_size="auto"` drafts whichever shape brings the most tokens a
+                second here, for all rows alike. What they learn serves later calls, and they weigh measured seconds:
+                with one of them and a temperature, the same seed need not mean the same text. Greedy unless
+                `do_sample` or a `temperature` is given.
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -234,7 +240,7 @@ class SpeculativeModel:
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
         lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
-        pacer = self._pacer(controller_of(settings.pop("controller", None), tree))
+        controller = settings.pop("controller", None)
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -255,7 +261,11 @@ class SpeculativeModel:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         if exact and all(value is None for value in tree.values()):
             tree = dict(EXACT_TREE)
-        drawing, controlled = sampling.temperature > 0, pacer is not None
+        drawing = sampling.temperature > 0
+        if controller is None:
+            controller = default_controller(self.drafter, self.target.device, tree, drawing, seed is not None)
+        pacer = self._pacer(controller_of(controller, tree))
+        controlled = pacer is not None
         shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
         repeats = repeats_of(self.drafter, lookup, shape if exact else None)
         rows = []

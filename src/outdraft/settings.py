@@ -138,6 +138,28 @@ def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeSha
     return repeats if shape is None else replace(repeats, most=max(1, min(repeats.most, shape.size - 1)))
 
 
+def default_controller(
+    drafter: Drafter | None, device: torch.device, tree: Mapping[str, Any], sampling: bool, seeded: bool
+) -> str:
+    """The controller where none is asked for.
+
+    On a CPU a draft step costs so much of a pass that a fixed length loses where a drafter is weak, so drafts are as
+    long as they pay, and none is drafted that does not. Where a text must come out again (a seed) or somebody asks for
+    a shape, no clock decides. On a GPU whole drafts are recorded, of a fixed shape.
+
+    Args:
+        drafter: of the rows.
+        device: of the target.
+        tree: some of `TREE_SETTINGS`.
+        sampling: whether the temperature is above 0.
+        seeded: whether the rows' dice are.
+    """
+    asked = any(value is not None for value in tree.values())
+    if drafter is None or asked or device.type != "cpu" or (sampling and seeded):
+        return "fixed"
+    return "calibrated"
+
+
 def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:
     """The controller asked for; `auto` where trees follow the machine, which need none.
 

@@ -37,7 +37,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's.",
+        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's, and "
+        "prompt-lookup without one.",
     ),
 ]
 Dtype = Annotated[
@@ -91,7 +92,7 @@ LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", 
 
 Controller = Annotated[
     str | None,
-    typer.Option("--controller", help="How far to draft. " + CONTROL["name"]),
+    typer.Option("--controller", help="How far to draft; by default as far as it pays (CPU). " + CONTROL["name"]),
 ]
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]
