@@ -107,10 +107,10 @@ class DrafterTrainer(Trainer):
         progress = self.state.global_step / self.args.max_steps
         sums = model(*self.objective.arguments(inputs, features, self.state.global_step, progress))
         for name, part in sums._asdict().items():
-            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double().cpu()
-        count = sums.positions if num_items_in_batch is None else num_items_in_batch
+            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double()  # where it is, so that nobody waits
+        count = torch.as_tensor(sums.positions if num_items_in_batch is None else num_items_in_batch)
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
-        loss = self.objective.total(sums, progress) * (self.args.world_size / max(int(count), 1))
+        loss = self.objective.total(sums, progress) * (self.args.world_size / count.clamp(min=1))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
