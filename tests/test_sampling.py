@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models import VOCAB, tiny
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Warper
+from outdraft.sampling import Dice, SamplingSettings, Warper, at_shares, at_shares_by_blocks
 
 PROMPT = [4, 9, 9, 2, 17]
 END = 6
@@ -229,3 +229,18 @@ def test_certainty_spends_no_throw():
     before = dice.generator.get_state()
     assert dice.accept(1.0) and dice.accept(1.5) and not dice.accept(0.0)
     assert torch.equal(dice.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("vocab", [3, 31, 512, 513, 4096, 9000])
+def test_a_draw_by_blocks_is_the_draw_of_all_at_once(vocab: int) -> None:
+    dice = torch.Generator().manual_seed(vocab)
+    for case in range(30):
+        laws = (torch.randn(6, vocab, generator=dice) * 4).softmax(-1)
+        if case % 3 == 0:  # few tokens that are possible at all
+            laws *= torch.rand(6, vocab, generator=dice) < 0.01
+            laws[:, case % vocab] += 1e-9
+        shares = torch.rand(6, generator=dice, dtype=torch.float64)
+        shares[0], shares[1] = 0.0, 1 - 2**-53
+        drawn = at_shares_by_blocks(shares, laws)
+        assert torch.equal(drawn, at_shares(shares, laws))
+        assert (laws.gather(1, drawn[:, None]) > 0).all()

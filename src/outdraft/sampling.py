@@ -268,6 +268,10 @@ def check_token_ids(sequences: Sequence[Sequence[int]], vocab_size: int) -> None
             raise UserError(f"token id {token} is outside the vocabulary of {vocab_size}; check the tokenizer")
 
 
+BLOCK = 512
+"""Tokens that are summed at once where one is drawn."""
+
+
 class Chance(Protocol):
     """Every random decision that drafting and verification make for one row."""
 
@@ -342,7 +346,32 @@ def at_shares(shares: Tensor, laws: Tensor) -> Tensor:
     """`(rows,)` of each of the `(rows, vocab)` laws the first token up to which more than a `(rows,)` share of it lies:
     in float64, so that no token of positive probability is lost, and below the whole of it, which rounding could else
     bring a share up to."""
+    if laws.device.type != "cpu":
+        return at_shares_by_blocks(shares, laws)
     upto = laws.cumsum(-1, dtype=torch.float64)
+    return _reached(upto, shares[:, None] * upto[:, -1:])[0][:, 0]
+
+
+def at_shares_by_blocks(shares: Tensor, laws: Tensor) -> Tensor:
+    """The same, the block of tokens first and then the token in it: a GPU adds side by side, but makes running sums one
+    after the other, which took it 1.4 ms over 8 laws of 128,256 tokens."""
+    rows, vocab = laws.shape
+    full = vocab // BLOCK * BLOCK
+    sums = laws[:, :full].reshape(rows, -1, BLOCK).sum(-1, dtype=torch.float64)
+    if full < vocab:
+        sums = torch.cat([sums, laws[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
+    upto = sums.cumsum(-1)
+    block, wanted = _reached(upto, shares[:, None] * upto[:, -1:])
+    before = (upto - sums).gather(1, block)
+    places = block * BLOCK + torch.arange(BLOCK, device=laws.device)
+    inside = laws.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)
+    token, _ = _reached(inside.cumsum(-1, dtype=torch.float64), (wanted - before).clamp(min=0))
+    return (block * BLOCK + token)[:, 0]
+
+
+def _reached(upto: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """`(rows, 1)` first place where running sums `(rows, n)` lie above what is wanted, and what was wanted, kept below
+    their last."""
     whole = upto[:, -1:]
-    wanted = torch.minimum(shares[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
-    return torch.searchsorted(upto, wanted, right=True)[:, 0]
+    wanted = torch.minimum(wanted, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(upto, wanted, right=True), wanted
