@@ -21,12 +21,12 @@ from outdraft.errors import UserError
 from outdraft.generation import pad
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.settings import LOOKUP_SETTINGS, LOSSY, check_prompt, pacer_of, repeats_of, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, LOSSY, check_prompt, default_controller, pacer_of, repeats_of, tree_shape
 from outdraft.target import Target
 
 
 def custom_generate(
-    draft_model: Any, *, method: str | None = None, backend: str = "eager", controller: Any = None, **tree: Any
+    draft_model: Any, *, method: str | None = None, backend: str | None = None, controller: Any = None, **tree: Any
 ) -> Callable:
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
@@ -38,13 +38,13 @@ def custom_generate(
     Args:
         draft_model: as in `load`.
         method: likewise.
-        backend: likewise; `packed` keeps a second copy of the linear layers, `compiled` two more.
-        controller: as in `generate`.
+        backend: likewise; `packed`, the default on a CPU, keeps a second copy of the linear layers, `compiled` two more.
+        controller: as in `generate`, where a seed counts as given.
         **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
             `prompt_lookup_min`, `prompt_lookup_num_tokens`.
     """
     lookup = {name: tree.pop(name, None) for name in LOOKUP_SETTINGS}
-    bound: dict[Any, tuple[Any, Target, Drafter | None, Pacer | None]] = {}
+    bound: dict[Any, tuple[Any, Target, Drafter | None, dict[str, Pacer | None]]] = {}
 
     def generate(
         model: Any,
@@ -59,12 +59,16 @@ def custom_generate(
         if key not in bound:
             target = load_target(model, backend=backend)
             loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
-            bound[key] = (model, target, loaded, None if loaded is None else pacer_of(controller, tree))
-        _, target, drafter, pacer = bound[key]
+            bound[key] = (model, target, loaded, {})
+        _, target, drafter, pacers = bound[key]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
-        draws, controlled = generation_config.do_sample, pacer is not None
-        shape = tree_shape(drafter, target.device, tree, draws, controlled, len(input_ids))
+        draws = generation_config.do_sample
+        chosen = controller if controller is not None else default_controller(drafter, target.device, tree, draws, True)
+        if drafter is not None and str(chosen) not in pacers:
+            pacers[str(chosen)] = pacer_of(chosen, tree)
+        pacer = pacers.get(str(chosen))
+        shape = tree_shape(drafter, target.device, tree, draws, pacer is not None, len(input_ids))
         repeats = repeats_of(drafter, lookup)
         rows = []
         for i, ids in enumerate(input_ids):
