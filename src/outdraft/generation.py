@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
+from outdraft.coupling import Coupled, Noise, leave_generator
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -175,6 +176,10 @@ class SpeculativeModel:
                 second here, for all rows alike. What they learn serves later calls, and they weigh measured seconds:
                 with one of them and a temperature, the same seed need not mean the same text. Greedy unless
                 `do_sample` or a `temperature` is given.
+                `coupling`: how chance comes in with a temperature. `dice` (default) accepts a candidate x with
+                probability min(1, p(x)/q(x)); `noise` shares the noise of `torch.multinomial` between drafter and target, so that a
+                seed gives the tokens of stock `generate` after `torch.manual_seed(seed)`, whatever drafts and however
+                far, at some cost in acceptance (docs/seeds.md).
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -199,6 +204,7 @@ class SpeculativeModel:
                 streamed = len(rows[0].tokens)
         if streamer is not None:
             streamer.end()
+        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
@@ -227,6 +233,7 @@ class SpeculativeModel:
                     if reason is not None:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
+        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
 
     def _target(self, settings: dict[str, Any]) -> Target:
         return exactly(self.target) if settings.get("exact") else self.target
@@ -240,7 +247,9 @@ class SpeculativeModel:
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
         lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
-        controller = settings.pop("controller", None)
+        controller, coupling = settings.pop("controller", None), settings.pop("coupling", None)
+        if coupling not in (None, "dice", "noise"):
+            raise UserError(f"coupling must be dice or noise, not {coupling!r}")
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -263,10 +272,15 @@ class SpeculativeModel:
             tree = dict(EXACT_TREE)
         drawing = sampling.temperature > 0
         if controller is None:
-            controller = default_controller(self.drafter, self.target.device, tree, drawing, seed is not None)
+            clocked = seed is None or coupling == "noise"  # the text does not depend on what is drafted
+            controller = default_controller(self.drafter, self.target.device, tree, drawing, not clocked)
         pacer = self._pacer(controller_of(controller, tree))
         controlled = pacer is not None
         shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
+        noise = None
+        if drawing and coupling == "noise":
+            shape = replace(shape, candidates="top-k")
+            noise = Noise(len(encoded), self.target.vocab_size, self.target.device, seed)
         repeats = repeats_of(self.drafter, lookup, shape if exact else None)
         rows = []
         for i, ids in enumerate(encoded):
@@ -276,6 +290,8 @@ class SpeculativeModel:
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
+            if noise is not None:
+                row.chance = Coupled(noise, i, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)

@@ -7,6 +7,7 @@ to `decoding.py`. What transformers could not be given back faithfully is refuse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from outdraft.control.pacing import Pacer
+from outdraft.coupling import Coupled, Noise, leave_generator
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter
 from outdraft.errors import UserError
@@ -26,20 +28,27 @@ from outdraft.target import Target
 
 
 def custom_generate(
-    draft_model: Any, *, method: str | None = None, backend: str | None = None, controller: Any = None, **tree: Any
+    draft_model: Any,
+    *,
+    method: str | None = None,
+    backend: str | None = None,
+    controller: Any = None,
+    coupling: str = "noise",
+    **tree: Any,
 ) -> Callable:
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
-    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. The seed comes
-    from torch's global generator, so `torch.manual_seed` works as always. transformers 5 hands neither a tokenizer nor
-    a streamer on to a custom generate: for stop strings give `stopping_criteria=[StopStringCriteria(tokenizer,
-    strings)]`, to stream use `load(...).stream(...)`.
+    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. Chance comes from
+    torch's global generator, and with `torch.manual_seed` a sampled text is that of the stock model token for token (in
+    16 bits up to near-ties). transformers 5 hands neither a tokenizer nor a streamer on to a custom generate: for stop
+    strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, to stream use `load(...).stream(...)`.
 
     Args:
         draft_model: as in `load`.
         method: likewise.
-        backend: likewise; `packed`, the default on a CPU, keeps a second copy of the linear layers, `compiled` two more.
-        controller: as in `generate`, where a seed counts as given.
+        backend: likewise; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two more.
+        controller: as in `generate`.
+        coupling: as in `generate`; `noise` here gives the stock model's own tokens.
         **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
             `prompt_lookup_min`, `prompt_lookup_num_tokens`.
     """
@@ -64,17 +73,23 @@ def custom_generate(
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
         draws = generation_config.do_sample
-        chosen = controller if controller is not None else default_controller(drafter, target.device, tree, draws, True)
+        coupled = draws and coupling == "noise"
+        chosen = controller
+        if chosen is None:
+            chosen = default_controller(drafter, target.device, tree, draws, seeded=not coupled)
         if drafter is not None and str(chosen) not in pacers:
             pacers[str(chosen)] = pacer_of(chosen, tree)
         pacer = pacers.get(str(chosen))
         shape = tree_shape(drafter, target.device, tree, draws, pacer is not None, len(input_ids))
-        repeats = repeats_of(drafter, lookup)
+        repeats, noise = repeats_of(drafter, lookup), None
+        if coupled:
+            shape = replace(shape, candidates="top-k")
+            noise = Noise(len(input_ids), target.vocab_size, target.device)
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
-            seed = int(torch.randint(2**62, ()))
+            seed = 0 if coupled else int(torch.randint(2**62, ()))
             dice = Dice(seed)
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):
@@ -82,11 +97,14 @@ def custom_generate(
             warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
             row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=repeats)
+            if noise is not None:
+                row.chance = Coupled(noise, i, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, seed)
             rows.append(row)
         for _ in decode(target, drafter, rows, shape, pacer.costs if pacer is not None else None):
             pass
+        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
         filler = generation_config.pad_token_id
         filler = filler if filler is not None else (target.eos_token_ids or [0])[0]
         new = pad([row.tokens for row in rows], filler).to(input_ids.device)

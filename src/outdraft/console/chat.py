@@ -22,6 +22,7 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    coupling: o.Coupling = None,
     num_speculative_tokens: o.Chain = None,
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
@@ -42,7 +43,7 @@ def chat(
     loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, exact=exact or None),
+        **o.given(seed=seed, coupling=coupling, exact=exact or None),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

@@ -31,6 +31,7 @@ def generate(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    coupling: o.Coupling = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be repeated.")] = None,
     num_speculative_tokens: o.Chain = None,
     tree_depth: o.TreeDepth = None,
@@ -54,7 +55,7 @@ def generate(
     loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, stop_strings=stop, exact=exact or None),
+        **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

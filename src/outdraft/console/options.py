@@ -51,6 +51,14 @@ Backend = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Coupling = Annotated[
+    str | None,
+    typer.Option(
+        "--coupling",
+        help="With a temperature: dice, or noise, with which a seed gives the tokens that plain sampling by transformers "
+        "gives, whatever drafts.  [dice]",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
 
 Chain = Annotated[

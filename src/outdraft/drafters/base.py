@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.cache import SlotCache
+from outdraft.coupling import Coupled
 from outdraft.errors import UserError
 from outdraft.places import integers
 from outdraft.run import TargetRun
@@ -191,6 +192,11 @@ class RowContext:
     @property
     def greedy(self) -> bool:
         return all(warper.greedy for warper in self.warpers)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether noise decides that drafter and target share, not dice (`coupling.py`)."""
+        return bool(self.chances) and all(isinstance(chance, Coupled) for chance in self.chances)
 
 
 class DraftState(ABC):

@@ -62,7 +62,7 @@ class DraftVocabulary:
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
         """`growth.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
-        if shape.candidates != "top-k" and not rows.greedy:
+        if rows.coupled or (shape.candidates != "top-k" and not rows.greedy):
             # Warpers look tokens up by their ids, and verification needs the law of all.
             return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
         tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)

@@ -62,6 +62,7 @@ class RecordedDrafts:
             self.records
             and shape.size > 1
             and rows.pace is None
+            and not rows.coupled
             and max(update.counts) <= MOST_NEW
             and min(cache.lengths) > 0
             and (rows.greedy or not drawn or (len(kinds) == 1 and None not in kinds))
