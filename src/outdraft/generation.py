@@ -177,9 +177,9 @@ class SpeculativeModel:
                 with one of them and a temperature, the same seed need not mean the same text. Greedy unless
                 `do_sample` or a `temperature` is given.
                 `coupling`: how chance comes in with a temperature. `dice` (default) accepts a candidate x with
-                probability min(1, p(x)/q(x)); `noise` shares the noise of `torch.multinomial` between drafter and target, so that a
-                seed gives the tokens of stock `generate` after `torch.manual_seed(seed)`, whatever drafts and however
-                far, at some cost in acceptance (docs/seeds.md).
+                probability min(1, p(x)/q(x)); `noise` shares the noise of `torch.multinomial` between drafter and
+                target, so that a seed gives the tokens of stock `generate` after `torch.manual_seed(seed)`, whatever
+                drafts and however far, at some cost in acceptance (docs/seeds.md).
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
