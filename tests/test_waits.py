@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import tiny
+from outdraft import verify
 from outdraft.backends.graphs import Replayed
 from outdraft.decoding import Batch
 from outdraft.drafters import growth
@@ -88,7 +89,8 @@ DRAFTERS: dict[str, Callable[[], dict[str, Any]]] = {
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6], [8, 9]]
 GREEDY: dict[str, Any] = {"tree_depth": 2, "tree_top_k": 3, "tree_size": 8}
 CHAIN: dict[str, Any] = {"num_speculative_tokens": 3}
-DRAWN: dict[str, Any] = {"num_speculative_tokens": 3, "temperature": 1.0, "seed": 1}
+DRAWN: dict[str, Any] = {"num_speculative_tokens": 3, "temperature": 1.0, "seed": 1, "coupling": "dice"}
+NOISY: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 1}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -100,7 +102,9 @@ DRAWN: dict[str, Any] = {"num_speculative_tokens": 3, "temperature": 1.0, "seed"
         ("fspad", CHAIN, 1),
         ("eagle", GREEDY, 1),
         ("prompt-lookup", {}, 2),
-        ("plain", {"temperature": 1.0, "seed": 1}, 4),
+        ("plain", {"temperature": 1.0, "seed": 1}, 1),
+        ("fspad", NOISY, 1),
+        ("plain", {"temperature": 1.0, "seed": 1, "coupling": "dice"}, 4),
         ("fspad", DRAWN, 3),
     ],
 )
@@ -110,6 +114,7 @@ def test_a_round_asks_the_device_so_often(
     model = load(tiny("llama-gqa"), backend="graphs", **DRAFTERS[drafter]())
     asked = Asked()
     monkeypatch.setattr(Batch, "round", asked.around(Batch.round))
+    monkeypatch.setattr(verify, "WALKING", ())  # as on a GPU
     given = {**settings, "max_new_tokens": 12, "eos_token_id": 10**6, "controller": "fixed"}
     if drafter in ("fspad", "eagle"):
         given["prompt_lookup_min"] = 0
@@ -118,7 +123,7 @@ def test_a_round_asks_the_device_so_often(
     assert sum(asked.by.values()) <= most * asked.rounds, dict(asked.by)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, CHAIN, DRAWN], ids=["tree", "chain", "drawn"])
+@pytest.mark.parametrize("settings", [GREEDY, CHAIN, DRAWN, NOISY], ids=["tree", "chain", "drawn", "noisy"])
 @pytest.mark.parametrize("drafter", ["plain", "fspad", "eagle", "eesd"])
 def test_nothing_recorded_asks_or_brings_in_numbers(
     drafter: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outdraft.sampling import greatest
+
 KEPT_BYTES = 256 * 2**20
 """Of noise that is kept; older steps are made again from the generator's state when a row that lags behind asks."""
 
@@ -72,7 +74,7 @@ class Noise:
 
 
 class Coupled:
-    """One row's share of the noise (a `Chance` that accepts nothing by itself).
+    """One row's share of the noise (a `Chance` that accepts nothing by itself), `at` any node of its trees.
 
     Args:
         noise: of its batch.
@@ -95,9 +97,38 @@ class Coupled:
         return int(under(law, self.at(0)))
 
 
+class Shown(Coupled):
+    """Noise that lies ready, one vector for every depth.
+
+    Args:
+        noise: `(depths, vocab)`, or of some tokens only.
+    """
+
+    def __init__(self, noise: Tensor):
+        self.ready = noise
+
+    def at(self, depth: int) -> Tensor:
+        return self.ready[depth]
+
+
+class Narrowed(Coupled):
+    """Another's noise of some tokens only.
+
+    Args:
+        other: of all tokens.
+        tokens: `(kept,)` those.
+    """
+
+    def __init__(self, other: Coupled, tokens: Tensor):
+        self.other, self.tokens = other, tokens
+
+    def at(self, depth: int) -> Tensor:
+        return self.other.at(depth)[self.tokens]
+
+
 def under(laws: Tensor, noise: Tensor) -> Tensor:
     """`(...)` the tokens chosen of `(..., vocab)` probabilities under noise that broadcasts to them."""
-    return (laws / noise).argmax(-1)
+    return greatest(laws / noise)
 
 
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:

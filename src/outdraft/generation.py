@@ -6,6 +6,7 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -17,7 +18,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.coupling import Coupled, Noise, leave_generator
+from outdraft.coupling import Coupled, Noise
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -171,15 +172,14 @@ class SpeculativeModel:
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
-                `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for and no seed is given
-                with a temperature; else `fixed`. `tree_size="auto"` drafts whichever shape brings the most tokens a
-                second here, for all rows alike. What they learn serves later calls, and they weigh measured seconds:
-                with one of them and a temperature, the same seed need not mean the same text. Greedy unless
-                `do_sample` or a `temperature` is given.
-                `coupling`: how chance comes in with a temperature. `dice` (default) accepts a candidate x with
-                probability min(1, p(x)/q(x)); `noise` shares the noise of `torch.multinomial` between drafter and
-                target, so that a seed gives the tokens of stock `generate` after `torch.manual_seed(seed)`, whatever
-                drafts and however far, at some cost in acceptance (docs/seeds.md).
+                `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for; else `fixed`.
+                `tree_size="auto"` drafts whichever shape brings the most tokens a second here, for all rows alike.
+                What they learn serves later calls. Greedy unless `do_sample` or a `temperature` is given.
+                `coupling`: how chance comes in with a temperature. `noise` (default) shares the noise of
+                `torch.multinomial` between drafter and target, so that a prompt's text is that which stock `generate`
+                samples for it after `torch.manual_seed(seed + its place)`, whatever drafts, however far and in
+                whichever company (docs/seeds.md). `dice` accepts a candidate x with probability min(1, p(x)/q(x)); so
+                do candidates that are drawn (`candidates`).
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -204,7 +204,6 @@ class SpeculativeModel:
                 streamed = len(rows[0].tokens)
         if streamer is not None:
             streamer.end()
-        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
@@ -233,7 +232,6 @@ class SpeculativeModel:
                     if reason is not None:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
-        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
 
     def _target(self, settings: dict[str, Any]) -> Target:
         return exactly(self.target) if settings.get("exact") else self.target
@@ -248,8 +246,12 @@ class SpeculativeModel:
         lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
         controller, coupling = settings.pop("controller", None), settings.pop("coupling", None)
-        if coupling not in (None, "dice", "noise"):
+        if coupling is None:  # candidates that are drawn need dice
+            coupling = "noise" if tree.get("candidates") in (None, "top-k") else "dice"
+        if coupling not in ("dice", "noise"):
             raise UserError(f"coupling must be dice or noise, not {coupling!r}")
+        if coupling == "noise" and tree.get("candidates") not in (None, "top-k"):
+            raise UserError("candidates that are drawn need coupling='dice'; leave one of the two out")
         encoded, _ = encode_prompts(prompts, self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -272,26 +274,23 @@ class SpeculativeModel:
             tree = dict(EXACT_TREE)
         drawing = sampling.temperature > 0
         if controller is None:
-            clocked = seed is None or coupling == "noise"  # the text does not depend on what is drafted
-            controller = default_controller(self.drafter, self.target.device, tree, drawing, not clocked)
+            seeded = drawing and seed is not None and coupling == "dice"  # else a text does not depend on its drafts
+            controller = default_controller(self.drafter, self.target.device, tree, seeded)
         pacer = self._pacer(controller_of(controller, tree))
         controlled = pacer is not None
-        shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
-        noise = None
-        if drawing and coupling == "noise":
-            shape = replace(shape, candidates="top-k")
-            noise = Noise(len(encoded), self.target.vocab_size, self.target.device, seed)
+        thrown = drawing and coupling == "dice"
+        shape = tree_shape(self.drafter, self.target.device, tree, thrown, controlled, len(encoded))
         repeats = repeats_of(self.drafter, lookup, shape if exact else None)
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
-            own_seed = None if seed is None else seed + i
+            own_seed = secrets.randbits(63) if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
-            if noise is not None:
-                row.chance = Coupled(noise, i, row.tokens)
+            if drawing and not thrown:
+                row.chance = Coupled(Noise(1, self.target.vocab_size, self.target.device, own_seed), 0, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)

@@ -7,7 +7,6 @@ to `decoding.py`. What transformers could not be given back faithfully is refuse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,14 +75,13 @@ def custom_generate(
         coupled = draws and coupling == "noise"
         chosen = controller
         if chosen is None:
-            chosen = default_controller(drafter, target.device, tree, draws, seeded=not coupled)
+            chosen = default_controller(drafter, target.device, tree, draws and not coupled)
         if drafter is not None and str(chosen) not in pacers:
             pacers[str(chosen)] = pacer_of(chosen, tree)
         pacer = pacers.get(str(chosen))
-        shape = tree_shape(drafter, target.device, tree, draws, pacer is not None, len(input_ids))
+        shape = tree_shape(drafter, target.device, tree, draws and not coupled, pacer is not None, len(input_ids))
         repeats, noise = repeats_of(drafter, lookup), None
         if coupled:
-            shape = replace(shape, candidates="top-k")
             noise = Noise(len(input_ids), target.vocab_size, target.device)
         rows = []
         for i, ids in enumerate(input_ids):

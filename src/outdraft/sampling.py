@@ -172,7 +172,9 @@ class Warper:
         """Warpers of one kind make the same law of the same logits; None where it depends on the prefix."""
         self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1)
         """Whether a law costs a search through the vocabulary, so that none should be made in vain."""
-        self._processors = [*reading]
+        self.names_tokens = bool(s.logit_bias)
+        """Whether it looks tokens up by their ids, beside what reads the prefix."""
+        self._processors, self._reading = [*reading], len(reading)
         if s.logit_bias:
             self._processors.append(LogitBias(s.logit_bias, vocab_size))
         if not self.greedy:
@@ -204,6 +206,13 @@ class Warper:
         """`law` of `(..., vocab)` logits at once, as many probabilities; not where it `reads_prefix`."""
         flat = logits.reshape(-1, logits.shape[-1])
         return self._laws(flat, _NO_PREFIX).view_as(logits)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """`(..., vocab)` logarithms of those laws up to a constant, without what reads the prefix."""
+        flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+        for processor in self._processors[self._reading :]:
+            flat = processor(_NO_PREFIX, flat)
+        return flat.view_as(logits)
 
     def choices(self, logits: Tensor) -> Tensor:
         """`(...)` the only tokens of those laws; only where it is `greedy`, too."""

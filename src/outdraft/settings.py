@@ -139,23 +139,22 @@ def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeSha
 
 
 def default_controller(
-    drafter: Drafter | None, device: torch.device, tree: Mapping[str, Any], sampling: bool, seeded: bool
+    drafter: Drafter | None, device: torch.device, tree: Mapping[str, Any], seeded: bool = False
 ) -> str:
     """The controller where none is asked for.
 
     On a CPU a draft step costs so much of a pass that a fixed length loses where a drafter is weak, so drafts are as
-    long as they pay, and none is drafted that does not. Where a text must come out again (a seed) or somebody asks for
-    a shape, no clock decides. On a GPU whole drafts are recorded, of a fixed shape.
+    long as they pay, and none is drafted that does not. Where somebody asks for a shape, or drafts and texts share
+    dice that must fall the same way again, no clock decides. On a GPU whole drafts are recorded, of a fixed shape.
 
     Args:
         drafter: of the rows.
         device: of the target.
         tree: some of `TREE_SETTINGS`.
-        sampling: whether the temperature is above 0.
-        seeded: whether the rows' dice are.
+        seeded: whether rows have seeded dice, which drafts share with verification.
     """
     asked = any(value is not None for value in tree.values())
-    if drafter is None or asked or device.type != "cpu" or (sampling and seeded):
+    if drafter is None or asked or device.type != "cpu" or seeded:
         return "fixed"
     return "calibrated"
 

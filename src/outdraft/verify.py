@@ -35,6 +35,10 @@ AT_ONCE = 2**25
 """Probabilities, of all nodes of all rows, up to which the laws of chains are made at once."""
 
 
+WALKING = ("cpu",)
+"""Devices on which laws are made level by level, of the nodes that are reached only: asking costs nothing there."""
+
+
 @dataclass
 class Verdict:
     """What one row keeps of its tree.
@@ -133,7 +137,7 @@ def verify_coupled(
     """`verify` where noise decides (`coupling.py`): a candidate is accepted where it is what the noise makes of p."""
     kind = warpers[0].kind
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
-    if alike and logits.numel() <= AT_ONCE:
+    if alike and logits.numel() <= AT_ONCE and logits.device.type not in WALKING:
         levels = tree.nodes if tree.levels is None else tree.levels + 1
         noise = torch.stack([torch.stack([chance.at(depth) for depth in range(levels)]) for chance in chances])
         index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])

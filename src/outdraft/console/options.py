@@ -55,8 +55,7 @@ Coupling = Annotated[
     str | None,
     typer.Option(
         "--coupling",
-        help="With a temperature: dice, or noise, with which a seed gives the tokens that plain sampling by transformers "
-        "gives, whatever drafts.  [dice]",
+        help="With a temperature: noise, so that a seed gives the tokens that transformers samples, or dice.  [noise]",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]

@@ -76,15 +76,14 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
 
     def choosing(logits: Tensor) -> Tensor:
         nonlocal depth
-        noise = torch.stack([chance.at(depth) for chance in rows.chances])  # type: ignore[attr-defined]
-        laws = torch.stack(
-            [
-                row.softmax(-1, dtype=torch.float32) if warper.kind is None else warper.laws(row)
-                for warper, row in zip(rows.warpers, logits, strict=True)
-            ]
-        )
+        noise = torch.stack([chance.at(depth) for chance in rows.chances]).log()  # type: ignore[attr-defined]
+        kinds = {warper.kind for warper in rows.warpers}
+        if len(kinds) == 1:
+            scores = rows.warpers[0].scores(logits)
+        else:
+            scores = torch.stack([warper.scores(row) for warper, row in zip(rows.warpers, logits, strict=True)])
         depth += 1
-        return (laws / (noise if laws.dim() == 2 else noise[:, None])).log()
+        return scores - (noise if scores.dim() == 2 else noise[:, None])
 
     return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.pace)
 

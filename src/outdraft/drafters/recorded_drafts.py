@@ -22,6 +22,7 @@ from torch import Tensor
 from outdraft.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
 from outdraft.backends.tree_attention import Pending, running_over
 from outdraft.cache import SlotCache
+from outdraft.coupling import Shown
 from outdraft.drafters.base import RowContext, TreeShape, Update
 from outdraft.errors import first_line
 from outdraft.places import causal, chosen, itself
@@ -57,15 +58,14 @@ class RecordedDrafts:
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
         """Whether a recording can make this draft."""
         kinds = {warper.kind for warper in rows.warpers}
-        drawn = shape.candidates != "top-k" and not rows.greedy
+        drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
         return (
             self.records
             and shape.size > 1
             and rows.pace is None
-            and not rows.coupled
             and max(update.counts) <= MOST_NEW
             and min(cache.lengths) > 0
-            and (rows.greedy or not drawn or (len(kinds) == 1 and None not in kinds))
+            and ((not drawn and not rows.coupled) or (len(kinds) == 1 and None not in kinds))
             # Chains without replacement are as many as the law has tokens, which the host would have to ask.
             and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
             and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
@@ -77,11 +77,13 @@ class RecordedDrafts:
         count, new = len(update.counts), max(update.counts)
         new = next(size for size in SIZES if size >= new)
         cache.room_for(new + shape.top_k * (shape.depth + 1))
-        drawn = shape.candidates != "top-k" and not rows.greedy
-        key = (cache.addresses, new, shape, rows.warpers[0].kind if drawn else None, update.taps.shape[2])
+        coupled = rows.coupled and not rows.greedy
+        drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
+        kind = rows.warpers[0].kind if drawn or coupled else None
+        key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
         draft = self.recordings.get(key)
         if draft is None:
-            draft = _Draft(self.drafter, cache, new, shape, rows if drawn else None, update.taps)
+            draft = _Draft(self.drafter, cache, new, shape, rows if drawn or coupled else None, update.taps)
             draft.fill(update, cache.lengths, rows.chances)
             try:
                 draft.record(self._pool(cache))
@@ -113,6 +115,7 @@ class _Given:
     counts: Tensor
     lengths: Tensor
     shares: Tensor
+    noise: Tensor
 
 
 class _Draft:
@@ -139,13 +142,16 @@ class _Draft:
         self.drafter, self.cache, self.shape = drafter, cache, shape
         room, device = cache.room, taps.device
         self.warper = None if rows is None else rows.warpers[0]
-        self.throws = 0 if rows is None else shape.top_k * min(shape.depth + 1, (shape.size - 1) // shape.top_k)
+        self.coupled = rows is not None and rows.coupled
+        drawn = rows is not None and not self.coupled
+        self.throws = shape.top_k * min(shape.depth + 1, (shape.size - 1) // shape.top_k) if drawn else 0
         self.given = _Given(
             torch.zeros(room, new, dtype=torch.long, device=device),
             torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
             torch.ones(room, dtype=torch.long, device=device),
             torch.zeros(room, dtype=torch.int32, device=device),
             torch.zeros(room, self.throws, dtype=torch.float64, device=device),
+            torch.ones(room, self.depths, drafter.target.vocab_size if self.coupled else 0, device=device),
         )
         self._rows = 0
 
@@ -161,6 +167,10 @@ class _Draft:
         given.taps[:rows, :width] = update.taps[:, :width]
         put(given.counts, update.counts)
         put(given.lengths, list(lengths))
+        if self.coupled:
+            for row, chance in enumerate(chances):
+                for depth in range(self.depths):
+                    given.noise[row, depth] = chance.at(depth)  # type: ignore[attr-defined]
         if self.throws:
             put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
 
@@ -179,15 +189,23 @@ class _Draft:
         return Tree(tokens, parents, [count] * rows, levels=levels, _depths=depths, _ancestors=ancestors)
 
     @property
+    def depths(self) -> int:
+        """Of the deepest tree, how many tokens follow each other."""
+        return self.shape.depth + 1
+
+    @property
     def chains(self) -> int | None:
         """Of a tree of chains, how many there are."""
-        if self.warper is None and self.shape.top_k > 1:
+        if not self.throws and self.shape.top_k > 1:
             return None
         return min(self.shape.top_k, self.shape.size - 1)
 
     def _context(self) -> RowContext:
         if self.warper is None:
             return RowContext([], [GREEDY], [])
+        if self.coupled:
+            noise = self.given.noise
+            return RowContext([_UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
         shares = self.given.shares
         return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 

@@ -88,7 +88,7 @@ def contenders(
             for controller in controllers:
                 called = name + repeats if len(controllers) == 1 else f"{name}{repeats} {controller}"
                 if controller == DEFAULT:
-                    controller = default_controller(drafter, target.device, shape, sampling=False, seeded=False)
+                    controller = default_controller(drafter, target.device, shape)
                 found.append(
                     speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
                 )
