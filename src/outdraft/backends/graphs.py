@@ -113,6 +113,11 @@ class Sight:
     windows: dict[str, int | None]
     masks: Callable[[], Any]
 
+    @property
+    def alone(self) -> bool:
+        """Whether every token sees nothing but itself, which no attention could get wrong."""
+        return self.seen.shape[2] == 1 and max(self.lengths) == 0
+
 
 class GraphedForward:
     """A forward over pending tokens, recorded where they are few.
@@ -137,7 +142,7 @@ class GraphedForward:
         sight, cache = inputs.pop("attention_mask"), inputs["past_key_values"]
         if not isinstance(sight, Sight):
             return self.forward(attention_mask=sight, **inputs)
-        if not self.serves:
+        if not self.serves or sight.alone:
             return self.forward(attention_mask=sight.masks(), **inputs)
         name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
         given = inputs[name]
@@ -195,13 +200,13 @@ class GraphedForward:
                 self.recordings.popitem(last=False)
         else:
             self.recordings.move_to_end(key)
-            recording.fill(given, sight)
+            recording.fill(given, sight, cache)
         return tuple(part[:rows, :tokens] for part in recording.replay())
 
     def _record(self, name: str, given: Tensor, sight: Sight, cache: Any, room: int) -> Recording:
         pending = sight.seen.shape[2] + room - given.shape[1]
         recording = Recording(given, cache, room, pending, tuple(sight.windows.values()))
-        recording.fill(given, sight)
+        recording.fill(given, sight, cache)
         try:
             if self._memory is None and given.is_cuda:
                 self._memory = torch.cuda.graph_pool_handle()
@@ -232,12 +237,12 @@ class Recording:
             self._alone.clone(),
             torch.zeros(rows, pending, dtype=torch.long, device=device),
             windows,
-            cache,
+            None,
         )
         self._shape: tuple[int, ...] = ()
 
-    def fill(self, given: Tensor, sight: Sight) -> None:
-        """Put in what the forward is to run over next."""
+    def fill(self, given: Tensor, sight: Sight, cache: Any) -> None:
+        """Put in what the forward is to run over next, once."""
         rows, tokens = given.shape[:2]
         pending, own = sight.seen.shape[2], self.pending
         shape = (rows, tokens, pending)
@@ -250,16 +255,17 @@ class Recording:
         self.line[:rows, :tokens] = given
         own.seen[:rows, :tokens, :pending] = sight.seen
         own.positions[:rows, :pending] = sight.positions
+        own.cache = cache
 
     def make(self, run: Callable[[], tuple[Tensor, ...]], memory: Any) -> None:
         """Record what this runs."""
         self._replayed = Replayed(run, self.line.device, memory)
-        if self.line.is_cuda:
-            self.pending.cache = None  # its buffers are known, and it may end
 
     def replay(self) -> tuple[Tensor, ...]:
         """Run it, and give results that later runs leave as they are."""
-        return self._replayed()
+        results = self._replayed()
+        self.pending.cache = None  # it may end, and a recording knows its buffers
+        return results
 
 
 class Replayed:

@@ -30,7 +30,7 @@ def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) 
     """
     configs = {} if configs is None else configs
     config = view.__dict__.get("config")
-    if config is not None and hasattr(config, "_attn_implementation"):
+    if getattr(config, "_attn_implementation", None) == "sdpa":  # others know of more than masks, as of sinks
         if id(config) not in configs:
             configs[id(config)] = own = copy.deepcopy(config)
             own._attn_implementation = name

@@ -80,8 +80,8 @@ class RecordedDrafts:
         key = (cache.addresses, new, shape, rows.warpers[0].kind if drawn else None, update.taps.shape[2])
         draft = self.recordings.get(key)
         if draft is None:
-            draft = _Draft(self.drafter, cache, new, shape, rows if drawn else None, update.taps)
-            draft.fill(update, cache.lengths, rows.chances)
+            draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn else None, update.taps)
+            draft.fill(update, cache, rows.chances)
             try:
                 draft.record(self._pool(cache))
             except Exception as error:
@@ -93,7 +93,7 @@ class RecordedDrafts:
                 self.recordings.popitem(last=False)
         else:
             self.recordings.move_to_end(key)
-            draft.fill(update, cache.lengths, rows.chances)
+            draft.fill(update, cache, rows.chances)
         cache.advance(update.counts)
         return draft.tree(count)
 
@@ -119,7 +119,7 @@ class _Draft:
 
     Args:
         drafter: whose network drafts.
-        cache: of the drafter; rows are filled up to those that its buffers have.
+        room: rows that the drafter's buffers have, to which those of a batch are filled up.
         new: decided tokens of a row, filled up.
         shape: of the trees.
         rows: whose settings candidates are drawn by; None where they are chosen.
@@ -129,16 +129,17 @@ class _Draft:
     def __init__(
         self,
         drafter: FeatureDrafter,
-        cache: SlotCache,
+        room: int,
         new: int,
         shape: TreeShape,
         rows: RowContext | None,
         taps: Tensor,
     ):
-        self.drafter, self.cache, self.shape = drafter, cache, shape
-        room, device = cache.room, taps.device
+        self.drafter, self.shape, device = drafter, shape, taps.device
+        self.cache: Any = None
         self.warper = None if rows is None else rows.warpers[0]
-        self.throws = 0 if rows is None else shape.top_k * min(shape.depth + 1, (shape.size - 1) // shape.top_k)
+        width = min(shape.top_k, shape.size - 1)
+        self.throws = 0 if rows is None else width * min(shape.depth + 1, (shape.size - 1) // width)
         self.given = _Given(
             torch.zeros(room, new, dtype=torch.long, device=device),
             torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
@@ -148,8 +149,8 @@ class _Draft:
         )
         self._rows = 0
 
-    def fill(self, update: Update, lengths: Sequence[int], chances: Sequence[Chance]) -> None:
-        """Put in what was decided and how long the rows are; throw their dice."""
+    def fill(self, update: Update, cache: SlotCache, chances: Sequence[Chance]) -> None:
+        """Put in what was decided and how long the rows are, once; throw their dice."""
         given, (rows, new) = self.given, update.tokens.shape
         if rows != self._rows:
             given.lengths.zero_()
@@ -159,18 +160,18 @@ class _Draft:
         given.tokens[:rows, :width] = update.tokens[:, :width]
         given.taps[:rows, :width] = update.taps[:, :width]
         put(given.counts, update.counts)
-        put(given.lengths, list(lengths))
+        put(given.lengths, cache.lengths)
+        self.cache = cache
         if self.throws:
             put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
 
     def record(self, memory: Any) -> None:
         self._replayed = Replayed(self._run, self.given.tokens.device, memory)
-        if self.given.tokens.is_cuda:
-            self.cache = None  # type: ignore[assignment]  # its buffers are known, and it may end
 
     def tree(self, rows: int) -> Tree:
         """The trees of the first so many rows."""
         tokens, *rest = (part[:rows] for part in self._replayed())
+        self.cache = None  # it may end, and a recording knows its buffers
         candidates, count, levels = self._made
         if self.chains is not None:
             return Tree.chains(tokens, self.chains, candidates, rest[0] if rest else None)

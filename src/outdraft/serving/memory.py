@@ -18,10 +18,9 @@ SHARE = 0.4
 @torch.inference_mode()
 def slot_bytes(target: Target) -> int:
     """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
-    slots = 8
-    cache = target.new_cache(1, slots)
+    cache = target.new_cache(1, 8)
     TargetRun(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
-    return max(1, cache.nbytes // slots)
+    return max(1, cache.nbytes // (cache.room * cache.capacity))
 
 
 def free_bytes(device: torch.device) -> int:
