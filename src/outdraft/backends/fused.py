@@ -303,7 +303,7 @@ def _attends(module: Any) -> bool:
     )
     known = all(hasattr(module, name) for name in ("layer_idx", "scaling", "num_key_value_groups"))
     config = getattr(module, "config", None)
-    return bool(whole and known and getattr(config, "_attn_implementation", None) == "sdpa")
+    return bool(whole and known and getattr(config, "_attn_implementation", None) in DIRECT)
 
 
 def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
@@ -315,7 +315,8 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     """All as one tensor: a view where they lie so already, as another view of the model may have left them."""
     whole, place = parts[0], parts[0].data_ptr()
     for part in parts:
-        if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or part.data_ptr() != place:
+        same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or not part.is_contiguous():
             return torch.cat(parts)
         place += part.nbytes
     return whole.as_strided((sum(len(part) for part in parts), *whole.shape[1:]), whole.stride())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from outdraft.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.backends.packed import why_not_replaced
 from outdraft.backends.tree_attention import ATTENTION, Pending, Storing, has_triton, running_over
-from outdraft.backends.view import alike, with_attention
+from outdraft.backends.view import alike, why_not_renamed, with_attention
 from outdraft.errors import first_line
 
 MOST_TOKENS = 512
@@ -46,14 +46,12 @@ Forward = Callable[..., tuple[Tensor, ...]]
 
 def why_not_graphs(model: Any) -> str | None:
     """What stands in the way of recording this model's forwards, None if nothing does."""
-    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
-        return "its attention is not 'sdpa'"
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):
         return "it lies on " + device
     if device == "cuda" and not has_triton():
         return "triton is not installed"
-    return why_not_replaced(model)
+    return why_not_renamed(model) or why_not_replaced(model)
 
 
 def graphs_view(model: Model) -> Model:

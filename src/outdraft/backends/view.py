@@ -20,6 +20,14 @@ ROUGH = 0.1
 """The same in 16 bits."""
 
 
+def why_not_renamed(model: Any) -> str | None:
+    """What forbids to let a model ask for its attention by another name (`with_attention`), None if nothing does."""
+    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa'"
+    # Families of an older make look at the name themselves, and take one that they do not know for 'eager'.
+    return None if getattr(model, "_supports_attention_backend", False) else "its attention cannot be replaced"
+
+
 def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) -> None:
     """Let every module of a view ask for the attention of this name, by configs and modules of its own.
 
