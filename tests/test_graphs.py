@@ -84,7 +84,7 @@ def grown(target: Target, seed: int) -> list[Output]:
         ]
         tree = Tree(torch.randint(32, (rows, nodes), generator=dice), torch.tensor(parents), [nodes] * rows)
         found.append(run.tree(tree))
-        last = [next(node for node in range(1, nodes) if above[node] == 0) for above in parents]
+        last = [next(node for node in range(1, nodes) if row[node] == 0) for row in parents]
         run.cache.commit([[0, node] if row % 2 == 0 else [0] for row, node in enumerate(last)])
     return found
 
