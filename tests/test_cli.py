@@ -399,7 +399,7 @@ def test_settings_that_cannot_be(folders: Folders, flags: tuple[object, ...], na
 
 
 def test_tree_settings_without_a_drafter(folders: Folders) -> None:
-    assert "--tree-size" in refused("generate", "hi", "--model", folders.target, "--tree-size", 0)
+    assert "--tree-size" in refused("generate", "hi", "--model", folders.target, "--method", "none", "--tree-size", 0)
 
 
 def test_training_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ class Warper:
         self.reads_prefix = bool(reading)
         bias = tuple(s.logit_bias.items())
         shape = (0,) if self.greedy else (s.temperature, s.top_k, s.top_p, s.min_p)
-        self.kind: Hashable = None if self.reads_prefix else (*shape, bias)
+        self.scoring: Hashable = (*shape, bias)
+        """Warpers that have it in common make the same `scores` of the same logits."""
+        self.kind: Hashable = None if self.reads_prefix else self.scoring
         """Warpers of one kind make the same law of the same logits; None where it depends on the prefix."""
         self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1)
         """Whether a law costs a search through the vocabulary, so that none should be made in vain."""

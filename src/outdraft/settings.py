@@ -43,6 +43,10 @@ EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
 
 
+ADAPTIVE = "calibrated"
+"""The controller where the machine decides how far to draft."""
+
+
 def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
     """Hugging Face's sampling arguments as ours; greedy unless `do_sample` or a temperature above 0 is given.
 
@@ -156,7 +160,7 @@ def default_controller(
     asked = any(value is not None for value in tree.values())
     if drafter is None or asked or device.type != "cpu" or seeded:
         return "fixed"
-    return "calibrated"
+    return ADAPTIVE
 
 
 def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:

@@ -77,8 +77,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
     def choosing(logits: Tensor) -> Tensor:
         nonlocal depth
         noise = torch.stack([chance.at(depth) for chance in rows.chances]).log()  # type: ignore[attr-defined]
-        kinds = {warper.kind for warper in rows.warpers}
-        if len(kinds) == 1:
+        if len({warper.scoring for warper in rows.warpers}) == 1:
             scores = rows.warpers[0].scores(logits)
         else:
             scores = torch.stack([warper.scores(row) for warper, row in zip(rows.warpers, logits, strict=True)])
