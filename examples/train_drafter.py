@@ -9,7 +9,7 @@ from pathlib import Path
 import outdraft
 from outdraft.loading import load_target
 from outdraft.reference.prompts import DATA
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.regenerate import regenerate
 from outdraft.training.train import train
 
@@ -19,7 +19,7 @@ name, questions, output, steps = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
 answers = regenerate(outdraft.load(name), questions, Path(output) / "answers.jsonl", max_new_tokens=64).output
 
 target = load_target(name, backend="eager")  # gradients go through its head
-config = TrainingConfig(data=answers, output_dir=Path(output) / "drafter", max_steps=int(steps), max_length=384)
+config = DrafterConfig(data=answers, output_dir=Path(output) / "drafter", max_steps=int(steps), max_length=384)
 result = train(target, config)
 print(f"{result.folder}: {result.steps} steps, loss {result.metrics['loss']:.3f}, accuracy {result.metrics['acc']:.3f}")
 

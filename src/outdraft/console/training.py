@@ -17,7 +17,7 @@ from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_met
 from outdraft.evaluation.prompts import read_prompts
 from outdraft.loading import load_target
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.features import reader_of
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.train import TrainResult, train
@@ -44,7 +44,7 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
     """The run, with tau measured on prompts that are not trained on.
 
     Args:
-        settings: of `TrainingConfig`, and those of `AROUND`.
+        settings: of `DrafterConfig`, and those of `AROUND`.
         resume: go on from the last checkpoint.
         remarks: where progress goes.
 
@@ -77,10 +77,10 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _divided(settings: dict[str, Any]) -> tuple[dict[str, Any], TrainingConfig]:
+def _divided(settings: dict[str, Any]) -> tuple[dict[str, Any], DrafterConfig]:
     """What concerns the target and the held-out prompts, and the training's own settings."""
     around = {name: settings[name] for name in AROUND if name in settings}
-    config = TrainingConfig(**{name: value for name, value in settings.items() if name not in around})
+    config = DrafterConfig(**{name: value for name, value in settings.items() if name not in around})
     if around.get("model") is None:
         raise UserError("no target to train for; give --model a folder or hub id")
     return around, config

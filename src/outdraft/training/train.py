@@ -25,7 +25,7 @@ from outdraft.drafters.exit_folder import target_facts
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.checkpoints import last_checkpoint
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.conversations import Conversation
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.exit_choice import ExitChoice, choose_exit
@@ -37,7 +37,7 @@ from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.protocol import TargetLike, target_id
 from outdraft.training.provenance import peak_memory_bytes, provenance
 from outdraft.training.tokenization import tokenize
-from outdraft.training.trainer import DrafterTrainer, training_arguments
+from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 try:
     from accelerate import PartialState
@@ -79,7 +79,7 @@ class TrainResult:
 
 def train(
     target: TargetLike,
-    config: TrainingConfig,
+    config: DrafterConfig,
     resume: bool = False,
     measure_tau: MeasureTau | None = None,
     console: Console | None = None,
@@ -132,7 +132,7 @@ def train(
     elif args.should_save:
         best.forget()
     meter = TauMeter(measure, objective.drafter, config.evaluation_for(ready.total_steps), best) if measure else None
-    trainer = DrafterTrainer(
+    trainer = ObjectiveTrainer(
         objective,
         config,
         TrainingExamples(ready.examples, None if store is None else store.__getitem__),
@@ -192,7 +192,7 @@ def _measurement(
 
 
 def _final(
-    measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, console: Console
+    measure: MeasureTau, best: BestWeights, trainer: ObjectiveTrainer, console: Console
 ) -> tuple[dict[str, float], int]:
     """What is said of the weights that are saved, the last ones or better ones of before, and their step."""
     drafter = best.drafter
@@ -261,7 +261,7 @@ def _claim_folder(
                 f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
             ) from None
         # A setting that the run's version did not have was at what is its default now, with a few exceptions.
-        fields = TrainingConfig.model_fields
+        fields = DrafterConfig.model_fields
         defaults = {key: fields[key].default for key in identity.keys() & fields.keys()}
         before = {**defaults, **{key: BEFORE[key] for key in identity.keys() & BEFORE.keys()}, **before}
         changed = [key for key in identity if before.get(key) != identity[key]]
@@ -311,7 +311,7 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
 
 
 def _run(
-    trainer: DrafterTrainer,
+    trainer: ObjectiveTrainer,
     checkpoint: Path | None,
     stop: OrderlyStop,
     progress: ProgressReport,

@@ -20,7 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from outdraft.backends import default_dtype
 from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.grouping import group_cost, groups_of_like_length
 from outdraft.training.objective import Objective
@@ -29,7 +29,7 @@ WEIGHTS = "model.safetensors"
 GROUPS = "groups"
 
 
-class DrafterTrainer(Trainer):
+class ObjectiveTrainer(Trainer):
     """Trains a drafter on what is read of its target.
 
     Args:
@@ -46,7 +46,7 @@ class DrafterTrainer(Trainer):
     def __init__(
         self,
         objective: Objective,
-        config: TrainingConfig,
+        config: DrafterConfig,
         data: TrainingExamples,
         args: TrainingArguments,
         callbacks: list[TrainerCallback] | None = None,
@@ -172,14 +172,14 @@ class ClipByValue(TrainerCallback):
             torch.nn.utils.clip_grad_value_(model.parameters(), self.value)
 
 
-def use_bf16(config: TrainingConfig, device: torch.device) -> bool:
+def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
     """Whether the drafter trains in bf16 autocast on this device."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return default_dtype(device) == torch.bfloat16
 
 
-def training_arguments(config: TrainingConfig, device: torch.device, total_steps: int) -> TrainingArguments:
+def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:
     """The Trainer's own arguments for a configuration with its preset filled in.
 
     Args:
