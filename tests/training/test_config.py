@@ -57,7 +57,7 @@ def test_what_is_set_by_hand_wins_over_the_preset() -> None:
         ({"learning_rat": 1}, 'unknown training setting "learning_rat"; known are data, output_dir'),
         ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
         ({"method": "hydra"}, "\"method\" cannot be 'hydra'"),
-        ({"data": None}, '"data" cannot be None'),
+        ({"output_dir": None}, '"output_dir" cannot be None'),
         ({"teacher_top_k": -1}, '"teacher_top_k" cannot be -1'),
         ({"patience": -1}, '"patience" cannot be -1'),
         ({"features": "never"}, "\"features\" cannot be 'never'"),

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.feature_head import FeatureHead, scaled
 from outdraft.errors import UserError
 from outdraft.target import Target
-from outdraft.training.beginning import scale_of, scaled
+from outdraft.training.beginning import scale_of
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import noise_seed
 from outdraft.training.train import TrainResult, train

@@ -26,8 +26,8 @@ class DrafterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
 
-    data: Path
-    """JSON lines of conversations or texts to train on: a file, or a folder of *.jsonl."""
+    data: Path | None = None
+    """Conversations or texts to train on: JSON lines, a JSON list, Parquet, a folder of such files, or hf:NAME."""
     output_dir: Path
     """Folder of the trained drafter, its checkpoints and logs."""
     method: Literal["fspad", "eagle", "eesd", "medusa"] = "fspad"

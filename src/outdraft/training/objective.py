@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from outdraft.drafters.checkpoint import Network
 from outdraft.drafters.draft_vocabulary import DraftVocabulary
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.feature_head import FeatureHead, scaled
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
-from outdraft.training.beginning import begin_from, scale_of, scaled
+from outdraft.training.beginning import begin_from, scale_of
 from outdraft.training.config import DrafterConfig
 from outdraft.training.cross_entropy import Head
 from outdraft.training.exit_loss import ExitLoss, next_is_response
@@ -47,6 +47,10 @@ class Objective(ABC):
     drafter: Network
     loss: nn.Module
     """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
+    target: TargetLike
+    """What the drafter is for."""
+    scale: float = 1.0
+    """What embeddings are multiplied by in training alone, until `finished` folds it into the weights."""
 
     @abstractmethod
     def counted(self, loss_mask: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from outdraft.training.exit_choice import ExitChoice
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.tokenization import ExampleSet, tokenize
 
+NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
+
 ADVISED_EXAMPLES = 5000
 """Conversations from which drafters learn well; a fifth of them is few."""
 
@@ -60,6 +62,8 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
         UserError: settings that contradict each other or the target, or data that cannot be used.
     """
     config = fitted(target, config)
+    if config.data is None:
+        raise UserError(NO_DATA)
     found = read_conversations(config.data, config.on_bad_line)
     if target.tokenizer is None:
         raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
