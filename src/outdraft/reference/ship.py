@@ -35,7 +35,7 @@ def ship(folder: Path, destination: Path, model: str) -> None:
         file, stored = destination / PACKED, pack(weights)
     save_file(stored, file, metadata={"format": "pt"})
     file.chmod(0o644)
-    shown = NAMED[model].shown_as or model
+    shown = NAMED[model].shown_as
     for name in ("config.json", "provenance.json"):
         record = portable(json.loads((folder / name).read_text(encoding="utf-8")), LOCAL)
         if name == "config.json":
