@@ -154,18 +154,11 @@ def test_a_model_is_saved_with_a_card_that_names_no_folder_of_this_machine(folde
     training.train()
     assert training.save_model() == tmp_path / "run"
     saved = training.save_model(tmp_path / "saved")
-    assert {path.name for path in saved.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "provenance.json",
-        "README.md",
-    }
+    assert {path.name for path in saved.iterdir()} == SHARED
     for name in ("config.json", "provenance.json", "README.md"):
         assert str(tmp_path) not in (saved / name).read_text() and str(Path.home()) not in (saved / name).read_text()
     card = (saved / "README.md").read_text()
-    assert (
-        card.startswith("---\nlibrary_name: outdraft\ntags:") and "base_model" not in card
-    )  # a folder is no repository
+    assert card.startswith("---\nlibrary_name: outdraft\ntags:"), "a folder is no repository that the Hub knows"
     assert "# Drafter for target" in card and "| learning_rate | 0.01 |" in card and "3 steps on 11 examples" in card
     assert f"tau {record(saved)['tau']['tau']:.2f}" in card
     answer = outdraft.load(folders.target, saved, dtype="float32").generate(QUESTION, max_new_tokens=4)
@@ -250,17 +243,19 @@ def test_what_the_command_line_was_given_is_kept_too(folders: Folders, tmp_path:
         "report_to": ["none"],
     }
     assert command("train", "--resume", "--output-dir", tmp_path / "run").exit_code == 0
+    in_part = command(*begun, "--resume")
+    assert in_part.exit_code == 0, "what is not given is as it was, too"
     other = command("train", "--resume", "--output-dir", tmp_path / "run", "--max-length", 32)
     assert other.exit_code == 2 and "max_length was 64 in this run and is 32 now" in other.stderr
 
 
-def test_a_folder_without_a_run_says_so(folders: Folders, tmp_path: Path) -> None:
-    result = command("train", "--resume", "--output-dir", tmp_path / "none")
-    assert result.exit_code == 2 and "holds no run to go on with; give --model and --data" in result.stderr
+def test_a_folder_that_keeps_no_settings_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/training_run.json").write_text('{"total_steps": 5}')
-    result = command("train", "--resume", "--output-dir", tmp_path / "old")
-    assert result.exit_code == 2 and "keeps no settings to go on with" in result.stderr
+    for folder in (tmp_path / "none", tmp_path / "old"):
+        result = command("train", "--resume", "--output-dir", folder)
+        assert result.exit_code == 2
+        assert f"{folder} keeps no settings of a run to go on with; give --model and --data" in result.stderr
 
 
 def test_a_stopped_runs_folder_says_how_to_go_on_and_its_checkpoint_can_be_tried(

@@ -26,8 +26,13 @@ def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> Draf
     Raises:
         UserError: settings that cannot work.
     """
-    if resume and "output_dir" in settings and not {"model", "data"} <= settings.keys():
-        settings = {**begun_with(settings["output_dir"]), **settings}
+    if resume and "output_dir" in settings:
+        begun = begun_with(settings["output_dir"])
+        if begun is None and not {"model", "data"} <= settings.keys():
+            raise UserError(
+                f"{settings['output_dir']} keeps no settings of a run to go on with; give --model and --data"
+            )
+        settings = {**(begun or {}), **settings}
     around = {argument: settings[name] for name, argument in AROUND.items() if settings.get(name) is not None}
     config = DrafterConfig(**{name: value for name, value in settings.items() if name not in AROUND})
     if "model" not in around:

@@ -13,8 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from outdraft.errors import UserError
-
 RUN = "training_run.json"
 """What the run is, for as long as it may be resumed."""
 
@@ -48,18 +46,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def begun_with(output_dir: str | Path) -> dict[str, Any]:
-    """The settings that a run was given, so that it goes on with nothing but its folder.
-
-    Raises:
-        UserError: no run there, or one that has not kept them.
-    """
-    folder = Path(output_dir)
-    found = _record(folder).get(BEGUN_WITH)
-    if not isinstance(found, dict):
-        there = "keeps no settings" if (folder / RUN).is_file() else "holds no run"
-        raise UserError(f"{folder} {there} to go on with; give --model and --data, as the run was or shall be begun")
-    return {**found, "output_dir": folder}
+def begun_with(output_dir: str | Path) -> dict[str, Any] | None:
+    """The settings that a run was given, so that it goes on with nothing but its folder; None where none are kept."""
+    found = _record(Path(output_dir)).get(BEGUN_WITH)
+    return found if isinstance(found, dict) else None
 
 
 def unfinished(folder: str | Path) -> str | None:
