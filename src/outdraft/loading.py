@@ -160,13 +160,30 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
-    place: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
+    return _bound(load_network(source, target, target.dtype, target.device), target, backend)
+
+
+def load_network(
+    source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Network:
+    """The network in a drafter's folder or hub repository, whatever its method.
+
+    Args:
+        source: where it lies.
+        target: what it drafts for, of which an exit layer is a part.
+        dtype: of the weights; as stored when None.
+        device: where they go.
+
+    Raises:
+        UserError: no drafter there, or a damaged one.
+    """
+    place: dict[str, Any] = {"dtype": dtype, "device": device}
     method = own_method(source)
     if method == ExitLayer.method:
-        return _bound(load_exit_layer(source, target.model, **place), target, backend)
+        return load_exit_layer(source, target.model, **place)
     if method == MedusaHeads.method:
-        return _bound(load_medusa(source, **place).heads, target, backend)
-    return _bound(load_drafter(source, **place).head.eval(), target, backend)
+        return load_medusa(source, **place).heads
+    return load_drafter(source, **place).head.eval()
 
 
 def _bound(network: Network, target: Target, backend: str) -> Drafter:

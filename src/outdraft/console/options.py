@@ -14,7 +14,7 @@ SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
 REPEATS = field_help("drafters/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")
-TRAINING = field_help("training/config.py", "TrainingConfig")
+TRAINING = field_help("training/config.py", "DrafterConfig")
 
 
 def training(name: str, *flags: str) -> Any:

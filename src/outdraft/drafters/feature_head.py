@@ -267,3 +267,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@torch.no_grad()
+def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
+    """The drafter that makes of embeddings what it makes of embeddings times `by` now; changed in place."""
+    drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
+    if drafter.fusion.feature_sampling:
+        drafter.fusion.gate_proj.weight *= by
+    return drafter
