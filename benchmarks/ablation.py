@@ -29,7 +29,7 @@ from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
 
 BASE = "EAGLE"
@@ -61,10 +61,10 @@ class Study(studies.Study):
     def folder(self, variant: str, seed: int) -> Path:
         return self.output_dir / f"{variant.strip('+').lower()}-seed{seed}"
 
-    def config(self, variant: str, seed: int) -> TrainingConfig:
+    def config(self, variant: str, seed: int) -> DrafterConfig:
         """Steps, data and all settings but switches and seed are the same in every run."""
         warmup = studies.warmup_of(self.steps)
-        return TrainingConfig(
+        return DrafterConfig(
             data=self.data,
             output_dir=self.folder(variant, seed),
             feature_cache_dir=self.output_dir / "features",

@@ -39,9 +39,9 @@ from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.target import Target
-from outdraft.training.config import PRESETS, TrainingConfig
+from outdraft.training.config import PRESETS, DrafterConfig
 from outdraft.training.train import train
-from outdraft.training.trainer import DrafterTrainer
+from outdraft.training.trainer import ObjectiveTrainer
 
 BASE = "FSPAD"
 CORPUS = "corpus answers"
@@ -139,11 +139,11 @@ class Study(studies.Study):
         name = training.variant.lower().replace(" ", "-")
         return self.output_dir / f"{name}-{training.budget}-seed{training.seed}"
 
-    def config(self, training: Training) -> TrainingConfig:
+    def config(self, training: Training) -> DrafterConfig:
         """Data and all settings but steps, switches and seed are the same in every run."""
         steps = self.steps if training.budget == STEPS else self.equal_seconds(training.variant)
         settings = {**SETTINGS, "learning_rate": self.learning_rate, "warmup_steps": studies.warmup_of(steps)}
-        return TrainingConfig(
+        return DrafterConfig(
             data=self.corpus_data if training.variant == CORPUS else self.data,
             output_dir=self.folder(training),
             feature_cache_dir=self.output_dir / "features",
@@ -214,17 +214,17 @@ def measure_costs(study: Study, steps: int, console: Console) -> None:
 def stamped_steps() -> Iterator[list[float]]:
     """Notes when each step of a training begins."""
     stamps: list[float] = []
-    step = DrafterTrainer.training_step
+    step = ObjectiveTrainer.training_step
 
-    def stamping(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
+    def stamping(self: ObjectiveTrainer, *args: Any, **more: Any) -> Any:
         stamps.append(time.perf_counter())
         return step(self, *args, **more)
 
-    DrafterTrainer.training_step = stamping  # type: ignore[method-assign]
+    ObjectiveTrainer.training_step = stamping  # type: ignore[method-assign]
     try:
         yield stamps
     finally:
-        DrafterTrainer.training_step = step  # type: ignore[method-assign]
+        ObjectiveTrainer.training_step = step  # type: ignore[method-assign]
 
 
 def costs_of(study: Study) -> dict[str, float]:

@@ -32,7 +32,7 @@ from outdraft.reference import load_prompts
 from outdraft.reference.prompts import DATA
 from outdraft.statistics import Statistics
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import prepare
@@ -129,7 +129,7 @@ def warmup_of(steps: int) -> int:
     return min(SETTINGS["warmup_steps"], max(1, steps // 4))
 
 
-def build_features(target: Target, config: TrainingConfig) -> None:
+def build_features(target: Target, config: DrafterConfig) -> None:
     """Compute the features that a training reads, beforehand: their time is nobody's."""
     ready = prepare(target, config)
     store = feature_store(target, ready, objective_for(target, ready.config))
@@ -138,7 +138,7 @@ def build_features(target: Target, config: TrainingConfig) -> None:
     store.build(ready.examples)
 
 
-def record_of(config: TrainingConfig, switches: Iterable[str]) -> dict[str, Any] | None:
+def record_of(config: DrafterConfig, switches: Iterable[str]) -> dict[str, Any] | None:
     """The record of a finished training; None when there is none.
 
     Args:
@@ -163,7 +163,7 @@ def record_of(config: TrainingConfig, switches: Iterable[str]) -> dict[str, Any]
     return record
 
 
-def check_data(target: Target, config: TrainingConfig, records: Iterable[dict[str, Any] | None]) -> None:
+def check_data(target: Target, config: DrafterConfig, records: Iterable[dict[str, Any] | None]) -> None:
     """All of these runs must have been trained on the data that the configuration names.
 
     Raises:

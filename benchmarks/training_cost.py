@@ -31,11 +31,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.features import TrainingExamples
 from outdraft.training.objective import objective_for
 from outdraft.training.tokenization import Example, ExampleSet
-from outdraft.training.trainer import DrafterTrainer, training_arguments
+from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 METHODS: dict[str, dict[str, Any]] = {
     "fspad": {"method": "fspad"},
@@ -151,7 +151,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         settings["length_groups"] = case["length_groups"]
     steps = case["steps"] + 1
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainingConfig(
+        config = DrafterConfig(
             data=Path(folder),
             output_dir=Path(folder) / "run",
             batch_size=case["batch_size"],
@@ -165,7 +165,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         clock = Clock(target.device)
         args = training_arguments(config, target.device, steps)
         args.save_strategy = "no"
-        trainer = DrafterTrainer(objective, config, TrainingExamples(examples), args, callbacks=[clock])
+        trainer = ObjectiveTrainer(objective, config, TrainingExamples(examples), args, callbacks=[clock])
         order = [int(i) for batch in trainer.get_train_dataloader().batch_sampler for i in batch]  # type: ignore[union-attr]
         trainer.train()
     per_batch = case["batch_size"]

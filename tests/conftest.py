@@ -17,3 +17,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder `shared` beside the repository (data and models too large for it)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unclocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of the full length unless a test asks for a controller: by default a clock decides on CPUs."""
+    if "clocked" not in request.keywords:
+        monkeypatch.setattr("outdraft.settings.ADAPTIVE", "fixed")

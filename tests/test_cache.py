@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outdraft.cache import SlotCache
+from outdraft.cache import BufferPool, SlotCache, rounded_rows, rounded_slots
 
 HEADS, WIDTH = 2, 3
 
@@ -132,3 +132,71 @@ def test_lengths_as_transformers_asks_for_them():
     cache.reserve(2, "cpu")
     assert cache.get_seq_length() == 3 and cache.get_mask_sizes(2) == (5, 0)
     assert cache.max_batch_size == 2
+
+
+# --- buffers that outlive their caches ---------------------------------------------------------------------------
+
+
+def test_sizes_are_rounded_so_that_few_differ():
+    assert [rounded_rows(rows) for rows in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
+    slots = (1, 512, 513, 768, 769, 1024, 1025, 1536, 1537, 3072, 3073, 4096)
+    assert [rounded_slots(count) for count in slots] == [
+        512, 512, 768, 768, 1024, 1024, 1536, 1536, 2048, 3072, 4096, 4096
+    ]  # fmt: skip
+
+
+def test_a_buffer_comes_back_when_its_cache_ends_and_serves_the_next():
+    pool = BufferPool()
+    cache = SlotCache(3, 2, 7, pool)
+    assert (cache.rows, cache.room, cache.capacity) == (3, 4, 512)
+    write(cache, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+    cache.commit([[0], [0, 1], []])
+    assert [held(cache, row)[0] for row in range(3)] == [[1], [3, 4], []]
+    place, shape = cache.addresses, cache._buffers[0].shape
+    assert not pool._free
+    del cache
+    assert [buffer.shape for buffer in pool._free] == [shape]
+    again = SlotCache(4, 2, 500, pool)
+    write(again, torch.tensor([[7], [8], [9], [10]]))
+    assert again.addresses == place and not pool._free
+    beside = SlotCache(4, 2, 500, pool)
+    write(beside, torch.tensor([[7], [8], [9], [10]]))
+    assert beside.addresses != place, "lent to one at a time"
+
+
+def test_a_cache_that_grows_gives_its_old_buffer_back():
+    pool = BufferPool()
+    cache = SlotCache(1, 2, 4, pool)
+    write(cache, torch.arange(300)[None])
+    cache.commit([range(300)])
+    first = cache.addresses
+    cache.room_for(212)
+    assert cache.addresses == first, "512 slots are enough"
+    cache.room_for(213)
+    assert cache.capacity == 768 and held(cache, 0) == [list(range(300))] * 2
+    assert [buffer.data_ptr() for buffer in pool._free] == [first[2]]
+    cache.join(SlotCache(2, 2, 4, pool))
+    assert (cache.rows, cache.room, cache.capacity) == (3, 4, 768) and held(cache, 0)[0] == list(range(300))
+
+
+def test_few_buffers_are_kept_and_only_such_as_are_asked_for():
+    pool = BufferPool(most=2)
+    buffers = [pool.take((size,), torch.empty(0)) for size in (1, 2, 3)]
+    pool.give_back(buffers)
+    assert [buffer.shape for buffer in pool._free] == [(2,), (3,)], "the newest"
+    assert pool.take((2,), torch.empty(0)) is buffers[1]
+    assert pool.take((3,), torch.empty(0, dtype=torch.float64)) is not buffers[2], "in another precision"
+    assert not pool._free, "what nobody uses gives way before more is taken"
+
+
+def test_tokens_written_behind_the_committed_ones_may_be_committed_afterwards():
+    cache = SlotCache(2, 1, 8)
+    write(cache, torch.tensor([[1, 2], [3, 4]]), 1)
+    cache.commit([[0, 1], [0]])
+    probe = states(torch.zeros(2, 1))
+    keys, values = cache.whole(probe, probe, 0)
+    assert keys.shape == values.shape == (2, HEADS, 8, WIDTH)
+    keys[0, :, 2:4], values[0, :, 2:4] = states(torch.tensor([[5, 6]]))[0], -states(torch.tensor([[5, 6]]))[0]
+    keys[1, :, 1:2], values[1, :, 1:2] = states(torch.tensor([[7]]))[0], -states(torch.tensor([[7]]))[0]
+    cache.advance([2, 1])
+    assert [held(cache, row, 1) for row in range(2)] == [[[1, 2, 5, 6]], [[3, 7]]]

@@ -23,7 +23,7 @@ from outdraft.drafters.feature_head import FeatureHead
 from outdraft.generation import SpeculativeModel, load
 from outdraft.sampling import SamplingSettings, Warper
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.head_config import feature_head_config
 from outdraft.training.train import train
 
@@ -139,7 +139,7 @@ def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Stories:
     (work / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     fast = {}
     for method, settings in (("fspad", {}), ("eesd", {"exit_layer": 2})):
-        config = TrainingConfig(
+        config = DrafterConfig(
             data=work / "data.jsonl",
             output_dir=work / method,
             method=method,

@@ -47,9 +47,10 @@ def test_generate_streams_the_text_to_stdout_and_the_figures_to_stderr(folders: 
 
 def test_generate_with_a_drafter_says_what_the_target_alone_says(folders: Folders) -> None:
     common = ("generate", "hello", "--model", folders.target, "--max-new-tokens", 24, "--dtype", "float32")
-    plain = parsed(*common)
+    plain = parsed(*common, "--method", "none")
     for more in (
-        ("-d", folders.drafter),
+        (),
+        ("-d", folders.drafter, "--controller", "fixed"),
         ("-d", folders.eagle, "--num-speculative-tokens", 3),
         ("-d", folders.small_model),
         ("--method", "prompt-lookup"),
@@ -398,7 +399,7 @@ def test_settings_that_cannot_be(folders: Folders, flags: tuple[object, ...], na
 
 
 def test_tree_settings_without_a_drafter(folders: Folders) -> None:
-    assert "--tree-size" in refused("generate", "hi", "--model", folders.target, "--tree-size", 0)
+    assert "--tree-size" in refused("generate", "hi", "--model", folders.target, "--method", "none", "--tree-size", 0)
 
 
 def test_training_settings_that_cannot_be(folders: Folders, tmp_path: Path) -> None:

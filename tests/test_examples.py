@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_training_example(
     assert "3 steps" in printed and "tau" in printed
 
 
+def test_notebook_runs_as_it_stands_and_shows_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "train_a_drafter.ipynb").read_text(encoding="utf-8"))["cells"]
+    space: dict[str, object] = {}
+    whole = ""
+    for number, cell in enumerate((cell for cell in cells if cell["cell_type"] == "code"), start=1):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), space)
+        printed = capsys.readouterr().out
+        whole += printed
+        assert cell["execution_count"] == number and bool(cell["outputs"]) == bool(printed)
+    assert "step 12: loss" in whole and "same text as without drafting: True" in whole
+    assert "['README.md', 'config.json', 'model.safetensors', 'provenance.json']" in whole
+
+
 def test_every_example_is_tested() -> None:
-    tested = {"generate", "stream", "batch", "custom_generate", "train_drafter"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    tested = {"generate", "stream", "batch", "custom_generate", "train_drafter", "train_a_drafter"}
+    assert {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == tested

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models import VOCAB, tiny
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Warper
+from outdraft.sampling import Dice, SamplingSettings, Thrown, Warper, at_shares, at_shares_by_blocks, draw_each
 
 PROMPT = [4, 9, 9, 2, 17]
 END = 6
@@ -237,3 +237,41 @@ def test_certainty_spends_no_throw():
     before = dice.generator.get_state()
     assert dice.accept(1.0) and dice.accept(1.5) and not dice.accept(0.0)
     assert torch.equal(dice.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("vocab", [3, 31, 512, 513, 4096, 9000])
+def test_a_draw_by_blocks_is_the_draw_of_all_at_once(vocab: int) -> None:
+    dice = torch.Generator().manual_seed(vocab)
+    for case in range(30):
+        laws = (torch.randn(6, vocab, generator=dice) * 4).softmax(-1)
+        if case % 3 == 0:  # few tokens that are possible at all
+            laws *= torch.rand(6, vocab, generator=dice) < 0.01
+            laws[:, case % vocab] += 1e-9
+        shares = torch.rand(6, generator=dice, dtype=torch.float64)
+        shares[0], shares[1] = 0.0, 1 - 2**-53
+        drawn = at_shares_by_blocks(shares, laws)
+        assert torch.equal(drawn, at_shares(shares, laws))
+        assert (laws.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_dice_thrown_ahead_give_what_dice_give_in_the_same_order():
+    """Of several rows, each asked for several tokens a time, some laws with nothing at their ends."""
+    laws = torch.rand(4, 6, VOCAB, generator=torch.Generator().manual_seed(0)).log().neg()
+    laws[:, :, :3] = laws[:, :, -5:] = 0.0
+    dice, ahead = [Dice(seed) for seed in range(4)], [Dice(seed) for seed in range(4)]
+    thrown = [Thrown(torch.tensor([one.uniform() for _ in range(6)], dtype=torch.float64)) for one in ahead]
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        asked = laws[:, first:last].flatten(0, 1)
+        drawn = [draw_each([one for one in chances for _ in range(last - first)], asked) for chances in (dice, thrown)]
+        assert drawn[0].tolist() == drawn[1].tolist()
+        assert all(3 <= token < VOCAB - 5 for token in drawn[0].tolist())
+    assert [one.uniform() for one in dice] == [one.uniform() for one in ahead], "as many throws"
+    with pytest.raises(NotImplementedError):
+        thrown[0].accept(0.5)
+
+
+def test_the_largest_share_still_draws_a_token_of_the_law():
+    law = torch.tensor([[0.0, 0.3, 0.7, 0.0]])
+    shares = torch.tensor([0.0, 0.29, 0.31, 1 - 2**-53], dtype=torch.float64)
+    assert [at_shares(share[None], law).tolist() for share in shares] == [[1], [1], [2], [2]]
+    assert Thrown(shares).draw(law[0]) == 1

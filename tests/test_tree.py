@@ -78,6 +78,16 @@ def test_new_tokens_see_pending_ones_of_earlier_forwards():
     assert near[0, 0].int().tolist() == [[0, 0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0, 1]]
 
 
+@settings(max_examples=60, deadline=None)
+@given(trees())
+def test_the_deepest_node_is_the_same_on_the_host_and_on_the_device(tree):
+    expected = [max(len(way_up(tree, row, node)) - 1 for node in range(tree.counts[row])) for row in range(3)]
+    on_host = Tree(tree.tokens, tree.parents, tree.counts)
+    assert on_host.lists[1] == tree.parents.tolist()
+    assert tree.deepest == on_host.deepest == expected
+    assert on_host._depths is None, "nothing was asked of the device"
+
+
 def test_roots_are_trees_of_one_node():
     tree = Tree.roots(torch.tensor([5, 7]))
     tree.validate()

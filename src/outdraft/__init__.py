@@ -1,7 +1,6 @@
 """Lossless speculative decoding for Hugging Face causal language models.
 
-`load`, `SpeculativeModel`, `GenerationOutput` and `custom_generate` are imported when first used, so that the command
-line's help does not wait for torch.
+What is public is imported when first used, so that the command line's help does not wait for torch.
 """
 
 from importlib import import_module
@@ -11,19 +10,39 @@ from typing import TYPE_CHECKING, Any
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
+    from outdraft.drafter_trainer import DrafterTrainer
     from outdraft.generation import GenerationOutput, SpeculativeModel, load
     from outdraft.hugging_face import custom_generate
+    from outdraft.training.config import DrafterConfig
 
 try:
     __version__ = version("outdraft")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["GenerationOutput", "SpeculativeModel", "UserError", "__version__", "custom_generate", "load"]
+__all__ = [
+    "DrafterConfig",
+    "DrafterTrainer",
+    "GenerationOutput",
+    "SpeculativeModel",
+    "UserError",
+    "__version__",
+    "custom_generate",
+    "load",
+]
+
+ROOMS = {
+    "DrafterConfig": "training.config",
+    "DrafterTrainer": "drafter_trainer",
+    "GenerationOutput": "generation",
+    "SpeculativeModel": "generation",
+    "custom_generate": "hugging_face",
+    "load": "generation",
+}
+"""Where the public names are made."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        room = "hugging_face" if name == "custom_generate" else "generation"
-        return getattr(import_module(f"outdraft.{room}"), name)
+    if name in ROOMS:
+        return getattr(import_module(f"outdraft.{ROOMS[name]}"), name)
     raise AttributeError(f"module 'outdraft' has no attribute '{name}'")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from outdraft.places import counting, integers
+from outdraft.places import counting, integers, sent
 
 
 class SlotCache(Cache):
@@ -183,7 +183,7 @@ class SlotCache(Cache):
         extent = self.extent
         self._fit(len(rows), self.capacity)
         for buffer in self._buffers if moves else ():
-            to, source = torch.tensor(moves, device=buffer.device).unbind(1)
+            to, source = sent(moves, buffer.device).unbind(1)
             # All are read before one is written.
             buffer[:, :, to, :, :extent] = buffer[:, :, source, :, :extent]
         self.lengths = [self.lengths[row] for row in rows]
@@ -263,7 +263,7 @@ class SlotCache(Cache):
         if not moves:
             return
         for buffer in self._buffers:
-            row, to, source = torch.tensor(moves, device=buffer.device).unbind(1)
+            row, to, source = sent(moves, buffer.device).unbind(1)
             # All are read before one is written.
             buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
 

@@ -24,7 +24,7 @@ from outdraft.drafters.base import Drafter, DraftState, Pace, RowContext, TreeSh
 from outdraft.drafters.repeats import Others, Repeats, spliced
 from outdraft.errors import first_line
 from outdraft.exact import ExactTarget
-from outdraft.places import integers
+from outdraft.places import integers, sent
 from outdraft.prefixes import Prefix, Prefixes
 from outdraft.run import Output, TargetRun
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
@@ -166,6 +166,7 @@ class Batch:
     def __init__(self, target: Target, drafter: Drafter | None, rows: Sequence[Row], shape: TreeShape, costs: Costs):
         self.target, self.drafter, self.rows, self.shape, self.costs = target, drafter, list(rows), shape, costs
         self.clock = _Clock(target.device)
+        self._unsettled: tuple[list[Any], list[Row]] | None = None  # marks of the last round, and its rows
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
         repeated = max((row.repeats.most for row in rows if row.repeats is not None), default=0)
         self.capacity = min(longest, target.context_length) + self._slots(shape) + repeated
@@ -272,8 +273,12 @@ class Batch:
         self.clock.mark()
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
         verdicts = verify(tree, logits, warpers, Prefixes(self.prefixes), chances)
+        self._settle()
         self._commit(tree, taps, logits, verdicts, repeated)
         self.clock.mark()
+        if choice is None and pace is None:  # nobody needs the times now, and they may not be known yet
+            self._unsettled = self.clock.marks, list(self.rows)
+            return self.leave()
         drafting, verifying, rest = self.clock.laps()
         if choice is not None:
             choice.observe([len(verdict.path) - 1 for verdict in verdicts], drafting + verifying + rest)
@@ -285,6 +290,14 @@ class Batch:
         for row in self.rows:
             row.statistics.add_seconds(drafting, verifying, rest)
         return self.leave()
+
+    def _settle(self) -> None:
+        """Count the last round's time, which its device has spent by now."""
+        if self._unsettled is not None:
+            marks, rows = self._unsettled
+            self._unsettled = None
+            for row in rows:
+                row.statistics.add_seconds(*self.clock.laps(marks))
 
     def _choose(self) -> tuple[TreeShape, Choice | None]:
         """This round's shape, and who is told what came of it, where trees follow the machine."""
@@ -378,7 +391,7 @@ class Batch:
         decided = [verdict.tokens + more for verdict, more in zip(verdicts, padding, strict=True)]
         newest = [[verdict.tokens[-1]] for verdict in verdicts]
         # One transfer: what was decided, where it lies in the tree, and the next roots.
-        packed = torch.tensor([[*a, *b, *c] for a, b, c in zip(decided, paths, newest, strict=True)]).to(taps.device)
+        packed = sent([[*a, *b, *c] for a, b, c in zip(decided, paths, newest, strict=True)], taps.device)
         self.roots = packed[:, -1]
         if self.state is not None:
             kept = packed[:, longest:-1, None].expand(-1, -1, taps.shape[-1])
@@ -399,6 +412,8 @@ class Batch:
     def leave(self) -> list[Row]:
         """Let finished rows go; all that were there."""
         gained = list(self.rows)
+        if any(row.finish_reason is not None for row in self.rows):
+            self._settle()
         staying = compacted([row.finish_reason is None for row in self.rows])
         for row in self.rows:
             if row.finish_reason is not None and row.controller is not None:
@@ -451,10 +466,11 @@ class _Clock:
         else:
             self.marks.append(time.perf_counter())
 
-    def laps(self) -> list[float]:
-        """Seconds from each mark to the next; waits for the last."""
-        pairs = list(pairwise(self.marks))
+    def laps(self, marks: list[Any] | None = None) -> list[float]:
+        """Seconds from each mark to the next, of those set since the start or of earlier ones; waits for the last."""
+        marks = self.marks if marks is None else marks
+        pairs = list(pairwise(marks))
         if self.device.type == "cuda":
-            self.marks[-1].synchronize()
+            marks[-1].synchronize()
             return [before.elapsed_time(after) / 1000 for before, after in pairs]
         return [after - before for before, after in pairs]

@@ -82,6 +82,7 @@ class ExactTarget(Target):
         refuse(plain)
         self.__dict__.update(plain.__dict__)
         self.plain = plain
+        self._run = self._whole  # of this view, not of the plain target's
         self.exactness = Exactness()
         self._now = Now()
         self._alone: set[Any] = set()  # kinds of modules that run row by row
@@ -201,9 +202,9 @@ def refuse(target: Target) -> None:
             f"exact=True is not offered on {target.device.type}: which rows its kernels round alike has not been "
             "measured; use a CPU, or leave it out"
         )
-    if target.backend == "compiled":
+    if target.backend in ("compiled", "graphs"):
         raise UserError(
-            "exact=True is not offered with compiled forwards: which rows their kernels round alike has not been "
+            f"exact=True is not offered on backend '{target.backend}': which rows its kernels round alike has not been "
             "measured; use --backend packed or eager"
         )
     if target.config._attn_implementation != "sdpa":

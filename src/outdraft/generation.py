@@ -6,6 +6,7 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
+import secrets
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
+from outdraft.coupling import Coupled, Noise
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -31,6 +33,7 @@ from outdraft.settings import (
     TREE_SETTINGS,
     check_prompt,
     controller_of,
+    default_controller,
     in_effect,
     model_settings,
     pacer_of,
@@ -127,11 +130,12 @@ def load(
             `reference` for the small one that is shipped.
         draft_model: a drafter's folder (ours, official FSPAD or EAGLE), a smaller language model, `reference` or
             `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is.
+        method: `fspad`, `eagle`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is, and
+            `prompt-lookup`, which needs no training, without one.
         tokenizer: where the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
-        backend: `eager`, `packed` or `compiled`; by default `packed` on a CPU.
+        backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
         trust_remote_code: run code from the model's repository.
         generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
             given; `vllm` ignores them, as in vLLM.
@@ -139,6 +143,8 @@ def load(
     Raises:
         UserError: something cannot be loaded or does not fit together.
     """
+    if draft_model is None and method is None:
+        method = "prompt-lookup"
     target = load_target(
         model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
     )
@@ -182,11 +188,16 @@ class SpeculativeModel:
                 `logits_processor`, `streamer`; `chat_template_kwargs`, which the chat template itself is told;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
-                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). `tree_size="auto"`
-                drafts whichever shape brings the most tokens a second here, for all rows alike. What they learn
-                serves later calls, and they weigh measured seconds: with one of them and a temperature, the same seed
-                need not mean the same text. Greedy unless `do_sample` or a `temperature` is given,
+                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
+                `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for; else `fixed`.
+                `tree_size="auto"` drafts whichever shape brings the most tokens a second here, for all rows alike.
+                What they learn serves later calls. Greedy unless `do_sample` or a `temperature` is given,
                 or the model's own generation config samples: its settings apply where none are given.
+                `coupling`: how chance comes in with a temperature. `noise` (default) shares the noise of
+                `torch.multinomial` between drafter and target, so that a prompt's text is that which stock `generate`
+                samples for it after `torch.manual_seed(seed + its place)`, whatever drafts, however far and in
+                whichever company (docs/seeds.md). `dice` accepts a candidate x with probability min(1, p(x)/q(x)); so
+                do candidates that are drawn (`candidates`).
                 `prompt_lookup_min` (4): where so many tokens at the text's end stood in it before, what followed is
                 drafted in the drafter's place, 0 never; `prompt_lookup_num_tokens` (20) of it at most.
                 `exact` (False): the tokens of greedy decoding are those that each prompt alone gets without a drafter
@@ -256,7 +267,13 @@ class SpeculativeModel:
         tree = {name: settings.pop(name) for name in TREE_SETTINGS if name in settings}
         lookup = {name: settings.pop(name, None) for name in LOOKUP_SETTINGS}
         exact = settings.pop("exact", False)
-        pacer = self._pacer(controller_of(settings.pop("controller", None), tree))
+        controller, coupling = settings.pop("controller", None), settings.pop("coupling", None)
+        if coupling is None:  # candidates that are drawn need dice
+            coupling = "noise" if tree.get("candidates") in (None, "top-k") else "dice"
+        if coupling not in ("dice", "noise"):
+            raise UserError(f"coupling must be dice or noise, not {coupling!r}")
+        if coupling == "noise" and tree.get("candidates") not in (None, "top-k"):
+            raise UserError("candidates that are drawn need coupling='dice'; leave one of the two out")
         encoded, _ = encode_prompts(prompts, self.tokenizer, settings.pop("chat_template_kwargs", None))
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
@@ -281,17 +298,25 @@ class SpeculativeModel:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         if exact and all(value is None for value in tree.values()):
             tree = dict(EXACT_TREE)
-        drawing, controlled = sampling.temperature > 0, pacer is not None
-        shape = tree_shape(self.drafter, self.target.device, tree, drawing, controlled, len(encoded))
+        drawing = sampling.temperature > 0
+        if controller is None:
+            seeded = drawing and seed is not None and coupling == "dice"  # else a text does not depend on its drafts
+            controller = default_controller(self.drafter, self.target.device, tree, seeded)
+        pacer = self._pacer(controller_of(controller, tree))
+        controlled = pacer is not None
+        thrown = drawing and coupling == "dice"
+        shape = tree_shape(self.drafter, self.target.device, tree, thrown, controlled, len(encoded))
         repeats = repeats_of(self.drafter, lookup, shape if exact else None)
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
-            own_seed = None if seed is None else seed + i
+            own_seed = secrets.randbits(63) if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
+            if drawing and not thrown:
+                row.chance = Coupled(Noise(1, self.target.vocab_size, self.target.device, own_seed), 0, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)

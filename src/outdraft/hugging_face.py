@@ -15,36 +15,44 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from outdraft.control.pacing import Pacer
+from outdraft.coupling import Coupled, Noise, leave_generator
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter
 from outdraft.errors import UserError
 from outdraft.generation import pad
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.settings import LOOKUP_SETTINGS, LOSSY, check_prompt, pacer_of, repeats_of, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, LOSSY, check_prompt, default_controller, pacer_of, repeats_of, tree_shape
 from outdraft.target import Target
 
 
 def custom_generate(
-    draft_model: Any, *, method: str | None = None, backend: str = "eager", controller: Any = None, **tree: Any
+    draft_model: Any,
+    *,
+    method: str | None = None,
+    backend: str | None = None,
+    controller: Any = None,
+    coupling: str = "noise",
+    **tree: Any,
 ) -> Callable:
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
-    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. The seed comes
-    from torch's global generator, so `torch.manual_seed` works as always. transformers 5 hands neither a tokenizer nor
-    a streamer on to a custom generate: for stop strings give `stopping_criteria=[StopStringCriteria(tokenizer,
-    strings)]`, to stream use `load(...).stream(...)`.
+    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. Chance comes from
+    torch's global generator, and with `torch.manual_seed` a sampled text is that of the stock model token for token (in
+    16 bits up to near-ties). transformers 5 hands neither a tokenizer nor a streamer on to a custom generate: for stop
+    strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, to stream use `load(...).stream(...)`.
 
     Args:
         draft_model: as in `load`.
         method: likewise.
-        backend: likewise; `packed` keeps a second copy of the linear layers, `compiled` two more.
+        backend: likewise; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two more.
         controller: as in `generate`.
+        coupling: as in `generate`; `noise` here gives the stock model's own tokens.
         **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
             `prompt_lookup_min`, `prompt_lookup_num_tokens`.
     """
     lookup = {name: tree.pop(name, None) for name in LOOKUP_SETTINGS}
-    bound: dict[Any, tuple[Any, Target, Drafter | None, Pacer | None]] = {}
+    bound: dict[Any, tuple[Any, Target, Drafter | None, dict[str, Pacer | None]]] = {}
 
     def generate(
         model: Any,
@@ -59,18 +67,27 @@ def custom_generate(
         if key not in bound:
             target = load_target(model, backend=backend)
             loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
-            bound[key] = (model, target, loaded, None if loaded is None else pacer_of(controller, tree))
-        _, target, drafter, pacer = bound[key]
+            bound[key] = (model, target, loaded, {})
+        _, target, drafter, pacers = bound[key]
         mask = model_kwargs.get("attention_mask")
         settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
-        draws, controlled = generation_config.do_sample, pacer is not None
-        shape = tree_shape(drafter, target.device, tree, draws, controlled, len(input_ids))
-        repeats = repeats_of(drafter, lookup)
+        draws = generation_config.do_sample
+        coupled = draws and coupling == "noise"
+        chosen = controller
+        if chosen is None:
+            chosen = default_controller(drafter, target.device, tree, draws and not coupled)
+        if drafter is not None and str(chosen) not in pacers:
+            pacers[str(chosen)] = pacer_of(chosen, tree)
+        pacer = pacers.get(str(chosen))
+        shape = tree_shape(drafter, target.device, tree, draws and not coupled, pacer is not None, len(input_ids))
+        repeats, noise = repeats_of(drafter, lookup), None
+        if coupled:
+            noise = Noise(len(input_ids), target.vocab_size, target.device)
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
-            seed = int(torch.randint(2**62, ()))
+            seed = 0 if coupled else int(torch.randint(2**62, ()))
             dice = Dice(seed)
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):
@@ -78,6 +95,8 @@ def custom_generate(
             warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
             row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=repeats)
+            if noise is not None:
+                row.chance = Coupled(noise, i, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, seed)
             rows.append(row)
@@ -86,6 +105,7 @@ def custom_generate(
         for row in rows:
             if row.error is not None:
                 raise UserError(row.error)
+        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
         filler = generation_config.pad_token_id
         filler = filler if filler is not None else (target.eos_token_ids or [0])[0]
         new = pad([row.tokens for row in rows], filler).to(input_ids.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def load_target(
         found = place_of(model)
         path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
         where = resolve_device(device)
-        loaded = _load_model(path, resolve_dtype(dtype, where), trust_remote_code).to(where)
+        loaded = _load_model(path, resolve_dtype(dtype, where), where, trust_remote_code)
         shown_as = found.shown_as
         if shown_as is not None:  # else records would name a folder of this machine
             loaded.config._name_or_path = loaded.name_or_path = shown_as
@@ -159,13 +160,30 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
-    place: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
+    return _bound(load_network(source, target, target.dtype, target.device), target, backend)
+
+
+def load_network(
+    source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Network:
+    """The network in a drafter's folder or hub repository, whatever its method.
+
+    Args:
+        source: where it lies.
+        target: what it drafts for, of which an exit layer is a part.
+        dtype: of the weights; as stored when None.
+        device: where they go.
+
+    Raises:
+        UserError: no drafter there, or a damaged one.
+    """
+    place: dict[str, Any] = {"dtype": dtype, "device": device}
     method = own_method(source)
     if method == ExitLayer.method:
-        return _bound(load_exit_layer(source, target.model, **place), target, backend)
+        return load_exit_layer(source, target.model, **place)
     if method == MedusaHeads.method:
-        return _bound(load_medusa(source, **place).heads, target, backend)
-    return _bound(load_drafter(source, **place).head.eval(), target, backend)
+        return load_medusa(source, **place).heads
+    return load_drafter(source, **place).head.eval()
 
 
 def _bound(network: Network, target: Target, backend: str) -> Drafter:
@@ -190,14 +208,17 @@ def _is_language_model(folder: Path) -> bool:
     return "model_type" in config and any((folder / name).exists() for name in words)
 
 
-def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    more: dict[str, Any] = {}
+    if device.type != "cpu" and find_spec("accelerate") is not None:
+        more["device_map"] = {"": device}  # straight to where it will live, never whole in the host's memory
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)
     except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
-    return model.eval()
+    return model.eval() if more else model.eval().to(device)
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

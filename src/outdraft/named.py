@@ -33,8 +33,8 @@ class Named:
 
     target: Callable[[], Path]
     """Its folder; written or fetched by the first call."""
-    shown_as: str | None
-    """What it is called in records; as `transformers` calls it when None."""
+    shown_as: str
+    """What it is called in records."""
     drafters: dict[str, str]
     """Methods of the drafters that ship for it, and their folders under `DRAFTERS`."""
     prompts: Path
@@ -114,7 +114,7 @@ def _smollm2() -> Path:
 
 
 NAMED = {
-    REFERENCE: Named(lambda: reference_target_path(), None, SHIPPED, DRAFTERS / "data/heldout_prompts.jsonl"),
+    REFERENCE: Named(lambda: reference_target_path(), REFERENCE, SHIPPED, DRAFTERS / "data/heldout_prompts.jsonl"),
     SMOLLM2: Named(
         _smollm2,
         HUB_ID,

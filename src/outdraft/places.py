@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LEAST = 64
 """Entries of the smallest table; larger ones double, so that few are ever made."""
+
+
+def sent(numbers: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers of the host's as a tensor on the device, without waiting for what that has yet to do."""
+    made = torch.tensor(numbers, dtype=dtype)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
@@ -50,7 +57,7 @@ def _size(count: int) -> int:
 @lru_cache(maxsize=128)
 def _integers(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return sent(values, device)
 
 
 @lru_cache

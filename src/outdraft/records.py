@@ -7,7 +7,7 @@ means is for its readers to say.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,21 @@ def data_files(path: str | Path) -> list[str | Path]:
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}; give --data a JSON-lines file or a folder of them")
     return [path]
+
+
+def json_lines(rows: Iterable[Mapping[str, Any] | str]) -> str:
+    """Rows as the text of a file of records; a string among them is a text.
+
+    Raises:
+        UserError: one is neither a dictionary nor a string.
+    """
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping | str):
+            raise UserError(f"row {number} of the data is a {type(row).__name__}; give dictionaries or texts")
+        record = {"text": row} if isinstance(row, str) else dict(row)
+        lines.append(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    return "".join(lines)
 
 
 def bare_question(record: Mapping[str, Any]) -> str | None:

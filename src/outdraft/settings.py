@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GREEDY_CHAIN, Drafter, TreeShape
+from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, Drafter, TreeShape, gpu_tree
 from outdraft.drafters.repeats import Repeats
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings, whole
@@ -41,6 +41,10 @@ AUTO = "auto"
 
 EXACT_TREE = {"num_speculative_tokens": 3}
 """What exact mode drafts unless told otherwise: its attention costs by the node, so short chains win."""
+
+
+ADAPTIVE = "calibrated"
+"""The controller where the machine decides how far to draft."""
 
 
 KEPT = (
@@ -158,6 +162,8 @@ def tree_shape(
             base = base.doubled()
         elif base == CPU_TREE and drafter.stepwise and not sizes:
             base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
+        elif base == GPU_TREE and not sizes:
+            base = gpu_tree(rows)
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 
@@ -188,6 +194,27 @@ def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeSha
         return None
     repeats = Repeats(known.get(least, Repeats.least), known.get(most, Repeats.most))
     return repeats if shape is None else replace(repeats, most=max(1, min(repeats.most, shape.size - 1)))
+
+
+def default_controller(
+    drafter: Drafter | None, device: torch.device, tree: Mapping[str, Any], seeded: bool = False
+) -> str:
+    """The controller where none is asked for.
+
+    On a CPU a draft step costs so much of a pass that a fixed length loses where a drafter is weak, so drafts are as
+    long as they pay, and none is drafted that does not. Where somebody asks for a shape, or drafts and texts share
+    dice that must fall the same way again, no clock decides. On a GPU whole drafts are recorded, of a fixed shape.
+
+    Args:
+        drafter: of the rows.
+        device: of the target.
+        tree: some of `TREE_SETTINGS`.
+        seeded: whether rows have seeded dice, which drafts share with verification.
+    """
+    asked = any(value is not None for value in tree.values())
+    if drafter is None or asked or device.type != "cpu" or seeded:
+        return "fixed"
+    return ADAPTIVE
 
 
 def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:

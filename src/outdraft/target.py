@@ -60,7 +60,8 @@ class Target:
         self.config = model.config.get_text_config()
         self._inner: Any = self.model.base_model
         self._accelerated = self.model
-        self._run = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
+        run = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
+        self._run = None if run == self._whole else run
         self.pool = BufferPool() if self.backend == "graphs" else None
         self._windows = _windows(self.config)
         self._head = _head(self.model)
@@ -164,7 +165,8 @@ class Target:
         Returns:
             `(rows, tokens, hidden)` features.
         """
-        return self._run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
+        run = self._run or self._whole
+        return run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
         return (self._inner(**inputs).last_hidden_state,)

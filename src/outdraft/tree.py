@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.places import counting, integers, itself
+from outdraft.places import counting, integers, itself, sent
 
 Candidates = Literal["point", "with_replacement", "without_replacement"]
 
@@ -35,6 +35,7 @@ class Tree:
             `laws`, independently or without replacement, in the order of their indices.
         laws: `(rows, nodes, vocab)` the exact law each node's children were drawn from; None for `point`.
         levels: no node lies deeper than this; None where nobody knows.
+        chain: whether every node is known to be the child of the one before it.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class Tree:
     candidates: Candidates = "point"
     laws: Tensor | None = None
     levels: int | None = None
+    chain: bool = False
     _depths: Tensor | None = field(default=None, repr=False)
     _ancestors: Tensor | None = field(default=None, repr=False)
     _deepest: list[int] | None = field(default=None, repr=False)
@@ -63,6 +65,7 @@ class Tree:
         rows, nodes = tokens.shape
         parents, ancestors, depths = _chains(width, nodes, tokens.device)
         tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, laws, (nodes - 1) // width)
+        tree.chain = width == 1
         tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
         return tree
 
@@ -71,11 +74,11 @@ class Tree:
         """Trees of one chain each, of point masses, from lists of tokens that begin with the root; any lengths."""
         counts = [len(chain) for chain in chains]
         nodes = max(counts)
-        tokens = torch.tensor([[*chain, *[0] * (nodes - len(chain))] for chain in chains], device=device)
+        tokens = sent([[*chain, *[0] * (nodes - len(chain))] for chain in chains], device)
         if min(counts) == nodes:
             return cls.chains(tokens, 1)
         parents = [[*range(-1, count - 1), *[0] * (nodes - count)] for count in counts]
-        return cls(tokens, torch.tensor(parents, device=device), counts, levels=nodes - 1)
+        return cls(tokens, sent(parents, device), counts, levels=nodes - 1)
 
     @property
     def rows(self) -> int:

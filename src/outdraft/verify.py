@@ -26,11 +26,17 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from outdraft.coupling import Coupled, under
+from outdraft.places import sent
 from outdraft.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.tree import Tree
 
 AT_ONCE = 2**25
 """Probabilities, of all nodes of all rows, up to which the laws of chains are made at once."""
+
+
+WALKING = ("cpu",)
+"""Devices on which laws are made level by level, of the nodes that are reached only: asking costs nothing there."""
 
 
 @dataclass
@@ -59,6 +65,9 @@ def verify(
             a warper reads them.
         chances: for every row, its dice.
     """
+    coupled = [chance for chance in chances if isinstance(chance, Coupled)]
+    if len(coupled) == len(chances):
+        return verify_coupled(tree, logits, warpers, prefixes, coupled)
     kind = warpers[0].kind
     if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
@@ -122,6 +131,36 @@ def decide(
     return None, p
 
 
+def verify_coupled(
+    tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Coupled]
+) -> list[Verdict]:
+    """`verify` where noise decides (`coupling.py`): a candidate is accepted where it is what the noise makes of p."""
+    kind = warpers[0].kind
+    alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
+    if alike and logits.numel() <= AT_ONCE and logits.device.type not in WALKING:
+        levels = tree.nodes if tree.levels is None else tree.levels + 1
+        noise = torch.stack([torch.stack([chance.at(depth) for depth in range(levels)]) for chance in chances])
+        index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])
+        return verify_greedy(tree, under(warpers[0].laws(logits), noise.gather(1, index)))
+    tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
+    verdicts = [Verdict([0], []) for _ in range(tree.rows)]
+    walking = list(range(tree.rows))
+    while walking:
+        nodes = [verdicts[row].path[-1] for row in walking]
+        own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
+        laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
+        noise = torch.stack([chances[row].at(len(verdicts[row].tokens)) for row in walking])
+        accepted = []
+        for row, node, token in zip(walking, nodes, under(laws, noise).tolist(), strict=True):
+            verdicts[row].tokens.append(token)
+            child = next((child for child in children[row].get(node, []) if tokens[row][child] == token), None)
+            if child is not None:
+                verdicts[row].path.append(child)
+                accepted.append(row)
+        walking = accepted
+    return verdicts
+
+
 def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
     """`verify` of candidates chosen by rule where p is the point mass on `(rows, nodes)` choices after every node."""
     said = choices.gather(1, tree.parents.clamp(min=0))  # the choice after each node's parent
@@ -153,7 +192,7 @@ def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[V
         while accepted < count - 1 and chances[row].accept(odds[row][accepted]):
             accepted += 1
         ends.append(accepted)
-    at = torch.arange(rows, device=laws.device), torch.tensor(ends, device=laws.device)
+    at = torch.arange(rows, device=laws.device), sent(ends, laws.device)
     left = laws[at]
     refused = [row for row, (end, count) in enumerate(zip(ends, tree.counts, strict=True)) if end < count - 1]
     for row in refused:
@@ -167,6 +206,8 @@ def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[V
 
 def _is_chains(tree: Tree) -> bool:
     """Whether every node is the child of the one before it."""
+    if tree.chain:  # the host need not look
+        return True
     parents = tree.lists[1]
     return all(parents[row][:count] == list(range(-1, count - 1)) for row, count in enumerate(tree.counts))
 

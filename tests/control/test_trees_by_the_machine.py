@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from models import tiny
 from outdraft.console.options import whole_or_auto
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import CPU_TREE, Drafter, TreeShape
+from outdraft.drafters.base import CPU_TREE, GPU_TREE, Drafter, TreeShape
 from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
-from outdraft.settings import controller_of, pacer_of, tree_shape
+from outdraft.generation import load
+from outdraft.settings import controller_of, default_controller, pacer_of, tree_shape
 
 CPU = torch.device("cpu")
 AUTO = {"tree_size": "auto"}
@@ -71,7 +75,11 @@ def test_on_a_cpu_chains_are_drafted_greedily_unless_a_tree_is_asked_for():
     assert tree_shape(Plain(), CPU, {}, rows=4) == tree_shape(Plain(), CPU, {}, rows=16) == TreeShape.chain(3)
     assert tree_shape(Plain(), CPU, {"tree_depth": 3}, rows=16) == CPU_TREE
     gpu = torch.device("cuda")
-    assert tree_shape(Plain(), gpu, {}, rows=16) == Plain().default_shape(gpu), "not measured there"
+    assert tree_shape(Plain(), gpu, {}) == GPU_TREE == Plain().default_shape(gpu)
+    assert tree_shape(Plain(), gpu, {}, rows=8) == replace(GPU_TREE, size=16)
+    assert tree_shape(Plain(), gpu, {}, rows=32) == TreeShape.chain(3)
+    assert tree_shape(Plain(), gpu, {}, rows=500) == TreeShape.chain(1)
+    assert tree_shape(Plain(), gpu, {}, sampling=True, rows=8) == tree_shape(Plain(), gpu, {}, sampling=True)
     level_by_level, at_once = Plain(), Plain()
     at_once.stepwise = False
     assert tree_shape(at_once, CPU, {}) == CPU_TREE != tree_shape(level_by_level, CPU, {})
@@ -82,3 +90,28 @@ def test_with_a_temperature_the_tree_depends_on_no_other_rows():
     """Or a row of a batch would not have the text that its seed has alone."""
     alone = tree_shape(Plain(), CPU, {}, sampling=True)
     assert all(tree_shape(Plain(), CPU, {}, sampling=True, rows=rows) == alone for rows in (4, 16))
+
+
+@pytest.mark.clocked
+def test_by_default_a_cpu_drafts_as_far_as_it_pays():
+    gpu = torch.device("cuda")
+    assert default_controller(Plain(), CPU, {}) == "calibrated"
+    assert default_controller(Plain(), CPU, {"tree_size": None}) == "calibrated"
+    for drafter, device, tree, seeded in (
+        (None, CPU, {}, False),
+        (Plain(), gpu, {}, False),
+        (Plain(), CPU, {"num_speculative_tokens": 4}, False),
+        (Plain(), CPU, {}, True),
+    ):
+        assert default_controller(drafter, device, tree, seeded) == "fixed"
+
+
+@pytest.mark.clocked
+def test_without_a_word_a_drafter_that_is_no_use_is_hardly_asked():
+    """One that costs as much as the target and is never right: the safeguard stops it."""
+    target, wrong = tiny("llama-gqa"), tiny("llama-mha")
+    model = load(target, wrong, backend="eager")
+    out = model.generate([1, 2, 3], max_new_tokens=50, prompt_lookup_min=0)
+    assert out.tokens == load(target, method="none", backend="eager").generate([1, 2, 3], max_new_tokens=50).tokens
+    fixed = model.generate([1, 2, 3], max_new_tokens=50, prompt_lookup_min=0, controller="fixed")
+    assert out.statistics.drafted < fixed.statistics.drafted / 2

@@ -18,7 +18,7 @@ from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.errors import UserError
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.draft_vocabulary import most_frequent
 from outdraft.training.tokenization import Example, ExampleSet
 from outdraft.tree import Tree
@@ -173,7 +173,7 @@ def test_more_than_the_vocabulary_is_refused() -> None:
 @pytest.mark.parametrize("method", ["eesd", "medusa"])
 def test_methods_without_it_refuse_the_setting(method: str) -> None:
     with pytest.raises(UserError, match=f'"draft_vocab_size" is a setting of fspad and eagle, not of {method}'):
-        TrainingConfig(data="x", output_dir="y", method=method, draft_vocab_size=8, exit_layer=None)
+        DrafterConfig(data="x", output_dir="y", method=method, draft_vocab_size=8, exit_layer=None)
 
 
 def test_the_most_frequent_tokens_of_the_responses_are_kept() -> None:

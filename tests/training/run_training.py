@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_target
 
 from outdraft.training import trainer as trainer_module
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
 
 
@@ -28,7 +28,7 @@ def kill() -> None:
 
 
 def arrange_death(kind: str, step: int) -> None:
-    trainer = trainer_module.DrafterTrainer
+    trainer = trainer_module.ObjectiveTrainer
     if kind == "step":
         compute = trainer.compute_loss
 
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     if where := settings.pop("kill", None):
         kind, _, step = where.partition(":")
         arrange_death(kind, int(step))
-    train(tiny_target(layers=settings.pop("layers", 2)), TrainingConfig(**settings), resume="resume" in sys.argv)
+    train(tiny_target(layers=settings.pop("layers", 2)), DrafterConfig(**settings), resume="resume" in sys.argv)

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from outdraft.drafters.checkpoint import load_drafter
 from outdraft.errors import UserError
 from outdraft.training.beginning import scale_of
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.train import train
 
 from .tiny import tiny_target, write_chats
 
 
-def config(folder: Path, name: str, **values: Any) -> TrainingConfig:
+def config(folder: Path, name: str, **values: Any) -> DrafterConfig:
     data = folder / "chats.jsonl"
     if not data.exists():
         write_chats(data, 12)
     fixed = {"max_steps": 3, "batch_size": 4, "precision": "fp32", "report_to": ["none"], "learning_rate": 1e-2}
-    return TrainingConfig(data=data, output_dir=folder / name, **{**fixed, **values})
+    return DrafterConfig(data=data, output_dir=folder / name, **{**fixed, **values})
 
 
 @pytest.mark.parametrize("method", ["fspad", "eagle"])
@@ -42,7 +42,7 @@ def test_the_first_weights_are_the_other_drafters(tmp_path: Path, method: str) -
     assert not all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
     second = train(target, on, console=console)
     after = load_drafter(second.folder)
-    assert after.training["config"]["init_from"] == str(first.folder)
+    assert after.training["config"]["init_from"] == first.folder.name
     assert any(not torch.equal(weight, before[name]) for name, weight in after.head.state_dict().items())
 
 

@@ -16,13 +16,13 @@ from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training import callbacks
 from outdraft.training.callbacks import ReadingReport
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.features import Reading, reader_of
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import prepare
 from outdraft.training.train import train
-from outdraft.training.trainer import DrafterTrainer
+from outdraft.training.trainer import ObjectiveTrainer
 
 from .test_train import quiet, settings, weights
 from .tiny import tiny_target, write_chats
@@ -52,7 +52,7 @@ def test_training_on_what_is_kept_is_training_online(
             chats, tmp_path / features, features=features, max_steps=6, learning_rate=1e-3, **METHODS[method]
         )
         target = tiny_target(layers=4)
-        fresh = objective_for(target, prepare(target, TrainingConfig(**values)).config)
+        fresh = objective_for(target, prepare(target, DrafterConfig(**values)).config)
         reading, rows = type(fresh.reading), [0]
         call = reading.__call__
 
@@ -99,15 +99,15 @@ def test_a_run_may_be_resumed_with_its_features_kept(
 ) -> None:
     whole, run = (settings(chats, tmp_path / name, features="online", max_steps=6) for name in ("whole", "run"))
     quiet(tiny_target(), whole)
-    compute = DrafterTrainer.compute_loss
+    compute = ObjectiveTrainer.compute_loss
 
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
+    def breaking(self: ObjectiveTrainer, *args: Any, **more: Any) -> Any:
         if self.state.global_step == 4:
             raise MemoryError
         return compute(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
+        patch.setattr(ObjectiveTrainer, "compute_loss", breaking)
         with pytest.raises(MemoryError):
             quiet(tiny_target(), run)
     quiet(tiny_target(), {**run, "features": "cached"}, resume=True)
@@ -121,7 +121,7 @@ def test_a_run_may_be_resumed_with_its_features_kept(
 
 def store_of(data: Path, folder: Path, **values: Any) -> Any:
     target = tiny_target()
-    ready = prepare(target, TrainingConfig(**settings(data, folder, **values)))
+    ready = prepare(target, DrafterConfig(**settings(data, folder, **values)))
     return feature_store(target, ready, objective_for(target, ready.config))
 
 
@@ -153,7 +153,7 @@ def test_a_run_says_what_it_reads_and_the_next_one_reads_only_what_is_new(chats:
     common = {"features": "cached", "feature_cache_dir": tmp_path / "shared", "max_steps": 1}
     train(
         tiny_target(),
-        TrainingConfig(**settings(chats, tmp_path / "one", **common)),
+        DrafterConfig(**settings(chats, tmp_path / "one", **common)),
         console=Console(file=said, width=200),
     )
     assert "features: 0.000 GB for 26 of 26 examples" in said.getvalue()
@@ -163,7 +163,7 @@ def test_a_run_says_what_it_reads_and_the_next_one_reads_only_what_is_new(chats:
     for run, says in (("two", "for 4 of 30 examples"), ("three", "")):
         said.seek(0)
         said.truncate()
-        config = TrainingConfig(**settings(more, tmp_path / run, **common))
+        config = DrafterConfig(**settings(more, tmp_path / run, **common))
         train(tiny_target(), config, console=Console(file=said, width=200))
         assert says in said.getvalue() and (says != "") == ("reading the target" in said.getvalue())
 

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from outdraft.errors import UserError
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 
 
-def config(**values: Any) -> TrainingConfig:
-    return TrainingConfig(**{"data": "d", "output_dir": "o", **values})
+def config(**values: Any) -> DrafterConfig:
+    return DrafterConfig(**{"data": "d", "output_dir": "o", **values})
 
 
 def test_every_setting_has_a_help_text() -> None:
-    assert [name for name, field in TrainingConfig.model_fields.items() if not field.description] == []
+    assert [name for name, field in DrafterConfig.model_fields.items() if not field.description] == []
 
 
 def test_the_paper_preset_is_the_published_recipe() -> None:
@@ -57,7 +57,7 @@ def test_what_is_set_by_hand_wins_over_the_preset() -> None:
         ({"learning_rat": 1}, 'unknown training setting "learning_rat"; known are data, output_dir'),
         ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
         ({"method": "hydra"}, "\"method\" cannot be 'hydra'"),
-        ({"data": None}, '"data" cannot be None'),
+        ({"output_dir": None}, '"output_dir" cannot be None'),
         ({"teacher_top_k": -1}, '"teacher_top_k" cannot be -1'),
         ({"patience": -1}, '"patience" cannot be -1'),
         ({"features": "never"}, "\"features\" cannot be 'never'"),
@@ -88,7 +88,7 @@ def test_a_run_is_measured_ten_times_unless_said_otherwise() -> None:
 )
 def test_a_record_is_a_configuration_again(values: dict[str, Any]) -> None:
     settled = config(**values).with_preset(10**6)
-    assert TrainingConfig(**settled.record()).record() == settled.record()
+    assert DrafterConfig(**settled.record()).record() == settled.record()
 
 
 @pytest.mark.parametrize("name", ["token_top_k", "token_top_k_weight"])
@@ -150,4 +150,4 @@ def test_what_goes_beyond_the_paper_is_fspad_s_and_eagle_s(name: str) -> None:
 
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(UserError, match=r'training needs "output_dir"; set it .* --output-dir'):
-        TrainingConfig(data="d")
+        DrafterConfig(data="d")

@@ -16,14 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.training import feature_store, grouping
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.cross_entropy import Guess, HardLabels, soft_cross_entropies, soft_cross_entropy
 from outdraft.training.feature_store import FeatureStore
 from outdraft.training.features import Reading, TrainingExamples, collate
 from outdraft.training.grouping import groups_of_like_length
 from outdraft.training.objective import Objective, objective_for
 from outdraft.training.tokenization import Example, ExampleSet
-from outdraft.training.trainer import GROUPS, DrafterTrainer, training_arguments
+from outdraft.training.trainer import GROUPS, ObjectiveTrainer, training_arguments
 
 from .live_memory import LiveMemory
 from .test_train import assert_same_bits, quiet, settings
@@ -49,7 +49,7 @@ def some_examples(lengths: list[int]) -> ExampleSet:
 
 def objective_in_float64(folder: Path, **values: Any) -> Objective:
     target = tiny_target(torch.float64)
-    config = TrainingConfig(**settings(folder, folder / "run", batch_size=6, gradient_accumulation_steps=1, **values))
+    config = DrafterConfig(**settings(folder, folder / "run", batch_size=6, gradient_accumulation_steps=1, **values))
     objective = objective_for(target, config)
     objective.drafter.double()
     return objective
@@ -116,7 +116,7 @@ def test_the_trainer_computes_in_groups_and_resumes_to_the_same_bits(
     monkeypatch.setitem(grouping.GROUP_COST, "cpu", 0)
     data = write_chats(tmp_path / "chats.jsonl", 26)
     seen: list[tuple[int, int]] = []
-    compute = DrafterTrainer.compute_loss
+    compute = ObjectiveTrainer.compute_loss
 
     def watching(self: Any, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
         seen.append((int(inputs["lengths"].sum()), inputs["input_ids"].numel()))
@@ -124,7 +124,7 @@ def test_the_trainer_computes_in_groups_and_resumes_to_the_same_bits(
             raise RuntimeError("breaks")
         return compute(self, model, inputs, *args, **more)
 
-    monkeypatch.setattr(DrafterTrainer, "compute_loss", watching)
+    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", watching)
     stop_at = -1
     quiet(tiny_target(), settings(data, tmp_path / "whole"))
     assert all(real == computed for real, computed in seen)  # groups that cost nothing leave no padding
@@ -237,7 +237,7 @@ def test_no_method_holds_the_logits_of_all_positions(method: str, tmp_path: Path
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
     target = Target(LlamaForCausalLM(LlamaConfig(vocab_size=V, **shape)).eval().requires_grad_(False))
     values = settings(tmp_path, tmp_path / "run", **METHODS[method], loss_chunk_size=8)
-    objective = objective_for(target, TrainingConfig(**values))
+    objective = objective_for(target, DrafterConfig(**values))
     batch = collate([TrainingExamples(some_examples([200, 200]))[i] for i in range(2)])
     features = objective.reading(batch["input_ids"], batch["lengths"])
     with LiveMemory() as memory:
@@ -255,9 +255,9 @@ def test_a_single_guess_without_gradients_is_measured_alike() -> None:
 
 
 def test_batches_come_in_groups_with_their_own_padding(target: Target, tmp_path: Path) -> None:
-    config = TrainingConfig(**settings(tmp_path, tmp_path / "run"))
+    config = DrafterConfig(**settings(tmp_path, tmp_path / "run"))
     args = training_arguments(config, target.device, 1)
     data = TrainingExamples(some_examples([100, 3, 100, 4]))
-    batch = DrafterTrainer(objective_for(target, config), config, data, args)._in_groups([data[i] for i in range(4)])
+    batch = ObjectiveTrainer(objective_for(target, config), config, data, args)._in_groups([data[i] for i in range(4)])
     assert [tuple(group["input_ids"].shape) for group in batch[GROUPS]] == [(2, 100), (2, 4)]
     assert [group["index"].tolist() for group in batch[GROUPS]] == [[0, 2], [3, 1]]

@@ -19,7 +19,7 @@ from outdraft.cli import app
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.target import Target
 from outdraft.training import train as train_module
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.conversations import read_conversations
 from outdraft.training.exit_choice import Costs, ExitChoice, _Map, candidate_layers, choose_exit
 from outdraft.training.plan import plan
@@ -30,8 +30,8 @@ from .test_train import settings
 from .tiny import byte_tokenizer, tiny_target
 
 
-def auto(data: Path, folder: Path, **values: Any) -> TrainingConfig:
-    return TrainingConfig(**settings(data, folder, **{"method": "eesd", "exit_layer": "auto", **values}))
+def auto(data: Path, folder: Path, **values: Any) -> DrafterConfig:
+    return DrafterConfig(**settings(data, folder, **{"method": "eesd", "exit_layer": "auto", **values}))
 
 
 def test_the_lower_half_is_compared_the_deeper_the_sparser() -> None:

@@ -19,7 +19,7 @@ from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.exit_loss import ExitLoss, float32_ends
 from outdraft.training.features import ExitReading
 from outdraft.training.objective import objective_for
@@ -38,7 +38,7 @@ def eesd(data: Path, folder: Path, **values: Any) -> dict[str, Any]:
 
 def quiet(target: Target, values: dict[str, Any], resume: bool = False, **more: Any) -> TrainResult:
     said = more.pop("said", io.StringIO())
-    return train(target, TrainingConfig(**values), resume=resume, console=Console(file=said, width=200), **more)
+    return train(target, DrafterConfig(**values), resume=resume, console=Console(file=said, width=200), **more)
 
 
 def deep(dtype: torch.dtype = torch.float32) -> Target:
@@ -150,7 +150,7 @@ def test_training_lowers_the_loss_agrees_more_and_leaves_the_target(chats: Path,
     assert all(weight.grad is None for weight in target.model.parameters())
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["config"]["exit_layer"] == 1 and "w_reg" not in record["config"]
-    assert TrainingConfig(**record["config"]).exit_layer == 1  # a record is a configuration again
+    assert DrafterConfig(**record["config"]).exit_layer == 1  # a record is a configuration again
     assert set(weights(tmp_path / "run")) == set(load_exit_layer(tmp_path / "run", target.model).state_dict())
 
 
@@ -210,7 +210,7 @@ def test_cached_states_pieces_and_processes_train_alike(chats: Path, tmp_path: P
 
 def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path: Path) -> None:
     target = deep()
-    found = plan(target, TrainingConfig(**eesd(chats, tmp_path / "run")))
+    found = plan(target, DrafterConfig(**eesd(chats, tmp_path / "run")))
     assert not (tmp_path / "run").exists() and found.method == "eesd"
     assert found.drafter_parameters == sum(weight.numel() for weight in exit_of(target).parameters())
     assert found.feature_cache_bytes == found.tokens * 2 * 16 * 4 + found.response_tokens * 64 * (4 + 2)
@@ -238,7 +238,7 @@ def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path
 )
 def test_settings_of_another_method_are_refused(values: dict[str, Any], says: str, chats: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        TrainingConfig(**eesd(chats, tmp_path, **values))
+        DrafterConfig(**eesd(chats, tmp_path, **values))
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -250,8 +250,8 @@ def test_a_layer_that_the_target_has_not(chats: Path, tmp_path: Path) -> None:
 
 def test_an_objective_reads_only_what_its_method_needs(chats: Path, tmp_path: Path) -> None:
     target = deep()
-    exit_ = objective_for(target, TrainingConfig(**eesd(chats, tmp_path)))
-    head = objective_for(target, TrainingConfig(**settings(chats, tmp_path)))
+    exit_ = objective_for(target, DrafterConfig(**eesd(chats, tmp_path)))
+    head = objective_for(target, DrafterConfig(**settings(chats, tmp_path)))
     assert (exit_.reading.width, head.reading.width) == (32, 16)
     hidden, features = exit_.reading(IDS, LENGTHS).split(16, dim=-1)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from outdraft.drafters.checkpoint import Network
 from outdraft.drafters.feature_head import FeatureHead
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.conversations import Conversation, read_conversations
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.features import TrainingExamples, collate
@@ -24,7 +24,7 @@ from outdraft.training.held_out_loss import CHAIN, STEPS, BestWeights, HeldOut, 
 from outdraft.training.objective import FeatureObjective, new_drafter, objective_for
 from outdraft.training.tokenization import Example, ExampleSet, tokenize
 from outdraft.training.train import train
-from outdraft.training.trainer import DrafterTrainer
+from outdraft.training.trainer import ObjectiveTrainer
 
 from .test_train import assert_same_bits, log, quiet, settings, weights
 from .tiny import tiny_target, write_chats
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def knowing_drafter(target: Target, config: TrainingConfig, examples: ExampleSet) -> FeatureHead:
+def knowing_drafter(target: Target, config: DrafterConfig, examples: ExampleSet) -> FeatureHead:
     """One that hits now and then: made to say what the target says of the feature it reads, but for some noise."""
     drafter = new_drafter(target, config)
     assert isinstance(drafter, FeatureHead)
@@ -75,7 +75,7 @@ def step_by_step(target: Target, drafter: FeatureHead, example: Example) -> dict
 def test_agreement_is_what_a_loop_of_draft_steps_finds(method: str, chats: Path) -> None:
     target = tiny_target(torch.float64, layers=4)
     examples = tokenize(read_conversations(chats), target.tokenizer, 128)
-    config = TrainingConfig(data="none", output_dir="none", **METHODS[method])
+    config = DrafterConfig(data="none", output_dir="none", **METHODS[method])
     drafter = knowing_drafter(target, config, examples)
     few = ExampleSet(examples.examples[:5])
     # So random a drafter never hits: the target is made to say few things, among which chance decides.
@@ -132,7 +132,7 @@ def test_chains_end_at_the_first_miss_and_stay_within_the_response() -> None:
 
 
 def test_responses_too_short_for_a_chain_give_agreement_alone(target: Target) -> None:
-    config = TrainingConfig(data="none", output_dir="none")
+    config = DrafterConfig(data="none", output_dir="none")
     mask = torch.tensor([False, False, True, True])
     short = ExampleSet([Example(torch.tensor([5, 6, 7, 8], dtype=torch.int32), mask)])
     found = HeldOut(objective_for(target, config), short).measure()
@@ -141,14 +141,14 @@ def test_responses_too_short_for_a_chain_give_agreement_alone(target: Target) ->
 
 def test_a_method_whose_guesses_are_not_looked_at_measures_nothing(target: Target, chats: Path) -> None:
     examples = tokenize(read_conversations(chats), target.tokenizer, 128)
-    config = TrainingConfig(data="none", output_dir="none", method="eesd", exit_layer=1)
+    config = DrafterConfig(data="none", output_dir="none", method="eesd", exit_layer=1)
     assert HeldOut(objective_for(target, config), examples).measure() == {}
 
 
 def test_a_run_logs_agreement_on_what_is_held_out(chats: Path, tmp_path: Path) -> None:
     held_out = read_conversations(write_chats(tmp_path / "held.jsonl", 9, seed=5)).conversations
     said = io.StringIO()
-    config = TrainingConfig(**settings(chats, tmp_path / "run", max_steps=6, eval_steps=3, save_steps=6))
+    config = DrafterConfig(**settings(chats, tmp_path / "run", max_steps=6, eval_steps=3, save_steps=6))
     result = train(tiny_target(), config, held_out=held_out, console=Console(file=said, width=250))
     assert result.tau is not None and 1 <= result.tau[CHAIN] <= 1 + STEPS
     state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
@@ -183,7 +183,7 @@ def assert_holds(folder: Path, expected: dict[str, Tensor]) -> None:
 
 def test_the_weights_that_did_best_are_the_ones_that_are_saved(chats: Path, tmp_path: Path) -> None:
     script, said = Script([1.5, 3.0, 2.0, 1.0]), io.StringIO()
-    config = TrainingConfig(**settings(chats, tmp_path / "run", max_steps=8, eval_steps=2))
+    config = DrafterConfig(**settings(chats, tmp_path / "run", max_steps=8, eval_steps=2))
     result = train(tiny_target(), config, measure_tau=script, console=Console(file=said, width=200))
     assert len(script.seen) == 5  # at 2, 4, 6, the end, and again with the weights of step 4
     assert_holds(tmp_path / "run", script.seen[1])
@@ -194,7 +194,7 @@ def test_the_weights_that_did_best_are_the_ones_that_are_saved(chats: Path, tmp_
 
 def test_last_weights_that_are_as_good_are_kept(chats: Path, tmp_path: Path) -> None:
     script, said = Script([2.0, 2.0, 2.0, 2.0]), io.StringIO()
-    config = TrainingConfig(**settings(chats, tmp_path / "run", max_steps=8, eval_steps=2))
+    config = DrafterConfig(**settings(chats, tmp_path / "run", max_steps=8, eval_steps=2))
     train(tiny_target(), config, measure_tau=script, console=Console(file=said, width=200))
     assert_holds(tmp_path / "run", script.seen[3])
     assert "did best" not in said.getvalue()
@@ -202,15 +202,15 @@ def test_last_weights_that_are_as_good_are_kept(chats: Path, tmp_path: Path) -> 
 
 def test_the_best_weights_survive_an_interruption(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = settings(chats, tmp_path / "run", max_steps=8, eval_steps=2)
-    compute, first = DrafterTrainer.compute_loss, Script([1.5, 3.0, 2.0])
+    compute, first = ObjectiveTrainer.compute_loss, Script([1.5, 3.0, 2.0])
 
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
+    def breaking(self: ObjectiveTrainer, *args: Any, **more: Any) -> Any:
         if self.state.global_step == 7:
             raise MemoryError
         return compute(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
+        patch.setattr(ObjectiveTrainer, "compute_loss", breaking)
         with pytest.raises(MemoryError):
             quiet(tiny_target(), values, measure_tau=first)
     last = Script([1.0])

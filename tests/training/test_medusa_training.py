@@ -16,7 +16,7 @@ from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.features import Reading
 from outdraft.training.medusa_loss import MedusaLoss
 from outdraft.training.plan import plan
@@ -114,7 +114,7 @@ def test_training_lowers_the_loss_agrees_more_and_leaves_the_target(
     assert all(torch.equal(before[name], weight) for name, weight in target.model.state_dict().items())
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["config"]["medusa_num_heads"] == 3 and not {"w_reg", "exit_layer"} & record["config"].keys()
-    assert TrainingConfig(**record["config"]).method == "medusa"  # a record is a configuration again
+    assert DrafterConfig(**record["config"]).method == "medusa"  # a record is a configuration again
     assert set(weights(tmp_path / "run")) == set(load_medusa(tmp_path / "run").heads.state_dict())
 
 
@@ -147,7 +147,7 @@ def test_cached_features_train_alike(chats: Path, tmp_path: Path) -> None:
 
 def test_the_plan_counts_the_heads(chats: Path, tmp_path: Path) -> None:
     target = deep()
-    found = plan(target, TrainingConfig(**medusa(chats, tmp_path / "run", own_head=True)))
+    found = plan(target, DrafterConfig(**medusa(chats, tmp_path / "run", own_head=True)))
     assert found.method == "medusa" and found.drafter_parameters == 3 * (16 * 16 + 260 * 16)
 
 
@@ -164,5 +164,5 @@ def test_the_plan_counts_the_heads(chats: Path, tmp_path: Path) -> None:
 )
 def test_settings_of_another_method_are_refused(values: dict[str, Any], says: str, chats: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        TrainingConfig(**medusa(chats, tmp_path, **values))
+        DrafterConfig(**medusa(chats, tmp_path, **values))
     assert says in str(raised.value) and "\n" not in str(raised.value)

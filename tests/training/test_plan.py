@@ -11,7 +11,7 @@ from rich.console import Console
 
 from outdraft.target import Target
 from outdraft.training import plan as plan_module
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.plan import duration, plan
@@ -19,7 +19,7 @@ from outdraft.training.preparation import prepare
 
 
 def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(data=chats, output_dir=tmp_path / "run", epochs=3, batch_size=4, precision="fp32")
+    config = DrafterConfig(data=chats, output_dir=tmp_path / "run", epochs=3, batch_size=4, precision="fp32")
     found = plan(target, config)
     assert not (tmp_path / "run").exists()
     assert (found.preset, found.steps, found.examples) == ("tiny", 21, 26)
@@ -42,16 +42,16 @@ def test_the_plan_tells_what_is_kept_and_what_runs_in_every_step(
         plan_module, "_seconds", lambda work, _: (work(), {"forward": 4.0, "piece": 0.1}.get(work.__name__, 0.0))[1]
     )
     common = {"data": chats, "output_dir": tmp_path / "run", "max_steps": 20, "batch_size": 4, "precision": "fp32"}
-    cached, online = (plan(target, TrainingConfig(**common, features=kind)) for kind in ("cached", "online"))
+    cached, online = (plan(target, DrafterConfig(**common, features=kind)) for kind in ("cached", "online"))
     assert (online.step_seconds, cached.step_seconds) == (pytest.approx(4.1), pytest.approx(0.1))
     assert online.seconds == pytest.approx(20 * 4.1) and cached.seconds == pytest.approx(20 * 0.1 + 26 * 1.0)
     assert cached.feature_cache_bytes > 0 == online.feature_cache_bytes
     said = io.StringIO()
     online.show(Console(file=said, width=150))
     assert "features" in said.getvalue() and "online" in said.getvalue()
-    auto = [plan(target, TrainingConfig(**{**common, "max_steps": steps})).feature_cache_bytes for steps in (6, 7)]
+    auto = [plan(target, DrafterConfig(**{**common, "max_steps": steps})).feature_cache_bytes for steps in (6, 7)]
     assert auto == [0, cached.feature_cache_bytes]
-    bare = plan(target, TrainingConfig(**common, features="cached", teacher_top_k=0))
+    bare = plan(target, DrafterConfig(**common, features="cached", teacher_top_k=0))
     assert bare.feature_cache_bytes == bare.tokens * 16 * 4
 
 
@@ -59,7 +59,7 @@ def test_a_plan_counts_no_time_for_what_is_kept_already(
     target: Target, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_seconds", lambda work, _: (work(), 4.0)[1])
-    config = TrainingConfig(data=chats, output_dir=tmp_path, batch_size=4, features="cached", max_steps=2)
+    config = DrafterConfig(data=chats, output_dir=tmp_path, batch_size=4, features="cached", max_steps=2)
     before = plan(target, config)
     ready = prepare(target, config)
     store = feature_store(target, ready, objective_for(target, ready.config))
@@ -73,7 +73,7 @@ def test_durations_read_well() -> None:
 
 
 def test_the_first_weights_come_from_the_seed_alone(target: Target, chats: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(data=chats, output_dir=tmp_path, seed=3)
+    config = DrafterConfig(data=chats, output_dir=tmp_path, seed=3)
     before = torch.random.get_rng_state()
     one = new_drafter(target, config)
     assert torch.equal(before, torch.random.get_rng_state())

@@ -18,7 +18,7 @@ from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.loss import LossSums
 from outdraft.training.objective import FeatureObjective, new_drafter, objective_for
 from outdraft.training.train import train
@@ -35,8 +35,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 STEPS = 3
 
 
-def settings(**more: Any) -> TrainingConfig:
-    return TrainingConfig(data="none", output_dir="none", unroll_steps=STEPS, feature_noise=False, **more)
+def settings(**more: Any) -> DrafterConfig:
+    return DrafterConfig(data="none", output_dir="none", unroll_steps=STEPS, feature_noise=False, **more)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def exact_target() -> Target:
     return tiny_target(torch.float64, layers=4)
 
 
-def drafter_for(target: Target, config: TrainingConfig) -> FeatureHead:
+def drafter_for(target: Target, config: DrafterConfig) -> FeatureHead:
     """Of random weights; those that begin at 0 or 1, too."""
     head = new_drafter(target, config).double().eval()
     generator = torch.Generator().manual_seed(8)
@@ -136,7 +136,7 @@ def test_other_layers_carry_no_noise_and_are_no_goal(exact_target: Target) -> No
 @pytest.mark.parametrize("switches", [name for name in SWITCHES if name != "paper"])
 def test_a_drafter_keeps_its_switches(target: Target, chats: Path, tmp_path: Path, switches: str) -> None:
     layers = {"tap_layers": [1]} if "tap_layers" in SWITCHES[switches] else {}
-    config = TrainingConfig(
+    config = DrafterConfig(
         data=chats, output_dir=tmp_path / "run", max_steps=2, batch_size=4, report_to=["none"], precision="fp32",
         features="cached", **{**SWITCHES[switches], **layers},
     )  # fmt: skip
@@ -174,13 +174,13 @@ def test_the_run_says_how_far_it_is(
 
     monkeypatch.setattr(FeatureObjective, "total", listening)
     given = {"batch_size": 4, "gradient_accumulation_steps": 2, "report_to": ["none"], "precision": "fp32"}
-    train(target, TrainingConfig(data=chats, output_dir=tmp_path, max_steps=4, **given))
+    train(target, DrafterConfig(data=chats, output_dir=tmp_path, max_steps=4, **given))
     assert heard == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
 def test_layers_that_are_not_there_are_refused(target: Target, chats: Path, tmp_path: Path) -> None:
     for layers, says in (([2], "between 1 and 1"), ([1, 1], "rising order"), ([0], "rising order")):
-        config = TrainingConfig(data=chats, output_dir=tmp_path / "run", max_steps=1, tap_layers=layers)
+        config = DrafterConfig(data=chats, output_dir=tmp_path / "run", max_steps=1, tap_layers=layers)
         with pytest.raises(UserError, match=says):
             train(target, config)
 
@@ -188,11 +188,11 @@ def test_layers_that_are_not_there_are_refused(target: Target, chats: Path, tmp_
 def test_a_run_from_before_the_switches_goes_on(target: Target, chats: Path, tmp_path: Path) -> None:
     """Its record says nothing of them: they were at what is the default."""
     given = {"data": chats, "output_dir": tmp_path, "max_steps": 2, "report_to": ["none"], "precision": "fp32"}
-    train(target, TrainingConfig(**given))
+    train(target, DrafterConfig(**given))
     record = tmp_path / "training_run.json"
     before = json.loads(record.read_text())
     assert before.pop("token_loss") == "soft" and before.pop("state_norm") is False
     record.write_text(json.dumps(before))
-    assert train(target, TrainingConfig(**given), resume=True).steps == 2
+    assert train(target, DrafterConfig(**given), resume=True).steps == 2
     with pytest.raises(UserError, match="token_loss was soft in this run and is top-k now"):
-        train(target, TrainingConfig(**given, token_loss="top-k"), resume=True)
+        train(target, DrafterConfig(**given, token_loss="top-k"), resume=True)

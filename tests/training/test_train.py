@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.feature_head import FeatureHead, scaled
 from outdraft.errors import UserError
 from outdraft.target import Target
-from outdraft.training.beginning import scale_of, scaled
-from outdraft.training.config import TrainingConfig
+from outdraft.training.beginning import scale_of
+from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import noise_seed
 from outdraft.training.train import TrainResult, train
-from outdraft.training.trainer import ClipByValue, DrafterTrainer, use_bf16
+from outdraft.training.trainer import ClipByValue, ObjectiveTrainer, use_bf16
 
 from .tiny import tiny_target, write_chats
 
@@ -52,7 +52,7 @@ def settings(data: Path, folder: Path, **values: Any) -> dict[str, Any]:
 
 
 def quiet(target: Target, values: dict[str, Any], resume: bool = False, **more: Any) -> TrainResult:
-    return train(target, TrainingConfig(**values), resume=resume, console=Console(file=io.StringIO()), **more)
+    return train(target, DrafterConfig(**values), resume=resume, console=Console(file=io.StringIO()), **more)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -73,16 +73,16 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 def break_and_resume(build: Callable[[], Target], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a new target, in the second piece of the last, short batch of the first epoch be broken off, and resume."""
-    compute, calls = DrafterTrainer.compute_loss, []
+    compute, calls = ObjectiveTrainer.compute_loss, []
 
-    def breaking(self: DrafterTrainer, *args: Any, **more: Any) -> Any:
+    def breaking(self: ObjectiveTrainer, *args: Any, **more: Any) -> Any:
         calls.append(self.state.global_step)
         if len(calls) == 14:
             raise MemoryError
         return compute(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", breaking)
+        patch.setattr(ObjectiveTrainer, "compute_loss", breaking)
         with pytest.raises(MemoryError):
             quiet(build(), values)
     quiet(build(), values, resume=True)
@@ -187,7 +187,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole: tuple[Path,
         return {"tau": 1.0}
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_target(), TrainingConfig(**values), measure_tau=interrupting, console=Console(file=said, width=200))
+        train(tiny_target(), DrafterConfig(**values), measure_tau=interrupting, console=Console(file=said, width=200))
     assert "step 5 of 11 is saved, go on with --resume" in said.getvalue()
     assert (tmp_path / "run" / "checkpoint-5").is_dir()
     quiet(tiny_target(), values, resume=True)
@@ -249,7 +249,7 @@ def test_tau_is_measured_at_its_interval_and_at_the_end_and_changes_nothing(
         return {"tau": 2.0 + len(seen)}
 
     said = io.StringIO()
-    config = TrainingConfig(**settings(data, tmp_path / "run", eval_steps=4, report_to=["tensorboard"]))
+    config = DrafterConfig(**settings(data, tmp_path / "run", eval_steps=4, report_to=["tensorboard"]))
     result = train(target, config, measure_tau=measure, console=Console(file=said, width=200))
     assert seen == [False, False, False] and result.tau == {"tau": 5.0}
     assert "step 4/11" in said.getvalue() and "tau 5.00" in said.getvalue()
@@ -276,7 +276,7 @@ def test_every_example_gets_its_own_noise_in_every_step_and_run() -> None:
 def test_auto_precision_is_what_the_target_would_load_in(
     chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainingConfig(**settings(chats, tmp_path / "run", precision="auto"))
+    config = DrafterConfig(**settings(chats, tmp_path / "run", precision="auto"))
     for amx, avx, bf16 in ((True, False, True), (False, True, True), (False, False, False)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from outdraft.backends.outside import ATTENTION, Outside, looking_at, stand_in_masks
 from outdraft.backends.packed import PackedLinear, packed_view, why_not_replaced
-from outdraft.backends.view import alike, backend_of, mark, marked_as, with_attention
+from outdraft.backends.view import alike, backend_of, mark, marked_as, why_not_renamed, with_attention
 from outdraft.errors import first_line
 
 MOST_TOKENS = 256
@@ -44,12 +44,10 @@ Forward = Callable[..., tuple[Tensor, ...]]
 
 def why_not_compiled(model: Any) -> str | None:
     """What stands in the way of compiling this model here, None if nothing does."""
-    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
-        return "its attention is not 'sdpa'"
     device = next(model.parameters()).device.type
     if device != "cpu":
         return f"it lies on {device}; backend 'graphs' is for GPUs"
-    return why_not_replaced(model) or _no_cpp()
+    return why_not_renamed(model) or why_not_replaced(model) or _no_cpp()
 
 
 def _no_cpp() -> str | None:

@@ -303,12 +303,23 @@ def _attends(module: Any) -> bool:
     )
     known = all(hasattr(module, name) for name in ("layer_idx", "scaling", "num_key_value_groups"))
     config = getattr(module, "config", None)
-    return bool(whole and known and getattr(config, "_attn_implementation", None) == "sdpa")
+    return bool(whole and known and getattr(config, "_attn_implementation", None) in DIRECT)
 
 
 def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([part.weight.detach() for part in parts])
-    return weight, None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+    weight = _side_by_side([part.weight.detach() for part in parts])
+    return weight, None if parts[0].bias is None else _side_by_side([part.bias.detach() for part in parts])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """All as one tensor: a view where they lie so already, as another view of the model may have left them."""
+    whole, place = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or not part.is_contiguous():
+            return torch.cat(parts)
+        place += part.nbytes
+    return whole.as_strided((sum(len(part) for part in parts), *whole.shape[1:]), whole.stride())
 
 
 def _kind(module: Any) -> tuple[Any, ...]:

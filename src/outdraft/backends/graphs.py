@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from outdraft.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.backends.packed import why_not_replaced
 from outdraft.backends.tree_attention import ATTENTION, Pending, Storing, has_triton, running_over
-from outdraft.backends.view import alike, with_attention
+from outdraft.backends.view import alike, why_not_renamed, with_attention
 from outdraft.errors import first_line
 
 MOST_TOKENS = 512
@@ -46,14 +46,12 @@ Forward = Callable[..., tuple[Tensor, ...]]
 
 def why_not_graphs(model: Any) -> str | None:
     """What stands in the way of recording this model's forwards, None if nothing does."""
-    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
-        return "its attention is not 'sdpa'"
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):
         return "it lies on " + device
     if device == "cuda" and not has_triton():
         return "triton is not installed"
-    return why_not_replaced(model)
+    return why_not_renamed(model) or why_not_replaced(model)
 
 
 def graphs_view(model: Model) -> Model:
@@ -113,6 +111,11 @@ class Sight:
     windows: dict[str, int | None]
     masks: Callable[[], Any]
 
+    @property
+    def alone(self) -> bool:
+        """Whether every token sees nothing but itself, which no attention could get wrong."""
+        return self.seen.shape[2] == 1 and max(self.lengths) == 0
+
 
 class GraphedForward:
     """A forward over pending tokens, recorded where they are few.
@@ -137,7 +140,7 @@ class GraphedForward:
         sight, cache = inputs.pop("attention_mask"), inputs["past_key_values"]
         if not isinstance(sight, Sight):
             return self.forward(attention_mask=sight, **inputs)
-        if not self.serves:
+        if not self.serves or sight.alone:
             return self.forward(attention_mask=sight.masks(), **inputs)
         name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
         given = inputs[name]
@@ -195,13 +198,13 @@ class GraphedForward:
                 self.recordings.popitem(last=False)
         else:
             self.recordings.move_to_end(key)
-            recording.fill(given, sight)
+            recording.fill(given, sight, cache)
         return tuple(part[:rows, :tokens] for part in recording.replay())
 
     def _record(self, name: str, given: Tensor, sight: Sight, cache: Any, room: int) -> Recording:
         pending = sight.seen.shape[2] + room - given.shape[1]
         recording = Recording(given, cache, room, pending, tuple(sight.windows.values()))
-        recording.fill(given, sight)
+        recording.fill(given, sight, cache)
         try:
             if self._memory is None and given.is_cuda:
                 self._memory = torch.cuda.graph_pool_handle()
@@ -232,12 +235,12 @@ class Recording:
             self._alone.clone(),
             torch.zeros(rows, pending, dtype=torch.long, device=device),
             windows,
-            cache,
+            None,
         )
         self._shape: tuple[int, ...] = ()
 
-    def fill(self, given: Tensor, sight: Sight) -> None:
-        """Put in what the forward is to run over next."""
+    def fill(self, given: Tensor, sight: Sight, cache: Any) -> None:
+        """Put in what the forward is to run over next, once."""
         rows, tokens = given.shape[:2]
         pending, own = sight.seen.shape[2], self.pending
         shape = (rows, tokens, pending)
@@ -250,16 +253,17 @@ class Recording:
         self.line[:rows, :tokens] = given
         own.seen[:rows, :tokens, :pending] = sight.seen
         own.positions[:rows, :pending] = sight.positions
+        own.cache = cache
 
     def make(self, run: Callable[[], tuple[Tensor, ...]], memory: Any) -> None:
         """Record what this runs."""
         self._replayed = Replayed(run, self.line.device, memory)
-        if self.line.is_cuda:
-            self.pending.cache = None  # its buffers are known, and it may end
 
     def replay(self) -> tuple[Tensor, ...]:
         """Run it, and give results that later runs leave as they are."""
-        return self._replayed()
+        results = self._replayed()
+        self.pending.cache = None  # it may end, and a recording knows its buffers
+        return results
 
 
 class Replayed:

@@ -59,12 +59,12 @@ def attend(
         rows,
         tokens,
         pending,
+        splits,
         scale * 1.4426950408889634,  # exponents of 2 are cheaper than of e
         **settings,
         GROUPS=heads // kv_heads,
         BLOCK_M=block_m,
         BLOCK_N=64 if block_d <= 128 else 32,
-        SPLITS=splits,
         WINDOW=window or 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=8 if block_m == 128 else 4,
@@ -123,7 +123,8 @@ def _block(
     return higher, whole, found
 
 
-@triton.jit
+# Not one more compilation for every number of tokens and of splits.
+@triton.jit(do_not_specialize=["s_row", "s_token", "p_row", "rows", "tokens", "pending", "splits"])
 def _attend(
     query,
     keys,
@@ -149,6 +150,7 @@ def _attend(
     rows,
     tokens,
     pending,
+    splits,
     scale,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -156,7 +158,6 @@ def _attend(
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -167,7 +168,7 @@ def _attend(
     split = tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
     total = length + pending
-    share = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(total, splits), BLOCK_N) * BLOCK_N
     start = split * share
     end = tl.minimum(start + share, total)
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -212,7 +213,7 @@ def _attend(
     tl.store(sums + at, tl.where(whole == 0.0, float("-inf"), most + tl.log2(whole)), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _merge(parts, sums, out, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
     """What the shares of one query's keys found, weighted by what each share holds of the whole."""
     place = tl.program_id(0)
@@ -257,7 +258,7 @@ def rotate_and_store(
     return query.transpose(1, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["c_row", "tokens", "before"])
 def _rotate_and_store(
     mixed,
     cos,

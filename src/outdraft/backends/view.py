@@ -20,6 +20,14 @@ ROUGH = 0.1
 """The same in 16 bits."""
 
 
+def why_not_renamed(model: Any) -> str | None:
+    """What forbids to let a model ask for its attention by another name (`with_attention`), None if nothing does."""
+    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa'"
+    # Families of an older make look at the name themselves, and take one that they do not know for 'eager'.
+    return None if getattr(model, "_supports_attention_backend", False) else "its attention cannot be replaced"
+
+
 def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) -> None:
     """Let every module of a view ask for the attention of this name, by configs and modules of its own.
 
@@ -30,7 +38,7 @@ def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) 
     """
     configs = {} if configs is None else configs
     config = view.__dict__.get("config")
-    if config is not None and hasattr(config, "_attn_implementation"):
+    if getattr(config, "_attn_implementation", None) == "sdpa":  # others know of more than masks, as of sinks
         if id(config) not in configs:
             configs[id(config)] = own = copy.deepcopy(config)
             own._attn_implementation = name

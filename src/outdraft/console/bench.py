@@ -37,8 +37,10 @@ def bench(
     ] = None,
     controllers: Annotated[
         str,
-        typer.Option("--controllers", help="Of fixed,confidence,beta,calibrated,ucb: every drafter runs with each."),
-    ] = "fixed",
+        typer.Option(
+            "--controllers", help="Of default,fixed,confidence,beta,calibrated,ucb: every drafter runs with each."
+        ),
+    ] = "default",
     peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",
     peers_backend: Annotated[str, typer.Option("--peers-backend", help=BENCH["peers_backend"])] = "eager",
     limit: Annotated[int | None, typer.Option("--limit", help=BENCH["limit"])] = None,
@@ -84,7 +86,7 @@ def bench(
             model=model,
             draft_models=draft_model or [],
             methods=None if methods is None else o.listed(methods),
-            controllers=o.listed(controllers) or ["fixed"],
+            controllers=o.listed(controllers) or ["default"],
             data=data,
             suite=suite,
             limit=limit,

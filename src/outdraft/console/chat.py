@@ -22,6 +22,7 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    coupling: o.Coupling = None,
     num_speculative_tokens: o.Chain = None,
     tree_depth: o.TreeDepth = None,
     tree_top_k: o.TreeTopK = None,
@@ -45,7 +46,7 @@ def chat(
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
+        **o.given(seed=seed, coupling=coupling, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

@@ -31,6 +31,7 @@ def generate(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    coupling: o.Coupling = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be repeated.")] = None,
     num_speculative_tokens: o.Chain = None,
     tree_depth: o.TreeDepth = None,
@@ -57,7 +58,8 @@ def generate(
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, stop_strings=stop, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
+        **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
+        **o.given(chat_template_kwargs=chat_template_kwargs),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

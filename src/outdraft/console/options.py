@@ -15,7 +15,7 @@ SAMPLING = field_help("sampling.py", "SamplingSettings")
 TREE = field_help("drafters/base.py", "TreeShape")
 REPEATS = field_help("drafters/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")
-TRAINING = field_help("training/config.py", "TrainingConfig")
+TRAINING = field_help("training/config.py", "DrafterConfig")
 
 
 def training(name: str, *flags: str) -> Any:
@@ -38,7 +38,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's.",
+        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's, and "
+        "prompt-lookup without one.",
     ),
 ]
 Dtype = Annotated[
@@ -89,6 +90,13 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Coupling = Annotated[
+    str | None,
+    typer.Option(
+        "--coupling",
+        help="With a temperature: noise, so that a seed gives the tokens that transformers samples, or dice.  [noise]",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
 
 Chain = Annotated[
@@ -130,7 +138,7 @@ LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", 
 
 Controller = Annotated[
     str | None,
-    typer.Option("--controller", help="How far to draft. " + CONTROL["name"]),
+    typer.Option("--controller", help="How far to draft; by default as far as it pays (CPU). " + CONTROL["name"]),
 ]
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]

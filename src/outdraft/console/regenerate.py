@@ -71,6 +71,8 @@ def regenerate(
     if filters and not any(temperatures):
         name = next(iter(filters)).replace("_", "-")
         raise UserError(f"--{name} changes nothing at temperature 0; give a --temperature above it")
+    if method is None and draft_model is None:
+        method = "none"  # answers run many at a time, where repetitions pay little
     done = run(
         load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend),
         data,

@@ -46,7 +46,12 @@ def train(
     hold_out: Annotated[
         int | None, typer.Option("--hold-out", help="Last conversations kept out of training and measured on (32).")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint of --output-dir, with the settings it was begun with."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; train nothing.")] = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
@@ -54,7 +59,8 @@ def train(
 ) -> None:
     """Train a drafter for a model."""
     from outdraft.console.settings import read_settings
-    from outdraft.console.training import is_main_process, plan_training, run_training
+    from outdraft.console.training import trainer_of
+    from outdraft.drafter_trainer import is_main_process
 
     settings = read_settings(
         config,
@@ -81,11 +87,12 @@ def train(
         dtype=dtype,
         device=device,
     )
+    trainer = trainer_of(settings, resume, remarks())
     if dry_run:
-        plan = plan_training(settings)
+        plan = trainer.plan()
         print_json(asdict(plan)) if json else plan.show(results())
         return
-    result = run_training(settings, resume, remarks())
+    result = trainer.train(resume_from_checkpoint=resume)
     if not is_main_process():
         return
     if json:

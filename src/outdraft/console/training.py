@@ -1,94 +1,40 @@
-"""`outdraft train` between the settings that came in and the run: target, data, held-out prompts, the run itself.
-
-Knows neither flags nor files of settings; trains nothing itself.
-"""
+"""`outdraft train` between the settings that came in and the trainer that does it all. Knows neither flags nor YAML."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from outdraft.allocator import keep_freed_memory
+from outdraft.drafter_trainer import DrafterTrainer
 from outdraft.errors import UserError
-from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
-from outdraft.evaluation.prompts import read_prompts
-from outdraft.loading import load_target
-from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
-from outdraft.training.features import reader_of
-from outdraft.training.plan import TrainPlan, plan
-from outdraft.training.train import TrainResult, train
+from outdraft.training.checkpoints import begun_with
+from outdraft.training.config import DrafterConfig
 
-TAU_PROMPTS = 8
-"""Held-out prompts that are decoded for tau; agreement is measured on all that is held out."""
-
-AROUND = ("model", "dtype", "device", "eval_data", "hold_out")
-"""Settings of a run that are not the training's own."""
+AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}
+"""Settings of a run that are not of `DrafterConfig`, and the trainer's arguments for them."""
 
 
-def plan_training(settings: dict[str, Any]) -> TrainPlan:
-    """What the run would cost.
-
-    Raises:
-        UserError: settings, target or data that cannot work.
-    """
-    keep_freed_memory()
-    around, config = _divided(settings)
-    return plan(_target(around), config)
-
-
-def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> TrainResult:
-    """The run, with tau measured on prompts that are not trained on.
+def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> DrafterTrainer:
+    """The trainer for the settings of a run.
 
     Args:
-        settings: of `TrainingConfig`, and those of `AROUND`.
-        resume: go on from the last checkpoint.
+        settings: of `DrafterConfig`, and those of `AROUND`.
+        resume: take from the run's folder what is not set.
         remarks: where progress goes.
 
     Raises:
-        UserError: settings, target or data that cannot work.
+        UserError: settings that cannot work.
     """
-    keep_freed_memory()
-    around, config = _divided(settings)
-    count = HELD_OUT if around.get("hold_out") is None else around["hold_out"]
-    if not isinstance(count, int) or count < 0:
-        raise UserError(f"--hold-out must be 0 or more conversations, not {count}")
-    given = around.get("eval_data")
-    split = None if given is not None else hold_out(config.data, count, config.on_bad_line)
-    prompts = split.prompts if split is not None else read_prompts(str(given), max(count, 1))
-    target = _target(around)
-    beginning = beginnings(prompts, target)
-    if not is_main_process():
-        remarks = Console(quiet=True)
-    if split is not None:
-        for note in split.notes:
-            remarks.print(note, markup=False)
-        config = config.model_copy(update={"data": split.write(config.output_dir / "data")})
-    held_out = split.held_out if split is not None else []
-    reader: Any = reader_of(target)  # tau is measured where it is decoded, on the fast layers
-    return train(target, config, resume, tau_meter(reader, beginning[:TAU_PROMPTS]), remarks, held_out)
-
-
-def is_main_process() -> bool:
-    """Whether this is the one of torchrun's or accelerate's processes that reports."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _divided(settings: dict[str, Any]) -> tuple[dict[str, Any], TrainingConfig]:
-    """What concerns the target and the held-out prompts, and the training's own settings."""
-    around = {name: settings[name] for name in AROUND if name in settings}
-    config = TrainingConfig(**{name: value for name, value in settings.items() if name not in around})
-    if around.get("model") is None:
+    if resume and "output_dir" in settings:
+        begun = begun_with(settings["output_dir"])
+        if begun is None and not {"model", "data"} <= settings.keys():
+            raise UserError(
+                f"{settings['output_dir']} keeps no settings of a run to go on with; give --model and --data"
+            )
+        settings = {**(begun or {}), **settings}
+    around = {argument: settings[name] for name, argument in AROUND.items() if settings.get(name) is not None}
+    config = DrafterConfig(**{name: value for name, value in settings.items() if name not in AROUND})
+    if "model" not in around:
         raise UserError("no target to train for; give --model a folder or hub id")
-    return around, config
-
-
-def _target(around: dict[str, Any]) -> Target:
-    """The target on the plain backend, for gradients go through its head; one device for every process."""
-    device = around.get("device")
-    if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return load_target(str(around["model"]), dtype=around.get("dtype"), device=device, backend="eager")
+    return DrafterTrainer(**around, config=config, console=remarks)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.cache import SlotCache
+from outdraft.coupling import Coupled
 from outdraft.errors import UserError
+from outdraft.places import integers
 from outdraft.run import TargetRun
 from outdraft.sampling import Chance, Warper
 from outdraft.target import Target
@@ -78,6 +80,21 @@ CPU_CHAIN = TreeShape.chain(4, candidates="sampled")
 GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
 """EAGLE-2's tree for targets of 7B and 8B."""
 
+GPU_CHAIN = TreeShape.chain(5, candidates="sampled")
+"""At temperature 1, as on a CPU."""
+
+GPU_NODES = 128
+"""Nodes of all rows that a GPU verifies in little more time than one token: an 8B target took 5.3 ms over one, 6.7 over
+60 and 8.3 over 128 on an H200, and from there on in proportion (docs/measurements/gpu.md)."""
+
+
+def gpu_tree(rows: int) -> TreeShape:
+    """`GPU_TREE`, or as much of it as so many rows decoded together can verify at that price."""
+    size = min(GPU_TREE.size, GPU_NODES // rows)
+    if size > GPU_TREE.top_k:
+        return replace(GPU_TREE, size=size)
+    return TreeShape.chain(max(1, min(GPU_TREE.depth, size - 1)))
+
 
 @dataclass
 class Update:
@@ -97,7 +114,7 @@ class Update:
     @property
     def roots(self) -> Tensor:
         """`(rows,)` the last token of each."""
-        last = torch.tensor(self.counts, device=self.tokens.device) - 1
+        last = integers(self.counts, self.tokens.device) - 1
         return self.tokens.gather(1, last[:, None])[:, 0]
 
     @classmethod
@@ -176,6 +193,11 @@ class RowContext:
     def greedy(self) -> bool:
         return all(warper.greedy for warper in self.warpers)
 
+    @property
+    def coupled(self) -> bool:
+        """Whether noise decides that drafter and target share, not dice (`coupling.py`)."""
+        return bool(self.chances) and all(isinstance(chance, Coupled) for chance in self.chances)
+
 
 class DraftState(ABC):
     """A drafter's memory of the rows that it drafts for."""
@@ -226,7 +248,7 @@ class Drafter(ABC):
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         """The tree that suits it on this device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
         if device.type != "cpu":
-            return GPU_TREE
+            return GPU_CHAIN if sampling else GPU_TREE
         return CPU_CHAIN if sampling else CPU_TREE
 
     @property

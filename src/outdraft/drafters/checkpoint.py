@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import outdraft
 from outdraft.drafters.exit_folder import TARGET_FACTS
 from outdraft.drafters.exit_layer import ExitLayer
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig, scaled
 from outdraft.drafters.folder import CONFIG, WEIGHTS, find_folder, local_folder, read_config, read_weights
 from outdraft.drafters.medusa import MedusaHeads
 from outdraft.drafters.official import REMADE, official_config, official_name, our_name
@@ -33,6 +33,9 @@ Network = FeatureHead | ExitLayer | MedusaHeads
 
 KEPT = "draft_tokens"
 """The tensor of a reduced draft vocabulary."""
+
+UNFOLDED = "embedding_scale_to_fold"
+"""In the training record of a checkpoint: what its weights expect embeddings to be multiplied by."""
 
 
 @dataclass
@@ -166,8 +169,8 @@ def load_drafter(
         head.embed_tokens.requires_grad_(False)
     head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
     layout: Layout = "outdraft" if own else "eagle" if head.method == "eagle" else "fspad"
-    target = section(config, "target")
-    return DrafterCheckpoint(head, target.get("id"), section(config, "training"), layout, target)
+    target, training = section(config, "target"), section(config, "training")
+    return DrafterCheckpoint(scaled(head, training.get(UNFOLDED, 1.0)), target.get("id"), training, layout, target)
 
 
 def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:

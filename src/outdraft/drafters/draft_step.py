@@ -27,6 +27,7 @@ from outdraft.backends.fused import FOLDED
 from outdraft.backends.tree_attention import rotated_and_stored, running
 from outdraft.cache import SlotCache
 from outdraft.drafters.feature_head import DraftOutput, FeatureHead, RMSNorm
+from outdraft.places import sent
 
 TABLE_BYTES = 64 * 2**20
 """Most memory that the table of what depends on the token alone may take."""
@@ -119,7 +120,7 @@ class DraftStep:
         last = len(self._cos) - 1
         if len(set(starts)) == 1 and starts[0] + count - 1 <= last:
             return self._cos[None, starts[0] : starts[0] + count], self._sin[None, starts[0] : starts[0] + count]
-        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)
+        positions = sent(starts, self.device)[:, None] + torch.arange(count, device=self.device)
         positions.clamp_(max=last)
         return self._cos[positions], self._sin[positions]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from outdraft.backends import PackedLinear
+from outdraft.coupling import Narrowed
 from outdraft.drafters.base import RowContext, TreeShape
 from outdraft.drafters.draft_step import plain
 from outdraft.drafters.growth import Step, grow
@@ -62,7 +63,9 @@ class DraftVocabulary:
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
         """`growth.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
-        if shape.candidates != "top-k" and not rows.greedy:
+        if rows.coupled and not any(warper.names_tokens for warper in rows.warpers):
+            rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
+        elif rows.coupled or (shape.candidates != "top-k" and not rows.greedy):
             # Warpers look tokens up by their ids, and verification needs the law of all.
             return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
         tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)

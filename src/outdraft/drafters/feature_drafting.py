@@ -24,7 +24,7 @@ from outdraft.drafters.recorded_drafts import RecordedDrafts
 from outdraft.drafters.sight import Sight, causal_sight
 from outdraft.errors import UserError
 from outdraft.layers import Tapped
-from outdraft.places import chosen
+from outdraft.places import chosen, integers
 from outdraft.run import PREFILL_CHUNK, TappedRun, TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -142,5 +142,5 @@ class FeatureDraftState(DraftState):
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
         if len(set(counts)) == 1:
             return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
-        last = torch.tensor(counts, device=p.device)[:, None] - 1
+        last = integers(counts, p.device)[:, None] - 1
         return DraftOutput(chosen(p, last), chosen(r, last))

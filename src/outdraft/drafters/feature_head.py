@@ -173,9 +173,17 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, 0)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=self.heads != self.kv_heads
-        )
+        shared = self.heads != self.kv_heads
+        if shared and mask is not None and q.is_cuda:
+            # Heads that share keys as further queries of one head: with shared heads and a mask torch would hold all
+            # scores in single precision.
+            folded = q.reshape(batch, self.kv_heads, -1, self.head_dim)
+            seen = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+            out = F.scaled_dot_product_attention(folded, k, v, seen).reshape(q.shape)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared
+            )
         return self.o_proj(out.transpose(1, 2).reshape(batch, nodes, -1))
 
 
@@ -259,3 +267,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@torch.no_grad()
+def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
+    """The drafter that makes of embeddings what it makes of embeddings times `by` now; changed in place."""
+    drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
+    if drafter.fusion.feature_sampling:
+        drafter.fusion.gate_proj.weight *= by
+    return drafter

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from outdraft.errors import UserError, first_line
 from outdraft.int8_rows import PACKED, unpack
+from outdraft.training.checkpoints import unfinished
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -73,7 +74,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(
-            f"'{folder}' has no config.json, so it is no drafter; give the folder that was trained or saved"
+            unfinished(folder)
+            or f"'{folder}' has no config.json, so it is no drafter; give the folder that was trained or saved"
         )
     config = _read_json(file)
     if not isinstance(config, dict):

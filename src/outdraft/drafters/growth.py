@@ -29,6 +29,8 @@ def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowC
     """
     if shape.size == 1:
         return Tree.roots(roots)
+    if rows.coupled:
+        return _grow_coupled(roots, logits, step, shape, rows)
     if shape.candidates == "top-k" or rows.greedy:
         return grow_dynamic(roots, logits, step, shape, rows.pace)
     return grow_sampled(roots, logits, step, shape, rows)
@@ -66,6 +68,23 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
             levels[-1].drop([not going for going in wanted])
             pace.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
     return _best(roots, levels, most, pace)
+
+
+def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
+    """`grow_dynamic` where noise decides: it ranks what the drafter would choose under the target's noise."""
+    depth = 0
+
+    def choosing(logits: Tensor) -> Tensor:
+        nonlocal depth
+        noise = torch.stack([chance.at(depth) for chance in rows.chances]).log()  # type: ignore[attr-defined]
+        if len({warper.scoring for warper in rows.warpers}) == 1:
+            scores = rows.warpers[0].scores(logits)
+        else:
+            scores = torch.stack([warper.scores(row) for warper, row in zip(rows.warpers, logits, strict=True)])
+        depth += 1
+        return scores - (noise if scores.dim() == 2 else noise[:, None])
+
+    return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.pace)
 
 
 def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:

@@ -22,6 +22,7 @@ from torch import Tensor
 from outdraft.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
 from outdraft.backends.tree_attention import Pending, running_over
 from outdraft.cache import SlotCache
+from outdraft.coupling import Shown
 from outdraft.drafters.base import RowContext, TreeShape, Update
 from outdraft.errors import first_line
 from outdraft.places import causal, chosen, itself
@@ -56,15 +57,16 @@ class RecordedDrafts:
 
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
         """Whether a recording can make this draft."""
-        kinds = {warper.kind for warper in rows.warpers}
-        drawn = shape.candidates != "top-k" and not rows.greedy
+        scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
+        drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
         return (
             self.records
             and shape.size > 1
             and rows.pace is None
             and max(update.counts) <= MOST_NEW
             and min(cache.lengths) > 0
-            and (rows.greedy or not drawn or (len(kinds) == 1 and None not in kinds))
+            and (not rows.coupled or len(scorings) == 1)
+            and (not drawn or (len(kinds) == 1 and None not in kinds))
             # Chains without replacement are as many as the law has tokens, which the host would have to ask.
             and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
             and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
@@ -76,12 +78,14 @@ class RecordedDrafts:
         count, new = len(update.counts), max(update.counts)
         new = next(size for size in SIZES if size >= new)
         cache.room_for(new + shape.top_k * (shape.depth + 1))
-        drawn = shape.candidates != "top-k" and not rows.greedy
-        key = (cache.addresses, new, shape, rows.warpers[0].kind if drawn else None, update.taps.shape[2])
+        coupled = rows.coupled and not rows.greedy
+        drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
+        kind = rows.warpers[0].scoring if drawn or coupled else None
+        key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
         draft = self.recordings.get(key)
         if draft is None:
-            draft = _Draft(self.drafter, cache, new, shape, rows if drawn else None, update.taps)
-            draft.fill(update, cache.lengths, rows.chances)
+            draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps)
+            draft.fill(update, cache, rows.chances)
             try:
                 draft.record(self._pool(cache))
             except Exception as error:
@@ -93,7 +97,7 @@ class RecordedDrafts:
                 self.recordings.popitem(last=False)
         else:
             self.recordings.move_to_end(key)
-            draft.fill(update, cache.lengths, rows.chances)
+            draft.fill(update, cache, rows.chances)
         cache.advance(update.counts)
         return draft.tree(count)
 
@@ -112,6 +116,7 @@ class _Given:
     counts: Tensor
     lengths: Tensor
     shares: Tensor
+    noise: Tensor
 
 
 class _Draft:
@@ -119,7 +124,7 @@ class _Draft:
 
     Args:
         drafter: whose network drafts.
-        cache: of the drafter; rows are filled up to those that its buffers have.
+        room: rows that the drafter's buffers have, to which those of a batch are filled up.
         new: decided tokens of a row, filled up.
         shape: of the trees.
         rows: whose settings candidates are drawn by; None where they are chosen.
@@ -129,27 +134,30 @@ class _Draft:
     def __init__(
         self,
         drafter: FeatureDrafter,
-        cache: SlotCache,
+        room: int,
         new: int,
         shape: TreeShape,
         rows: RowContext | None,
         taps: Tensor,
     ):
-        self.drafter, self.cache, self.shape = drafter, cache, shape
-        room, device = cache.room, taps.device
+        self.drafter, self.shape, device = drafter, shape, taps.device
+        self.cache: Any = None
         self.warper = None if rows is None else rows.warpers[0]
-        self.throws = 0 if rows is None else shape.top_k * min(shape.depth + 1, (shape.size - 1) // shape.top_k)
+        self.coupled = rows is not None and rows.coupled
+        drawn, width = rows is not None and not self.coupled, min(shape.top_k, shape.size - 1)
+        self.throws = width * min(shape.depth + 1, (shape.size - 1) // width) if drawn else 0
         self.given = _Given(
             torch.zeros(room, new, dtype=torch.long, device=device),
             torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
             torch.ones(room, dtype=torch.long, device=device),
             torch.zeros(room, dtype=torch.int32, device=device),
             torch.zeros(room, self.throws, dtype=torch.float64, device=device),
+            torch.ones(room, self.depths, drafter.target.vocab_size if self.coupled else 0, device=device),
         )
         self._rows = 0
 
-    def fill(self, update: Update, lengths: Sequence[int], chances: Sequence[Chance]) -> None:
-        """Put in what was decided and how long the rows are; throw their dice."""
+    def fill(self, update: Update, cache: SlotCache, chances: Sequence[Chance]) -> None:
+        """Put in what was decided and how long the rows are, once; throw their dice."""
         given, (rows, new) = self.given, update.tokens.shape
         if rows != self._rows:
             given.lengths.zero_()
@@ -159,18 +167,22 @@ class _Draft:
         given.tokens[:rows, :width] = update.tokens[:, :width]
         given.taps[:rows, :width] = update.taps[:, :width]
         put(given.counts, update.counts)
-        put(given.lengths, list(lengths))
+        put(given.lengths, cache.lengths)
+        self.cache = cache
+        if self.coupled:
+            for row, chance in enumerate(chances):
+                for depth in range(self.depths):
+                    given.noise[row, depth] = chance.at(depth)  # type: ignore[attr-defined]
         if self.throws:
             put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
 
     def record(self, memory: Any) -> None:
         self._replayed = Replayed(self._run, self.given.tokens.device, memory)
-        if self.given.tokens.is_cuda:
-            self.cache = None  # type: ignore[assignment]  # its buffers are known, and it may end
 
     def tree(self, rows: int) -> Tree:
         """The trees of the first so many rows."""
         tokens, *rest = (part[:rows] for part in self._replayed())
+        self.cache = None  # it may end, and a recording knows its buffers
         candidates, count, levels = self._made
         if self.chains is not None:
             return Tree.chains(tokens, self.chains, candidates, rest[0] if rest else None)
@@ -178,15 +190,23 @@ class _Draft:
         return Tree(tokens, parents, [count] * rows, levels=levels, _depths=depths, _ancestors=ancestors)
 
     @property
+    def depths(self) -> int:
+        """Of the deepest tree, how many tokens follow each other."""
+        return self.shape.depth + 1
+
+    @property
     def chains(self) -> int | None:
         """Of a tree of chains, how many there are."""
-        if self.warper is None and self.shape.top_k > 1:
+        if not self.throws and self.shape.top_k > 1:
             return None
         return min(self.shape.top_k, self.shape.size - 1)
 
     def _context(self) -> RowContext:
         if self.warper is None:
             return RowContext([], [GREEDY], [])
+        if self.coupled:
+            noise = self.given.noise
+            return RowContext([_UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
         shares = self.given.shares
         return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 

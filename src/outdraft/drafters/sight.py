@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from outdraft.cache import SlotCache
+from outdraft.places import sent
 
 HIDDEN = -torch.inf
 
@@ -21,7 +22,7 @@ def causal_sight(cache: SlotCache, count: int, dtype: torch.dtype, device: torch
     lengths, even = cache.lengths, len(set(cache.lengths)) == 1
     if count == 1 and even:
         return None
-    first = torch.tensor(lengths[:1] if even else lengths, device=device)[:, None, None, None]
+    first = sent(lengths[:1] if even else lengths, device)[:, None, None, None]
     newest = first + torch.arange(count, device=device)[:, None]
     hidden = torch.arange(cache.extent, device=device) > newest
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, HIDDEN)
@@ -71,6 +72,6 @@ class Sight:
         """`(rows or 1, 1, 1, extent)` every row's committed tokens."""
         if self._even:
             return torch.zeros(1, 1, 1, extent, dtype=self.dtype, device=self.device)
-        lengths = torch.tensor(self.cache.lengths, device=self.device)[:, None, None, None]
+        lengths = sent(self.cache.lengths, self.device)[:, None, None, None]
         hidden = torch.arange(extent, device=self.device) >= lengths
         return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, HIDDEN)

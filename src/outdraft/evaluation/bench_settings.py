@@ -39,8 +39,8 @@ class BenchSettings:
     max_new_tokens: int = 128
     seed: int = 0
     tree: dict[str, Any] = field(default_factory=dict)
-    controllers: list[str] = field(default_factory=lambda: ["fixed"])
-    """How far to draft; every drafter runs with each."""
+    controllers: list[str] = field(default_factory=lambda: ["default"])
+    """How far to draft; every drafter runs with each. `default` is what `generate` takes by itself without a seed."""
     include_transformers: bool = False
     """Time the stock `generate` of transformers too; the same as --peers generate."""
     peers: list[str] = field(default_factory=list)

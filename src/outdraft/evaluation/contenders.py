@@ -16,12 +16,14 @@ from outdraft.evaluation.measure import PLAIN, Contender, speculative
 from outdraft.evaluation.peers import peers as stock_peers
 from outdraft.loading import METHODS, WITHOUT_MODEL, load_drafter_for
 from outdraft.named import shipped_drafters
+from outdraft.settings import default_controller
 from outdraft.target import Target
 
 LOOKUP = "prompt-lookup"
 WITH_LOOKUP = "+lookup"
 """What a method's name ends with where repetitions are drafted in the drafter's place, as `generate` does by itself."""
-FIXED = "fixed"
+DEFAULT = "default"
+"""The controller that `generate` takes by itself where no seed is given; a bench's seeds make no difference to it."""
 STOCK_NAMES = "transformers "
 """What the names of peers begin with."""
 NAMED = re.compile(r"([\w.+-]+)=(.+)")
@@ -34,7 +36,7 @@ def contenders(
     *,
     backend: str | None = None,
     tree: dict[str, Any] | None = None,
-    controllers: Sequence[str] = (FIXED,),
+    controllers: Sequence[str] = (DEFAULT,),
     shipped: str | None = None,
     include_transformers: bool = False,
     peers: Sequence[str] = (),
@@ -49,7 +51,7 @@ def contenders(
             with them, when None.
         backend: of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
-        controllers: every drafter runs with each of them.
+        controllers: every drafter runs with each of them; `default` is what `generate` takes by itself.
         shipped: name of the model whose shipped drafters stand for those that are not given.
         include_transformers: the stock `generate` too; the same as `generate` among the peers.
         peers: the stock library's own ways of decoding, as in `peers.py`.
@@ -63,8 +65,9 @@ def contenders(
             known = ", ".join(METHODS)
             raise UserError(f"unknown method '{method}' in --methods; choose of {known}, and METHOD{WITH_LOOKUP}")
     for controller in controllers:
-        if controller not in CONTROLLERS:
-            raise UserError(f"unknown controller '{controller}' in --controllers; choose of {', '.join(CONTROLLERS)}")
+        if controller not in (DEFAULT, *CONTROLLERS):
+            known = ", ".join((DEFAULT, *CONTROLLERS))
+            raise UserError(f"unknown controller '{controller}' in --controllers; choose of {known}")
     drafters = loaded_drafters(target, draft_models, backend)
     if methods is not None:
         present = {drafter.method for drafter in drafters.values()}
@@ -83,7 +86,9 @@ def contenders(
             if methods is not None and drafter.method + repeats not in methods:
                 continue
             for controller in controllers:
-                called = name + repeats if list(controllers) == [FIXED] else f"{name}{repeats} {controller}"
+                called = name + repeats if len(controllers) == 1 else f"{name}{repeats} {controller}"
+                if controller == DEFAULT:
+                    controller = default_controller(drafter, target.device, shape)
                 found.append(
                     speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
                 )

@@ -16,7 +16,7 @@ from rich.console import Console
 from outdraft.generation import SpeculativeModel
 from outdraft.reference.prompts import DATA, Messages, load_prompts
 from outdraft.target import Target
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.regenerate import regenerate
 from outdraft.training.train import train
@@ -59,7 +59,7 @@ def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float
     with tempfile.TemporaryDirectory() as name:
         aside = Path(name)
         data = CONVERSATIONS if CONVERSATIONS.exists() else write_answers(decoding, aside, remarks)
-        config = TrainingConfig(
+        config = DrafterConfig(
             **RECIPE,
             data=data,
             output_dir=folder,

@@ -7,13 +7,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from outdraft.int8_rows import PACKED, pack
 from outdraft.named import DRAFTERS, NAMED, REFERENCE
+from outdraft.training.provenance import portable
 
 LOCAL = {"data", "output_dir", "feature_cache_dir", "platform", "report_to"}
 """Settings and facts that belong to one machine."""
@@ -35,27 +35,14 @@ def ship(folder: Path, destination: Path, model: str) -> None:
         file, stored = destination / PACKED, pack(weights)
     save_file(stored, file, metadata={"format": "pt"})
     file.chmod(0o644)
-    shown = NAMED[model].shown_as or model
+    shown = NAMED[model].shown_as
     for name in ("config.json", "provenance.json"):
-        record = portable(json.loads((folder / name).read_text(encoding="utf-8")))
+        record = portable(json.loads((folder / name).read_text(encoding="utf-8")), LOCAL)
         if name == "config.json":
             record["target"]["id"] = shown
         elif "target" in record:
             record["target"] = shown
         (destination / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def portable(record: Any) -> Any:
-    """The record without what is only true here; of paths in the command only their last part."""
-    if isinstance(record, dict):
-        return {key: portable(value) for key, value in record.items() if key not in LOCAL}
-    if isinstance(record, list):
-        return [portable(value) for value in record]
-    if not isinstance(record, str):
-        return record
-    key, given, value = record.partition("=")  # an override, or a plain word
-    path = value if given and key.isidentifier() else record
-    return record.removesuffix(path) + Path(path).name if path.startswith(("/", ".venv/", "~")) else record
 
 
 def main() -> None:

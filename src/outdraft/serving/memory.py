@@ -18,10 +18,9 @@ SHARE = 0.4
 @torch.inference_mode()
 def slot_bytes(target: Target) -> int:
     """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
-    slots = 8
-    cache = target.new_cache(1, slots)
+    cache = target.new_cache(1, 8)
     TargetRun(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
-    return max(1, cache.nbytes // slots)
+    return max(1, cache.nbytes // (cache.room * cache.capacity))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -63,7 +62,8 @@ def cache_slots(target: Target, settings: ServeSettings, context_length: int, ex
     row = context_length + extra
     if settings.kv_cache_tokens is not None:
         return settings.kv_cache_tokens
-    slots = int(SHARE * free_bytes(target.device)) // slot_bytes(target)
+    share = SHARE if target.pool is None else SHARE / 2  # pooled buffers are rounded up in rows and in slots
+    slots = int(share * free_bytes(target.device)) // slot_bytes(target)
     if slots < min(row, 256):
         raise UserError(
             f"the free memory holds a cache of {slots} tokens only; free some, or set --kv-cache-tokens yourself"

@@ -56,12 +56,3 @@ def scale_of(target: TargetLike) -> float:
     features, embeddings = target.features(ids).float(), target.embed(ids).float()
     ratio = float(features.square().mean().sqrt() / embeddings.square().mean().sqrt().clamp(min=1e-12))
     return 2.0 ** max(0, math.floor(math.log2(max(ratio, 1.0))))
-
-
-@torch.no_grad()
-def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
-    """The drafter that makes of embeddings what it makes of embeddings times `by` now; changed in place."""
-    drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
-    if drafter.fusion.feature_sampling:
-        drafter.fusion.gate_proj.weight *= by
-    return drafter

@@ -136,7 +136,7 @@ class TauMeter(TrainerCallback):
             self.log(dict(found))
             control.should_log = due  # an entry of our own does not stand in for the step's
             if CHAIN in found and self.best.note(found[CHAIN], state.global_step) and args.world_size == 1:
-                control.should_save = control.should_training_stop = True
+                control.should_log = control.should_save = control.should_training_stop = True
 
 
 def measured(measure: MeasureTau, drafter: Network) -> dict[str, float]:
@@ -185,3 +185,5 @@ class OrderlyStop(TrainerCallback):
             self.asked = bool(flag)
         if self.asked:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:  # a short run's figures are those of its end
+            control.should_log = True

@@ -1,14 +1,23 @@
-"""Checkpoints of a training run: written aside and renamed, so that a folder named `checkpoint-N` is always whole.
+"""The folder of a training run: its checkpoints, written aside and renamed, so that a folder named `checkpoint-N` is
+always whole, and the record of what the run was begun with.
 
 Knows files only.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
+
+RUN = "training_run.json"
+"""What the run is, for as long as it may be resumed."""
+
+BEGUN_WITH = "begun_with"
+"""In it, the settings that the run was given."""
 
 PARTIAL = ".partial"
 NAME = re.compile(r"checkpoint-(\d+)$")
@@ -30,6 +39,37 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest whole checkpoint, None when there is none."""
     found = complete_checkpoints(output_dir)
     return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def begun_with(output_dir: str | Path) -> dict[str, Any] | None:
+    """The settings that a run was given, so that it goes on with nothing but its folder; None where none are kept."""
+    found = _record(Path(output_dir)).get(BEGUN_WITH)
+    return found if isinstance(found, dict) else None
+
+
+def unfinished(folder: str | Path) -> str | None:
+    """What to say of the folder of a run that has not come to its end; None where there is none."""
+    folder = Path(folder)
+    if not (folder / RUN).is_file() or (folder / "config.json").is_file():
+        return None
+    resume = f"go on with `outdraft train --resume --output-dir {folder}`"
+    if (last := last_checkpoint(folder)) is None:
+        return f"training of {folder} stopped before its first checkpoint; {resume}"
+    total = _record(folder).get("total_steps", "?")
+    return f"training of {folder} stopped at step {step_of(last)} of {total}; {resume}, or try its checkpoint {last}"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def publish(output_dir: str | Path, name: str, keep: int) -> None:

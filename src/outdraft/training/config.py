@@ -17,7 +17,7 @@ from outdraft.errors import UserError
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
 
 
-class TrainingConfig(BaseModel):
+class DrafterConfig(BaseModel):
     """How a drafter is trained; FSPAD's defaults are the published recipe (arXiv 2408.15562), see `with_preset`.
 
     Raises:
@@ -26,8 +26,8 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
 
-    data: Path
-    """JSON lines of conversations or texts to train on: a file, or a folder of *.jsonl."""
+    data: Path | None = None
+    """Conversations or texts to train on: JSON lines, a JSON list, Parquet, a folder of such files, or hf:NAME."""
     output_dir: Path
     """Folder of the trained drafter, its checkpoints and logs."""
     method: Literal["fspad", "eagle", "eesd", "medusa"] = "fspad"
@@ -214,7 +214,7 @@ class TrainingConfig(BaseModel):
         left_out |= {name for name, part in PART_OF.items() if not part.made(getattr(self, part.setting))}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
-    def with_preset(self, target_parameters: int) -> TrainingConfig:
+    def with_preset(self, target_parameters: int) -> DrafterConfig:
         """A copy in which the preset has filled what was not set by hand.
 
         Args:
@@ -228,7 +228,7 @@ class TrainingConfig(BaseModel):
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
         values = {**dict(self), **filled, "preset": name}
-        found = TrainingConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
+        found = DrafterConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
         found._check_parts(filled=True)
         return found
 
@@ -378,7 +378,7 @@ def _one_line(problem: ValidationError) -> str:
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f'unknown training setting "{key}"; known are {", ".join(TrainingConfig.model_fields)}'
+        return f'unknown training setting "{key}"; known are {", ".join(DrafterConfig.model_fields)}'
     if first["type"] == "missing":
         return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'
     return f'training setting "{key}" cannot be {first.get("input")!r}: {first["msg"]}'

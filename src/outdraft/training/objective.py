@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from outdraft.drafters.checkpoint import Network
 from outdraft.drafters.draft_vocabulary import DraftVocabulary
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.drafters.feature_head import FeatureHead, scaled
 from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
 from outdraft.target import Target
-from outdraft.training.beginning import begin_from, scale_of, scaled
-from outdraft.training.config import TrainingConfig
+from outdraft.training.beginning import begin_from, scale_of
+from outdraft.training.config import DrafterConfig
 from outdraft.training.cross_entropy import Head
 from outdraft.training.exit_loss import ExitLoss, next_is_response
 from outdraft.training.features import ExitReading, Reading, TappedReading, reader_of
@@ -47,6 +47,10 @@ class Objective(ABC):
     drafter: Network
     loss: nn.Module
     """Holds the drafter as `drafter`; gives a tuple of sums, among them `agreed` and `positions`."""
+    target: TargetLike
+    """What the drafter is for."""
+    scale: float = 1.0
+    """What embeddings are multiplied by in training alone, until `finished` folds it into the weights."""
 
     @abstractmethod
     def counted(self, loss_mask: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ class Objective(ABC):
         """
 
 
-def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network | None = None) -> Objective:
+def objective_for(target: TargetLike, config: DrafterConfig, drafter: Network | None = None) -> Objective:
     """The objective of the configuration's method, with its preset filled in and the exit layer a number.
 
     Args:
@@ -105,7 +109,7 @@ def objective_for(target: TargetLike, config: TrainingConfig, drafter: Network |
     return FeatureObjective(target, config, drafter)
 
 
-def new_drafter(target: TargetLike, config: TrainingConfig) -> Network:
+def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
     """A drafter with its first float32 weights, on the target's device: of the seed, another drafter or the target."""
     if config.method == "eesd":
         assert isinstance(config.exit_layer, int)
@@ -137,7 +141,7 @@ class FeatureObjective(Objective):
 
     parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
 
-    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: FeatureHead):
+    def __init__(self, target: TargetLike, config: DrafterConfig, drafter: FeatureHead):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         self.top_k = config.teacher_top_k
@@ -207,7 +211,7 @@ class ExitObjective(Objective):
 
     parts: ClassVar = {}
 
-    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: ExitLayer):
+    def __init__(self, target: TargetLike, config: DrafterConfig, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
         self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
@@ -235,7 +239,7 @@ class MedusaObjective(Objective):
 
     parts: ClassVar = {"loss_head1": "first_head"}
 
-    def __init__(self, target: TargetLike, config: TrainingConfig, drafter: MedusaHeads):
+    def __init__(self, target: TargetLike, config: DrafterConfig, drafter: MedusaHeads):
         self.drafter, self.target = drafter, target
         self.top_k, self.rows = teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target))
@@ -266,17 +270,17 @@ def stored_teacher(batch: Mapping[str, Tensor], first: int = 0) -> TopProbs | No
     return TopProbs(ids[later], probs[later])
 
 
-def teacher_of(config: TrainingConfig) -> int:
+def teacher_of(config: DrafterConfig) -> int:
     """The target's tokens that EESD and Medusa learn from at every position; 0 where its law is not asked for."""
     return 0 if weight_of_tokens(config) == 1 else config.teacher_top_k
 
 
-def token_loss_of(config: TrainingConfig) -> TokenLoss:
+def token_loss_of(config: DrafterConfig) -> TokenLoss:
     """What the drafter's law is held against the target's by."""
     return TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight)
 
 
-def weight_of_tokens(config: TrainingConfig) -> float:
+def weight_of_tokens(config: DrafterConfig) -> float:
     """Of the responses' tokens in the cross-entropy; the target's law has the rest."""
     return {"soft": 0.0, "hard": 1.0, "mixed": config.hard_weight}[config.loss]
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.feature_store import GIGABYTE, feature_store
 from outdraft.training.features import TrainingExamples, collate
@@ -91,7 +91,7 @@ class TrainPlan:
         return f"{shown}; past {MANY_PASSES} passes more answers bring more than more steps"
 
 
-def plan(target: TargetLike, config: TrainingConfig) -> TrainPlan:
+def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
     """Size and time of the run that `train` would make.
 
     Raises:

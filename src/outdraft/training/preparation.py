@@ -10,11 +10,13 @@ import os
 from dataclasses import dataclass, replace
 
 from outdraft.errors import UserError
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.conversations import read_conversations
 from outdraft.training.exit_choice import ExitChoice
 from outdraft.training.protocol import TargetLike, parameter_count
 from outdraft.training.tokenization import ExampleSet, tokenize
+
+NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
 
 ADVISED_EXAMPLES = 5000
 """Conversations from which drafters learn well; a fifth of them is few."""
@@ -24,7 +26,7 @@ ADVISED_EXAMPLES = 5000
 class Preparation:
     """Everything decided before the first step."""
 
-    config: TrainingConfig
+    config: DrafterConfig
     """With the preset filled in."""
     examples: ExampleSet
     skipped: list[str]
@@ -53,13 +55,15 @@ class Preparation:
         return notes
 
 
-def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
+def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
     """Read and tokenise the data, fill in the preset.
 
     Raises:
         UserError: settings that contradict each other or the target, or data that cannot be used.
     """
     config = fitted(target, config)
+    if config.data is None:
+        raise UserError(NO_DATA)
     found = read_conversations(config.data, config.on_bad_line)
     if target.tokenizer is None:
         raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
@@ -82,13 +86,13 @@ def prepare(target: TargetLike, config: TrainingConfig) -> Preparation:
 def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
     """The same with the layer that was chosen, and why among the notes."""
     config = ready.config
-    settled = TrainingConfig.model_construct(
+    settled = DrafterConfig.model_construct(
         _fields_set=set(config.model_fields_set), **{**dict(config), "exit_layer": choice.layer}
     )
     return replace(ready, config=settled, choice=choice)
 
 
-def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
+def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
     """The configuration with its preset, checked against the target."""
     by_hand = "max_length" in config.model_fields_set
     if getattr(target, "backend", "eager") != "eager":  # packed layers compute no gradients, and hide their weights
@@ -99,7 +103,7 @@ def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
             raise UserError(
                 f"max_length {config.max_length} exceeds the target's context of {target.context_length}; lower it"
             )
-        config = TrainingConfig.model_construct(
+        config = DrafterConfig.model_construct(
             _fields_set=set(config.model_fields_set), **{**dict(config), "max_length": target.context_length}
         )
     if config.batch_size % config.gradient_accumulation_steps:
@@ -110,7 +114,7 @@ def fitted(target: TargetLike, config: TrainingConfig) -> TrainingConfig:
     return config
 
 
-def steps_of(config: TrainingConfig, examples: int, processes: int) -> int:
+def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
     """Optimizer steps of the whole run."""
     if config.max_steps is not None:
         return config.max_steps

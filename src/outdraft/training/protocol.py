@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from outdraft.training.provenance import portable
+
 
 class TargetLike(Protocol):
     """A frozen causal language model as training sees it."""
@@ -55,3 +57,8 @@ def parameter_count(target: TargetLike) -> int:
 def target_id(target: TargetLike) -> str:
     """The hub name or folder the target was loaded from; its class name when it was built in memory."""
     return str(getattr(target.model.config, "_name_or_path", "") or type(target.model).__name__)
+
+
+def shown_target(target: TargetLike) -> str:
+    """The same for files that are handed on: of a folder elsewhere on this machine its name alone."""
+    return str(portable(target_id(target)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,34 @@ PACKAGES = ("outdraft", "torch", "transformers", "accelerate", "safetensors", "t
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """The record as a JSON-ready dictionary; `facts` are added as they are."""
-    return {
+    """The record as a JSON-ready dictionary; `facts` are added, paths as in `portable`."""
+    record = {
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_revision": git_revision(),
         "machine": {"platform": platform.platform(), "torch_threads": torch.get_num_threads()},
         **facts,
     }
+    return portable(record)
+
+
+def portable(record: Any, left_out: Collection[str] = ()) -> Any:
+    """A record that can be handed on: of absolute paths, also in `key=value`, the last part alone.
+
+    Args:
+        record: anything that JSON can say.
+        left_out: keys that stay behind, with what they hold.
+    """
+    if isinstance(record, dict):
+        return {key: portable(value, left_out) for key, value in record.items() if key not in left_out}
+    if isinstance(record, list | tuple):
+        return [portable(value, left_out) for value in record]
+    if not isinstance(record, str):
+        return record
+    key, given, value = record.partition("=")  # an override or a flag with its value, or a plain word
+    path = value if given and key.lstrip("-").replace("-", "_").isidentifier() else record
+    local = Path(path).is_absolute() or path.startswith(("~", ".venv/"))
+    return record.removesuffix(path) + Path(path).name if local else record
 
 
 def git_revision() -> str | None:

@@ -11,33 +11,34 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from outdraft.drafters.checkpoint import Network, save_drafter
 from outdraft.drafters.exit_folder import target_facts
 from outdraft.errors import UserError
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
-from outdraft.training.checkpoints import last_checkpoint
-from outdraft.training.config import TrainingConfig
+from outdraft.training.checkpoints import BEGUN_WITH, RUN, last_checkpoint, step_of
+from outdraft.training.config import DrafterConfig
 from outdraft.training.conversations import Conversation
 from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.features import TrainingExamples, weights_fingerprint
 from outdraft.training.held_out_loss import CHAIN, BestWeights, HeldOut
+from outdraft.training.model_card import CARD, model_card
 from outdraft.training.objective import Objective, new_drafter, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
-from outdraft.training.protocol import TargetLike, target_id
-from outdraft.training.provenance import peak_memory_bytes, provenance
+from outdraft.training.protocol import TargetLike, shown_target
+from outdraft.training.provenance import peak_memory_bytes, portable, provenance
 from outdraft.training.tokenization import tokenize
-from outdraft.training.trainer import DrafterTrainer, training_arguments
+from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 try:
     from accelerate import PartialState
@@ -45,7 +46,6 @@ try:
 except ModuleNotFoundError as error:
     raise UserError("training needs the package's train extra; pip install 'outdraft[train]'") from error
 
-RUN = "training_run.json"
 CHOICE = "exit_choice"
 
 BEFORE = {"embedding_scale": 1.0, "teacher_top_k": 0}
@@ -63,7 +63,7 @@ class TrainResult:
     """What a finished run leaves."""
 
     folder: Path
-    """The drafter: `config.json`, `model.safetensors`, `provenance.json`."""
+    """The drafter: `config.json`, `model.safetensors`, `provenance.json`, and its card in `README.md`."""
     steps: int
     """Optimizer steps that were made: fewer than planned where patience has ended the run."""
     seconds: float
@@ -79,11 +79,13 @@ class TrainResult:
 
 def train(
     target: TargetLike,
-    config: TrainingConfig,
+    config: DrafterConfig,
     resume: bool = False,
     measure_tau: MeasureTau | None = None,
     console: Console | None = None,
     held_out: Sequence[Conversation] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    begun_with: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a drafter for `target` (arXiv 2408.15562 or 2406.03853) and save it to `config.output_dir`.
 
@@ -97,6 +99,8 @@ def train(
         console: where progress goes; stderr when not given.
         held_out: conversations that are not trained on, with answers: top-1 agreement on them is measured beside tau,
             and the weights that did best on them are the ones that are saved.
+        callbacks: of `transformers`, told of every step and log entry.
+        begun_with: settings that the run's folder keeps for whoever resumes it.
 
     Raises:
         UserError: settings, data or folder that cannot work.
@@ -119,7 +123,7 @@ def train(
     drafter = new_drafter(target, config)
     keep_frequent(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
-    checkpoint = _claim_folder(target, ready, resume, args, console)
+    checkpoint = _claim_folder(target, ready, resume, args, console, begun_with or {})
     store = feature_store(target, ready, objective)
     if store is not None:
         _read_target(store, ready, args, console)
@@ -132,12 +136,12 @@ def train(
     elif args.should_save:
         best.forget()
     meter = TauMeter(measure, objective.drafter, config.evaluation_for(ready.total_steps), best) if measure else None
-    trainer = DrafterTrainer(
+    trainer = ObjectiveTrainer(
         objective,
         config,
         TrainingExamples(ready.examples, None if store is None else store.__getitem__),
         args,
-        callbacks=[*([meter] if meter else []), progress, stop],  # stop last: it sees a Ctrl-C during a measurement
+        callbacks=[*([meter] if meter else []), progress, *callbacks, stop],  # stop sees a Ctrl-C during any of them
     )
     if meter is not None:
         meter.log = trainer.log
@@ -192,7 +196,7 @@ def _measurement(
 
 
 def _final(
-    measure: MeasureTau, best: BestWeights, trainer: DrafterTrainer, console: Console
+    measure: MeasureTau, best: BestWeights, trainer: ObjectiveTrainer, console: Console
 ) -> tuple[dict[str, float], int]:
     """What is said of the weights that are saved, the last ones or better ones of before, and their step."""
     drafter = best.drafter
@@ -243,7 +247,12 @@ def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: 
 
 
 def _claim_folder(
-    target: TargetLike, ready: Preparation, resume: bool, args: TrainingArguments, console: Console
+    target: TargetLike,
+    ready: Preparation,
+    resume: bool,
+    args: TrainingArguments,
+    console: Console,
+    begun_with: Mapping[str, Any],
 ) -> Path | None:
     """The checkpoint to go on from; a folder that holds another run is never overwritten."""
     folder = ready.config.output_dir
@@ -261,7 +270,7 @@ def _claim_folder(
                 f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
             ) from None
         # A setting that the run's version did not have was at what is its default now, with a few exceptions.
-        fields = TrainingConfig.model_fields
+        fields = DrafterConfig.model_fields
         defaults = {key: fields[key].default for key in identity.keys() & fields.keys()}
         before = {**defaults, **{key: BEFORE[key] for key in identity.keys() & BEFORE.keys()}, **before}
         changed = [key for key in identity if before.get(key) != identity[key]]
@@ -277,7 +286,7 @@ def _claim_folder(
     PartialState().wait_for_everyone()  # nobody writes before all have read
     if checkpoint is None and args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(record, {**identity, **_choice_record(ready)})
+        _write_json(record, {**identity, **_choice_record(ready), BEGUN_WITH: begun_with})
     return checkpoint
 
 
@@ -311,7 +320,7 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
 
 
 def _run(
-    trainer: DrafterTrainer,
+    trainer: ObjectiveTrainer,
     checkpoint: Path | None,
     stop: OrderlyStop,
     progress: ProgressReport,
@@ -320,7 +329,7 @@ def _run(
 ) -> None:
     """The loop itself; ends with the final weights in the drafter, or with KeyboardInterrupt after a checkpoint."""
     total = trainer.args.max_steps
-    if checkpoint is not None and (ended or int(checkpoint.name.rpartition("-")[2]) >= total):
+    if checkpoint is not None and (ended or step_of(checkpoint) >= total):
         trainer.load_finished(checkpoint)
         return
     try:
@@ -338,12 +347,13 @@ def _run(
 def _save(
     target: TargetLike, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None
 ) -> None:
-    settings = ready.config.record()
+    settings = portable(ready.config.record())
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau, "weights_of_step": result.best_step}
-    facts = target_facts(target.model)
-    save_drafter(result.folder, objective.finished(), target_id=target_id(target), training=summary, target=facts)
+    name, facts, drafter = shown_target(target), target_facts(target.model), objective.finished()
+    save_drafter(result.folder, drafter, target_id=name, training=summary, target=facts)
     record = provenance(
-        target=target_id(target),
+        target=name,
+        parameters=sum(weight.numel() for weight in drafter.parameters() if weight.requires_grad),
         config=settings,
         data_sha256=ready.examples.fingerprint(),
         examples=len(ready.examples),
@@ -358,9 +368,14 @@ def _save(
         **_choice_record(ready),
     )
     _write_json(result.folder / "provenance.json", record)
+    _write(result.folder / CARD, model_card(record))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

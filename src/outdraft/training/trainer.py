@@ -18,18 +18,21 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
 from outdraft.backends import default_dtype
+from outdraft.drafters.checkpoint import UNFOLDED, Network, save_drafter
+from outdraft.drafters.exit_folder import target_facts
+from outdraft.drafters.folder import WEIGHTS
 from outdraft.errors import UserError, first_line
 from outdraft.training.checkpoints import PARTIAL, publish
-from outdraft.training.config import TrainingConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.grouping import group_cost, groups_of_like_length
 from outdraft.training.objective import Objective
+from outdraft.training.protocol import shown_target
 
-WEIGHTS = "model.safetensors"
 GROUPS = "groups"
 
 
-class DrafterTrainer(Trainer):
+class ObjectiveTrainer(Trainer):
     """Trains a drafter on what is read of its target.
 
     Args:
@@ -46,7 +49,7 @@ class DrafterTrainer(Trainer):
     def __init__(
         self,
         objective: Objective,
-        config: TrainingConfig,
+        config: DrafterConfig,
         data: TrainingExamples,
         args: TrainingArguments,
         callbacks: list[TrainerCallback] | None = None,
@@ -107,10 +110,10 @@ class DrafterTrainer(Trainer):
         progress = self.state.global_step / self.args.max_steps
         sums = model(*self.objective.arguments(inputs, features, self.state.global_step, progress))
         for name, part in sums._asdict().items():
-            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double().cpu()
-        count = sums.positions if num_items_in_batch is None else num_items_in_batch
+            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double()  # where it is, so that nobody waits
+        count = torch.as_tensor(sums.positions if num_items_in_batch is None else num_items_in_batch)
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
-        loss = self.objective.total(sums, progress) * (self.args.world_size / max(int(count), 1))
+        loss = self.objective.total(sums, progress) * (self.args.world_size / count.clamp(min=1))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -139,10 +142,10 @@ class DrafterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.contiguous() for name, weight in self._drafter.state_dict().items()}
-        safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        """The weights as they train, in a folder that is a drafter's: a checkpoint can be tried."""
+        target, about = self.objective.target, {"step": self.state.global_step, UNFOLDED: self.objective.scale}
+        place, facts = output_dir or self.config.output_dir, target_facts(target.model)
+        save_drafter(place, self._drafter, target_id=shown_target(target), training=about, target=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._drafter.load_state_dict(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
@@ -153,7 +156,7 @@ class DrafterTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     @property
-    def _drafter(self) -> nn.Module:
+    def _drafter(self) -> Network:
         return self.accelerator.unwrap_model(self.model).drafter
 
 
@@ -172,14 +175,14 @@ class ClipByValue(TrainerCallback):
             torch.nn.utils.clip_grad_value_(model.parameters(), self.value)
 
 
-def use_bf16(config: TrainingConfig, device: torch.device) -> bool:
+def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
     """Whether the drafter trains in bf16 autocast on this device."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return default_dtype(device) == torch.bfloat16
 
 
-def training_arguments(config: TrainingConfig, device: torch.device, total_steps: int) -> TrainingArguments:
+def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:
     """The Trainer's own arguments for a configuration with its preset filled in.
 
     Args:

@@ -134,7 +134,7 @@ class _WatchedState(DraftState):
         self.inner, self.watch, self.prompt_lengths = inner, watch, prompt_lengths
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        if self.watch.chance is not None:
+        if self.watch.chance is not None and not rows.coupled:
             rows = replace(rows, chances=[self.watch.chance(chance) for chance in rows.chances])
         tree = self.inner.propose(update, shape, rows)
         draws = [chance.draws if isinstance(chance, Recorder) else [] for chance in rows.chances]

@@ -1,0 +1,287 @@
+"""The public way into training, `DrafterTrainer`, of which `outdraft train` is a caller: target and data in whatever
+form they come, conversations kept out of training, the run itself, and the trained drafter handed on.
+
+Trains nothing itself: that is `training/train.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from outdraft.allocator import keep_freed_memory
+from outdraft.drafters.checkpoint import Network, push_to_hub
+from outdraft.drafters.folder import CONFIG, WEIGHTS
+from outdraft.errors import UserError
+from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
+from outdraft.evaluation.prompts import read_prompts
+from outdraft.loading import load_network, load_target
+from outdraft.records import json_lines
+from outdraft.target import Target
+from outdraft.training.checkpoints import last_checkpoint
+from outdraft.training.config import DrafterConfig
+from outdraft.training.conversations import Conversation
+from outdraft.training.features import reader_of
+from outdraft.training.model_card import CARD
+from outdraft.training.plan import TrainPlan, plan
+from outdraft.training.preparation import NO_DATA
+from outdraft.training.protocol import target_id
+from outdraft.training.train import TrainResult, train
+
+TAU_PROMPTS = 8
+"""Held-out prompts that are decoded for tau; agreement is measured on all that is held out."""
+
+DRAFTER_FILES = (CONFIG, WEIGHTS, "provenance.json", CARD)
+
+Rows = str | Path | Iterable[Mapping[str, Any] | str]
+"""A file, a folder or `hf:NAME`, or the rows themselves."""
+
+
+class DrafterTrainer:
+    """Trains a drafter for a model, saves it, and hands it on.
+
+        trainer = outdraft.DrafterTrainer("M", outdraft.DrafterConfig(output_dir="drafter"), train_dataset=answers)
+        trainer.train()
+        model = outdraft.load("M", trainer.drafter)
+
+    Args:
+        model: the target: a folder, a GGUF file, a hub id, `smollm2` or `reference`, a loaded `transformers` model, or
+            a `Target` on backend eager. A loaded model stays where it is; its weights are frozen.
+        config: the settings of the run.
+        train_dataset: what to learn from, in place of `config.data`: a path as there, a list of dictionaries
+            (`messages`, `conversations`, `prompt` and `completion`, `text`, ...) or of strings, which are texts, or a
+            `datasets.Dataset`. Rows are kept in the output folder, so that a run can be resumed without them.
+        eval_dataset: prompts that tau is measured on, in the same forms; in place of held-out conversations.
+        tokenizer: where the model's folder has none; of a loaded model the one of its name when not given.
+        callbacks: `transformers.TrainerCallback`s, told of every step and log entry, tau's among them.
+        hold_out: last conversations that are kept out of training and measured on; at most a tenth.
+        dtype: of the target, as in `load`.
+        device: likewise.
+        console: where progress goes; stderr when not given.
+
+    Raises:
+        UserError: there is no data, or a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | Target,
+        config: DrafterConfig,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        hold_out: int = HELD_OUT,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        console: Console | None = None,
+    ):
+        data = config.data if train_dataset is None else train_dataset
+        if data is None:
+            raise UserError(NO_DATA)
+        if train_dataset is not None and config.data is not None:
+            raise UserError("both train_dataset and the configuration's data are given; leave one out")
+        if not isinstance(hold_out, int) or hold_out < 0:
+            raise UserError(f"--hold-out must be 0 or more conversations, not {hold_out}")
+        if tokenizer is not None and isinstance(model, Target):
+            raise UserError("a Target has its own tokenizer; leave tokenizer out, or give the model itself")
+        self.model, self.config, self.tokenizer, self.callbacks = model, config, tokenizer, tuple(callbacks)
+        self.hold_out, self.dtype, self.device = hold_out, dtype, device
+        self.console = console or Console(stderr=True, highlight=False)
+        self._data, self._eval = _repeatable(data), None if eval_dataset is None else _repeatable(eval_dataset)
+        self._target: Target | None = None
+        self._drafter: Network | None = None
+        self._folder: Path | None = None  # of the trained drafter
+
+    @property
+    def target(self) -> Target:
+        """What the drafter is trained for; loaded when first asked for."""
+        if self._target is None:
+            self._target = self._load()
+        return self._target
+
+    @property
+    def drafter(self) -> Network:
+        """The trained drafter, which `outdraft.load(model, trainer.drafter)` takes.
+
+        Raises:
+            UserError: nothing is trained yet.
+        """
+        if self._drafter is None:
+            self._drafter = load_network(self._trained(), self.target, device=self.target.device)
+        return self._drafter
+
+    def plan(self) -> TrainPlan:
+        """What the run would cost: one step is timed, nothing is left on disk.
+
+        Raises:
+            UserError: settings, target or data that cannot work.
+        """
+        keep_freed_memory()
+        with tempfile.TemporaryDirectory() as name:
+            aside = Path(name)
+            data, asked = self._files(aside)
+            if asked is None:
+                data = hold_out(Path(data), self.hold_out, self.config.on_bad_line).write(aside)
+            return plan(self.target, self._on(data))
+
+    def train(self, resume_from_checkpoint: bool = False) -> TrainResult:
+        """Train, and save the drafter with its record and card in the output folder.
+
+        Args:
+            resume_from_checkpoint: go on from the folder's last checkpoint; begin where there is none.
+
+        Returns:
+            Steps, time, the last log entry, tau.
+
+        Raises:
+            UserError: settings, target or data that cannot work, or a folder that holds another run.
+            KeyboardInterrupt: after Ctrl-C, once the running step is finished and saved.
+        """
+        keep_freed_memory()
+        console = self.console if is_main_process() else Console(quiet=True)
+        folder = self.config.output_dir / "data"
+        data, asked = self._files(folder)
+        begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
+        if asked is not None:
+            beginning = beginnings(read_prompts(asked, max(self.hold_out, 1)), self.target)
+        else:
+            split = hold_out(Path(data), self.hold_out, self.config.on_bad_line)
+            beginning, held_out = beginnings(split.prompts, self.target), split.held_out
+            for note in split.notes:
+                console.print(note, markup=False)
+            data = split.write(folder)
+        reader: Any = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
+        measure = tau_meter(reader, beginning[:TAU_PROMPTS])
+        result = train(
+            self.target,
+            self._on(data),
+            resume_from_checkpoint,
+            measure,
+            console,
+            held_out,
+            self.callbacks,
+            begun_with,
+        )
+        self._folder, self._drafter = result.folder, None
+        return result
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Put the trained drafter, its record and its card into a folder; they are in the run's without this.
+
+        Args:
+            output_dir: made when absent; the run's own when not given.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: nothing is trained yet.
+        """
+        trained = self._trained()
+        folder = trained if output_dir is None else Path(output_dir).expanduser()
+        if folder.resolve() != trained.resolve() and is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in DRAFTER_FILES:
+                shutil.copy2(trained / name, folder / name)
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the trained drafter, its record and its card to the Hugging Face Hub.
+
+        Args:
+            repo_id: `owner/name`; the repository is made when absent.
+            private: whether one that is made is.
+            token: of the Hub; the one that is logged in with when not given.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: nothing is trained yet, or the Hub refuses.
+        """
+        return push_to_hub(self._trained(), repo_id, private=private, token=token)
+
+    def _trained(self) -> Path:
+        if self._folder is None:
+            raise UserError("there is no trained drafter yet; call train() first")
+        return self._folder
+
+    def _load(self) -> Target:
+        """The target on the plain backend, for gradients go through its head; one device for every process."""
+        if isinstance(self.model, Target):
+            return self.model
+        device, words = self.device, self.tokenizer
+        if isinstance(self.model, PreTrainedModel):
+            words = words or self.model.name_or_path or None
+        elif device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager")
+
+    def _files(self, folder: Path) -> tuple[str | Path, str | Path | None]:
+        """Where the data and the prompts lie; rows are written to `folder`."""
+        data = self._file(self._data, folder / "given.jsonl")
+        return data, None if self._eval is None else self._file(self._eval, folder / "given_eval.jsonl")
+
+    def _file(self, rows: Rows, place: Path) -> str | Path:
+        if isinstance(rows, str | Path):
+            return rows
+        text = json_lines(rows)
+        if place.is_file() and place.read_text(encoding="utf-8") != text and last_checkpoint(self.config.output_dir):
+            raise UserError(
+                f"{self.config.output_dir} holds a run on other rows; give those of {place}, or choose "
+                "another output_dir"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_suffix(f".{os.getpid()}.partial")  # several processes may do this at once
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, place)
+        return place
+
+    def _on(self, data: str | Path) -> DrafterConfig:
+        return self.config.model_copy(update={"data": Path(data)})
+
+    def _begun_with(self, data: str | Path, asked: str | Path | None) -> dict[str, Any]:
+        """What `outdraft train` would have to be given for this run, from any folder."""
+        config = self.config
+        places = {
+            "model": self.model if isinstance(self.model, str | Path) else target_id(self.target),
+            "data": data,
+            "eval_data": asked,
+            "feature_cache_dir": config.feature_cache_dir and config.feature_cache_dir.absolute(),
+        }
+        around = {"dtype": self.dtype, "device": self.device}
+        return {
+            **config.model_dump(mode="json", include=config.model_fields_set - {"output_dir"}),
+            **{name: _found_from_anywhere(place) for name, place in places.items() if place is not None},
+            **{name: str(value).removeprefix("torch.") for name, value in around.items() if value is not None},
+            "hold_out": self.hold_out,
+        }
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of torchrun's or accelerate's processes that reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _repeatable(rows: Rows) -> Rows:
+    """Rows that can be read twice."""
+    if isinstance(rows, Mapping):
+        keys = ", ".join(map(str, rows))
+        raise UserError(f"the data set is a dictionary of {keys}; give one of its splits, or a list of rows")
+    return rows if isinstance(rows, str | Path | Sized) else list(rows)
+
+
+def _found_from_anywhere(place: str | Path) -> str:
+    """The path in full where something lies there; names and hub ids as they are."""
+    path = Path(place).expanduser()
+    return str(path.resolve() if path.exists() else place)
