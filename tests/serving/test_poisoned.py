@@ -70,7 +70,7 @@ def test_of_many_requests_only_the_poisoned_fail(served: Served) -> None:
     prompts = ["red", "blue sun moon and", "x", "red cat one two three"]
     expected = {
         (prompt, seed): served.model.generate(
-            prompt, max_new_tokens=8, **({"temperature": 0.9, "seed": seed, "coupling": "dice"} if seed else {})
+            prompt, max_new_tokens=8, **({"temperature": 0.9, "seed": seed} if seed else {})
         ).texts[0]
         for prompt in prompts
         for seed in (0, 1)
