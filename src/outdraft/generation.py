@@ -6,7 +6,6 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -18,7 +17,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.coupling import Coupled, Noise
+from outdraft.coupling import chance_of
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError
@@ -285,12 +284,12 @@ class SpeculativeModel:
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
-            own_seed = secrets.randbits(63) if seed is None else seed + i
+            own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
             if drawing and not thrown:
-                row.chance = Coupled(Noise(1, self.target.vocab_size, self.target.device, own_seed), 0, row.tokens)
+                row.chance = chance_of(warper, self.target.vocab_size, self.target.device, own_seed, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)
