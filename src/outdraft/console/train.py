@@ -85,12 +85,14 @@ def train(
         plan = plan_training(settings)
         print_json(asdict(plan)) if json else plan.show(results())
         return
-    result = run_training(settings, resume, remarks())
+    result, verdict = run_training(settings, resume, remarks())
     if not is_main_process():
         return
     if json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "verdict": None if verdict is None else verdict.as_dict()})
     else:
         tau = (result.tau or {}).get("tau")
         measured = f", tau {tau:.2f}" if tau is not None else ""
         results().print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s{measured}", markup=False)
+        if verdict is not None:
+            results().print(str(verdict), markup=False)

@@ -15,6 +15,7 @@ from outdraft.allocator import keep_freed_memory
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
+from outdraft.evaluation.training_verdict import TrainingVerdict, training_verdict
 from outdraft.loading import load_target
 from outdraft.target import Target
 from outdraft.training.config import TrainingConfig
@@ -40,8 +41,10 @@ def plan_training(settings: dict[str, Any]) -> TrainPlan:
     return plan(_target(around), config)
 
 
-def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> TrainResult:
-    """The run, with tau measured on prompts that are not trained on.
+def run_training(
+    settings: dict[str, Any], resume: bool, remarks: Console
+) -> tuple[TrainResult, TrainingVerdict | None]:
+    """The run, with tau measured on prompts that are not trained on, and what it is worth on this machine.
 
     Args:
         settings: of `TrainingConfig`, and those of `AROUND`.
@@ -69,7 +72,12 @@ def run_training(settings: dict[str, Any], resume: bool, remarks: Console) -> Tr
         config = config.model_copy(update={"data": split.write(config.output_dir / "data")})
     held_out = split.held_out if split is not None else []
     reader: Any = reader_of(target)  # tau is measured where it is decoded, on the fast layers
-    return train(target, config, resume, tau_meter(reader, beginning[:TAU_PROMPTS]), remarks, held_out)
+    decoded = beginning[:TAU_PROMPTS]
+    result = train(target, config, resume, tau_meter(reader, decoded), remarks, held_out)
+    if not is_main_process():
+        return result, None
+    tau = (result.tau or {}).get("tau")
+    return result, training_verdict(reader, result.folder, tau, result.best_step, len(decoded))
 
 
 def is_main_process() -> bool:
