@@ -151,6 +151,12 @@ class SpeculativeModel:
     def method(self) -> str:
         return self.drafter.method if self.drafter is not None else "none"
 
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a token without drafting, where a controller has measured that lately; None where nobody has."""
+        known = (pacer.costs for pacer in self._pacers.values() if pacer is not None)
+        return next((costs.plain() for costs in known if not costs.plain_is_due()), None)
+
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
         """The same target with another drafter, or with none: plain decoding."""
         return SpeculativeModel(self.target, drafter)

@@ -94,7 +94,7 @@ class Chat:
             self.remarks.print("\nanswer interrupted and forgotten; /quit ends")
             return
         self.history.append({"role": "assistant", "content": streamed.text})
-        self.remarks.print(streamed.line(), style="dim", markup=False)
+        self.remarks.print(streamed.line(None if self.plain else model.plain_seconds), style="dim", markup=False)
         if streamed.finish_reason == "context":
             self.remarks.print("the conversation has filled the model's context; /reset begins anew")
 
