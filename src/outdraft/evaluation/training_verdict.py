@@ -61,7 +61,7 @@ class TrainingVerdict:
 
     def __str__(self) -> str:
         cost = self.cost
-        worth = "faster than" if self.speedup > 1 else "slower than, or as fast as,"
+        worth = "faster than" if self.speedup > 1 else "not faster than"
         text = (
             f"Verdict: at tau {self.tau:.2f} about {self.speedup:.2f}x of plain decoding here, {worth} the target "
             f"alone: its draft costs {cost.draft:.2f} of a plain round, checking it {cost.verify:.2f} "
@@ -109,10 +109,10 @@ def lifts(record: Mapping[str, Any], best_step: int, head_share: float | None) -
     examples, steps = record["examples"], record["steps"]
     passes = steps * record["config"]["batch_size"] * record.get("processes", 1) / examples
     found = []
-    if best_step < steps:
-        found.append(f"not longer training, for step {best_step} of {steps} was the best, but more answers")
-    elif passes < FEW_PASSES:
+    if passes < FEW_PASSES:
         found.append(f"longer training ({passes:.1f} passes over the data were made, {FEW_PASSES} or more are usual)")
+    elif best_step < steps:
+        found.append(f"not longer training, for step {best_step} of {steps} was the best, but more answers")
     elif passes >= MANY_PASSES:
         found.append(f"more answers rather than more steps, after {passes:.0f} passes over the same ones")
     if examples < ADVISED_EXAMPLES:
