@@ -6,6 +6,7 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -19,7 +20,7 @@ from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.errors import UserError
+from outdraft.errors import UserError, meant
 from outdraft.exact import Exactness, ExactTarget, exactly
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
@@ -35,12 +36,13 @@ from outdraft.settings import (
     sampling_settings,
     tree_shape,
 )
+from outdraft.shown import shown_model, shown_output
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationOutput:
     """What `generate` returns, row by row in the order of the prompts.
 
@@ -88,6 +90,9 @@ class GenerationOutput:
         """New tokens of all rows over the wall-clock time, prefill included."""
         return sum(len(row) for row in self.tokens) / self.seconds
 
+    def __repr__(self) -> str:
+        return shown_output(self)
+
 
 @dataclass
 class Piece:
@@ -111,6 +116,7 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
+    **unknown: Any,
 ) -> SpeculativeModel:
     """A target and its drafter, ready to generate.
 
@@ -125,10 +131,14 @@ def load(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         backend: `eager`, `packed` or `compiled`; by default `packed` on a CPU.
         trust_remote_code: run code from the model's repository.
+        **unknown: refused, with the name that was meant.
 
     Raises:
         UserError: something cannot be loaded or does not fit together.
     """
+    for name in unknown:
+        known = list(inspect.signature(load).parameters)[:-1]
+        raise UserError(f"unknown argument '{name}'{meant(name, known) or '; known are ' + ', '.join(known)}")
     target = load_target(
         model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
     )
@@ -142,6 +152,9 @@ class SpeculativeModel:
     def __init__(self, target: Target, drafter: Drafter | None = None):
         self.target, self.drafter = target, drafter
         self._pacers: dict[Any, Pacer | None] = {}
+
+    def __repr__(self) -> str:
+        return shown_model(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

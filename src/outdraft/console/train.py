@@ -15,7 +15,7 @@ from outdraft.console.output import print_json, remarks, results
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Any setting as key=value; an unknown one is answered with all there are."),
+        typer.Argument(help="Any setting as key=value; an unknown one is answered with the nearest that there is."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.TARGET)] = None,
     config: Annotated[

@@ -30,7 +30,8 @@ def show(audit: Audit, console: Console) -> None:
     if audit.noise.positions:
         console.print(Text(noise_line(audit), style="dim"))
     colour = "yellow" if audit.kept is None else "green" if audit.kept else "red"
-    console.print(Panel(Text(audit.verdict, style=f"bold {colour}"), border_style=colour, expand=False))
+    panel = Panel(Text(audit.verdict, style=f"bold {colour}"), border_style=colour, expand=False)
+    console.print(panel, soft_wrap=False)
 
 
 def table(audit: Audit) -> Table:
