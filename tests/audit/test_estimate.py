@@ -41,6 +41,16 @@ def test_progress_counts_by_expected_seconds_and_remembers_what_was_interrupted(
     assert course.title == "long"
 
 
+def test_a_terminal_shows_the_share_of_the_whole_and_what_is_left() -> None:
+    out = io.StringIO()
+    course = Course(Console(file=out, force_terminal=True, width=120), {"short": 1.0, "long": 3.0})
+    for title in ("short", "long"):
+        with course.stage(title, 2) as advance:
+            advance(1)
+    assert "short 1/2" in out.getvalue() and "long 1/2" in out.getvalue()
+    assert "62% of all" in out.getvalue() and "left" in out.getvalue()
+
+
 def test_what_is_left_is_told_by_the_time_that_was_taken() -> None:
     course = Course(Console(quiet=True), {"a": 100.0})
     assert course.left(0.0) == "about 1 min 40 s"

@@ -58,6 +58,7 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
     target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
     prompts = _prompts(settings, target)
     untrained, left_out = _untrained(whole, target, settings.backend)
+    del whole  # a second copy of the weights, where the target's are packed
     given = load_drafter_for(target, settings.draft_model, backend=settings.backend)
     kinds = dict(untrained)
     if given is not None:

@@ -14,7 +14,7 @@ from outdraft.evaluation.environment import busy
 from outdraft.evaluation.measure import PLAIN, Answer
 from outdraft.evaluation.report import verdict
 from outdraft.evaluation.result import BenchResult, Comparison
-from outdraft.evaluation.summary import Summary
+from outdraft.evaluation.summary import Summary, scattered
 from outdraft.text import Detokenizer
 
 SAMPLES, SAMPLE_TOKENS, SHOWN = 3, 160, 40
@@ -75,6 +75,8 @@ def notes(result: BenchResult) -> str:
             "learn began anew in each."
         )
     for one in result.comparisons:
+        if (note := scattered(one.runs)) is not None:
+            found.append(note)
         if one.cut_short:
             found.append(f"{one.cut_short} conversations ended early: the next turn did not fit the context.")
         odd = [s.name for s in one.summaries if any(not d.tie for d in s.divergences or [])]
