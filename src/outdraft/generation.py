@@ -6,6 +6,7 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -20,7 +21,7 @@ from outdraft.control.pacing import Pacer
 from outdraft.coupling import chance_of
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.errors import UserError
+from outdraft.errors import UserError, meant
 from outdraft.exact import Exactness, ExactTarget, exactly
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
@@ -37,12 +38,13 @@ from outdraft.settings import (
     sampling_settings,
     tree_shape,
 )
+from outdraft.shown import shown_model, shown_output
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationOutput:
     """What `generate` returns, row by row in the order of the prompts.
 
@@ -90,6 +92,9 @@ class GenerationOutput:
         """New tokens of all rows over the wall-clock time, prefill included."""
         return sum(len(row) for row in self.tokens) / self.seconds
 
+    def __repr__(self) -> str:
+        return shown_output(self)
+
 
 @dataclass
 class Piece:
@@ -113,6 +118,7 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
+    **unknown: Any,
 ) -> SpeculativeModel:
     """A target and its drafter, ready to generate.
 
@@ -128,10 +134,14 @@ def load(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
         trust_remote_code: run code from the model's repository.
+        **unknown: refused, with the name that was meant.
 
     Raises:
         UserError: something cannot be loaded or does not fit together.
     """
+    for name in unknown:
+        known = list(inspect.signature(load).parameters)[:-1]
+        raise UserError(f"unknown argument '{name}'{meant(name, known) or '; known are ' + ', '.join(known)}")
     if draft_model is None and method is None:
         method = "prompt-lookup"
     target = load_target(
@@ -148,6 +158,9 @@ class SpeculativeModel:
         self.target, self.drafter = target, drafter
         self._pacers: dict[Any, Pacer | None] = {}
 
+    def __repr__(self) -> str:
+        return shown_model(self)
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.target.tokenizer
@@ -155,6 +168,12 @@ class SpeculativeModel:
     @property
     def method(self) -> str:
         return self.drafter.method if self.drafter is not None else "none"
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a token without drafting, where a controller has measured that lately; None where nobody has."""
+        known = (pacer.costs for pacer in self._pacers.values() if pacer is not None)
+        return next((costs.plain() for costs in known if not costs.plain_is_due()), None)
 
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
         """The same target with another drafter, or with none: plain decoding."""

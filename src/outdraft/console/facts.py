@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: nothing there that can be read.
     """
-    path = str(place_of(path).path)
+    asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
         _check(folder)
-    facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder)
+    facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder, asked)
     place = resolve_device(device)
     dtype = default_dtype(place)
     tree = GREEDY_CHAIN if place.type == "cpu" else GPU_TREE
@@ -167,7 +168,7 @@ def _size(weights: Iterable[torch.Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _model(path: str, folder: Path) -> dict[str, Any]:
+def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     _check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -198,7 +199,20 @@ def _model(path: str, folder: Path) -> dict[str, Any]:
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
+        "memory": _memory(text, _size(model.parameters())),
+        "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
+
+
+def _memory(text: Any, parameters: int) -> str:
+    """Of decoding in 16 bits: the weights, and the cache where the config has the usual words for its shape."""
+    said = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return said
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    token = 2 * 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    return f"{said}, {token / 1e3:.1f} MB of cache for 1,000 tokens"
 
 
 def _check_weights(folder: Path) -> None:

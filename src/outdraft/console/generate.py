@@ -75,7 +75,7 @@ def generate(
     asked: Any = [{"role": "user", "content": text}] if chat else text
     if not json:
         streamed = stream(loaded.stream(asked, **settings), results(show_drafts), show_drafts)
-        remarks().print(streamed.line(), style="dim", markup=False)
+        remarks().print(streamed.line(loaded.plain_seconds), style="dim", markup=False, soft_wrap=True)
         return
     output = loaded.generate(asked, **settings)
     print_json(
