@@ -152,7 +152,7 @@ def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     borrowed = [name for name in ("embed_tokens", "lm_head") if f"{name}.weight" not in tensors]
     if borrowed and found.hidden_size != width:
         raise UserError(
-            f"'{folder}' is {found.hidden_size} wide, its target {width}, so it needs a {borrowed[0]}.weight of its "
+            f"'{folder}' is {found.hidden_size} wide, its target {width}, so it needs {borrowed[0]}.weight of its "
             "own, which is not there; copy or download it again"
         )
     _check_rope(found, folder)
