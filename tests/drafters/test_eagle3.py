@@ -322,6 +322,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, tensors: dict[str, Any], me
     [
         ({"hidden_act": "gelu"}, "only drafters with silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "those that load are default, linear"),
+        ({"layer_types": ["sliding_attention"]}, "looks back over a window only"),
         ({"fc_norm": "yes"}, "fc_norm must be true or false"),
         ({"fc_norm": True}, "lacks fc_norm.0.weight"),
         ({"hidden_size": "wide"}, "hidden_size must be a positive whole number"),

@@ -116,7 +116,7 @@ def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Pat
         raise UserError(f"'{folder}' reads no layers of its target (use_aux_hidden_state); choose an EAGLE-3 drafter")
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"'{folder}' has hidden_act '{layer['hidden_act']}'; only drafters with silu can be loaded")
-    if "sliding_attention" in (layer.get("layer_types") or []):
+    if (layer.get("layer_types") or [])[:1] == ["sliding_attention"]:
         raise UserError(f"'{folder}' looks back over a window only, which is not supported; choose another drafter")
     shape = _filled(layer, folder)
     query, fc = tensors.get("self_attn.q_proj.weight"), tensors.get("fc.weight")
