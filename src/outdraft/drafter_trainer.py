@@ -118,7 +118,8 @@ class DrafterTrainer:
             UserError: nothing is trained yet.
         """
         if self._drafter is None:
-            self._drafter = load_network(self._trained(), self.target, device=self.target.device)
+            network: Any = load_network(self._trained(), self.target, device=self.target.device)
+            self._drafter = network
         return self._drafter
 
     def plan(self) -> TrainPlan:

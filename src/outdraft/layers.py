@@ -74,7 +74,7 @@ class Tapped:
 
     Args:
         model: a causal language model, on any backend.
-        layers: counted from 1, in rising order, the last one not among them.
+        layers: counted from 1, in the order in which they are told, the last one not among them.
 
     Raises:
         UserError: no such layer, or the model's layers cannot be found.
@@ -84,8 +84,9 @@ class Tapped:
         modules = list(layers_of(model))
         if odd := [layer for layer in layers if not 1 <= layer < len(modules)]:
             raise UserError(f"layers to read must be between 1 and {len(modules) - 1} for this model, not {odd[0]}")
-        self._noting = [_Noting(modules[layer - 1]) for layer in layers]
-        for layer, noting in zip(layers, self._noting, strict=True):
+        self._layers = list(layers)
+        self._noting = {layer: _Noting(modules[layer - 1]) for layer in layers}
+        for layer, noting in self._noting.items():
             modules[layer - 1] = noting
         self._inner = _view(model, modules, range(len(modules)))
         self._run = forward_of(model, self._tapping, "the target with its taps")
@@ -96,7 +97,8 @@ class Tapped:
 
     def _tapping(self, **inputs: Any) -> tuple[Tensor, ...]:
         features = self._inner(**inputs).last_hidden_state
-        return (torch.cat([features, *(noting.take() for noting in self._noting)], dim=-1),)
+        given = {layer: noting.take() for layer, noting in self._noting.items()}
+        return (torch.cat([features, *(given[layer] for layer in self._layers)], dim=-1),)
 
 
 class ExitView:

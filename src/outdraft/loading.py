@@ -19,12 +19,15 @@ from outdraft.backends import accelerate, best_backend, default_backend, default
 from outdraft.drafters.base import Drafter
 from outdraft.drafters.checkpoint import Network, load_drafter, own_method
 from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.eagle3 import Eagle3Head
+from outdraft.drafters.eagle3_drafting import Eagle3Drafter
+from outdraft.drafters.eagle3_folder import load_eagle3
 from outdraft.drafters.early_exit import EarlyExit
 from outdraft.drafters.exit_folder import load_exit_layer
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
-from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
+from outdraft.drafters.folder import find_folder, is_eagle3, is_hub_id, not_on_hub
 from outdraft.drafters.lookahead import Lookahead
 from outdraft.drafters.medusa import Medusa, MedusaHeads
 from outdraft.drafters.medusa_folder import load_medusa
@@ -34,7 +37,7 @@ from outdraft.gguf_file import gguf_in
 from outdraft.named import named, place_of, shipped_drafter
 from outdraft.target import Target
 
-METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
+METHODS = ("fspad", "eagle", "eagle3", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
 
 WITHOUT_MODEL = ("prompt-lookup", "lookahead")
 """Methods that draft without a drafter to be loaded."""
@@ -112,7 +115,7 @@ def load_target(
 
 def load_drafter_for(
     target: Target,
-    draft_model: str | Path | Network | Target | PreTrainedModel | None,
+    draft_model: str | Path | Network | Eagle3Head | Target | PreTrainedModel | None,
     *,
     method: str | None = None,
     backend: str | None = None,
@@ -150,7 +153,7 @@ def load_drafter_for(
 
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
-    if isinstance(source, FeatureHead | ExitLayer | MedusaHeads):
+    if isinstance(source, FeatureHead | Eagle3Head | ExitLayer | MedusaHeads):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
         return _bound(own, target, backend)
     if isinstance(source, Target):
@@ -165,7 +168,7 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
 
 def load_network(
     source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Network:
+) -> Network | Eagle3Head:
     """The network in a drafter's folder or hub repository, whatever its method.
 
     Args:
@@ -181,22 +184,26 @@ def load_network(
     method = own_method(source)
     if method == ExitLayer.method:
         return load_exit_layer(source, target.model, **place)
+    if method == Eagle3Head.method:
+        return load_eagle3(source, **place).head
     if method == MedusaHeads.method:
         return load_medusa(source, **place).heads
     return load_drafter(source, **place).head.eval()
 
 
-def _bound(network: Network, target: Target, backend: str) -> Drafter:
+def _bound(network: Network | Eagle3Head, target: Target, backend: str) -> Drafter:
     network = accelerate(network, backend)
     if isinstance(network, ExitLayer):
         return EarlyExit(network, target)
+    if isinstance(network, Eagle3Head):
+        return Eagle3Drafter(network, target)
     return Medusa(network, target) if isinstance(network, MedusaHeads) else FeatureDrafter(network, target)
 
 
 def _is_language_model(folder: Path) -> bool:
     """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
 
-    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer.
+    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer; some of EAGLE-3's do.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -205,7 +212,7 @@ def _is_language_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return "model_type" in config and any((folder / name).exists() for name in words)
+    return "model_type" in config and not is_eagle3(config) and any((folder / name).exists() for name in words)
 
 
 def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:

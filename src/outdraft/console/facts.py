@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import GPU_TREE, GREEDY_CHAIN
 from outdraft.drafters.checkpoint import load_drafter, own_method
+from outdraft.drafters.eagle3_folder import Eagle3Checkpoint, load_eagle3
 from outdraft.drafters.exit_folder import ExitFolder, read_exit_folder
-from outdraft.drafters.folder import is_hub_id, not_on_hub
+from outdraft.drafters.folder import is_eagle3, is_hub_id, not_on_hub
 from outdraft.drafters.medusa_folder import MedusaCheckpoint, load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
@@ -30,6 +31,16 @@ from outdraft.training.checkpoints import unfinished
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
 """Settings of a feature head that are named only where they are not the paper's."""
+
+EAGLE3_SWITCHES = (
+    "draft_vocab_size",
+    "tap_norms",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "head_norms",
+)
+"""Likewise of EAGLE-3's."""
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
@@ -88,12 +99,12 @@ def _check(folder: Path) -> None:
 
 
 def _is_drafter(folder: Path) -> bool:
-    """Our own folders say so; official ones are a one-layer config without a tokenizer."""
+    """Our own folders and EAGLE-3's say so; other official ones are a one-layer config without a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"'{folder / 'config.json'}' is not JSON; copy or download it again") from None
-    if "outdraft_version" in config:
+    if "outdraft_version" in config or is_eagle3(config):
         return True
     return config.get("num_hidden_layers") == 1 and not any((folder / name).exists() for name in TOKENIZERS)
 
@@ -104,6 +115,8 @@ def _drafter(folder: Path) -> dict[str, Any]:
         return _exit_layer(read_exit_folder(folder))
     if method == "medusa":
         return _medusa(load_medusa(folder))
+    if method == "eagle3":
+        return _eagle3(load_eagle3(folder))
     loaded = load_drafter(folder)
     config = loaded.head.config
     return _facts(
@@ -145,6 +158,24 @@ def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
         heads=config.num_heads,
         layers_of_a_head=config.num_layers,
         own_head=config.own_head,
+    )
+
+
+def _eagle3(loaded: Eagle3Checkpoint) -> dict[str, Any]:
+    config = loaded.head.config
+    ids = ", ".join(map(str, config.tap_ids))
+    return _facts(
+        "eagle3",
+        loaded.layout,
+        _size(loaded.head.parameters()),
+        loaded.target_id,
+        loaded.head.fits,
+        {},
+        reads=f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "layers 2, L/2 and L-3 of L",
+        **{name: value for name in EAGLE3_SWITCHES if (value := getattr(config, name))},
+        own_head=config.own_head,
+        own_embedding=loaded.head.embed_tokens is not None,
+        context=config.max_position_embeddings,
     )
 
 
