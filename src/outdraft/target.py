@@ -205,6 +205,10 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
     if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UserError(
+            f"the embedding of {name} is quantised, so its rows cannot be read; leave it out of quantisation"
+        )
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise UserError(
             f"{name} is spread over several devices, which is not supported; load it on one (no device_map)"
