@@ -92,15 +92,11 @@ class Target:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        written = next((int(found) for name in names if (found := getattr(self.config, name, None))), 1 << 30)
         rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            # Past this a forward turns all of its positions by other frequencies, so a tree that reaches over it would
-            # change what its root sees.
-            return int(rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings)
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if getattr(self.config, name, None):
-                return int(getattr(self.config, name))
-        return 1 << 30
+        kinds = rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]
+        return min((_reach(one, self.config, written) for one in kinds), default=written)
 
     @property
     def slot_limit(self) -> int | None:
@@ -225,6 +221,23 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         )
     if getattr(config, "attention_chunk_size", None) and "chunked_attention" in (config.layer_types or []):
         raise UserError(f"{name} attends in chunks of positions, which is not supported; choose another family")
+
+
+def _reach(rope: dict[str, Any], config: Any, written: int) -> int:
+    """Tokens that rotations reach over, of one kind of layers; `written` is the configuration's own limit.
+
+    Extended rotations reach `factor` times as far as the original ones. Some configurations write that already, others
+    the original length alone, which the larger of the two tells apart.
+    """
+    kind, factor = rope.get("rope_type", "default"), float(rope.get("factor") or 1.0)
+    original = rope.get("original_max_position_embeddings")
+    if kind == "longrope":
+        # Past this a forward turns all of its positions by other frequencies, so a tree that reaches over it would
+        # change what its root sees.
+        return int(original or config.original_max_position_embeddings)
+    if kind in ("yarn", "llama3", "linear"):
+        return max(written, int(factor * (original or written)))
+    return written  # `dynamic`, too: past it every further token turns by frequencies of its own length, as above
 
 
 def _windows(config: Any) -> dict[str, int | None]:
