@@ -32,6 +32,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.gguf_file import gguf_in
 from outdraft.named import named, place_of, shipped_drafter
 from outdraft.target import Target
+from outdraft.trial import tried
 from outdraft.wrapped import base_of, merged, unwrapped
 
 METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
@@ -111,7 +112,9 @@ def load_target(
             words.name_or_path = shown_as
     if backend is None or backend == "auto":
         backend = best_backend(loaded)
-    return Target(loaded, words, backend)
+    target = Target(loaded, words)
+    windows = tried(target)
+    return Target(loaded, words, backend, windows)
 
 
 def _load_place(model: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, str, str | None]:
@@ -173,7 +176,7 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if isinstance(source, Target):
         return DraftModel(source, target)
     if isinstance(source, PreTrainedModel):
-        return DraftModel(Target(source.eval()), target)
+        return DraftModel(load_target(source, backend="eager"), target)
     if not isinstance(source, str | Path):
         raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
     if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
