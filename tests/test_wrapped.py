@@ -192,6 +192,7 @@ def test_real_adapters_of_peft_are_decoded_merged_or_not(tmp_path: Path) -> None
     expected = tokens(wrapped)
     assert expected != tokens(base, dtype="float32")
     assert tokens(tmp_path / "lora", dtype="float32", method="prompt-lookup") == expected
+    assert load_target(tmp_path / "lora", dtype="float32", device="cpu").backend == load_target(base).backend
     given = torch.tensor([IDS])
     stock = wrapped.generate(input_ids=given, do_sample=False, max_new_tokens=8, pad_token_id=0)
     assert stock[0, len(IDS) :].tolist() == expected
@@ -256,6 +257,12 @@ def test_quantised_models_are_known_by_their_modules_and_decoded_as_stock(kind: 
     assert target.backend == "eager"
     with pytest.raises(UserError, match="quantised"):
         outdraft.load(quantised).generate(IDS, max_new_tokens=2, exact=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scale_of_all_activations_together_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="depends on how many tokens it reads at once"):
+        load_target(dynamic())
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "mixtral", "deepseek"])

@@ -7,6 +7,7 @@ kept and a further tree run after it, in three forwards over a few tokens. The m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,7 +135,15 @@ def _close(found: Tensor, expected: Tensor, model: _Model, texts: Tensor) -> boo
     except Exception:  # without a cache of its own there is nothing to compare with
         return False
     noise = _off(torch.cat([begun, *steps], dim=1)[0], expected[0])
-    return off <= min(NOISE * noise, MOST_NOISE)
+    if off > min(NOISE * noise, MOST_NOISE):
+        return False
+    name = type(model.target.model).__name__
+    warnings.warn(
+        f"what {name} says depends on how many tokens it reads at once (by {off:.1%} here, quantised activations?), so "
+        "drafts can change its text; see `outdraft verify`",
+        stacklevel=5,
+    )
+    return True
 
 
 def _off(found: Tensor, expected: Tensor) -> float:

@@ -71,7 +71,7 @@ def why_not_replaced(model: nn.Module) -> str | None:
         return "it is spread over devices"
     if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
         return "it is quantised"
-    if any("base_layer" in module._modules for module in model.modules()):
+    if getattr(model, "peft_config", None) or any("base_layer" in module._modules for module in model.modules()):
         return "it has adapters; merge them first"
     if any("_orig_mod" in module._modules for module in model.modules()):
         return "parts of it are compiled already"
