@@ -17,6 +17,7 @@ import outdraft
 from models import tiny
 from outdraft.backends import best_backend, why_not_packed
 from outdraft.backends.packed import quantised_part
+from outdraft.console.facts import describe
 from outdraft.errors import UserError
 from outdraft.loading import load_target
 from outdraft.wrapped import unwrapped
@@ -143,6 +144,8 @@ def test_an_adapters_folder_needs_peft_and_says_so(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="is an adapter, which needs a package: pip install peft"):
         load_target(adapter)
+    with pytest.raises(UserError, match=r"is an adapter for .*base', whose facts it shares"):
+        describe(str(adapter))
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
         load_target(adapter)

@@ -160,6 +160,16 @@ def test_every_turn_of_an_agents_assistant_carries_loss_and_no_tool_or_user() ->
     assert text.startswith('[{"name": "add"}]<|im_start|>assistant\nhello')
 
 
+def test_a_first_turn_of_the_assistants_is_told_from_a_system_turn_of_the_templates() -> None:
+    template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if loop.first %}SYSTEM<|im_end|>{% endif %}"
+    )
+    begun = Conversation("data:1", messages=(TWO_TURNS.messages[1], *TWO_TURNS.messages))
+    assert marked(template, [begun]) == ["Grüß<|im_end|>"] * 2 + ["ok<|im_end|>"]
+    bare = template.replace("<|im_start|>assistant\n", "")
+    assert marked(bare, [begun])[0] != "SYSTEM<|im_end|>"
+
+
 def test_what_the_template_refuses_is_left_out_counted_and_named() -> None:
     found = tokenize([TWO_TURNS, AGENT, TWO_TURNS], byte_tokenizer(STRICT), 999)
     assert len(found) == 2

@@ -24,6 +24,7 @@ from outdraft.gguf_file import record_in
 from outdraft.loading import first_line, resolve_device
 from outdraft.named import place_of
 from outdraft.target import refuse_unfit
+from outdraft.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
@@ -78,6 +79,8 @@ def table(facts: dict[str, Any]) -> Table:
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"no folder at '{folder}'; check the path")
+    if (base := base_of(folder)) is not None:
+        raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
     if not (folder / "config.json").is_file():
         raise UserError(f"'{folder}' has no config.json, so it is neither a model nor a drafter; check the path")
 

@@ -242,6 +242,8 @@ def _response_span(
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
         if not text.startswith(through):
             return None
+        if not turn:
+            return _first_span(render(tokenizer, [], True, tools), through, messages[0]["content"].strip())
         for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
             before = render(tokenizer, messages[:turn], with_prompt, tools)
             if len(before) < len(through) and through.startswith(before):
@@ -249,6 +251,12 @@ def _response_span(
     except TemplateRefuses:  # of a conversation that it takes as a whole it may refuse a beginning
         return None
     return None
+
+
+def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
+    """The same of a turn that begins the conversation, before which templates may put a system turn of their own."""
+    begin = through.find(prompt + said) if prompt else -1
+    return None if begin < 0 else (begin + len(prompt), len(through))
 
 
 def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
