@@ -23,6 +23,7 @@ from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.errors import UserError, meant
 from outdraft.exact import Exactness, ExactTarget, exactly
+from outdraft.inputs import plain_prompts, whole_numbers
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
 from outdraft.settings import (
@@ -123,8 +124,8 @@ def load(
     """A target and its drafter, ready to generate.
 
     Args:
-        model: folder, GGUF file, hub id, a loaded `transformers` model, `smollm2` for SmolLM2-135M-Instruct, or
-            `reference` for the small one that is shipped.
+        model: folder, GGUF file, hub id, an adapter's folder, a loaded `transformers` model (also in torch.compile or
+            PEFT), `smollm2` for SmolLM2-135M-Instruct, or `reference` for the small one that is shipped.
         draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3), a smaller language model, `reference`
             or `smollm2` for the drafters that ship for these, or None.
         method: `fspad`, `eagle`, `eagle3`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is,
@@ -183,7 +184,7 @@ class SpeculativeModel:
         """Answer one prompt or several at once.
 
         Args:
-            prompts: a text, a conversation, token ids, or a list of any of these.
+            prompts: a text, a conversation, token ids (a list, array or tensor), or a list of any of these.
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
                 `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
@@ -270,14 +271,14 @@ class SpeculativeModel:
             raise UserError(f"coupling must be dice or noise, not {coupling!r}")
         if coupling == "noise" and tree.get("candidates") not in (None, "top-k"):
             raise UserError("candidates that are drawn need coupling='dice'; leave one of the two out")
-        encoded, _ = encode_prompts(prompts, self.tokenizer)
+        encoded, _ = encode_prompts(plain_prompts(prompts), self.tokenizer)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         eos = settings.pop("eos_token_id", None)
         ends = self.target.eos_token_ids
         if eos is not None:
-            ends = [whole("eos_token_id", token) for token in (eos if isinstance(eos, list | tuple) else [eos])]
+            ends = [whole("eos_token_id", token) for token in whole_numbers(eos)]
         strings = settings.pop("stop_strings", None) or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         if strings and self.tokenizer is None:

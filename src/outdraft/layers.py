@@ -42,8 +42,8 @@ class Cut:
         self.layers = layers
         modules = list(layers_of(model))
         self._noting, self._handed = _Noting(modules[layers - 1]), _Handed(modules[layers])
-        self._lower = _view(model, [*modules[: layers - 1], self._noting], range(layers))
-        self._upper = _view(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
+        self._lower = view_of(model, [*modules[: layers - 1], self._noting], range(layers))
+        self._upper = view_of(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
         self._run_lower = forward_of(model, self._noted, "the first layers")
         self._run_upper = forward_of(model, self._continued, "the other layers")
 
@@ -88,7 +88,7 @@ class Tapped:
         self._noting = {layer: _Noting(modules[layer - 1]) for layer in layers}
         for layer, noting in self._noting.items():
             modules[layer - 1] = noting
-        self._inner = _view(model, modules, range(len(modules)))
+        self._inner = view_of(model, modules, range(len(modules)))
         self._run = forward_of(model, self._tapping, "the target with its taps")
 
     def __call__(self, **inputs: Any) -> Tensor:
@@ -111,7 +111,7 @@ class ExitView:
 
     def __init__(self, model: PreTrainedModel, layer: nn.Module):
         self._handed = _Handed(layer)
-        self._inner = _view(model, [self._handed], [len(layers_of(model)) - 1])
+        self._inner = view_of(model, [self._handed], [len(layers_of(model)) - 1])
         self._run = forward_of(model, self._exiting, "the exit layer")
 
     def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
@@ -135,7 +135,7 @@ class Shortcut:
         modules = list(layers_of(model))
         self._noting = _Noting(modules[layers - 1])
         places = [*range(layers), len(modules) - 1]
-        self._inner = _view(model, [*modules[: layers - 1], self._noting, layer], places)
+        self._inner = view_of(model, [*modules[: layers - 1], self._noting, layer], places)
         self._run = forward_of(model, self._shortcut, "the first layers and the exit layer")
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _view(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
+def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
     """A shallow copy of the inner model with these layers, which stand for those at these places of its list."""
     path = _path_to_layers(model)
     child: nn.Module = nn.ModuleList()

@@ -27,6 +27,7 @@ from outdraft.loading import first_line, resolve_device
 from outdraft.named import place_of
 from outdraft.target import refuse_unfit
 from outdraft.training.checkpoints import unfinished
+from outdraft.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
@@ -91,6 +92,8 @@ def table(facts: dict[str, Any]) -> Table:
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"no folder at '{folder}'; check the path")
+    if (base := base_of(folder)) is not None:
+        raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
     if not (folder / "config.json").is_file():
         raise UserError(
             unfinished(folder)
