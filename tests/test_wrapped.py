@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +171,7 @@ def test_an_adapters_folder_is_its_base_model_with_the_adapter_merged(
                 self.inner.lm_head.weight.copy_(self.inner.lm_head.weight.flip(0))
             return self.inner
 
-    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace(PeftModel=Loaded))
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace(PeftModel=Loaded, __spec__=ModuleSpec("peft", None)))
     target = load_target(adapter, dtype="float32", device="cpu")
     assert target.model.name_or_path == str(adapter) and target.tokenizer is None
     plain = load_target(base, dtype="float32", device="cpu")
