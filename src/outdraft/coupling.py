@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.sampling import Warper, greatest
+from outdraft.sampling import Warper, with_greatest
 
 KEPT_BYTES = 256 * 2**20
 """Of noise that is kept; older steps are made again from the generator's state when a row that lags behind asks."""
@@ -160,8 +160,10 @@ def chance_of(
 
 
 def under(laws: Tensor, noise: Tensor) -> Tensor:
-    """`(...)` the tokens chosen of `(..., vocab)` probabilities under noise that broadcasts to them."""
-    return greatest(laws / noise)
+    """`(...)` the tokens chosen of `(..., vocab)` probabilities under noise that broadcasts to them; one past the
+    vocabulary where those are NaN, as in `draw_each`."""
+    chosen, best = with_greatest(laws / noise)
+    return torch.where(best.isnan(), laws.shape[-1], chosen)
 
 
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:

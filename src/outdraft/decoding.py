@@ -22,6 +22,7 @@ from outdraft.control.costs import Costs
 from outdraft.control.pacing import RoundPace
 from outdraft.drafters.base import Drafter, DraftState, Pace, RowContext, TreeShape, Update
 from outdraft.drafters.repeats import Others, Repeats, spliced
+from outdraft.errors import first_line
 from outdraft.exact import ExactTarget
 from outdraft.places import integers, sent
 from outdraft.prefixes import Prefix, Prefixes
@@ -34,6 +35,9 @@ from outdraft.verify import Verdict, verify
 
 MOST_NODES = 256
 """Of all rows, up to which they are padded to the longest repetition: what a compiled forward takes."""
+
+PIECE = 256
+"""Tokens of a prompt whose logits are made at once, where somebody watches them."""
 
 UNTOLD = 64
 """Tokens of a row that the drafter may be behind before it is asked again, whatever is repeated: it takes them in at
@@ -52,11 +56,13 @@ class Row:
         stop_token_ids: a token of these ends the row and is part of it.
         should_stop: called with the new tokens after each of them; True ends the row there (stop strings).
         tokens: decided so far, the prompt not included.
-        finish_reason: `eos`, `length`, `stop` or `context`; None while the row is running.
+        finish_reason: `eos`, `length`, `stop`, `context` or `error`; None while the row is running.
+        error: why it could not go on, where that is how it ended.
         accepted: for every decided token, whether it was drafted.
         controller: says how far to draft for it; None drafts as far as the shape allows.
         repeats: when what the text repeats is drafted in the drafter's place; None asks the drafter always.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
+        watch_prompt: called with those of the prompt's tokens but the first, some at a time.
     """
 
     prompt: list[int]
@@ -67,21 +73,29 @@ class Row:
     should_stop: Callable[[list[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
     accepted: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     controller: Controller | None = None
     repeats: Repeats | None = None
     watch: Callable[[Tensor], None] | None = None
+    watch_prompt: Callable[[Tensor], None] | None = None
 
-    def extend(self, tokens: Sequence[int], context_length: int) -> int:
-        """Append decided tokens one by one, ending exactly where plain decoding would; how many were taken."""
+    def extend(self, tokens: Sequence[int], context_length: int, drafted: int) -> int:
+        """Append decided tokens one by one, the first of them drafted, ending exactly where plain decoding would.
+
+        Returns:
+            How many were taken.
+        """
         for taken, token in enumerate(tokens, start=1):
             self.tokens.append(token)
-            self.accepted.append(taken < len(tokens))
+            self.accepted.append(taken <= drafted)
             if token in self.stop_token_ids:
                 self.finish_reason = "eos"
-            elif self.should_stop is not None and self.should_stop(self.tokens):
+            elif self._stops():
                 self.finish_reason = "stop"
+            elif self.error is not None:
+                pass
             elif len(self.tokens) >= self.max_new_tokens:
                 self.finish_reason = "length"
             elif len(self.prompt) + len(self.tokens) >= context_length:
@@ -89,6 +103,31 @@ class Row:
             if self.finish_reason is not None:
                 return taken
         return len(tokens)
+
+    def fail(self, error: Exception | None = None) -> None:
+        """It ends here, alone: its logits are no numbers, or what was given to it raised an error."""
+        self.finish_reason = "error"
+        self.error = (
+            f"after {len(self.tokens)} new tokens the logits are not finite (NaN, infinite, or every token ruled out): "
+            "the model's weights are broken, its precision is too low (try float32), or a logits processor did it"
+            if error is None
+            else f"after {len(self.tokens)} new tokens {type(error).__name__} was raised: {first_line(error)}"
+        )
+
+    def tell(self, watch: Callable[[Tensor], None] | None, logits: Tensor) -> None:
+        """One of those who watch it; what fails is its own."""
+        try:
+            if watch is not None:
+                watch(logits)
+        except Exception as error:
+            self.fail(error)
+
+    def _stops(self) -> bool:
+        try:
+            return self.should_stop is not None and self.should_stop(self.tokens)
+        except Exception as error:  # stopping criteria and tokenizers are the user's
+            self.fail(error)
+            return False
 
 
 @torch.inference_mode()
@@ -181,15 +220,24 @@ class Batch:
         index = torch.arange(len(counts), device=features.device)
         logits = self.target.head(features[index, integers([n - 1 for n in counts], features.device)])
         warpers, chances = [row.warper for row in self.rows], [row.chance for row in self.rows]
-        self.roots = draw_each(chances, laws_of(warpers, logits, Prefixes(self.prefixes)))
+        drawn = draw_each(chances, laws_of(warpers, logits, Prefixes(self.prefixes)))
+        last = logits.shape[-1] - 1
+        self.roots = drawn.clamp(max=last)
+        lost = [token > last for token in drawn.tolist()]
         firsts = self.roots.tolist()
-        for row, prefix, token, row_logits in zip(self.rows, self.prefixes, firsts, logits, strict=True):
-            prefix.append([token])
+        for i, (row, prefix) in enumerate(zip(self.rows, self.prefixes, strict=True)):
+            prefix.append([firsts[i]])
             if row.finish_reason is not None:  # taken out amid its prompt
                 continue
-            row.extend([token], self.target.context_length)
-            if row.watch is not None:
-                row.watch(row_logits[None])
+            if row.watch_prompt is not None:
+                for start in range(0, counts[i] - 1, PIECE):
+                    piece = features[i, start : min(start + PIECE, counts[i] - 1)]
+                    row.tell(row.watch_prompt, self.target.head(piece))
+            if lost[i]:
+                row.fail(row.warper.error)
+            if row.finish_reason is None:
+                row.extend([firsts[i]], self.target.context_length, 0)
+                row.tell(row.watch, logits[i : i + 1])
         if self.drafter is not None:
             # Pairs (token one ahead, tap): the prompt from its second token on, then the token just decided.
             tokens = torch.zeros(features.shape[:2], dtype=torch.long)
@@ -332,6 +380,10 @@ class Batch:
     ) -> None:
         """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
         self.cache.commit([verdict.path for verdict in verdicts])
+        lost = [verdict.tokens[-1] >= logits.shape[-1] for verdict in verdicts]
+        for verdict, is_lost in zip(verdicts, lost, strict=True):
+            if is_lost:
+                verdict.tokens[-1] = 0  # in its place until the row leaves
         counts = [len(verdict.path) for verdict in verdicts]
         longest = max(counts)
         padding = [[0] * (longest - count) for count in counts]
@@ -345,9 +397,14 @@ class Batch:
             kept = packed[:, longest:-1, None].expand(-1, -1, taps.shape[-1])
             self.updates.append(Update(packed[:, :longest], taps.gather(1, kept), counts))
         for i, (row, prefix, verdict) in enumerate(zip(self.rows, self.prefixes, verdicts, strict=True)):
-            taken = row.extend(verdict.tokens, self.target.context_length)
-            if row.watch is not None:
-                row.watch(logits[i, verdict.path[:taken]])
+            drafted = len(verdict.tokens) - 1
+            taken = row.extend(
+                verdict.tokens[:drafted] if lost[i] else verdict.tokens, self.target.context_length, drafted
+            )
+            if taken:
+                row.tell(row.watch, logits[i, verdict.path[:taken]])
+            if lost[i] and row.finish_reason is None:
+                row.fail(row.warper.error)
             prefix.append(verdict.tokens)
             row.statistics.add_round(tree.counts[i] - 1, tree.deepest[i], len(verdict.path) - 1, taken)
             row.statistics.repeats += bool(repeated[i]) and tree.counts[i] > 1

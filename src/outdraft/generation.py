@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from outdraft.settings import (
     check_prompt,
     controller_of,
     default_controller,
+    in_effect,
+    model_settings,
     pacer_of,
     repeats_of,
     sampling_settings,
@@ -41,8 +44,9 @@ from outdraft.settings import (
 )
 from outdraft.shown import shown_model, shown_output
 from outdraft.statistics import Statistics
+from outdraft.stops import stops_at
 from outdraft.target import Target
-from outdraft.text import Detokenizer, decode_text, encode_prompts, stops_at
+from outdraft.text import Detokenizer, answer_text, encode_prompts
 
 
 @dataclass(repr=False)
@@ -51,9 +55,11 @@ class GenerationOutput:
 
     Attributes:
         tokens: new token ids, an end-of-sequence token included.
-        texts: the same as text, special tokens left out; None without a tokenizer.
+        texts: the same as text after the prompt's, special tokens left out; None without a tokenizer.
         prompts: token ids of the prompts.
-        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string) or `context` (the model's limit).
+        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string), `context` (the model's limit),
+            or `error`.
+        errors: for every row why it could not go on, where it ended so; the others went on.
         accepted: for every new token, whether a drafter had guessed it.
         statistics: of all rows together.
         row_statistics: of each row.
@@ -70,6 +76,7 @@ class GenerationOutput:
     row_statistics: list[Statistics]
     seconds: float
     exactness: Exactness | None = None
+    errors: list[str | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -119,6 +126,7 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
+    generation_config: str = "auto",
     **unknown: Any,
 ) -> SpeculativeModel:
     """A target and its drafter, ready to generate.
@@ -135,6 +143,8 @@ def load(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
         trust_remote_code: run code from the model's repository.
+        generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
+            given; `vllm` ignores them, as in vLLM.
         **unknown: refused, with the name that was meant.
 
     Raises:
@@ -148,6 +158,9 @@ def load(
     target = load_target(
         model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
     )
+    if generation_config not in ("auto", "vllm"):
+        raise UserError(f"generation_config must be auto or vllm, not {generation_config!r}")
+    target.ignores_generation_config = generation_config == "vllm"
     drafter = load_drafter_for(target, draft_model, method=method, backend=backend, trust_remote_code=trust_remote_code)
     return SpeculativeModel(target, drafter)
 
@@ -158,6 +171,7 @@ class SpeculativeModel:
     def __init__(self, target: Target, drafter: Drafter | None = None):
         self.target, self.drafter = target, drafter
         self._pacers: dict[Any, Pacer | None] = {}
+        self._said = False  # that the model's own settings are in effect
 
     def __repr__(self) -> str:
         return shown_model(self)
@@ -178,7 +192,9 @@ class SpeculativeModel:
 
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
         """The same target with another drafter, or with none: plain decoding."""
-        return SpeculativeModel(self.target, drafter)
+        other = SpeculativeModel(self.target, drafter)
+        other._said = self._said
+        return other
 
     def generate(self, prompts: Any, **settings: Any) -> GenerationOutput:
         """Answer one prompt or several at once.
@@ -187,13 +203,15 @@ class SpeculativeModel:
             prompts: a text, a conversation, token ids (a list, array or tensor), or a list of any of these.
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
-                `min_new_tokens`, `eos_token_id`, `stop_strings`, `seed`, `logits_processor`, `streamer`;
+                `min_new_tokens` and the other fields of `SamplingSettings`; `eos_token_id`, `stop_strings`, `seed`,
+                `logits_processor`, `streamer`; `chat_template_kwargs`, which the chat template itself is told;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
                 `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for; else `fixed`.
                 `tree_size="auto"` drafts whichever shape brings the most tokens a second here, for all rows alike.
-                What they learn serves later calls. Greedy unless `do_sample` or a `temperature` is given.
+                What they learn serves later calls. Greedy unless `do_sample` or a `temperature` is given,
+                or the model's own generation config samples: its settings apply where none are given.
                 `coupling`: how chance comes in with a temperature. `noise` (default) shares the noise of
                 `torch.multinomial` between drafter and target, so that a prompt's text is that which stock `generate`
                 samples for it after `torch.manual_seed(seed + its place)`, whatever drafts, however far and in
@@ -205,7 +223,8 @@ class SpeculativeModel:
                 on this machine, even where rounding would part them; slower (docs/exact.md).
 
         Raises:
-            UserError: an unknown or impossible setting, or a prompt beyond the context.
+            UserError: an unknown or impossible setting, or a prompt beyond the context; or in every row logits that are
+                no numbers or a processor that fails. One such row in company ends alone, with a warning.
         """
         streamer = settings.pop("streamer", None)
         start = time.perf_counter()
@@ -223,10 +242,11 @@ class SpeculativeModel:
                 streamed = len(rows[0].tokens)
         if streamer is not None:
             streamer.end()
+        say_failures(rows)
         tokenizer = self.tokenizer
         return GenerationOutput(
             [row.tokens for row in rows],
-            [decode_text(tokenizer, row.tokens) for row in rows] if tokenizer else None,
+            [answer_text(tokenizer, row.prompt, row.tokens) for row in rows] if tokenizer else None,
             [row.prompt for row in rows],
             [str(row.finish_reason) for row in rows],
             [row.accepted for row in rows],
@@ -234,6 +254,7 @@ class SpeculativeModel:
             [row.statistics for row in rows],
             time.perf_counter() - start,
             replace(target.exactness) if isinstance(target, ExactTarget) else None,
+            [row.error for row in rows],
         )
 
     def stream(self, prompts: Any, **settings: Any) -> Iterator[Piece]:
@@ -242,7 +263,7 @@ class SpeculativeModel:
         rows, shape, costs = self._rows(prompts, settings)
         if self.tokenizer is None:
             raise UserError("streaming text needs a tokenizer; use generate for token ids")
-        texts = [Detokenizer(self.tokenizer) for _ in rows]
+        texts = [Detokenizer(self.tokenizer, prompt=row.prompt) for row in rows]
         for _ in decode(target, self.drafter, rows, shape, costs):
             for i, row in enumerate(rows):
                 for place in range(len(texts[i].tokens), len(row.tokens)):
@@ -251,6 +272,7 @@ class SpeculativeModel:
                     if reason is not None:
                         text += texts[i].finish()
                     yield Piece(i, row.tokens[place], text, row.accepted[place], reason)
+        say_failures(rows)
 
     def _target(self, settings: dict[str, Any]) -> Target:
         return exactly(self.target) if settings.get("exact") else self.target
@@ -271,7 +293,8 @@ class SpeculativeModel:
             raise UserError(f"coupling must be dice or noise, not {coupling!r}")
         if coupling == "noise" and tree.get("candidates") not in (None, "top-k"):
             raise UserError("candidates that are drawn need coupling='dice'; leave one of the two out")
-        encoded, _ = encode_prompts(plain_prompts(prompts), self.tokenizer)
+        chat = settings.pop("chat_template_kwargs", None)
+        encoded, _ = encode_prompts(plain_prompts(prompts), self.tokenizer, chat)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
@@ -286,7 +309,11 @@ class SpeculativeModel:
         seed = settings.pop("seed", None)
         seed = None if seed is None else whole("seed", seed)
         extra: Sequence[LogitsProcessor] = settings.pop("logits_processor", None) or []
-        sampling = sampling_settings(settings)
+        own = model_settings(self.target)
+        if exact and settings.get("temperature") is None:
+            settings.setdefault("do_sample", False)
+        sampling = sampling_settings(settings, own)
+        self._say(in_effect(own, settings))
         if exact and sampling.temperature > 0:
             raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
         if exact and all(value is None for value in tree.values()):
@@ -306,7 +333,7 @@ class SpeculativeModel:
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
             own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
-            should_stop = stops_at(strings, self.tokenizer) if strings and self.tokenizer else None
+            should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
             if drawing and not thrown:
                 row.chance = chance_of(warper, self.target.vocab_size, self.target.device, own_seed, row.tokens)
@@ -314,6 +341,16 @@ class SpeculativeModel:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)
         return rows, shape, pacer.costs if pacer is not None else None
+
+    def _say(self, own: dict[str, Any]) -> None:
+        """That the model's own settings decide, once."""
+        if own and not self._said:
+            what = ", ".join(f"{name}={value}"[:80] for name, value in own.items())
+            warnings.warn(
+                f"the model's generation config sets {what}; give others, or ignore it (generation_config='vllm')",
+                stacklevel=4,
+            )
+        self._said = self._said or bool(own)
 
     def _pacer(self, controller: Any) -> Pacer | None:
         """The same one for the same settings, so that what was learned and measured is kept."""
@@ -323,6 +360,15 @@ class SpeculativeModel:
         if key not in self._pacers:
             self._pacers[key] = pacer_of(controller)
         return self._pacers[key]
+
+
+def say_failures(rows: Sequence[Row]) -> None:
+    """Raise UserError if no row could be decoded to its end; warn of some that could not."""
+    failed = {place: row.error for place, row in enumerate(rows) if row.error is not None}
+    for place, error in failed.items():
+        if len(failed) == len(rows):
+            raise UserError(error)
+        warnings.warn(f"row {place} has ended early: {error}", stacklevel=3)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -102,6 +102,9 @@ def custom_generate(
             rows.append(row)
         for _ in decode(target, drafter, rows, shape, pacer.costs if pacer is not None else None):
             pass
+        for row in rows:
+            if row.error is not None:
+                raise UserError(row.error)
         leave_generator([row.chance for row in rows], [row.tokens for row in rows])
         filler = generation_config.pad_token_id
         filler = filler if filler is not None else (target.eos_token_ids or [0])[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import generation as hf
 
-from outdraft.errors import UserError
+from outdraft.errors import UserError, first_line
 from outdraft.places import sent
 
 
@@ -44,14 +44,32 @@ class SamplingSettings:
     """Token sequences that are never completed."""
     min_new_tokens: int = 0
     """No end-of-sequence token before so many new ones."""
+    min_length: int = 0
+    """No end-of-sequence token before so many of prompt and answer together."""
+    suppress_tokens: list[int] = field(default_factory=list)
+    """Tokens that are never chosen."""
+    begin_suppress_tokens: list[int] = field(default_factory=list)
+    """Tokens that no answer begins with."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens twice, prompt included; 0 is off."""
+    sequence_bias: Any = None
+    """Added to the logits of tokens that complete sequences: `[[token ids], bias]` pairs."""
+    typical_p: float = 1.0
+    """Keep the most typical tokens up to this probability; 1 keeps all."""
+    epsilon_cutoff: float = 0.0
+    """Drop tokens less probable than this; 0 keeps all."""
+    eta_cutoff: float = 0.0
+    """Likewise, less strictly where many tokens are probable."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "min_new_tokens"):
+        for name in ("top_k", "min_new_tokens", "min_length", "no_repeat_ngram_size"):
             setattr(self, name, whole(name, getattr(self, name)))
         for name in _NUMBERS:
             setattr(self, name, real(name, getattr(self, name)))
         self.logit_bias = _bias(self.logit_bias)
         self.bad_words_ids = _words(self.bad_words_ids)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(self, name, _words([getattr(self, name)], name)[0] if getattr(self, name) else [])
         bounds = [
             (self.temperature >= 0, "temperature must be 0 (greedy) or more"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
@@ -59,13 +77,27 @@ class SamplingSettings:
             (0 <= self.min_p <= 1, "min_p must be in [0, 1]; 0 turns it off"),
             (self.repetition_penalty > 0, "repetition_penalty must be more than 0; 1 turns it off"),
             (self.min_new_tokens >= 0, "min_new_tokens must be 0 or more"),
+            (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size must be 0 (off) or more"),
+            (0 < self.typical_p <= 1, "typical_p must be in (0, 1]; 1 turns it off"),
+            (0 <= self.epsilon_cutoff < 1, "epsilon_cutoff must be in [0, 1); 0 turns it off"),
+            (0 <= self.eta_cutoff < 1, "eta_cutoff must be in [0, 1); 0 turns it off"),
         ]
         for holds, message in bounds:
             if not holds:
                 raise UserError(message)
 
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
 
 
 def whole(name: str, value: Any) -> int:
@@ -95,11 +127,11 @@ def _token_id(key: Any) -> int:
     return int(key) if digits else whole("a token id in logit_bias", key)
 
 
-def _words(given: Any) -> list[list[int]]:
+def _words(given: Any, name: str = "bad_words_ids") -> list[list[int]]:
     lists = isinstance(given, list | tuple) and all(isinstance(word, list | tuple) and word for word in given)
     if not lists:
-        raise UserError(f"bad_words_ids must be a list of lists of token ids, none of them empty, not {given!r}")
-    return [[whole("a token id in bad_words_ids", token) for token in word] for word in given]
+        raise UserError(f"{name} must hold lists of token ids, none of them empty, not {given!r}")
+    return [[whole(f"a token id in {name}", token) for token in word] for word in given]
 
 
 class OccurrencePenalty(hf.LogitsProcessor):
@@ -129,6 +161,15 @@ class LogitBias(hf.LogitsProcessor):
         return scores
 
 
+def _sequence_bias(given: Any, vocab_size: int) -> hf.LogitsProcessor:
+    try:
+        processor = hf.SequenceBiasLogitsProcessor(given)
+    except ValueError as error:
+        raise UserError(f"sequence_bias must be [[token ids], bias] pairs: {first_line(error)}") from error
+    check_token_ids([list(sequence) for sequence in processor.sequence_bias], vocab_size)
+    return processor
+
+
 class Warper:
     """Logits of one node to the law its token is drawn from.
 
@@ -150,40 +191,55 @@ class Warper:
         extra: Sequence[hf.LogitsProcessor] = (),
         device: torch.device | str = "cpu",
     ):
+        self.error: Exception | None = None
+        """What a processor has raised, where a law was asked of it in company (`laws_of`)."""
         self.greedy = settings.temperature == 0
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
+        ends = list(eos_token_ids)
+        check_token_ids([*s.bad_words_ids, s.suppress_tokens, s.begin_suppress_tokens], vocab_size)
+        if s.sequence_bias:
+            reading.append(_sequence_bias(s.sequence_bias, vocab_size))
         if s.repetition_penalty != 1:
             reading.append(hf.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty)))
         if s.presence_penalty or s.frequency_penalty:
             reading.append(OccurrencePenalty(s.presence_penalty, s.frequency_penalty, prompt_length))
+        if s.no_repeat_ngram_size:
+            reading.append(hf.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size))
         if s.bad_words_ids:
-            check_token_ids(s.bad_words_ids, vocab_size)
-            reading.append(hf.NoBadWordsLogitsProcessor(s.bad_words_ids, eos_token_id=list(eos_token_ids) or None))
-        if s.min_new_tokens and eos_token_ids:
-            ends = list(eos_token_ids)
+            reading.append(hf.NoBadWordsLogitsProcessor(s.bad_words_ids, eos_token_id=ends or None))
+        if s.min_length and ends:
+            reading.append(hf.MinLengthLogitsProcessor(s.min_length, ends, device=str(device)))
+        if s.min_new_tokens and ends:
             reading.append(
                 hf.MinNewTokensLengthLogitsProcessor(prompt_length, s.min_new_tokens, ends, device=str(device))
             )
+        if s.begin_suppress_tokens:
+            reading.append(
+                hf.SuppressTokensAtBeginLogitsProcessor(s.begin_suppress_tokens, prompt_length, device=str(device))
+            )
         self.reads_prefix = bool(reading)
         bias = tuple(s.logit_bias.items())
-        shape = (0,) if self.greedy else (s.temperature, s.top_k, s.top_p, s.min_p)
-        self.scoring: Hashable = (*shape, bias)
+        rare = (s.typical_p, s.epsilon_cutoff, s.eta_cutoff)
+        shape = (0,) if self.greedy else (s.temperature, s.top_k, s.top_p, s.min_p, *rare)
+        self.scoring: Hashable = (*shape, bias, tuple(s.suppress_tokens))
         """Warpers that have it in common make the same `scores` of the same logits."""
         self.kind: Hashable = None if self.reads_prefix else self.scoring
         """Warpers of one kind make the same law of the same logits; None where it depends on the prefix."""
-        self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1)
+        self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1 or s.typical_p < 1)
         """Whether a law costs a search through the vocabulary, so that none should be made in vain."""
         self.names_tokens = bool(s.logit_bias)
         """Whether it looks tokens up by their ids, beside what reads the prefix."""
         self._processors, self._reading = [*reading], len(reading)
         if s.logit_bias:
             self._processors.append(LogitBias(s.logit_bias, vocab_size))
+        if s.suppress_tokens:
+            self._processors.append(hf.SuppressTokensLogitsProcessor(s.suppress_tokens, device=str(device)))
         if not self.greedy:
-            self._processors += self._warpers(s)
+            self._processors += self._warpers(s, device)
 
     @staticmethod
-    def _warpers(s: SamplingSettings) -> list[hf.LogitsProcessor]:
+    def _warpers(s: SamplingSettings, device: torch.device | str) -> list[hf.LogitsProcessor]:
         warpers: list[hf.LogitsProcessor] = []
         if s.temperature != 1:
             warpers.append(hf.TemperatureLogitsWarper(float(s.temperature)))
@@ -193,6 +249,12 @@ class Warper:
             warpers.append(hf.TopPLogitsWarper(s.top_p))
         if s.min_p:
             warpers.append(hf.MinPLogitsWarper(s.min_p))
+        if s.typical_p < 1:
+            warpers.append(hf.TypicalLogitsWarper(s.typical_p))
+        if s.epsilon_cutoff:
+            warpers.append(hf.EpsilonLogitsWarper(s.epsilon_cutoff))
+        if s.eta_cutoff:
+            warpers.append(hf.EtaLogitsWarper(s.eta_cutoff, device=str(device)))
         return warpers
 
     def law(self, logits: Tensor, prefix: Tensor) -> Tensor:
@@ -217,11 +279,15 @@ class Warper:
         return flat.view_as(logits)
 
     def choices(self, logits: Tensor) -> Tensor:
-        """`(...)` the only tokens of those laws; only where it is `greedy`, too."""
+        """`(...)` the only tokens of those laws; only where it is `greedy`, too.
+
+        One past the vocabulary, as `draw_each` has it, where the logits leave none.
+        """
         scores = logits
         if self._processors:
             scores = self._scores(logits.reshape(-1, logits.shape[-1]), _NO_PREFIX).view_as(logits)
-        return greatest(scores)
+        chosen, best = with_greatest(scores)
+        return torch.where(best.isfinite(), chosen, scores.shape[-1])
 
     def _scores(self, logits: Tensor, prefixes: Tensor) -> Tensor:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -232,7 +298,9 @@ class Warper:
     def _laws(self, logits: Tensor, prefixes: Tensor) -> Tensor:
         scores = self._scores(logits, prefixes)
         if self.greedy:
-            return torch.zeros_like(scores).scatter_(1, greatest(scores)[:, None], 1.0)
+            chosen, best = with_greatest(scores)
+            certain = torch.where(best.isfinite(), 1.0, torch.nan).to(scores.dtype)
+            return torch.zeros_like(scores).scatter_(1, chosen[:, None], certain[:, None])
         return scores.softmax(-1)
 
 
@@ -241,6 +309,8 @@ _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
 
 def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
     """`(rows, vocab)` of each row's own warper, from as many logits; rows of one kind are computed together.
+
+    A law is NaN where the logits are no numbers or a processor fails, which then is the warper's `error`.
 
     Args:
         warpers: of the rows.
@@ -254,13 +324,23 @@ def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor
     groups: dict[Hashable, list[int]] = {}
     for row, warper in enumerate(warpers):
         if warper.kind is None:
-            found[row] = warper.law(logits[row], prefixes[row])
+            try:
+                found[row] = warper.law(logits[row], prefixes[row])
+            except Exception as error:  # processors are the user's and raise what they like: the other rows go on
+                warper.error, found[row] = error, torch.nan
         else:
             groups.setdefault(warper.kind, []).append(row)
     for rows in groups.values():
         index = torch.tensor(rows, device=logits.device)
         found[index] = warpers[rows[0]].laws(logits[index])
     return found
+
+
+def with_greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`(...)` `greatest`, and what stands there, which is no finite number where any is NaN or infinite or all are
+    ruled out."""
+    chosen = greatest(scores)
+    return chosen, scores.gather(-1, chosen[..., None])[..., 0]
 
 
 def greatest(scores: Tensor) -> Tensor:
@@ -343,7 +423,11 @@ class Thrown:
 
 
 def draw_each(chances: Sequence[Chance], laws: Tensor) -> Tensor:
-    """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance."""
+    """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance.
+
+    Of a law that is NaN, which is what becomes of logits that are no numbers, one past the vocabulary: whoever draws
+    finds out with the token itself, by no further transfer from a device.
+    """
     if all(isinstance(chance, Thrown) for chance in chances):
         return at_shares(torch.stack([thrown.share() for thrown in chances]), laws)  # type: ignore[attr-defined]
     if not all(isinstance(chance, Dice) for chance in chances):
@@ -373,6 +457,7 @@ def at_shares_by_blocks(shares: Tensor, laws: Tensor) -> Tensor:
         sums = torch.cat([sums, laws[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
     upto = sums.cumsum(-1)
     block, wanted = _reached(upto, shares[:, None] * upto[:, -1:])
+    block = block.clamp(max=sums.shape[1] - 1)  # of a law that is NaN it is none
     before = (upto - sums).gather(1, block)
     places = block * BLOCK + torch.arange(BLOCK, device=laws.device)
     inside = laws.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)

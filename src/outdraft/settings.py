@@ -61,8 +61,60 @@ ADAPTIVE = "calibrated"
 """The controller where the machine decides how far to draft."""
 
 
-def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
+KEPT = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens"),
+    *("suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+)
+"""Settings of a model's own generation config that apply wherever none are given, as in transformers."""
+
+NOT_KEPT = {
+    **{"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "guidance_scale": 1, "watermarking_config": None},
+    **{"encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "diversity_penalty": 0, "constraints": None},
+    **{"forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None},
+    **{"remove_invalid_values": False, "top_h": None, "dola_layers": None, "force_words_ids": None},
+}
+"""Those that are refused, with the value that asks for nothing."""
+
+
+def model_settings(target: Target) -> dict[str, Any]:
+    """The sampling settings and bans of the model's own generation config, where it has any.
+
+    Raises:
+        UserError: one of them that is not kept when drafting.
+    """
+    config = target.model.generation_config
+    if target.ignores_generation_config or config is None:
+        return {}
+    for name, nothing in NOT_KEPT.items():
+        if getattr(config, name, None) not in (None, nothing):
+            raise UserError(
+                f"the model's generation config sets {name}, which is not kept here; take it out, or ignore that file "
+                "with generation_config='vllm' (--generation-config vllm)"
+            )
+    neutral = SamplingSettings(temperature=1.0)
+    own = {name: getattr(config, name, None) for name in KEPT}
+    own = {name: value for name, value in own.items() if value not in (None, getattr(neutral, name, False))}
+    return {name: value for name, value in own.items() if value or name != "temperature"}
+
+
+def in_effect(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the model's own settings that decide something beside what was given."""
+    drawn = sampling_settings(dict(given), own).temperature > 0
+    filters = () if drawn else KEPT[1:8]
+    return {
+        name: value
+        for name, value in own.items()
+        if name != "do_sample" and given.get(name) is None and name not in filters
+    }
+
+
+def sampling_settings(settings: dict[str, Any], own: Mapping[str, Any] | None = None) -> SamplingSettings:
     """Hugging Face's sampling arguments as ours; greedy unless `do_sample` or a temperature above 0 is given.
+
+    Args:
+        settings: as `generate` takes them.
+        own: of the model (`model_settings`), where `settings` says nothing.
 
     Raises:
         UserError: a name that is not known here.
@@ -74,9 +126,11 @@ def sampling_settings(settings: dict[str, Any]) -> SamplingSettings:
         said = meant(unknown[0], every) or f"; known are {', '.join(every)}"
         raise UserError(f"unknown setting '{unknown[0]}'{said}")
     given = {name: settings[name] for name in known if settings.get(name) is not None}
-    do_sample = settings.get("do_sample")
+    own = dict(own or {})
+    do_sample, drawn_by_itself = settings.get("do_sample"), own.pop("do_sample", False)
     if do_sample is None:
-        do_sample = given.get("temperature", 0) != 0
+        do_sample = given["temperature"] != 0 if "temperature" in given else drawn_by_itself
+    given = own | given
     if not do_sample:
         given["temperature"] = 0.0
     elif given.setdefault("temperature", 1.0) == 0:

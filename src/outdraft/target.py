@@ -45,6 +45,9 @@ class Target:
     ragged = True
     """Whether the head may run over any number of nodes, or only over as many in every row."""
 
+    ignores_generation_config = False
+    """Whether the sampling settings and bans of the model's own generation config are left alone; its ends are not."""
+
     exact: Any = None
     """The same target in exact mode, once it was asked for (`exact.py`)."""
 

@@ -117,7 +117,12 @@ def test_logprobs_are_the_law_of_a_plain_forward(client: Any, served: Served, st
         assert entry.logprob == pytest.approx(law[token].item(), abs=1e-9)
         best = law.topk(3).values.tolist()
         assert [top.logprob for top in entry.top_logprobs] == pytest.approx(best, abs=1e-9)
-        assert bytes(entry.bytes).decode() == entry.token
+    text = "".join(choice.delta.content or "" if stream else choice.message.content for choice in choices)
+    said = [
+        entry for entry, token in zip(found, tokens, strict=True) if token not in served.model.tokenizer.all_special_ids
+    ]
+    assert text == expected.text and text.removesuffix("\ufffd") == "".join(entry.token for entry in said)
+    assert b"".join(bytes(entry.bytes) for entry in said).decode(errors="replace") == text
 
 
 def test_logprobs_of_completions(client: Any) -> None:

@@ -34,16 +34,19 @@ def chat(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    generation_config: o.GenerationConfig = "auto",
+    chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
 ) -> None:
     """Talk with a model; /plain turns the drafter off and on."""
     from outdraft.console.conversation import Chat
     from outdraft.generation import load
 
-    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     settings = {
         "max_new_tokens": max_new_tokens,
-        **o.given(seed=seed, coupling=coupling, exact=exact or None),
+        **o.given(seed=seed, coupling=coupling, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

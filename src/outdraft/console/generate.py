@@ -45,6 +45,8 @@ def generate(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    generation_config: o.GenerationConfig = "auto",
+    chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
     json: o.Json = False,
 ) -> None:
@@ -53,10 +55,12 @@ def generate(
     from outdraft.console.streaming import stream
     from outdraft.generation import load
 
-    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
+        **o.given(chat_template_kwargs=chat_template_kwargs),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

@@ -3,6 +3,7 @@ from the settings' own docstrings. Knows no verb."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,44 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by
 Backend = Annotated[
     str | None,
     typer.Option("--backend", help="eager, packed or compiled; packed by default on a CPU, else eager."),
+]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        metavar="auto|vllm",
+        help="`vllm` ignores the sampling settings and bans that the model's folder holds, as in vLLM.",
+    ),
+]
+
+
+def mapping(text: str | None) -> dict[str, Any] | None:
+    """A JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, not {text}'
+        )
+    return found
+
+
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        callback=mapping,
+        metavar="JSON",
+        help='What the chat template itself is told: {"enable_thinking": false}.',
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]

@@ -70,19 +70,20 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
         max_new_tokens: of each answer.
     """
     alone = model.with_drafter(None)
+    greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     for one in (alone, model):  # first calls are slower
-        one.generate(messages, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
+        one.generate(messages, **greedy | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)})
     question = messages[-1]["content"]
     console.print(Text.assemble(("Question: ", "bold"), question), "")
 
     console.print(Text(f"{PLAIN} decoding, one pass of the model a token", "bold"))
-    plain = stream(alone.stream(messages, max_new_tokens=max_new_tokens), console)
+    plain = stream(alone.stream(messages, **greedy), console)
     console.print(plain.line(), "", style="dim", markup=False, sep="\n")
 
     console.print(Text(f"with drafting ({name})", "bold"))
     if console.is_terminal and not console.no_color:
         console.print(Text.assemble((" tinted ", ACCEPTED), (f" {LEGEND}", "dim")))
-    drafted = stream(model.stream(messages, max_new_tokens=max_new_tokens), console, show_drafts=True)
+    drafted = stream(model.stream(messages, **greedy), console, show_drafts=True)
     console.print(drafted.line(), "", style="dim", markup=False, sep="\n")
 
     found = Race(question, name, plain, drafted, _parting(model, messages, plain, drafted))

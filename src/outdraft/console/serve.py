@@ -56,6 +56,12 @@ def serve(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    generation_config: o.GenerationConfig = "auto",
+    allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option("--chat-template-kwargs", callback=o.mapping, metavar="JSON", help=SERVE["chat_template_kwargs"]),
+    ] = None,
 ) -> None:
     """Answer OpenAI's clients, with speculation on; sampling options are what requests that do not say get."""
     from outdraft.serving.settings import ServeSettings
@@ -74,6 +80,8 @@ def serve(
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
         threads=threads,
+        allow_origin=allow_origin or [],
+        chat_template_kwargs=chat_template_kwargs or {},  # type: ignore[arg-type]
         defaults=o.given(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -86,7 +94,10 @@ def serve(
         prompt_lookup_min=prompt_lookup_min,
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
-    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loading = {
+        **{"method": method, "dtype": dtype, "device": device, "backend": backend},
+        "generation_config": generation_config,
+    }
     run_serve(model, draft_model, loading, settings, tree, controller, remarks())
 
 
@@ -111,11 +122,14 @@ def run_serve(
     listening = listen(settings.host, settings.port)  # before minutes of loading
     try:
         from outdraft.generation import load
+        from outdraft.settings import model_settings
 
         loaded = load(model, draft_model, **loading)
         o.tree(loaded.drafter, **tree, controller=controller)  # refuses a tree that nothing could draft
         settings.served_model_name = settings.served_model_name or [name_of(model)]
         service = Service(loaded, settings, tree, controller)
+        if own := model_settings(loaded.target):
+            remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
             remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
         facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {service.engine.room.slots} tokens"

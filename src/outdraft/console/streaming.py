@@ -66,8 +66,10 @@ def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False)
         streamed.tokens.append(piece.token)
         streamed.accepted.append(piece.accepted)
         streamed.finish_reason = piece.finish_reason
-        style = ACCEPTED if show_drafts and piece.accepted else None
-        console.print(piece.text, end="", style=style, markup=False, highlight=False)
+        if show_drafts and piece.accepted:
+            console.print(piece.text, end="", style=ACCEPTED, markup=False, highlight=False, emoji=False)
+        else:  # as it is: printing would make spaces of tabs and pictures of :names:
+            console.file.write(piece.text)
         console.file.flush()
     streamed.seconds = time.perf_counter() - start
     console.print()

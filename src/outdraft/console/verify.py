@@ -53,6 +53,7 @@ def verify(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
 ) -> None:
     """Check with evidence that drafting leaves the target's output distribution as it is: exit code 0 if so, 1 if not.
@@ -88,7 +89,8 @@ def verify(
     )
     if quick:
         settings = settings.made_quick()
-    loaded = load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend)
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     about = {"model": model, "draft_model": draft_model}
     audit = run_verify(loaded, settings, remarks(), report, about)
     if json:

@@ -131,13 +131,15 @@ class _Chains:
         """`(rows, chains)` tokens of the first `counts` laws of every row, of `(rows, chains, vocab)`; no dice are
         thrown for the others, where 0 stands."""
         (rows, chains), flat, chances = laws.shape[:2], laws.flatten(0, 1), self.rows.chances
+        last = flat.shape[-1] - 1  # which stands for what is drawn of a law that is NaN, and is never accepted
         if min(counts) == chains:
-            return draw_each([chance for chance in chances for _ in range(chains)], flat).view(rows, chains)
+            drawn = draw_each([chance for chance in chances for _ in range(chains)], flat)
+            return drawn.clamp(max=last).view(rows, chains)
         drawn = torch.zeros(rows * chains, dtype=torch.long, device=laws.device)
         places = [row * chains + chain for row, count in enumerate(counts) for chain in range(count)]
         if places:
             index = torch.tensor(places, device=laws.device)
-            drawn[index] = draw_each([chances[place // chains] for place in places], flat[index])
+            drawn[index] = draw_each([chances[place // chains] for place in places], flat[index]).clamp(max=last)
         return drawn.view(rows, chains)
 
     def _before(self, row: int, chain: int) -> Tensor:

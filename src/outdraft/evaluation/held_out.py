@@ -108,7 +108,12 @@ def tau_meter(
     """
 
     # Of the network alone, and as far as it drafts when nobody stops it.
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_lookup_min": 0, "controller": "fixed"}
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "prompt_lookup_min": 0,
+        "do_sample": False,
+        "controller": "fixed",
+    }
 
     def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)

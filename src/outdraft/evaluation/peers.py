@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from outdraft.errors import UserError, first_line
 from outdraft.evaluation.measure import Answer, Contender
+from outdraft.settings import model_settings
 from outdraft.statistics import Statistics
 from outdraft.target import Target
 
@@ -80,8 +81,9 @@ def stock(
     def decode(prompt: list[int], settings: dict[str, Any]) -> Answer:
         ids = torch.tensor([prompt], device=target.device)
         temperature = settings.get("temperature", 0)
-        # every filter off: the model's own generation config may hold some, which ours does not read
-        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        # what the model's own generation config says holds for both; transformers' own defaults for neither
+        own = {"top_k": 0, "top_p": 1.0} | model_settings(target)
+        law = own | {"do_sample": True, "temperature": temperature} if temperature else {}
         most = min(settings["max_new_tokens"], target.context_length - len(prompt))
         with _config_kept(model), torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
             torch.manual_seed(settings.get("seed", 0))
@@ -193,16 +195,10 @@ def _early_exit(target: Target, layers: int) -> Contender:
 
 @contextmanager
 def _config_kept(model: Any) -> Iterator[None]:
-    """The stock early exit changes the model's config while it drafts, and leaves it changed if it is interrupted.
-
-    Filters of the model's own generation config are off meanwhile, as they are for ours.
-    """
+    """The stock early exit changes the model's config while it drafts, and leaves it changed if it is interrupted."""
     config = getattr(getattr(model, model.base_model_prefix, model), "config", model.config)
     layers, kept = getattr(config, "num_hidden_layers", None), model.generation_config
-    plain = copy.deepcopy(kept)
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-        setattr(plain, name, None)
-    model.generation_config = plain
+    model.generation_config = copy.deepcopy(kept)
     try:
         with torch.inference_mode():
             yield

@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
@@ -27,12 +28,13 @@ from outdraft.serving.jobs import Ask, Event, Failed, Job
 from outdraft.serving.limits import Limits
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.page import HEADERS, page
-from outdraft.serving.protocol import ChatRequest, CompletionRequest, Model
+from outdraft.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Model, TokenizeRequest
 from outdraft.serving.protocol import Request as Asked
 from outdraft.serving.replies import Reply
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.translation import Translator
 from outdraft.serving.wire import Events, Json, fault_response, gone
+from outdraft.text import decode_text
 
 log = logging.getLogger("outdraft.serving")
 """Where what went wrong is written; never prompts or answers."""
@@ -62,6 +64,10 @@ def make_app(
     """The application over a running engine."""
     app = FastAPI(title="outdraft", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Limits, most=settings.max_request_bytes, seconds=settings.request_timeout)
+    if settings.allow_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allow_origin, allow_methods=["*"], allow_headers=["*"]
+        )
     _say_faults(app)
     began = int(time.time())
 
@@ -90,6 +96,11 @@ def make_app(
 
     guarded = [Depends(allowed)]
 
+    def entry(name: str) -> dict[str, Any]:
+        drafter = engine.drafting.drafter
+        method = drafter.method if drafter is not None else "none"
+        return Model(id=name, created=began, max_model_len=translator.context_length, method=method).model_dump()
+
     @app.post("/v1/chat/completions", dependencies=guarded, responses=_FAULTS)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
@@ -99,19 +110,34 @@ def make_app(
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Continue a text."""
         ask = await asyncio.to_thread(translator.completion, asked)
-        echo = [str(prompt) for prompt in asked.prompts] if asked.echo else []
+        echo = [one if isinstance(one, str) else decode_text(tokenizer, one) for one in asked.prompts if asked.echo]
         return await answer(request, asked, ask, False, echo)
 
     @app.get("/v1/models", dependencies=guarded, responses={401: _FAULTS[401]})
     async def models() -> Response:
         """The one model of this server, by all its names."""
-        drafter = engine.drafting.drafter
-        method = drafter.method if drafter is not None else "none"
-        entries = [
-            Model(id=name, created=began, max_model_len=translator.context_length, method=method).model_dump()
-            for name in translator.names
-        ]
-        return Json({"object": "list", "data": entries})
+        return Json({"object": "list", "data": [entry(name) for name in translator.names]})
+
+    @app.get("/v1/models/{name:path}", dependencies=guarded, responses={code: _FAULTS[code] for code in (401, 404)})
+    async def model(name: str) -> Response:
+        """One of its names."""
+        translator.check_model(name)
+        return Json(entry(name))
+
+    @app.post("/tokenize", dependencies=guarded, responses=_FAULTS)
+    async def tokenize(asked: TokenizeRequest) -> Response:
+        """A text or a conversation as tokens, as in vLLM."""
+        return Json(await asyncio.to_thread(translator.tokenize, asked))
+
+    @app.post("/detokenize", dependencies=guarded, responses=_FAULTS)
+    async def detokenize(asked: DetokenizeRequest) -> Response:
+        """Tokens as text, as in vLLM."""
+        return Json(await asyncio.to_thread(translator.detokenize, asked))
+
+    @app.get("/version")
+    async def version() -> Response:
+        """Of this program."""
+        return Json({"version": __version__})
 
     @app.get("/health", responses={503: _FAULTS[503]})
     async def health() -> Response:

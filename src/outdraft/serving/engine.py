@@ -23,7 +23,7 @@ from outdraft.decoding import Row
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.drafters.repeats import Repeats
 from outdraft.joining import Decoder
-from outdraft.serving.faults import Fault, broken, refused, stopping
+from outdraft.serving.faults import Fault, broken, refused, stopping, undecodable
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
 from outdraft.serving.memory import cache_slots
 from outdraft.serving.metrics import Metrics
@@ -241,12 +241,21 @@ class Engine:
             group = groups[job.ask.speculative]
             longest = max(len(row.prompt) for row in (*group, answer.row))
             if group and (len(group) + 1) * longest > self.settings.prefill_chunk:
-                lane.decoder.add(group)
+                self._add(lane, group)
                 groups[job.ask.speculative] = group = []
             group.append(answer.row)
         for speculative, group in groups.items():
+            self._add(self._lanes[speculative], group)
+
+    def _add(self, lane: _Lane, group: Sequence[Row]) -> None:
+        """These come in; if that fails, it is told to those whom it concerns."""
+        try:
             if group:
-                self._lanes[speculative].decoder.add(group)
+                lane.decoder.add(group)
+        except Exception:
+            log.exception("rows cannot be taken in")
+            for job in {id(active.job): active.job for row in group if (active := self._active.get(id(row)))}.values():
+                self._fail(job, broken(), "error")
 
     def _advance(self, lane: _Lane) -> None:
         """A piece of a prompt and a round; what fails is told to those whom it concerns, and the others go on."""
@@ -274,7 +283,16 @@ class Engine:
                 continue
             job, answer = active.job, active.answer
             first = not any(other.told for other in job.answers)
-            news = answer.news()
+            try:
+                news = answer.news()
+            except Exception:  # its tokenizer fails on it: the others go on
+                log.exception("an answer has no text")
+                self._fail(job, broken(), "error")
+                continue
+            if row.error is not None:
+                log.error("a request ends early: %s", row.error)
+                self._fail(job, undecodable(row.error), "error")
+                continue
             if news is None:
                 continue
             self.metrics.gained(job, news, first)

@@ -50,6 +50,11 @@ def stopping() -> Fault:
     return Fault(503, "the server is shutting down; send the request again later", code="shutting_down")
 
 
+def undecodable(why: str) -> Fault:
+    """The model gives nothing to choose a token of."""
+    return Fault(500, f"this request cannot be answered any further: {why}", code="not_decodable")
+
+
 def broken() -> Fault:
     """Something of ours went wrong; what it was stands in the server's log only."""
     return Fault(500, "the server failed on this request; its log says where", code="internal_error")

@@ -39,6 +39,9 @@ class Ask:
         seed: of the first answer, the next one has the next; None draws fresh ones.
         logprobs: how many most probable tokens to name beside the chosen one's own logarithm; None names nothing.
         speculative: False decodes without the drafter.
+        prompt_logprobs: as `logprobs`, of the prompts' own tokens.
+        echo: whether answers begin with their prompts, whose tokens are then among the `logprobs`.
+        silent: whether only the prompt is wanted: of the one token that is decided after it nobody is told.
     """
 
     prompts: list[list[int]]
@@ -50,6 +53,9 @@ class Ask:
     seed: int | None = None
     logprobs: int | None = None
     speculative: bool = True
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    silent: bool = False
 
 
 @dataclass
@@ -60,6 +66,8 @@ class TokenLogprob:
     logprob: float
     top: list[tuple[int, float]]
     """The most probable tokens, best first."""
+    rank: int = 1
+    """1 for the most probable token."""
 
 
 @dataclass
@@ -109,6 +117,8 @@ class Answer:
     row: Row
     text: AnswerText
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but its first; complete before the first event."""
     told: int = 0
     """Tokens that an event has told of."""
     characters: int = 0
@@ -131,7 +141,7 @@ class Answer:
             self.logprobs[self.told :],
             self.text.starts[self.told :],
             self.row.statistics.tau if self.row.statistics.rounds else None,
-            None if reason is None else _REASONS[reason],
+            None if reason is None else _REASONS.get(reason, reason),
         )
         self.told += tokens
         self.characters += len(gained.text)
@@ -156,7 +166,7 @@ class Job:
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []
         for place, prompt in enumerate(prompt for prompt in ask.prompts for _ in range(ask.choices)):
-            text = AnswerText(tokenizer, ask.stops)
+            text = AnswerText(tokenizer, ask.stops, prompt)
             warper = Warper(ask.sampling, len(prompt), target.vocab_size, sorted(ask.ends), (), target.device)
             dice = Dice(None if ask.seed is None else ask.seed + place)
             row = Row(prompt, warper, dice, ask.max_new_tokens, ask.ends)
@@ -164,7 +174,10 @@ class Job:
                 row.should_stop = _stopping(row, text)
             answer = Answer(place, row, text)
             if ask.logprobs is not None:
-                row.watch = _recording(answer, ask.logprobs)
+                row.watch = _recording(answer.logprobs, row.tokens, ask.logprobs)
+            of_prompt = [ask.prompt_logprobs, ask.logprobs if ask.echo else None]
+            if wanted := [most for most in of_prompt if most is not None]:
+                row.watch_prompt = _recording(answer.prompt_logprobs, prompt[1:], max(wanted))
             self.answers.append(answer)
         self.left = len(self.answers)
         """Answers that have not ended."""
@@ -188,19 +201,17 @@ def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
     return lambda tokens: text.take(tokens, row.accepted)
 
 
-def _recording(answer: Answer, most: int) -> Callable[[Tensor], None]:
-    """Notes how probable the decided tokens were, from the `(tokens, vocab)` logits they were decided on."""
+def _recording(known: list[TokenLogprob], tokens: Sequence[int], most: int) -> Callable[[Tensor], None]:
+    """Notes how probable tokens were, from the `(tokens, vocab)` logits they were decided on, some at a time."""
 
     def record(logits: Tensor) -> None:
         laws = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        tokens = answer.row.tokens[len(answer.logprobs) : len(answer.logprobs) + len(laws)]
+        newest = list(tokens[len(known) : len(known) + len(laws)])
         best, which = laws.topk(min(most, laws.shape[-1]))
-        own = laws[torch.arange(len(tokens), device=laws.device), torch.tensor(tokens, device=laws.device)]
-        rows: Sequence[tuple[int, float, list[float], list[int]]] = list(
-            zip(tokens, own.tolist(), best.tolist(), which.tolist(), strict=True)
-        )
-        answer.logprobs += [
-            TokenLogprob(token, chosen, list(zip(ids, values, strict=True))) for token, chosen, values, ids in rows
-        ]
+        own = laws.gather(1, torch.tensor(newest, device=laws.device)[:, None])
+        ranks = ((laws > own).sum(1) + 1).tolist()
+        for row in zip(newest, own[:, 0].tolist(), which.tolist(), best.tolist(), ranks, strict=True):
+            token, chosen, ids, values, rank = row
+            known.append(TokenLogprob(token, chosen, list(zip(ids, values, strict=True)), rank))
 
     return record

@@ -1,7 +1,8 @@
 """The requests of OpenAI's API that are understood here, field by field.
 
-A field that stands in neither model is an error, and so is one of `NEUTRAL` with any value but those that ask for
-nothing: what cannot be honoured is refused, never ignored. Knows shapes and bounds; nothing of models or tokens.
+A field that stands in neither model is an error unless it is null or empty, and so is one of `NEUTRAL` with any value
+but those that ask for nothing: what cannot be honoured is refused, never ignored. Knows shapes and bounds; nothing of
+models or tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ MAX_LOGPROBS = 20
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, given: Any) -> Any:
+        """Unknown fields that are null or empty ask for nothing; clients send them with what the server sent them."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or not _is_empty(value)}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
 
 class StreamOptions(_Strict):
     """What a stream says beside text."""
@@ -46,12 +59,31 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | list[TextPart] | None = None
+    """Null is an assistant's message of no text."""
     name: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, given: Any) -> Any:
+        """Refuse what is no text by what it is."""
+        if isinstance(given, dict):
+            content = given.get("content")
+            for part in content if isinstance(content, list) else []:
+                kind = part.get("type", "text") if isinstance(part, dict) else "text"
+                if kind != "text" and isinstance(kind, str):
+                    raise refused(
+                        f"content of type '{kind[:64]}' is not supported: the server reads text only", "messages"
+                    )
+            if content is None and given.get("role") != "assistant":
+                raise refused("a message has no content; only an assistant's may have none", "messages")
+        return given
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": content, **named}
 
@@ -75,6 +107,10 @@ class Request(_Strict):
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     max_tokens: Count | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    """Further tokens that end an answer, as an end of sequence does."""
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    """How probable the prompt's tokens are, with so many most probable ones each, in vLLM's format."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
     speculative: StrictBool | None = None
@@ -111,6 +147,8 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The chat template's own switches, such as `enable_thinking`."""
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -124,7 +162,10 @@ class CompletionRequest(Request):
         | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_CHOICES)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
+    max_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
+    """0 scores the prompt alone, with `echo` or `prompt_logprobs`."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    """With `echo` of the prompt's tokens, too."""
     echo: StrictBool | None = None
 
     @property
@@ -133,6 +174,26 @@ class CompletionRequest(Request):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+
+class TokenizeRequest(_Strict):
+    """POST /tokenize: a text, or a conversation through the chat template."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: StrictBool | None = None
+    """To a text; yes unless said otherwise."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: StrictBool | None = None
+    """The tokens as the vocabulary has them, too."""
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize."""
+
+    model: StrictStr | None = None
+    tokens: list[TokenId]
 
 
 _TOOLS = "the server answers with text only"
@@ -155,6 +216,9 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((None, False), _STORE),
     "suffix": ((None, ""), "text is written from left to right"),
     "best_of": ((None, 1), "ask for n choices and choose"),
+    "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
+    "skip_special_tokens": ((None, True), "special tokens are no text"),
+    "spaces_between_special_tokens": ((None, True), "special tokens are no text"),
     "use_beam_search": ((None, False), "beam search is not sampling from the model's law"),
 }
 """Parameters of OpenAI's and vLLM's that are accepted where they ask for nothing: such values, else the reason."""

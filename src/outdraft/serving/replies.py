@@ -9,12 +9,13 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.serving.jobs import Gained, Job, TokenLogprob
-from outdraft.text import decode_text
+from outdraft.text import Detokenizer, bytes_of
 
 LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON cannot say."""
@@ -47,17 +48,21 @@ class Reply:
         self.created = int(time.time())
         self._gains: list[list[Gained]] = [[] for _ in job.answers]
         self._begun: set[int] = set()
+        self._names: dict[int, _Names] = {}
 
     # --- whole -------------------------------------------------------------------------------------------------
 
     def add(self, news: Gained) -> None:
         """Keep it for the whole answer."""
-        self._gains[news.index].append(news)
+        self._gains[news.index].append(self._told(news))
 
     def whole(self) -> dict[str, Any]:
         """Once all answers have ended."""
         choices = [self._whole_choice(index, gains) for index, gains in enumerate(self._gains)]
-        return {**self._head(""), "choices": choices, "usage": self.usage()}
+        whole = {**self._head(""), "choices": choices, "usage": self.usage()}
+        if self.chat and self.job.ask.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = self._of_prompt(0)
+        return whole
 
     def _whole_choice(self, index: int, gains: list[Gained]) -> dict[str, Any]:
         begin = self._beginning(index)
@@ -68,9 +73,11 @@ class Reply:
         choice: dict[str, Any] = {
             "index": index,
             **said,
-            "logprobs": self._logprobs(logprobs, starts, len(begin)),
+            "logprobs": self._logprobs(index, logprobs, starts),
             "finish_reason": gains[-1].finish_reason,
         }
+        if not self.chat and self.job.ask.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._of_prompt(index)
         if self.pieces:
             choice["pieces"] = [list(piece) for gain in gains for piece in gain.pieces]
         return choice
@@ -79,6 +86,7 @@ class Reply:
 
     def chunks(self, news: Gained) -> list[dict[str, Any]]:
         """What to send of this; nothing where no text has become certain and nothing else is to be said."""
+        news = self._told(news)
         chunks = []
         begin = ""
         if news.index not in self._begun:
@@ -89,7 +97,7 @@ class Reply:
         if news.text or begin or news.logprobs or news.finish_reason is not None:
             text = begin + news.text
             said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-            logprobs = self._logprobs(news.logprobs, news.starts, len(self._beginning(news.index)))
+            logprobs = self._logprobs(news.index, news.logprobs, news.starts)
             if self.pieces:
                 said["pieces"] = [list(piece) for piece in news.pieces]
                 said["speculation"] = {"tokens": news.tokens, "tau": news.tau}
@@ -114,7 +122,8 @@ class Reply:
 
     def usage(self) -> dict[str, Any]:
         """Tokens, and what speculation did, under `speculation`."""
-        prompt, completion = self.job.prompt_tokens, self.job.completion_tokens
+        prompt = self.job.prompt_tokens
+        completion = 0 if self.job.ask.silent else self.job.completion_tokens
         did = self.job.statistics
         return {
             "prompt_tokens": prompt,
@@ -132,34 +141,111 @@ class Reply:
     def _beginning(self, index: int) -> str:
         return self.echo[index // self.job.ask.choices] if self.echo else ""
 
-    def _logprobs(self, logprobs: list[TokenLogprob], starts: list[int], begin: int) -> dict[str, Any] | None:
-        if self.job.ask.logprobs is None:
+    def _told(self, news: Gained) -> Gained:
+        """What is said of it: nothing where only the prompt was asked for."""
+        if not self.job.ask.silent:
+            return news
+        reason = "length" if news.finish_reason is not None else None
+        return replace(news, pieces=[], tokens=0, logprobs=[], starts=[], finish_reason=reason)
+
+    def _named(self, index: int) -> tuple[_Names, bool]:
+        """The names of an answer's tokens as they follow each other, and whether they are asked for first now."""
+        first = index not in self._names
+        if first:
+            prompt = () if self.echo else self.job.answers[index].row.prompt
+            self._names[index] = _Names(self.tokenizer, prompt)
+        return self._names[index], first
+
+    def _logprobs(self, index: int, logprobs: list[TokenLogprob], starts: list[int]) -> dict[str, Any] | None:
+        """Of tokens that follow those of the last call; before the first ones those of an echoed prompt."""
+        most = self.job.ask.logprobs
+        if most is None:
             return None
+        names, first = self._named(index)
         if self.chat:
-            return {
-                "content": [
-                    {**self._entry(one.token, one.logprob), "top_logprobs": [self._entry(*top) for top in one.top]}
-                    for one in logprobs
-                ],
-                "refusal": None,
-            }
+            entries = [names.entry(one, most) for one in logprobs]
+            return {"content": entries, "refusal": None}
+        begin = self._beginning(index)
+        offsets = [len(begin) + start for start in starts]
+        entries = []
+        if first and self.echo:
+            prompt, answer = self.job.answers[index].row.prompt, self.job.answers[index]
+            entries, before = names.prompt(prompt, answer.prompt_logprobs, most)
+            offsets = [min(start, len(begin)) for start in before] + offsets
+        entries += [names.entry(one, most) for one in logprobs]
         return {
-            "tokens": [self._name(one.token) for one in logprobs],
-            "token_logprobs": [_number(one.logprob) for one in logprobs],
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [
                 # Names of different tokens may be the same text; the most probable one keeps it.
-                {self._name(token): _number(value) for token, value in reversed(one.top)} if one.top else None
-                for one in logprobs
+                {top["token"]: top["logprob"] for top in reversed(entry["top_logprobs"])} or None
+                for entry in entries
             ],
-            "text_offset": [begin + start for start in starts],
+            "text_offset": offsets,
         }
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        name = self._name(token)
-        return {"token": name, "logprob": _number(logprob), "bytes": list(name.encode("utf-8", "replace"))}
+    def _of_prompt(self, index: int) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: for every token of the prompt those of its own place, by their ids."""
+        answer, names = self.job.answers[index], _Names(self.tokenizer)
+        most, prompt = self.job.ask.prompt_logprobs or 0, answer.row.prompt
+        found: list[dict[str, Any] | None] = [None]
+        names.take(prompt[0])
+        for one in answer.prompt_logprobs:
+            ranked = [(token, value, place) for place, (token, value) in enumerate(one.top[:most], start=1)]
+            own = (one.token, one.logprob, one.rank)
+            found.append(
+                {
+                    str(token): {"logprob": _number(value), "rank": rank, "decoded_token": names.name(token)}
+                    for token, value, rank in [own, *(top for top in ranked if top[0] != one.token)]
+                }
+            )
+            names.take(one.token)
+        return found
 
-    def _name(self, token: int) -> str:
-        return decode_text(self.tokenizer, [token], skip_special_tokens=False)
+
+class _Names:
+    """Names and bytes of tokens that follow each other: what each adds to the text, which together are the text.
+
+    A token that is a part of a character adds nothing; the one that completes the character adds it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
+        self.tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer, prompt=prompt)
+        self._length = 0
+
+    def name(self, token: int) -> str:
+        """What a token would add here."""
+        return self._detokenizer.peek(token)
+
+    def take(self, token: int) -> int:
+        """It stands here, and others follow; where its own text begins."""
+        start = self._length
+        if token not in self._detokenizer.special:
+            self._length += len(self.name(token))
+        self._detokenizer.add(token)
+        return start
+
+    def entry(self, one: TokenLogprob, most: int) -> dict[str, Any]:
+        """A token and its alternatives in OpenAI's format; it stands here."""
+        entry = {**self._one(one.token, one.logprob), "top_logprobs": [self._one(*top) for top in one.top[:most]]}
+        self.take(one.token)
+        return entry
+
+    def prompt(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], most: int
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """Entries of a whole prompt, whose first token follows nothing, and where each one's text begins."""
+        first = {**self._one(tokens[0], 0.0), "logprob": None, "top_logprobs": []}
+        self.take(tokens[0])
+        entries, starts = [first], [0]
+        for one in logprobs:
+            starts.append(self._length)
+            entries.append(self.entry(one, most))
+        return entries, starts
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        name = self.name(token)
+        return {"token": name, "logprob": _number(logprob), "bytes": list(bytes_of(self.tokenizer, token, name))}
 
 
 def _number(value: float) -> float:

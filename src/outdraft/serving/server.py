@@ -24,7 +24,7 @@ from outdraft.serving.engine import Drafting, Engine
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.translation import Translator
-from outdraft.settings import LOOKUP_SETTINGS, pacer_of, repeats_of, sampling_settings, tree_shape
+from outdraft.settings import LOOKUP_SETTINGS, model_settings, pacer_of, repeats_of, sampling_settings, tree_shape
 from outdraft.target import Target
 
 BACKSTOP = 5
@@ -71,7 +71,8 @@ class Service:
     ):
         if model.tokenizer is None:
             raise UserError("the model folder has no tokenizer, and a server answers with text; add one")
-        sampling_settings({"do_sample": settings.defaults.get("temperature", 1.0) != 0, **settings.defaults})
+        given = {"temperature": 1.0, **model_settings(model.target), **settings.defaults}
+        sampling_settings({**given, "do_sample": given["temperature"] != 0})
         names = settings.served_model_name or [_name(model.target)]
         self.settings = settings
         self.metrics = Metrics(names[0])

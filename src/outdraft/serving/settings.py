@@ -42,6 +42,10 @@ class ServeSettings:
     """Seconds that running requests have to finish once the server was told to stop."""
     threads: int | None = None
     """Threads the model computes with on a CPU; by default OMP_NUM_THREADS, or all cores but the server's one."""
+    allow_origin: list[str] = field(default_factory=list)
+    """Web origin whose pages may ask (CORS), such as https://example.com, or * for all; may be repeated."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The chat template's own switches where a request does not say, as JSON: {"enable_thinking": false}."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Sampling settings of requests that do not say; temperature 1 unless given here, as in OpenAI's API."""
 

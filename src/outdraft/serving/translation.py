@@ -15,11 +15,18 @@ from outdraft.errors import UserError
 from outdraft.sampling import LogitBias, SamplingSettings
 from outdraft.serving.faults import Fault, refused
 from outdraft.serving.jobs import Ask
-from outdraft.serving.protocol import ChatRequest, CompletionRequest, Request
+from outdraft.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    Request,
+    TokenizeRequest,
+)
 from outdraft.serving.settings import ServeSettings
-from outdraft.settings import check_prompt
+from outdraft.settings import check_prompt, model_settings
 from outdraft.target import Target
-from outdraft.text import encode_chat
+from outdraft.text import check_switches, decode_text, encode_chat
 
 COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as in OpenAI's API."""
@@ -43,7 +50,9 @@ class Translator:
     def __init__(self, target: Target, tokenizer: PreTrainedTokenizerBase, names: list[str], settings: ServeSettings):
         self.target, self.tokenizer, self.names = target, tokenizer, names
         self.context_length = min(settings.max_model_len or target.context_length, target.context_length)
-        self.defaults = {"temperature": 1.0, **settings.defaults}
+        own = {name: value for name, value in model_settings(target).items() if name != "do_sample"}
+        self.defaults = {"temperature": 1.0, **own, **settings.defaults}
+        self.switches = check_switches(settings.chat_template_kwargs)
         self._encoding = threading.Lock()  # tokenizers may keep state while they encode
 
     def chat(self, request: ChatRequest) -> Ask:
@@ -52,15 +61,7 @@ class Translator:
         Raises:
             Fault: it cannot be answered, with the parameter at fault.
         """
-        messages = [message.plain() for message in request.messages]
-        for message in messages:
-            for part in message.values():
-                _is_text(part, "messages")
-        try:
-            with self._encoding:
-                prompt = encode_chat(messages, self.tokenizer)
-        except UserError as error:
-            raise refused(str(error), "messages") from error
+        prompt = self._chat(request.messages, request.chat_template_kwargs)
         if request.top_logprobs is not None and not request.logprobs:
             raise refused("top_logprobs needs logprobs: true", "top_logprobs")
         if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -68,6 +69,60 @@ class Translator:
         most = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._ask(request, [prompt], most, self.context_length, logprobs, "messages")
+
+    def _chat(self, given: list[Message], switches: dict[str, Any] | None) -> list[int]:
+        messages = [message.plain() for message in given]
+        for message in messages:
+            for part in message.values():
+                _is_text(part, "messages")
+        try:
+            switches = self.switches | check_switches(switches)
+        except UserError as error:
+            raise refused(str(error), "chat_template_kwargs") from error
+        try:
+            with self._encoding:
+                return encode_chat(messages, self.tokenizer, switches)
+        except UserError as error:
+            raise refused(str(error), "messages") from error
+
+    def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """What a text or a conversation is as tokens, in vLLM's format.
+
+        Raises:
+            Fault: another model's, neither or both, or a conversation that the template refuses.
+        """
+        self.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise refused("give prompt or messages, one of them", "prompt")
+        if request.messages is not None:
+            if request.add_special_tokens:
+                raise refused(
+                    "add_special_tokens is for a prompt; the chat template adds its own", "add_special_tokens"
+                )
+            tokens = self._chat(request.messages, request.chat_template_kwargs)
+        else:
+            if request.chat_template_kwargs:
+                raise refused("chat_template_kwargs are for messages", "chat_template_kwargs")
+            tokens = self._encode(str(request.prompt), request.add_special_tokens is not False)
+        names = self.tokenizer.convert_ids_to_tokens(tokens) if request.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": self.context_length,
+            "tokens": tokens,
+            "token_strs": names,
+        }
+
+    def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+        """The text of tokens, special ones spelled out, in vLLM's format.
+
+        Raises:
+            Fault: another model's, or tokens that it does not have.
+        """
+        self.check_model(request.model)
+        if request.tokens and max(request.tokens) >= self.target.vocab_size:
+            most = self.target.vocab_size - 1
+            raise refused(f"tokens holds {max(request.tokens)}, the vocabulary ends at {most}", "tokens")
+        return {"prompt": decode_text(self.tokenizer, request.tokens, skip_special_tokens=False)}
 
     def completion(self, request: CompletionRequest) -> Ask:
         """A text, or several, as they are.
@@ -78,16 +133,14 @@ class Translator:
         prompts = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         if len(prompts) * (request.n or 1) > 128:
             raise refused("at most 128 answers a request, prompts times n", "n")
-        if request.echo and request.logprobs is not None:
-            raise refused("echo gives no logprobs of the prompt; leave one of them out", "echo")
-        if request.echo and any(not isinstance(prompt, str) for prompt in request.prompts):
-            raise refused("echo is for prompts of text", "echo")
+        if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+            raise refused("max_tokens of 0 is for echo or prompt_logprobs; give at least 1", "max_tokens")
         return self._ask(request, prompts, request.max_tokens, COMPLETION_TOKENS, request.logprobs, "prompt")
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, special: bool = True) -> list[int]:
         _is_text(text, "prompt")
         with self._encoding:
-            return list(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _ask(
         self,
@@ -99,9 +152,11 @@ class Translator:
         param: str,
     ) -> Ask:
         """What both ways of asking have in common."""
-        self._check_model(request.model)
+        self.check_model(request.model)
         if request.stream_options is not None and not request.stream:
             raise refused("stream_options needs stream: true", "stream_options")
+        if request.prompt_logprobs is not None and request.stream:
+            raise refused("prompt_logprobs are not streamed; leave stream out", "prompt_logprobs")
         for prompt in prompts:
             self._check(prompt, param)
         longest = max(map(len, prompts))
@@ -115,20 +170,24 @@ class Translator:
             )
         for stop in request.stops:
             _is_text(stop, "stop")
-        ends = () if request.ignore_eos else self.target.eos_token_ids
+        ends = {*(() if request.ignore_eos else self.target.eos_token_ids), *(request.stop_token_ids or ())}
         return Ask(
             prompts,
             request.n or 1,
             self._sampling(request),
-            min(otherwise, room) if most is None else most,
+            max(1, min(otherwise, room) if most is None else most),
             tuple(dict.fromkeys(request.stops)),
             frozenset(ends),
             request.seed,
             logprobs,
             request.speculative is not False,
+            request.prompt_logprobs,
+            bool(getattr(request, "echo", None)),
+            most == 0,
         )
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raise a Fault for another model's name; None is any."""
         if name is not None and name not in self.names:
             known = ", ".join(repr(known) for known in self.names)
             raise Fault(404, f"there is no model {name!r} here; this server has {known}", "model", "model_not_found")

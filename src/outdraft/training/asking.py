@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from outdraft.decoding import Row
 from outdraft.drafters.repeats import Repeats
+from outdraft.errors import UserError
 from outdraft.messages import Message
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.target import Target
@@ -100,6 +101,8 @@ class Asked:
 
     def take(self, row: Row) -> None:
         """The row of the last `next_row` has ended."""
+        if row.error is not None:
+            raise UserError(f"prompt {self.name.id}: {row.error}")
         finished = row.finish_reason == "eos"
         tokens = row.tokens[:-1] if finished else row.tokens
         if self._plain:

@@ -34,7 +34,15 @@ from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.generation import SpeculativeModel
 from outdraft.reference import load_prompts
 from outdraft.sampling import SamplingSettings
-from outdraft.settings import LOOKUP_SETTINGS, TREE_SETTINGS, pacer_of, repeats_of, sampling_settings, tree_shape
+from outdraft.settings import (
+    LOOKUP_SETTINGS,
+    TREE_SETTINGS,
+    model_settings,
+    pacer_of,
+    repeats_of,
+    sampling_settings,
+    tree_shape,
+)
 from outdraft.training.plan import duration
 
 OFFSETS = (0, 2, 5, 9)
@@ -140,7 +148,7 @@ class _Running:
         lookup = {name: generation.pop(name) for name in LOOKUP_SETTINGS if name in generation}
         repeats_of(self.drafter, lookup)
         controlled = pacer_of(generation.pop("controller", None), tree) is not None
-        sampling = sampling_settings(generation)
+        sampling = sampling_settings(generation, model_settings(self.model.target))
         tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
         return sampling
 

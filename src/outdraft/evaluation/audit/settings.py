@@ -81,10 +81,10 @@ class AuditSettings:
     def sampling(self) -> dict[str, Any]:
         """Of the generation settings, those that make the law, not the tree."""
         known = SamplingSettings.__dataclass_fields__
-        return {name: value for name, value in self.generation.items() if name in known}
+        return {name: value for name, value in self.generation.items() if name in known or name == "do_sample"}
 
     @property
     def greedy_generation(self) -> dict[str, Any]:
         """The same settings at temperature 0; filters of a law that is a point mass fall away."""
-        left_out = ("temperature", "top_k", "top_p", "min_p", "do_sample")
-        return {name: value for name, value in self.generation.items() if name not in left_out}
+        left_out = ("temperature", "top_k", "top_p", "min_p")
+        return {name: value for name, value in self.generation.items() if name not in left_out} | {"do_sample": False}

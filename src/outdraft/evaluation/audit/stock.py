@@ -7,12 +7,14 @@ head takes part, so nothing that is under suspicion can vouch for itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.sampling import SamplingSettings, Warper
+from outdraft.sampling import Warper
+from outdraft.settings import model_settings, sampling_settings
 from outdraft.target import Target
 
 
@@ -51,6 +53,13 @@ def stock_logits(
             yield target.head(output.last_hidden_state[:, place])
 
 
+UNWARPED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | {
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Temperature 1 and no filter."""
+
+
 class Laws:
     """Logits to laws for one audit's settings.
 
@@ -61,8 +70,8 @@ class Laws:
     """
 
     def __init__(self, target: Target, sampling: dict[str, Any], warped: bool = True):
-        changed = {} if warped else {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        self.target, self.settings = target, SamplingSettings(**{**sampling, **changed})
+        given = sampling_settings(sampling, model_settings(target))
+        self.target, self.settings = target, given if warped else replace(given, **UNWARPED)
 
     def warper(self, prompt: Sequence[int]) -> Warper:
         target = self.target
