@@ -34,6 +34,7 @@ from outdraft.evaluation.summary import interval, summarise
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts
 from outdraft.target import Target
+from outdraft.text_file import split_lines
 
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 
@@ -43,7 +44,7 @@ def grouped(data: Path | None, each: int, longest: int, target: Target) -> dict[
     groups: dict[str, list[list[int]]] = defaultdict(list)
     found: list[tuple[str, Prompt]] = [("held out", prompt) for prompt in load_prompts("heldout")]
     if data is not None:
-        records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [json.loads(line) for line in split_lines(data.read_text(encoding="utf-8"))]
         if all("category" in record for record in records):
             found = [(record["category"], prompt_of(record)) for record in records]
         else:

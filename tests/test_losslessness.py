@@ -22,6 +22,8 @@ from outdraft.decoding import Row, decode
 from outdraft.drafters import feature_drafting, intake
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.eagle3 import Eagle3Config, Eagle3Head
+from outdraft.drafters.eagle3_drafting import Eagle3Drafter
 from outdraft.drafters.early_exit import EarlyExit
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_drafting import FeatureDrafter
@@ -61,6 +63,19 @@ def feature_drafter(
     return FeatureDrafter(head.to(target.dtype).eval(), target)
 
 
+def eagle3_drafter(target: Target, kept: bool = True, **switches: bool) -> Eagle3Drafter:
+    """A drafter of random weights on three layers, which may be one and the same; all tokens but the first."""
+    taps = (1, target.num_layers - 1, max(1, target.num_layers // 2))
+    shapes = (target.hidden_size, 24, 2, 1, 8, target.vocab_size, target.hidden_size)
+    config = Eagle3Config(*shapes, tap_ids=taps, tap_unit="input", **switches)  # type: ignore[arg-type]
+    config.draft_vocab_size = target.vocab_size - 1 if kept else 0
+    torch.manual_seed(3)
+    head = Eagle3Head(config)
+    if head.draft_tokens is not None:
+        head.draft_tokens += 1
+    return Eagle3Drafter(head.to(target.dtype).eval(), target)
+
+
 def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
     """Half of the target's layers, at least one, and a copy of its last layer a little off."""
     config = ExitLayerConfig(max(1, target.num_layers // 2), own_head)
@@ -91,6 +106,8 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "feature-sampling-only": lambda target, _: feature_drafter(target, True, False),
     "partial-alignment-only": lambda target, _: feature_drafter(target, False, True),
     "fspad-beyond": lambda target, _: feature_drafter(target, True, True, tuple(range(1, target.num_layers)), True),
+    "eagle3": lambda target, _: eagle3_drafter(target),
+    "eagle3.1": lambda target, _: eagle3_drafter(target, False, tap_norms=True, norm_output=True, head_norms=True),
     "prompt-lookup": lambda *_: PromptLookup(longest=2),
     "draft-model": lambda target, near: DraftModel(Target(near), target),
     "eesd": lambda target, _: exit_drafter(target),
@@ -197,6 +214,8 @@ PROMPT = (0, 2, 1, 0, 2)
         "fspad",
         "fspad-beyond",
         "eagle",
+        "eagle3",
+        "eagle3.1",
         "prompt-lookup",
         "draft-model",
         "eesd",
@@ -213,7 +232,9 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 
 @pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
-@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "eagle", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize(
+    "kind", ["fspad", "fspad-beyond", "eagle", "eagle3", "eagle3.1", "draft-model", "eesd", "medusa"]
+)
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
     statistics = assert_same_law(kind, 4, (0, 2, 1, 3), settings, 2, TreeShape(1, 2, 5, candidates))
@@ -239,7 +260,7 @@ def test_plain_decoding_keeps_the_law():
     assert statistics.drafted == 0
 
 
-@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "prompt-lookup", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "eagle3", "prompt-lookup", "draft-model", "eesd", "medusa"])
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
     model, near = small(3)

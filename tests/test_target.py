@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import outdraft.run as run_module
 from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
 from outdraft.cache import SlotCache
+from outdraft.drafters.prompt_lookup import PromptLookup
 from outdraft.errors import UserError
+from outdraft.generation import SpeculativeModel
 from outdraft.run import TargetRun
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -299,6 +301,47 @@ def test_longrope_is_used_up_to_its_switch_of_frequencies():
     logits = target.head(TargetRun(target, cache).tree(tree).features)
     expected = stock_logits(model, [*text, 0, 1, 2])
     assert (logits[0, :3] - expected[-3:]).abs().max() < 1e-9
+
+
+def rope(kind: str, **more: float) -> dict[str, object]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
+
+SCALED = {
+    "yarn": (rope("yarn", factor=4.0, original_max_position_embeddings=32), 32, 128),
+    "yarn, written out": (rope("yarn", factor=4.0, original_max_position_embeddings=32), 128, 128),
+    "yarn without an original length": (rope("yarn", factor=4.0), 32, 128),
+    "yarn of a half": (rope("yarn", factor=1.5, original_max_position_embeddings=32), 32, 48),
+    "linear": (rope("linear", factor=2.0), 32, 64),
+    "llama 3": (
+        rope("llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0),
+        32,
+        128,
+    ),
+    "dynamic, whose angles change with the length": (rope("dynamic", factor=4.0), 32, 32),
+    "none": (rope("default"), 32, 32),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotations_reach_as_far_as_stock_decoding_goes(kind):
+    scaling, written, length = SCALED[kind]
+    model = tiny("llama-gqa", max_position_embeddings=written, rope_parameters=scaling)
+    target = Target(model)
+    assert target.context_length == length
+    prompt = [number % VOCAB for number in range(length // 2)]
+    output = SpeculativeModel(target, PromptLookup()).generate(prompt, max_new_tokens=999)
+    assert output.finish_reasons == ["context"] and len(output.tokens[0]) == length - len(prompt)
+    given = torch.tensor([prompt])
+    count = length - len(prompt)
+    stock = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, pad_token_id=0)
+    assert output.tokens[0] == stock[0, len(prompt) :].tolist()
+
+
+def test_layers_of_several_kinds_reach_as_far_as_the_shortest():
+    """Gemma 3 writes its length with the scaling of its global layers in it; the others are not scaled."""
+    kinds = {"sliding_attention": rope("default"), "full_attention": rope("linear", factor=8.0)}
+    assert Target(tiny("gemma3", rope_parameters=kinds)).context_length == CONTEXT
 
 
 def test_facts_about_the_target():

@@ -21,6 +21,7 @@ from outdraft import verify
 from outdraft.backends.graphs import Replayed
 from outdraft.decoding import Batch
 from outdraft.drafters import growth
+from outdraft.drafters.eagle3 import Eagle3Config, Eagle3Head
 from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
 from outdraft.generation import load
@@ -71,17 +72,29 @@ class Unasked(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def head(**switches: Any) -> FeatureHead:
+def shapes() -> dict[str, int]:
     torch.manual_seed(0)
     config = tiny("llama-gqa").config
     names = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return FeatureHead(FeatureHeadConfig(**{name: getattr(config, name) for name in names}, **switches))
+    return {name: getattr(config, name) for name in names}
+
+
+def head(**switches: Any) -> FeatureHead:
+    return FeatureHead(FeatureHeadConfig(**shapes(), **switches))
+
+
+def eagle3(**switches: Any) -> Eagle3Head:
+    own = shapes()
+    taps: dict[str, Any] = {"tap_ids": (1, 1), "tap_unit": "input", "num_taps": 2}
+    return Eagle3Head(Eagle3Config(**own, target_hidden_size=own["hidden_size"], **taps, **switches))
 
 
 DRAFTERS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": lambda: {"method": "none"},
     "fspad": lambda: {"draft_model": head()},
     "eagle": lambda: {"draft_model": head(feature_sampling=False, partial_alignment=False)},
+    "eagle3": lambda: {"draft_model": eagle3(draft_vocab_size=9)},
+    "eagle3.1": lambda: {"draft_model": eagle3(tap_norms=True, norm_output=True, head_norms=True)},
     "eesd": lambda: {"draft_model": ExitLayer.beginning(tiny("llama-gqa"), ExitLayerConfig(1))},
     "prompt-lookup": lambda: {"method": "prompt-lookup"},
 }
@@ -101,6 +114,7 @@ NOISY: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 1}
         ("fspad", GREEDY, 1),
         ("fspad", CHAIN, 1),
         ("eagle", GREEDY, 1),
+        ("eagle3", GREEDY, 1),
         ("prompt-lookup", {}, 2),
         ("plain", {"temperature": 1.0, "seed": 1}, 1),
         ("fspad", NOISY, 1),
@@ -116,7 +130,7 @@ def test_a_round_asks_the_device_so_often(
     monkeypatch.setattr(Batch, "round", asked.around(Batch.round))
     monkeypatch.setattr(verify, "WALKING", ())  # as on a GPU
     given = {**settings, "max_new_tokens": 12, "eos_token_id": 10**6, "controller": "fixed"}
-    if drafter in ("fspad", "eagle"):
+    if drafter in ("fspad", "eagle", "eagle3"):
         given["prompt_lookup_min"] = 0
     model.generate(PROMPTS[:1] * rows, **given)
     assert asked.rounds > 2
@@ -124,7 +138,7 @@ def test_a_round_asks_the_device_so_often(
 
 
 @pytest.mark.parametrize("settings", [GREEDY, CHAIN, DRAWN, NOISY], ids=["tree", "chain", "drawn", "noisy"])
-@pytest.mark.parametrize("drafter", ["plain", "fspad", "eagle", "eesd"])
+@pytest.mark.parametrize("drafter", ["plain", "fspad", "eagle", "eagle3", "eagle3.1", "eesd"])
 def test_nothing_recorded_asks_or_brings_in_numbers(
     drafter: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from outdraft.console.advise import advise
 from outdraft.console.app import Verbs
 from outdraft.console.bench import bench
 from outdraft.console.chat import chat
@@ -21,7 +22,7 @@ from outdraft.console.serve import serve
 from outdraft.console.train import train
 from outdraft.console.verify import verify
 
-VERBS = (demo, generate, chat, train, regenerate, info, bench, verify, serve, export)
+VERBS = (demo, generate, chat, advise, train, regenerate, info, bench, verify, serve, export)
 """In the order of the help."""
 
 app = typer.Typer(

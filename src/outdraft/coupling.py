@@ -12,6 +12,7 @@ Knows generators and probabilities; nothing of trees, drafters or how verdicts a
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.sampling import with_greatest
+from outdraft.sampling import Warper, with_greatest
 
 KEPT_BYTES = 256 * 2**20
 """Of noise that is kept; older steps are made again from the generator's state when a row that lags behind asks."""
@@ -97,6 +98,21 @@ class Coupled:
         return int(under(law, self.at(0)))
 
 
+class Still(Coupled):
+    """For greedy rows among coupled ones: a point mass is the same under any noise.
+
+    Args:
+        vocab_size: tokens.
+        device: of the probabilities.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self._ones = torch.ones(1, device=device).expand(vocab_size)
+
+    def at(self, depth: int) -> Tensor:
+        return self._ones
+
+
 class Shown(Coupled):
     """Noise that lies ready, one vector for every depth.
 
@@ -124,6 +140,23 @@ class Narrowed(Coupled):
 
     def at(self, depth: int) -> Tensor:
         return self.other.at(depth)[self.tokens]
+
+
+def chance_of(
+    warper: Warper, vocab_size: int, device: torch.device, seed: int | None, decided: Sequence[int]
+) -> Coupled:
+    """A row's share of noise of its own; its text is the same in any company.
+
+    Args:
+        warper: of the row.
+        vocab_size: tokens.
+        device: of the probabilities.
+        seed: of the row; a fresh one from the system when None.
+        decided: its new tokens, a list that grows while it is decoded.
+    """
+    if warper.greedy:
+        return Still(vocab_size, device)
+    return Coupled(Noise(1, vocab_size, device, secrets.randbits(63) if seed is None else seed), 0, decided)
 
 
 def under(laws: Tensor, noise: Tensor) -> Tensor:

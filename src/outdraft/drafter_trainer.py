@@ -23,6 +23,7 @@ from outdraft.drafters.folder import CONFIG, WEIGHTS
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
+from outdraft.evaluation.training_verdict import TrainingVerdict, training_verdict
 from outdraft.loading import load_network, load_target
 from outdraft.records import json_lines
 from outdraft.target import Target
@@ -117,7 +118,8 @@ class DrafterTrainer:
             UserError: nothing is trained yet.
         """
         if self._drafter is None:
-            self._drafter = load_network(self._trained(), self.target, device=self.target.device)
+            network: Any = load_network(self._trained(), self.target, device=self.target.device)
+            self._drafter = network
         return self._drafter
 
     def plan(self) -> TrainPlan:
@@ -172,8 +174,20 @@ class DrafterTrainer:
             self.callbacks,
             begun_with,
         )
-        self._folder, self._drafter = result.folder, None
+        self._folder, self._drafter, self._result = result.folder, None, (result, len(beginning[:TAU_PROMPTS]))
         return result
+
+    def verdict(self) -> TrainingVerdict | None:
+        """What the trained drafter is worth on this machine, from its tau and timed rounds; None where no tau was
+        measured.
+
+        Raises:
+            UserError: nothing is trained yet.
+        """
+        folder = self._trained()
+        result, rows = self._result
+        reader: Any = reader_of(self.target)
+        return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, rows)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Put the trained drafter, its record and its card into a folder; they are in the run's without this.

@@ -6,6 +6,9 @@ what raised it.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+
 
 class UserError(ValueError):
     """A setting, file or input that cannot work; the message is one line and names the fix."""
@@ -15,3 +18,31 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's exception, for a message of our own."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+OTHER_NAMES = {
+    "stop": "stop_strings",
+    "stop_sequences": "stop_strings",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens (which does not count the prompt)",
+    "torch_dtype": "dtype",
+    "device_map": "device",
+    "assistant_model": "draft_model in load",
+    "speculative_model": "draft_model in load",
+    "prompt_lookup_max": "prompt_lookup_num_tokens",
+}
+"""What other libraries call a setting -> its name here."""
+
+
+def meant(name: str, known: Iterable[str], others: Mapping[str, str] = OTHER_NAMES) -> str:
+    """What stands in a message after an unknown name: `; did you mean 'temperature'?`, or nothing where none is near.
+
+    Args:
+        name: as it was given.
+        known: the names that there are.
+        others: names of other libraries, and what they are called here.
+    """
+    if name in others:
+        return f"; here it is {others[name]}"
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from outdraft.backends.packed import quantised_part
 from outdraft.cache import SlotCache
 from outdraft.errors import UserError
 from outdraft.exact_attention import ATTENTION, Now, Paths, reads_in_place
@@ -209,7 +210,8 @@ def refuse(target: Target) -> None:
         )
     if target.config._attn_implementation != "sdpa":
         raise UserError("exact=True needs attn_implementation='sdpa', whose kernel calls can be made one by one")
-    if getattr(model, "hf_quantizer", None) is not None or any("forward" in m.__dict__ for m in model.modules()):
+    quantised = getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None
+    if quantised or any("forward" in module.__dict__ for module in model.modules()):
         raise UserError("exact=True needs the model's own layers, neither quantised nor hooked; load it without")
     mixing = next((type(module).__name__ for module in model.modules() if mixes(module)), None)
     if mixing is not None:

@@ -6,7 +6,7 @@ carries all statistics. Knows nothing of trees or verification.
 
 from __future__ import annotations
 
-import secrets
+import inspect
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,12 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.coupling import Coupled, Noise
+from outdraft.coupling import chance_of
 from outdraft.decoding import Row, decode
 from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.errors import UserError
+from outdraft.errors import UserError, meant
 from outdraft.exact import Exactness, ExactTarget, exactly
+from outdraft.inputs import plain_prompts, whole_numbers
 from outdraft.loading import load_drafter_for, load_target
 from outdraft.sampling import Dice, Warper, whole
 from outdraft.settings import (
@@ -41,13 +42,14 @@ from outdraft.settings import (
     sampling_settings,
     tree_shape,
 )
+from outdraft.shown import shown_model, shown_output
 from outdraft.statistics import Statistics
 from outdraft.stops import stops_at
 from outdraft.target import Target
 from outdraft.text import Detokenizer, answer_text, encode_prompts
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationOutput:
     """What `generate` returns, row by row in the order of the prompts.
 
@@ -98,6 +100,9 @@ class GenerationOutput:
         """New tokens of all rows over the wall-clock time, prefill included."""
         return sum(len(row) for row in self.tokens) / self.seconds
 
+    def __repr__(self) -> str:
+        return shown_output(self)
+
 
 @dataclass
 class Piece:
@@ -122,16 +127,17 @@ def load(
     backend: str | None = None,
     trust_remote_code: bool = False,
     generation_config: str = "auto",
+    **unknown: Any,
 ) -> SpeculativeModel:
     """A target and its drafter, ready to generate.
 
     Args:
-        model: folder, GGUF file, hub id, a loaded `transformers` model, `smollm2` for SmolLM2-135M-Instruct, or
-            `reference` for the small one that is shipped.
-        draft_model: a drafter's folder (ours, official FSPAD or EAGLE), a smaller language model, `reference` or
-            `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is, and
-            `prompt-lookup`, which needs no training, without one.
+        model: folder, GGUF file, hub id, an adapter's folder, a loaded `transformers` model (also in torch.compile or
+            PEFT), `smollm2` for SmolLM2-135M-Instruct, or `reference` for the small one that is shipped.
+        draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3), a smaller language model, `reference`
+            or `smollm2` for the drafters that ship for these, or None.
+        method: `fspad`, `eagle`, `eagle3`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is,
+            and `prompt-lookup`, which needs no training, without one.
         tokenizer: where the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
@@ -139,10 +145,14 @@ def load(
         trust_remote_code: run code from the model's repository.
         generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
             given; `vllm` ignores them, as in vLLM.
+        **unknown: refused, with the name that was meant.
 
     Raises:
         UserError: something cannot be loaded or does not fit together.
     """
+    for name in unknown:
+        known = list(inspect.signature(load).parameters)[:-1]
+        raise UserError(f"unknown argument '{name}'{meant(name, known) or '; known are ' + ', '.join(known)}")
     if draft_model is None and method is None:
         method = "prompt-lookup"
     target = load_target(
@@ -163,6 +173,9 @@ class SpeculativeModel:
         self._pacers: dict[Any, Pacer | None] = {}
         self._said = False  # that the model's own settings are in effect
 
+    def __repr__(self) -> str:
+        return shown_model(self)
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.target.tokenizer
@@ -170,6 +183,12 @@ class SpeculativeModel:
     @property
     def method(self) -> str:
         return self.drafter.method if self.drafter is not None else "none"
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """Of a token without drafting, where a controller has measured that lately; None where nobody has."""
+        known = (pacer.costs for pacer in self._pacers.values() if pacer is not None)
+        return next((costs.plain() for costs in known if not costs.plain_is_due()), None)
 
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
         """The same target with another drafter, or with none: plain decoding."""
@@ -181,7 +200,7 @@ class SpeculativeModel:
         """Answer one prompt or several at once.
 
         Args:
-            prompts: a text, a conversation, token ids, or a list of any of these.
+            prompts: a text, a conversation, token ids (a list, array or tensor), or a list of any of these.
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
                 `min_new_tokens` and the other fields of `SamplingSettings`; `eos_token_id`, `stop_strings`, `seed`,
@@ -274,14 +293,15 @@ class SpeculativeModel:
             raise UserError(f"coupling must be dice or noise, not {coupling!r}")
         if coupling == "noise" and tree.get("candidates") not in (None, "top-k"):
             raise UserError("candidates that are drawn need coupling='dice'; leave one of the two out")
-        encoded, _ = encode_prompts(prompts, self.tokenizer, settings.pop("chat_template_kwargs", None))
+        chat = settings.pop("chat_template_kwargs", None)
+        encoded, _ = encode_prompts(plain_prompts(prompts), self.tokenizer, chat)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens", 256))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         eos = settings.pop("eos_token_id", None)
         ends = self.target.eos_token_ids
         if eos is not None:
-            ends = [whole("eos_token_id", token) for token in (eos if isinstance(eos, list | tuple) else [eos])]
+            ends = [whole("eos_token_id", token) for token in whole_numbers(eos)]
         strings = settings.pop("stop_strings", None) or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         if strings and self.tokenizer is None:
@@ -311,12 +331,12 @@ class SpeculativeModel:
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
-            own_seed = secrets.randbits(63) if seed is None else seed + i
+            own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, dice, max_new_tokens, frozenset(ends), should_stop, repeats=repeats)
             if drawing and not thrown:
-                row.chance = Coupled(Noise(1, self.target.vocab_size, self.target.device, own_seed), 0, row.tokens)
+                row.chance = chance_of(warper, self.target.vocab_size, self.target.device, own_seed, row.tokens)
             if pacer is not None:
                 row.controller = pacer.controller(shape.depth + 1, own_seed)
             rows.append(row)

@@ -42,8 +42,8 @@ class Cut:
         self.layers = layers
         modules = list(layers_of(model))
         self._noting, self._handed = _Noting(modules[layers - 1]), _Handed(modules[layers])
-        self._lower = _view(model, [*modules[: layers - 1], self._noting], range(layers))
-        self._upper = _view(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
+        self._lower = view_of(model, [*modules[: layers - 1], self._noting], range(layers))
+        self._upper = view_of(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
         self._run_lower = forward_of(model, self._noted, "the first layers")
         self._run_upper = forward_of(model, self._continued, "the other layers")
 
@@ -74,7 +74,7 @@ class Tapped:
 
     Args:
         model: a causal language model, on any backend.
-        layers: counted from 1, in rising order, the last one not among them.
+        layers: counted from 1, in the order in which they are told, the last one not among them.
 
     Raises:
         UserError: no such layer, or the model's layers cannot be found.
@@ -84,10 +84,11 @@ class Tapped:
         modules = list(layers_of(model))
         if odd := [layer for layer in layers if not 1 <= layer < len(modules)]:
             raise UserError(f"layers to read must be between 1 and {len(modules) - 1} for this model, not {odd[0]}")
-        self._noting = [_Noting(modules[layer - 1]) for layer in layers]
-        for layer, noting in zip(layers, self._noting, strict=True):
+        self._layers = list(layers)
+        self._noting = {layer: _Noting(modules[layer - 1]) for layer in layers}
+        for layer, noting in self._noting.items():
             modules[layer - 1] = noting
-        self._inner = _view(model, modules, range(len(modules)))
+        self._inner = view_of(model, modules, range(len(modules)))
         self._run = forward_of(model, self._tapping, "the target with its taps")
 
     def __call__(self, **inputs: Any) -> Tensor:
@@ -96,7 +97,8 @@ class Tapped:
 
     def _tapping(self, **inputs: Any) -> tuple[Tensor, ...]:
         features = self._inner(**inputs).last_hidden_state
-        return (torch.cat([features, *(noting.take() for noting in self._noting)], dim=-1),)
+        given = {layer: noting.take() for layer, noting in self._noting.items()}
+        return (torch.cat([features, *(given[layer] for layer in self._layers)], dim=-1),)
 
 
 class ExitView:
@@ -109,7 +111,7 @@ class ExitView:
 
     def __init__(self, model: PreTrainedModel, layer: nn.Module):
         self._handed = _Handed(layer)
-        self._inner = _view(model, [self._handed], [len(layers_of(model)) - 1])
+        self._inner = view_of(model, [self._handed], [len(layers_of(model)) - 1])
         self._run = forward_of(model, self._exiting, "the exit layer")
 
     def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
@@ -133,7 +135,7 @@ class Shortcut:
         modules = list(layers_of(model))
         self._noting = _Noting(modules[layers - 1])
         places = [*range(layers), len(modules) - 1]
-        self._inner = _view(model, [*modules[: layers - 1], self._noting, layer], places)
+        self._inner = view_of(model, [*modules[: layers - 1], self._noting, layer], places)
         self._run = forward_of(model, self._shortcut, "the first layers and the exit layer")
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,7 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _view(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
+def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
     """A shallow copy of the inner model with these layers, which stand for those at these places of its list."""
     path = _path_to_layers(model)
     child: nn.Module = nn.ModuleList()

@@ -19,12 +19,15 @@ from outdraft.backends import accelerate, best_backend, default_backend, default
 from outdraft.drafters.base import Drafter
 from outdraft.drafters.checkpoint import Network, load_drafter, own_method
 from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafters.eagle3 import Eagle3Head
+from outdraft.drafters.eagle3_drafting import Eagle3Drafter
+from outdraft.drafters.eagle3_folder import load_eagle3
 from outdraft.drafters.early_exit import EarlyExit
 from outdraft.drafters.exit_folder import load_exit_layer
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead
-from outdraft.drafters.folder import find_folder, is_hub_id, not_on_hub
+from outdraft.drafters.folder import find_folder, is_eagle3, is_hub_id, not_on_hub
 from outdraft.drafters.lookahead import Lookahead
 from outdraft.drafters.medusa import Medusa, MedusaHeads
 from outdraft.drafters.medusa_folder import load_medusa
@@ -33,8 +36,10 @@ from outdraft.errors import UserError, first_line
 from outdraft.gguf_file import gguf_in
 from outdraft.named import named, place_of, shipped_drafter
 from outdraft.target import Target
+from outdraft.trial import tried
+from outdraft.wrapped import base_of, merged, unwrapped
 
-METHODS = ("fspad", "eagle", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
+METHODS = ("fspad", "eagle", "eagle3", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
 
 WITHOUT_MODEL = ("prompt-lookup", "lookahead")
 """Methods that draft without a drafter to be loaded."""
@@ -82,22 +87,25 @@ def load_target(
     backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
-    """A target from a folder, a GGUF file, a hub id, `smollm2`, `reference`, or a loaded model (which stays as it is).
+    """A target from a folder (an adapter's, too), a GGUF file, a hub id, `smollm2`, `reference`, or a loaded model,
+    which stays as it is and may be wrapped by torch.compile or PEFT.
 
     Raises:
         UserError: it cannot be loaded or cannot be a target, with the reason.
     """
     words = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     shown_as = None
+    model = unwrapped(model)
     if isinstance(model, PreTrainedModel):
         loaded: Any = model.eval()
         folder = tokenizer
+    elif not isinstance(model, str | Path):
+        raise UserError(
+            f"a model is a folder, a hub id or a loaded causal language model, not a {type(model).__name__}"
+        )
     else:
-        found = place_of(model)
-        path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
         where = resolve_device(device)
-        loaded = _load_model(path, resolve_dtype(dtype, where), where, trust_remote_code)
-        shown_as = found.shown_as
+        loaded, path, shown_as = _load_place(model, resolve_dtype(dtype, where), where, trust_remote_code)
         if shown_as is not None:  # else records would name a folder of this machine
             loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
@@ -107,12 +115,28 @@ def load_target(
             words.name_or_path = shown_as
     if backend is None or backend == "auto":
         backend = best_backend(loaded)
-    return Target(loaded, words, backend)
+    target = Target(loaded, words)
+    windows = tried(target)
+    return Target(loaded, words, backend, windows)
+
+
+def _load_place(
+    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[Any, str, str | None]:
+    """The model of a name, folder or file, where its tokenizer lies, and what records call it if not that."""
+    if (base := base_of(model)) is not None:
+        loaded, path, _ = _load_place(base, dtype, device, trust_remote_code)
+        loaded = merged(loaded, model).eval()
+        loaded.config._name_or_path = loaded.name_or_path = str(model)
+        return loaded, str(model) if _has_words(Path(model).expanduser()) else path, None
+    found = place_of(model)
+    path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
+    return _load_model(path, dtype, device, trust_remote_code), path, found.shown_as
 
 
 def load_drafter_for(
     target: Target,
-    draft_model: str | Path | Network | Target | PreTrainedModel | None,
+    draft_model: str | Path | Network | Eagle3Head | Target | PreTrainedModel | None,
     *,
     method: str | None = None,
     backend: str | None = None,
@@ -150,14 +174,17 @@ def load_drafter_for(
 
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
-    if isinstance(source, FeatureHead | ExitLayer | MedusaHeads):
+    if isinstance(source, FeatureHead | Eagle3Head | ExitLayer | MedusaHeads):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
         return _bound(own, target, backend)
+    source = unwrapped(source)
     if isinstance(source, Target):
         return DraftModel(source, target)
     if isinstance(source, PreTrainedModel):
-        return DraftModel(Target(source.eval()), target)
-    if gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
+        return DraftModel(load_target(source, backend="eager"), target)
+    if not isinstance(source, str | Path):
+        raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
+    if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     return _bound(load_network(source, target, target.dtype, target.device), target, backend)
@@ -165,7 +192,7 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
 
 def load_network(
     source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Network:
+) -> Network | Eagle3Head:
     """The network in a drafter's folder or hub repository, whatever its method.
 
     Args:
@@ -181,22 +208,26 @@ def load_network(
     method = own_method(source)
     if method == ExitLayer.method:
         return load_exit_layer(source, target.model, **place)
+    if method == Eagle3Head.method:
+        return load_eagle3(source, **place).head
     if method == MedusaHeads.method:
         return load_medusa(source, **place).heads
     return load_drafter(source, **place).head.eval()
 
 
-def _bound(network: Network, target: Target, backend: str) -> Drafter:
+def _bound(network: Network | Eagle3Head, target: Target, backend: str) -> Drafter:
     network = accelerate(network, backend)
     if isinstance(network, ExitLayer):
         return EarlyExit(network, target)
+    if isinstance(network, Eagle3Head):
+        return Eagle3Drafter(network, target)
     return Medusa(network, target) if isinstance(network, MedusaHeads) else FeatureDrafter(network, target)
 
 
 def _is_language_model(folder: Path) -> bool:
     """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
 
-    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer.
+    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer; some of EAGLE-3's do.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -205,7 +236,7 @@ def _is_language_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return "model_type" in config and any((folder / name).exists() for name in words)
+    return "model_type" in config and not is_eagle3(config) and any((folder / name).exists() for name in words)
 
 
 def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -223,13 +254,17 @@ def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remot
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model; None when there is none, in which case only token ids can be decoded."""
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if Path(path).is_dir() and not _has_words(Path(path)):
         return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}") from error
+
+
+def _has_words(folder: Path) -> bool:
+    """Whether a tokenizer lies in it."""
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 
 def _model_folder(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Records of data, from wherever they lie: JSON lines, JSON lists, Parquet, texts with a prompt a line, the hub.
 
-All that reads prompts or conversations reads them through this, so that every verb takes the same files. What a record
-means is for its readers to say.
+All that reads prompts or conversations reads them through this, so that every verb takes the same files. How bytes
+become lines of text is `text_file.py`'s business, what a record means is for its readers to say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError, first_line
+from outdraft.text_file import HALF, BadText, plain_suffix, text_lines, whole_text
 
 HUB = "hf:"
 """Before the name of a data set of the Hugging Face hub."""
@@ -44,13 +45,13 @@ def read_records(source: str | Path) -> Iterator[Found]:
         yield from _hub(str(source))
         return
     file = Path(source)
-    if file.suffix == ".parquet":
+    suffix = plain_suffix(file)
+    if suffix == ".parquet":
         yield from _numbered(file, _parquet(file))
         return
-    with file.open("rb") as lines:
-        start = lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if file.suffix in JSON_SUFFIXES or (file.suffix != ".txt" and start.startswith(b"{")):
-        yield from _json_list(file) if start.startswith(b"[") else _lines(file, json.loads)
+    first = next((line for _, line in text_lines(file) if isinstance(line, str)), "")
+    if suffix in JSON_SUFFIXES or (suffix != ".txt" and first.startswith("{")):
+        yield from _json_list(file) if first.startswith("[") else _lines(file, json.loads)
     else:
         yield from _lines(file, lambda text: {"prompt": text})
 
@@ -65,7 +66,7 @@ def data_files(path: str | Path) -> list[str | Path]:
         return [str(path)]
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in FOLDER_SUFFIXES)
+        files = sorted(file for file in path.iterdir() if plain_suffix(file) in FOLDER_SUFFIXES)
         if not files:
             raise UserError(f"no *.jsonl or *.parquet file in {path}; give --data a file or a folder that has some")
         return list(files)
@@ -107,32 +108,50 @@ def bare_question(record: Mapping[str, Any]) -> str | None:
 
 
 def _lines(file: Path, read: Any) -> Iterator[Found]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            content: Any
-            try:
-                content = read(line.decode("utf-8-sig").strip())
-            except UnicodeDecodeError:
-                content = BadRecord("not UTF-8 text")
-            except json.JSONDecodeError as problem:
-                content = BadRecord(f"broken JSON, {problem}")
-            yield f"{file}:{number}", number, content
+    for number, line in text_lines(file):
+        content: Any
+        try:
+            if isinstance(line, BadText):
+                raise BadRecord(str(line))
+            content = sound(read(line)) if "\\u" in line else read(line)
+        except json.JSONDecodeError as problem:
+            content = BadRecord(f"broken JSON, {problem}")
+        except RecursionError:
+            content = BadRecord("JSON that is nested too deep")
+        except BadRecord as problem:
+            content = problem
+        yield f"{file}:{number}", number, content
 
 
 def _json_list(file: Path) -> Iterator[Found]:
     """ShareGPT and Alpaca are published as one JSON list."""
     try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        records = json.loads(whole_text(file))
     except ValueError as problem:
         raise UserError(f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines") from None
     yield from _numbered(file, iter(records))
 
 
+def sound(record: Any) -> Any:
+    """The record, if all of its texts can be written as text.
+
+    Raises:
+        BadRecord: one holds half a surrogate pair, as JSON can escape it: no text, and no tokenizer takes it.
+    """
+    half = HALF.search(json.dumps(record, ensure_ascii=False, default=str))
+    if half is not None:
+        raise BadRecord(f"half a surrogate pair, \\u{ord(half[0]):04x}, which is no text")
+    return record
+
+
 def _numbered(source: str | Path, records: Iterator[Any]) -> Iterator[Found]:
     for number, record in enumerate(records, start=1):
-        yield f"{source}:#{number}", number, record
+        content: Any
+        try:
+            content = sound(record)
+        except BadRecord as problem:
+            content = problem
+        yield f"{source}:#{number}", number, content
 
 
 def _parquet(file: Path) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
 from outdraft.drafters.base import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, Drafter, TreeShape, gpu_tree
 from outdraft.drafters.repeats import Repeats
-from outdraft.errors import UserError
+from outdraft.errors import UserError, meant
 from outdraft.sampling import SamplingSettings, whole
 from outdraft.target import Target
 
@@ -35,6 +35,20 @@ TREE_SETTINGS = ("tree_depth", "tree_top_k", "tree_size", "num_speculative_token
 
 LOOKUP_SETTINGS = ("prompt_lookup_min", "prompt_lookup_num_tokens")
 """Those that say when a repetition is drafted in the drafter's place, and how much of it."""
+
+OTHER_SETTINGS = (
+    "do_sample",
+    "max_new_tokens",
+    "eos_token_id",
+    "stop_strings",
+    "seed",
+    "logits_processor",
+    "streamer",
+    "controller",
+    "exact",
+    "coupling",
+)
+"""Those that `generate` takes beside sampling, trees and repetitions."""
 
 AUTO = "auto"
 """`tree_size` for trees by the machine: every round has the shape that brings the most tokens a second here."""
@@ -108,7 +122,9 @@ def sampling_settings(settings: dict[str, Any], own: Mapping[str, Any] | None = 
     known = {field.name for field in fields(SamplingSettings)}
     unknown = sorted(set(settings) - known - {"do_sample"})
     if unknown:
-        raise UserError(f"unknown setting '{unknown[0]}'; known are {', '.join(sorted(known))} and do_sample")
+        every = sorted({*known, *OTHER_SETTINGS, *TREE_SETTINGS, *LOOKUP_SETTINGS})
+        said = meant(unknown[0], every) or f"; known are {', '.join(every)}"
+        raise UserError(f"unknown setting '{unknown[0]}'{said}")
     given = {name: settings[name] for name in known if settings.get(name) is not None}
     own = dict(own or {})
     do_sample, drawn_by_itself = settings.get("do_sample"), own.pop("do_sample", False)

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from outdraft.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
 from outdraft.cache import BufferPool, SlotCache
-from outdraft.errors import UserError
+from outdraft.errors import UserError, first_line
+from outdraft.reach import context_of, windows_of
 from outdraft.tree import attention_mask
 
 MASK_READING = {"sdpa", "eager"}
@@ -35,6 +36,7 @@ class Target:
         model: a stock model, in evaluation mode; it stays as it is.
         tokenizer: its tokenizer, where text comes in or goes out.
         backend: what its forward runs on (`backends/`).
+        windows: that its layers have, by their kinds; by default what its configuration says.
 
     Raises:
         UserError: the family cannot verify trees, with the reason.
@@ -50,7 +52,11 @@ class Target:
     """The same target in exact mode, once it was asked for (`exact.py`)."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str = "eager"
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str = "eager",
+        windows: dict[str, int | None] | None = None,
     ):
         refuse_unfit(model)
         if model.device.type == "cuda":
@@ -63,7 +69,9 @@ class Target:
         run = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
         self._run = None if run == self._whole else run
         self.pool = BufferPool() if self.backend == "graphs" else None
-        self._windows = _windows(self.config)
+        configured = windows_of(self.config)
+        self.windows = configured if windows is None else windows
+        self._ignored = [window for kind, window in configured.items() if window and not self.windows[kind]]
         self._head = _head(self.model)
 
     # --- facts -------------------------------------------------------------------------------------------------
@@ -96,15 +104,9 @@ class Target:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            # Past this a forward turns all of its positions by other frequencies, so a tree that reaches over it would
-            # change what its root sees.
-            return int(rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings)
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if getattr(self.config, name, None):
-                return int(getattr(self.config, name))
-        return 1 << 30
+        reach = context_of(self.config)
+        # A window that the model's own cache knows of and its forward does not: they say the same up to it.
+        return min([reach, *self._ignored])
 
     @property
     def slot_limit(self) -> int | None:
@@ -178,11 +180,11 @@ class Target:
         def masks() -> Any:
             made = {
                 kind: self._mask(attention_mask(seen, slots, lengths, extent, positions, window))
-                for kind, window in self._windows.items()
+                for kind, window in self.windows.items()
             }
             return made if len(made) > 1 else next(iter(made.values()))
 
-        sight = None if self.pool is None else Sight(seen, slots, positions, lengths, self._windows, masks)
+        sight = None if self.pool is None else Sight(seen, slots, positions, lengths, self.windows, masks)
         return {
             "attention_mask": sight or masks(),
             "position_ids": positions[:, -seen.shape[1] :],
@@ -210,6 +212,10 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
     if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UserError(
+            f"the embedding of {name} is quantised, so its rows cannot be read; leave it out of quantisation"
+        )
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise UserError(
             f"{name} is spread over several devices, which is not supported; load it on one (no device_map)"
@@ -228,17 +234,6 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} attends in chunks of positions, which is not supported; choose another family")
 
 
-def _windows(config: Any) -> dict[str, int | None]:
-    """Sliding windows by kind of layer; models with several kinds take a dictionary of masks."""
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
-    return {"full_attention": window}
-
-
 def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
     """The output layer itself where the model does nothing more to its logits, else the model's own way to them."""
     head, view = model.get_output_embeddings(), _HeadView(model)
@@ -247,7 +242,17 @@ def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
         None, None
     ]
     with torch.inference_mode():
-        return head if torch.equal(head(probe), view(probe)) else view
+        try:
+            through = view(probe)
+        except Exception as error:  # families raise what they like
+            raise UserError(
+                f"{type(model).__name__} makes its logits of something else than its last features "
+                f"({first_line(error)}); choose a model of another family"
+            ) from error
+        try:
+            return head if torch.equal(head(probe), through) else view
+        except RuntimeError:  # there is more than this layer between features and logits
+            return view
 
 
 class _HeadView:

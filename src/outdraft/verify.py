@@ -65,12 +65,12 @@ def verify(
             a warper reads them.
         chances: for every row, its dice.
     """
-    coupled = [chance for chance in chances if isinstance(chance, Coupled)]
-    if len(coupled) == len(chances):
-        return verify_coupled(tree, logits, warpers, prefixes, coupled)
     kind = warpers[0].kind
     if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
+    coupled = [chance for chance in chances if isinstance(chance, Coupled)]
+    if len(coupled) == len(chances):
+        return verify_coupled(tree, logits, warpers, prefixes, coupled)
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
     if alike and logits.numel() <= AT_ONCE and _is_chains(tree):
         return verify_chains(tree, warpers[0].laws(logits), chances)

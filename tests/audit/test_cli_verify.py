@@ -126,3 +126,66 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert result.exit_code == 2, result.output
     assert len(result.stderr.splitlines()) == 1 and named in result.stderr
     assert result.stdout == ""
+
+
+# --- how long it takes, a quick look, and the end by Ctrl-C -----------------------------------------------------------
+
+
+def test_the_time_is_stated_first_and_progress_is_that_of_the_whole(folders: Folders, prompts: Path) -> None:
+    result = verify(folders, prompts, "--temperature", 1)
+    assert result.exit_code == 0, result.output
+    first, *stages = [line for line in result.stderr.splitlines() if "..." in line or "expected" in line]
+    assert first.startswith("expected to take about ") and "--quick" in first and "Ctrl-C" in first
+    shares = [int(line.rpartition("(")[2].partition("%")[0]) for line in stages]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] > 50
+    assert stages[0].startswith("plain greedy texts") and stages[-1].startswith("trees node by node")
+
+
+def test_a_quick_look_says_so_in_its_verdict(folders: Folders, prompts: Path) -> None:
+    result = verify(folders, prompts, "--temperature", 1, "--quick", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["settings"]["quick"] and found["settings"]["text_prompts"] == 3 and found["settings"]["trees"] == 8
+    assert found["settings"]["total_variation"] == 0.25, "no finer than what was asked for"
+    assert "A quick look" in found["verdict"] and "total variation of 0.25" in found["verdict"]
+    assert "A quick look" not in json.loads(verify(folders, prompts, "--json").stdout)["verdict"]
+
+
+def interrupted_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def interrupt(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"outdraft.evaluation.audit.audit.{name}", interrupt)
+
+
+def test_what_was_found_is_kept_and_shown_when_it_is_stopped(
+    folders: Folders, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_in(monkeypatch, "beginnings_finding")
+    report = tmp_path / "report.html"
+    result = verify(folders, prompts, "--temperature", 1, "--json", "--report", report)
+    assert result.exit_code == 130, result.output
+    found = json.loads(result.stdout)
+    assert found["kept"] is None and found["stopped_during"] == "samples of the first tokens"
+    assert found["verdict"].startswith("STOPPED") and {"plain", "greedy", "tokens"} <= set(found["checks"])
+    assert found["verdict"] in Text(report.read_text()).said
+    assert "STOPPED" in verify(folders, prompts, "--temperature", 1).stdout
+
+
+def test_a_difference_counts_even_when_the_rest_was_stopped(
+    folders: Folders, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
+    interrupted_in(monkeypatch, "forwards_finding")
+    result = verify(folders, prompts, "-d", folders.target, "--num-speculative-tokens", 2)
+    said = " ".join(result.stdout.replace("│", " ").split())
+    assert result.exit_code == 1 and "NOT KEPT" in said and "Stopped during the check 'trees node by node'" in said
+
+
+def test_nothing_is_said_where_no_check_was_finished(
+    folders: Folders, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_in(monkeypatch, "texts")
+    result = verify(folders, prompts)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.splitlines()[-1] == "interrupted before any check was finished"

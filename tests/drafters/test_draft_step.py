@@ -14,7 +14,7 @@ from torch import Tensor
 from models import tiny
 from outdraft.backends import accelerate
 from outdraft.cache import SlotCache
-from outdraft.drafters import draft_step
+from outdraft.drafters import draft_step, layer_step
 from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.feature_drafting import FeatureDrafter
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
@@ -99,7 +99,7 @@ def test_every_switch_is_the_trained_network(monkeypatch, values, taps, lengths)
 def test_low_precision_and_packed_weights_are_near(monkeypatch, table, dtype, tolerance, backend, small):
     """Against the float64 network with the same rounded weights, so that either side may round as it likes."""
     monkeypatch.setattr(draft_step, "TABLE_BYTES", 2**20 if table else 0)
-    monkeypatch.setattr(draft_step, "SMALL", 2**20 if small else 0)
+    monkeypatch.setattr(layer_step, "SMALL", 2**20 if small else 0)
     head = network(dtype)
     exact = network(dtype).double()
     for (stock, _), (rough, own) in zip(

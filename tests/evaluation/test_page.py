@@ -18,6 +18,7 @@ from cli_fixtures import Folders
 from outdraft.errors import UserError
 from outdraft.evaluation import page
 from outdraft.evaluation.page_style import SLOTS
+from outdraft.evaluation.report import closing
 from outdraft.evaluation.result import BenchResult
 
 
@@ -70,6 +71,7 @@ def test_the_page_holds_everything_and_loads_nothing(written: tuple[Path, BenchR
     assert not seen.loaded and "@import" not in style and "url(" not in style
     for summary in result.comparisons[0].summaries:
         assert summary.name in seen.text
+    assert closing(result.comparisons[0].summaries) in seen.text
     for said in (
         "Read with care",
         "Left out: 1 question, named",

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from running import Served, tiny_model
 
-from outdraft.drafters.base import BATCH, BATCH_CHAIN, GREEDY_CHAIN, Drafter
+from outdraft.drafters.base import BATCH, BATCH_CHAIN, GREEDY_CHAIN, Drafter, TreeShape
 from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
 from outdraft.serving.server import drafting
@@ -22,7 +22,9 @@ def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch)
     drafts = drafting(model, {}, None)
     assert drafts.greedy(1) == drafts.greedy(BATCH - 1) == GREEDY_CHAIN
     assert drafts.greedy(BATCH) == drafts.greedy(16) == BATCH_CHAIN
-    largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN, drafts.sampling))
+    largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN))
+    assert drafts.sampling is None, "no text depends on what is drafted"
+    assert drafting(model, {"candidates": "sampled"}, None).sampling == TreeShape(3, 3, 10, "sampled")
     assert drafts.slots == largest + drafts.repeats.most
     assert drafting(model, {"prompt_lookup_min": 0}, None).slots == largest
     named = drafting(model, {"num_speculative_tokens": 2}, None)

@@ -54,7 +54,8 @@ def test_what_is_set_by_hand_wins_over_the_preset() -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"learning_rat": 1}, 'unknown training setting "learning_rat"; known are data, output_dir'),
+        ({"learning_rat": 1}, "unknown training setting \"learning_rat\"; did you mean 'learning_rate'?"),
+        ({"zzz": 1}, 'unknown training setting "zzz"; known are data, output_dir'),
         ({"learning_rate": -1}, '"learning_rate" cannot be -1'),
         ({"method": "hydra"}, "\"method\" cannot be 'hydra'"),
         ({"output_dir": None}, '"output_dir" cannot be None'),

@@ -6,13 +6,19 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from outdraft.errors import UserError
+from outdraft.evaluation.prompts import read_prompts
 from outdraft.training.conversations import read_conversations
 
 GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
+
+
+def say(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
 
 
 def write(folder: Path, *lines: str | bytes, name: str = "data.jsonl") -> Path:
@@ -61,9 +67,11 @@ def test_a_folder_is_read_by_file_name_and_a_json_list_as_it_is(tmp_path: Path) 
         ('{"messages": []}', "empty"),
         ('{"messages": [{"role": "user"}]}', 'string "content"'),
         ('{"conversations": [{"from": "wizard", "value": "x"}]}', 'unknown role "wizard"'),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "wrong role order"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', "wrong role order"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "wrong role order"),
+        ('{"messages": [{"role": "user", "content": null}]}', 'string "content"'),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}', '"image_url"'),
+        ('{"messages": [{"content": "x"}]}', 'every turn needs "role"'),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "no turn of a user or an assistant"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": 7}', '"tools" must be a list'),
         ('{"text": "  "}', "non-empty string"),
     ],
 )
@@ -76,6 +84,71 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, line: str | 
     assert "\n" not in message
     found = read_conversations(path, on_bad_line="skip")
     assert len(found) == 2 and len(found.skipped) == 1 and says in found.skipped[0]
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+AGENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "a tool": ([say("user"), say("assistant"), say("tool", "42"), say("assistant", "a")], "uata"),
+    "speaks twice": ([say("user"), say("user", "more"), say("assistant")], "uua"),
+    "assistant first": ([say("assistant"), say("user"), say("assistant")], "aua"),
+    "assistant twice": ([say("user"), say("assistant"), say("assistant")], "uaa"),
+    "developer": ([say("developer"), say("user"), say("assistant")], "dua"),
+    "system late": ([say("user"), say("assistant"), say("system"), say("user")], "uasu"),
+    "calls": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", "42", tool_call_id="1")], "uat"),
+    "old calls": ([say("user"), say("assistant", None, function_call=CALL["function"]), say("function", "42")], "uat"),
+    "parts": ([say("user", [{"type": "text", "text": "q"}, "r"]), say("assistant", [])], "ua"),
+    "an object from a tool": ([say("user"), say("assistant"), say("tool", {"sum": 3})], "uat"),
+}
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_conversations_of_agents_are_read_in_any_order(tmp_path: Path, kind: str) -> None:
+    turns, order = AGENTS[kind]
+    path = write(tmp_path, json.dumps({"messages": turns, "tools": [CALL["function"]]}))
+    (found,) = read_conversations(path)
+    assert "".join(one["role"][0] for one in found.messages) == order
+    assert all(isinstance(one["content"], str) for one in found.messages)
+    assert found.tools == (CALL["function"],)
+    again = write(tmp_path, json.dumps(found.record()), name="again.jsonl")
+    (read_again,) = read_conversations(again)
+    assert (read_again.messages, read_again.tools) == (found.messages, found.tools)
+    if order.endswith("a"):  # a question that nobody answers yet is no prompt to measure with
+        assert read_prompts(path) == [[*found.messages[: len(order.rstrip("a"))]]]
+
+
+def test_calls_of_tools_come_in_the_form_that_templates_write(tmp_path: Path) -> None:
+    calls = [
+        {"messages": [say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", "3", tool_call_id="1")]},
+        {
+            "conversations": [
+                {"from": "human", "value": "x"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+            ]
+        },
+    ]
+    found = [one.messages[1] for one in read_conversations(write(tmp_path, *map(json.dumps, calls)))]
+    assert found[0]["content"] == found[1]["content"] == ""
+    assert found[0]["tool_calls"] == [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}]
+    assert found[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [
+        *[(reason, False) for reason in ("stop", "STOP", "tool_calls", "end_turn", None, 7)],
+        *[(reason, True) for reason in ("length", "max_tokens", "content_filter", "stop_sequence", "context")],
+    ],
+)
+def test_what_ended_an_answer_is_read_as_servers_write_it(tmp_path: Path, reason: object, cut: bool) -> None:
+    turns = json.loads(GOOD)["messages"]
+    lines = [
+        {"messages": turns, "finish_reason": reason},
+        {"messages": [turns[0], {**turns[1], "finish_reason": reason}, *turns]},
+        {"text": "once", "finish_reason": reason},
+        {"prompt": "a", "completion": "b", "finish_reason": reason},
+    ]
+    found = [one.cut for one in read_conversations(write(tmp_path, *map(json.dumps, lines)))]
+    assert found == ([{1}, {1}, {0}, {1}] if cut else [set()] * 4)
 
 
 def test_missing_and_empty_data_say_what_to_give(tmp_path: Path) -> None:

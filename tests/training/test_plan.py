@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_pat
     said = io.StringIO()
     found.show(Console(file=said, width=150))
     assert f"{found.drafter_parameters:,} parameters" in said.getvalue() and "21 (3.2 passes" in said.getvalue()
+
+
+def test_the_plan_counts_answers_that_were_cut_off_and_says_what_it_means(
+    target: Target, chats: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in chats.read_text().split("\n") if line]
+    marked = [{**line, "finish_reason": "length" if place < 3 else "stop"} for place, line in enumerate(lines)]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(line) + "\n" for line in marked))
+    found = plan(target, DrafterConfig(data=tmp_path / "cut.jsonl", output_dir=tmp_path / "run", max_steps=1))
+    assert found.cut_answers == 3
+    assert any(note.startswith("3 answers were cut off") for note in found.notes)
 
 
 def test_the_plan_tells_what_is_kept_and_what_runs_in_every_step(

@@ -26,7 +26,7 @@ from outdraft.training.crowd import Crowd
 from outdraft.training.regenerate import RegenerateResult, regenerate
 from outdraft.training.tokenization import tokenize
 
-from .tiny import tiny_target
+from .tiny import CHATML, tiny_target
 
 ENDS = [2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49]
 """Tokens that end an answer: a random target says one of them now and then."""
@@ -132,6 +132,54 @@ def test_an_answer_is_finished_if_it_ended_by_itself(run: Run, target: Target) -
             assert said == (alone.generate([history], max_new_tokens=12).finish_reasons == ["eos"])
             seen.add((place == places[-1], said))
     assert len(seen) == 4, "last and earlier turns, finished and not"
+
+
+def test_lines_say_what_ended_each_answer_as_servers_do(run: Run) -> None:
+    for line in read(run(max_new_tokens=12)):
+        assert line["finish_reason"] == ("stop" if line["finished"] else "length")
+        for one in line.get("messages", []):
+            assert one.get("finish_reason", "none") == ("none" if one.get("finished", True) else "length")
+
+
+AGENT = [
+    {"role": "assistant", "content": "KEPT"},
+    {"role": "user", "content": "q"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
+    {"role": "tool", "content": "42", "tool_call_id": "1"},
+    {"role": "assistant", "content": "OLD"},
+    {"role": "user", "content": "bye"},
+]
+
+
+def test_of_an_agents_conversation_the_answers_are_the_targets_and_its_calls_stay(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "agent.jsonl"
+    data.write_text(json.dumps({"messages": AGENT, "tools": [{"name": "add"}]}) + "\n")
+    (line,) = read(run(data=data))
+    told = line["messages"]
+    assert [one["role"] for one in told] == [
+        "assistant",
+        "user",
+        "user",
+        "assistant",
+        "tool",
+        *["assistant", "user"],
+        "assistant",
+    ]
+    assert told[:5] == AGENT[:5] and told[6] == AGENT[6] and told[5]["content"] != "OLD"
+    assert line["tools"] == [{"name": "add"}]
+    assert run(data=data).written == 0, "it is known again"
+
+
+def test_prompts_that_the_template_refuses_are_named_and_the_others_answered(run: Run, tmp_path: Path) -> None:
+    template = CHATML.replace(
+        "{{ m['role'] }}", "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    )
+    data = tmp_path / "agent.jsonl"
+    data.write_text(json.dumps({"messages": AGENT}) + "\n" + user("c?") + "\n")
+    result = run(data=data, target=tiny_target(torch.float64, chat_template=template))
+    assert result.written == 1 and len(result.skipped) == 1
+    assert "agent.jsonl:1: the chat template refuses" in result.skipped[0] and "no tools" in result.line()
 
 
 def test_training_learns_no_end_after_an_answer_that_was_cut(run: Run, target: Target) -> None:

@@ -132,6 +132,61 @@ def test_chats_without_a_template_are_refused_with_the_fix() -> None:
         marked(None)
 
 
+AGENT = Conversation(
+    "data:2",
+    messages=(
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "1+2"},
+        {"role": "user", "content": "please"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "three"},
+    ),
+    tools=({"name": "add"},),
+)
+CALLING = CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+).replace("{% for m", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m", 1)
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+
+
+def test_every_turn_of_an_agents_assistant_carries_loss_and_no_tool_or_user() -> None:
+    call = '{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+    assert marked(CALLING, [AGENT]) == ["hello<|im_end|>", call, "three<|im_end|>"]
+    text = byte_tokenizer(CALLING).decode(tokenize([AGENT], byte_tokenizer(CALLING), 999)[0].input_ids)
+    assert text.startswith('[{"name": "add"}]<|im_start|>assistant\nhello')
+
+
+def test_a_first_turn_of_the_assistants_is_told_from_a_system_turn_of_the_templates() -> None:
+    template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if loop.first %}SYSTEM<|im_end|>{% endif %}"
+    )
+    begun = Conversation("data:1", messages=(TWO_TURNS.messages[1], *TWO_TURNS.messages))
+    assert marked(template, [begun]) == ["Grüß<|im_end|>"] * 2 + ["ok<|im_end|>"]
+    bare = template.replace("<|im_start|>assistant\n", "")
+    assert marked(bare, [begun])[0] != "SYSTEM<|im_end|>"
+
+
+def test_what_the_template_refuses_is_left_out_counted_and_named() -> None:
+    found = tokenize([TWO_TURNS, AGENT, TWO_TURNS], byte_tokenizer(STRICT), 999)
+    assert len(found) == 2
+    (line,) = found.refused
+    assert line.startswith("data:2: the chat template refuses a conversation with roles assistant, user, user")
+    assert line.endswith("roles must alternate")
+    with pytest.raises(UserError, match=r"1 conversations are refused, first data:2: .*must alternate"):
+        tokenize([AGENT], byte_tokenizer(STRICT), 999)
+
+
+def test_answers_that_were_cut_off_are_counted() -> None:
+    found = tokenize(
+        [CUT, BOTH_CUT, TWO_TURNS, Conversation("data:3", text="once", cut=frozenset({0}))], byte_tokenizer(), 999
+    )
+    assert found.cut_answers == 4
+
+
 def test_texts_need_no_template_and_carry_loss_everywhere() -> None:
     assert marked(None, [Conversation("data:1", text="once upon")]) == ["once upon"]
 

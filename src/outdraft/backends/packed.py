@@ -67,13 +67,35 @@ def why_not_packed(model: nn.Module) -> str | None:
 
 def why_not_replaced(model: nn.Module) -> str | None:
     """What forbids to put other modules in place of a model's own, None if nothing does."""
-    if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "_hf_hook"):
-        return "it is quantised or spread over devices"
-    if getattr(model, "peft_config", None):
+    if hasattr(model, "_hf_hook"):
+        return "it is spread over devices"
+    if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
+        return "it is quantised"
+    if getattr(model, "peft_config", None) or any("base_layer" in module._modules for module in model.modules()):
         return "it has adapters; merge them first"
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        return "parts of it are compiled already"
     if any(is_parametrized(module) for module in model.modules()):
         return "it has parametrized weights; make them plain with torch.nn.utils.parametrize.remove_parametrizations"
     return None
+
+
+def quantised_part(model: nn.Module) -> str | None:
+    """The name of a module whose weights are no plain floating-point numbers, whatever made them so; None if none."""
+    for name, module in model.named_modules():
+        own = [tensor for tensor in module._parameters.values() if tensor is not None]
+        # Layers that keep their weight in a form of their own still say what shape it stands for.
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, PackedLinear):
+            own.append(getattr(module, "weight", None))
+        if not all(_plain(tensor) for tensor in own):
+            return name
+    return None
+
+
+def _plain(weight: Any) -> bool:
+    if type(weight) not in (nn.Parameter, Tensor):  # libraries keep packed numbers in kinds of tensors of their own
+        return False
+    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def packs(dtype: torch.dtype) -> bool:

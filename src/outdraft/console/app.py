@@ -5,6 +5,7 @@ Knows nothing of the verbs. `--debug` or OUTDRAFT_DEBUG=1 shows tracebacks after
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
@@ -17,6 +18,19 @@ from typer.core import TyperGroup
 from outdraft.errors import UserError
 
 USER_MISTAKE, INTERNAL, INTERRUPTED = 2, 1, 130
+
+
+OTHER_FLAGS = {
+    "--max-length": "--max-new-tokens",
+    "--max-tokens": "--max-new-tokens",
+    "--stop-strings": "--stop",
+    "--torch-dtype": "--dtype",
+    "--device-map": "--device",
+    "--assistant-model": "--draft-model",
+    "--speculative-model": "--draft-model",
+    "--draft-model-path": "--draft-model",
+}
+"""What other programs call a flag -> its name here."""
 
 
 class Verbs(TyperGroup):
@@ -43,7 +57,8 @@ class Verbs(TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context is not None else ""
-            code = _say(f"error: {error.format_message()}{hint}", USER_MISTAKE)
+            said = _unknown_flag(error) or error.format_message()
+            code = _say(f"error: {said}{hint}", USER_MISTAKE)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -83,6 +98,19 @@ def quiet_libraries() -> None:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+def _unknown_flag(error: Any) -> str | None:
+    """Of a flag that does not exist, what was meant: the nearest one, or ours for the name that others use."""
+    flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if flag is None or context is None:
+        return None
+    known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    others = {other: own for other, own in OTHER_FLAGS.items() if own in known and other not in known}
+    (near,) = difflib.get_close_matches(flag, [*known, *others], n=1) or [""]
+    if near in others:
+        return f"no such option: {flag}; here it is {others[near]}"
+    return f"no such option: {flag}" + (f"; did you mean {near}?" if near else "")
 
 
 def _end(message: str, code: int, debug: bool) -> NoReturn:

@@ -31,8 +31,8 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Of none,prompt-lookup,lookahead,fspad,eagle,eesd,medusa,draft-model, and METHOD+lookup, which drafts "
-            "repetitions, too; else prompt lookup, and all given both ways.",
+            help="Of none,prompt-lookup,lookahead,fspad,eagle,eagle3,eesd,medusa,draft-model, and METHOD+lookup, which "
+            "drafts repetitions, too; else prompt lookup, and all given both ways.",
         ),
     ] = None,
     controllers: Annotated[

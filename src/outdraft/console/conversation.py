@@ -94,7 +94,8 @@ class Chat:
             self.remarks.print("\nanswer interrupted and forgotten; /quit ends")
             return
         self.history.append({"role": "assistant", "content": streamed.text})
-        self.remarks.print(streamed.line(), style="dim", markup=False)
+        line = streamed.line(None if self.plain else model.plain_seconds)
+        self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
         if streamed.finish_reason == "context":
             self.remarks.print("the conversation has filled the model's context; /reset begins anew")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outdraft.backends import default_backend, default_dtype
 from outdraft.drafters.base import GPU_TREE, GREEDY_CHAIN
 from outdraft.drafters.checkpoint import load_drafter, own_method
+from outdraft.drafters.eagle3_folder import Eagle3Checkpoint, load_eagle3
 from outdraft.drafters.exit_folder import ExitFolder, read_exit_folder
-from outdraft.drafters.folder import is_hub_id, not_on_hub
+from outdraft.drafters.folder import is_eagle3, is_hub_id, not_on_hub
 from outdraft.drafters.medusa_folder import MedusaCheckpoint, load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
@@ -25,10 +27,21 @@ from outdraft.loading import first_line, resolve_device
 from outdraft.named import place_of
 from outdraft.target import refuse_unfit
 from outdraft.training.checkpoints import unfinished
+from outdraft.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
 """Settings of a feature head that are named only where they are not the paper's."""
+
+EAGLE3_SWITCHES = (
+    "draft_vocab_size",
+    "tap_norms",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "head_norms",
+)
+"""Likewise of EAGLE-3's."""
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
@@ -37,11 +50,11 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: nothing there that can be read.
     """
-    path = str(place_of(path).path)
+    asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
         _check(folder)
-    facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder)
+    facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder, asked)
     place = resolve_device(device)
     dtype = default_dtype(place)
     tree = GREEDY_CHAIN if place.type == "cpu" else GPU_TREE
@@ -79,6 +92,8 @@ def table(facts: dict[str, Any]) -> Table:
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"no folder at '{folder}'; check the path")
+    if (base := base_of(folder)) is not None:
+        raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
     if not (folder / "config.json").is_file():
         raise UserError(
             unfinished(folder)
@@ -87,12 +102,12 @@ def _check(folder: Path) -> None:
 
 
 def _is_drafter(folder: Path) -> bool:
-    """Our own folders say so; official ones are a one-layer config without a tokenizer."""
+    """Our own folders and EAGLE-3's say so; other official ones are a one-layer config without a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"'{folder / 'config.json'}' is not JSON; copy or download it again") from None
-    if "outdraft_version" in config:
+    if "outdraft_version" in config or is_eagle3(config):
         return True
     return config.get("num_hidden_layers") == 1 and not any((folder / name).exists() for name in TOKENIZERS)
 
@@ -103,6 +118,8 @@ def _drafter(folder: Path) -> dict[str, Any]:
         return _exit_layer(read_exit_folder(folder))
     if method == "medusa":
         return _medusa(load_medusa(folder))
+    if method == "eagle3":
+        return _eagle3(load_eagle3(folder))
     loaded = load_drafter(folder)
     config = loaded.head.config
     return _facts(
@@ -147,6 +164,24 @@ def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
     )
 
 
+def _eagle3(loaded: Eagle3Checkpoint) -> dict[str, Any]:
+    config = loaded.head.config
+    ids = ", ".join(map(str, config.tap_ids))
+    return _facts(
+        "eagle3",
+        loaded.layout,
+        _size(loaded.head.parameters()),
+        loaded.target_id,
+        loaded.head.fits,
+        {},
+        reads=f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "layers 2, L/2 and L-3 of L",
+        **{name: value for name in EAGLE3_SWITCHES if (value := getattr(config, name))},
+        own_head=config.own_head,
+        own_embedding=loaded.head.embed_tokens is not None,
+        context=config.max_position_embeddings,
+    )
+
+
 def _facts(
     method: str, layout: str, parameters: int, target: str | None, fits: dict[str, Any], training: Any, **own: Any
 ) -> dict[str, Any]:
@@ -167,7 +202,7 @@ def _size(weights: Iterable[torch.Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _model(path: str, folder: Path) -> dict[str, Any]:
+def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     _check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -198,7 +233,20 @@ def _model(path: str, folder: Path) -> dict[str, Any]:
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
+        "memory": _memory(text, _size(model.parameters())),
+        "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
+
+
+def _memory(text: Any, parameters: int) -> str:
+    """Of decoding in 16 bits: the weights, and the cache where the config has the usual words for its shape."""
+    said = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return said
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    token = 2 * 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    return f"{said}, {token / 1e3:.1f} MB of cache for 1,000 tokens"
 
 
 def _check_weights(folder: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from outdraft.console import options as o
 from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
+from outdraft.text_file import whole_text
 
 
 def generate(
@@ -79,7 +80,7 @@ def generate(
     asked: Any = [{"role": "user", "content": text}] if chat else text
     if not json:
         streamed = stream(loaded.stream(asked, **settings), results(show_drafts), show_drafts)
-        remarks().print(streamed.line(), style="dim", markup=False)
+        remarks().print(streamed.line(loaded.plain_seconds), style="dim", markup=False, soft_wrap=True)
         return
     output = loaded.generate(asked, **settings)
     print_json(
@@ -103,8 +104,8 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
         raise UserError("a prompt and --prompt-file are two prompts; give one")
     if file is not None and str(file) != "-":
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = whole_text(file).replace("\r\n", "\n")
+        except OSError as error:
             raise UserError(f"--prompt-file {file} cannot be read ({type(error).__name__}); check the path") from None
     elif prompt is not None:
         text = prompt

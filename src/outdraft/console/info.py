@@ -8,17 +8,24 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.output import print_json, results
+from outdraft.errors import UserError
 
 
 def info(
     path: Annotated[
-        str, typer.Argument(help="A model (folder, GGUF file, hub id, `smollm2`, `reference`) or a drafter's folder.")
-    ],
+        str | None,
+        typer.Argument(help="A model (folder, GGUF file, hub id, `smollm2`, `reference`) or a drafter's folder."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The same, by the name that other verbs use.")
+    ] = None,
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
     """Say what a model or drafter is, and what it can do on this machine."""
     from outdraft.console.facts import describe, table
 
-    facts = describe(path, device)
+    if (path is None) == (model is None):
+        raise UserError("give one model or drafter, such as `outdraft info smollm2`")
+    facts = describe(str(path or model), device)
     print_json(facts) if json else results().print(table(facts))

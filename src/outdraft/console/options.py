@@ -38,8 +38,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="fspad, eagle, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the drafter's, and "
-        "prompt-lookup without one.",
+        help="fspad, eagle, eagle3, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the "
+        "drafter's, and prompt-lookup without one.",
     ),
 ]
 Dtype = Annotated[

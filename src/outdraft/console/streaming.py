@@ -24,6 +24,8 @@ class Streamed:
     accepted: list[bool] = field(default_factory=list)
     finish_reason: str | None = None
     seconds: float = 0.0
+    first_seconds: float = 0.0
+    """Until the first token."""
 
     @property
     def tau(self) -> float:
@@ -36,14 +38,22 @@ class Streamed:
         """Prefill included."""
         return len(self.accepted) / self.seconds if self.seconds else float("nan")
 
-    def line(self) -> str:
-        """The figures in a line."""
+    def line(self, plain_seconds: float | None = None) -> str:
+        """The figures in a line.
+
+        Args:
+            plain_seconds: of a token without drafting, where that is known: then how many times as fast this was.
+        """
         count, rate = len(self.accepted), self.tokens_per_second
-        share = f", {sum(self.accepted) / count:.0%} drafted" if any(self.accepted) else ""
-        end = {"context": "the context is full", "length": "max_new_tokens reached"}.get(str(self.finish_reason), "")
-        return f"tau {number(self.tau)} | {number(rate, '.1f')} tokens/s | {count} tokens{share}" + (
-            f" | {end}" if end else ""
-        )
+        parts = [f"tau {number(self.tau)}", f"{number(rate, '.1f')} tokens/s", f"{count} tokens"]
+        if any(self.accepted):
+            parts.append(f"{sum(self.accepted) / count:.0%} of the text came from drafts")
+        decoding = self.seconds - self.first_seconds
+        if plain_seconds is not None and count > 1 and decoding > 0:
+            parts.append(f"{(count - 1) * plain_seconds / decoding:.2f}x of plain")
+        if end := {"context": "the context is full", "length": "max_new_tokens reached"}.get(str(self.finish_reason)):
+            parts.append(end)
+        return " | ".join(parts)
 
 
 def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False) -> Streamed:
@@ -51,6 +61,7 @@ def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False)
     streamed = Streamed()
     start = time.perf_counter()
     for piece in pieces:
+        streamed.first_seconds = streamed.first_seconds or time.perf_counter() - start
         streamed.text += piece.text
         streamed.tokens.append(piece.token)
         streamed.accepted.append(piece.accepted)

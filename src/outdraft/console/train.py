@@ -15,7 +15,7 @@ from outdraft.console.output import print_json, remarks, results
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Any setting as key=value; an unknown one is answered with all there are."),
+        typer.Argument(help="Any setting as key=value; an unknown one is answered with the nearest that there is."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.TARGET)] = None,
     config: Annotated[
@@ -93,11 +93,14 @@ def train(
         print_json(asdict(plan)) if json else plan.show(results())
         return
     result = trainer.train(resume_from_checkpoint=resume)
+    verdict = trainer.verdict() if is_main_process() else None
     if not is_main_process():
         return
     if json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "verdict": None if verdict is None else verdict.as_dict()})
     else:
         tau = (result.tau or {}).get("tau")
         measured = f", tau {tau:.2f}" if tau is not None else ""
         results().print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s{measured}", markup=False)
+        if verdict is not None:
+            results().print(str(verdict), markup=False)

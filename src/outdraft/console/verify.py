@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
+from outdraft.console.app import INTERRUPTED
 from outdraft.console.fields import field_help
 from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
@@ -47,6 +48,7 @@ def verify(
     alpha: Annotated[float, typer.Option("--alpha", help=AUDIT["alpha"])] = 0.001,
     batch_size: Annotated[int, typer.Option("--batch-size", help=AUDIT["batch_size"])] = 256,
     seed: Annotated[int, typer.Option("--seed", help=AUDIT["seed"])] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help=AUDIT["quick"])] = False,
     report: Annotated[Path | None, typer.Option("--report", help="Save what was found as an HTML page.")] = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
@@ -54,7 +56,10 @@ def verify(
     generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
 ) -> None:
-    """Check with evidence that a drafter keeps the target's law here: exit code 0 if kept, 1 if not."""
+    """Check with evidence that drafting leaves the target's output distribution as it is: exit code 0 if so, 1 if not.
+
+    States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
+    """
     from outdraft.evaluation.audit import AuditSettings
     from outdraft.evaluation.audit.screen import show
     from outdraft.generation import load
@@ -82,6 +87,8 @@ def verify(
         batch_size=batch_size,
         seed=seed,
     )
+    if quick:
+        settings = settings.made_quick()
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     about = {"model": model, "draft_model": draft_model}
@@ -90,8 +97,8 @@ def verify(
         print_json(audit.as_dict())
     else:
         show(audit, results())
-    if not audit.kept:
-        raise typer.Exit(1)
+    if audit.kept is not True:
+        raise typer.Exit(INTERRUPTED if audit.kept is None else 1)
 
 
 def run_verify(

@@ -196,7 +196,7 @@ class RowContext:
     @property
     def coupled(self) -> bool:
         """Whether noise decides that drafter and target share, not dice (`coupling.py`)."""
-        return bool(self.chances) and all(isinstance(chance, Coupled) for chance in self.chances)
+        return bool(self.chances) and not self.greedy and all(isinstance(chance, Coupled) for chance in self.chances)
 
 
 class DraftState(ABC):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import outdraft
+from outdraft.drafters.eagle3 import Eagle3Head
 from outdraft.drafters.exit_folder import TARGET_FACTS
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig, scaled
-from outdraft.drafters.folder import CONFIG, WEIGHTS, find_folder, local_folder, read_config, read_weights
+from outdraft.drafters.folder import CONFIG, WEIGHTS, find_folder, is_eagle3, local_folder, read_config, read_weights
 from outdraft.drafters.medusa import MedusaHeads
 from outdraft.drafters.official import REMADE, official_config, official_name, our_name
 from outdraft.drafters.own_layout import fitting, is_own, read_settings, section, warn_of_unknown, write_folder
@@ -131,12 +132,14 @@ def push_to_hub(
 
 
 def own_method(folder_or_hub_id: str | Path, revision: str | None = None) -> str | None:
-    """The method that a folder of our own names; None for an official one.
+    """The method that a folder of our own names, or `eagle3` for one of those layouts; None for FSPAD's and EAGLE's.
 
     Raises:
         UserError: there is no drafter's folder at all.
     """
     config = read_config(find_folder(folder_or_hub_id, revision))
+    if is_eagle3(config):
+        return Eagle3Head.method
     return str(config["method"]) if is_own(config) else None
 
 

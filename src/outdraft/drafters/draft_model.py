@@ -1,4 +1,4 @@
-"""Drafting with a smaller language model that has the same tokenizer.
+"""Drafting with a smaller language model that has the same tokenizer, padding and added tokens apart.
 
 The small model keeps a cache of its own over the decided tokens and runs ahead on what it proposes. It needs nothing of
 the target but its tokens.
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.growth import RunAhead, grow
+from outdraft.drafters.shared_vocabulary import SharedVocabulary
 from outdraft.errors import UserError
 from outdraft.places import counting, integers
 from outdraft.run import TargetRun
@@ -22,29 +23,22 @@ from outdraft.tree import Tree
 
 
 class DraftModel(Drafter):
-    """Any causal language model with the target's vocabulary.
+    """Any causal language model with the target's vocabulary, or most of it (`shared_vocabulary.py`).
 
     Args:
         model: the small model.
         target: the model that it drafts for.
 
     Raises:
-        UserError: vocabularies or devices differ, or the family cannot run ahead.
+        UserError: tokenizers or devices differ, or the family cannot run ahead.
     """
 
     method = "draft-model"
 
     def __init__(self, model: Target, target: Target):
-        if model.vocab_size != target.vocab_size:
-            raise UserError(
-                f"the draft model has {model.vocab_size} tokens, the target {target.vocab_size}; "
-                "a draft model must share the target's tokenizer"
-            )
         if model.device != target.device:
             raise UserError(f"the draft model is on {model.device}, the target on {target.device}; move it there")
-        own, others = model.tokenizer, target.tokenizer
-        if own is not None and others is not None and own.get_vocab() != others.get_vocab():
-            raise UserError("the draft model's tokenizer differs from the target's; a draft model must share it")
+        self.shared = SharedVocabulary(model, target)
         if model.slot_limit is not None:
             raise UserError(
                 f"{type(model.model).__name__} has a table of cache slots, in which there is no room to run ahead; "
@@ -53,7 +47,7 @@ class DraftModel(Drafter):
         self.model = model
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _DraftModelState:
-        return _DraftModelState(self.model, prompts, run.cache.capacity)
+        return _DraftModelState(self.model, self.shared, prompts, run.cache.capacity)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return TreeShape.chain(5, candidates="sampled" if sampling else "top-k")
@@ -66,11 +60,11 @@ class DraftModel(Drafter):
 class _DraftModelState(DraftState):
     """The small model's cache: everything decided but each row's root, which waits for the next round."""
 
-    def __init__(self, model: Target, prompts: Sequence[Tensor], capacity: int):
-        self.model = model
+    def __init__(self, model: Target, shared: SharedVocabulary, prompts: Sequence[Tensor], capacity: int):
+        self.model, self.shared = model, shared
         self.cache = model.new_cache(len(prompts), capacity)
         self.run = TargetRun(model, self.cache)
-        self.run.prefill(prompts)
+        self.run.prefill([shared.known(prompt) for prompt in prompts])
         # Targets' updates after the prefill begin with the prompt's second token; those are known here already.
         self.known = [len(prompt) - 1 for prompt in prompts]
 
@@ -79,7 +73,8 @@ class _DraftModelState(DraftState):
         ahead = RunAhead(self.cache, self.model.context_length - 1)
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            return self.model.head(self.model.forward(tokens, *ahead.place(tokens, parents), self.cache))
+            known = self.shared.known(tokens)
+            return self._logits(self.model.forward(known, *ahead.place(tokens, parents), self.cache))
 
         tree = grow(roots, logits, step, shape, rows)
         self.cache.rollback()
@@ -101,8 +96,11 @@ class _DraftModelState(DraftState):
         ]
         self.known = [0] * len(news)
         tokens = pad_sequence(news, batch_first=True)
-        features = self.run.tree(Tree.chains(tokens, 1)).features
+        features = self.run.tree(Tree.chains(self.shared.known(tokens), 1)).features
         self.cache.commit([range(len(new)) for new in news])
         index = counting(0, len(news), tokens.device)
         last = integers([len(new) - 1 for new in news], tokens.device)
-        return tokens[index, last], self.model.head(features[index, last])
+        return tokens[index, last], self._logits(features[index, last])
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.shared.logits(self.model.head(features))

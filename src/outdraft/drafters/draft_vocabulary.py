@@ -9,6 +9,7 @@ how tokens were chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from outdraft.backends import PackedLinear
 from outdraft.coupling import Narrowed
 from outdraft.drafters.base import RowContext, TreeShape
-from outdraft.drafters.draft_step import plain
 from outdraft.drafters.growth import Step, grow
+from outdraft.drafters.layer_step import plain
 from outdraft.errors import UserError
 from outdraft.target import Target
 from outdraft.tree import Tree
@@ -33,19 +34,25 @@ class DraftVocabulary:
     Args:
         tokens: `(kept,)` their ids.
         target: whose head is read on them; its weights are copied for these tokens.
+        head: an output layer over nothing but them, in place of the target's.
 
     Raises:
         UserError: the target's head is no plain linear layer.
     """
 
-    def __init__(self, tokens: Tensor, target: Target):
+    def __init__(self, tokens: Tensor, target: Target, head: nn.Module | None = None):
+        self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
+        self.head: Callable[[Tensor], Tensor] = self._reduced(target) if head is None else head
+        """`(..., hidden)` to `(..., kept)` logits; of the target's head, on its own way from features to logits."""
+
+    def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
+        """The target's head on the kept tokens."""
         output = target.model.get_output_embeddings()
         if not isinstance(output, nn.Linear | PackedLinear):
             raise UserError(
                 f"the target's output layer is a {type(output).__name__}, which cannot be read at some tokens only; "
                 "use a drafter without draft_vocab_size"
             )
-        self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
         weight, bias = (None if part is None else part[self.tokens] for part in plain(output))
         assert weight is not None
         reduced: nn.Module
@@ -58,8 +65,7 @@ class DraftVocabulary:
             parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
             reduced.load_state_dict(parts, assign=True)
             reduced.requires_grad_(False)
-        self.head = target.head_through(reduced)
-        """`(..., hidden)` to `(..., kept)` logits, on the target's own way from features to logits."""
+        return target.head_through(reduced)
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
         """`growth.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""

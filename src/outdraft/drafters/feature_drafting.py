@@ -1,8 +1,8 @@
-"""Decoding with a `FeatureHead`: what it remembers between rounds and how its tree grows.
+"""Decoding with a network on the target's features: what it remembers between rounds and how its tree grows.
 
 The drafter's own cache keeps one entry for each decided pair (token one ahead, target feature). Each round first takes
 in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and forgets
-that run again. It does not know the network's equations (`feature_head.py`) nor how candidates are chosen
+that run again. It does not know the network's equations (`feature_head.py`, `eagle3.py`) nor how candidates are chosen
 (`growth.py`).
 """
 
@@ -18,8 +18,9 @@ from outdraft.cache import SlotCache
 from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
 from outdraft.drafters.draft_step import DraftStep
 from outdraft.drafters.draft_vocabulary import DraftVocabulary
-from outdraft.drafters.feature_head import DraftOutput, FeatureHead
+from outdraft.drafters.feature_head import DraftNetwork, DraftOutput
 from outdraft.drafters.growth import grow
+from outdraft.drafters.layer_step import LayerStep
 from outdraft.drafters.recorded_drafts import RecordedDrafts
 from outdraft.drafters.sight import Sight, causal_sight
 from outdraft.errors import UserError
@@ -31,7 +32,7 @@ from outdraft.tree import Tree
 
 
 class FeatureDrafter(Drafter):
-    """A trained `FeatureHead` bound to its target's embedding and head.
+    """A trained network bound to its target's embedding and head.
 
     Args:
         head: the network, on the target's device and in its precision.
@@ -41,20 +42,20 @@ class FeatureDrafter(Drafter):
         UserError: the shapes say that it is another model's drafter.
     """
 
-    def __init__(self, head: FeatureHead, target: Target):
-        for name in ("hidden_size", "vocab_size"):
-            own, others = getattr(head.config, name), getattr(target, name)
+    def __init__(self, head: DraftNetwork, target: Target):
+        for name, own in head.fits.items():
+            others = getattr(target, name)
             if own != others:
                 raise UserError(
                     f"the drafter was trained for a target with {name} {own}, this one has {others}; "
                     "choose its own drafter or train one (outdraft train)"
                 )
         self.head, self.target, self.method = head, target, head.method
-        layers = head.config.tap_layers
+        layers = head.layers_read(target.num_layers)
         self.tapped = Tapped(target.model, layers) if layers else None
-        self.step = DraftStep(head, self.embed, target.vocab_size)
+        self.step = self.arranged()
         kept = head.draft_tokens
-        self.vocabulary = None if kept is None else DraftVocabulary(kept, target)
+        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
         self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
@@ -68,9 +69,15 @@ class FeatureDrafter(Drafter):
     def num_parameters(self) -> int:
         return count_parameters(self.head)
 
+    def arranged(self) -> LayerStep:
+        """The network's forward as it drafts."""
+        return DraftStep(self.head, self.embed, self.target.vocab_size)  # type: ignore[arg-type]
+
     def logits(self, p: Tensor) -> Tensor:
-        """What the target's head says of `(..., hidden)` p, on the tokens that may be drafted."""
-        head = self.target.head if self.vocabulary is None else self.vocabulary.head
+        """What the head says of `(..., hidden)` p, on the tokens that may be drafted."""
+        head: Callable[[Tensor], Tensor] = self.head.lm_head or self.target.head
+        if self.vocabulary is not None:
+            head = self.vocabulary.head
         return head(p.to(self.target.dtype))
 
     @property

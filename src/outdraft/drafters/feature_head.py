@@ -97,6 +97,28 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class DraftNetwork(nn.Module):
+    """What decoding with a network on the target's features asks of it (`feature_drafting.py`)."""
+
+    method: str
+    """Its name on the command line and in reports."""
+    embed_tokens: nn.Embedding | None
+    """An embedding of its own, which a checkpoint may bring; the target's is used without one."""
+    lm_head: nn.Module | None
+    """An output layer of its own, over the tokens that may be drafted; the target's is used without one."""
+    draft_tokens: Tensor | None
+    """Ids of the tokens that may be drafted; all where there is none."""
+
+    @property
+    def fits(self) -> dict[str, int]:
+        """What its target must have, by name."""
+        raise NotImplementedError
+
+    def layers_read(self, layers: int) -> tuple[int, ...]:
+        """Layers of a target of so many whose outputs are read, counted from 1."""
+        raise NotImplementedError
+
+
 class LayerTaps(nn.Module):
     """Outputs of several layers of the target as a correction of its feature.
 
@@ -187,7 +209,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(batch, nodes, -1))
 
 
-class FeatureHead(nn.Module):
+class FeatureHead(DraftNetwork):
     """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs.
 
     Args:
@@ -204,11 +226,8 @@ class FeatureHead(nn.Module):
         self.gate_proj = nn.Linear(d, i, bias=False)
         self.up_proj = nn.Linear(d, i, bias=False)
         self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
-        # A checkpoint may bring an embedding of its own; without one the target's is used.
-        self.embed_tokens: nn.Embedding | None = None
-        kept = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
-        self.draft_tokens: Tensor | None
-        self.register_buffer("draft_tokens", kept)
+        self.embed_tokens = self.lm_head = None
+        self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
         self._rotary_table: tuple[Tensor, Tensor] | None = None  # no buffer: `.to(bfloat16)` must not round angles
 
     @property
@@ -217,7 +236,14 @@ class FeatureHead(nn.Module):
         return (1 + len(self.config.tap_layers)) * self.config.hidden_size
 
     @property
-    def method(self) -> str:
+    def fits(self) -> dict[str, int]:
+        return {"hidden_size": self.config.hidden_size, "vocab_size": self.config.vocab_size}
+
+    def layers_read(self, layers: int) -> tuple[int, ...]:
+        return self.config.tap_layers
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
         """`fspad` unless both switches are off, which is `eagle`."""
         return "fspad" if self.config.feature_sampling or self.config.partial_alignment else "eagle"
 

@@ -80,7 +80,10 @@ def _refuse_others(config: dict[str, Any], tensors: Mapping[str, Tensor], folder
     fusion = tensors.get("fc.weight")
     three = fusion is not None and fusion.ndim == 2 and fusion.shape[1] == 3 * fusion.shape[0]
     if three or "d2t" in tensors or any(name.startswith("midlayer.") for name in tensors):
-        raise UserError(f"'{folder}' holds an EAGLE-3 drafter; choose an FSPAD or EAGLE-1/2 one, or train one")
+        raise UserError(
+            f"'{folder}' holds EAGLE-3 weights, but its config.json is no EAGLE-3 drafter's; "
+            "put the one beside them that belongs to them, or train one"
+        )
     if not any(name.startswith("fc.") for name in tensors):
         kind = (
             "a whole language model"

@@ -1,4 +1,4 @@
-"""Whole drafts of a `FeatureHead` on a GPU, each kind recorded once as a CUDA graph.
+"""Whole drafts of a `FeatureDrafter` on a GPU, each kind recorded once as a CUDA graph.
 
 From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
 the best candidates chosen by the same functions as elsewhere (`growth.py`, `drawing.py`), over lengths that lie on the

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import outdraft
 from outdraft.drafters.checkpoint import load_drafter, own_method
+from outdraft.drafters.eagle3 import Eagle3Head
 from outdraft.drafters.exit_folder import load_exit_layer
 from outdraft.drafters.exit_layer import ExitLayer
 from outdraft.drafters.feature_head import FeatureHead
@@ -112,6 +113,10 @@ def export_drafter(
     kind = own_method(draft_model)
     if kind == MedusaHeads.method:
         raise UserError("Medusa heads have no export; serve them with `outdraft serve`, or train another drafter")
+    if kind == Eagle3Head.method:
+        raise UserError(
+            f"'{draft_model}' is an EAGLE-3 folder already, which engines read as it is (vLLM: method eagle3)"
+        )
     here = Path(place.path).expanduser()
     source = here if here.exists() else place.path
     with _new_folder(output_dir) as folder:

@@ -159,7 +159,7 @@ def measured(
     pairs = len(prompts) * repetitions
     if known:
         remarks.print(f"{title}: {len(known)} of {pairs} pairs are there already", highlight=False)
-    with _progress(remarks, title, len(rivals) * (pairs - len(known))) as advance:
+    with progress(remarks, title, len(rivals) * (pairs - len(known))) as advance:
         try:
             runs = compare(
                 rivals,
@@ -240,7 +240,7 @@ def write_answers(folder: Path, comparison: Comparison, target: Target, several:
 
 
 @contextmanager
-def _progress(console: Console, title: str, total: int) -> Iterator[Any]:
+def progress(console: Console, title: str, total: int) -> Iterator[Any]:
     """A bar on a terminal, nothing elsewhere; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -58,6 +58,13 @@ def disturbed(loads: Iterable[Sequence[float] | None], cores: int) -> str | None
     return f"The machine was busy: a load average of {busiest:g} on {cores} cores. Timings are disturbed."
 
 
+def busy(facts: dict[str, Any]) -> str | None:
+    """The same from the facts of a report, with the load at the end and those of earlier sittings where there are."""
+    names = ("load_average", "load_average_at_the_end")
+    loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
+    return disturbed(loads, facts.get("cores") or facts["threads"])
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}

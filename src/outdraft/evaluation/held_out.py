@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from outdraft.drafters.checkpoint import Network
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
@@ -106,7 +107,13 @@ def tau_meter(
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
 
-    settings = {"max_new_tokens": max_new_tokens, "prompt_lookup_min": 0, "do_sample": False}  # of the network alone
+    # Of the network alone, and as far as it drafts when nobody stops it.
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "prompt_lookup_min": 0,
+        "do_sample": False,
+        "controller": "fixed",
+    }
 
     def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)

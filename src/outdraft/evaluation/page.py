@@ -15,7 +15,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation import page_parts as parts
 from outdraft.evaluation.page_charts import charts
 from outdraft.evaluation.page_style import STYLE, script
-from outdraft.evaluation.report import law
+from outdraft.evaluation.report import closing, law
 from outdraft.evaluation.result import BenchResult, Comparison
 
 
@@ -112,6 +112,7 @@ def _section(number: int, one: Comparison, result: BenchResult, tokenizer: Any, 
         )
     return (
         f'<h2 id="law-{number}">{escape(law(one.temperature).capitalize())}</h2>'
+        + f"<p><b>{escape(closing(one.summaries))}</b></p>"
         + parts.heads(one)
         + parts.overall_table(one)
         + "".join(drawn)

@@ -10,11 +10,11 @@ from html import escape
 from typing import Any
 
 from outdraft.console.output import number
-from outdraft.evaluation.environment import disturbed
+from outdraft.evaluation.environment import busy
 from outdraft.evaluation.measure import PLAIN, Answer
 from outdraft.evaluation.report import verdict
 from outdraft.evaluation.result import BenchResult, Comparison
-from outdraft.evaluation.summary import Summary
+from outdraft.evaluation.summary import Summary, scattered
 from outdraft.text import Detokenizer
 
 SAMPLES, SAMPLE_TOKENS, SHOWN = 3, 160, 40
@@ -59,9 +59,7 @@ def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
 def notes(result: BenchResult) -> str:
     """What a reader should know before believing the figures."""
     facts, found = result.environment, []
-    names = ("load_average", "load_average_at_the_end")
-    loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
-    if (note := disturbed(loads, facts.get("cores") or facts["threads"])) is not None:
+    if (note := busy(facts)) is not None:
         found.append(note)
     sizes = {name: s[0].questions for one in result.comparisons for name, s in one.groups.items()}
     few = [f"{name} {count}" for name, count in sizes.items() if count < FEW_QUESTIONS]
@@ -77,6 +75,8 @@ def notes(result: BenchResult) -> str:
             "learn began anew in each."
         )
     for one in result.comparisons:
+        if (note := scattered(one.runs)) is not None:
+            found.append(note)
         if one.cut_short:
             found.append(f"{one.cut_short} conversations ended early: the next turn did not fit the context.")
         odd = [s.name for s in one.summaries if any(not d.tie for d in s.divergences or [])]

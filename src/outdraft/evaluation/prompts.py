@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError
+from outdraft.messages import Message, turns_of
 from outdraft.records import HUB, bare_question, read_records
 from outdraft.records import BadRecord as NoPrompt
 from outdraft.text import encode_prompts
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[Message]
 """A text as it is, or a conversation that waits for the assistant."""
 
 SHAPES = '{"messages": [...]}, {"turns": [...]}, {"prompt": "..."} or {"text": "..."}'
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
@@ -70,16 +70,9 @@ def prompt_of(record: Any) -> Prompt:
     raise NoPrompt(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
 
 
-def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
-    if not isinstance(turns, list):
-        raise NoPrompt("the turns must be a list")
-    messages = []
-    for turn in turns:
-        role = ROLES.get(str(turn.get(role_key))) if isinstance(turn, dict) else None
-        if role is None or not isinstance(turn.get(content_key), str):
-            raise NoPrompt(f'every turn needs "{role_key}" (user, assistant, system) and a text "{content_key}"')
-        messages.append({"role": role, "content": turn[content_key]})
-    while messages and messages[-1]["role"] != "user":
+def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[Message]:
+    messages = turns_of(turns, role_key, content_key)
+    while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
     if not messages:
         raise NoPrompt("there is no user turn to answer")

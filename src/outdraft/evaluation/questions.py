@@ -18,6 +18,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.prompts import Prompt, prompt_of
 from outdraft.records import BadRecord as NoPrompt
 from outdraft.records import read_records
+from outdraft.text_file import plain_suffix
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -138,7 +139,7 @@ def _files(path: Path, suite: str | None) -> list[Path]:
         return [path]
     if not path.exists():
         raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
-    files = sorted(path.glob("*.jsonl"))
+    files = sorted(file for file in path.iterdir() if plain_suffix(file) == ".jsonl")
     if suite not in (None, "eagle"):
         names = f", such as {files[0]}" if files else ""
         raise UserError(f"the suite {suite} is one file, and {path} is a folder; give the file{names}")

@@ -132,6 +132,8 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
 def closing(summaries: Sequence[Summary]) -> str:
     """Which way of drafting was the fastest, how sure that is, and which ones lost, in a sentence."""
     drafting = [summary for summary in summaries if summary.method != "none"]
+    if not drafting:
+        return f"Only {PLAIN} decoding ran, so there is nothing to compare."
     best = max(drafting, key=lambda summary: summary.speedup)
     if best.speedup > 1:
         text = f"Fastest here: {best.name}, {speedup(best)} over {PLAIN} decoding"

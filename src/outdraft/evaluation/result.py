@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.evaluation.environment import busy
 from outdraft.evaluation.measure import Run
 from outdraft.evaluation.questions import LeftOut, Question
-from outdraft.evaluation.report import WIDE, group_table, rendered
-from outdraft.evaluation.summary import Summary
+from outdraft.evaluation.report import WIDE, closing, group_table, rendered
+from outdraft.evaluation.summary import Summary, scattered
 
 
 @dataclass
@@ -60,6 +61,8 @@ class BenchResult:
             "results": [
                 {
                     "temperature": one.temperature,
+                    "verdict": closing(one.summaries),
+                    "disturbed": scattered(one.runs),
                     "conversations_cut_short": one.cut_short,
                     "methods": {s.name: s.as_dict() for s in one.summaries},
                     "groups": {
@@ -84,6 +87,10 @@ class BenchResult:
                 console.print(group_table(one.groups, one.temperature))
             if one.cut_short:
                 console.print(f"{one.cut_short} conversations ended early: the next turn did not fit the context")
+            console.print(closing(one.summaries), style="bold", markup=False)
+        for note in (busy(facts), *(scattered(one.runs) for one in self.comparisons)):
+            if note is not None:
+                console.print(note)
         for left in self.left_out[:8]:
             console.print(f"left out: {left.source}: {left.reason}", markup=False)
         if len(self.left_out) > 8:

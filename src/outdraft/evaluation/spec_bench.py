@@ -22,6 +22,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.dialogue import answer_text
 from outdraft.evaluation.measure import Answer, Run
 from outdraft.evaluation.questions import MT_BENCH, MULTI_TURN, Question
+from outdraft.text_file import BadText, text_lines
 
 Record = dict[str, Any]
 """One line of an answer file."""
@@ -95,8 +96,10 @@ def read(path: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"no such file: {path}; give an answer file of Spec-Bench's format")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in text_lines(path):
         try:
+            if isinstance(line, BadText):
+                raise ValueError(str(line))
             record = json.loads(line)
             for one in record["choices"]:
                 _ = one["turns"], one["new_tokens"], one["wall_time"], one["accept_lengths"]

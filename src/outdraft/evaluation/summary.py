@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from outdraft.evaluation.identity import Divergence
-from outdraft.evaluation.measure import Run
+from outdraft.evaluation.measure import PLAIN, Run
 from outdraft.statistics import Statistics
 
 RESAMPLES = 2000
+
+QUIET = 0.2
+"""Scatter of a round's cost, between quartiles and relative to the median, that a quiet machine may show."""
+FEWEST_PAIRS = 4
+"""Pairs from which such a scatter can be told."""
 
 _NAN = float("nan")
 
@@ -151,6 +156,35 @@ def paired(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, tuple[float
     pairs, and its interval."""
     ratios = np.array([run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, base, strict=True)])
     return float(np.median(ratios)), interval(ratios, [run.prompt for run in runs])
+
+
+def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
+    """A note where paired rounds scatter more than they do on a quiet machine.
+
+    What a round costs in plain rounds of the same pair hardly depends on the question, unlike tau. So if even the
+    steadiest contender's ratio has middle halves that lie far apart, something else has had the processor.
+    """
+    spreads = []
+    for name, own in runs.items():
+        if name == PLAIN:
+            continue
+        pairs = [(_round_seconds(run), _round_seconds(plain)) for run, plain in zip(own, runs[PLAIN], strict=True)]
+        ratios = [one / plain for one, plain in pairs if one and plain]
+        if len(ratios) >= FEWEST_PAIRS:
+            low, middle, high = np.percentile(ratios, [25, 50, 75])
+            spreads.append(float((high - low) / middle))
+    if not spreads or min(spreads) <= QUIET:
+        return None
+    return (
+        f"The machine was busy: from pair to pair a round's cost scatters by {min(spreads):.0%} at best. Timings are "
+        "disturbed; close other programs and run it again."
+    )
+
+
+def _round_seconds(run: Run) -> float:
+    """Seconds of a round; 0 where they were not taken apart."""
+    counts = Statistics.sum(answer.statistics for answer in run.answers)
+    return counts.decode_seconds / counts.rounds if counts.rounds else 0.0
 
 
 def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from outdraft.generation import SpeculativeModel
 from outdraft.reference.prompts import DATA, Messages, load_prompts
 from outdraft.target import Target
+from outdraft.text_file import split_lines
 from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.regenerate import regenerate
@@ -72,7 +73,8 @@ def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float
         count, steps = fitting(trial, SHARE_FOR_STEPS * (seconds - (time.perf_counter() - began)))
         remarks.print(f"training an FSPAD drafter: {steps} steps on {count} conversations", highlight=False)
         chosen = aside / "chosen.jsonl"
-        chosen.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
+        kept = split_lines(data.read_text(encoding="utf-8"))[:count]
+        chosen.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         changes = {"data": chosen, "max_steps": steps, "logging_steps": max(1, steps // 10)}
         result = train(target, config.model_copy(update=changes), console=remarks)
     return {"conversations": count, "steps": result.steps, "seconds": time.perf_counter() - began, **result.metrics}

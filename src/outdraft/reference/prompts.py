@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from outdraft.text_file import split_lines
+
 DATA = Path(__file__).parent / "data"
 Messages = list[dict[str, str]]
 
 
 def load_prompts(which: Literal["heldout", "train"]) -> list[Messages]:
     """The conversations of one shipped file, each a list of user messages."""
-    lines = (DATA / f"{which}_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = split_lines((DATA / f"{which}_prompts.jsonl").read_text(encoding="utf-8"))
     return [json.loads(line)["messages"] for line in lines]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from outdraft.control.pacing import Pacer
+from outdraft.coupling import chance_of
 from outdraft.decoding import Row
 from outdraft.drafters.base import Drafter, TreeShape
 from outdraft.drafters.repeats import Repeats
@@ -41,26 +42,27 @@ class Drafting:
     Attributes:
         drafter: None decodes plainly.
         greedy: the tree while every running row is greedy, for `rows` of them.
-        sampling: the tree as soon as one row draws.
+        sampling: the tree as soon as one row draws, where rows throw dice for what is drafted; None where they share
+            noise with the target (`coupling.py`), so that no text depends on what is drafted.
         pacer: makes a controller for every row; None drafts as far as the trees go.
         repeats: when what a row's text repeats is drafted in the drafter's place; None never.
     """
 
     drafter: Drafter | None
     greedy: Callable[[int], TreeShape]
-    sampling: TreeShape
+    sampling: TreeShape | None
     pacer: Pacer | None = None
     repeats: Repeats | None = None
 
     @classmethod
     def none(cls) -> Drafting:
         """Plain decoding."""
-        return cls(None, lambda rows: TreeShape(0, 1, 1), TreeShape(0, 1, 1))
+        return cls(None, lambda rows: TreeShape(0, 1, 1), None)
 
     @property
     def largest(self) -> TreeShape:
         """The tree that takes more slots of the cache."""
-        return max(self.greedy(1), self.sampling, key=self._slots)
+        return max(self.greedy(1), self.sampling or self.greedy(1), key=self._slots)
 
     @property
     def slots(self) -> int:
@@ -73,7 +75,7 @@ class Drafting:
     @property
     def levels(self) -> int:
         """That a draft can have."""
-        return max(self.greedy(1).depth, self.sampling.depth) + 1
+        return max(self.greedy(1).depth, (self.sampling or self.greedy(1)).depth) + 1
 
 
 @dataclass
@@ -228,9 +230,11 @@ class Engine:
             self._waiting.pop()
             lane = self._lanes[job.ask.speculative]
             answer.row.repeats = lane.drafting.repeats
-            pacer = lane.drafting.pacer
+            pacer, seed = lane.drafting.pacer, None if job.ask.seed is None else job.ask.seed + answer.index
+            if lane.drafting.sampling is None:
+                device, row = self.target.device, answer.row
+                row.chance = chance_of(row.warper, self.target.vocab_size, device, seed, row.tokens)
             if pacer is not None:
-                seed = None if job.ask.seed is None else job.ask.seed + answer.index
                 answer.row.controller = pacer.controller(lane.drafting.levels, seed)
             self._active[id(answer.row)] = _Active(job, answer, lane, slots)
             self.metrics.admitted(job, len(answer.row.prompt), answer.index == 0)
@@ -259,7 +263,8 @@ class Engine:
         if not rows:
             return
         greedy = all(row.warper.greedy for row in rows)
-        lane.decoder.shape = lane.drafting.greedy(len(rows)) if greedy else lane.drafting.sampling
+        drawn = None if greedy else lane.drafting.sampling
+        lane.decoder.shape = drawn or lane.drafting.greedy(len(rows))
         try:
             self._tell(lane.decoder.prefill(self.settings.prefill_chunk))
             self._tell(lane.decoder.round())

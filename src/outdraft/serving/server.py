@@ -45,7 +45,8 @@ def drafting(model: SpeculativeModel, tree: dict[str, Any], controller: str | Co
     shape = partial(tree_shape, model.drafter, model.target.device, tree, controlled=pacer is not None)
     greedy = cache(lambda rows: shape(rows=rows))
     greedy(1)  # impossible settings are told now
-    return Drafting(model.drafter, greedy, shape(sampling=True), pacer, repeats)
+    drawn = tree.get("candidates") not in (None, "top-k")
+    return Drafting(model.drafter, greedy, shape(sampling=True) if drawn else None, pacer, repeats)
 
 
 class Service:

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from outdraft.errors import UserError
+from outdraft.messages import Message
 from outdraft.training.asking import Name
-from outdraft.training.conversations import Message
 
 FORMAT = 2
 """Of these lines; the first had one answer to a prompt and no word on whether it was finished."""

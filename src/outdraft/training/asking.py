@@ -15,10 +15,15 @@ from typing import Any, NamedTuple
 from outdraft.decoding import Row
 from outdraft.drafters.repeats import Repeats
 from outdraft.errors import UserError
+from outdraft.messages import Message
 from outdraft.sampling import Dice, SamplingSettings, Warper
 from outdraft.target import Target
-from outdraft.text import decode_text, encode_chat
-from outdraft.training.conversations import Conversation, Message
+from outdraft.text import decode_text
+from outdraft.training.conversations import Conversation
+from outdraft.training.tokenization import render
+
+ENDED, CUT = "stop", "length"
+"""What ended an answer, in the words of OpenAI's API: its own end, or the room that it had."""
 
 
 class Name(NamedTuple):
@@ -82,8 +87,15 @@ class Asked:
     _turn: int = 0
     _finished: bool = True
 
+    def __post_init__(self) -> None:
+        self._asked = self.conversation.asked
+
     def next_row(self) -> Row | None:
-        """For the next turn; None where all are answered, or the next one's answer would have no room."""
+        """For the next turn; None where all are answered, or the next one's answer would have no room.
+
+        Raises:
+            TemplateRefuses: the chat template does not take what is said before it.
+        """
         prompt = self._prompt()
         return self.asking.row(prompt, self.name, self._turn) if self.asking.fits(prompt) else None
 
@@ -98,19 +110,20 @@ class Asked:
             self._text = text
         else:
             if not self._finished:  # what was the last turn until now
-                self._told[-1]["finished"] = False
+                self._told[-1] |= {"finished": False, "finish_reason": CUT}
             answer = {"role": "assistant", "content": self._decoded(tokens, finished).strip("\n")}
             self._told += [*self._question(), answer]
         self._finished = finished
         self._turn += 1
 
     def record(self) -> dict[str, Any]:
-        """The line of the output; `finished` is the last turn's, earlier turns that are not say so themselves."""
+        """The line of the output; what ended it is the last turn's, earlier turns that were cut say so themselves."""
         origin = {} if self.conversation.origin is None else {"source": self.conversation.origin}
         sample = {"sample": self.name.sample} if self.name.sample else {}
-        content = {"messages": self._told} if self._text is None else {"text": self._text}
+        tools = {"tools": list(self.conversation.tools)} if self.conversation.tools else {}
+        content = {**tools, "messages": self._told} if self._text is None else {"text": self._text}
         about = {"id": self.name.id, **origin, "temperature": self.name.temperature, **sample}
-        return {**about, "finished": self._finished, **content}
+        return {**about, "finished": self._finished, "finish_reason": ENDED if self._finished else CUT, **content}
 
     @property
     def _plain(self) -> bool:
@@ -134,13 +147,14 @@ class Asked:
         question = self._question()
         if not question:
             return []
-        told = [{"role": one["role"], "content": one["content"]} for one in self._told]
-        return encode_chat([*told, *question], tokenizer)
+        marks = ("finished", "finish_reason")
+        said = [{name: one[name] for name in one if name not in marks} for one in [*self._told, *question]]
+        text = render(tokenizer, said, add_generation_prompt=True, tools=self.conversation.tools)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _question(self) -> list[Message]:
-        """The user's next turn, with the system turn before the first."""
-        rest = self.conversation.questions[sum(one["role"] != "assistant" for one in self._told) :]
-        return rest[: 2 if rest and rest[0]["role"] == "system" else 1]
+        """What is said before the next answer; nothing after the last."""
+        return self._asked[self._turn] if self._turn < len(self._asked) else []
 
     def _decoded(self, tokens: Sequence[int], finished: bool) -> str:
         tokenizer = self.asking.target.tokenizer

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from outdraft.errors import UserError
+from outdraft.errors import UserError, meant
 
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
 
@@ -378,7 +378,8 @@ def _one_line(problem: ValidationError) -> str:
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f'unknown training setting "{key}"; known are {", ".join(DrafterConfig.model_fields)}'
+        said = meant(key, DrafterConfig.model_fields, {}) or f"; known are {', '.join(DrafterConfig.model_fields)}"
+        return f'unknown training setting "{key}"{said}'
     if first["type"] == "missing":
         return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'
     return f'training setting "{key}" cannot be {first.get("input")!r}: {first["msg"]}'

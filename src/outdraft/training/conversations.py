@@ -14,21 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outdraft.errors import UserError
+from outdraft.messages import Message, tools_of, turns_of, was_cut
 from outdraft.records import ANSWERS, BadRecord, bare_question, data_files, read_records
 
-Message = dict[str, str]
 OnBadLine = Literal["error", "skip"]
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
 SHAPES = '{"messages": [...]}, {"conversations": [...]}, {"prompt": "..."} or {"text": "..."}'
 
 
@@ -39,7 +29,7 @@ class Conversation:
     source: str
     """`file:line`, for messages to the user."""
     messages: tuple[Message, ...] = ()
-    """`{"role", "content"}` with roles system, user, assistant; an optional system turn, then user first, in turns. Of
+    """`{"role", "content"}` and what calls of tools need, in whatever order they were said (`messages.py`). Of
     Spec-Bench's `turns` the user's alone."""
     text: str | None = None
     """A plain document for base models; None for a chat."""
@@ -51,6 +41,31 @@ class Conversation:
     """The record's own, where it has one."""
     origin: str | None = None
     """What the record says of where it comes from, under `source`."""
+    tools: tuple[Any, ...] = ()
+    """Tools that the assistant may call, as chat templates take them."""
+
+    @property
+    def asked(self) -> list[list[Message]]:
+        """What is said before each answer that a model can give in the assistant's place, the answer not included.
+
+        Turns that call tools stay as they are, for their results follow, and so does a turn that answers nobody. Where
+        the assistant says nothing, every turn of the user is a question of its own.
+        """
+        silent = all(message["role"] != "assistant" for message in self.messages)
+        found, said = list[list[Message]](), list[Message]()
+        for place, message in enumerate(self.messages):
+            answers = said and said[-1]["role"] in ("user", "tool")
+            if message["role"] == "assistant" and answers and not message.get("tool_calls"):
+                found.append(said)
+                said = []
+                continue
+            said.append({**message, "finished": False} if place in self.cut else message)
+            if silent and message["role"] == "user":
+                found.append(said)
+                said = []
+        if said and said[-1]["role"] in ("user", "tool"):
+            found.append(said)
+        return found
 
     @property
     def questions(self) -> list[Message]:
@@ -65,7 +80,8 @@ class Conversation:
         last = last_answer(self.messages)
         for place in self.cut - {last}:
             messages[place]["finished"] = False
-        return {**({"finished": False} if last in self.cut else {}), "messages": messages}
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {**({"finished": False} if last in self.cut else {}), **tools, "messages": messages}
 
 
 def last_answer(messages: Sequence[Message]) -> int:
@@ -128,14 +144,14 @@ def _conversation(source: str, record: Any) -> Conversation:
         "id": name if isinstance(name, int | str) else None,
         "origin": origin if isinstance(origin, str) else None,
     }
-    unfinished = record.get("finished") is False
+    unfinished = was_cut(record)
     for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if name in record:
-            messages = _turns(record[name], role, content)
-            cut = {place for place, turn in enumerate(record[name]) if turn.get("finished") is False}
-            return Conversation(
-                source, messages, cut=frozenset(cut | ({last_answer(messages)} if unfinished else set())), **known
-            )
+            messages = tuple(turns_of(record[name], role, content))
+            cut = {place for place, turn in enumerate(record[name]) if was_cut(turn)}
+            last = {last_answer(messages)} if unfinished else set()
+            said: dict[str, Any] = {"cut": frozenset(cut | last), "tools": tuple(tools_of(record))}
+            return Conversation(source, messages, **said, **known)
     if "text" in record and not isinstance(record.get("instruction"), str):  # Alpaca's `text` is both in a template
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise BadRecord('"text" must be a non-empty string')
@@ -157,21 +173,3 @@ def _asked(turns: Any) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise BadRecord('"turns" must be a list of non-empty strings')
     return tuple({"role": "user", "content": turn} for turn in turns)
-
-
-def _turns(turns: Any, role_key: str, content_key: str) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord("the list of turns is empty or no list")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get(content_key), str):
-            raise BadRecord(f'every turn needs "{role_key}" and a string "{content_key}"')
-        role = ROLES.get(str(turn.get(role_key)).lower())
-        if role is None:
-            raise BadRecord(f'unknown role "{turn.get(role_key)}"; known are {", ".join(ROLES)}')
-        messages.append({"role": role, "content": turn[content_key]})
-    order = [message["role"] for message in messages]
-    spoken = order[1:] if order[0] == "system" else order
-    if spoken != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))] or not spoken:
-        raise BadRecord(f"wrong role order ({', '.join(order[:6])}); user and assistant must alternate, user first")
-    return tuple(messages)

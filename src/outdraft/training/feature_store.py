@@ -199,7 +199,7 @@ class FeatureStore:
 
     def _read_index(self) -> None:
         try:
-            lines = (self.folder / "index.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = (self.folder / "index.jsonl").read_bytes().splitlines(keepends=True)
         except OSError:
             return
         there = [path.stat().st_size if path.is_file() else 0 for path in self._files]
@@ -210,7 +210,7 @@ class FeatureStore:
             except (ValueError, TypeError):  # killed while it was written, or damaged: what follows is not to be found
                 break
             ends = (entry.row + entry.tokens, entry.said + entry.predicted, entry.said + entry.predicted)
-            if not line.endswith("\n") or any(
+            if not line.endswith(b"\n") or any(
                 end * size > bytes_there for end, size, bytes_there in zip(ends, self._row_bytes, there, strict=True)
             ):
                 break

@@ -140,7 +140,7 @@ def reader_of(target: TargetLike) -> TargetLike:
     if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
         return target
     small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
-    return Target(target.model, target.tokenizer, "packed") if small else target
+    return Target(target.model, target.tokenizer, "packed", target.windows) if small else target
 
 
 def weights_fingerprint(target: TargetLike) -> str:

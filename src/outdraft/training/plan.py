@@ -41,6 +41,8 @@ class TrainPlan:
     """Tokens of one pass over the data."""
     response_tokens: int
     """Those that carry loss."""
+    cut_answers: int
+    """Answers that were cut off, after which no end token is learned."""
     steps: int
     passes: float
     """Passes over the data that the steps make."""
@@ -117,6 +119,7 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
         examples=len(examples),
         tokens=examples.tokens,
         response_tokens=examples.response_tokens,
+        cut_answers=examples.cut_answers,
         steps=ready.total_steps,
         passes=ready.total_steps * per_batch / len(examples),
         learning_rate=config.learning_rate,

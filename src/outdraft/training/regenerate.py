@@ -26,7 +26,7 @@ from outdraft.training.asking import Asked, Asking, Name, identities
 from outdraft.training.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.training.crowd import Crowd
 from outdraft.training.protocol import target_id
-from outdraft.training.tokenization import require_chat_template
+from outdraft.training.tokenization import TemplateRefuses, require_chat_template
 
 ROWS_CPU, ROWS = 24, 64
 """Answers decoded at once, on a CPU and elsewhere."""
@@ -52,7 +52,7 @@ class RegenerateResult:
     too_long: int
     """Answers left out because their first prompt leaves no room for them."""
     skipped: list[str]
-    """Lines of the prompts that could not be used."""
+    """Prompts that could not be used, or that the chat template refuses, and why."""
     finished: int
     """Of the lines added, those whose answer ended by itself and was not cut at `max_new_tokens`."""
     tokens: int
@@ -65,6 +65,7 @@ class RegenerateResult:
         """All of it for a user."""
         counts = f"{self.output}: {self.written} written, {self.present} were there"
         counts += f", {self.too_long} too long" if self.too_long else ""
+        counts += f", {len(self.skipped)} left out (first: {self.skipped[0]})" if self.skipped else ""
         if not self.written:
             return counts
         tau = f" | tau {self.tau:.2f}" if self.tau is not None else ""
@@ -89,11 +90,12 @@ def regenerate(
 ) -> RegenerateResult:
     """Have every conversation of `prompts_path` answered by the target, as JSON lines.
 
-    A line is `{"id", "source", "temperature", "finished", "messages"}`, or has `text` in place of `messages`. `id` and
-    `source` are the prompt's own; one without an id gets a hash of it. `finished` says whether the last answer ended by
-    itself; an earlier turn that did not has `"finished": false` of its own. `id` and `temperature` name a line for
-    good, with `sample` where a temperature is given several times: what is drawn follows from these, the seed and the
-    turn alone.
+    A line is `{"id", "source", "temperature", "finished", "finish_reason", "messages"}`, or has `text` in place of
+    `messages`. `id` and `source` are the prompt's own; one without an id gets a hash of it. `finished` says whether the
+    last answer ended by itself (`finish_reason` `stop`) or was cut (`length`); an earlier turn that was cut says so
+    itself. Turns that call tools stay as they are, for the tools' answers follow. `id` and `temperature` name a line
+    for good, with `sample` where a temperature is given several times: what is drawn follows from these, the seed and
+    the turn alone.
 
     Args:
         model: the target, and a drafter if there shall be one.
@@ -155,7 +157,7 @@ def regenerate(
         progress.answers,
         present,
         prompts.too_long,
-        found.skipped,
+        [*found.skipped, *prompts.refused],
         progress.finished,
         progress.tokens,
         progress.seconds,
@@ -175,7 +177,7 @@ def _answer(crowd: Crowd, prompts: _Prompts, file: AnswerFile, progress: AnswerP
             prompts.pop()
             asked[id(waiting[1])] = waiting[0]
             coming.append(waiting[1])
-        progress.total = len(prompts.missing) - prompts.too_long
+        progress.total = len(prompts.missing) - prompts.too_long - len(prompts.refused)
         crowd.admit(coming)
         if not crowd.rows:
             return
@@ -183,7 +185,11 @@ def _answer(crowd: Crowd, prompts: _Prompts, file: AnswerFile, progress: AnswerP
             one = asked.pop(id(row))
             one.take(row)
             progress.ended(row)
-            if (following := one.next_row()) is not None:
+            try:
+                following = one.next_row()
+            except TemplateRefuses:  # what is there already stays
+                following = None
+            if following is not None:
                 prompts.put(one, following)
                 continue
             record = one.record()
@@ -199,6 +205,7 @@ class _Prompts:
         names: of all answers there shall be.
         missing: of these, what the file does not have, with their conversations' places.
         too_long: of the missing, those that leave no room for an answer.
+        refused: of the missing, those that the chat template does not take, and why.
     """
 
     def __init__(
@@ -208,6 +215,7 @@ class _Prompts:
         self.names: list[Name] = []
         self.missing: list[tuple[Name, int]] = []
         self.too_long = 0
+        self.refused: list[str] = []
         samples = [list(temperatures[:place]).count(one) for place, one in enumerate(temperatures)]
         for place, (conversation, identity) in enumerate(zip(found, identities(found.conversations), strict=True)):
             for temperature, sample in zip(temperatures, samples, strict=True):
@@ -243,8 +251,13 @@ class _Prompts:
         for start in range(0, len(self.missing), count):
             window: list[tuple[Asked, Row]] = []
             for name, place in self.missing[start : start + count]:
-                asked = Asked(self._asking, self._found.conversations[place], name)
-                row = asked.next_row()
+                conversation = self._found.conversations[place]
+                asked = Asked(self._asking, conversation, name)
+                try:
+                    row = asked.next_row()
+                except TemplateRefuses as problem:
+                    self.refused.append(f"{conversation.source}: {problem}")
+                    continue
                 if row is None:
                     self.too_long += 1
                 else:

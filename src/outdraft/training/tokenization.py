@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.errors import UserError
-from outdraft.training.conversations import Conversation, Message
+from outdraft.errors import UserError, first_line
+from outdraft.messages import Message
+from outdraft.training.conversations import Conversation
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 
@@ -47,6 +48,10 @@ class ExampleSet:
     """Conversations dropped because no predictable response token was left."""
     unmarked_turns: int = 0
     """Assistant turns that carry no loss because the template renders them differently as the chat goes on."""
+    cut_answers: int = 0
+    """Answers that were cut off, after which no end token is learned."""
+    refused: list[str] = field(default_factory=list)
+    """One line for every conversation that the chat template does not take, and its reason."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,6 +77,10 @@ class ExampleSet:
         return digest.hexdigest()
 
 
+class TemplateRefuses(UserError):
+    """A conversation that the chat template does not take; the message says why."""
+
+
 def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
     """Token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
 
@@ -88,7 +97,12 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
                 mask[-1] = False
         else:
             require_chat_template(tokenizer, conversation.source)
-            ids, mask, marked = _chat(_until_last_response(conversation.messages), tokenizer, conversation.cut)
+            said = _until_last_response(conversation.messages)
+            try:
+                ids, mask, marked = _chat(said, tokenizer, conversation.cut, conversation.tools)
+            except TemplateRefuses as problem:
+                found.refused.append(f"{conversation.source}: {problem}")
+                continue
             spoken = sum(message["role"] == "assistant" for message in conversation.messages)
             turns += spoken
             found.unmarked_turns += spoken - marked
@@ -97,11 +111,17 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
         if not any(mask[2:]):  # the drafter's first prediction is the third token (loss.py)
             found.without_response += 1
             continue
+        found.cut_answers += len(conversation.cut)
         found.examples.append(Example(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask)))
     if turns and found.unmarked_turns == turns:
         raise UserError(
             "the chat template renders no assistant turn as a continuation of its prompt, so responses cannot be told "
             'from prompts; add {% generation %} marks to the template or train on {"text"} lines'
+        )
+    if not found.examples and found.refused:
+        raise UserError(
+            f"no example is left: {len(found.refused)} conversations are refused, first {found.refused[0]}; give data "
+            "that the chat template takes, or a tokenizer with another template"
         )
     if not found.examples:
         raise UserError(
@@ -119,20 +139,30 @@ def require_chat_template(tokenizer: Any, source: str) -> None:
         )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] = ()
+) -> str:
     """The template's text of the messages.
 
     Raises:
-        UserError: the template refuses them, e.g. because it knows no system turn.
+        TemplateRefuses: the template does not take them, e.g. because it knows no system turn.
     """
+    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if not messages:  # what stands before a conversation that the assistant begins; alone it would not pass for one
+        return str(_templated(tokenizer, [[]], tools, **settings)[0])
+    return str(_templated(tokenizer, messages, tools, **settings))
+
+
+def _templated(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], **settings: Any) -> Any:
+    if tools:
+        settings["tools"] = list(tools)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(list(messages), **settings)
     except Exception as problem:  # templates are programs: they raise what they like
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a conversation with roles {roles}: {problem}") from problem
-    return str(text)
+        roles = ", ".join(message["role"] for message in messages[:8] if message) + ", ..." * (len(messages) > 8)
+        raise TemplateRefuses(
+            f"the chat template refuses a conversation with roles {roles}: {first_line(problem)}"
+        ) from problem
 
 
 def _until_last_response(messages: Sequence[Message]) -> list[Message]:
@@ -143,18 +173,20 @@ def _until_last_response(messages: Sequence[Message]) -> list[Message]:
     return kept
 
 
-def _chat(messages: list[Message], tokenizer: Any, cut: Collection[int] = ()) -> tuple[list[int], list[bool], int]:
+def _chat(
+    messages: list[Message], tokenizer: Any, cut: Collection[int], tools: Sequence[Any]
+) -> tuple[list[int], list[bool], int]:
     """Ids, mask and the number of assistant turns that could be marked; turns at the places `cut` have no end."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [], [], 0
     if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
-        marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        marked = _templated(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         if any(marked["assistant_masks"]):
             ids, mask = list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
             return ids, _without_ends(ids, mask, answers, cut, tokenizer), len(answers)
-    text = render(tokenizer, messages)
-    found = {place: _response_span(tokenizer, messages, place, text) for place in answers}
+    text = render(tokenizer, messages, tools=tools)
+    found = {place: _response_span(tokenizer, messages, place, text, tools) for place in answers}
     ended = [span for place, span in found.items() if span is not None and place not in cut]
     endless = [
         (span[0], _spoken_end(tokenizer, text, span, messages[place]["content"]))
@@ -174,7 +206,7 @@ def _chat(messages: list[Message], tokenizer: Any, cut: Collection[int] = ()) ->
 def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
     """Where in `text` what was said of a turn ends, before the template's end mark."""
     said = content.strip()  # as many templates have it
-    place = text.rfind(said, *span)
+    place = text.rfind(said, *span) if said else -1
     if place >= 0:
         return place + len(said)
     marks = [text.find(mark, *span) for mark in tokenizer.all_special_tokens]
@@ -202,18 +234,29 @@ def _without_ends(
     return kept
 
 
-def _response_span(tokenizer: Any, messages: list[Message], turn: int, text: str) -> tuple[int, int] | None:
+def _response_span(
+    tokenizer: Any, messages: list[Message], turn: int, text: str, tools: Sequence[Any]
+) -> tuple[int, int] | None:
     """Where in `text` the assistant's turn stands, prompt marks before it excluded; None when it cannot be told."""
-    if messages[turn]["role"] != "assistant":
+    try:
+        through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
+        if not text.startswith(through):
+            return None
+        if not turn:
+            return _first_span(render(tokenizer, [], True, tools), through, messages[0]["content"].strip())
+        for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
+            before = render(tokenizer, messages[:turn], with_prompt, tools)
+            if len(before) < len(through) and through.startswith(before):
+                return len(before), len(through)
+    except TemplateRefuses:  # of a conversation that it takes as a whole it may refuse a beginning
         return None
-    through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1])
-    if not text.startswith(through):
-        return None
-    for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
-        before = render(tokenizer, messages[:turn], add_generation_prompt=with_prompt)
-        if len(before) < len(through) and through.startswith(before):
-            return len(before), len(through)
     return None
+
+
+def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
+    """The same of a turn that begins the conversation, before which templates may put a system turn of their own."""
+    begin = through.find(prompt + said) if prompt else -1
+    return None if begin < 0 else (begin + len(prompt), len(through))
 
 
 def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

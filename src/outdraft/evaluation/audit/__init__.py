@@ -3,8 +3,9 @@
 Exports what a caller needs; `audit.py` says in which order the checks run.
 """
 
-from outdraft.evaluation.audit.audit import Audit, run_audit
+from outdraft.evaluation.audit.audit import run_audit
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.verdict import Audit
 
 __all__ = ["Audit", "AuditSettings", "Finding", "run_audit"]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.console.output import plain
-from outdraft.evaluation.audit.audit import Audit
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.screen import law_of, noise_line, p_value
+from outdraft.evaluation.audit.verdict import Audit
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #5b6169; --line: #d6dade; --bar: #4a78b5;
@@ -55,7 +55,7 @@ def page(audit: Audit) -> str:
 <title>{title}</title><style>{STYLE}</style></head>
 <body>
 <h1>{title}</h1>
-<p class="verdict {_class(audit.kept)}">{escape(audit.verdict)}</p>
+<p class="verdict {"" if audit.kept is None else _class(audit.kept)}">{escape(audit.verdict)}</p>
 <p class="soft">{escape(told["method"])}; {escape(law_of(audit))}; {audit.seconds:.0f} s. A decoder that keeps the law
 is called wrong by the statistical checks, all together, with probability {audit.alpha:g} at most (Holm's
 correction).</p>

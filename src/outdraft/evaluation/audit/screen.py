@@ -7,8 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from outdraft.evaluation.audit.audit import Audit
 from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.verdict import Audit
 
 SHOWN_LINES = 6
 """Details of one check; all of them are in the JSON and in the report."""
@@ -29,8 +29,9 @@ def show(audit: Audit, console: Console) -> None:
             console.print(Text(f"{finding.name}: {line}", style="dim"))
     if audit.noise.positions:
         console.print(Text(noise_line(audit), style="dim"))
-    colour = "green" if audit.kept else "red"
-    console.print(Panel(Text(audit.verdict, style=f"bold {colour}"), border_style=colour, expand=False))
+    colour = "yellow" if audit.kept is None else "green" if audit.kept else "red"
+    panel = Panel(Text(audit.verdict, style=f"bold {colour}"), border_style=colour, expand=False)
+    console.print(panel, soft_wrap=False)
 
 
 def table(audit: Audit) -> Table:

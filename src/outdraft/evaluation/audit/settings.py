@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError
 from outdraft.sampling import SamplingSettings
+
+QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "trees": 8}
+"""What a quick look has of each, at most."""
+QUICK_VARIATION = 0.1
+"""And the error of the first tokens that it must find."""
 
 
 @dataclass
@@ -49,6 +54,8 @@ class AuditSettings:
     """Of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
     trees: int = 24
     """Draft trees whose every node is recomputed one token at a time."""
+    quick: bool = False
+    """Fewer and shorter texts, and only larger errors of the first tokens: a look of minutes. The verdict says so."""
 
     def __post_init__(self) -> None:
         least = {"first_tokens": 2, "cells": 2, "texts": 2}
@@ -63,6 +70,12 @@ class AuditSettings:
             raise UserError(f"--alpha must lie between 0 and 0.5, not {self.alpha:g}")
         if not 0.5 <= self.power < 1:
             raise UserError(f"--power must be at least 0.5 and less than 1, not {self.power:g}")
+
+    def made_quick(self) -> AuditSettings:
+        """The same as a quick look: what `QUICK` names becomes as small as that, unless it is smaller already."""
+        harder = max(self.total_variation, QUICK_VARIATION)
+        fewer = {name: min(getattr(self, name), most) for name, most in QUICK.items()}
+        return replace(self, quick=True, total_variation=harder, **fewer)
 
     @property
     def sampling(self) -> dict[str, Any]:

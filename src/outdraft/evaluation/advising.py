@@ -1,0 +1,172 @@
+"""The measuring of `outdraft advise`: passes, drafts of each kind, and a few answers, in about two minutes.
+
+Passes of the target and drafts of the kinds that could be trained for it are timed with networks of the right sizes
+whose weights say nothing; what needs no training, and the drafter that is given, answer prompts in turns with plain
+decoding. What follows from it all is `advice.py`'s. Trains nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from outdraft.drafters.base import Drafter, TreeShape
+from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.errors import UserError
+from outdraft.evaluation.advice import CHAIN, CONTROLLER, PASSES, Advice, AdviceSettings, Kind, next_steps
+from outdraft.evaluation.bench import Comparison, measured, progress
+from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP
+from outdraft.evaluation.environment import environment, load_average
+from outdraft.evaluation.measure import PLAIN, speculative
+from outdraft.evaluation.prompts import encode, read_prompts
+from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
+from outdraft.loading import load_drafter_for, load_target
+from outdraft.named import NAMED, SMOLLM2, named
+from outdraft.serving.memory import slot_bytes
+from outdraft.target import Target
+from outdraft.training.config import DrafterConfig
+from outdraft.training.objective import new_drafter
+from outdraft.training.provenance import peak_memory_bytes
+
+PROMPT_TOKENS = 64
+"""Of the text whose rounds are timed."""
+
+ROUNDS = 4
+"""Of each text that are timed."""
+
+TIMING_SECONDS, ANSWER_SECONDS = 40.0, 75.0
+
+FEWEST_TOKENS = 16
+"""Of an answer, however slow the machine is."""
+
+
+def advise(settings: AdviceSettings, remarks: Console) -> Advice:
+    """Load, time, try, and say what to do.
+
+    Args:
+        settings: what to look at.
+        remarks: where progress goes.
+
+    Raises:
+        UserError: something that cannot be loaded, read or decoded.
+    """
+    start = time.perf_counter()
+    whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
+    target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
+    prompts = _prompts(settings, target)
+    untrained, left_out = _untrained(whole, target, settings.backend)
+    del whole  # a second copy of the weights, where the target's are packed
+    given = load_drafter_for(target, settings.draft_model, backend=settings.backend)
+    kinds = dict(untrained)
+    if given is not None:
+        kinds[given.method + " as given"] = given
+    costs, passes, each = _costs(target, kinds, prompts[0], remarks)
+    found = Advice(
+        settings,
+        environment(target),
+        passes,
+        head_seconds(target),
+        [
+            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.looks_back)
+            for name, drafter in {**kinds, LOOKUP: PromptLookup()}.items()
+        ],
+        left_out,
+        _answers(target, given, prompts, settings, each, remarks),
+        _memory(target, kinds),
+        0.0,
+    )
+    found.environment["load_average_at_the_end"] = load_average()
+    found.next = next_steps(found)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def _prompts(settings: AdviceSettings, target: Target) -> list[list[int]]:
+    """Token ids of what is answered: the user's prompts, else the built-in ones."""
+    built_in = NAMED[settings.model if named(settings.model) is not None else SMOLLM2].prompts
+    found = encode(read_prompts(settings.data or built_in, settings.limit), target)
+    room = target.context_length - settings.max_new_tokens - max(PASSES)
+    fitting = [prompt for prompt in found if len(prompt) <= room]
+    if not fitting:
+        raise UserError(
+            f"no prompt leaves room for {settings.max_new_tokens} tokens in the context of {target.context_length}; "
+            "lower --max-new-tokens or give shorter ones with --data"
+        )
+    return fitting
+
+
+def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict[str, Drafter], dict[str, str]]:
+    """Drafters as `train` would begin them for this target, and kinds that it has none of, with the reason."""
+    exit_layer = max(1, target.num_layers // 4)
+    wanted: dict[str, dict[str, Any]] = {
+        "fspad": {"method": "fspad"},
+        f"eesd, exit after layer {exit_layer} of {target.num_layers}": {"method": "eesd", "exit_layer": exit_layer},
+    }
+    found: dict[str, Drafter] = {}
+    left_out = {}
+    for name, choice in wanted.items():
+        try:
+            network = new_drafter(whole, DrafterConfig(data=Path(), output_dir=Path(), **choice))
+            drafter = load_drafter_for(target, network, backend=backend)
+        except UserError as error:
+            left_out[name] = str(error)
+            continue
+        assert drafter is not None
+        found[name] = drafter
+    return found, left_out
+
+
+def _costs(
+    target: Target, kinds: dict[str, Drafter], prompt: list[int], remarks: Console
+) -> tuple[dict[str, RoundCost], dict[int, float], float]:
+    """What every kind costs, prompt lookup too; seconds of the passes; seconds of a plain round."""
+    lookup, shape = PromptLookup(), TreeShape.chain(CHAIN)
+    ways: dict[str, Way] = {PLAIN: (None, NOTHING)}
+    ways |= {str(tokens): (Guesses(), TreeShape.chain(tokens - 1)) for tokens in PASSES[1:]}
+    ways |= {name: (drafter, shape) for name, drafter in {**kinds, LOOKUP: lookup}.items()}
+    few = prompt[-PROMPT_TOKENS:]
+    first = timed(target, {PLAIN: ways[PLAIN]}, few, rounds=3, turns=1)[PLAIN].whole
+    # Many short turns, so that disturbances hit all ways alike; fewer where every pass is long.
+    turns = max(2, min(10, int(TIMING_SECONDS / (2 * first * len(ways) * (WARM_UP + ROUNDS))) - 1))
+    with progress(remarks, "timing passes and drafts", (turns + 1) * len(ways)) as advance:
+        end = time.perf_counter() + TIMING_SECONDS
+        laps = timed(target, ways, few, rounds=ROUNDS, turns=turns, end=end, progress=advance)
+    plain, checked = laps[PLAIN], laps[str(1 + CHAIN)]
+    # A text that repeats nothing gives lookup no candidates: what checking them adds is that of any chain.
+    laps[LOOKUP] = Lap(laps[LOOKUP].draft, checked.verify, checked.rest)
+    passes = {1: plain.verify} | {tokens: laps[str(tokens)].verify for tokens in PASSES[1:]}
+    return {name: RoundCost.of(plain, laps[name], shape) for name in (*kinds, LOOKUP)}, passes, plain.whole
+
+
+def _answers(
+    target: Target,
+    given: Drafter | None,
+    prompts: list[list[int]],
+    settings: AdviceSettings,
+    each: float,
+    remarks: Console,
+) -> Comparison:
+    """Plain decoding, prompt lookup and the drafter that was given answer the prompts in turns."""
+    rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
+    if given is not None and not given.looks_back:
+        rivals += [
+            speculative(given.method + more, target, given, repeats=bool(more), controller=CONTROLLER)
+            for more in ("", WITH_LOOKUP)
+        ]
+    affordable = int(ANSWER_SECONDS / (each * len(rivals) * len(prompts)))
+    tokens = min(settings.max_new_tokens, max(FEWEST_TOKENS, affordable))
+    end = time.perf_counter() + ANSWER_SECONDS
+    return measured(target, rivals, prompts, max_new_tokens=tokens, remarks=remarks, end=end)
+
+
+def _memory(target: Target, kinds: dict[str, Drafter]) -> dict[str, int]:
+    size = target.dtype.itemsize
+    return {
+        "target": target.num_parameters * size,
+        "cache of 1,000 tokens": 1000 * slot_bytes(target),
+        **{name: drafter.num_parameters * size for name, drafter in kinds.items() if drafter.num_parameters},
+        "most held here": peak_memory_bytes(target.device),
+    }

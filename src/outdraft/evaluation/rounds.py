@@ -1,0 +1,172 @@
+"""What the parts of a round cost on this machine, timed in the decoding loop itself, and the speed that follows.
+
+The model is the plain one. With the seconds of a plain round as the unit, a round that drafts costs 1 + draft + verify,
+where `draft` is the time of drafting and `verify` what checking the candidates adds to the pass. It brings tau tokens,
+so the speed-up over plain decoding is tau / (1 + draft + verify), and drafting pays where tau is above that sum. The
+prompt's own pass is left out. Judges no drafter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.decoding import decode
+from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
+from outdraft.generation import SpeculativeModel
+from outdraft.run import TargetRun
+from outdraft.target import Target
+from outdraft.tree import Tree
+
+NOTHING = TreeShape(0, 1, 1)
+"""What plain decoding drafts."""
+
+WARM_UP = 2
+"""Rounds at the beginning of every text that do not count: the drafter takes in the prompt, caches are cold."""
+
+
+@dataclass
+class Lap:
+    """Seconds of one round's parts, or the medians of several rounds."""
+
+    draft: float
+    verify: float
+    """The target's pass, its output layer included."""
+    rest: float
+    """Acceptance and bookkeeping."""
+
+    @property
+    def whole(self) -> float:
+        return self.draft + self.verify + self.rest
+
+    @classmethod
+    def median(cls, laps: Sequence[Lap]) -> Lap:
+        return cls(*(median(getattr(lap, part) for lap in laps) for part in ("draft", "verify", "rest")))
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """A way of drafting, its costs in plain rounds."""
+
+    draft: float
+    """Drafting, in plain rounds."""
+    verify: float
+    """What checking the candidates adds to the pass. Negative where the draft has done a part of the pass (EESD)."""
+    step_seconds: float
+    """One level's share of the drafting."""
+
+    @classmethod
+    def of(cls, plain: Lap, drafted: Lap, shape: TreeShape) -> RoundCost:
+        """From a plain round and one that drafts trees of this shape."""
+        added = drafted.verify + drafted.rest - plain.whole
+        return cls(drafted.draft / plain.whole, added / plain.whole, drafted.draft / (shape.depth + 1))
+
+    @property
+    def tau_to_pay(self) -> float:
+        """Tokens a round above which drafting is faster than plain decoding."""
+        return 1 + self.draft + self.verify
+
+    def speedup(self, tau: float) -> float:
+        """Over plain decoding, at so many tokens a round."""
+        return tau / self.tau_to_pay
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "tau_to_pay": self.tau_to_pay}
+
+
+class Guesses(Drafter):
+    """Chains of any tokens, at no cost: shows what a pass over so many tokens takes."""
+
+    method = "guesses"
+    has_law = False
+    stepwise = False
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _GuessState:
+        return _GuessState()
+
+
+class _GuessState(DraftState):
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        guesses = [[root, *[0] * (shape.size - 1)] for root in update.roots.tolist()]
+        return Tree.listed(guesses, update.tokens.device)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        pass
+
+
+Way = tuple[Drafter | None, TreeShape]
+"""What drafts, and which trees; plain decoding is (None, NOTHING)."""
+
+
+def timed(
+    target: Target,
+    ways: Mapping[str, Way],
+    prompt: list[int],
+    *,
+    rounds: int = 4,
+    turns: int = 10,
+    end: float | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Lap]:
+    """The medians of every way's rounds. The ways take turns, each turn beginning with another one, so that whatever
+    slows the machine for a while slows all of them; a first turn and the first rounds of every text do not count.
+
+    Args:
+        target: the model.
+        ways: by name.
+        prompt: token ids.
+        rounds: of a text that count.
+        turns: that count, at most.
+        end: by `time.perf_counter`; no turn but the first that counts is begun after it.
+        progress: called after every text.
+    """
+    laps: dict[str, list[Lap]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        if turn > 1 and end is not None and time.perf_counter() > end:
+            break
+        names = list(ways)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found = _laps(target, *ways[name], prompt, WARM_UP + (rounds if turn else 1))
+            laps[name] += found if turn else []
+            progress()
+    return {name: Lap.median(own) for name, own in laps.items()}
+
+
+def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: list[int], rounds: int) -> list[Lap]:
+    """So many rounds of one text, those of the warm-up left out."""
+    settings: dict[str, Any] = {"max_new_tokens": (shape.depth + 2) * rounds + 1, "eos_token_id": []}
+    if drafter is not None:
+        settings |= {"controller": "fixed"} | ({} if drafter.looks_back else {"prompt_lookup_min": 0})
+    (row,), _, _ = SpeculativeModel(target, drafter)._rows(prompt, settings)
+    parts, found = ("draft_seconds", "verify_seconds", "rest_seconds"), [Lap(0.0, 0.0, 0.0)]
+    for done, _ in enumerate(decode(target, drafter, [row], shape)):
+        if done:
+            found.append(Lap(*(getattr(row.statistics, part) for part in parts)))
+        if done == rounds:
+            break
+    return [
+        Lap(after.draft - before.draft, after.verify - before.verify, after.rest - before.rest)
+        for before, after in zip(found[WARM_UP:], found[WARM_UP + 1 :], strict=False)
+    ]
+
+
+@torch.inference_mode()
+def head_seconds(target: Target, times: int = 9) -> float:
+    """Of the output layer alone over one token: the median, the first calls left out."""
+    features = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
+    found = []
+    for _ in range(WARM_UP + times):
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        start = time.perf_counter()
+        target.head(features)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        found.append(time.perf_counter() - start)
+    return median(found[WARM_UP:])
