@@ -327,7 +327,7 @@ def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor
             try:
                 found[row] = warper.law(logits[row], prefixes[row])
             except Exception as error:  # processors are the user's and raise what they like: the other rows go on
-                warper.error, found[row] = error, torch.nan
+                warper.error, found[row] = error.with_traceback(None), torch.nan
         else:
             groups.setdefault(warper.kind, []).append(row)
     for rows in groups.values():

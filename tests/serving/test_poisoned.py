@@ -13,7 +13,7 @@ from running import NAME, Served
 from test_server import settled, tensor_bytes
 from transformers import LogitsProcessor
 
-from outdraft.serving import jobs
+from outdraft.serving import engine, jobs
 from outdraft.serving.answer_text import AnswerText
 
 POISONED = "poison"
@@ -63,9 +63,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-def test_of_many_requests_only_the_poisoned_fail(served: Served) -> None:
+def test_of_many_requests_only_the_poisoned_fail(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 at concurrency 16, every tenth one bad in one of several ways."""
     settled(served)
+    monkeypatch.setattr(engine.log, "exception", lambda _: None)  # pytest keeps what is logged, and the rows with it
     rng = random.Random(0)
     prompts = ["red", "blue sun moon and", "x", "red cat one two three"]
     expected = {
