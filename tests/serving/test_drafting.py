@@ -24,7 +24,7 @@ def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch)
     assert drafts.greedy(BATCH) == drafts.greedy(16) == BATCH_CHAIN
     largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN))
     assert drafts.sampling is None, "no text depends on what is drafted"
-    assert drafting(model, {"candidates": "sampled"}, None).sampling == TreeShape(3, 3, 10, "sampled")
+    assert drafting(model, {"candidates": "sampled"}, None).sampling == TreeShape.chain(4, candidates="sampled")
     assert drafts.slots == largest + drafts.repeats.most
     assert drafting(model, {"prompt_lookup_min": 0}, None).slots == largest
     named = drafting(model, {"num_speculative_tokens": 2}, None)

@@ -58,7 +58,7 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
     [
         (["--port", "70000"], "--port must be at most 65535"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
-        (["--tree-size", "5"], "--tree-size shapes what a drafter drafts"),
+        (["--method", "none", "--tree-size", "5"], "--tree-size shapes what a drafter drafts"),
         (["--kv-cache-tokens", "1"], "--kv-cache-tokens must be at least 2"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["-d", "DRAFTER", "--controller", "none"], "none"),
