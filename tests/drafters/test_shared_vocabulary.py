@@ -33,7 +33,16 @@ def words(*tokens: str, **places: int) -> Any:
     """A tokenizer of these tokens in their order, and of others at their places."""
     vocab = {token: place for place, token in enumerate(tokens)} | places
     facts = {"unk_token_id": None, "eos_token_id": None, "name_or_path": f"a {tokens[0]}"}
-    return SimpleNamespace(get_vocab=lambda: vocab, decode=lambda ids, **_: str(ids), **facts)
+    return Words(get_vocab=lambda: vocab, decode=lambda ids, **_: str(ids), all_special_ids=[], **facts)
+
+
+class Words(SimpleNamespace):
+    """What may stand for a tokenizer."""
+
+    __hash__ = object.__hash__
+
+    def __len__(self) -> int:
+        return len(self.get_vocab())
 
 
 def pair(target: int, draft: int, target_words: Any = None, draft_words: Any = None) -> tuple[Target, DraftModel]:

@@ -122,3 +122,8 @@ def test_a_controller_that_has_measured_plain_rounds_lets_an_answer_tell(folders
     assert model.plain_seconds is None
     model.generate("hello", max_new_tokens=40, controller="calibrated")
     assert model.plain_seconds is not None and 0 < model.plain_seconds < 10
+
+
+def test_a_busy_machine_is_no_verdict() -> None:
+    busy = TrainingVerdict(1.0, RoundCost(draft=0.24, verify=-0.27, step_seconds=0.01), [])
+    assert "too busy to tell" in str(busy) and "faster" not in str(busy)

@@ -68,7 +68,7 @@ def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False)
         streamed.finish_reason = piece.finish_reason
         if show_drafts and piece.accepted:
             console.print(piece.text, end="", style=ACCEPTED, markup=False, highlight=False, emoji=False)
-        else:  # as it is: printing would make spaces of tabs and pictures of :names:
+        elif not console.quiet:  # as it is: printing would make spaces of tabs and pictures of :names:
             console.file.write(piece.text)
         console.file.flush()
     streamed.seconds = time.perf_counter() - start

@@ -61,6 +61,9 @@ class TrainingVerdict:
 
     def __str__(self) -> str:
         cost = self.cost
+        if cost.tau_to_pay < 1:  # a round with drafts took less time than one without
+            busy = "the machine was too busy to tell what that is worth; `outdraft bench` does"
+            return f"Verdict: tau {self.tau:.2f}; {busy}."
         worth = "faster than" if self.speedup > 1 else "not faster than"
         text = (
             f"Verdict: at tau {self.tau:.2f} about {self.speedup:.2f}x of plain decoding here, {worth} the target "

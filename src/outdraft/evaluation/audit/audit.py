@@ -148,6 +148,7 @@ class _Running:
         lookup = {name: generation.pop(name) for name in LOOKUP_SETTINGS if name in generation}
         repeats_of(self.drafter, lookup)
         controlled = pacer_of(generation.pop("controller", None), tree) is not None
+        generation.pop("coupling", None)
         sampling = sampling_settings(generation, model_settings(self.model.target))
         tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
         return sampling

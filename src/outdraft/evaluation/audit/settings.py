@@ -58,6 +58,9 @@ class AuditSettings:
     """Fewer and shorter texts, and only larger errors of the first tokens: a look of minutes. The verdict says so."""
 
     def __post_init__(self) -> None:
+        # What is tested statistically is the rule that throws dice. Shared noise leaves nothing to chance: its texts
+        # are plain decoding's own.
+        self.generation = {"coupling": "dice", **self.generation}
         least = {"first_tokens": 2, "cells": 2, "texts": 2}
         for name in ("limit", "max_new_tokens", "batch_size", "prefixes", "text_prompts", "permutations", "trees"):
             least[name] = 1
