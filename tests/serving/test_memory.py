@@ -16,7 +16,7 @@ def test_a_token_takes_the_same_where_buffers_are_rounded_up() -> None:
 
 
 def test_half_the_slots_where_buffers_are_rounded_up(monkeypatch) -> None:
-    monkeypatch.setattr("outdraft.serving.memory.free_bytes", lambda device: 10**6)
+    monkeypatch.setitem(cache_slots.__globals__, "free_bytes", lambda device: 10**6)
     plain, pooled = (Target(tiny("llama-gqa"), backend=backend) for backend in ("eager", "graphs"))
     settings = ServeSettings(max_num_seqs=10**6)
     one, other = (cache_slots(target, settings, 16, 4) for target in (plain, pooled))
