@@ -23,12 +23,12 @@ import studies
 from rich.console import Console
 from studies import SETTINGS, shown, spread, write
 
-from outdraft.console.output import plain
+from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
-from outdraft.loading import load_drafter_for, load_target
-from outdraft.target import Target
+from outdraft.output import plain
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
 

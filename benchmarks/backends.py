@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from outdraft.backends import BACKENDS, CompiledForward
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.text import encode_prompts
+from outdraft.core.tree import Tree
 from outdraft.evaluation.contenders import WITH_LOOKUP
-from outdraft.generation import SpeculativeModel
-from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts
-from outdraft.run import TargetRun
-from outdraft.target import Target
-from outdraft.text import encode_prompts
-from outdraft.tree import Tree
+from outdraft.target.backends import BACKENDS, CompiledForward
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 
 def targets(given: argparse.Namespace) -> tuple[Any, dict[str, Target]]:

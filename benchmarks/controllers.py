@@ -27,12 +27,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from outdraft.api.generation import load
 from outdraft.control import Controller, ControlSettings, Costs, Experience
 from outdraft.control.fixed import FixedController
 from outdraft.control.pacing import Pacer
 from outdraft.control.simulation import Answer, Draft, Run, decode, oracle
 from outdraft.errors import UserError
-from outdraft.generation import load
 from outdraft.reference import load_prompts
 
 LIMIT = 8

@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from outdraft.backends import accelerate
-from outdraft.drafters.base import Drafter
-from outdraft.drafters.early_exit import EarlyExit
-from outdraft.drafters.exit_layer import ExitLayerConfig, empty
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.data.text_file import split_lines
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Run, compare, speculative
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of, read_prompts
 from outdraft.evaluation.summary import interval, summarise
-from outdraft.loading import load_drafter_for, load_target
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.eesd.network import ExitLayerConfig, empty
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead
 from outdraft.reference import load_prompts
-from outdraft.target import Target
-from outdraft.text_file import split_lines
+from outdraft.target.backends import accelerate
+from outdraft.target.target import Target
 
 MULTI_TURN = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 

@@ -98,7 +98,7 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
 def serve(given: argparse.Namespace) -> None:
     import torch
 
-    from outdraft.loading import load_target
+    from outdraft.api.loading import load_target
 
     torch.set_grad_enabled(False)
     if given.layers is None:
@@ -121,7 +121,7 @@ def random_target(given: argparse.Namespace) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from outdraft.loading import load_target, resolve_dtype
+    from outdraft.api.loading import load_target, resolve_dtype
 
     width = given.width
     config = LlamaConfig(
@@ -141,8 +141,8 @@ def random_target(given: argparse.Namespace) -> Any:
 def drafter_of(target: Any, method: str, given: argparse.Namespace) -> Any:
     import torch
 
-    from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-    from outdraft.loading import load_drafter_for
+    from outdraft.api.loading import load_drafter_for
+    from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
     from outdraft.reference import reference_drafter_path
 
     if given.layers is None:
@@ -169,7 +169,7 @@ class Bench:
     def levels(self, roots: Any, logits: Any, step: Any, shape: Any, rows: Any) -> Any:
         import torch
 
-        from outdraft.tree import Tree
+        from outdraft.core.tree import Tree
 
         self.first = time.perf_counter() - self.began
         tokens = torch.arange(self.nodes)[None] + 7
@@ -201,12 +201,14 @@ class Bench:
     def repeat(self, repetitions: int) -> dict[str, Any]:
         import torch
 
-        from outdraft.drafters import early_exit, feature_drafting
-        from outdraft.drafters.base import RowContext, TreeShape, Update
-        from outdraft.sampling import Dice, SamplingSettings, Warper
-        from outdraft.tree import Tree
+        from outdraft.core.sampling import Dice, SamplingSettings, Warper
+        from outdraft.core.shape import TreeShape
+        from outdraft.core.tree import Tree
+        from outdraft.drafting.base import RowContext, Update
+        from outdraft.methods.eesd import drafter as early_exit
+        from outdraft.methods.fspad import drafter as feature_drafting
 
-        for module in (early_exit, feature_drafting, sys.modules.get("outdraft.drafters.draft_vocabulary")):
+        for module in (early_exit, feature_drafting, sys.modules.get("outdraft.drafting.vocabulary")):
             if module is not None:
                 module.grow = self.levels  # type: ignore[attr-defined]
         target, drafter = self.target, self.drafter
@@ -244,12 +246,18 @@ class Spans:
     """Seconds of every part since they were taken last; parts inside parts count for the outer one."""
 
     def __enter__(self) -> Spans:
-        from outdraft import layers, target, tree
-        from outdraft.drafters import exit_layer, feature_drafting, feature_head, growth
+        from outdraft.core import tree
+        from outdraft.drafting import expand as growth
+        from outdraft.methods.eesd import network as exit_layer
+        from outdraft.methods.fspad import drafter as feature_drafting
+        from outdraft.methods.fspad import network as feature_head
+        from outdraft.target import target
+        from outdraft.target import views as layers
 
         owners = [layers, target, tree, exit_layer, feature_drafting, feature_head, growth]
         try:
-            from outdraft.drafters import draft_step, sight
+            from outdraft.drafting import masks as sight
+            from outdraft.methods.fspad import draft_step
 
             owners += [draft_step, sight]
         except ImportError:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.exact import exactly
-from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts
-from outdraft.statistics import Statistics
+from outdraft.target.exact.target import exactly
 
 SHAPES = {
     "chain of 2": {"num_speculative_tokens": 2},

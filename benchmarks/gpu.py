@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft import SpeculativeModel
-from outdraft.backends.tree_attention import tree_attention
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.loading import load_drafter_for, load_target
-from outdraft.run import TargetRun
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.core.tree import Tree
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.backends.tree_attention import tree_attention
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 LLAMA_8B = {
     "hidden_size": 4096,

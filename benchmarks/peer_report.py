@@ -6,10 +6,10 @@ import math
 import statistics
 from typing import Any
 
-from outdraft.console.output import number
 from outdraft.evaluation.report import law
 from outdraft.evaluation.result import BenchResult, Comparison
 from outdraft.evaluation.summary import Summary, paired
+from outdraft.output import number
 
 LLAMA = "llama.cpp bf16"
 """The contender that ratios are given to, beside our plain decoding."""

@@ -38,13 +38,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from outdraft.console.app import quiet_libraries
-from outdraft.console.output import plain, remarks
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import run_bench
 from outdraft.evaluation.bench_settings import BenchSettings
 from outdraft.evaluation.measure import Answer, Contender
 from outdraft.evaluation.peers import counted
-from outdraft.target import Target
+from outdraft.output import plain, remarks
+from outdraft.target.target import Target
 
 HERE = Path(__file__).resolve().parent
 

@@ -32,13 +32,13 @@ import studies
 from rich.console import Console
 from studies import SETTINGS, shown, spread, write
 
-from outdraft.console.output import number, plain
+from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
-from outdraft.loading import load_drafter_for, load_target
-from outdraft.target import Target
+from outdraft.output import number, plain
+from outdraft.target.target import Target
 from outdraft.training.config import PRESETS, DrafterConfig
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer

@@ -27,33 +27,30 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import outdraft.decoding as decoding
-from outdraft.backends import accelerate
-from outdraft.cache import SlotCache
-from outdraft.decoding import Row, decode
-from outdraft.drafters import (
-    draft_model,
-    draft_vocabulary,
-    early_exit,
-    feature_drafting,
-    growth,
-    lookahead,
-    medusa,
-    prompt_lookup,
-)
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.drafters.draft_step import DraftStep
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.sight import Sight
-from outdraft.layers import Cut, ExitView, Shortcut, Tapped
-from outdraft.loading import load_drafter_for, load_target
+import outdraft.engine.round as decoding
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.settings import tree_shape
+from outdraft.api.text import encode_prompts
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.drafting import expand as growth
+from outdraft.drafting import vocabulary as draft_vocabulary
+from outdraft.drafting.base import Drafter
+from outdraft.drafting.masks import Sight
+from outdraft.engine.round import Row, decode
+from outdraft.methods import draft_model, lookahead, prompt_lookup
+from outdraft.methods.eesd import drafter as early_exit
+from outdraft.methods.fspad import drafter as feature_drafting
+from outdraft.methods.fspad.draft_step import DraftStep
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.medusa import drafter as medusa
 from outdraft.reference import load_prompts, reference_drafter_path
-from outdraft.run import CutRun, TargetRun
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.settings import tree_shape
-from outdraft.target import Target
-from outdraft.text import encode_prompts
+from outdraft.target.backends import accelerate
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import CutRun, TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Cut, ExitView, Shortcut, Tapped
 
 ARITHMETIC = ("target layers", "target head", "draft network", "draft head")
 """What the models compute."""

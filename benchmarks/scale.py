@@ -32,15 +32,15 @@ from scale_models import Models, sizes_of
 from training_cost import Clock
 from trees import cell, settings_of
 
-from outdraft.console.output import plain
-from outdraft.drafters.base import TreeShape
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import resolve_device
+from outdraft.api.settings import tree_shape
+from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN
-from outdraft.generation import SpeculativeModel
-from outdraft.loading import resolve_device
-from outdraft.named import REFERENCE
-from outdraft.settings import tree_shape
+from outdraft.output import plain
+from outdraft.target.named import REFERENCE
 
 CURVES = ("tree", "context", "batch", "temperature", "shape", "memory")
 TREES = "chain 1,chain 2,chain 3,chain 4,chain 5,chain 7,2/2/6,3/3/10,4/4/16,5/8/32,5/10/60"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from outdraft.drafters.base import Drafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.api.loading import load_drafter_for, load_target, resolve_device, resolve_dtype
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.loading import load_drafter_for, load_target, resolve_device, resolve_dtype
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.reference import load_prompts
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 PUBLISHED = {
     "8b": {

@@ -17,9 +17,9 @@ from typing import Any
 import studies
 from rich.console import Console
 
-from outdraft.console.output import number, plain
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN
+from outdraft.output import number, plain
 
 Point = dict[str, Any]
 Panel = tuple[str, str, str, list[Any]]

@@ -21,17 +21,17 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.console.app import quiet_libraries
-from outdraft.console.output import number, plain, remarks
-from outdraft.drafters.checkpoint import load_drafter
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import Contender, Run
 from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.evaluation.summary import summarise
-from outdraft.named import REFERENCE
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.output import number, plain, remarks
 from outdraft.reference import load_prompts
 from outdraft.reference.prompts import DATA
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.target.named import REFERENCE
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import objective_for

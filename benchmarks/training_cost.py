@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from outdraft.target import Target
+from outdraft.data.tokenization import Example, ExampleSet
+from outdraft.losses.features import TrainingExamples
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.features import TrainingExamples
 from outdraft.training.objective import objective_for
-from outdraft.training.tokenization import Example, ExampleSet
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from outdraft.decoding import decode
-from outdraft.drafters.base import Drafter
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.core.statistics import Statistics
+from outdraft.drafting.base import Drafter
+from outdraft.engine.round import decode
 from outdraft.evaluation.contenders import WITH_LOOKUP
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.summary import interval
-from outdraft.generation import SpeculativeModel
-from outdraft.loading import load_drafter_for, load_target
 from outdraft.reference import load_prompts
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 GREEDY = "plain,default,5/10/60,5/10/48,chain 1,chain 2,chain 3,chain 4,chain 5,chain 7,auto"
 SAMPLING = "plain,default,5/10/60,drawn 3/2/9,drawn 3/3/13,chain 1,chain 2,chain 3,chain 5,chain 7,auto"

@@ -28,5 +28,5 @@ for method in ${METHODS:-fspad eagle eesd}; do
     [ "$method" = eesd ] && own=(--exit-layer auto)
     "$outdraft" train --model "$model" --method "$method" ${own[@]+"${own[@]}"} --data "$work/data.jsonl" --hold-out 64 \
         --max-length 768 --output-dir "$work/$method" --report-to none --resume feature_cache_dir="$work/features" "$@"
-    [ -z "${SHIP:-}" ] || "$python" -m outdraft.reference.ship "$work/$method" "$method" --model smollm2
+    [ -z "${SHIP:-}" ] || "$python" "$(dirname "$0")/reference_model/ship.py" "$work/$method" "$method" --model smollm2
 done

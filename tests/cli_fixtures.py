@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from outdraft.drafters.checkpoint import save_drafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.methods.checkpoint import save_drafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from training.tiny import byte_tokenizer, write_chats
 
 CONTEXT = 1024

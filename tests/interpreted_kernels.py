@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.backends import tree_attention
-from outdraft.backends.tree_attention import Pending, rotated_and_stored
+from outdraft.target.backends import tree_attention
+from outdraft.target.backends.tree_attention import Pending, rotated_and_stored
 
 NOWHERE = float("nan")
 """Lies in all slots that nobody may read."""
@@ -19,7 +19,7 @@ NOWHERE = float("nan")
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     """The module of kernels, where the interpreter works with the other packages that are installed."""
-    from outdraft.backends import tree_kernels
+    from outdraft.target.backends import tree_kernels
 
     try:
         _probe(tree_kernels.triton)

@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models import VOCAB, tiny
-from outdraft.backends import (
+from outdraft.api.generation import load
+from outdraft.core.tree import Tree
+from outdraft.errors import UserError
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.backends import (
     PackedLinear,
     accelerate,
     compiled,
@@ -23,19 +30,12 @@ from outdraft.backends import (
     default_backend,
     default_dtype,
     fused,
-    outside,
 )
-from outdraft.backends.tree_attention import has_triton
-from outdraft.drafters.early_exit import EarlyExit
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.errors import UserError
-from outdraft.generation import load
-from outdraft.layers import Tapped
-from outdraft.run import Output, TappedRun, TargetRun
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.target.backends import opaque_attention as outside
+from outdraft.target.backends.tree_attention import has_triton
+from outdraft.target.runner import Output, TappedRun, TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Tapped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

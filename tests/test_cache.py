@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outdraft.cache import BufferPool, SlotCache, rounded_rows, rounded_slots
+from outdraft.target.cache import BufferPool, SlotCache, rounded_rows, rounded_slots
 
 HEADS, WIDTH = 2, 3
 

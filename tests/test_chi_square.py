@@ -16,15 +16,15 @@ import torch
 from scipy import stats
 
 from models import tiny
+from outdraft.api.generation import SpeculativeModel, load
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead
-from outdraft.generation import SpeculativeModel, load
-from outdraft.sampling import SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.core.sampling import SamplingSettings, Warper
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.head_config import feature_head_config
 from outdraft.training.train import train
 
 Cells = dict[tuple[int, ...], float]

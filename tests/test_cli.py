@@ -455,7 +455,7 @@ def test_interrupts_end_with_130_and_a_line(folders: Folders, monkeypatch: pytes
     def interrupt(*args: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("outdraft.generation.load", interrupt)
+    monkeypatch.setattr("outdraft.api.generation.load", interrupt)
     result = run("generate", "hi", "--model", folders.target)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
@@ -464,7 +464,7 @@ def test_defects_say_so_in_a_line_and_debug_shows_where(folders: Folders, monkey
     def fail(*args: Any, **settings: Any) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("outdraft.generation.load", fail)
+    monkeypatch.setattr("outdraft.api.generation.load", fail)
     result = run("generate", "hi", "--model", folders.target)
     assert result.exit_code == 1 and result.stderr.startswith("internal error: ZeroDivisionError: by zero")
     assert isinstance(run("--debug", "generate", "hi").exception, ZeroDivisionError)

@@ -14,12 +14,13 @@ from enumeration import ScriptedChance, distance, law_of
 from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.decoding import Row, decode
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.sampling import Dice, SamplingSettings
-from outdraft.statistics import Statistics
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.shape import TreeShape
+from outdraft.core.statistics import Statistics
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.engine.round import Row, decode
+from outdraft.target.target import Target
 from test_losslessness import (
     DRAFTERS,
     EXACT,

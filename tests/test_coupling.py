@@ -11,10 +11,10 @@ from torch import Tensor
 
 import outdraft
 from models import tiny
-from outdraft.coupling import Coupled, Noise, under
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.core.coupling import Coupled, Noise, under
 from outdraft.errors import UserError
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 
 LENGTH = 20
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6, 7, 5]]
@@ -140,7 +140,7 @@ def test_candidates_that_are_drawn_keep_their_dice() -> None:
 
 
 def test_noise_is_the_same_whenever_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outdraft.coupling.KEPT_BYTES", 0)  # eight steps are kept
+    monkeypatch.setattr("outdraft.core.coupling.KEPT_BYTES", 0)  # eight steps are kept
     noise, again = (Noise(2, 50, torch.device("cpu"), seed=9) for _ in range(2))
     early = [noise.step(index).clone() for index in range(30)]
     assert all(torch.equal(again.step(index), early[index]) for index in (29, 3, 17, 0, 29, 12))

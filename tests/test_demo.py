@@ -13,14 +13,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli_fixtures import Folders, make_folders
-from outdraft import named
 from outdraft.cli import app
+from outdraft.console import demo_run as demo
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import Answer, Contender, compare
 from outdraft.evaluation.report import closing
 from outdraft.evaluation.summary import Summary
-from outdraft.reference import demo
-from outdraft.statistics import Statistics
+from outdraft.target import named
 
 SHORT = ("--prompts", 2, "--max-new-tokens", 6, "--dtype", "float32")
 
@@ -114,7 +114,7 @@ def test_without_any_drafter_prompt_lookup_drafts_and_it_says_so(tiny: None, tmp
 def test_train_trains_a_drafter_and_compares_it_with_the_shipped_one(
     tiny: None, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outdraft.reference.demo_training.CONVERSATIONS", folders.chats)
+    monkeypatch.setattr("outdraft.console.demo_training.CONVERSATIONS", folders.chats)
     result = succeeded(*SHORT, "--train", "--train-seconds", 0.5, "--output-dir", tmp_path / "kept", "--json")
     found = json.loads(result.stdout)
     assert set(found["methods"]) == {

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import outdraft
 from cli_fixtures import Folders, make_folders
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_head import FeatureHead
-from outdraft.training.provenance import portable
+from outdraft.data.provenance import portable
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.network import FeatureHead
 from trainer_runs import QUESTION, Seen, record, rows_of, trainer
 from training.tiny import byte_tokenizer, tiny_target
 

@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 
 from cli_fixtures import write_lines
+from outdraft.api.generation import SpeculativeModel
 from outdraft.console.streaming import stream
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.core.statistics import Statistics
+from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.evaluation import identity
 from outdraft.evaluation.audit.noise import Noise
@@ -30,12 +29,13 @@ from outdraft.evaluation.measure import PLAIN, Answer, Contender, Run, compare, 
 from outdraft.evaluation.partings import partings
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.summary import interval, summarise
-from outdraft.generation import SpeculativeModel
-from outdraft.run import Output, TargetRun
-from outdraft.statistics import Statistics
-from outdraft.target import Target
-from outdraft.training.head_config import feature_head_config
-from outdraft.tree import Tree
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.runner import Output, TargetRun
+from outdraft.target.target import Target
 from training.tiny import tiny_target, write_chats
 
 PROMPTS = [[10, 20, 30], [40, 50, 60, 70]]

@@ -17,23 +17,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-import outdraft.kernels as kernels
+import outdraft.target.exact.invariance as kernels
 from models import perturbed, tiny
-from outdraft import exact_attention
+from outdraft.api.generation import SpeculativeModel
 from outdraft.cli import app
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.decoding import decode
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.early_exit import EarlyExit
-from outdraft.drafters.lookahead import Lookahead
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.core.shape import TreeShape
+from outdraft.core.statistics import Statistics
+from outdraft.drafting.base import Drafter
+from outdraft.engine.round import decode
 from outdraft.errors import UserError
-from outdraft.exact import ExactTarget, exactly
-from outdraft.generation import SpeculativeModel
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.lookahead import Lookahead
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.exact import attention as exact_attention
+from outdraft.target.exact.target import ExactTarget, exactly
+from outdraft.target.target import Target
 from test_losslessness import DRAFTERS, GREEDY, dice, exit_drafter, finish, rows_of
 
 PROMPTS = [[5, 9, 9, 3, 5, 9], [7], [1, 2, 3, 4, 1, 2, 3, 4], [30, 8, 30]]

@@ -10,12 +10,12 @@ from transformers import StoppingCriteriaList, StopStringCriteria, TextStreamer
 
 import outdraft
 from models import perturbed, tiny
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.api.settings import tree_shape
+from outdraft.api.text import Detokenizer
+from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
-from outdraft.settings import tree_shape
-from outdraft.text import Detokenizer
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.prompt_lookup import PromptLookup
 from tokens import byte_tokenizer, speaking
 
 PROMPTS = ["Once upon a time", "2 + 2 =", "a"]

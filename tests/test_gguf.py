@@ -14,9 +14,9 @@ from typer.testing import CliRunner, Result
 
 import outdraft
 from gguf_fixtures import WORDS, tiny_llama, write_gguf
+from outdraft.api.loading import load_target
 from outdraft.cli import app
 from outdraft.errors import UserError
-from outdraft.loading import load_target
 from training.tiny import write_chats
 
 gguf = pytest.importorskip("gguf", reason="reading and writing GGUF files needs the extra `gguf`")

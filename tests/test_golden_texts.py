@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from models import perturbed, tiny
-from outdraft.generation import SpeculativeModel
-from outdraft.target import Target
+from outdraft.api.generation import SpeculativeModel
+from outdraft.target.target import Target
 from test_losslessness import DRAFTERS
 
 FILE = Path(__file__).with_suffix("").parent / "golden_texts.json"

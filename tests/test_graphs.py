@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import outdraft.cache as cache_module
+import outdraft.target.cache as cache_module
 from models import perturbed, tiny
-from outdraft.backends import accelerate, fused, graphs, tree_attention
-from outdraft.backends.view import with_attention
+from outdraft.api.generation import load
+from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.generation import load
-from outdraft.run import Output, TargetRun
-from outdraft.serving.memory import slot_bytes
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.target.backends import accelerate, fused, graphs, tree_attention
+from outdraft.target.backends.view import with_attention
+from outdraft.target.memory import slot_bytes
+from outdraft.target.runner import Output, TargetRun
+from outdraft.target.target import Target
 from test_backends import tree_features
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

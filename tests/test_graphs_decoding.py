@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-import outdraft.cache as cache_module
+import outdraft.target.cache as cache_module
 from drafters.test_draft_vocabulary import reduced
 from drafters.test_exit_folder import saved as saved_exit
 from enumeration import ScriptedChance, distance, law_of
 from models import tiny
-from outdraft.backends.fused import FusedAttention
-from outdraft.drafters import recorded_drafts
-from outdraft.drafters.base import Drafter, RowContext, TreeShape, Update
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.early_exit import EarlyExit
-from outdraft.drafters.feature_drafting import FeatureDrafter, FeatureDraftState
-from outdraft.drafters.lookahead import Lookahead
-from outdraft.generation import SpeculativeModel, load
-from outdraft.joining import Decoder
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.api.generation import SpeculativeModel, load
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import Drafter, RowContext, Update
+from outdraft.engine.continuous import Decoder
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.fspad import recorded as recorded_drafts
+from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
+from outdraft.methods.lookahead import Lookahead
+from outdraft.target.backends.fused import FusedAttention
+from outdraft.target.target import Target
 from test_joining import LENGTHS, SETTINGS, alone, in_company
 from test_joining import rows_of as joining_rows
 from test_losslessness import (

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.drafters.base import RowContext, TreeShape
-from outdraft.drafters.growth import RunAhead, grow, grow_dynamic, grow_sampled
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import RowContext
+from outdraft.drafting.expand import RunAhead, grow, grow_dynamic, grow_sampled
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.tree import Tree
 
 VOCAB = 7
 Path = tuple[int, ...]
@@ -216,7 +217,7 @@ def test_half_precision_logits_are_scored_in_float32():
 
 
 def test_running_ahead_each_node_sees_its_own_branch():
-    from outdraft.cache import SlotCache
+    from outdraft.target.cache import SlotCache
 
     cache_ = SlotCache(2, 1, 8)
     cache_.lengths = [3, 1]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from models import VOCAB, tiny
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.inputs import plain_prompts
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.inputs import plain_prompts
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 IDS = [3, 1, 4, 1, 5]
 OTHER = [9, 2, 6]

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from models import perturbed, tiny
-from outdraft.cache import SlotCache
 from outdraft.control import Controller, Costs
-from outdraft.decoding import Row, compacted, decode
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.joining import Decoder
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import Drafter
+from outdraft.engine.continuous import Decoder
+from outdraft.engine.round import Row, compacted, decode
+from outdraft.target.cache import SlotCache
+from outdraft.target.target import Target
 from test_losslessness import DRAFTERS
 
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 1, 2, 1], [9], list(range(1, 31)), [3, 3, 3]]

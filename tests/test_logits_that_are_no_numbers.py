@@ -10,9 +10,9 @@ from transformers import LogitsProcessor
 
 import outdraft
 from models import perturbed
-from outdraft.drafters.draft_model import DraftModel
 from outdraft.errors import UserError
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.target.target import Target
 from tokens import byte_tokenizer, speaking
 
 PROMPTS = ["Once upon", "no more", "2 + 2"]
@@ -104,7 +104,7 @@ def test_a_drafter_whose_logits_are_no_numbers_changes_nothing(fast: Any, settin
 
 
 def test_a_stopping_test_that_fails_ends_its_row_alone(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from outdraft import generation
+    from outdraft.api import generation
 
     def failing(strings: Any, tokenizer: Any, prompt: list[int]) -> Any:
         def completed(tokens: list[int]) -> bool:

@@ -14,30 +14,32 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import outdraft.run as run_module
+import outdraft.target.runner as run_module
 from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
-from outdraft.cache import SlotCache
-from outdraft.decoding import Row, decode
-from outdraft.drafters import feature_drafting, intake
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.eagle3 import Eagle3Config, Eagle3Head
-from outdraft.drafters.eagle3_drafting import Eagle3Drafter
-from outdraft.drafters.early_exit import EarlyExit
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.growth import grow_dynamic
-from outdraft.drafters.lookahead import Lookahead
-from outdraft.drafters.medusa import Medusa, MedusaConfig, MedusaHeads
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.core.sampling import Chance, Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.statistics import Statistics
+from outdraft.core.tree import Tree
+from outdraft.drafting import intake
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.expand import grow_dynamic
+from outdraft.engine.round import Row, decode
 from outdraft.errors import UserError
-from outdraft.run import TargetRun
-from outdraft.sampling import Chance, Dice, SamplingSettings, Warper
-from outdraft.statistics import Statistics
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.eagle3.drafter import Eagle3Drafter
+from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad import drafter as feature_drafting
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.lookahead import Lookahead
+from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 EXACT = 1e-10
 GREEDY = SamplingSettings()
@@ -421,7 +423,7 @@ def test_a_stop_test_ends_a_row_inside_a_tree():
 
 def test_a_faulty_verification_would_be_seen(monkeypatch):
     """The checks above have teeth: keep every candidate, and both law and tokens are off."""
-    import outdraft.verify as rule
+    import outdraft.core.verify as rule
 
     right = rule.verify_greedy
 

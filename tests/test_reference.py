@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import outdraft
+from outdraft.data.int8_rows import PACKED, pack, quantize_rows, unpack
 from outdraft.errors import UserError
-from outdraft.int8_rows import PACKED, pack, quantize_rows, unpack
 from outdraft.reference import load_prompts, load_reference_target, reference_drafter_path, reference_target_path
 from outdraft.reference.quantize import PACKAGED
 

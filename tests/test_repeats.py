@@ -12,19 +12,20 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import outdraft.decoding as decoding
+import outdraft.engine.round as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
 from outdraft.control.by_machine import Choice
-from outdraft.decoding import Row, decode
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.drafters.prompt_lookup import PromptLookup
-from outdraft.drafters.repeats import Repeats
-from outdraft.joining import Decoder
-from outdraft.sampling import Dice, SamplingSettings
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.repeats import Repeats
+from outdraft.engine.continuous import Decoder
+from outdraft.engine.round import Row, decode
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.target import Target
 from test_control_of_decoding import CHEAP, controlled
 from test_joining import alone, in_company
 from test_losslessness import (

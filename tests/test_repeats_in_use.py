@@ -16,19 +16,19 @@ from typer.testing import CliRunner, Result
 import outdraft
 from cli_fixtures import Folders, make_folders
 from models import perturbed, tiny
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.settings import repeats_of
 from outdraft.cli import app
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.lookahead import Lookahead
-from outdraft.drafters.ngrams import Text
-from outdraft.drafters.prompt_lookup import PromptLookup
-from outdraft.drafters.repeats import Repeats, spliced
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.ngrams import Text
+from outdraft.drafting.repeats import Repeats, spliced
+from outdraft.engine.history import Prefix
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.prefixes import Prefix
+from outdraft.methods.lookahead import Lookahead
+from outdraft.methods.prompt_lookup import PromptLookup
 from outdraft.serving.server import drafting
-from outdraft.settings import repeats_of
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.target.target import Target
 from test_exact import drafter_of, near_ties
 from test_exact import plain as plainly_decoded
 from test_losslessness import DRAFTERS

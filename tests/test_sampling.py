@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import VOCAB, tiny
+from outdraft.core.sampling import Dice, SamplingSettings, Thrown, Warper, at_shares, at_shares_by_blocks, draw_each
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Thrown, Warper, at_shares, at_shares_by_blocks, draw_each
 
 PROMPT = [4, 9, 9, 2, 17]
 END = 6

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.int8_rows import PACKED
-from outdraft.named import DRAFTERS, shipped_drafters
+from outdraft.data.int8_rows import PACKED
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.target.named import DRAFTERS, shipped_drafters
 
 FOLDER = DRAFTERS / "smollm2"
 BYTES = 30e6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from outdraft.statistics import Statistics
+from outdraft.core.statistics import Statistics
 
 
 def two_rounds() -> Statistics:

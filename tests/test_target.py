@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-import outdraft.run as run_module
+import outdraft.target.runner as run_module
 from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
-from outdraft.cache import SlotCache
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.run import TargetRun
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 TOLERANCE = {"gpt-neo": 1e-4}
 """GPT-Neo computes its attention in float32 whatever the model's precision."""

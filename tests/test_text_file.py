@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from outdraft.data.conversations import read_conversations
+from outdraft.data.records import data_files, read_records
+from outdraft.data.text_file import split_lines, text_lines, whole_text
 from outdraft.errors import UserError
 from outdraft.evaluation import spec_bench
 from outdraft.evaluation.prompts import read_prompts
 from outdraft.evaluation.questions import read_questions
-from outdraft.records import data_files, read_records
-from outdraft.text_file import split_lines, text_lines, whole_text
 from outdraft.training.answer_file import AnswerFile
-from outdraft.training.conversations import read_conversations
 
 TEXTS = ["plain", "one\u2028two\u2029three\u0085four", "Grüße, \U0001f600", "a\x1c\x0b\x0cb"]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from outdraft.named import DRAFTERS
+from outdraft.target.named import DRAFTERS
 
 HELD_OUT = DRAFTERS / "smollm2" / "heldout_prompts.jsonl"
 

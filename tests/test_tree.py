@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outdraft.tree import Tree, attention_mask
+from outdraft.core.tree import Tree, attention_mask
 
 
 @st.composite

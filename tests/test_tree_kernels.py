@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from outdraft.backends.tree_attention import has_triton
+from outdraft.target.backends.tree_attention import has_triton
 
 
 def test_kernels_compute_what_plain_operations_compute() -> None:

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import outdraft
 from models import FAMILIES, FURTHER, VOCAB, tiny
-from outdraft import trial
+from outdraft.api.loading import load_target
 from outdraft.errors import UserError
-from outdraft.loading import load_target
-from outdraft.reach import windows_of
-from outdraft.target import Target
+from outdraft.target import trial
+from outdraft.target.reach import windows_of
+from outdraft.target.target import Target
 
 LLAMA = {**FAMILIES["llama-gqa"], "num_hidden_layers": 4}
 LATENT = {

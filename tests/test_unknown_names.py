@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import outdraft
 from cli_fixtures import Folders, make_folders
+from outdraft.api.generation import SpeculativeModel
 from outdraft.cli import app
 from outdraft.errors import UserError, meant
-from outdraft.generation import SpeculativeModel
 from outdraft.training.config import DrafterConfig
 
 

@@ -18,13 +18,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import outdraft.verify as rule
+import outdraft.core.verify as rule
 from enumeration import Law, ScriptedChance, all_runs, distance, sequence_law
-from outdraft.drafters.base import RowContext, TreeShape
-from outdraft.drafters.growth import grow_dynamic, grow_sampled
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.tree import Tree
-from outdraft.verify import verify
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.core.verify import verify
+from outdraft.drafting.base import RowContext
+from outdraft.drafting.expand import grow_dynamic, grow_sampled
 
 EXACT = 1e-10
 VOCAB = 4

@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import tiny
-from outdraft import verify
-from outdraft.backends.graphs import Replayed
-from outdraft.decoding import Batch
-from outdraft.drafters import growth
-from outdraft.drafters.eagle3 import Eagle3Config, Eagle3Head
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.generation import load
+from outdraft.api.generation import load
+from outdraft.core import verify
+from outdraft.drafting import expand as growth
+from outdraft.engine.round import Batch
+from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.backends.graphs import Replayed
 
 ASKING = {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu}
 

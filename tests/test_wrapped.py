@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 import outdraft
 from models import tiny
-from outdraft.backends import best_backend, why_not_packed
-from outdraft.backends.packed import quantised_part
+from outdraft.api.loading import load_target
 from outdraft.console.facts import describe
 from outdraft.errors import UserError
-from outdraft.loading import load_target
-from outdraft.wrapped import unwrapped
+from outdraft.target.backends import best_backend, why_not_packed
+from outdraft.target.backends.packed import quantised_part
+from outdraft.target.wrapped import unwrapped
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -8,17 +8,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from outdraft.errors import UserError
+from outdraft.moved import install
 
 if TYPE_CHECKING:
+    from outdraft.api.generation import GenerationOutput, SpeculativeModel, load
+    from outdraft.api.hugging_face import custom_generate
     from outdraft.drafter_trainer import DrafterTrainer
-    from outdraft.generation import GenerationOutput, SpeculativeModel, load
-    from outdraft.hugging_face import custom_generate
     from outdraft.training.config import DrafterConfig
 
 try:
     __version__ = version("outdraft")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0"
+
+install()
 
 __all__ = [
     "DrafterConfig",
@@ -34,10 +37,10 @@ __all__ = [
 ROOMS = {
     "DrafterConfig": "training.config",
     "DrafterTrainer": "drafter_trainer",
-    "GenerationOutput": "generation",
-    "SpeculativeModel": "generation",
-    "custom_generate": "hugging_face",
-    "load": "generation",
+    "GenerationOutput": "api.generation",
+    "SpeculativeModel": "api.generation",
+    "custom_generate": "api.hugging_face",
+    "load": "api.generation",
 }
 """Where the public names are made."""
 

@@ -17,24 +17,24 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from outdraft.allocator import keep_freed_memory
-from outdraft.drafters.checkpoint import Network, push_to_hub
-from outdraft.drafters.folder import CONFIG, WEIGHTS
+from outdraft.api.loading import load_network, load_target
+from outdraft.data.conversations import Conversation
+from outdraft.data.records import json_lines
+from outdraft.drafting.folder import CONFIG, WEIGHTS
+from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
 from outdraft.evaluation.training_verdict import TrainingVerdict, training_verdict
-from outdraft.loading import load_network, load_target
-from outdraft.records import json_lines
-from outdraft.target import Target
-from outdraft.training.checkpoints import last_checkpoint
+from outdraft.losses.features import reader_of
+from outdraft.losses.target_like import target_id
+from outdraft.methods.checkpoint import Network, push_to_hub
+from outdraft.target.target import Target
+from outdraft.training.allocator import keep_freed_memory
 from outdraft.training.config import DrafterConfig
-from outdraft.training.conversations import Conversation
-from outdraft.training.features import reader_of
 from outdraft.training.model_card import CARD
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.preparation import NO_DATA
-from outdraft.training.protocol import target_id
 from outdraft.training.train import TrainResult, train
 
 TAU_PROMPTS = 8

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from models import perturbed, tiny
-from outdraft.drafters.base import Drafter
-from outdraft.drafters.draft_model import DraftModel
+from outdraft.api.generation import SpeculativeModel
+from outdraft.drafting.base import Drafter
 from outdraft.evaluation.audit import Audit, AuditSettings, run_audit
-from outdraft.generation import SpeculativeModel
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.target.target import Target
 
 PROMPTS = [[5, 9, 9, 3, 5, 9], [7, 1], [1, 2, 3, 4, 1, 2, 3], [30, 8, 30], [11, 3, 21, 4], [2, 2, 9]]
 SAMPLED = {"temperature": 0.8, "num_speculative_tokens": 2}

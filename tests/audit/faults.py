@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from outdraft.cache import SlotCache
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.run import Output, TargetRun
-from outdraft.sampling import Chance, Dice, Warper
-from outdraft.target import Target
-from outdraft.tree import Tree
-from outdraft.verify import Verdict, acceptance
+from outdraft.core.sampling import Chance, Dice, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.core.verify import Verdict, acceptance
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import Output, TargetRun
+from outdraft.target.target import Target
 
 # --- verification ----------------------------------------------------------------------------------------------------
 

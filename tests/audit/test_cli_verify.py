@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import outdraft.decoding
-import outdraft.verify
+import outdraft.core.verify
+import outdraft.engine.round
 from audit import faults
 from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
@@ -87,7 +87,7 @@ def test_a_kept_law_is_exit_code_0(folders: Folders, prompts: Path, tmp_path: Pa
 def test_a_broken_law_is_exit_code_1(
     folders: Folders, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
+    monkeypatch.setattr(outdraft.engine.round, "verify", faults.bonus_from_the_parent(outdraft.core.verify.verify))
     report = tmp_path / "report.html"
     itself = ("-d", folders.target)  # a draft model that is always right
     result = verify(folders, prompts, *itself, "--num-speculative-tokens", 2, "--report", report)
@@ -175,7 +175,7 @@ def test_what_was_found_is_kept_and_shown_when_it_is_stopped(
 def test_a_difference_counts_even_when_the_rest_was_stopped(
     folders: Folders, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
+    monkeypatch.setattr(outdraft.engine.round, "verify", faults.bonus_from_the_parent(outdraft.core.verify.verify))
     interrupted_in(monkeypatch, "forwards_finding")
     result = verify(folders, prompts, "-d", folders.target, "--num-speculative-tokens", 2)
     said = " ".join(result.stdout.replace("│", " ").split())

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import outdraft.decoding
-import outdraft.run
-import outdraft.verify
+import outdraft.core.verify
+import outdraft.engine.round
+import outdraft.target.runner
 from audit import faults
 from audit.conftest import SAMPLED, Run
-from outdraft.run import TargetRun
+from outdraft.target.runner import TargetRun
 
 TREE = {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7}
 GREEDY = {"num_speculative_tokens": 3}
@@ -52,20 +52,20 @@ def test_the_decoder_keeps_greedy_texts(audit: Run) -> None:
 
 
 def test_a_wrong_residual_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outdraft.verify, "residual", faults.no_residual)
+    monkeypatch.setattr(outdraft.core.verify, "residual", faults.no_residual)
     found = audit(SAMPLED, greedy=False, noise=0.3)
     assert not found.kept and "beginnings" in failed(found)
 
 
 def test_acceptance_by_the_raw_law_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outdraft.verify, "acceptance", faults.untempered(0.6))
+    monkeypatch.setattr(outdraft.core.verify, "acceptance", faults.untempered(0.6))
     found = audit({**SAMPLED, "temperature": 0.6}, greedy=False)
     assert not found.kept and "beginnings" in failed(found)
 
 
 @pytest.mark.parametrize("generation", [{"num_speculative_tokens": 2}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_wrong_bonus_token_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch, generation: dict[str, Any]) -> None:
-    monkeypatch.setattr(outdraft.decoding, "verify", faults.bonus_from_the_parent(outdraft.verify.verify))
+    monkeypatch.setattr(outdraft.engine.round, "verify", faults.bonus_from_the_parent(outdraft.core.verify.verify))
     found = audit(generation, greedy=False)
     assert not found.kept
     assert ("greedy" if len(generation) == 1 else "tokens") in failed(found)

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from audit.conftest import PROMPTS, SAMPLED, pair
+from outdraft.api.generation import SpeculativeModel
 from outdraft.evaluation.audit import AuditSettings, run_audit
 from outdraft.evaluation.audit.beginnings import exact_cells, same_cells
 from outdraft.evaluation.audit.chi_square import (
@@ -24,7 +25,6 @@ from outdraft.evaluation.audit.greedy import too_many
 from outdraft.evaluation.audit.ranks import Ranks
 from outdraft.evaluation.audit.stock import Laws, stock_logits
 from outdraft.evaluation.audit.texts import energy_p_value
-from outdraft.generation import SpeculativeModel
 
 LEAST = 1e-3
 """Of a Kolmogorov-Smirnov test on fixed seeds."""

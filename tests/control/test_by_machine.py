@@ -12,7 +12,7 @@ import pytest
 from outdraft.control import Costs
 from outdraft.control.by_machine import Chooser, ShapePacer
 from outdraft.control.menu import FIRST_CHANCE, PLAIN, Menu, levels_of
-from outdraft.drafters.base import CPU_CHAIN, CPU_TREE, GPU_TREE, TreeShape
+from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_TREE, TreeShape
 
 TREES = CPU_TREE.doubled()
 CHAINS = CPU_CHAIN.doubled()

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from models import tiny
+from outdraft.api.generation import load
+from outdraft.api.settings import controller_of, default_controller, pacer_of, tree_shape
 from outdraft.console.options import whole_or_auto
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.drafters.base import CPU_TREE, GPU_TREE, Drafter, TreeShape
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.generation import load
-from outdraft.settings import controller_of, default_controller, pacer_of, tree_shape
+from outdraft.methods.prompt_lookup import PromptLookup
 
 CPU = torch.device("cpu")
 AUTO = {"tree_size": "auto"}

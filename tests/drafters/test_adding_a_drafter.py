@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.decoding import Row, decode
-from outdraft.drafters.base import TreeShape
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.engine.round import Row, decode
+from outdraft.target.target import Target
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-drafter.md"
 

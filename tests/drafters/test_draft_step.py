@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from models import tiny
-from outdraft.backends import accelerate
-from outdraft.cache import SlotCache
-from outdraft.drafters import draft_step, layer_step
-from outdraft.drafters.draft_step import DraftStep
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.growth import RunAhead
-from outdraft.drafters.sight import HIDDEN, Sight, causal_sight
-from outdraft.target import Target
-from outdraft.tree import attention_mask
+from outdraft.core.tree import attention_mask
+from outdraft.drafting.expand import RunAhead
+from outdraft.drafting.masks import HIDDEN, Sight, causal_sight
+from outdraft.methods.fspad import draft_step, layer_step
+from outdraft.methods.fspad.draft_step import DraftStep
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.backends import accelerate
+from outdraft.target.cache import SlotCache
+from outdraft.target.target import Target
 
 D, VOCAB, POSITIONS = 12, 9, 32
 SWITCHES = [field.name for field in fields(FeatureHeadConfig) if field.type == "bool"]

@@ -10,18 +10,19 @@ from safetensors.torch import load_file, save_file
 
 import test_losslessness as whole
 from models import tiny
-from outdraft.drafters.base import RowContext, TreeShape
-from outdraft.drafters.checkpoint import load_drafter, save_drafter
-from outdraft.drafters.draft_vocabulary import DraftVocabulary
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.data.tokenization import Example, ExampleSet
+from outdraft.drafting.base import RowContext
+from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.methods.checkpoint import load_drafter, save_drafter
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.draft_vocabulary import most_frequent
-from outdraft.training.tokenization import Example, ExampleSet
-from outdraft.tree import Tree
 from test_losslessness import NARROW, PLAIN, PROMPT, SHAPED, assert_same_law
 
 

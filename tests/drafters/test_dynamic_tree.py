@@ -12,14 +12,15 @@ from test_feature_head_equations import SWITCHES, torch_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft import UserError
-from outdraft.cache import SlotCache
-from outdraft.drafters import intake
-from outdraft.drafters.base import RowContext, TreeShape, Update
-from outdraft.drafters.feature_drafting import FeatureDrafter, FeatureDraftState
-from outdraft.run import TargetRun
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting import intake
+from outdraft.drafting.base import RowContext, Update
+from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 SHAPE = Shape(vocab_size=13, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 EMBEDDING, HEAD = numbers((13, 8), 201) * 2, numbers((13, 8), 202) * 0.3

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from models import tiny
 from outdraft import UserError, load
+from outdraft.api.loading import load_drafter_for
 from outdraft.console.facts import describe
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.checkpoint import load_drafter, own_method
-from outdraft.drafters.eagle3_drafting import Eagle3Drafter, rotary_frequencies
-from outdraft.drafters.eagle3_folder import load_eagle3
-from outdraft.loading import load_drafter_for
-from outdraft.sampling import Dice, SamplingSettings
-from outdraft.target import Target
+from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.shape import TreeShape
+from outdraft.methods.checkpoint import load_drafter, own_method
+from outdraft.methods.eagle3.drafter import Eagle3Drafter, rotary_frequencies
+from outdraft.methods.eagle3.folder import load_eagle3
+from outdraft.target.target import Target
 from test_losslessness import SHAPES, Recorded, finish, rows_of
 
 LAYERS = 8

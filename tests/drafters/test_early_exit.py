@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from models import FAMILIES, FURTHER, tiny
-from outdraft.backends import accelerate
-from outdraft.decoding import decode
-from outdraft.drafters.base import TreeShape, Update
-from outdraft.drafters.early_exit import EarlyExit, EarlyExitState
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig, empty
+from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import Update
+from outdraft.engine.round import decode
 from outdraft.errors import UserError
-from outdraft.layers import Cut, ExitView, Shortcut, layers_of
-from outdraft.run import TargetRun
-from outdraft.sampling import Dice, SamplingSettings
-from outdraft.target import Target
+from outdraft.methods.eesd.drafter import EarlyExit, EarlyExitState
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
+from outdraft.target.backends import accelerate
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Cut, ExitView, Shortcut, layers_of
 from test_losslessness import exit_drafter, rows_of
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])

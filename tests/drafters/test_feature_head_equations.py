@@ -9,9 +9,9 @@ import pytest
 import torch
 from drafter_reference import Shape, head_outputs, numbers, official_tensors
 
-from outdraft.cache import SlotCache
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.tree import attention_mask
+from outdraft.core.tree import attention_mask
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.cache import SlotCache
 
 GQA = Shape(num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_theta=500.0, rms_norm_eps=1e-5)
 

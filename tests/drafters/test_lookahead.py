@@ -14,14 +14,14 @@ import torch
 
 from enumeration import ScriptedChance, distance, law_of
 from models import tiny
+from outdraft.api.loading import load_drafter_for
 from outdraft.control import CONTROLLERS
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.lookahead import Lookahead, cycled, merged
+from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.shape import TreeShape
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.loading import load_drafter_for
-from outdraft.sampling import Dice, SamplingSettings
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.methods.lookahead import Lookahead, cycled, merged
+from outdraft.target.target import Target
 from test_control_of_decoding import controlled
 from test_losslessness import (
     EXACT,

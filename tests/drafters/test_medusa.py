@@ -12,18 +12,19 @@ import torch
 
 from enumeration import distance
 from models import tiny
+from outdraft.api.loading import load_drafter_for
 from outdraft.console.facts import describe
 from outdraft.control import CONTROLLERS
-from outdraft.decoding import Row
-from outdraft.drafters.base import RowContext, TreeShape, Update
-from outdraft.drafters.checkpoint import load_drafter, save_drafter
-from outdraft.drafters.exit_folder import target_facts
-from outdraft.drafters.medusa import Medusa, MedusaConfig, MedusaHeads
-from outdraft.drafters.medusa_folder import load_medusa
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import RowContext, Update
+from outdraft.engine.round import Row
 from outdraft.errors import UserError
-from outdraft.loading import load_drafter_for
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.methods.checkpoint import load_drafter, save_drafter
+from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
+from outdraft.methods.medusa.folder import load_medusa
+from outdraft.target.target import Target
 from test_control_of_decoding import PROMPT, controlled, law_and_statistics
 from test_control_of_decoding import finish as controlled_finish
 from test_losslessness import (

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from enumeration import ScriptedChance, distance, law_of, sequence_law
 from models import perturbed, tiny
-from outdraft.decoding import Row, decode
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.shared_vocabulary import SharedVocabulary
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.sampling import SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.shared_vocabulary import SharedVocabulary
+from outdraft.engine.round import Row, decode
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.sampling import SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.target.target import Target
 
 PROMPT = [0, 2, 1, 3, 0, 2]
 

@@ -30,7 +30,7 @@ import torch
 from vllm_engine import CHAIN, METHODS, Engine
 
 import outdraft
-from outdraft.engines.export import Exported, export_drafter
+from outdraft.export.export import Exported, export_drafter
 from outdraft.reference import load_prompts
 
 

@@ -15,9 +15,9 @@ from vllm_engine import CHAIN, Engine, since
 
 import outdraft
 from models import tiny
-from outdraft.drafters.checkpoint import save_drafter
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.engines.export import export_drafter
+from outdraft.export.export import export_drafter
+from outdraft.methods.checkpoint import save_drafter
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,

@@ -89,7 +89,7 @@ def test_without_the_guard_they_would_not(fspad: Engine, cells: Any, monkeypatch
     """What vLLM itself has in that place, in this version and on a CPU, is wrong: when this fails, drop the guard."""
     from vllm.v1.sample import rejection_sampler
 
-    from outdraft.engines import vllm_sampling
+    from outdraft.export import vllm_sampling
 
     assert rejection_sampler.expand_batch_to_tokens is vllm_sampling.expand_batch_to_tokens
     values = torch.tensor([0.5, 2.0])

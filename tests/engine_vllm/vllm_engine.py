@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from outdraft.engines.export import Exported
+from outdraft.export.export import Exported
 
 METHODS = ("fspad", "eagle", "eesd")
 CHAIN = 4

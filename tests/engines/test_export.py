@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 import outdraft
 from models import tiny
 from outdraft import UserError
-from outdraft.drafters.checkpoint import load_drafter, save_drafter
-from outdraft.drafters.exit_folder import target_facts
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
-from outdraft.engines import export, head_folder
-from outdraft.engines.export import Exported, export_drafter
+from outdraft.export import export, head_folder
+from outdraft.export.export import Exported, export_drafter
+from outdraft.methods.checkpoint import load_drafter, save_drafter
+from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
 CONFIG = FeatureHeadConfig(
     hidden_size=32,

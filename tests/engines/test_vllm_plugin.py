@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from outdraft.engines import vllm_plugin, vllm_sampling
-from outdraft.engines.vllm_sampling import expand_batch_to_tokens
+from outdraft.export import vllm_plugin, vllm_sampling
+from outdraft.export.vllm_sampling import expand_batch_to_tokens
 
 
 class Registry:
@@ -49,13 +49,13 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_vllm_finds_it() -> None:
     (found,) = (entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "outdraft")
-    assert found.value == "outdraft.engines.vllm_plugin:register"
+    assert found.value == "outdraft.export.vllm_plugin:register"
 
 
 def test_reading_it_needs_neither_vllm_nor_the_rest_of_outdraft() -> None:
     script = (
-        "import sys, outdraft.engines.vllm_plugin\n"
-        "assert not {'vllm', 'torch', 'transformers', 'outdraft.target'} & set(sys.modules)"
+        "import sys, outdraft.export.vllm_plugin\n"
+        "assert not {'vllm', 'torch', 'transformers', 'outdraft.target.target'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -63,7 +63,7 @@ def test_reading_it_needs_neither_vllm_nor_the_rest_of_outdraft() -> None:
 def test_registering_any_number_of_times_registers_once(vllm: Any) -> None:
     vllm_plugin.register()
     vllm_plugin.register()
-    place = "outdraft.engines.vllm_head:FeatureHeadForCausalLM"
+    place = "outdraft.export.vllm_head:FeatureHeadForCausalLM"
     assert vllm.ModelRegistry.models == {vllm_plugin.FSPAD: place, vllm_plugin.EAGLE_WITH_BIAS: place}
     assert vllm.sampler.expand_batch_to_tokens is expand_batch_to_tokens
 

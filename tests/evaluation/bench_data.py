@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cli_fixtures import Folders, write_lines
-from outdraft.console.output import remarks
 from outdraft.evaluation.bench import run_bench
 from outdraft.evaluation.bench_settings import BenchSettings
 from outdraft.evaluation.result import BenchResult
+from outdraft.output import remarks
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["one two", "again"]},

@@ -11,10 +11,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cli_fixtures import Folders
-from outdraft.backends import PackedLinear
 from outdraft.cli import app
 from outdraft.evaluation import peers
 from outdraft.evaluation.questions import SPEC_BENCH
+from outdraft.target.backends import PackedLinear
 
 
 def bench(folders: Folders, data: Path, *flags: object) -> Any:

@@ -15,7 +15,7 @@ from outdraft.evaluation.contenders import contenders
 from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.peers import peers
 from outdraft.evaluation.summary import summarise
-from outdraft.target import Target
+from outdraft.target.target import Target
 from training.tiny import tiny_target
 
 PROMPTS = [[10, 20, 30, 10, 20, 30, 10], [40, 50, 60, 70]]
@@ -121,7 +121,7 @@ def test_peers_that_cannot_be(target: Target, asked: list[str], said: str) -> No
 
 
 def test_assistants_come_from_drafters_or_folders(folders: Folders) -> None:
-    from outdraft.loading import load_target
+    from outdraft.api.loading import load_target
 
     target = load_target(folders.target, dtype="float32")
     named = ["plain", "transformers assistant", "prompt-lookup", "small", "small+lookup"]

@@ -10,12 +10,12 @@ import pytest
 from bench_data import benchmark, lines_of, question_file
 
 from cli_fixtures import Folders
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation import bench
 from outdraft.evaluation.measure import Answer, Contender, compare
 from outdraft.evaluation.result import BenchResult
 from outdraft.evaluation.store import Store
-from outdraft.statistics import Statistics
 
 
 def texts(result: BenchResult) -> dict[str, list[list[list[int]]]]:

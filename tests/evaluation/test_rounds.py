@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.core.shape import TreeShape
 from outdraft.evaluation import rounds
 from outdraft.evaluation.rounds import NOTHING, Guesses, Lap, RoundCost, Way, head_seconds, timed
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.target import Target
 
 
 @pytest.fixture(scope="module")

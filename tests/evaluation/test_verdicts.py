@@ -12,11 +12,11 @@ from typer.testing import CliRunner, Result
 from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
 from outdraft.console.streaming import Streamed
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.measure import Answer, Run
 from outdraft.evaluation.rounds import RoundCost
 from outdraft.evaluation.summary import scattered
 from outdraft.evaluation.training_verdict import TrainingVerdict, lifts
-from outdraft.statistics import Statistics
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_times_of_plain_stand_only_where_plain_was_measured() -> None:
 
 
 def test_a_controller_that_has_measured_plain_rounds_lets_an_answer_tell(folders: Folders) -> None:
-    from outdraft.generation import load
+    from outdraft.api.generation import load
 
     model = load(folders.target, folders.drafter, dtype="float32")
     model.generate("hello", max_new_tokens=8, controller="fixed")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from models import perturbed
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.generation import SpeculativeModel
+from outdraft.api.generation import SpeculativeModel
+from outdraft.methods.draft_model import DraftModel
 from outdraft.serving.server import Service, listen
 from outdraft.serving.settings import ServeSettings
-from outdraft.target import Target
+from outdraft.target.target import Target
 from training.tiny import tiny_target
 
 NAME = "tiny"

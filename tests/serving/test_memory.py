@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from models import tiny
-from outdraft.serving.memory import cache_slots, slot_bytes
-from outdraft.serving.settings import ServeSettings
-from outdraft.target import Target
+from outdraft.target.memory import cache_slots, slot_bytes
+from outdraft.target.target import Target
 
 
 def test_a_token_takes_the_same_where_buffers_are_rounded_up() -> None:
@@ -18,6 +17,5 @@ def test_a_token_takes_the_same_where_buffers_are_rounded_up() -> None:
 def test_half_the_slots_where_buffers_are_rounded_up(monkeypatch) -> None:
     monkeypatch.setitem(cache_slots.__globals__, "free_bytes", lambda device: 10**6)
     plain, pooled = (Target(tiny("llama-gqa"), backend=backend) for backend in ("eager", "graphs"))
-    settings = ServeSettings(max_num_seqs=10**6)
-    one, other = (cache_slots(target, settings, 16, 4) for target in (plain, pooled))
+    one, other = (cache_slots(target, 10**6, 16, 4) for target in (plain, pooled))
     assert one > 100 and abs(one - 2 * other) <= 1

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from outdraft.target import Target
+from outdraft.data.conversations import read_conversations
+from outdraft.data.tokenization import ExampleSet, tokenize
+from outdraft.target.target import Target
 from outdraft.training import feature_store
-from outdraft.training.conversations import read_conversations
-from outdraft.training.tokenization import ExampleSet, tokenize
 
 from .tiny import tiny_target, write_chats
 

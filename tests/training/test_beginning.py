@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from outdraft.drafters.checkpoint import load_drafter
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import load_drafter
 from outdraft.training.beginning import scale_of
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter, objective_for

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.target import Target
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.draft_vocabulary import most_frequent
 from outdraft.training.preparation import prepare

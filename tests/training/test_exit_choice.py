@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 
 from cli_fixtures import save_model
 from models import tiny
+from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.cli import app
-from outdraft.loading import load_drafter_for, load_target
-from outdraft.target import Target
+from outdraft.data.conversations import read_conversations
+from outdraft.data.tokenization import tokenize
+from outdraft.methods.eesd.exit_choice import Costs, ExitChoice, _Map, candidate_layers, choose_exit
+from outdraft.target.target import Target
 from outdraft.training import train as train_module
 from outdraft.training.config import DrafterConfig
-from outdraft.training.conversations import read_conversations
-from outdraft.training.exit_choice import Costs, ExitChoice, _Map, candidate_layers, choose_exit
 from outdraft.training.plan import plan
-from outdraft.training.tokenization import tokenize
 from outdraft.training.train import train
 
 from .test_train import settings

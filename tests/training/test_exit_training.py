@@ -14,14 +14,14 @@ from rich.console import Console
 from torch import Tensor
 
 from models import tiny
-from outdraft.drafters.exit_folder import load_exit_layer
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
-from outdraft.target import Target
+from outdraft.losses.features import ExitReading
+from outdraft.methods.eesd.folder import load_exit_layer
+from outdraft.methods.eesd.loss import ExitLoss, float32_ends
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.exit_loss import ExitLoss, float32_ends
-from outdraft.training.features import ExitReading
 from outdraft.training.objective import objective_for
 from outdraft.training.plan import plan
 from outdraft.training.train import TrainResult, train

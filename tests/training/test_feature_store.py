@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from outdraft.data.conversations import read_conversations
+from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
-from outdraft.target import Target
-from outdraft.training.conversations import read_conversations
+from outdraft.losses.features import ExitReading, Reading, TappedReading, TrainingExamples, collate, reader_of
+from outdraft.target.target import Target
 from outdraft.training.feature_store import FeatureStore, batches_of_like_length
-from outdraft.training.features import ExitReading, Reading, TappedReading, TrainingExamples, collate, reader_of
-from outdraft.training.tokenization import ExampleSet, tokenize
 
 from .tiny import tiny_target
 

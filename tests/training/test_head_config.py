@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
-from outdraft.training.head_config import feature_head_config
+from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.network import FeatureHead
 
 
 def shapes(family: str, **fields: Any) -> Any:

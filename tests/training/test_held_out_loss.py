@@ -13,16 +13,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache
 
-from outdraft.drafters.checkpoint import Network
-from outdraft.drafters.feature_head import FeatureHead
-from outdraft.target import Target
+from outdraft.data.conversations import Conversation, read_conversations
+from outdraft.data.tokenization import Example, ExampleSet, tokenize
+from outdraft.losses.features import TrainingExamples, collate
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.conversations import Conversation, read_conversations
 from outdraft.training.draft_vocabulary import keep_frequent
-from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.held_out_loss import CHAIN, STEPS, BestWeights, HeldOut, Hits
 from outdraft.training.objective import FeatureObjective, new_drafter, objective_for
-from outdraft.training.tokenization import Example, ExampleSet, tokenize
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.drafters.feature_head import FeatureHead, FeatureHeadConfig
-from outdraft.training.cross_entropy import soft_cross_entropy
-from outdraft.training.loss import DrafterLoss, feature_noise
+from outdraft.losses.cross_entropy import soft_cross_entropy
+from outdraft.methods.fspad.loss import DrafterLoss, feature_noise
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 
 D, V = 8, 13
 

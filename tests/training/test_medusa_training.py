@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
-from outdraft.drafters.medusa_folder import load_medusa
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
-from outdraft.target import Target
+from outdraft.losses.features import Reading
+from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
+from outdraft.methods.medusa.folder import load_medusa
+from outdraft.methods.medusa.loss import MedusaLoss
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.features import Reading
-from outdraft.training.medusa_loss import MedusaLoss
 from outdraft.training.plan import plan
 
 from .test_exit_training import IDS, LENGTHS, MASK, deep, family_target

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from outdraft.target import Target
+from outdraft.target.target import Target
 from outdraft.training import plan as plan_module
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store

@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 
 from models import perturbed
-from outdraft.drafters.base import Drafter
-from outdraft.drafters.draft_model import DraftModel
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.api.generation import SpeculativeModel
+from outdraft.data.conversations import read_conversations
+from outdraft.data.tokenization import tokenize
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.target import Target
 from outdraft.training import regenerate as regenerating
 from outdraft.training.answer_file import AnswerFile
-from outdraft.training.conversations import read_conversations
 from outdraft.training.crowd import Crowd
 from outdraft.training.regenerate import RegenerateResult, regenerate
-from outdraft.training.tokenization import tokenize
 
 from .tiny import CHATML, tiny_target
 

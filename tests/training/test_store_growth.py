@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.target import Target
+from outdraft.data.tokenization import Example, ExampleSet
+from outdraft.target.target import Target
 from outdraft.training.feature_store import FeatureStore, said_range
-from outdraft.training.tokenization import Example, ExampleSet
 
 from .test_feature_store import store_of
 from .tiny import tiny_target

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.decoding import Row, decode
-from outdraft.drafters.base import TreeShape
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_drafting import FeatureDrafter
-from outdraft.drafters.feature_head import FeatureHead
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.engine.round import Row, decode
 from outdraft.errors import UserError
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.loss import LossSums
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.loss import LossSums
 from outdraft.training.objective import FeatureObjective, new_drafter, objective_for
 from outdraft.training.train import train
 

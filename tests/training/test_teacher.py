@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from outdraft.target import Target
-from outdraft.training.cross_entropy import Guess, HardLabels, _is_best, soft_cross_entropies, soft_cross_entropy
-from outdraft.training.teacher import TopProbs, most_probable, top_probs, within
-from outdraft.training.token_loss import SOFT, TokenLoss
+from outdraft.losses.cross_entropy import Guess, HardLabels, _is_best, soft_cross_entropies, soft_cross_entropy
+from outdraft.losses.teacher import TopProbs, most_probable, top_probs, within
+from outdraft.losses.token_loss import SOFT, TokenLoss
+from outdraft.target.target import Target
 
 D, V, N = 6, 11, 9
 KINDS = [SOFT, TokenLoss("top-k", 3, 0.5), TokenLoss("total-variation"), TokenLoss("log-acceptance")]

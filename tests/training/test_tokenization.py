@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from outdraft.data.conversations import Conversation
+from outdraft.data.tokenization import Example, tokenize
 from outdraft.errors import UserError
-from outdraft.training.conversations import Conversation
-from outdraft.training.tokenization import Example, tokenize
 
 from .tiny import CHATML, byte_tokenizer
 

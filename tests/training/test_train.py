@@ -18,10 +18,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_head import FeatureHead, scaled
 from outdraft.errors import UserError
-from outdraft.target import Target
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.network import FeatureHead, scaled
+from outdraft.target.target import Target
 from outdraft.training.beginning import scale_of
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import noise_seed

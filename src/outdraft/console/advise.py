@@ -9,7 +9,7 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.fields import field_help
-from outdraft.console.output import print_json, remarks, results
+from outdraft.output import print_json, remarks, results
 
 ADVICE = field_help("evaluation/advice.py", "AdviceSettings")
 

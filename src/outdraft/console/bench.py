@@ -9,8 +9,8 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.fields import field_help
-from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
+from outdraft.output import print_json, remarks, results
 
 BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import remarks, results
+from outdraft.output import remarks, results
 
 
 def chat(
@@ -39,8 +39,8 @@ def chat(
     show_drafts: o.ShowDrafts = False,
 ) -> None:
     """Talk with a model; /plain turns the drafter off and on."""
+    from outdraft.api.generation import load
     from outdraft.console.conversation import Chat
-    from outdraft.generation import load
 
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.generation import SpeculativeModel
 from outdraft.console.streaming import stream
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
 
 HELP = "/reset forgets the conversation, /plain turns the drafter off and on, /quit ends (as does Ctrl-D)"
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, remarks, results
+from outdraft.output import print_json, remarks, results
 
 
 def demo(
@@ -31,7 +31,7 @@ def demo(
     json: o.Json = False,
 ) -> None:
     """Answer a question without and with a drafter, then compare all ways of decoding on held-out prompts."""
-    from outdraft.reference.demo import DemoSettings, run_demo
+    from outdraft.console.demo_run import DemoSettings, run_demo
 
     settings = DemoSettings(model, train, train_seconds, output_dir, prompts, max_new_tokens, dtype, backend)
     result = run_demo(settings, Console(quiet=True) if json else results(), remarks())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, remarks, results
+from outdraft.output import print_json, remarks, results
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
     json: o.Json = False,
 ) -> None:
     """Write a trained drafter as a folder that vLLM or transformers loads, checked against the drafter itself."""
-    from outdraft.engines.export import export_drafter
+    from outdraft.export.export import export_drafter
 
     exported = export_drafter(
         model,

@@ -13,21 +13,21 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from outdraft.backends import default_backend, default_dtype
-from outdraft.drafters.base import GPU_TREE, GREEDY_CHAIN
-from outdraft.drafters.checkpoint import load_drafter, own_method
-from outdraft.drafters.eagle3_folder import Eagle3Checkpoint, load_eagle3
-from outdraft.drafters.exit_folder import ExitFolder, read_exit_folder
-from outdraft.drafters.folder import is_eagle3, is_hub_id, not_on_hub
-from outdraft.drafters.medusa_folder import MedusaCheckpoint, load_medusa
+from outdraft.api.loading import first_line, resolve_device
+from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
+from outdraft.drafting.folder import is_eagle3, is_hub_id, not_on_hub
+from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
-from outdraft.gguf_file import record_in
-from outdraft.loading import first_line, resolve_device
-from outdraft.named import place_of
-from outdraft.target import refuse_unfit
-from outdraft.training.checkpoints import unfinished
-from outdraft.wrapped import base_of
+from outdraft.methods.checkpoint import load_drafter, own_method
+from outdraft.methods.eagle3.folder import Eagle3Checkpoint, load_eagle3
+from outdraft.methods.eesd.folder import ExitFolder, read_exit_folder
+from outdraft.methods.medusa.folder import MedusaCheckpoint, load_medusa
+from outdraft.target.backends import default_backend, default_dtype
+from outdraft.target.gguf_file import record_in
+from outdraft.target.named import place_of
+from outdraft.target.target import refuse_unfit
+from outdraft.target.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")

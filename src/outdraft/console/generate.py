@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, remarks, results
+from outdraft.data.text_file import whole_text
 from outdraft.errors import UserError
-from outdraft.text_file import whole_text
+from outdraft.output import print_json, remarks, results
 
 
 def generate(
@@ -52,8 +52,8 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming the text."""
     text = _prompt_text(prompt, prompt_file)
+    from outdraft.api.generation import load
     from outdraft.console.streaming import stream
-    from outdraft.generation import load
 
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]

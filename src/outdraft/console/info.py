@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, results
 from outdraft.errors import UserError
+from outdraft.output import print_json, results
 
 
 def info(

@@ -11,9 +11,9 @@ import typer
 from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 
-SAMPLING = field_help("sampling.py", "SamplingSettings")
-TREE = field_help("drafters/base.py", "TreeShape")
-REPEATS = field_help("drafters/repeats.py", "Repeats")
+SAMPLING = field_help("core/sampling.py", "SamplingSettings")
+TREE = field_help("core/shape.py", "TreeShape")
+REPEATS = field_help("drafting/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")
 TRAINING = field_help("training/config.py", "DrafterConfig")
 

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from outdraft.console.output import ACCEPTED, number
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.text import Message, encode_chat
 from outdraft.console.streaming import Streamed, stream
 from outdraft.evaluation.identity import Difference, Divergence, divergences
 from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS
-from outdraft.generation import SpeculativeModel
-from outdraft.text import Message, encode_chat
+from outdraft.output import ACCEPTED, number
 
 
 @dataclass

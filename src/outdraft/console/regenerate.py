@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
+from outdraft.output import print_json, remarks, results
 
 
 def regenerate(
@@ -59,7 +59,7 @@ def regenerate(
     json: o.Json = False,
 ) -> None:
     """Have the target answer prompts itself: what its drafter should learn from. Interrupted, run it again to go on."""
-    from outdraft.generation import load
+    from outdraft.api.generation import load
     from outdraft.training.regenerate import regenerate as run
 
     if on_bad_line not in ("error", "skip"):

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.fields import field_help
-from outdraft.console.output import remarks
 from outdraft.errors import UserError
+from outdraft.output import remarks
 
 if TYPE_CHECKING:
     from outdraft.serving.settings import ServeSettings
@@ -121,8 +121,8 @@ def run_serve(
         raise UserError(f"{error.name} is missing, which serving needs: pip install 'outdraft[serve]'") from error
     listening = listen(settings.host, settings.port)  # before minutes of loading
     try:
-        from outdraft.generation import load
-        from outdraft.settings import model_settings
+        from outdraft.api.generation import load
+        from outdraft.api.settings import model_settings
 
         loaded = load(model, draft_model, **loading)
         o.tree(loaded.drafter, **tree, controller=controller)  # refuses a tree that nothing could draft

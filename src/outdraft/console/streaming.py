@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from outdraft.console.output import ACCEPTED, number
-from outdraft.generation import Piece
+from outdraft.api.generation import Piece
+from outdraft.output import ACCEPTED, number
 
 
 @dataclass

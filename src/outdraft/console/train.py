@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.output import print_json, remarks, results
+from outdraft.output import print_json, remarks, results
 
 
 def train(

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.drafter_trainer import DrafterTrainer
+from outdraft.drafting.run_folder import begun_with
 from outdraft.errors import UserError
-from outdraft.training.checkpoints import begun_with
 from outdraft.training.config import DrafterConfig
 
 AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}

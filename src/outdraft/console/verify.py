@@ -11,12 +11,12 @@ from rich.console import Console
 from outdraft.console import options as o
 from outdraft.console.app import INTERRUPTED
 from outdraft.console.fields import field_help
-from outdraft.console.output import print_json, remarks, results
 from outdraft.errors import UserError
+from outdraft.output import print_json, remarks, results
 
 if TYPE_CHECKING:
+    from outdraft.api.generation import SpeculativeModel
     from outdraft.evaluation.audit import Audit, AuditSettings
-    from outdraft.generation import SpeculativeModel
 
 AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
 
@@ -60,9 +60,9 @@ def verify(
 
     States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
     """
+    from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings
     from outdraft.evaluation.audit.screen import show
-    from outdraft.generation import load
 
     generation = o.sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty

@@ -19,7 +19,7 @@ from outdraft.control.fixed import FixedController
 from outdraft.control.menu import PLAIN, Menu, levels_of
 from outdraft.control.pacing import Pacer
 from outdraft.control.settings import ControlSettings
-from outdraft.drafters.base import TreeShape
+from outdraft.core.shape import TreeShape
 
 START = 1.0
 """What trying may lose at first, in rounds."""

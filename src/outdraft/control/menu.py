@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
-from outdraft.drafters.base import TreeShape
+from outdraft.core.shape import TreeShape
 
 PLAIN = TreeShape(0, 1, 1)
 """Drafts nothing."""

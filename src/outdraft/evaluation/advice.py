@@ -18,7 +18,7 @@ from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.rounds import RoundCost
 from outdraft.evaluation.summary import Summary
-from outdraft.named import named, shipped_drafters
+from outdraft.target.named import named, shipped_drafters
 
 CHAIN = 4
 """Candidates of the drafts that are timed."""

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from outdraft.console.output import number
 from outdraft.evaluation.advice import CHAIN, REACHABLE, TAUS, Advice
 from outdraft.evaluation.environment import busy
 from outdraft.evaluation.report import closing, table
+from outdraft.output import number
 
 
 def show(advice: Advice, console: Console) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.drafters.prompt_lookup import PromptLookup
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.core.shape import TreeShape
+from outdraft.data.provenance import peak_memory_bytes
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.advice import CHAIN, CONTROLLER, PASSES, Advice, AdviceSettings, Kind, next_steps
 from outdraft.evaluation.bench import Comparison, measured, progress
@@ -23,13 +25,12 @@ from outdraft.evaluation.environment import environment, load_average
 from outdraft.evaluation.measure import PLAIN, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
-from outdraft.loading import load_drafter_for, load_target
-from outdraft.named import NAMED, SMOLLM2, named
-from outdraft.serving.memory import slot_bytes
-from outdraft.target import Target
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.memory import slot_bytes
+from outdraft.target.named import NAMED, SMOLLM2, named
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter
-from outdraft.training.provenance import peak_memory_bytes
 
 PROMPT_TOKENS = 64
 """Of the text whose rounds are timed."""

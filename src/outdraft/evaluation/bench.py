@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from outdraft.api.loading import load_target
 from outdraft.evaluation import page, spec_bench
 from outdraft.evaluation.bench_settings import BenchSettings, fingerprint
 from outdraft.evaluation.contenders import contenders
@@ -26,10 +27,9 @@ from outdraft.evaluation.questions import Question, QuestionSet, questions_of, r
 from outdraft.evaluation.result import BenchResult, Comparison
 from outdraft.evaluation.store import Store
 from outdraft.evaluation.summary import Summary, paired, summarise
-from outdraft.loading import load_target
-from outdraft.named import named
 from outdraft.reference import load_prompts
-from outdraft.target import Target
+from outdraft.target.named import named
+from outdraft.target.target import Target
 
 __all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
 

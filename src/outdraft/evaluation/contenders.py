@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.loading import METHODS, WITHOUT_MODEL, load_drafter_for
+from outdraft.api.settings import default_controller
 from outdraft.control import CONTROLLERS
-from outdraft.drafters.base import Drafter
-from outdraft.drafters.draft_model import DraftModel
+from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Contender, speculative
 from outdraft.evaluation.peers import peers as stock_peers
-from outdraft.loading import METHODS, WITHOUT_MODEL, load_drafter_for
-from outdraft.named import shipped_drafters
-from outdraft.settings import default_controller
-from outdraft.target import Target
+from outdraft.methods.draft_model import DraftModel
+from outdraft.target.named import shipped_drafters
+from outdraft.target.target import Target
 
 LOOKUP = "prompt-lookup"
 WITH_LOOKUP = "+lookup"

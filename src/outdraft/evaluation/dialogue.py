@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from outdraft.api.text import decode_text
 from outdraft.errors import UserError
 from outdraft.evaluation.prompts import encode_one
 from outdraft.evaluation.questions import LeftOut, Question
-from outdraft.text import decode_text
 
 
 class Dialogue:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from outdraft.training.provenance import git_revision
+from outdraft.data.provenance import git_revision
 
 PACKAGES = ("outdraft", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outdraft.drafters.checkpoint import Network
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for
+from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
-from outdraft.generation import SpeculativeModel
-from outdraft.loading import load_drafter_for
-from outdraft.target import Target
-from outdraft.training.conversations import Conversation, OnBadLine, read_conversations
+from outdraft.methods.checkpoint import Network
+from outdraft.target.target import Target
 
 HELD_OUT = 32
 """Conversations held out, unless said otherwise."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outdraft.evaluation.audit.noise import Noise, measured_noise
 from outdraft.evaluation.audit.stock import Laws, stock_logits
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 NOISE_TEXTS = 8
 """Plain texts, of those that some other leaves, over which rounding is measured; as many as the audit takes."""

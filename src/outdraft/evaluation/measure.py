@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from outdraft.drafters.base import Drafter
-from outdraft.generation import SpeculativeModel
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.statistics import Statistics
+from outdraft.drafting.base import Drafter
+from outdraft.target.target import Target
 
 PLAIN = "plain"
 """The contender that all others are compared with: the target alone, in the same loop."""

@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from outdraft.console.output import plain as in_json
 from outdraft.errors import UserError
 from outdraft.evaluation import page_parts as parts
 from outdraft.evaluation.page_charts import charts
 from outdraft.evaluation.page_style import STYLE, script
 from outdraft.evaluation.report import closing, law
 from outdraft.evaluation.result import BenchResult, Comparison
+from outdraft.output import plain as in_json
 
 
 def check(path: Path) -> None:

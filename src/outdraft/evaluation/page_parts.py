@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from outdraft.console.output import number
+from outdraft.api.text import Detokenizer
 from outdraft.evaluation.environment import busy
 from outdraft.evaluation.measure import PLAIN, Answer
 from outdraft.evaluation.report import verdict
 from outdraft.evaluation.result import BenchResult, Comparison
 from outdraft.evaluation.summary import Summary, scattered
-from outdraft.text import Detokenizer
+from outdraft.output import number
 
 SAMPLES, SAMPLE_TOKENS, SHOWN = 3, 160, 40
 """Samples, their tokens, and rows of long lists, at most."""

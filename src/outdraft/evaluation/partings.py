@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from outdraft.evaluation.identity import Difference, Divergence, divergences
 from outdraft.evaluation.measure import Run, Script, script_of
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 
 def partings(

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from outdraft.api.settings import model_settings
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError, first_line
 from outdraft.evaluation.measure import Answer, Contender
-from outdraft.settings import model_settings
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 STOCK = "transformers generate"
 """The contender that decodes plainly."""
@@ -154,7 +154,7 @@ def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float)
 
 
 def _assisted(target: Target, path: str, assistants: Sequence[Target], backend: str | None) -> Contender:
-    from outdraft.loading import load_target
+    from outdraft.api.loading import load_target
 
     if path:
         assistant = load_target(path, dtype=target.dtype, device=target.device, backend=backend)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.text import encode_prompts
+from outdraft.data.messages import Message, turns_of
+from outdraft.data.records import HUB, bare_question, read_records
+from outdraft.data.records import BadRecord as NoPrompt
 from outdraft.errors import UserError
-from outdraft.messages import Message, turns_of
-from outdraft.records import HUB, bare_question, read_records
-from outdraft.records import BadRecord as NoPrompt
-from outdraft.text import encode_prompts
 
 Prompt = str | list[Message]
 """A text as it is, or a conversation that waits for the assistant."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outdraft.data.records import BadRecord as NoPrompt
+from outdraft.data.records import read_records
+from outdraft.data.text_file import plain_suffix
 from outdraft.errors import UserError
 from outdraft.evaluation.prompts import Prompt, prompt_of
-from outdraft.records import BadRecord as NoPrompt
-from outdraft.records import read_records
-from outdraft.text_file import plain_suffix
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")

@@ -9,11 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from outdraft.console.output import number
 from outdraft.evaluation.identity import Divergence
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.peers import STOCK
 from outdraft.evaluation.summary import Summary
+from outdraft.output import number
 
 Column = Callable[[Summary], str]
 

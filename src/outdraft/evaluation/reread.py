@@ -14,14 +14,14 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from outdraft.console.output import number
+from outdraft.api.loading import first_line
 from outdraft.errors import UserError
 from outdraft.evaluation import spec_bench
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.questions import MT_BENCH, MULTI_TURN
 from outdraft.evaluation.spec_bench import Record
-from outdraft.loading import first_line
-from outdraft.named import place_of
+from outdraft.output import number
+from outdraft.target.named import place_of
 
 ALL = "all questions"
 THEIRS = "vanilla"

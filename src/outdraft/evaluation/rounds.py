@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.decoding import decode
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.generation import SpeculativeModel
-from outdraft.run import TargetRun
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.engine.round import decode
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
 
 NOTHING = TreeShape(0, 1, 1)
 """What plain decoding drafts."""

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from outdraft.data.text_file import BadText, text_lines
 from outdraft.errors import UserError
 from outdraft.evaluation.dialogue import answer_text
 from outdraft.evaluation.measure import Answer, Run
 from outdraft.evaluation.questions import MT_BENCH, MULTI_TURN, Question
-from outdraft.text_file import BadText, text_lines
 
 Record = dict[str, Any]
 """One line of an answer file."""

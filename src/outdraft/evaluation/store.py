@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outdraft.console.output import plain as in_json
+from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import Answer, Pair, Run
-from outdraft.statistics import Statistics
+from outdraft.output import plain as in_json
 
 SETTINGS, RUNS = "settings.json", "runs.jsonl"
 

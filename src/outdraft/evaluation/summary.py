@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.identity import Divergence
 from outdraft.evaluation.measure import PLAIN, Run
-from outdraft.statistics import Statistics
 
 RESAMPLES = 2000
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.loading import load_drafter_for
+from outdraft.api.settings import tree_shape
 from outdraft.evaluation.measure import PLAIN
 from outdraft.evaluation.rounds import NOTHING, RoundCost, Way, head_seconds, timed
-from outdraft.loading import load_drafter_for
-from outdraft.settings import tree_shape
-from outdraft.target import Target
+from outdraft.target.target import Target
 from outdraft.training.preparation import ADVISED_EXAMPLES
 
 MANY_PASSES, FEW_PASSES = 10, 4

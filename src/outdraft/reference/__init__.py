@@ -1,6 +1,7 @@
 """The small chat model that ships with outdraft for its demo, tests and documentation, and a drafter for it.
 
-Exports the loaders and the shipped prompts; how they were made is in ``build_target`` and ``CARD.md``.
+Exports the loaders and the shipped prompts. How they were made is in ``CARD.md``; the scripts that made them are in
+the source tree, ``scripts/reference_model``.
 """
 
 from pathlib import Path

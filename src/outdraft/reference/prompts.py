@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from outdraft.text_file import split_lines
+from outdraft.data.text_file import split_lines
 
 DATA = Path(__file__).parent / "data"
 Messages = list[dict[str, str]]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from outdraft.data.int8_rows import PACKED, pack, unpack
 from outdraft.errors import UserError
-from outdraft.int8_rows import PACKED, pack, unpack
 from outdraft.user_cache import made_once
 
 PACKAGED = Path(__file__).parent / "target"
@@ -68,7 +68,7 @@ def reference_target_path(packaged: Path = PACKAGED) -> Path:
     if not (packaged / PACKED).exists():
         raise UserError(
             f"{packaged / PACKED} is missing: this copy of outdraft was installed without the reference target's "
-            "weights; reinstall the package, or build them with `python -m outdraft.reference.build_target`"
+            "weights; reinstall the package, or build them with `python scripts/reference_model/build_target.py`"
         )
     return made_once(f"reference-target-{_digest(packaged)}", lambda folder: unpack_folder(packaged, folder))
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.stops import Stops
-from outdraft.text import Detokenizer
+from outdraft.api.stops import Stops
+from outdraft.api.text import Detokenizer
 
 
 class Piece(NamedTuple):

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from outdraft import __version__
+from outdraft.api.text import decode_text
 from outdraft.serving.engine import Engine
 from outdraft.serving.faults import Fault, broken
 from outdraft.serving.jobs import Ask, Event, Failed, Job
@@ -34,7 +35,6 @@ from outdraft.serving.replies import Reply
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.translation import Translator
 from outdraft.serving.wire import Events, Json, fault_response, gone
-from outdraft.text import decode_text
 
 log = logging.getLogger("outdraft.serving")
 """Where what went wrong is written; never prompts or answers."""

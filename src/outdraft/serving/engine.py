@@ -18,19 +18,20 @@ from dataclasses import dataclass, field
 import torch
 
 from outdraft.control.pacing import Pacer
-from outdraft.coupling import chance_of
-from outdraft.decoding import Row
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.drafters.repeats import Repeats
-from outdraft.joining import Decoder
+from outdraft.core.coupling import chance_of
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import Drafter
+from outdraft.drafting.repeats import Repeats
+from outdraft.engine.continuous import Decoder
+from outdraft.engine.round import Row
 from outdraft.serving.faults import Fault, broken, refused, stopping, undecodable
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
-from outdraft.serving.memory import cache_slots
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.queueing import Room, Waiting
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.threads import threads_of
-from outdraft.target import Target
+from outdraft.target.memory import cache_slots
+from outdraft.target.target import Target
 
 log = logging.getLogger("outdraft.serving")
 
@@ -119,7 +120,7 @@ class Engine:
     ):
         self.target, self.settings, self.metrics, self.context_length = target, settings, metrics, context_length
         self.drafting = drafting
-        slots = cache_slots(target, settings, context_length, drafting.slots)
+        slots = cache_slots(target, settings.max_num_seqs, context_length, drafting.slots, settings.kv_cache_tokens)
         self.room = Room(slots, settings.max_num_seqs)
         self._lanes = {True: self._lane(drafting), False: self._lane(Drafting.none())}
         self._waiting = Waiting()

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.decoding import Row
-from outdraft.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.statistics import Statistics
+from outdraft.engine.round import Row
 from outdraft.serving.answer_text import AnswerText, Piece
 from outdraft.serving.faults import Fault
-from outdraft.statistics import Statistics
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 CANCELLED = "cancelled"
 """Finish reason of a row whose client has gone."""

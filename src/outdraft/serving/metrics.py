@@ -10,8 +10,8 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from outdraft.core.statistics import Statistics
 from outdraft.serving.jobs import Gained, Job
-from outdraft.statistics import Statistics
 
 WINDOW = 10.0
 """Seconds that tokens per second are averaged over."""

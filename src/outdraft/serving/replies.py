@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from outdraft.api.text import Detokenizer, bytes_of
 from outdraft.serving.jobs import Gained, Job, TokenLogprob
-from outdraft.text import Detokenizer, bytes_of
 
 LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON cannot say."""

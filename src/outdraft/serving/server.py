@@ -16,16 +16,16 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.settings import LOOKUP_SETTINGS, model_settings, pacer_of, repeats_of, sampling_settings, tree_shape
 from outdraft.control import ControlSettings
 from outdraft.errors import UserError, first_line
-from outdraft.generation import SpeculativeModel
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Drafting, Engine
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.translation import Translator
-from outdraft.settings import LOOKUP_SETTINGS, model_settings, pacer_of, repeats_of, sampling_settings, tree_shape
-from outdraft.target import Target
+from outdraft.target.target import Target
 
 BACKSTOP = 5
 """Seconds beyond the engine's own deadline after which connections are cut."""

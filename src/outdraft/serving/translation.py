@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from outdraft.api.settings import check_prompt, model_settings
+from outdraft.api.text import check_switches, decode_text, encode_chat
+from outdraft.core.sampling import LogitBias, SamplingSettings
 from outdraft.errors import UserError
-from outdraft.sampling import LogitBias, SamplingSettings
 from outdraft.serving.faults import Fault, refused
 from outdraft.serving.jobs import Ask
 from outdraft.serving.protocol import (
@@ -24,9 +26,7 @@ from outdraft.serving.protocol import (
     TokenizeRequest,
 )
 from outdraft.serving.settings import ServeSettings
-from outdraft.settings import check_prompt, model_settings
-from outdraft.target import Target
-from outdraft.text import check_switches, decode_text, encode_chat
+from outdraft.target.target import Target
 
 COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as in OpenAI's API."""

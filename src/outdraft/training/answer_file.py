@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from outdraft.data.messages import Message
 from outdraft.errors import UserError
-from outdraft.messages import Message
 from outdraft.training.asking import Name
 
 FORMAT = 2

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from outdraft.decoding import Row
-from outdraft.drafters.repeats import Repeats
+from outdraft.api.text import decode_text
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.data.conversations import Conversation
+from outdraft.data.messages import Message
+from outdraft.data.tokenization import render
+from outdraft.drafting.repeats import Repeats
+from outdraft.engine.round import Row
 from outdraft.errors import UserError
-from outdraft.messages import Message
-from outdraft.sampling import Dice, SamplingSettings, Warper
-from outdraft.target import Target
-from outdraft.text import decode_text
-from outdraft.training.conversations import Conversation
-from outdraft.training.tokenization import render
+from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"
 """What ended an answer, in the words of OpenAI's API: its own end, or the room that it had."""

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import torch
 
-from outdraft.drafters.checkpoint import load_drafter
-from outdraft.drafters.feature_head import FeatureHead
 from outdraft.errors import UserError
-from outdraft.named import named, shipped_drafter
-from outdraft.training.protocol import TargetLike
+from outdraft.losses.target_like import TargetLike
+from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.target.named import named, shipped_drafter
 
 LENIENT = {"max_position_embeddings"}
 """What may differ: the length of a table that is computed."""

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-from outdraft.drafters.checkpoint import Network
+from outdraft.methods.checkpoint import Network
 from outdraft.training.held_out_loss import CHAIN, BestWeights
 
 MeasureTau = Callable[[Network], dict[str, float]]

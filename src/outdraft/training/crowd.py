@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outdraft.decoding import Row
-from outdraft.drafters.base import Drafter, TreeShape
-from outdraft.joining import Decoder
-from outdraft.serving.memory import SHARE, free_bytes, slot_bytes
-from outdraft.target import Target
+from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import Drafter
+from outdraft.engine.continuous import Decoder
+from outdraft.engine.round import Row
+from outdraft.target.memory import SHARE, free_bytes, slot_bytes
+from outdraft.target.target import Target
 
 PREFILL_TOKENS = 1024
 """Of prompts that run at once."""

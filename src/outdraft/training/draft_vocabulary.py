@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outdraft.drafters.checkpoint import Network
-from outdraft.drafters.feature_head import FeatureHead
-from outdraft.training.tokenization import ExampleSet
+from outdraft.data.tokenization import ExampleSet
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.fspad.network import FeatureHead
 
 
 def keep_frequent(drafter: Network, examples: ExampleSet) -> None:

@@ -19,13 +19,13 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
-from outdraft.training.features import Reading, pad, weights_fingerprint
+from outdraft.losses.features import Reading, pad, weights_fingerprint
+from outdraft.losses.target_like import TargetLike, target_id
+from outdraft.losses.teacher import TopProbs, most_probable, predicting
 from outdraft.training.objective import Objective
 from outdraft.training.preparation import Preparation
-from outdraft.training.protocol import TargetLike, target_id
-from outdraft.training.teacher import TopProbs, most_probable, predicting
-from outdraft.training.tokenization import Example, ExampleSet
 
 try:
     import fcntl

@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from outdraft.training.features import TrainingExamples, collate
+from outdraft.data.tokenization import ExampleSet
+from outdraft.losses.features import TrainingExamples, collate
 from outdraft.training.objective import Objective
-from outdraft.training.tokenization import ExampleSet
 
 BATCH = 8
 STEPS = 4

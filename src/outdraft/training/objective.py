@@ -16,23 +16,23 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from outdraft.drafters.checkpoint import Network
-from outdraft.drafters.draft_vocabulary import DraftVocabulary
-from outdraft.drafters.exit_layer import ExitLayer, ExitLayerConfig
-from outdraft.drafters.feature_head import FeatureHead, scaled
-from outdraft.drafters.medusa import MedusaConfig, MedusaHeads
-from outdraft.target import Target
+from outdraft.drafting.vocabulary import DraftVocabulary
+from outdraft.losses.cross_entropy import Head
+from outdraft.losses.features import ExitReading, Reading, TappedReading, reader_of
+from outdraft.losses.target_like import TargetLike
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
+from outdraft.losses.token_loss import TokenLoss
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.eesd.loss import ExitLoss, next_is_response
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.loss import DrafterLoss, counted_positions, feature_noise
+from outdraft.methods.fspad.network import FeatureHead, scaled
+from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
+from outdraft.methods.medusa.loss import MedusaLoss, reached
+from outdraft.target.target import Target
 from outdraft.training.beginning import begin_from, scale_of
 from outdraft.training.config import DrafterConfig
-from outdraft.training.cross_entropy import Head
-from outdraft.training.exit_loss import ExitLoss, next_is_response
-from outdraft.training.features import ExitReading, Reading, TappedReading, reader_of
-from outdraft.training.head_config import feature_head_config
-from outdraft.training.loss import DrafterLoss, counted_positions, feature_noise
-from outdraft.training.medusa_loss import MedusaLoss, reached
-from outdraft.training.protocol import TargetLike
-from outdraft.training.teacher import TopProbs, most_probable, predicting, within
-from outdraft.training.token_loss import TokenLoss
 
 
 class Objective(ABC):

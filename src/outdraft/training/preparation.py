@@ -9,12 +9,12 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+from outdraft.data.conversations import read_conversations
+from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
+from outdraft.losses.target_like import TargetLike, parameter_count
+from outdraft.methods.eesd.exit_choice import ExitChoice
 from outdraft.training.config import DrafterConfig
-from outdraft.training.conversations import read_conversations
-from outdraft.training.exit_choice import ExitChoice
-from outdraft.training.protocol import TargetLike, parameter_count
-from outdraft.training.tokenization import ExampleSet, tokenize
 
 NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
 

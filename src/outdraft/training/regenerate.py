@@ -16,17 +16,17 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.decoding import Row
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.settings import repeats_of, sampling_settings, tree_shape
+from outdraft.data.conversations import ConversationSet, OnBadLine, read_conversations
+from outdraft.data.tokenization import TemplateRefuses, require_chat_template
+from outdraft.engine.round import Row
 from outdraft.errors import UserError
-from outdraft.generation import SpeculativeModel
-from outdraft.settings import repeats_of, sampling_settings, tree_shape
+from outdraft.losses.target_like import target_id
 from outdraft.training.answer_file import AnswerFile
 from outdraft.training.answer_progress import AnswerProgress
 from outdraft.training.asking import Asked, Asking, Name, identities
-from outdraft.training.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.training.crowd import Crowd
-from outdraft.training.protocol import target_id
-from outdraft.training.tokenization import TemplateRefuses, require_chat_template
 
 ROWS_CPU, ROWS = 24, 64
 """Answers decoded at once, on a CPU and elsewhere."""

@@ -20,24 +20,24 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
-from outdraft.drafters.checkpoint import Network, save_drafter
-from outdraft.drafters.exit_folder import target_facts
+from outdraft.data.conversations import Conversation
+from outdraft.data.provenance import peak_memory_bytes, portable, provenance
+from outdraft.data.tokenization import tokenize
+from outdraft.drafting.run_folder import BEGUN_WITH, RUN, last_checkpoint, step_of
 from outdraft.errors import UserError
+from outdraft.losses.features import TrainingExamples, weights_fingerprint
+from outdraft.losses.target_like import TargetLike, shown_target
+from outdraft.methods.checkpoint import Network, save_drafter
+from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
+from outdraft.methods.eesd.folder import target_facts
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
-from outdraft.training.checkpoints import BEGUN_WITH, RUN, last_checkpoint, step_of
 from outdraft.training.config import DrafterConfig
-from outdraft.training.conversations import Conversation
 from outdraft.training.draft_vocabulary import keep_frequent
-from outdraft.training.exit_choice import ExitChoice, choose_exit
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
-from outdraft.training.features import TrainingExamples, weights_fingerprint
 from outdraft.training.held_out_loss import CHAIN, BestWeights, HeldOut
 from outdraft.training.model_card import CARD, model_card
 from outdraft.training.objective import Objective, new_drafter, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
-from outdraft.training.protocol import TargetLike, shown_target
-from outdraft.training.provenance import peak_memory_bytes, portable, provenance
-from outdraft.training.tokenization import tokenize
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 try:

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from outdraft.backends import default_dtype
-from outdraft.drafters.checkpoint import UNFOLDED, Network, save_drafter
-from outdraft.drafters.exit_folder import target_facts
-from outdraft.drafters.folder import WEIGHTS
+from outdraft.drafting.folder import WEIGHTS
+from outdraft.drafting.run_folder import PARTIAL, publish
 from outdraft.errors import UserError, first_line
-from outdraft.training.checkpoints import PARTIAL, publish
+from outdraft.losses.features import TrainingExamples, collate
+from outdraft.losses.target_like import shown_target
+from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter
+from outdraft.methods.eesd.folder import target_facts
+from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig
-from outdraft.training.features import TrainingExamples, collate
 from outdraft.training.grouping import group_cost, groups_of_like_length
 from outdraft.training.objective import Objective
-from outdraft.training.protocol import shown_target
 
 GROUPS = "groups"
 

@@ -13,6 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.settings import (
+    LOOKUP_SETTINGS,
+    TREE_SETTINGS,
+    model_settings,
+    pacer_of,
+    repeats_of,
+    sampling_settings,
+    tree_shape,
+)
+from outdraft.core.sampling import SamplingSettings
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import estimate as title
 from outdraft.evaluation.audit.beginnings import beginnings_finding, chosen_places, plan
@@ -31,18 +42,7 @@ from outdraft.evaluation.audit.verdict import Audit
 from outdraft.evaluation.audit.watch import Recorder, Watch
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.generation import SpeculativeModel
 from outdraft.reference import load_prompts
-from outdraft.sampling import SamplingSettings
-from outdraft.settings import (
-    LOOKUP_SETTINGS,
-    TREE_SETTINGS,
-    model_settings,
-    pacer_of,
-    repeats_of,
-    sampling_settings,
-    tree_shape,
-)
 from outdraft.training.plan import duration
 
 OFFSETS = (0, 2, 5, 9)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.chi_square import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.greedy import drafting
@@ -20,8 +22,6 @@ from outdraft.evaluation.audit.noise import SEVERAL
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import Laws
 from outdraft.evaluation.audit.watch import Watch
-from outdraft.generation import SpeculativeModel
-from outdraft.statistics import Statistics
 
 Cells = dict[tuple[int, ...], float]
 """Beginnings and their probabilities; one that was continued keeps only what its continuations leave over."""

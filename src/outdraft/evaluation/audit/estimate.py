@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from outdraft.api.generation import SpeculativeModel
 from outdraft.evaluation.audit.chi_square import needed_samples
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.generation import SpeculativeModel
 
 PROBE_TOKENS = 8
 FEW, MANY = 1, 8

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.noise import Noise, log_ratio
 from outdraft.evaluation.audit.stock import Laws
-from outdraft.generation import SpeculativeModel
-from outdraft.statistics import Statistics
 
 BATCH = 8
 """Prompts decoded together: rows of different lengths are part of what is checked."""

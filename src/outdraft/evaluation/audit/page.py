@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from outdraft.console.output import plain
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.screen import law_of, noise_line, p_value
 from outdraft.evaluation.audit.verdict import Audit
+from outdraft.output import plain
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #5b6169; --line: #d6dade; --bar: #4a78b5;

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.sampling import Dice
+from outdraft.core.tree import Tree
 from outdraft.evaluation.audit.chi_square import found_distance
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.noise import total_variation
 from outdraft.evaluation.audit.ranks import Ranks
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.watch import Round, Watch
-from outdraft.generation import SpeculativeModel
-from outdraft.sampling import Dice
-from outdraft.tree import Tree
 
 SAME_LAW = 1e-5
 """Total variation that float32 laws may differ by."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from outdraft.core.sampling import SamplingSettings
 from outdraft.errors import UserError
-from outdraft.sampling import SamplingSettings
 
 QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "trees": 8}
 """What a quick look has of each, at most."""

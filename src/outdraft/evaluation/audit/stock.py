@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.sampling import Warper
-from outdraft.settings import model_settings, sampling_settings
-from outdraft.target import Target
+from outdraft.api.settings import model_settings, sampling_settings
+from outdraft.core.sampling import Warper
+from outdraft.target.target import Target
 
 
 @torch.inference_mode()

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.chi_square import found_distance
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.greedy import drafting
 from outdraft.evaluation.audit.ranks import Ranks
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import Laws
-from outdraft.generation import SpeculativeModel
-from outdraft.statistics import Statistics
 
 SEGMENTS, WIDTH = 4, 16
 """Parts of a text, and random features of a part's tokens."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from outdraft.cache import SlotCache
-from outdraft.drafters.base import Drafter, DraftState, RowContext, TreeShape, Update
-from outdraft.run import Output, TargetRun
-from outdraft.sampling import Chance
-from outdraft.target import Target
-from outdraft.tree import Tree
+from outdraft.core.sampling import Chance
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import Output, TargetRun
+from outdraft.target.target import Target
 
 
 @dataclass

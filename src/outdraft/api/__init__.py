@@ -1,0 +1,1 @@
+"""From what a user gives to rows that are decoded, and back."""

@@ -1,0 +1,172 @@
+"""Drafting from inside a stock model's own `generate`: `model.generate(..., custom_generate=custom_generate(drafter))`.
+
+Takes the processors, stopping criteria and settings that `transformers` has prepared, padding and all, and hands rows
+to `decoding.py`. What transformers could not be given back faithfully is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from outdraft.api.generation import pad
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.settings import (
+    LOOKUP_SETTINGS,
+    LOSSY,
+    check_prompt,
+    default_controller,
+    pacer_of,
+    repeats_of,
+    tree_shape,
+)
+from outdraft.control.pacing import Pacer
+from outdraft.core.coupling import Coupled, Noise, leave_generator
+from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.drafting.base import Drafter
+from outdraft.engine.round import Row, decode
+from outdraft.errors import UserError
+from outdraft.target.target import Target
+
+
+def custom_generate(
+    draft_model: Any,
+    *,
+    method: str | None = None,
+    backend: str | None = None,
+    controller: Any = None,
+    coupling: str = "noise",
+    **tree: Any,
+) -> Callable:
+    """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
+
+    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. Chance comes from
+    torch's global generator, and with `torch.manual_seed` a sampled text is that of the stock model token for token (in
+    16 bits up to near-ties). transformers 5 hands neither a tokenizer nor a streamer on to a custom generate: for stop
+    strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, to stream use `load(...).stream(...)`.
+
+    Args:
+        draft_model: as in `load`.
+        method: likewise.
+        backend: likewise; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two more.
+        controller: as in `generate`.
+        coupling: as in `generate`; `noise` here gives the stock model's own tokens.
+        **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
+            `prompt_lookup_min`, `prompt_lookup_num_tokens`.
+    """
+    lookup = {name: tree.pop(name, None) for name in LOOKUP_SETTINGS}
+    bound: dict[Any, tuple[Any, Target, Drafter | None, dict[str, Pacer | None]]] = {}
+
+    def generate(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        _refuse_lossy(generation_config, logits_processor or [], input_ids)
+        key = (id(model), model.device, model.dtype)  # a model that was moved gets a drafter beside it
+        if key not in bound:
+            target = load_target(model, backend=backend)
+            loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
+            bound[key] = (model, target, loaded, {})
+        _, target, drafter, pacers = bound[key]
+        mask = model_kwargs.get("attention_mask")
+        settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
+        draws = generation_config.do_sample
+        coupled = draws and coupling == "noise"
+        chosen = controller
+        if chosen is None:
+            chosen = default_controller(drafter, target.device, tree, draws and not coupled)
+        if drafter is not None and str(chosen) not in pacers:
+            pacers[str(chosen)] = pacer_of(chosen, tree)
+        pacer = pacers.get(str(chosen))
+        shape = tree_shape(drafter, target.device, tree, draws and not coupled, pacer is not None, len(input_ids))
+        repeats, noise = repeats_of(drafter, lookup), None
+        if coupled:
+            noise = Noise(len(input_ids), target.vocab_size, target.device)
+        rows = []
+        for i, ids in enumerate(input_ids):
+            prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
+            check_prompt(prompt, target)
+            seed = 0 if coupled else int(torch.randint(2**62, ()))
+            dice = Dice(seed)
+            processors = list(logits_processor or [])
+            if processors and len(prompt) < len(ids):
+                processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
+            warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
+            stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
+            row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=repeats)
+            if noise is not None:
+                row.chance = Coupled(noise, i, row.tokens)
+            if pacer is not None:
+                row.controller = pacer.controller(shape.depth + 1, seed)
+            rows.append(row)
+        for _ in decode(target, drafter, rows, shape, pacer.costs if pacer is not None else None):
+            pass
+        for row in rows:
+            if row.error is not None:
+                raise UserError(row.error)
+        leave_generator([row.chance for row in rows], [row.tokens for row in rows])
+        filler = generation_config.pad_token_id
+        filler = filler if filler is not None else (target.eos_token_ids or [0])[0]
+        new = pad([row.tokens for row in rows], filler).to(input_ids.device)
+        sequences = torch.cat([input_ids, new], dim=1)
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        return sequences
+
+    return generate
+
+
+def _refuse_lossy(config: Any, processors: Sequence[LogitsProcessor], input_ids: Tensor) -> None:
+    """Raise UserError for what cannot be kept, or not be returned, when a tree is decoded."""
+    if config.num_beams > 1:
+        raise UserError(LOSSY["num_beams"])
+    if not input_ids.shape[1]:
+        raise UserError("a prompt of inputs_embeds cannot be drafted for; give input_ids")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None) and config.return_dict_in_generate:
+            raise UserError(f"{name} is not kept when drafting; leave it out")
+    for processor in processors:
+        name = type(processor).__name__
+        if "Watermark" in name or "Guidance" in name:
+            raise UserError(f"{name} keeps state of its own, which a tree breaks; leave it out")
+        if len(input_ids) > 1 and name.startswith(("PrefixConstrained", "Encoder")):
+            raise UserError(f"{name} tells rows apart by their place in the batch; generate one prompt at a time")
+
+
+class _WithPadding(LogitsProcessor):
+    """transformers' processors on a row as transformers has it: with its padding, which some of them count.
+
+    Args:
+        processors: as prepared for the padded batch.
+        given: `(padded tokens,)` the row's prompt with its padding.
+        prompt_length: tokens of the prompt without it.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor], given: Tensor, prompt_length: int):
+        self.processors = LogitsProcessorList(processors)
+        self.given, self.prompt_length = given[None], prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        whole: Any = torch.cat([self.given, input_ids[:, self.prompt_length :]], dim=1)
+        return self.processors(whole, scores)  # type: ignore[arg-type]
+
+
+def _criteria(before: list[int], criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
+    """transformers' stopping criteria as a test after every token; `before` is the prompt with its padding."""
+    if not criteria:
+        return None
+
+    def completed(tokens: list[int]) -> bool:
+        ids = torch.tensor([before + tokens], device=like.device)
+        return bool(criteria(ids, None)[0])
+
+    return completed

@@ -1,0 +1,276 @@
+"""From a folder, GGUF file, name or hub id to a target and a drafter, with errors that name the fix.
+
+Knows file layouts only as far as to tell a drafter's folder from a language model's; the rest is `transformers`' and
+`drafters/checkpoint.py`'s business.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from outdraft.drafting.base import Drafter
+from outdraft.drafting.folder import find_folder, is_eagle3, is_hub_id, not_on_hub
+from outdraft.errors import UserError, first_line
+from outdraft.methods.checkpoint import Network, load_drafter, own_method
+from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.eagle3.drafter import Eagle3Drafter
+from outdraft.methods.eagle3.folder import load_eagle3
+from outdraft.methods.eagle3.network import Eagle3Head
+from outdraft.methods.eesd.drafter import EarlyExit
+from outdraft.methods.eesd.folder import load_exit_layer
+from outdraft.methods.eesd.network import ExitLayer
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.network import FeatureHead
+from outdraft.methods.lookahead import Lookahead
+from outdraft.methods.medusa.drafter import Medusa, MedusaHeads
+from outdraft.methods.medusa.folder import load_medusa
+from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.target.backends import accelerate, best_backend, default_backend, default_dtype
+from outdraft.target.gguf_file import gguf_in
+from outdraft.target.named import named, place_of, shipped_drafter
+from outdraft.target.target import Target
+from outdraft.target.trial import tried
+from outdraft.target.wrapped import base_of, merged, unwrapped
+
+METHODS = ("fspad", "eagle", "eagle3", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
+
+WITHOUT_MODEL = ("prompt-lookup", "lookahead")
+"""Methods that draft without a drafter to be loaded."""
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used here ({first_line(error)}); try --device cpu") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype from its name; None or `auto` is what the device is fastest in."""
+    if dtype is None or dtype == "auto":
+        return default_dtype(device)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_target(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
+    """A target from a folder (an adapter's, too), a GGUF file, a hub id, `smollm2`, `reference`, or a loaded model,
+    which stays as it is and may be wrapped by torch.compile or PEFT.
+
+    Raises:
+        UserError: it cannot be loaded or cannot be a target, with the reason.
+    """
+    words = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    shown_as = None
+    model = unwrapped(model)
+    if isinstance(model, PreTrainedModel):
+        loaded: Any = model.eval()
+        folder = tokenizer
+    elif not isinstance(model, str | Path):
+        raise UserError(
+            f"a model is a folder, a hub id or a loaded causal language model, not a {type(model).__name__}"
+        )
+    else:
+        where = resolve_device(device)
+        loaded, path, shown_as = _load_place(model, resolve_dtype(dtype, where), where, trust_remote_code)
+        if shown_as is not None:  # else records would name a folder of this machine
+            loaded.config._name_or_path = loaded.name_or_path = shown_as
+        folder = tokenizer or path
+    if words is None and folder is not None:
+        words = _load_tokenizer(str(folder), trust_remote_code)
+        if words is not None and shown_as is not None and tokenizer is None:
+            words.name_or_path = shown_as
+    if backend is None or backend == "auto":
+        backend = best_backend(loaded)
+    target = Target(loaded, words)
+    windows = tried(target)
+    return Target(loaded, words, backend, windows)
+
+
+def _load_place(
+    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[Any, str, str | None]:
+    """The model of a name, folder or file, where its tokenizer lies, and what records call it if not that."""
+    if (base := base_of(model)) is not None:
+        loaded, path, _ = _load_place(base, dtype, device, trust_remote_code)
+        loaded = merged(loaded, model).eval()
+        loaded.config._name_or_path = loaded.name_or_path = str(model)
+        return loaded, str(model) if _has_words(Path(model).expanduser()) else path, None
+    found = place_of(model)
+    path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
+    return _load_model(path, dtype, device, trust_remote_code), path, found.shown_as
+
+
+def load_drafter_for(
+    target: Target,
+    draft_model: str | Path | Network | Eagle3Head | Target | PreTrainedModel | None,
+    *,
+    method: str | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Drafter | None:
+    """A drafter bound to its target; None for plain decoding.
+
+    Args:
+        target: what it drafts for; the drafter takes its device and precision.
+        draft_model: a drafter's folder, a smaller language model, `reference` or `smollm2` for the drafters that ship
+            for these, or one already loaded.
+        method: what it must be; by default whatever the folder holds.
+
+    Raises:
+        UserError: nothing loadable there, another method than asked for, or another target's drafter.
+    """
+    if method is not None and method not in METHODS:
+        raise UserError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
+    if backend is None or backend == "auto":
+        backend = default_backend(target.device, target.dtype)
+    if method == "none" or (method is None and draft_model is None):
+        return None
+    if method == "prompt-lookup":
+        return PromptLookup()
+    if method == "lookahead":
+        return Lookahead.for_device(target.device)
+    if draft_model is None:
+        raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
+    if named(draft_model) is not None:
+        draft_model = shipped_drafter(str(draft_model), method)
+    drafter = _load_drafter(target, draft_model, backend, trust_remote_code)
+    if method is not None and drafter.method != method:
+        raise UserError(f"--method {method}, but {draft_model} is a '{drafter.method}' drafter; leave --method out")
+    return drafter
+
+
+def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
+    if isinstance(source, FeatureHead | Eagle3Head | ExitLayer | MedusaHeads):
+        own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
+        return _bound(own, target, backend)
+    source = unwrapped(source)
+    if isinstance(source, Target):
+        return DraftModel(source, target)
+    if isinstance(source, PreTrainedModel):
+        return DraftModel(load_target(source, backend="eager"), target)
+    if not isinstance(source, str | Path):
+        raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
+    if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
+        options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
+        return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
+    return _bound(load_network(source, target, target.dtype, target.device), target, backend)
+
+
+def load_network(
+    source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Network | Eagle3Head:
+    """The network in a drafter's folder or hub repository, whatever its method.
+
+    Args:
+        source: where it lies.
+        target: what it drafts for, of which an exit layer is a part.
+        dtype: of the weights; as stored when None.
+        device: where they go.
+
+    Raises:
+        UserError: no drafter there, or a damaged one.
+    """
+    place: dict[str, Any] = {"dtype": dtype, "device": device}
+    method = own_method(source)
+    if method == ExitLayer.method:
+        return load_exit_layer(source, target.model, **place)
+    if method == Eagle3Head.method:
+        return load_eagle3(source, **place).head
+    if method == MedusaHeads.method:
+        return load_medusa(source, **place).heads
+    return load_drafter(source, **place).head.eval()
+
+
+def _bound(network: Network | Eagle3Head, target: Target, backend: str) -> Drafter:
+    network = accelerate(network, backend)
+    if isinstance(network, ExitLayer):
+        return EarlyExit(network, target)
+    if isinstance(network, Eagle3Head):
+        return Eagle3Drafter(network, target)
+    return Medusa(network, target) if isinstance(network, MedusaHeads) else FeatureDrafter(network, target)
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
+
+    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer; some of EAGLE-3's do.
+    """
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    words = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return "model_type" in config and not is_eagle3(config) and any((folder / name).exists() for name in words)
+
+
+def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    more: dict[str, Any] = {}
+    if device.type != "cpu" and find_spec("accelerate") is not None:
+        more["device_map"] = {"": device}  # straight to where it will live, never whole in the host's memory
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)
+    except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
+        if isinstance(error, OSError) and is_hub_id(path):
+            raise not_on_hub(path, error) from error
+        raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
+    return model.eval() if more else model.eval().to(device)
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model; None when there is none, in which case only token ids can be decoded."""
+    if Path(path).is_dir() and not _has_words(Path(path)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}") from error
+
+
+def _has_words(folder: Path) -> bool:
+    """Whether a tokenizer lies in it."""
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or the UserError that says why it is no model's."""
+    if not folder.is_dir():
+        raise UserError(f"no model folder at '{folder}'; check the path")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"'{folder}' has no config.json, so it is not a model folder; check the path")
+    return folder

@@ -1,0 +1,211 @@
+"""The demo: an answer streams without and with a drafter, then all ways of decoding answer held-out questions in turns.
+
+On SmolLM2-135M-Instruct; on the small reference target where that cannot be had, or where a drafter is to be trained
+first. Decoding, measuring and training are those of every user; only the questions, the contenders, and how much of it
+all a machine can afford are chosen here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.console.demo_training import train_drafter
+from outdraft.console.race import Race, race
+from outdraft.errors import UserError
+from outdraft.evaluation.bench import Comparison, measured
+from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.environment import disturbed, environment
+from outdraft.evaluation.measure import WARM_UP_TOKENS, Contender
+from outdraft.evaluation.peers import STOCK
+from outdraft.evaluation.prompts import encode, read_prompts
+from outdraft.evaluation.report import WIDE, closing, rendered
+from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
+
+MODELS = (SMOLLM2, REFERENCE)
+
+TRAINED, SHIPPED = "fspad-demo", "fspad-shipped"
+"""What the two drafters are called where one is trained."""
+
+ORDER = ("eagle", "fspad", "eesd")
+"""Of drafters in the table."""
+FAVOURITES = ("fspad", "eagle", "eesd")
+"""The first that ships drafts the answer that is streamed."""
+
+TRAIN_SECONDS = 90.0
+
+DECODE_SECONDS = 105.0
+"""For decoding in all; slow machines decode fewer prompts, and shorter answers, than asked for."""
+
+FEWEST_PROMPTS, FEWEST_TOKENS = 7, 24
+"""Down to one prompt of every task; before that, answers are not cut below so many tokens."""
+
+
+@dataclass
+class DemoSettings:
+    """What `outdraft demo` takes."""
+
+    model: str | None = None
+    """One of `MODELS`; the first that is here when None."""
+    train: bool = False
+    """Train a drafter first, for the reference target."""
+    train_seconds: float | None = None
+    output_dir: Path | None = None
+    prompts: int = 28
+    """In the table, at most."""
+    max_new_tokens: int = 64
+    """Of an answer in the table, at most; the one that is streamed may be twice as long."""
+    dtype: str | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.model not in MODELS:
+            raise UserError(f"--model {self.model} has no demo; choose of {', '.join(MODELS)}, or use `outdraft bench`")
+        if self.train and self.model == SMOLLM2:
+            raise UserError(
+                f"--train is for the small target, not '{SMOLLM2}'; leave out --model, or use outdraft train"
+            )
+        for flag, value in (("--train-seconds", self.train_seconds), ("--output-dir", self.output_dir)):
+            if value is not None and not self.train:
+                raise UserError(f"{flag} is about training a drafter; add --train, or leave it out")
+        if (self.train_seconds is not None and self.train_seconds <= 0) or self.prompts < 1 or self.max_new_tokens < 2:
+            raise UserError("--train-seconds and --prompts must be more than 0, --max-new-tokens more than 1")
+
+
+@dataclass
+class DemoResult:
+    """What the demo has found."""
+
+    model: str
+    race: Race
+    comparison: Comparison
+    environment: dict[str, Any]
+    training: dict[str, Any] | None
+    """Of the drafter trained in the demo; None without training."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The headline figures by method; everything else beside them."""
+        summaries = self.comparison.summaries
+        return {
+            "model": self.model,
+            "answer": self.race.as_dict(),
+            "methods": {summary.name: summary.headline() for summary in summaries},
+            "details": {summary.name: summary.as_dict() for summary in summaries},
+            "environment": self.environment,
+            "training": self.training,
+        }
+
+    def show(self, console: Console) -> None:
+        """Print the table, what disturbs its figures, and what it comes to; the streamed answer was shown before."""
+        summaries = self.comparison.summaries
+        console.print()
+        console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
+        facts = self.environment
+        made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
+        console.print(f"held-out prompts: {summaries[0].questions}; {made_on}")
+        if any(summary.divergences for summary in summaries):
+            console.print(
+                f"Texts part where {facts['dtype']} rounds a near-tie between two tokens differently in one-token and "
+                "many-token forwards; rare with --dtype float32, ruled out by `outdraft generate --exact`."
+            )
+        if (note := disturbed([facts["load_average"]], facts["cores"] or facts["threads"])) is not None:
+            console.print(note)
+        console.print(closing(summaries), style="bold")
+
+
+def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
+    """Stream one answer, then compare; with training before, where asked. Two idle cores need less than three minutes,
+    training apart.
+
+    Args:
+        settings: how much of it.
+        console: where the answer is streamed.
+        remarks: where progress goes.
+
+    Raises:
+        UserError: the target is missing, or a setting cannot be kept.
+    """
+    name = chosen(settings, remarks)
+    whole = load_target(name, dtype=settings.dtype, backend="eager")
+    target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
+    prompts: list[Any] = read_prompts(NAMED[name].prompts, settings.prompts)
+    with ExitStack() as stack:
+        training, drafters, methods, first = None, list[str](), methods_of(name), name
+        if settings.train:
+            folder = settings.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "drafter"
+            seconds = settings.train_seconds or TRAIN_SECONDS
+            training = train_drafter(whole, target, folder, seconds, remarks)
+            drafters = [f"{TRAINED}={folder}", f"{SHIPPED}={shipped_drafter(name)}"]
+            methods, first = [LOOKUP, "fspad", "fspad" + WITH_LOOKUP], str(folder)
+        elif methods == [LOOKUP]:
+            remarks.print(f"no drafter ships for {name} in this version: prompt lookup drafts alone", soft_wrap=True)
+        end = time.perf_counter() + DECODE_SECONDS
+        method = next((one for one in FAVOURITES if one in methods), LOOKUP)
+        drafter = load_drafter_for(target, None if method == LOOKUP else first, method=method, backend=settings.backend)
+        streamed = race(
+            SpeculativeModel(target, drafter),
+            method if method == LOOKUP else (TRAINED if settings.train else method) + WITH_LOOKUP,
+            prompts[0],
+            console,
+            2 * settings.max_new_tokens,
+        )
+        rivals = contenders(
+            *(target, drafters, methods),
+            backend=settings.backend,
+            shipped=name,
+            include_transformers=True,
+            stock=whole,
+        )
+        rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
+        encoded = encode(prompts, target)
+        count, tokens = affordable(rivals, encoded[0], len(encoded), settings.max_new_tokens, end)
+        remarks.print(f"decoding {count} held-out prompts, {len(rivals)} ways each, {tokens} tokens at most")
+        comparison = measured(target, rivals, encoded[:count], max_new_tokens=tokens, remarks=remarks, end=end)
+    return DemoResult(name, streamed, comparison, environment(target), training)
+
+
+def chosen(settings: DemoSettings, remarks: Console) -> str:
+    """Which of `MODELS` it is on; says so where the real one cannot be had.
+
+    Raises:
+        UserError: the one asked for cannot be had.
+    """
+    if settings.train or settings.model is not None:
+        return REFERENCE if settings.train else str(settings.model)
+    try:
+        place_of(SMOLLM2)
+    except UserError as error:
+        line = f"{error}. The demo goes on with the small reference target that ships with outdraft."
+        remarks.print(line, markup=False, soft_wrap=True)
+        return REFERENCE
+    return SMOLLM2
+
+
+def methods_of(name: str) -> list[str]:
+    """Prompt lookup, and every drafter that ships for a named model; FSPAD's with repetitions too."""
+    there = [method for method in ORDER if method in shipped_drafters(name)]
+    both = [(method, method + WITH_LOOKUP) if method == "fspad" else (method,) for method in there]
+    return [LOOKUP, *(method for several in both for method in several)]
+
+
+def affordable(
+    rivals: Sequence[Contender], prompt: list[int], prompts: int, max_new_tokens: int, end: float
+) -> tuple[int, int]:
+    """How many prompts can be decoded by all, and how many tokens of each, until about `end` (of `perf_counter`)."""
+    seconds = 0.0
+    for rival in rivals:
+        for _ in range(2):  # the first one warms up
+            answer = rival.decode(prompt, {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)})
+        seconds += answer.seconds / len(answer.tokens)
+    fitting = max(0.0, end - time.perf_counter()) / seconds  # tokens of every rival
+    tokens = min(max_new_tokens, max(FEWEST_TOKENS, int(fitting / FEWEST_PROMPTS)))
+    return min(prompts, max(FEWEST_PROMPTS, int(fitting / tokens))), tokens

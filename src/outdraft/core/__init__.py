@@ -1,0 +1,1 @@
+"""The mathematics of speculative decoding: trees, sampling, verification. Knows no model and no drafter."""

@@ -1,0 +1,78 @@
+"""How large a draft may get: EAGLE-2's depth, top-k and size, and what suits which device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from outdraft.errors import UserError
+
+Choice = Literal["top-k", "sampled", "sampled-with-replacement"]
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How large a tree may get; EAGLE's depth, top_k and total_token."""
+
+    depth: int
+    """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
+    top_k: int
+    """Nodes expanded a level, and children considered of each; 1 is a chain."""
+    size: int
+    """Nodes that the target verifies, the root included."""
+    candidates: Choice = "top-k"
+    """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's law."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("depth", 0), ("top_k", 1), ("size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"tree_{name} must be at least {least}, not {getattr(self, name)}")
+        if self.candidates not in get_args(Choice):
+            raise UserError(f"candidates must be one of {', '.join(get_args(Choice))}, not '{self.candidates}'")
+
+    @classmethod
+    def chain(cls, num_speculative_tokens: int, **settings: object) -> TreeShape:
+        """A chain of so many candidates."""
+        if num_speculative_tokens < 1:
+            raise UserError(
+                f"num_speculative_tokens must be at least 1, not {num_speculative_tokens}; --method none drafts nothing"
+            )
+        return cls(num_speculative_tokens - 1, 1, num_speculative_tokens + 1, **settings)  # type: ignore[arg-type]
+
+    def at_most(self, path: int, size: int) -> TreeShape:
+        """The same shape with paths of at most `path` candidates and at most `size` nodes (both at least 1)."""
+        return replace(self, depth=min(self.depth, path - 1), size=min(self.size, size))
+
+    def doubled(self) -> TreeShape:
+        """Paths twice as long: where a controller decides how far, this is how far it may go."""
+        longer = 2 * self.depth + 1
+        return replace(self, depth=longer, size=longer + 2 if self.top_k == 1 else 2 * self.size)
+
+
+CPU_TREE = TreeShape(depth=3, top_k=3, size=10)
+"""Few draft steps, few nodes: measured on two cores (docs/architecture.md)."""
+
+GREEDY_CHAIN, BATCH_CHAIN, BATCH = TreeShape.chain(4), TreeShape.chain(3), 4
+"""In place of that tree where nobody asks for one and every level costs a step; the second from `BATCH` rows on. All
+shipped drafters were faster with chains once the target's layers took less time (docs/trees.md)."""
+
+CPU_CHAIN = TreeShape.chain(4, candidates="sampled")
+"""At temperature 1 a chain sampled from the drafter's law was accepted twice as far as a tree of its best guesses."""
+
+GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
+"""EAGLE-2's tree for targets of 7B and 8B."""
+
+GPU_CHAIN = TreeShape.chain(5, candidates="sampled")
+"""At temperature 1, as on a CPU."""
+
+GPU_NODES = 128
+"""Nodes of all rows that a GPU verifies in little more time than one token: an 8B target took 5.3 ms over one, 6.7 over
+60 and 8.3 over 128 on an H200, and from there on in proportion (docs/measurements/gpu.md)."""
+
+
+def gpu_tree(rows: int) -> TreeShape:
+    """`GPU_TREE`, or as much of it as so many rows decoded together can verify at that price."""
+    size = min(GPU_TREE.size, GPU_NODES // rows)
+    if size > GPU_TREE.top_k:
+        return replace(GPU_TREE, size=size)
+    return TreeShape.chain(max(1, min(GPU_TREE.depth, size - 1)))

@@ -1,0 +1,201 @@
+"""Candidate trees, one for every row of a batch, and what attention needs to know of them.
+
+Node 0 of every row is its root: the last token already decided, whose keys and values the target has not computed
+yet. Parents come before children. Rows are padded to one number of nodes. A tree also says under which law its
+candidates were drawn, which is all that verification has to know of the drafter.
+
+It does not know who grew the tree, or what the target makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from outdraft.core.tensors import counting, integers, itself, sent
+
+Candidates = Literal["point", "with_replacement", "without_replacement"]
+
+
+@dataclass
+class Tree:
+    """Trees of `rows` sequences, each of at most `nodes` nodes.
+
+    Attributes:
+        tokens: `(rows, nodes)`; column 0 the roots.
+        parents: `(rows, nodes)` index of the parent, -1 for the root; padding points to the root.
+        counts: nodes that each row really has, the root included; the rest is padding.
+        candidates: how a node's children were chosen: `point` (deterministically, by whatever rule) or drawn from
+            `laws`, independently or without replacement, in the order of their indices.
+        laws: `(rows, nodes, vocab)` the exact law each node's children were drawn from; None for `point`.
+        levels: no node lies deeper than this; None where nobody knows.
+        chain: whether every node is known to be the child of the one before it.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    counts: list[int]
+    candidates: Candidates = "point"
+    laws: Tensor | None = None
+    levels: int | None = None
+    chain: bool = False
+    _depths: Tensor | None = field(default=None, repr=False)
+    _ancestors: Tensor | None = field(default=None, repr=False)
+    _deepest: list[int] | None = field(default=None, repr=False)
+    _lists: tuple[list[list[int]], list[list[int]]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.laws is None) != (self.candidates == "point"):
+            raise ValueError("a tree of sampled candidates needs the laws they were drawn from, and only such a tree")
+
+    @classmethod
+    def roots(cls, tokens: Tensor) -> Tree:
+        """Trees of nothing but their roots, from `(rows,)` tokens: what plain decoding verifies."""
+        return cls(tokens[:, None], torch.full_like(tokens[:, None], -1), [1] * len(tokens), levels=0)
+
+    @classmethod
+    def chains(cls, tokens: Tensor, width: int, candidates: Candidates = "point", laws: Tensor | None = None) -> Tree:
+        """Trees of `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens, none padding."""
+        rows, nodes = tokens.shape
+        parents, ancestors, depths = _chains(width, nodes, tokens.device)
+        tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, laws, (nodes - 1) // width)
+        tree.chain = width == 1
+        tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
+        return tree
+
+    @classmethod
+    def listed(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Tree:
+        """Trees of one chain each, of point masses, from lists of tokens that begin with the root; any lengths."""
+        counts = [len(chain) for chain in chains]
+        nodes = max(counts)
+        tokens = sent([[*chain, *[0] * (nodes - len(chain))] for chain in chains], device)
+        if min(counts) == nodes:
+            return cls.chains(tokens, 1)
+        parents = [[*range(-1, count - 1), *[0] * (nodes - count)] for count in counts]
+        return cls(tokens, sent(parents, device), counts, levels=nodes - 1)
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def nodes(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def depths(self) -> Tensor:
+        """`(rows, nodes)` edges between node and root."""
+        if self._depths is None:
+            self._depths = self.ancestors.sum(-1) - 1
+        return self._depths
+
+    @property
+    def ancestors(self) -> Tensor:
+        """`(rows, nodes, nodes)` True where the column is the row's node itself or one of its ancestors."""
+        if self._ancestors is None:
+            self._ancestors = self._climb()
+        return self._ancestors
+
+    def _climb(self) -> Tensor:
+        """Node and parent, then by squaring all within 2, 4, 8 ... steps."""
+        levels = self.nodes - 1 if self.levels is None else self.levels
+        seen = itself(self.rows, self.nodes, self.tokens.device)
+        if levels < 1:
+            return seen
+        # The root's own column stands for its missing parent.
+        steps = seen.float().scatter_(2, self.parents.clamp(min=0)[..., None], 1.0)
+        reach = 1
+        while reach < levels:
+            steps = torch.bmm(steps, steps).clamp_(max=1.0)
+            reach *= 2
+        return steps > 0
+
+    @property
+    def deepest(self) -> list[int]:
+        """Of every row, how deep its deepest node lies."""
+        if self._deepest is None:
+            # Padding lies right below the root, so that it counts only where there is nothing else.
+            found = [0] * self.rows if self.nodes == 1 else self._deepest_of_lists() or self.depths.amax(1).tolist()
+            self._deepest = [depth if count > 1 else 0 for depth, count in zip(found, self.counts, strict=True)]
+        return self._deepest
+
+    def _deepest_of_lists(self) -> list[int] | None:
+        """The same on the host, where parents have come over already."""
+        if self._lists is None:
+            return None
+        found = []
+        for parents in self._lists[1]:
+            depths = [0] * len(parents)
+            for node in range(1, len(parents)):  # parents come before their children
+                depths[node] = depths[parents[node]] + 1
+            found.append(max(depths))
+        return found
+
+    @property
+    def lists(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens and parents of every row, in one transfer."""
+        if self._lists is None:
+            tokens, parents = torch.stack([self.tokens, self.parents]).tolist()
+            self._lists = (tokens, parents)
+        return self._lists
+
+    def children(self, row: int) -> dict[int, list[int]]:
+        """Children of every node of a row that has some, in the order in which they were proposed."""
+        result: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.lists[1][row][1 : self.counts[row]], start=1):
+            result.setdefault(parent, []).append(node)
+        return result
+
+    def validate(self) -> None:
+        """Raise ValueError where the tree breaks the promises of this class."""
+        order = torch.arange(self.nodes, device=self.tokens.device)
+        if not ((self.parents[:, 1:] >= 0) & (self.parents[:, 1:] < order[1:])).all():
+            raise ValueError("every parent comes before its children")
+        if not (self.parents[:, 0] == -1).all() or max(self.counts) > self.nodes or min(self.counts) < 1:
+            raise ValueError("every row has a root and at most as many nodes as the batch")
+
+
+@lru_cache(maxsize=128)
+def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, ancestors and depths of one row of `Tree.chains`, which are the same every round."""
+    with torch.inference_mode(False):
+        parents = torch.tensor([[-1] + [max(0, node - width) for node in range(1, nodes)]], device=device)
+        tree = Tree(torch.zeros_like(parents), parents, [nodes])
+        return parents, tree.ancestors, tree.depths
+
+
+def attention_mask(
+    seen: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
+) -> Tensor:
+    """Which cached slots each new token may look at.
+
+    Args:
+        seen: `(rows, tokens, m)` which of the `m` pending tokens each token sees, itself included.
+        slots: `(rows, m)` where those lie in the cache: in order, right after the committed ones.
+        lengths: committed tokens of every row, all of which are seen.
+        extent: slots that the forward reads, the longest row's `lengths + m`.
+        positions: `(rows, tokens + ...)` positions of the `m` tokens; the last `tokens` of them are the new ones'.
+        window: sliding attention: only positions less than this far back are seen.
+
+    Returns:
+        `(rows, 1, tokens, extent)` bool.
+    """
+    rows, tokens, newest = seen.shape
+    device, longest = seen.device, extent - newest
+    arange = counting(0, extent, device)
+    if min(lengths) == longest:
+        mask = F.pad(seen, (longest, 0), value=True)
+    else:
+        mask = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
+        mask.scatter_(2, slots[:, None].expand(rows, tokens, newest), seen)
+    if window is not None and window < extent:
+        key_positions = arange.repeat(rows, 1).scatter(1, slots, positions)
+        near = positions[:, -tokens:, None] - key_positions[:, None] < window
+        mask &= near
+    return mask[:, None]

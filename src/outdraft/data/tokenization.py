@@ -1,0 +1,290 @@
+"""Conversations to token ids with a mask on what the assistant said.
+
+The chat template decides the text; the mask is found by rendering prefixes of the conversation, so that it works with
+any template, or taken from the template's own `{% generation %}` marks. Knows no model and no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.data.conversations import Conversation
+from outdraft.data.messages import Message
+from outdraft.errors import UserError, first_line
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence."""
+
+    input_ids: Tensor
+    """`(tokens,)` int32."""
+    loss_mask: Tensor
+    """`(tokens,)` bool, True on the tokens of a response."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class ExampleSet:
+    """Training sequences in the order of the data, and what was left out on the way."""
+
+    examples: list[Example] = field(default_factory=list)
+    truncated: int = 0
+    """Examples cut to the maximum length."""
+    without_response: int = 0
+    """Conversations dropped because no predictable response token was left."""
+    unmarked_turns: int = 0
+    """Assistant turns that carry no loss because the template renders them differently as the chat goes on."""
+    cut_answers: int = 0
+    """Answers that were cut off, after which no end token is learned."""
+    refused: list[str] = field(default_factory=list)
+    """One line for every conversation that the chat template does not take, and its reason."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.examples))
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(int(example.loss_mask.sum()) for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all ids and masks: equal exactly when the training data are."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(example.input_ids.numpy().tobytes())
+            digest.update(example.loss_mask.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TemplateRefuses(UserError):
+    """A conversation that the chat template does not take; the message says why."""
+
+
+def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
+    """Token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
+
+    Raises:
+        UserError: chats without a chat template, a template whose responses cannot be located, or no example left.
+    """
+    found = ExampleSet()
+    turns = 0
+    for conversation in conversations:
+        if conversation.text is not None:
+            ids = list(tokenizer(conversation.text)["input_ids"])
+            mask, marked = [True] * len(ids), 0
+            if conversation.cut and ids[-1] == tokenizer.eos_token_id:  # one that the tokenizer adds
+                mask[-1] = False
+        else:
+            require_chat_template(tokenizer, conversation.source)
+            said = _until_last_response(conversation.messages)
+            try:
+                ids, mask, marked = _chat(said, tokenizer, conversation.cut, conversation.tools)
+            except TemplateRefuses as problem:
+                found.refused.append(f"{conversation.source}: {problem}")
+                continue
+            spoken = sum(message["role"] == "assistant" for message in conversation.messages)
+            turns += spoken
+            found.unmarked_turns += spoken - marked
+        found.truncated += len(ids) > max_length
+        ids, mask = ids[:max_length], mask[:max_length]
+        if not any(mask[2:]):  # the drafter's first prediction is the third token (loss.py)
+            found.without_response += 1
+            continue
+        found.cut_answers += len(conversation.cut)
+        found.examples.append(Example(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask)))
+    if turns and found.unmarked_turns == turns:
+        raise UserError(
+            "the chat template renders no assistant turn as a continuation of its prompt, so responses cannot be told "
+            'from prompts; add {% generation %} marks to the template or train on {"text"} lines'
+        )
+    if not found.examples and found.refused:
+        raise UserError(
+            f"no example is left: {len(found.refused)} conversations are refused, first {found.refused[0]}; give data "
+            "that the chat template takes, or a tokenizer with another template"
+        )
+    if not found.examples:
+        raise UserError(
+            f"no example has a response token within {max_length} tokens; raise --max-length or give data with answers"
+        )
+    return found
+
+
+def require_chat_template(tokenizer: Any, source: str) -> None:
+    """Raises a UserError when the tokenizer cannot render a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{source} is a conversation, but the target's tokenizer has no chat template; "
+            'add one (tokenizer.chat_template) or train on {"text": ...} lines'
+        )
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] = ()
+) -> str:
+    """The template's text of the messages.
+
+    Raises:
+        TemplateRefuses: the template does not take them, e.g. because it knows no system turn.
+    """
+    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if not messages:  # what stands before a conversation that the assistant begins; alone it would not pass for one
+        return str(_templated(tokenizer, [[]], tools, **settings)[0])
+    return str(_templated(tokenizer, messages, tools, **settings))
+
+
+def _templated(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], **settings: Any) -> Any:
+    if tools:
+        settings["tools"] = list(tools)
+    try:
+        return tokenizer.apply_chat_template(list(messages), **settings)
+    except Exception as problem:  # templates are programs: they raise what they like
+        roles = ", ".join(message["role"] for message in messages[:8] if message) + ", ..." * (len(messages) > 8)
+        raise TemplateRefuses(
+            f"the chat template refuses a conversation with roles {roles}: {first_line(problem)}"
+        ) from problem
+
+
+def _until_last_response(messages: Sequence[Message]) -> list[Message]:
+    """Without a last question that nobody answers: there is nothing to learn after it."""
+    kept = list(messages)
+    while kept and kept[-1]["role"] != "assistant":
+        kept.pop()
+    return kept
+
+
+def _chat(
+    messages: list[Message], tokenizer: Any, cut: Collection[int], tools: Sequence[Any]
+) -> tuple[list[int], list[bool], int]:
+    """Ids, mask and the number of assistant turns that could be marked; turns at the places `cut` have no end."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return [], [], 0
+    if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
+        marked = _templated(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        if any(marked["assistant_masks"]):
+            ids, mask = list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
+            return ids, _without_ends(ids, mask, answers, cut, tokenizer), len(answers)
+    text = render(tokenizer, messages, tools=tools)
+    found = {place: _response_span(tokenizer, messages, place, text, tools) for place in answers}
+    ended = [span for place, span in found.items() if span is not None and place not in cut]
+    endless = [
+        (span[0], _spoken_end(tokenizer, text, span, messages[place]["content"]))
+        for place, span in found.items()
+        if span is not None and place in cut
+    ]
+    spans = sorted([*ended, *endless])
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+    else:
+        ids, starts = _ids_and_starts(tokenizer, text, spans)
+    marks = zip(_mask(ids, starts, ended, tokenizer.eos_token_id), _mask(ids, starts, endless, None), strict=True)
+    return ids, [one or other for one, other in marks], len(spans)
+
+
+def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
+    """Where in `text` what was said of a turn ends, before the template's end mark."""
+    said = content.strip()  # as many templates have it
+    place = text.rfind(said, *span) if said else -1
+    if place >= 0:
+        return place + len(said)
+    marks = [text.find(mark, *span) for mark in tokenizer.all_special_tokens]
+    return min((mark for mark in marks if mark >= 0), default=span[1])
+
+
+def _without_ends(
+    ids: list[int], mask: list[bool], answers: list[int], cut: Collection[int], tokenizer: Any
+) -> list[bool]:
+    """The mask without the special tokens with which the template ends the turns at the places `cut`."""
+    begins = [i for i, marked in enumerate(mask) if marked and not (i and mask[i - 1])]
+    if not cut or len(begins) != len(answers):  # which run is which turn cannot be told: none has an end
+        chosen = begins if cut else []
+    else:
+        chosen = [begin for begin, place in zip(begins, answers, strict=True) if place in cut]
+    special = set(tokenizer.all_special_ids)
+    kept = list(mask)
+    for begin in chosen:
+        end = next((i for i in range(begin, len(ids)) if not mask[i]), len(ids))
+        marks = [i for i in range(begin, end) if ids[i] in special]
+        first = marks[-1] if marks else end
+        while first - 1 in marks:
+            first -= 1
+        kept[first:end] = [False] * (end - first)
+    return kept
+
+
+def _response_span(
+    tokenizer: Any, messages: list[Message], turn: int, text: str, tools: Sequence[Any]
+) -> tuple[int, int] | None:
+    """Where in `text` the assistant's turn stands, prompt marks before it excluded; None when it cannot be told."""
+    try:
+        through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
+        if not text.startswith(through):
+            return None
+        if not turn:
+            return _first_span(render(tokenizer, [], True, tools), through, messages[0]["content"].strip())
+        for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
+            before = render(tokenizer, messages[:turn], with_prompt, tools)
+            if len(before) < len(through) and through.startswith(before):
+                return len(before), len(through)
+    except TemplateRefuses:  # of a conversation that it takes as a whole it may refuse a beginning
+        return None
+    return None
+
+
+def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
+    """The same of a turn that begins the conversation, before which templates may put a system turn of their own."""
+    begin = through.find(prompt + said) if prompt else -1
+    return None if begin < 0 else (begin + len(prompt), len(through))
+
+
+def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Without character offsets: the pieces between the spans' edges are tokenised one after the other."""
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    ids: list[int] = []
+    starts: list[int] = []
+    for start, end in pairwise(edges):
+        piece = list(tokenizer(text[start:end], add_special_tokens=False)["input_ids"])
+        ids += piece
+        starts += [start] * len(piece)
+    if ids != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+        raise UserError(
+            "this tokenizer gives no character offsets and tokenises a chat differently in pieces, so responses "
+            "cannot be marked; use its fast version or add {% generation %} marks to the template"
+        )
+    return ids, starts
+
+
+def _mask(ids: list[int], starts: list[int], spans: list[tuple[int, int]], eos: int | None) -> list[bool]:
+    """True on the tokens that begin inside a span, its end token included even where the next turn writes it."""
+    mask = [False] * len(ids)
+    for begin, end in spans:
+        first = bisect_left(starts, begin)
+        for i in range(first, len(ids)):
+            if starts[i] >= end and ids[i] != eos:
+                break
+            mask[i] = True
+            if ids[i] == eos:  # what a template writes after the end token is never generated
+                break
+    return mask

@@ -1,0 +1,1 @@
+"""The protocol that every drafter keeps, and the tools that drafters share."""

@@ -1,0 +1,189 @@
+"""Growing a tree from a drafter that gives logits, one level a step.
+
+`grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): expand the nodes with the largest cumulative draft
+probability, then keep the best of all candidates. `grow_sampled` (`drawing.py`) draws candidates from the drafter's own
+law. Both work for any drafter that can answer `step`; neither knows what is behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from outdraft.core.sampling import greatest
+from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import counting, integers, itself
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Pace, RowContext
+from outdraft.drafting.sample import Step, grow_sampled
+from outdraft.target.cache import SlotCache
+
+
+def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
+    """A tree of at most `shape` below each of the `(rows,)` root tokens, whose draft logits are `(rows, vocab)`.
+
+    Where the context has a pace, rows draft no further than it wants; the caller has asked it for the first level.
+    """
+    if shape.size == 1:
+        return Tree.roots(roots)
+    if rows.coupled:
+        return _grow_coupled(roots, logits, step, shape, rows)
+    if shape.candidates == "top-k" or rows.greedy:
+        return grow_dynamic(roots, logits, step, shape, rows.pace)
+    return grow_sampled(roots, logits, step, shape, rows)
+
+
+def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pace: Pace | None = None) -> Tree:
+    """EAGLE-2's tree: every level expands the `top_k` nodes of largest cumulative probability; the `size - 1` best of
+    all candidates stay, or as many as the pace says. Deterministic, so the candidates count as point masses."""
+    batch, vocab = logits.shape
+    k, most = min(shape.top_k, vocab), shape.size - 1
+    if k == 1 and pace is None:
+        return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
+    scores, tokens = log_softmax(logits).topk(k)
+    levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
+    nodes = counting(1, k, logits.device).expand(batch, k)  # of the level to expand, the root being 0
+    above = torch.zeros_like(nodes)  # their parents' places in the level before
+    wanted = [True] * batch
+    if pace is not None:
+        wanted = pace.going
+        levels[0].drop([not going for going in wanted])
+        pace.drafted(scores.exp().sum(1).tolist())
+    count = k
+    for _ in range(shape.depth):
+        if pace is not None:
+            wanted = pace.wants(min(most, count + k) - min(most, count))
+            if not any(wanted):
+                break
+            mass = scores.exp()
+        child_scores, child_tokens = log_softmax(step(tokens, above)).topk(k)
+        levels.append(_Level(child_tokens.flatten(1), (child_scores + scores[..., None]).flatten(1), _each(nodes, k)))
+        first, count = 1 + count, count + levels[-1].tokens.shape[1]
+        scores, best = levels[-1].scores.topk(k)
+        tokens, above, nodes = levels[-1].tokens.gather(1, best), best // k, first + best
+        if pace is not None:
+            levels[-1].drop([not going for going in wanted])
+            pace.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
+    return _best(roots, levels, most, pace)
+
+
+def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
+    """`grow_dynamic` where noise decides: it ranks what the drafter would choose under the target's noise."""
+    depth = 0
+
+    def choosing(logits: Tensor) -> Tensor:
+        nonlocal depth
+        noise = torch.stack([chance.at(depth) for chance in rows.chances]).log()  # type: ignore[attr-defined]
+        if len({warper.scoring for warper in rows.warpers}) == 1:
+            scores = rows.warpers[0].scores(logits)
+        else:
+            scores = torch.stack([warper.scores(row) for warper, row in zip(rows.warpers, logits, strict=True)])
+        depth += 1
+        return scores - (noise if scores.dim() == 2 else noise[:, None])
+
+    return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.pace)
+
+
+def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
+    """`grow_dynamic` with one candidate a level: there is nothing to rank, so none is drafted that would not stay."""
+    chain = [roots, greatest(logits)]
+    above = torch.zeros_like(roots)[:, None]
+    for _ in range(length - 1):
+        chain.append(greatest(step(chain[-1][:, None], above)[:, 0]))
+    return Tree.chains(torch.stack(chain, dim=1), 1)
+
+
+def _each(nodes: Tensor, times: int) -> Tensor:
+    """`(rows, nodes * times)` every node so many times in a row."""
+    return nodes[..., None].expand(*nodes.shape, times).flatten(1)
+
+
+@dataclass
+class _Level:
+    """Candidates of one level, each `(rows, candidates)`; parents index those of all levels, the root being 0."""
+
+    tokens: Tensor
+    scores: Tensor
+    parents: Tensor
+
+    def drop(self, rows: Sequence[bool]) -> None:
+        """Take the level out of these rows."""
+        if any(rows):
+            gone = torch.tensor(rows, device=self.scores.device)[:, None]
+            self.scores = self.scores.masked_fill(gone, -torch.inf)
+
+
+def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None) -> Tree:
+    """The trees of the most probable candidates, at most so many a row."""
+    tokens = torch.cat([level.tokens for level in levels], dim=1)
+    scores = torch.cat([level.scores for level in levels], dim=1)
+    parents = torch.cat([level.parents for level in levels], dim=1)
+    # A stable sort keeps a parent before a child of equal probability, so that no kept node loses its parent.
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
+    if pace is not None:
+        kept_scores = scores[:, :most]
+        drafted = kept_scores.isfinite().sum(1).tolist()
+        gains = [row[:count] for row, count in zip(kept_scores.exp().tolist(), drafted, strict=True)]
+        own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
+        counts = pace.sizes(gains, own.gather(1, order).tolist())
+        order = order[:, : max(counts)]
+        beyond = counting(0, order.shape[1], order.device) >= integers(counts, order.device)[:, None]
+        order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root
+        tokens, parents = F.pad(tokens, (0, 1)), F.pad(parents, (0, 1))
+    kept = order.sort(dim=1).values
+    renumber = torch.zeros(len(roots), tokens.shape[1] + 1, dtype=torch.long, device=roots.device)
+    renumber.scatter_(1, kept + 1, counting(1, kept.shape[1], roots.device).expand_as(kept))
+    tree_parents = renumber.gather(1, parents.gather(1, kept))
+    return Tree(
+        torch.cat([roots[:, None], tokens.gather(1, kept)], dim=1),
+        F.pad(tree_parents, (1, 0), value=-1),
+        [1 + count for count in counts],
+        levels=len(levels),
+    )
+
+
+class RunAhead:
+    """Where the levels of one tree lie in a drafter's cache, and what each node of the newest level sees of them.
+
+    Args:
+        cache: of the drafter; its committed tokens end with each row's root. The caller rolls it back at the end.
+        last_position: where positions stop growing; what is drafted beyond the context is never used.
+    """
+
+    def __init__(self, cache: SlotCache, last_position: int):
+        self.cache, self.last_position = cache, last_position
+        self.levels = self.first = 0  # pending slots before the first level
+        self.positions = self.seen = self.slots = torch.empty(0)
+
+    def place(self, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.
+
+        Returns:
+            positions, sight and slots of all levels so far, as `attention_mask` takes them.
+        """
+        (rows, nodes), device = tokens.shape, tokens.device
+        before = self.cache.pending
+        self.cache.reserve(nodes, device)
+        depths = [min(length + self.levels, self.last_position) for length in self.cache.lengths]
+        positions = integers(depths, device)[:, None].expand(rows, nodes)
+        own = itself(rows, nodes, device)
+        if self.levels:
+            above = self.seen.gather(1, parents[..., None].expand(-1, -1, before - self.first))
+            own = torch.cat([above, own], dim=2)
+            positions = torch.cat([self.positions, positions], dim=1)
+        else:
+            self.first = before
+        self.slots = self.cache.pending_slots(self.first, own.shape[2], device)
+        self.positions, self.seen = positions, own
+        self.levels += 1
+        return positions, own, self.slots
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least, whatever the drafter computes in."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,85 @@
+"""A reduced draft vocabulary: the target's head on the tokens that a drafter may propose, and nothing but those.
+
+Where the vocabulary is large, its head is most of a draft step, while nearly all tokens of a text are of its most
+frequent ones (FR-Spec, arXiv 2502.14856; EAGLE-3 does the same). What is drafted changes, what is decided does not:
+candidates have the target's own ids, and the law that drawn ones are declared with has nothing at tokens that are not
+kept, so that verification gives those their whole probability. Knows the target's head and how trees are asked for; not
+how tokens were chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.core.coupling import Narrowed
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import RowContext
+from outdraft.drafting.expand import Step, grow
+from outdraft.errors import UserError
+from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.packed import plain_linear
+from outdraft.target.target import Target
+
+NEVER = -3e4
+"""Logit of a token that is not kept. Finite: where a user bans all kept tokens there is still a law."""
+
+
+class DraftVocabulary:
+    """The tokens that may be drafted.
+
+    Args:
+        tokens: `(kept,)` their ids.
+        target: whose head is read on them; its weights are copied for these tokens.
+        head: an output layer over nothing but them, in place of the target's.
+
+    Raises:
+        UserError: the target's head is no plain linear layer.
+    """
+
+    def __init__(self, tokens: Tensor, target: Target, head: nn.Module | None = None):
+        self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
+        self.head: Callable[[Tensor], Tensor] = self._reduced(target) if head is None else head
+        """`(..., hidden)` to `(..., kept)` logits; of the target's head, on its own way from features to logits."""
+
+    def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
+        """The target's head on the kept tokens."""
+        output = target.model.get_output_embeddings()
+        if not isinstance(output, nn.Linear | PackedLinear):
+            raise UserError(
+                f"the target's output layer is a {type(output).__name__}, which cannot be read at some tokens only; "
+                "use a drafter without draft_vocab_size"
+            )
+        weight, bias = (None if part is None else part[self.tokens] for part in plain_linear(output))
+        assert weight is not None
+        reduced: nn.Module
+        if isinstance(output, PackedLinear):
+            reduced = PackedLinear(weight, bias)
+        else:
+            kept, width = weight.shape
+            with torch.device("meta"):
+                reduced = nn.Linear(width, kept, bias=bias is not None)
+            parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            reduced.load_state_dict(parts, assign=True)
+            reduced.requires_grad_(False)
+        return target.head_through(reduced)
+
+    def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
+        """`growth.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
+        if rows.coupled and not any(warper.names_tokens for warper in rows.warpers):
+            rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
+        elif rows.coupled or (shape.candidates != "top-k" and not rows.greedy):
+            # Warpers look tokens up by their ids, and verification needs the law of all.
+            return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
+        tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)
+        drafted = self.tokens[tree.tokens[:, 1:]]
+        return replace(tree, tokens=torch.cat([roots[:, None], drafted], dim=1), _lists=None)
+
+    def everywhere(self, logits: Tensor) -> Tensor:
+        """`(..., kept)` to `(..., vocab)`, `NEVER` at all other tokens."""
+        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), NEVER)
+        return whole.index_copy_(-1, self.tokens, logits)

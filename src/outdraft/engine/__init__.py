@@ -1,0 +1,1 @@
+"""The round and the batches that it runs over."""

@@ -1,0 +1,1 @@
+"""What methods learn from: features of the target, its distribution, and losses over them."""

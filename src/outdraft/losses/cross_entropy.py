@@ -1,0 +1,247 @@
+"""Cross-entropy of a drafter's logits against the target's distribution, its token, or both, with logits of one chunk
+at a time.
+
+Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's
+distribution: the whole of it, made once a chunk by its head, or its most probable tokens (`teacher.py`), for which no
+head of the target runs. Knows heads as functions; nothing of positions, drafters or what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from outdraft.losses.teacher import TopProbs
+from outdraft.losses.token_loss import SOFT, TokenLoss, losses_and_slope
+
+Head = Callable[[Tensor], Tensor]
+
+PRODUCT_ROWS = 32
+"""Positions whose products of law and logarithm are held at once (a batched dot product rounds worse and is slower)."""
+
+
+class HardLabels(NamedTuple):
+    """Tokens that the cross-entropy is taken against, too."""
+
+    tokens: Tensor
+    """`(positions,)`"""
+    weight: float
+    """Of this part; the law of the target has the rest up to 1."""
+
+
+class Guess(NamedTuple):
+    """What a drafter says at every position, of which several may share their goals."""
+
+    p: Tensor
+    """`(positions, hidden)` what the drafter hands to the head."""
+    counted: Tensor | None = None
+    """`(positions,)` False where this guess carries no loss; it carries some everywhere when not given."""
+    own_head: nn.Module | None = None
+    """The drafter's own output layer, whose weights are trained; it runs as the caller's autocast says."""
+    through: Head | None = None
+    """The way from `p` to logits by that layer, itself when not given."""
+
+
+def soft_cross_entropy(
+    p: Tensor,
+    goal: Tensor | TopProbs,
+    head: Head,
+    chunk_size: int = 512,
+    *,
+    own_head: nn.Module | None = None,
+    through: Head | None = None,
+    labels: HardLabels | None = None,
+    token_loss: TokenLoss = SOFT,
+    precision: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`soft_cross_entropies` of a single guess that counts everywhere: two scalars."""
+    guesses = [Guess(p, None, own_head, through)]
+    settings: dict[str, Any] = {"labels": labels, "token_loss": token_loss, "precision": precision}
+    totals, agreed = soft_cross_entropies(guesses, goal, head, chunk_size, **settings)
+    return totals[0], agreed[0]
+
+
+def soft_cross_entropies(
+    guesses: Sequence[Guess],
+    goal: Tensor | TopProbs,
+    head: Head,
+    chunk_size: int = 512,
+    *,
+    labels: HardLabels | None = None,
+    token_loss: TokenLoss = SOFT,
+    precision: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For every guess, the sum over positions of its cross-entropy against the target's distribution there.
+
+    Args:
+        guesses: all at the same positions.
+        goal: `(positions, hidden)` the target's features there, whose distribution is head(goal)'s, no gradient; or the
+            most probable tokens of that distribution, with ids of what `head` gives.
+        head: the target's frozen head, or what it says of a draft vocabulary.
+        chunk_size: positions whose logits are held at once, those of one guess and the target's law.
+        labels: tokens to be hit beside, or in place of, the law.
+        token_loss: what else than cross-entropy to sum; without labels.
+        precision: what the head runs in, as it does in decoding; the precision of features in `goal` if not given.
+
+    Returns:
+        Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
+        of equal argmaxes.
+    """
+    leaves = [leaf for guess in guesses for leaf in _leaves(guess)]
+    precision = precision or (guesses[0].p.dtype if isinstance(goal, TopProbs) else goal.dtype)
+    totals, agreed = _ChunkedCrossEntropy.apply(
+        tuple(guesses), goal, head, precision, labels, token_loss, chunk_size, *leaves
+    )
+    return totals, agreed
+
+
+def _leaves(guess: Guess) -> list[Tensor]:
+    return [guess.p, *(guess.own_head.parameters() if guess.own_head is not None else ())]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients are computed chunk by chunk in the forward, so that logits live for one chunk only.
+
+    Keeping `(positions, hidden)` of gradient costs V/d times less than keeping logits, and the head runs once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        guesses: tuple[Guess, ...],
+        goal: Tensor | TopProbs,
+        head: Head,
+        precision: torch.dtype,
+        labels: HardLabels | None,
+        token_loss: TokenLoss,
+        chunk_size: int,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = any(ctx.needs_input_grad)
+        device, positions = guesses[0].p.device, len(guesses[0].p)
+        exact = torch.promote_types(guesses[0].p.dtype, torch.float32)
+        totals = torch.zeros(len(guesses), dtype=exact, device=device)
+        agreed = torch.zeros(len(guesses), dtype=torch.long, device=device)
+        gradients = [[torch.zeros_like(leaf) for leaf in _leaves(guess)] if wanted else [] for guess in guesses]
+        for start in range(0, positions, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            best, law = _target_says(goal, chunk, head, exact, labels)
+            for k, guess in enumerate(guesses):
+                counted = None if guess.counted is None else guess.counted[chunk]
+                p, *own = _leaves(guess)
+                leaf = p[chunk].detach().requires_grad_(wanted)
+                with torch.set_grad_enabled(wanted):
+                    logits = _logits(leaf, precision, head, guess)
+                equal = _is_best(logits.detach(), best)
+                agreed[k] += (equal if counted is None else equal & counted).sum()
+                loss, slope = _loss(logits.detach(), law, labels, token_loss, chunk, counted, exact, wanted)
+                totals[k] += loss
+                if slope is None:
+                    continue
+                for_p, *for_own = torch.autograd.grad(logits, (leaf, *own), slope.to(logits.dtype))
+                gradients[k][0][chunk] = for_p
+                for sum_of, more in zip(gradients[k][1:], for_own, strict=True):
+                    sum_of += more
+                del logits, slope  # before the next guess has its own
+            del law  # before the next chunk has its own
+        ctx.counts = [len(of_one) for of_one in gradients]
+        ctx.save_for_backward(*(gradient for of_one in gradients for gradient in of_one))
+        ctx.mark_non_differentiable(agreed)
+        return totals, agreed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, totals: Tensor, agreed: Tensor) -> tuple[Tensor | None, ...]:
+        factors = [total for total, count in zip(totals, ctx.counts, strict=True) for _ in range(count)]
+        pairs = zip(ctx.saved_tensors, factors, strict=True)
+        scaled = (gradient * factor.to(gradient.dtype) for gradient, factor in pairs)
+        return (None, None, None, None, None, None, None, *scaled)
+
+
+def _target_says(
+    goal: Tensor | TopProbs, chunk: slice, head: Head, exact: torch.dtype, labels: HardLabels | None
+) -> tuple[Tensor, Tensor | TopProbs]:
+    """`(positions,)` its best tokens and its distribution: its most probable tokens where these are given, else
+    `(positions, vocab)`, which is empty where only tokens are asked."""
+    if isinstance(goal, TopProbs):
+        return goal.ids[chunk, 0], TopProbs(goal.ids[chunk], goal.probs[chunk].to(exact))
+    with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
+        logits = head(goal[chunk])
+        best = logits.argmax(dim=-1)
+        only_tokens = labels is not None and labels.weight == 1
+        return best, logits.new_empty(0) if only_tokens else logits.softmax(dim=-1, dtype=exact)
+
+
+def _is_best(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Whether no logit is above this token's, -1 for a token that has none; many times as fast as an argmax in bf16."""
+    own = logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+    return (own == logits.amax(dim=-1)) & (tokens >= 0)
+
+
+def _logits(p: Tensor, precision: torch.dtype, head: Head, guess: Guess) -> Tensor:
+    if guess.own_head is not None:
+        return (guess.through or guess.own_head)(p)
+    with torch.autocast(p.device.type, enabled=False):
+        return head(p.to(precision))
+
+
+@torch.no_grad()
+def _loss(
+    logits: Tensor,
+    law: Tensor | TopProbs,
+    labels: HardLabels | None,
+    token_loss: TokenLoss,
+    chunk: slice,
+    counted: Tensor | None,
+    exact: torch.dtype,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Its sum over the positions, and its gradient in the logits where wanted: the guess's law less the goal's.
+
+    By hand, because this is where training's memory goes: beside logits and law one tensor of their size is made.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        if token_loss.kind != "soft":
+            losses, slope = losses_and_slope(token_loss, logits, _spread(law, logits), wanted)
+            if counted is not None:
+                losses = losses.masked_fill_(~counted, 0.0)
+                slope = None if slope is None else slope.masked_fill_(~counted[:, None], 0.0)
+            return losses.sum(), slope
+        log_guess = logits.log_softmax(dim=-1, dtype=exact)
+        weight = 0.0 if labels is None else labels.weight
+        losses = log_guess.new_zeros(len(log_guess))
+        if labels is not None:
+            tokens = labels.tokens[chunk, None]
+            losses -= weight * log_guess.gather(1, tokens)[:, 0]
+        if isinstance(law, TopProbs):
+            losses -= (1 - weight) * (law.probs * log_guess.gather(1, law.ids.clamp(min=0))).sum(dim=-1)
+        elif weight != 1:
+            blocks = zip(law.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
+            losses -= (1 - weight) * torch.cat([(p * log_q).sum(dim=-1) for p, log_q in blocks])
+        if counted is not None:
+            losses = losses.masked_fill_(~counted, 0.0)
+        if not wanted:
+            return losses.sum(), None
+        slope = log_guess.exp_()
+        if isinstance(law, TopProbs):
+            # What the teacher's tokens leave out carries no loss, so a row weighs what they have together.
+            slope.mul_((1 - weight) * law.probs.sum(dim=-1, keepdim=True) + weight)
+            slope.scatter_add_(1, law.ids.clamp(min=0), (weight - 1) * law.probs)
+        elif weight != 1:
+            slope.sub_(law, alpha=1 - weight)
+        if labels is not None:
+            slope.scatter_add_(1, tokens, slope.new_full(tokens.shape, -weight))
+        if counted is not None:
+            slope.masked_fill_(~counted[:, None], 0.0)
+        return losses.sum(), slope
+
+
+def _spread(law: Tensor | TopProbs, logits: Tensor) -> Tensor:
+    """`(positions, vocab)` of the most probable tokens, 0 elsewhere; a whole distribution as it is."""
+    if not isinstance(law, TopProbs):
+        return law
+    return law.probs.new_zeros(logits.shape).scatter_add_(1, law.ids.clamp(min=0), law.probs)

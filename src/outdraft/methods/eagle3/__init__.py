@@ -1,0 +1,1 @@
+"""EAGLE-3: a one-layer drafter on the states of three layers."""

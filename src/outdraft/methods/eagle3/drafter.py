@@ -1,0 +1,117 @@
+"""Drafting with an `Eagle3Head`: its forward, arranged for the few nodes of a draft level, and its binding to a target.
+
+Rounds, trees, caches and recordings are those of `feature_drafting.py`. Row t pairs the embedding of x_{t+1} with g_t
+at rotary position t; the residual is g, so that what the layer gives can stand in for it. Knows no folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.layer_step import LayerStep, turning
+from outdraft.methods.fspad.network import DraftOutput
+from outdraft.target.cache import SlotCache
+
+MOST_POSITIONS = 2**17
+"""Positions up to which there are rotary tables, where the target's context is longer. Published configs name less than
+the drafters are used for."""
+
+
+class Eagle3Step(LayerStep):
+    """An `Eagle3Head` for drafting.
+
+    Args:
+        head: the trained network, on any backend; its weights are read once and stay as they are.
+        embed: token ids to what the head was trained to read of them.
+        context_length: of the target.
+    """
+
+    def __init__(self, head: Eagle3Head, embed: Callable[[Tensor], Tensor], context_length: int):
+        config = head.config
+        frequencies, scale = rotary_frequencies(config)
+        positions = max(config.max_position_embeddings, min(context_length, MOST_POSITIONS))
+        super().__init__(head, frequencies, positions, scale, beside=head.lm_head)
+        self._config, self._embed = config, embed
+        self._fc = self._linear(head.fc)
+        self._tap_norms = [self._norm(norm) for norm in head.fc_norm or ()]  # type: ignore[arg-type]
+        self._taps_norm = None if head.input_norm is None else self._norm(head.input_norm)
+        self._embedding_norm, self._state_norm = self._norm(head.input_layernorm), self._norm(head.hidden_norm)
+        self._layer_norm, self._final_norm = self._norm(head.post_attention_layernorm), self._norm(head.norm)
+
+    def __call__(
+        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
+    ) -> DraftOutput:
+        """As `LayerStep.__call__`; the target's feature, which comes before the taps, is not read."""
+        rows, nodes = tokens.shape
+        g = self._state(features.flatten(0, 1))
+        state = self._state_norm(g)
+        embeddings = self._embedding_norm(self._embed(tokens.flatten()).to(self.dtype))
+        read = self._attend(torch.cat([embeddings, state], dim=-1), rows, nodes, angles, mask, cache)
+        a = self._o.plus(read, state if self._config.norm_before_residual else g)
+        u = self._layer_norm(a)
+        out = self._down.plus(self._up.times(u, self._gate.silu(u)), a)
+        normed = self._final_norm(out).view(rows, nodes, -1)
+        return DraftOutput(normed, normed if self._config.norm_output else out.view(rows, nodes, -1))
+
+    def _state(self, features: Tensor) -> Tensor:
+        """g of `(nodes, tap width)` the target's feature and taps; what was fed back is g already."""
+        features, width = features.to(self.dtype), self._config.target_hidden_size
+        if features.shape[1] != (1 + self._config.num_taps) * width:
+            return features
+        taps = features[:, width:]
+        if self._tap_norms:
+            parts = zip(self._tap_norms, taps.split(width, dim=-1), strict=True)
+            taps = torch.cat([norm(part) for norm, part in parts], dim=-1)
+        return self._fc(taps if self._taps_norm is None else self._taps_norm(taps))
+
+
+class Eagle3Drafter(FeatureDrafter):
+    """A trained `Eagle3Head` bound to its target's layers and embedding.
+
+    Args:
+        head: the network, on the target's device and in its precision.
+        target: the model it was trained for.
+
+    Raises:
+        UserError: the shapes say that it is another model's drafter, or the target has no such layers.
+    """
+
+    head: Eagle3Head
+
+    def arranged(self) -> Eagle3Step:
+        return Eagle3Step(self.head, self.embed, self.target.context_length)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the checkpoint's own table or the target's: bare ones, as trainers of EAGLE-3 read them, also where
+        the target's embedding scales them."""
+        table = self.head.embed_tokens or self.target.model.get_input_embeddings()
+        return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
+
+
+def rotary_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
+    """`(head_dim / 2,)` angles by which a position turns, and the factor of cosines and sines.
+
+    Raises:
+        KeyError: no such kind of rotary positions, or one that lacks a number.
+    """
+    rope = config.rope
+    if rope["rope_type"] == "default":
+        return turning(config.head_dim, rope["rope_theta"]), 1.0
+    longest = rope["factor"] * rope.get("original_max_position_embeddings", 0)
+    shape = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=max(config.max_position_embeddings, int(longest)),
+        rope_parameters=dict(rope),
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](shape, torch.device("cpu"))
+    return frequencies.double(), scale

@@ -1,0 +1,1 @@
+"""EESD: the target's own first layers and a trained exit layer."""

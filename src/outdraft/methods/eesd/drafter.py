@@ -1,0 +1,229 @@
+"""Decoding with EESD (arXiv 2406.03853): the target's own first layers and a trained exit layer draft.
+
+A candidate runs through the first layers once, in the target's own cache; verification takes that over (`CutRun`). The
+exit layer keeps a cache of its own, one entry for every decided token. Its slots are those of the target's cache, so
+that both parts run in one forward over one mask (`Shortcut`); what it has computed for accepted candidates stays. It
+does not know how candidates are chosen (`growth.py`) nor how the target is cut (`layers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.expand import RunAhead, grow
+from outdraft.drafting.intake import take_in
+from outdraft.methods.eesd.network import ExitLayer
+from outdraft.target.backends import count_parameters
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import CutRun, TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Cut, Shortcut
+
+
+class EarlyExit(Drafter):
+    """A trained `ExitLayer` on its target's first layers.
+
+    Args:
+        exit_layer: the network, on the target's device and in its precision.
+        target: the model it was trained for.
+
+    Raises:
+        UserError: the target has no such layer.
+    """
+
+    method = "eesd"
+
+    def __init__(self, exit_layer: ExitLayer, target: Target):
+        self.exit_layer, self.target = exit_layer, target
+        self.cut = Cut(target.model, exit_layer.config.exit_layer)
+        self.exit = exit_layer.bind(target)
+        self.shortcut = Shortcut(target.model, exit_layer.config.exit_layer, exit_layer.layer)
+
+    def start(self, target: Target, cache: SlotCache) -> CutRun:
+        return CutRun(target, self.cut, cache)
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> EarlyExitState:
+        assert isinstance(run, CutRun)  # `start` made it
+        return EarlyExitState(self, run)
+
+    def slots(self, shape: TreeShape) -> int:
+        """The root, what may be expanded of every level, and at most the whole tree for what was not."""
+        return 1 + shape.depth * shape.top_k + shape.size
+
+    @property
+    def num_parameters(self) -> int:
+        return count_parameters(self.exit_layer)
+
+
+class EarlyExitState(DraftState):
+    """The exit layer's cache: all decided tokens up to the last tree's root, then what was expanded of that tree."""
+
+    def __init__(self, drafter: EarlyExit, run: CutRun):
+        self.drafter, self.run = drafter, run
+        self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity, drafter.target.pool)
+        self.last_position = drafter.target.context_length - 1
+        # Of every row's next update, taps that the exit layer has read already: its last root's.
+        self.taken = [0] * run.cache.rows
+        self._both = _BothCaches(run.cache, self.cache, drafter.cut.layers)
+        self._at_once = type(run) is CutRun  # another run may have first layers of its own, as exact mode's
+        self._expanded: list[tuple[Tensor, Tensor]] = []  # tokens and parents of the last tree's levels below the root
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        found = self._keep_accepted(update)
+        seen = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
+        left = [count - known for count, known in zip(update.counts, seen, strict=True)]
+        roots = update.roots[:, None]
+        lower, none = RunAhead(self.run.cache, self.last_position), torch.zeros_like(roots)
+        if self._at_once and not any(left):
+            newest = self._features(roots, none, lower)[:, 0]
+            self.cache.commit([range(1)] * len(left))
+        else:
+            hidden = self.run.ahead(roots, none, *lower.place(roots, none))
+            newest = self._take_in(update.taps, seen, left, hidden)
+        self.taken = [1] * len(left)
+        upper = RunAhead(self.cache, self.last_position)
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            self._expanded.append((tokens, parents))
+            if self._at_once:
+                return self.drafter.exit.head(self._features(tokens, parents, lower))
+            level = self.run.ahead(tokens, parents, *lower.place(tokens, parents))
+            return self.drafter.exit.head(self._exit(level, *upper.place(tokens, parents)))
+
+        return grow(update.roots, self.drafter.exit.head(newest), step, shape, rows)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.cache.select_rows(rows)
+        self.taken = [self.taken[row] for row in rows]
+        self._expanded = [(tokens[list(rows)], parents[list(rows)]) for tokens, parents in self._expanded]
+
+    def join(self, other: EarlyExitState) -> None:
+        for state in (self, other):  # what was computed for candidates is computed again where they were accepted
+            state.cache.rollback()
+            state._expanded = []
+        self.cache.join(other.cache)
+        self.taken += other.taken
+
+    def _keep_accepted(self, update: Update) -> list[int]:
+        """Commit what the exit layer has computed for candidates that were accepted; of every row, how many it had."""
+        levels = [torch.stack(level).tolist() for level in self._expanded]
+        self._expanded = []
+        paths = []
+        for row, (tokens, count) in enumerate(zip(update.tokens.tolist(), update.counts, strict=True)):
+            path, above, first = list[int](), 0, 0
+            for token, (level_tokens, level_parents) in zip(tokens[: count - 1], levels, strict=False):
+                nodes = zip(level_tokens[row], level_parents[row], strict=True)
+                above = next((place for place, node in enumerate(nodes) if node == (token, above)), -1)
+                if above < 0:
+                    break
+                path.append(first + above)
+                first += len(level_tokens[row])
+            paths.append(path)
+        self.cache.commit(paths)
+        return [len(path) for path in paths]
+
+    def _features(self, tokens: Tensor, parents: Tensor, lower: RunAhead) -> Tensor:
+        """Run a level through the first layers and the exit layer at once; `(rows, nodes, hidden)` after the norm."""
+        inputs = self.drafter.target.inputs(*lower.place(tokens, parents), self.run.cache)
+        self.cache.reserve(tokens.shape[1], tokens.device)
+        hidden, features = self.drafter.shortcut(input_ids=tokens, **{**inputs, "past_key_values": self._both})
+        self.run.passed(tokens, parents, hidden)
+        return features
+
+    def _take_in(self, taps: Tensor, starts: Sequence[int], counts: Sequence[int], hidden: Tensor) -> Tensor:
+        """Run the exit layer over decided tokens that it has not seen, and the root; `(rows, hidden)` after that.
+
+        Args:
+            taps: `(rows, m, hidden)` of the update.
+            starts: of every row, the first that is new.
+            counts: how many are.
+            hidden: `(rows, 1, hidden)` the root's.
+        """
+        device, longest = taps.device, max(counts)
+        index = torch.tensor(starts, device=device)[:, None] + torch.arange(longest + 1, device=device)
+        index = index.clamp_(max=taps.shape[1] - 1)[..., None]
+        new = taps.gather(1, index.expand(-1, -1, taps.shape[-1]))
+        new[range(len(counts)), counts] = hidden[:, 0]
+
+        def forward(piece: slice, positions: Tensor, seen: Tensor, slots: Tensor) -> tuple[Tensor]:
+            return (self._exit(new[:, piece], positions, seen, slots),)
+
+        (newest,) = take_in(self.cache, [count + 1 for count in counts], self.last_position, device, forward)
+        return newest
+
+    def _exit(self, hidden: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
+        inputs = self.drafter.target.inputs(positions, seen, slots, self.cache)
+        return self.drafter.exit.features(hidden, **inputs)
+
+
+class _BothCaches(Cache):
+    """In one forward, the target's cache for its first layers and the exit layer's own for what comes after them.
+
+    Both have the same slots: the target's holds the root among its pending tokens, the other among its committed ones.
+    """
+
+    def __init__(self, first: SlotCache, own: SlotCache, layers: int):
+        super().__init__(layers=[])
+        self.first, self.own, self.cut = first, own, layers
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of every row of the target's, by which compiled forwards know that it is no prompt."""
+        return self.first.lengths
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        cache = self.first if layer_idx < self.cut else self.own
+        return cache.update(key_states, value_states, layer_idx)
+
+    def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        cache = self.first if layer_idx < self.cut else self.own
+        return cache.whole(key_states, value_states, layer_idx)
+
+    @property
+    def room(self) -> int:
+        return min(self.first.room, self.own.room)
+
+    @property
+    def capacity(self) -> int:
+        return min(self.first.capacity, self.own.capacity)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (*self.first.addresses, *self.own.addresses)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.first.get_seq_length()
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.first.get_query_offset()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.first.get_mask_sizes(query_length)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.first.rows
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

@@ -1,0 +1,281 @@
+"""After which layer to exit: agreement of a light probe at every layer against what a draft token costs there.
+
+The probe is the target's own last layer on the layer's hidden state, moved by a linear map to where the last layer
+expects its input; the map is a ridge regression that shrinks towards no change. Nothing is trained by gradients, the
+target stays as it is. A trained exit layer agrees more often than the probe does, so the expected speed-up is on the
+low side; it serves to compare layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from outdraft.data.tokenization import Example, ExampleSet
+from outdraft.losses.features import pad, target_features
+from outdraft.losses.target_like import TargetLike
+from outdraft.target.views import Cut, ExitView, layers_of
+
+LONGEST_CHAIN = 12
+"""Lengths of chains that are compared."""
+
+FEWEST_TOKENS, MOST_TOKENS = 6144, 12288
+"""Tokens of the data that are looked at: six times the hidden size within these."""
+
+RIDGE = 0.1
+"""Pull of the regression towards no change, relative to the spread of as many tokens as there are widths."""
+
+BATCH, REPEATS = 8, 9
+
+
+@dataclass
+class ExitCandidate:
+    """One layer to exit after."""
+
+    layer: int
+    as_it_is: float
+    """Share of response tokens where the target's last layer on the untouched state says what the target says."""
+    agreement: float
+    """The same share with the probe."""
+    cost: float
+    """A draft token against a whole pass of the target over one token."""
+    chain: int
+    """Draft tokens a round that serve best at this agreement and cost."""
+    speedup: float
+    """Tokens a pass's time with such chains, acceptance taken as geometric."""
+
+
+@dataclass
+class ExitChoice:
+    """The layer that was chosen, and from what."""
+
+    layer: int
+    candidates: list[ExitCandidate]
+    response_tokens: int
+    """On which agreement was measured."""
+    seconds: float
+    """What the comparison took."""
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> ExitChoice:
+        """From what `asdict` made of it."""
+        return cls(**{**record, "candidates": [ExitCandidate(**candidate) for candidate in record["candidates"]]})
+
+    @property
+    def reason(self) -> str:
+        """In one line."""
+        best = next(candidate for candidate in self.candidates if candidate.layer == self.layer)
+        return (
+            f"exit after layer {best.layer}: a probe agrees on {best.agreement:.0%} of the tokens there at "
+            f"{best.cost:.2f} of a pass a draft token, {best.speedup:.2f}x with chains of {best.chain}"
+        )
+
+    def show(self, console: Console) -> None:
+        """Print the comparison and the reason."""
+        table = Table(title=f"where to exit (measured on {self.response_tokens:,} response tokens)")
+        for name in ("layer", "as it is", "probe agrees", "draft cost", "best chain", "speed-up"):
+            table.add_column(name, justify="right")
+        for c in self.candidates:
+            cells = (f"{c.layer}", f"{c.as_it_is:.3f}", f"{c.agreement:.3f}", f"{c.cost:.3f}", f"{c.chain}")
+            table.add_row(*cells, f"{c.speedup:.2f}", style="bold" if c.layer == self.layer else None)
+        console.print(table)
+        console.print(self.reason, highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def choose_exit(target: TargetLike, examples: ExampleSet) -> ExitChoice:
+    """Compare the layers of the lower half on some of the data and take the one of the largest expected speed-up."""
+    began = time.perf_counter()
+    layers = candidate_layers(len(layers_of(target.model)))
+    chosen = _sample(examples, min(max(FEWEST_TOKENS, 6 * target.hidden_size), MOST_TOKENS))
+    judged = chosen[::4]
+    fitted = [example for i, example in enumerate(chosen) if i % 4] or judged
+    costs = Costs.measured(target, layers)
+    agreements = _agreements(target, layers, fitted, judged)
+    candidates = [
+        ExitCandidate(layer, as_it_is, agreement, costs.draft(layer), *costs.best_chain(layer, agreement))
+        for layer, (as_it_is, agreement) in zip(layers, agreements, strict=True)
+    ]
+    best = max(candidates, key=lambda candidate: candidate.speedup)
+    tokens = sum(int(example.loss_mask[1:].sum()) for example in judged)
+    return ExitChoice(best.layer, candidates, tokens, time.perf_counter() - began)
+
+
+def candidate_layers(count: int) -> list[int]:
+    """Of a target of so many layers: the lower half, the deeper the sparser, but one at least."""
+    half = max(1, count // 2)
+    return [n for n in range(1, half + 1) if n <= 6 or n % (2 if n <= 12 else 4 if n <= 24 else 8) == 0]
+
+
+# --- what a draft token costs ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Costs:
+    """Times relative to a pass of the target over one token."""
+
+    layers: int
+    """Of the target."""
+    first: float
+    """A draft token with one layer below the exit layer."""
+    each: float
+    """Every further layer."""
+    token: float
+    """Every further token in a pass of the whole target."""
+
+    @classmethod
+    def measured(cls, target: TargetLike, layers: Sequence[int]) -> Costs:
+        """On this machine, at the shallowest and the deepest of the layers."""
+        count = len(layers_of(target.model))
+        view = ExitView(target.model, layers_of(target.model)[-1])
+        one, many = (torch.ones(1, tokens, dtype=torch.long, device=target.device) for tokens in (1, LONGEST_CHAIN + 1))
+
+        def draft(layer: int) -> Callable[[], object]:
+            cut = Cut(target.model, layer)
+            return lambda: target.head(view(cut.lower(input_ids=one, use_cache=False), use_cache=False))
+
+        whole, wide, shallow, deep = _seconds(
+            [
+                lambda: target.head(target.features(one)),
+                lambda: target.head(target.features(many)),
+                draft(layers[0]),
+                draft(layers[-1]),
+            ],
+            target.device,
+        )
+        steps = layers[-1] - layers[0]
+        each = max(0.0, (deep - shallow) / steps / whole) if steps else 1 / count
+        first = shallow / whole - each * (layers[0] - 1)
+        return cls(count, first, each, max(0.0, (wide / whole - 1) / LONGEST_CHAIN))
+
+    def draft(self, layer: int) -> float:
+        """A draft token: so many layers, the exit layer, the head."""
+        return self.first + (layer - 1) * self.each
+
+    def speedup(self, layer: int, agreement: float, chain: int) -> float:
+        """Emitted tokens a round by its time; verification finds the lower layers done for all but the last token."""
+        emitted = sum(agreement**n for n in range(chain + 1))
+        upper = (1 + chain * self.token) * (1 - layer / self.layers)
+        return emitted / (chain * self.draft(layer) + layer * self.each + upper)
+
+    def best_chain(self, layer: int, agreement: float) -> tuple[int, float]:
+        """Its length and its speed-up."""
+        found = [(self.speedup(layer, agreement, chain), chain) for chain in range(1, LONGEST_CHAIN + 1)]
+        speedup, chain = max(found)
+        return chain, speedup
+
+
+def _seconds(works: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Median time of each, taken in turns so that what else the machine does falls on all alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for repeat in range(REPEATS + 2):
+        for work, found in zip(works, times, strict=True):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= 2:  # the first pay for allocation
+                found.append(time.perf_counter() - began)
+    return [statistics.median(found) for found in times]
+
+
+# --- how often a probe agrees ------------------------------------------------------------------------------------
+
+
+def _sample(examples: ExampleSet, tokens: int) -> list[Example]:
+    """Evenly spaced examples of about so many tokens, two at least where there are two."""
+    mean = examples.tokens / len(examples)
+    count = min(len(examples), max(2, round(tokens / mean)))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _agreements(
+    target: TargetLike, layers: Sequence[int], fitted: Sequence[Example], judged: Sequence[Example]
+) -> list[tuple[float, float]]:
+    """For every layer the share of agreeing argmaxes with the state as it is, and with the fitted map before."""
+    last = len(layers_of(target.model)) - 1
+    states, _ = _tapped(target, [*layers, last], fitted)
+    goal = torch.cat(states.pop()).float()
+    maps = [_Map.fit(torch.cat(states.pop(0)).float(), goal) for _ in layers]
+    states, features = _tapped(target, layers, judged)
+    masks = [example.loss_mask[1:].bool() for example in judged]
+    wanted = torch.cat([_argmax(target, f[:-1][mask]) for f, mask in zip(features, masks, strict=True)])
+    view = ExitView(target.model, layers_of(target.model)[-1])
+
+    def agreement(rows: Sequence[Tensor]) -> float:
+        said = []
+        for row, mask in zip(rows, masks, strict=True):
+            out = view(row[None].to(target.device, target.dtype), use_cache=False)[0]
+            said.append(_argmax(target, out[:-1][mask]))
+        return (torch.cat(said) == wanted).float().mean().item()
+
+    return [
+        (agreement(rows), agreement([fit(row.float()) for row in rows])) for rows, fit in zip(states, maps, strict=True)
+    ]
+
+
+def _argmax(target: TargetLike, features: Tensor) -> Tensor:
+    return target.head(features).argmax(dim=-1)
+
+
+def _tapped(
+    target: TargetLike, layers: Sequence[int], examples: Sequence[Example]
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """One pass of the target: per layer and example `(tokens, hidden)` after so many layers; and the features."""
+    modules, taps = layers_of(target.model), [list[Tensor]() for _ in layers]
+    features: list[Tensor] = []
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        lengths = torch.tensor([len(example) for example in batch], device=target.device)
+
+        hooks = [
+            modules[n - 1].register_forward_hook(partial(_note, rows, lengths.tolist()))
+            for n, rows in zip(layers, taps, strict=True)
+        ]
+        try:
+            ids = pad([example.input_ids.long() for example in batch]).to(target.device)
+            found = target_features(target, ids, lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features.extend(row[:length] for row, length in zip(found, lengths.tolist(), strict=True))
+    return taps, features
+
+
+def _note(rows: list[Tensor], lengths: list[int], module: object, inputs: object, output: Any) -> None:
+    """A hook that keeps what a layer gives, without the padding."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    rows.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
+
+
+@dataclass
+class _Map:
+    """x + (x - mean) @ weight + shift."""
+
+    mean: Tensor
+    weight: Tensor
+    shift: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, goal: Tensor) -> _Map:
+        """`(tokens, hidden)` each: what moves x to the goal, shrunk the more the fewer tokens there are."""
+        mean, change = x.mean(dim=0), goal - x
+        shift = change.mean(dim=0)
+        spread = x.std(dim=0).clamp_min(1e-6)  # a few channels of some families are hundreds of times the others
+        scaled = (x - mean) / spread
+        gram = scaled.T @ scaled
+        gram.diagonal().add_(RIDGE * len(x) * min(10.0, x.shape[1] / len(x)) + 1e-3)
+        weight = torch.linalg.solve(gram, scaled.T @ (change - shift))
+        return cls(mean, weight / spread[:, None], shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + (x - self.mean) @ self.weight + self.shift

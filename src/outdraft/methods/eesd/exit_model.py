@@ -1,0 +1,81 @@
+"""EESD's drafter as an ordinary model: the target's first N layers, the exit layer as the last one, an output layer.
+
+Of the target's own family, whatever that is, with N + 1 layers and an untied head: what vLLM runs as method
+`draft_model`, and `transformers` as `assistant_model`. There the first layers are copies with a KV cache of their own;
+only outdraft itself shares them with the target. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from outdraft.errors import UserError, first_line
+from outdraft.methods.eesd.network import ExitLayer
+from outdraft.target.views import layers_of
+
+
+def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel:
+    """The drafter as a model of its own, whose weights are those of both (`save_pretrained` copies them).
+
+    Args:
+        exit_layer: the trained layer, in the model's precision.
+        model: its target.
+
+    Raises:
+        UserError: the family cannot be built with fewer layers.
+    """
+    count = exit_layer.config.exit_layer
+    config = _shorter(model.config, count)
+    try:
+        with torch.device("meta"):
+            small = type(model)(config)
+    except Exception as error:  # a model's own code may do anything
+        raise UserError(
+            f"{type(model).__name__} cannot be built with {count + 1} layers ({first_line(error)}); "
+            "serve this drafter with `outdraft serve`"
+        ) from error
+    small.load_state_dict(_weights(exit_layer, model, small), assign=True)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval()
+
+
+def _shorter(config: Any, count: int) -> Any:
+    """The config for the first `count` layers and one more, which is like the last."""
+    text = config.get_text_config()
+    if text is not config:
+        raise UserError(
+            "the target is part of a larger model (images, sound), which cannot be cut; export nothing of it"
+        )
+    total, values = config.num_hidden_layers, config.to_dict()
+    for name, value in values.items():  # whatever says one thing for every layer
+        if isinstance(value, list) and len(value) == total:
+            values[name] = [*value[:count], value[-1]]
+    layers = next(name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values)
+    return type(config).from_dict({**values, layers: count + 1, "tie_word_embeddings": False})
+
+
+def _weights(exit_layer: ExitLayer, model: PreTrainedModel, small: PreTrainedModel) -> dict[str, Tensor]:
+    """Of the small model: layers by their place, the exit layer last, everything else from the target by name."""
+    modules = [*layers_of(model)[: exit_layer.config.exit_layer], exit_layer.layer]
+    prefix = next(name for name, module in small.named_modules() if module is layers_of(small))
+    inside = {
+        f"{prefix}.{place}.{name}": weight
+        for place, module in enumerate(modules)
+        for name, weight in module.state_dict().items()
+    }
+    output: Any = small.get_output_embeddings()
+    at = next(name for name, module in small.named_modules() if module is output)
+    source: Any = exit_layer.head if exit_layer.head is not None else model.get_output_embeddings()
+    outside = {
+        **{name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{prefix}.")},
+        **{f"{at}.{name}": weight for name, weight in source.state_dict().items()},
+    }
+    found = {name: weight.detach().clone() for name, weight in {**outside, **inside}.items()}
+    if missing := sorted(set(small.state_dict()) - set(found)):
+        raise UserError(f"the target lacks {missing[0]}, so its first layers are no model; serve with `outdraft serve`")
+    return {name: found[name] for name in small.state_dict()}

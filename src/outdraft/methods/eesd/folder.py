@@ -1,0 +1,96 @@
+"""The folder of an exit layer, read back: without its target for what it says, with it as the layer itself.
+
+Knows what the target must have in common with the one it was trained for; written is the folder by `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from outdraft.drafting.folder import CONFIG, find_folder, read_config, read_weights, some
+from outdraft.drafting.own_layout import fitting, is_own, read_settings, section, warn_of_unknown
+from outdraft.errors import UserError
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
+
+TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+"""What an exit layer's target must have in common with the one it was trained for."""
+
+
+@dataclass
+class ExitFolder:
+    """What the folder of an exit layer says, before its target is there."""
+
+    config: ExitLayerConfig
+    tensors: dict[str, Tensor]
+    file: str
+    """Where the tensors were read, for messages."""
+    target: dict[str, Any]
+    training: dict[str, Any]
+
+
+def target_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a drafter's folder says of its target beside its name."""
+    config = model.config.get_text_config()
+    return {name: getattr(config, name) for name in TARGET_FACTS}
+
+
+def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:
+    """Settings and tensors of an exit layer, without its target.
+
+    Raises:
+        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+    """
+    folder = find_folder(folder_or_hub_id, revision)
+    config = read_config(folder)
+    if not is_own(config) or config["method"] != ExitLayer.method:
+        raise UserError(f"'{folder}' holds no exit layer; choose a folder that `outdraft train --method eesd` made")
+    settings = read_settings(ExitLayerConfig, config, folder)
+    file, tensors = read_weights(folder)
+    target = section(config, "target")
+    if missing := [name for name in TARGET_FACTS if name not in target]:
+        raise UserError(f"'{folder / CONFIG}' says nothing of its target's {some(missing)}; copy or train it again")
+    return ExitFolder(settings, tensors, file, target, section(config, "training"))
+
+
+def load_exit_layer(
+    folder_or_hub_id: str | Path,
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> ExitLayer:
+    """An exit layer from our own folder, here or on the Hugging Face Hub.
+
+    Args:
+        folder_or_hub_id: a folder, else a hub id.
+        model: the target it was trained for, whose family its layer is of.
+        dtype: precision of the weights; as stored when None.
+        device: where they go; the model's when None.
+        revision: of a hub repository.
+
+    Raises:
+        UserError: nothing there, a damaged drafter, or one of another target, with the fix.
+    """
+    found = read_exit_folder(folder_or_hub_id, revision)
+    for name, value in target_facts(model).items():
+        if found.target[name] != value:
+            raise UserError(
+                f"the drafter was trained for a target with {name} {found.target[name]}, this one has {value}; "
+                "choose its own drafter or train one (outdraft train)"
+            )
+    exit_layer = empty(model, found.config)
+    wanted = exit_layer.state_dict()
+    weights = fitting(
+        found.tensors, wanted, found.file, "this target", "choose its own drafter or train one (outdraft train)"
+    )
+    exit_layer.load_state_dict(weights, assign=True)
+    warn_of_unknown([name for name in found.tensors if name not in wanted], found.file)
+    place: Any = model.get_input_embeddings().weight.device if device is None else device
+    return exit_layer.to(device=place, dtype=dtype or next(iter(weights.values())).dtype)

@@ -1,0 +1,124 @@
+"""EESD's network (arXiv 2406.03853, section 3.1): one trained layer on a hidden state of the target, then its head.
+
+The layer is of the family's own kind and begins as a copy of the target's last one. Everything else (the first layers
+below it, embedding, final norm, head unless it has its own) belongs to the target. One class trains and decodes. Knows
+nothing of caches, trees or losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from outdraft.errors import UserError, first_line
+from outdraft.target.target import Target
+from outdraft.target.views import ExitView, layers_of
+
+
+@dataclass(frozen=True)
+class ExitLayerConfig:
+    """What an exit layer is, beside the target that it belongs to."""
+
+    exit_layer: int
+    """The target's layers that run before it, at least 1."""
+    own_head: bool = False
+    """Whether it has an output layer of its own; the target's otherwise."""
+
+
+class ExitLayer(nn.Module):
+    """A layer on the hidden states after the target's first `config.exit_layer` layers.
+
+    Args:
+        config: what it is.
+        layer: a layer of the target's family.
+        head: its own output layer where the config says so.
+    """
+
+    method = "eesd"
+
+    def __init__(self, config: ExitLayerConfig, layer: nn.Module, head: nn.Module | None = None):
+        super().__init__()
+        if config.own_head != (head is not None):
+            raise ValueError("an own head is there exactly when the config says so")
+        self.config, self.layer, self.head = config, layer, head
+
+    @classmethod
+    def beginning(cls, model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
+        """Where training starts: float32 copies of the model's last layer and, if it shall have its own, of its head.
+
+        Raises:
+            UserError: no such layer to exit after, or weights that cannot be trained.
+        """
+        exit_layer = empty(model, config)
+        source = {f"layer.{name}": weight for name, weight in layers_of(model)[-1].state_dict().items()}
+        if config.own_head:
+            output: Any = model.get_output_embeddings()
+            source |= {f"head.{name}": weight for name, weight in output.state_dict().items()}
+        odd = next((name for name, weight in source.items() if not weight.is_floating_point()), None)
+        if odd is not None or source.keys() != exit_layer.state_dict().keys():
+            raise UserError("the target's last layer is quantised or packed; load it unquantised with --backend eager")
+        weights = {name: weight.detach().to(torch.float32, copy=True) for name, weight in source.items()}
+        exit_layer.load_state_dict(weights, assign=True)
+        return exit_layer.requires_grad_(True)
+
+    def bind(self, target: Target) -> BoundExit:
+        """The layer between the parts of its target that it borrows."""
+        return BoundExit(self, target)
+
+
+def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
+    """An exit layer of the model's family whose weights are still to be loaded (`load_state_dict(assign=True)`).
+
+    Raises:
+        UserError: the model has no such layer to exit after.
+    """
+    count = len(layers_of(model))
+    if not 1 <= config.exit_layer < count:
+        raise UserError(f"the exit layer must be between 1 and {count - 1} for this model, not {config.exit_layer}")
+    try:
+        with torch.device("meta"):
+            pattern = type(model)(model.config)
+    except Exception as error:  # a model's own code may do anything
+        raise UserError(
+            f"{type(model).__name__} cannot be built again from its config ({first_line(error)})"
+        ) from error
+    layer = layers_of(pattern)[-1]
+    _lend_buffers(layer, layers_of(model)[-1])
+    head = copy.copy(pattern.get_output_embeddings()) if config.own_head else None
+    return ExitLayer(config, layer, head).eval()
+
+
+def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
+    """Constants (masks, frequencies) that no checkpoint holds come from the model's own layer; what a backend has
+    added to that is none of them."""
+    for name, buffer in original._buffers.items():
+        if name in layer._buffers:
+            layer._buffers[name] = buffer
+    for name, child in original._modules.items():
+        if child is not None and layer._modules.get(name) is not None:
+            _lend_buffers(layer._modules[name], child)  # type: ignore[arg-type]
+
+
+class BoundExit:
+    """An exit layer with the final norm and the head that its target lends it; holds views, no weights.
+
+    Args:
+        exit_layer: the layer, on any backend.
+        target: the model it belongs to.
+    """
+
+    def __init__(self, exit_layer: ExitLayer, target: Target):
+        self._view = ExitView(target.model, exit_layer.layer)
+        self.head: Callable[[Tensor], Tensor] = (
+            target.head if exit_layer.head is None else target.head_through(exit_layer.head)
+        )
+
+    def features(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        """`(rows, tokens, hidden)` hidden states to what the head reads; other inputs as the inner model takes them."""
+        return self._view(hidden, **inputs)

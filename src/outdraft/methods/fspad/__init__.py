@@ -1,0 +1,1 @@
+"""FSPAD and EAGLE: a one-layer drafter on the target's features."""

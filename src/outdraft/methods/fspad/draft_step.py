@@ -1,0 +1,118 @@
+"""The forward of a trained `FeatureHead`, arranged for the few nodes of a draft level.
+
+The same equations as `FeatureHead.forward` and the same weights; what differs is how many kernels a step takes and
+what they read. Drafting is not bound by arithmetic: a level of three nodes through a small head is some forty launches
+of a few microseconds each. So what depends on the token alone (its half of the fusion with the bias, and FSPAD's gate)
+is looked up in a table over the vocabulary, where that takes no more than `TABLE_BYTES`; the rest of the arrangement
+is `layer_step.py`'s.
+
+Knows nothing of trees, of how candidates are chosen, or of where weights come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from outdraft.methods.fspad.layer_step import LayerStep, Linear, PackedProduct, turning
+from outdraft.methods.fspad.network import DraftOutput, FeatureHead
+from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.packed import plain_linear
+from outdraft.target.cache import SlotCache
+
+TABLE_BYTES = 64 * 2**20
+"""Most memory that the table of what depends on the token alone may take."""
+
+TABLE_CHUNK = 4096
+"""Tokens of the table that are computed at once."""
+
+
+class DraftStep(LayerStep):
+    """A `FeatureHead` for drafting only.
+
+    Args:
+        head: the trained network, on any backend; its weights are read once and stay as they are.
+        embed: token ids to what the head was trained to read of them.
+        vocab_size: token ids there are.
+    """
+
+    def __init__(self, head: FeatureHead, embed: Callable[[Tensor], Tensor], vocab_size: int):
+        config, fusion = head.config, head.fusion
+        super().__init__(head, turning(config.head_dim, config.rope_theta), config.max_position_embeddings)
+        self._config, self._embed = config, embed
+        self._fc = self._linear(fusion.fc)
+        self._taps = fusion.taps
+        self._state_norm = None if fusion.state_norm is None else self._norm(fusion.state_norm)
+        self._table: Tensor | None = None
+        if fusion.feature_sampling:
+            self._fusion_norm = self._norm(fusion.norm)
+            self._fusion_gate, self._fusion_up = self._linear(fusion.gate_proj), self._linear(fusion.up_proj)
+            self._fusion_down = self._linear(fusion.down_proj)
+        self._layer_norm = self._norm(head.norm)
+        width = config.hidden_size + (config.intermediate_size if fusion.feature_sampling else 0)
+        if vocab_size * width * torch.finfo(self.dtype).bits // 8 <= TABLE_BYTES:
+            self._tabulate(*plain_linear(fusion.fc), vocab_size, width)
+
+    # --- the forward -------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
+    ) -> DraftOutput:
+        """As `FeatureHead.forward`."""
+        rows, nodes = tokens.shape
+        h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
+        a = self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h)
+        u = self._layer_norm(a)
+        inner = self._up.times(u, self._gate.silu(u))
+        if not self._config.partial_alignment:
+            out = self._down.plus(inner, a).view(rows, nodes, -1)
+            return DraftOutput(out, out)
+        both = self._down.plus(inner, torch.cat([a, a], dim=-1)).view(rows, nodes, -1)
+        return DraftOutput(*both.chunk(2, dim=-1))
+
+    def _state(self, features: Tensor) -> Tensor:
+        """What the fusion reads, as `Fusion.state`."""
+        if self._taps is not None and features.shape[1] > self._config.hidden_size:
+            feature, *outputs = features.split(self._config.hidden_size, dim=-1)
+            features = self._taps(feature, outputs)  # decided tokens only, so as it is
+        features = features.to(self.dtype)
+        return features if self._state_norm is None else self._state_norm(features)
+
+    def _fuse(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """`(e, f) -> h` of `(nodes,)` tokens and `(nodes, hidden)` features, equation 3."""
+        if self._table is not None:
+            known = F.embedding(tokens, self._table)
+            if not self._config.feature_sampling:
+                return self._fc.plus(features, known)
+            z = self._fc.plus(features, known[:, : self._config.hidden_size])
+            gate = known[:, self._config.hidden_size :]
+        else:
+            embeddings = self._embed(tokens).to(self.dtype)
+            z = self._fc(torch.cat([embeddings, features], dim=-1))
+            if not self._config.feature_sampling:
+                return z
+            gate = self._fusion_gate.silu(embeddings)
+        return self._fusion_down.plus(self._fusion_up.times(self._fusion_norm(z), gate), z)
+
+    # --- what is prepared --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _tabulate(self, weight: Tensor, bias: Tensor | None, vocab_size: int, width: int) -> None:
+        """`[W_e e + b ; SiLU(W_g e)]` of every token, after which only the features' half of W_fc is needed."""
+        d, weight = self._config.hidden_size, weight.to(self.dtype)
+        of_token = Linear(weight[:, :d], None if bias is None else bias.to(self.dtype))
+        table = torch.empty(vocab_size, width, dtype=self.dtype, device=self.device)
+        for start in range(0, vocab_size, TABLE_CHUNK):
+            ids = torch.arange(start, min(start + TABLE_CHUNK, vocab_size), device=self.device)
+            embeddings = self._embed(ids).to(self.dtype)
+            table[ids, :d] = of_token(embeddings)
+            if width > d:
+                table[ids, d:] = self._fusion_gate.silu(embeddings)
+        half = weight[:, d:].contiguous()
+        self._fc = (
+            PackedProduct(PackedLinear(half, None)) if isinstance(self._fc, PackedProduct) else Linear(half, None)
+        )
+        self._table = table

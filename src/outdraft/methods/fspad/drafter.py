@@ -1,0 +1,154 @@
+"""Decoding with a network on the target's features: what it remembers between rounds and how its tree grows.
+
+The drafter's own cache keeps one entry for each decided pair (token one ahead, target feature). Each round first takes
+in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and forgets
+that run again. It does not know the network's equations (`feature_head.py`, `eagle3.py`) nor how candidates are chosen
+(`growth.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import chosen, integers
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.expand import grow
+from outdraft.drafting.masks import Sight, causal_sight
+from outdraft.drafting.vocabulary import DraftVocabulary
+from outdraft.errors import UserError
+from outdraft.methods.fspad.draft_step import DraftStep
+from outdraft.methods.fspad.layer_step import LayerStep
+from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
+from outdraft.methods.fspad.recorded import RecordedDrafts
+from outdraft.target.backends import count_parameters
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import PREFILL_CHUNK, TappedRun, TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Tapped
+
+
+class FeatureDrafter(Drafter):
+    """A trained network bound to its target's embedding and head.
+
+    Args:
+        head: the network, on the target's device and in its precision.
+        target: the model it was trained for.
+
+    Raises:
+        UserError: the shapes say that it is another model's drafter.
+    """
+
+    def __init__(self, head: DraftNetwork, target: Target):
+        for name, own in head.fits.items():
+            others = getattr(target, name)
+            if own != others:
+                raise UserError(
+                    f"the drafter was trained for a target with {name} {own}, this one has {others}; "
+                    "choose its own drafter or train one (outdraft train)"
+                )
+        self.head, self.target, self.method = head, target, head.method
+        layers = head.layers_read(target.num_layers)
+        self.tapped = Tapped(target.model, layers) if layers else None
+        self.step = self.arranged()
+        kept = head.draft_tokens
+        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
+        self.recorded = None if target.pool is None else RecordedDrafts(self)
+
+    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+        tapped = self.tapped
+        return TargetRun(target, cache) if tapped is None else TappedRun(target, tapped, cache)
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> FeatureDraftState:
+        return FeatureDraftState(self, len(prompts), run.cache.capacity)
+
+    @property
+    def num_parameters(self) -> int:
+        return count_parameters(self.head)
+
+    def arranged(self) -> LayerStep:
+        """The network's forward as it drafts."""
+        return DraftStep(self.head, self.embed, self.target.vocab_size)  # type: ignore[arg-type]
+
+    def logits(self, p: Tensor) -> Tensor:
+        """What the head says of `(..., hidden)` p, on the tokens that may be drafted."""
+        head: Callable[[Tensor], Tensor] = self.head.lm_head or self.target.head
+        if self.vocabulary is not None:
+            head = self.vocabulary.head
+        return head(p.to(self.target.dtype))
+
+    @property
+    def grow(self) -> Callable[..., Tree]:
+        """`growth.grow`, over the tokens that may be drafted."""
+        return grow if self.vocabulary is None else self.vocabulary.grow
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The checkpoint's own embedding where it has one, else the target's."""
+        own = self.head.embed_tokens
+        return own(tokens) if own is not None else self.target.embed(tokens)
+
+
+class FeatureDraftState(DraftState):
+    """The pairs seen so far, one cache entry each."""
+
+    def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
+        self.drafter, self.network = drafter, drafter.step
+        self.cache = SlotCache(rows, 1, capacity, drafter.target.pool)
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        recorded = self.drafter.recorded
+        if recorded is not None and recorded.serves(update, shape, rows, self.cache):
+            tree = recorded(update, shape, rows, self.cache)
+            if tree is not None:
+                return tree
+        newest = self._take_in(update)
+        roots = update.roots
+        starts = list(self.cache.lengths)
+        sight = Sight(self.cache, self.network.dtype, self.network.device)
+        levels = 0
+        r = newest.r
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal r, levels
+            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
+            mask = sight.level(parents)
+            angles = self.network.angles([start + levels for start in starts], 1)
+            out = self.network(tokens, features, angles, mask, self.cache)
+            r, levels = out.r, levels + 1
+            return self.drafter.logits(out.p)
+
+        tree = self.drafter.grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
+        self.cache.rollback()
+        return tree
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.cache.select_rows(rows)
+
+    def join(self, other: FeatureDraftState) -> None:
+        self.cache.join(other.cache)
+
+    def _take_in(self, update: Update) -> DraftOutput:
+        """Run the decided pairs, with the target's true features, and keep them.
+
+        Returns:
+            `(rows, 1, hidden)` outputs at each row's last pair.
+        """
+        counts, kept = update.counts, []
+        for start in range(0, max(counts), PREFILL_CHUNK):
+            count = min(PREFILL_CHUNK, max(counts) - start)
+            angles = self.network.angles(self.cache.lengths, count)
+            self.cache.reserve(count, update.tokens.device)
+            mask = causal_sight(self.cache, count, self.network.dtype, self.network.device)
+            piece = slice(start, start + count)
+            out = self.network(update.tokens[:, piece], update.taps[:, piece], angles, mask, self.cache)
+            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
+            kept.append(out)
+        p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
+        if len(set(counts)) == 1:
+            return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
+        last = integers(counts, p.device)[:, None] - 1
+        return DraftOutput(chosen(p, last), chosen(r, last))

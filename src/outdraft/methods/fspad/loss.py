@@ -1,0 +1,220 @@
+"""FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`.
+
+Position t of a sequence reads (e_{t+1}, f_t), and its outputs stand for f_{t+1}, from which the target says x_{t+2}.
+A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. Knows the
+target's head as a function and nothing of data, optimisers or processes: sums come out, the caller divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from outdraft.losses.cross_entropy import Guess, Head, soft_cross_entropies
+from outdraft.losses.teacher import TopProbs
+from outdraft.losses.token_loss import SOFT, TokenLoss
+from outdraft.methods.fspad.network import DraftOutput, FeatureHead
+
+NOISE_WIDTH = 0.2
+NOISE_LENGTH = 512
+
+
+class LossSums(NamedTuple):
+    """Sums over the counted positions, scalars in float32; divide by `positions` for the means of the paper."""
+
+    regression: Tensor
+    """SmoothL1(r_t, f_{t+1}), each position the mean over d."""
+    token: Tensor
+    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of the two laws."""
+    agreed: Tensor
+    """Positions where head(p_t) and head(f_{t+1}) have the same argmax."""
+    positions: Tensor
+    """Counted positions; with several draft steps, those of the first, whose agreement this is."""
+
+
+class DrafterLoss(nn.Module):
+    """The drafter together with its loss: what is trained (and wrapped for several processes).
+
+    Args:
+        drafter: the only parameters here.
+        head: the target's frozen head, `(..., hidden) -> (..., vocab)`, differentiable in its input.
+        chunk_size: positions whose logits are held at once.
+        unroll_steps: draft steps that are trained; 1 is the paper's loss, more feed the drafter its own r as in
+            decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), each at the cost of one more forward.
+        unroll_decay: step k weighs this to the power of k, the weights made to sum to 1.
+        token_loss: what the drafter's distribution is held against the target's by.
+        teacher: `(positions, hidden)` features of the target -> its most probable tokens there, with ids of what `head`
+            gives; without it the whole distribution is made by `head`.
+    """
+
+    def __init__(
+        self,
+        drafter: FeatureHead,
+        head: Head,
+        chunk_size: int = 512,
+        unroll_steps: int = 1,
+        unroll_decay: float = 0.8,
+        token_loss: TokenLoss = SOFT,
+        teacher: Callable[[Tensor], TopProbs] | None = None,
+    ):
+        super().__init__()
+        self.drafter = drafter
+        self.chunk_size, self.unroll_steps, self.unroll_decay = chunk_size, unroll_steps, unroll_decay
+        self.token_loss, self._head, self._teacher = token_loss, head, teacher
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        loss_mask: Tensor,
+        noise: Tensor | None = None,
+        said: TopProbs | None = None,
+        steps: int | None = None,
+    ) -> LossSums:
+        """Sums of both losses over the counted positions of a right-padded batch.
+
+        Args:
+            embeddings: `(batch, tokens, hidden)` the target's input embeddings of x_0 .. x_{L-1}.
+            features: `(batch, tokens, tap width)` its features f_0 .. f_{L-1}, and beside them what else the drafter
+                reads of it.
+            loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
+            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
+                nor to what is read beside them.
+            said: the target's most probable tokens at the counted positions, row by row, if they are known already.
+            steps: draft steps to train; all when not given.
+        """
+        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, noise, steps or self.unroll_steps)
+        return self._compare(outputs, spoken, goal, said)
+
+    def hits(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Where each of so many draft steps guesses the target's best token; arguments as in `forward`.
+
+        Returns:
+            Both `(batch, tokens - 2, steps)`: whether it does, and where it counts.
+        """
+        outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, None, steps)
+        counted, right = spoken[0], torch.zeros(*spoken[0].shape, steps, dtype=torch.bool, device=goal.device)
+        for rows in counted.nonzero().split(self.chunk_size):
+            here = tuple(rows.T)
+            with torch.autocast(goal.device.type, enabled=False):
+                best = self._teacher(goal[here]).ids[:, 0] if self._teacher else self._head(goal[here]).argmax(-1)
+                for k, out in enumerate(outputs):
+                    right[..., k][here] = self._head(out.p[here].to(goal.dtype)).argmax(-1) == best
+        return right, torch.stack(spoken, dim=-1)
+
+    def _unrolled(
+        self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None, steps: int
+    ) -> tuple[list[DraftOutput], list[Tensor], Tensor]:
+        """What every draft step gives, where it counts, and the features that are to be hit."""
+        counted = counted_positions(loss_mask)
+        dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
+        seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
+        embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
+        places = torch.arange(goal.shape[1], device=goal.device)[None]
+        memory = Streams() if steps > 1 else None
+        out = self.drafter(embedded, seen[:, :-2], places, None, memory)
+        outputs, spoken = [out], [counted]
+        for step in range(1, steps):
+            own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
+            seen_now = unrolled_mask(own.shape[1], step, own.device)
+            out = self.drafter(embedded, own, places, seen_now, memory)
+            outputs.append(out)
+            spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
+        return outputs, spoken, goal
+
+    def _compare(
+        self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor, said: TopProbs | None
+    ) -> LossSums:
+        """Weighted sums over the draft steps, of which every one counts where `spoken` says, at most where the first
+        does; what the target says is asked once for all of them."""
+        counted = spoken[0]
+        goal = features[counted]
+        exact = torch.promote_types(outputs[0].r.dtype, torch.float32)
+        regressions, guesses = [], []
+        for out, here in zip(outputs, spoken, strict=True):
+            distance = F.smooth_l1_loss(out.r[here].to(exact), features[here].to(exact), reduction="none", beta=1.0)
+            regressions.append(distance.mean(dim=-1).sum())
+            guesses.append(Guess(out.p[counted], None if here is counted else here[counted]))
+        if said is None and self._teacher is not None:
+            pieces = [self._teacher(piece) for piece in goal.split(self.chunk_size)]
+            said = TopProbs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        tokens, agreed = soft_cross_entropies(
+            guesses,
+            goal if said is None else said,
+            self._head,
+            self.chunk_size,
+            token_loss=self.token_loss,
+            precision=goal.dtype,
+        )
+        weights = self.unroll_decay ** torch.arange(len(outputs), dtype=exact, device=goal.device)
+        weights /= weights.sum()
+        regression = (torch.stack(regressions) * weights).sum()
+        return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
+
+
+class Streams:
+    """Keys and values of the draft steps so far, with their gradients: what an attention layer takes for its cache.
+
+    A later step never changes what an earlier one has seen, so each runs once.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Add `(batch, heads, tokens, head_dim)` of a step; those of all steps, one after the other."""
+        self._keys.append(key_states)
+        self._values.append(value_states)
+        return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
+
+
+def counted_positions(loss_mask: Tensor) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
+    return loss_mask[:, 2:].bool()
+
+
+def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
+    """`(1, 1, length, (step + 1) * length)` who sees whom when a drafter is unrolled on its own features.
+
+    At draft step j, position t sees what it would see in decoding: the target's features up to t-j (the first `length`
+    keys), and on the way from there to t the ones drafted in steps 1 .. j, each at its own place.
+
+    Args:
+        length: positions.
+        step: draft steps taken before, j.
+        device: of the mask.
+    """
+    everything = torch.ones(length, length, dtype=torch.bool, device=device)
+    drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
+    blocks = torch.stack([everything.tril(-step), *drafted], dim=1)  # (queries, steps, keys)
+    return blocks.view(1, 1, length, (step + 1) * length)
+
+
+def feature_noise(
+    lengths: Sequence[int], width: int, tokens: int, seeds: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Uniform noise (U(0,1) - 0.5) * 0.2 * 512 / L of the published recipe, zero on padding.
+
+    Every row is drawn from a generator of its own, so that it depends neither on the batch it stands in nor on the
+    process that computes it, and a resumed run draws what the uninterrupted one drew.
+
+    Args:
+        lengths: the rows' true lengths L.
+        width: hidden size.
+        tokens: padded length.
+        seeds: one for every row.
+
+    Returns:
+        `(batch, tokens, hidden)` float32.
+    """
+    noise = torch.zeros(len(lengths), tokens, width, device=device)
+    for row, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        drawn = torch.rand(length, width, generator=generator, device=device)
+        noise[row, :length] = (drawn - 0.5) * (NOISE_WIDTH * NOISE_LENGTH / length)
+    return noise

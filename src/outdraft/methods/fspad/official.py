@@ -1,0 +1,126 @@
+"""The official FSPAD and EAGLE-1/2 layouts: what a Llama config and the tensors beside it say of a `FeatureHead`.
+
+Layouts are recognised from the names and shapes of the tensors. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from outdraft.drafting.folder import CONFIG, check_value, some
+from outdraft.errors import UserError
+from outdraft.methods.fspad.network import FeatureHeadConfig
+
+OFFICIAL_NAMES = {
+    "embed_tokens.": "embed_tokens.",
+    "fc.post_attention_layernorm.": "fusion.norm.",
+    "fc.mlp.": "fusion.",
+    "fc.fc.": "fusion.fc.",
+    "fc.": "fusion.fc.",
+    "layers.0.self_attn.": "self_attn.",
+    "layers.0.mlp.": "",
+    "layers.0.post_attention_layernorm.": "norm.",
+}
+"""Beginnings of official tensor names -> ours; the first that fits counts."""
+
+REMADE = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers in old checkpoints that follow from the config."""
+
+
+def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> FeatureHeadConfig:
+    """What a Llama config and the tensors beside it say of the head."""
+    _refuse_others(config, tensors, folder)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if name not in config:
+            raise UserError(f"'{folder / CONFIG}' lacks {name}; it must be the drafter's own Llama config")
+    values = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        **{key: value for key, value in config.items() if value is not None},
+    }
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        check_value(name, values[name], (int,), folder)
+    check_value("max_position_embeddings", values["max_position_embeddings"], (int,), folder)
+    check_value("rms_norm_eps", values["rms_norm_eps"], (int, float), folder)
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(f"'{folder}' has hidden_act '{values['hidden_act']}'; only drafters with silu can be loaded")
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    query = tensors.get("layers.0.self_attn.q_proj.weight")
+    # The authors' code splits the width whatever the config's head_dim says; where both exist the tensor decides.
+    head_dim = values.get("head_dim", width // heads)
+    if query is not None and heads * head_dim != width and query.shape[:1] == (width,):
+        head_dim = width // heads
+    check_value("head_dim", head_dim, (int,), folder)
+    down = tensors.get("layers.0.mlp.down_proj.weight")
+    return FeatureHeadConfig(
+        hidden_size=width,
+        intermediate_size=values["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=values["num_key_value_heads"],
+        head_dim=head_dim,
+        vocab_size=values["vocab_size"],
+        feature_sampling=any(name.startswith(("fc.fc.", "fc.mlp.")) for name in tensors),
+        partial_alignment=down is not None and down.shape[:1] == (2 * width,),
+        fc_bias="fc.bias" in tensors or "fc.fc.bias" in tensors,
+        attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
+        rms_norm_eps=values["rms_norm_eps"],
+        rope_theta=_rope_theta(values, folder),
+        max_position_embeddings=values["max_position_embeddings"],
+    )
+
+
+def _refuse_others(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise UserError for folders of something else."""
+    fusion = tensors.get("fc.weight")
+    three = fusion is not None and fusion.ndim == 2 and fusion.shape[1] == 3 * fusion.shape[0]
+    if three or "d2t" in tensors or any(name.startswith("midlayer.") for name in tensors):
+        raise UserError(
+            f"'{folder}' holds EAGLE-3 weights, but its config.json is no EAGLE-3 drafter's; "
+            "put the one beside them that belongs to them, or train one"
+        )
+    if not any(name.startswith("fc.") for name in tensors):
+        kind = (
+            "a whole language model"
+            if any(name.startswith(("lm_head.", "model.layers.")) for name in tensors)
+            else some(sorted(tensors))
+        )
+        raise UserError(f"'{folder}' holds no drafter (no fc.* weights) but {kind}; give a drafter's folder")
+    if config.get("num_hidden_layers", 1) != 1 or any(name.startswith("layers.1.") for name in tensors):
+        raise UserError(f"'{folder}' has more than one layer; only one-layer FSPAD and EAGLE-1/2 drafters load")
+
+
+def _rope_theta(config: dict[str, Any], folder: Path) -> float:
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    scaling = config.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if kind not in ("default", None):
+        raise UserError(
+            f"'{folder}' scales its rotary positions ('{kind}'), which is not supported; train one (outdraft train)"
+        )
+    theta: Any = config.get("rope_theta", rope.get("rope_theta", 10000.0))
+    check_value("rope_theta", theta, (int, float), folder)
+    return float(theta)
+
+
+def our_name(official: str) -> str:
+    """The name in `FeatureHead` of a tensor in an official file."""
+    for theirs, ours in OFFICIAL_NAMES.items():
+        if official.startswith(theirs):
+            return ours + official[len(theirs) :]
+    return official
+
+
+def official_name(ours: str, config: FeatureHeadConfig) -> str:
+    """The name in an official file, for messages."""
+    beginning = max((b for b in OFFICIAL_NAMES.values() if ours.startswith(b)), key=len)
+    theirs = next(theirs for theirs, b in OFFICIAL_NAMES.items() if b == beginning)
+    if beginning == "fusion.fc." and not config.feature_sampling:
+        theirs = "fc."
+    return theirs + ours[len(beginning) :]

@@ -1,0 +1,247 @@
+"""Whole drafts of a `FeatureDrafter` on a GPU, each kind recorded once as a CUDA graph.
+
+From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
+the best candidates chosen by the same functions as elsewhere (`growth.py`, `drawing.py`), over lengths that lie on the
+device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes as long to issue
+as a target of 8B takes to run. Prompts, paces and laws that depend on the prefix are drafted unrecorded.
+
+Knows the drafter's network and cache; not how candidates are chosen, nor what becomes of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from outdraft.core.coupling import Shown
+from outdraft.core.sampling import Chance, Dice, SamplingSettings, Thrown, Warper
+from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import causal, chosen, itself
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import RowContext, Update
+from outdraft.errors import first_line
+from outdraft.target.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
+from outdraft.target.backends.tree_attention import Pending, running_over
+from outdraft.target.cache import SlotCache
+
+if TYPE_CHECKING:
+    from outdraft.methods.fspad.drafter import FeatureDrafter
+
+GREEDY = Warper(SamplingSettings(), 0, 1)
+"""What rows are taken to be where candidates are chosen, not drawn."""
+
+_UNREAD = torch.empty(0, dtype=torch.long)
+
+MOST_NEW = 64
+"""Decided tokens of a row that a recorded draft takes in; a prompt has more."""
+
+
+class RecordedDrafts:
+    """The drafts of one drafter that were recorded.
+
+    Args:
+        drafter: whose network drafts, with a target on backend `graphs`.
+    """
+
+    def __init__(self, drafter: FeatureDrafter):
+        self.drafter = drafter
+        self.records = True
+        """Whether drafts can be recorded."""
+        self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
+        self._memory: Any = None
+
+    def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
+        """Whether a recording can make this draft."""
+        scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
+        drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
+        return (
+            self.records
+            and shape.size > 1
+            and rows.pace is None
+            and max(update.counts) <= MOST_NEW
+            and min(cache.lengths) > 0
+            and (not rows.coupled or len(scorings) == 1)
+            and (not drawn or (len(kinds) == 1 and None not in kinds))
+            # Chains without replacement are as many as the law has tokens, which the host would have to ask.
+            and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
+            and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
+        )
+
+    def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> Tree | None:
+        """Take in the update and grow trees, as `FeatureDraftState.propose` does; None, and nothing done, where that
+        turns out to be impossible."""
+        count, new = len(update.counts), max(update.counts)
+        new = next(size for size in SIZES if size >= new)
+        cache.room_for(new + shape.top_k * (shape.depth + 1))
+        coupled = rows.coupled and not rows.greedy
+        drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
+        kind = rows.warpers[0].scoring if drawn or coupled else None
+        key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
+        draft = self.recordings.get(key)
+        if draft is None:
+            draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps)
+            draft.fill(update, cache, rows.chances)
+            try:
+                draft.record(self._pool(cache))
+            except Exception as error:
+                self.records = False
+                warnings.warn(f"drafts cannot be recorded ({first_line(error)}); they run unrecorded", stacklevel=2)
+                return None
+            self.recordings[key] = draft
+            if len(self.recordings) > MOST_RECORDINGS:
+                self.recordings.popitem(last=False)
+        else:
+            self.recordings.move_to_end(key)
+            draft.fill(update, cache, rows.chances)
+        cache.advance(update.counts)
+        return draft.tree(count)
+
+    def _pool(self, cache: SlotCache) -> Any:
+        if self._memory is None and self.drafter.step.device.type == "cuda":
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
+
+
+@dataclass
+class _Given:
+    """What a draft is made of, on the device; rows and tokens filled up."""
+
+    tokens: Tensor
+    taps: Tensor
+    counts: Tensor
+    lengths: Tensor
+    shares: Tensor
+    noise: Tensor
+
+
+class _Draft:
+    """One kind of draft.
+
+    Args:
+        drafter: whose network drafts.
+        room: rows that the drafter's buffers have, to which those of a batch are filled up.
+        new: decided tokens of a row, filled up.
+        shape: of the trees.
+        rows: whose settings candidates are drawn by; None where they are chosen.
+        taps: for their kind.
+    """
+
+    def __init__(
+        self,
+        drafter: FeatureDrafter,
+        room: int,
+        new: int,
+        shape: TreeShape,
+        rows: RowContext | None,
+        taps: Tensor,
+    ):
+        self.drafter, self.shape, device = drafter, shape, taps.device
+        self.cache: Any = None
+        self.warper = None if rows is None else rows.warpers[0]
+        self.coupled = rows is not None and rows.coupled
+        drawn, width = rows is not None and not self.coupled, min(shape.top_k, shape.size - 1)
+        self.throws = width * min(shape.depth + 1, (shape.size - 1) // width) if drawn else 0
+        self.given = _Given(
+            torch.zeros(room, new, dtype=torch.long, device=device),
+            torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
+            torch.ones(room, dtype=torch.long, device=device),
+            torch.zeros(room, dtype=torch.int32, device=device),
+            torch.zeros(room, self.throws, dtype=torch.float64, device=device),
+            torch.ones(room, self.depths, drafter.target.vocab_size if self.coupled else 0, device=device),
+        )
+        self._rows = 0
+
+    def fill(self, update: Update, cache: SlotCache, chances: Sequence[Chance]) -> None:
+        """Put in what was decided and how long the rows are, once; throw their dice."""
+        given, (rows, new) = self.given, update.tokens.shape
+        if rows != self._rows:
+            given.lengths.zero_()
+            given.counts.fill_(1)
+            self._rows = rows
+        width = min(new, given.tokens.shape[1])
+        given.tokens[:rows, :width] = update.tokens[:, :width]
+        given.taps[:rows, :width] = update.taps[:, :width]
+        put(given.counts, update.counts)
+        put(given.lengths, cache.lengths)
+        self.cache = cache
+        if self.coupled:
+            for row, chance in enumerate(chances):
+                for depth in range(self.depths):
+                    given.noise[row, depth] = chance.at(depth)  # type: ignore[attr-defined]
+        if self.throws:
+            put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
+
+    def record(self, memory: Any) -> None:
+        self._replayed = Replayed(self._run, self.given.tokens.device, memory)
+
+    def tree(self, rows: int) -> Tree:
+        """The trees of the first so many rows."""
+        tokens, *rest = (part[:rows] for part in self._replayed())
+        self.cache = None  # it may end, and a recording knows its buffers
+        candidates, count, levels = self._made
+        if self.chains is not None:
+            return Tree.chains(tokens, self.chains, candidates, rest[0] if rest else None)
+        parents, depths, ancestors = rest
+        return Tree(tokens, parents, [count] * rows, levels=levels, _depths=depths, _ancestors=ancestors)
+
+    @property
+    def depths(self) -> int:
+        """Of the deepest tree, how many tokens follow each other."""
+        return self.shape.depth + 1
+
+    @property
+    def chains(self) -> int | None:
+        """Of a tree of chains, how many there are."""
+        if not self.throws and self.shape.top_k > 1:
+            return None
+        return min(self.shape.top_k, self.shape.size - 1)
+
+    def _context(self) -> RowContext:
+        if self.warper is None:
+            return RowContext([], [GREEDY], [])
+        if self.coupled:
+            noise = self.given.noise
+            return RowContext([_UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
+        shares = self.given.shares
+        return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
+
+    def _run(self) -> tuple[Tensor, ...]:
+        given, drafter, network, device = self.given, self.drafter, self.drafter.step, self.given.tokens.device
+        rows, new = given.tokens.shape
+        last = given.counts[:, None] - 1
+        order = torch.arange(new, device=device)
+        pending = self._pending(given.lengths, causal(rows, new, device), given.lengths[:, None] + order)
+        with running_over(pending):
+            taken = network(given.tokens, given.taps, network.turns(pending.positions), None, self.cache)
+        roots, base = given.tokens.gather(1, last)[:, 0], given.lengths + given.counts.int()
+        r = chosen(taken.r, last)
+        seen = torch.empty(0)
+        positions: list[Tensor] = []
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal r, seen
+            nodes = tokens.shape[1]
+            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
+            own = itself(rows, nodes, device)
+            seen = torch.cat([chosen(seen, parents), own], dim=2) if positions else own
+            positions.append((base + len(positions))[:, None].expand(rows, nodes))
+            pending = self._pending(base, seen, torch.cat(positions, dim=1))
+            with running_over(pending):
+                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, self.cache)
+            r = out.r
+            return drafter.logits(out.p)
+
+        tree = drafter.grow(roots, drafter.logits(chosen(taken.p, last)[:, 0]), step, self.shape, self._context())
+        self._made = (tree.candidates, tree.counts[0], tree.levels)
+        if self.chains is None:
+            return tree.tokens, tree.parents, tree.depths, tree.ancestors
+        return (tree.tokens,) if tree.laws is None else (tree.tokens, tree.laws)
+
+    def _pending(self, lengths: Tensor, seen: Tensor, positions: Tensor) -> Pending:
+        return Pending(lengths, seen, positions.long(), (None,), self.cache)

@@ -1,0 +1,1 @@
+"""Medusa: a head for every position ahead."""

@@ -1,0 +1,94 @@
+"""Medusa-1's loss (arXiv 2401.10774, section 2.2.1), against the frozen target's law or its tokens.
+
+Head k reads f_t and predicts x_{t+1+k}, of which the target's own feature f_{t+k} gives the law. A sequence of L tokens
+has L-1-k such positions; t counts when x_{t+1+k} is a response token. Knows the target's output layer as a function;
+nothing of data, optimisers or processes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies
+from outdraft.losses.teacher import TopProbs
+from outdraft.methods.medusa.drafter import MedusaHeads
+from outdraft.target.target import Target
+
+HEAD_DECAY = 0.8
+"""Head k weighs this to the power of k (section 2.2.1)."""
+
+
+class MedusaSums(NamedTuple):
+    """Sums over the counted positions; divide by `positions` for means."""
+
+    cross_entropy: Tensor
+    """Of all heads, each with its weight."""
+    first_head: Tensor
+    """Of head 1 alone, without weight."""
+    agreed: Tensor
+    """Positions where head 1 and the target have the same argmax."""
+    positions: Tensor
+    """Counted positions of head 1; later heads have a few less at the ends of sequences."""
+
+
+class MedusaLoss(nn.Module):
+    """The heads together with their loss: what is trained (and wrapped for several processes).
+
+    Args:
+        drafter: the only parameters here.
+        target: lends its output layer, or the way through the heads' own ones.
+        chunk_size: positions whose logits are held at once.
+        hard_weight: of the response's own token; the target's law has the rest up to 1. The paper's loss is 1.
+    """
+
+    def __init__(self, drafter: MedusaHeads, target: Target, chunk_size: int = 512, hard_weight: float = 0.0):
+        super().__init__()
+        self.drafter = drafter
+        self.chunk_size, self.hard_weight = chunk_size, hard_weight
+        self._target = target
+
+    def forward(
+        self, features: Tensor, input_ids: Tensor, loss_mask: Tensor, said: TopProbs | None = None
+    ) -> MedusaSums:
+        """Sums over the counted positions of a right-padded batch.
+
+        Args:
+            features: `(batch, tokens, hidden)` the target's f_0 .. f_{L-1}.
+            input_ids: `(batch, tokens)`.
+            loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
+            said: the target's most probable tokens at the first head's counted positions, if they are known already.
+        """
+        seen = features.to(next(self.drafter.parameters()).dtype)
+        speaking = self.drafter.speaking(self._target)
+        counted = reached(loss_mask, 1)
+        guesses = []
+        for k, head in enumerate(self.drafter.heads, start=1):
+            behind = k - 1  # the tokens by which this head reads further back than the first, for the same guess
+            here, read = (_moved(x, behind, counted.shape[1]) for x in (reached(loss_mask, k), seen[:, : -1 - k]))
+            own = self.drafter.outputs[k - 1] if self.drafter.config.own_head else None
+            guesses.append(Guess(head(read[counted]), here[counted], own, None if own is None else speaking[k - 1]))
+        losses, agreed = soft_cross_entropies(
+            guesses,
+            features[:, 1:-1][counted] if said is None else said,
+            self._target.head,
+            self.chunk_size,
+            precision=features.dtype,
+            labels=HardLabels(input_ids[:, 2:][counted], self.hard_weight) if self.hard_weight else None,
+        )
+        weights = HEAD_DECAY ** torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)
+        return MedusaSums((weights * losses).sum(), losses[0], agreed[0], counted.sum())
+
+
+def _moved(x: Tensor, by: int, length: int) -> Tensor:
+    """`(batch, tokens, ...)` moved to the right by so many places, zeros before, as `(batch, length, ...)`."""
+    moved = x.new_zeros(len(x), length, *x.shape[2:])
+    moved[:, by:] = x[:, : max(length - by, 0)]
+    return moved
+
+
+def reached(loss_mask: Tensor, head: int) -> Tensor:
+    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one."""
+    return loss_mask[:, head + 1 :].bool()

@@ -1,0 +1,97 @@
+"""Drafting by looking back: the words after the last place where the newest n-gram occurred before.
+
+No model and no features; good where answers copy from the prompt (summaries, retrieval, code edits). The candidates
+are a chain of point masses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, Pace, RowContext, Update
+from outdraft.drafting.ngrams import Text
+from outdraft.target.runner import TargetRun
+
+
+class PromptLookup(Drafter):
+    """Prompt lookup decoding.
+
+    Args:
+        longest: tokens of the longest n-gram that is looked for first.
+        shortest: tokens of the shortest one.
+    """
+
+    method = "prompt-lookup"
+    has_law = False
+    looks_back = True
+
+    def __init__(self, longest: int = 3, shortest: int = 1):
+        self.longest, self.shortest = longest, shortest
+
+    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _Lookup:
+        return _Lookup(self, prompts)
+
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        return TreeShape.chain(10)
+
+    def continuation(self, tokens: list[int], most: int) -> list[int]:
+        """`most` tokens after the latest earlier occurrence of the end of `tokens`, or none if there is no such."""
+        text = self.text(tokens)
+        _, end = text.match()
+        return text.after(end, most)
+
+    def text(self, tokens: Sequence[int]) -> Text:
+        """A row's text, of so many tokens as yet."""
+        return Text(tokens, self.longest, self.shortest)
+
+
+class _Lookup(DraftState):
+    """The rows' texts, which grow with every update."""
+
+    def __init__(self, drafter: PromptLookup, prompts: Sequence[Tensor]):
+        self.texts = [drafter.text(prompt.tolist()) for prompt in prompts]
+        # The first update begins with the prompt's second token.
+        self.known = [len(prompt) - 1 for prompt in prompts]
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        most = min(shape.depth + 1, shape.size - 1)
+        for text, known, new, count in zip(self.texts, self.known, update.tokens.tolist(), update.counts, strict=True):
+            text.extend(new[known:count])
+        self.known = [0] * len(self.texts)
+        chains, sure = [], []
+        for text in self.texts:
+            n, end = text.match()
+            chains.append([text.tokens[-1], *text.after(end, most)])
+            sure.append(n / (n + 1))
+        if rows.pace is not None:
+            chains = paced(chains, sure, rows.pace)
+        return Tree.listed(chains, update.tokens.device)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.texts = [self.texts[row] for row in rows]
+        self.known = [self.known[row] for row in rows]
+
+    def join(self, other: _Lookup) -> None:
+        self.texts += other.texts
+        self.known += other.known
+
+
+def paced(chains: Sequence[list[int]], confidences: Sequence[float], pace: Pace) -> list[list[int]]:
+    """What the pace wants of chains that are there already, each beginning with its root; the longer the n-gram that
+    was found, the surer is the whole chain."""
+    levels, wanted = 0, pace.going
+    lengths = [1] * len(chains)
+    while any(wanted):
+        levels += 1
+        there = [going and len(chain) > levels for going, chain in zip(wanted, chains, strict=True)]
+        lengths = [length + grown for length, grown in zip(lengths, there, strict=True)]
+        pace.drafted([sure if grown else None for sure, grown in zip(confidences, there, strict=True)])
+        if not any(there):
+            break
+        wanted = pace.wants(1)
+    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]

@@ -1,0 +1,56 @@
+"""Modules that users imported before they moved, for one release: the old name gives the new module, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "cache": "target.cache",
+    "coupling": "core.coupling",
+    "decoding": "engine.round",
+    "drafters": "drafting",
+    "drafters.base": "drafting.base",
+    "drafters.drawing": "drafting.sample",
+    "drafters.growth": "drafting.expand",
+    "engines": "export",
+    "engines.vllm_plugin": "export.vllm_plugin",
+    "generation": "api.generation",
+    "hugging_face": "api.hugging_face",
+    "loading": "api.loading",
+    "run": "target.runner",
+    "sampling": "core.sampling",
+    "settings": "api.settings",
+    "statistics": "core.statistics",
+    "text": "api.text",
+    "tree": "core.tree",
+    "verify": "core.verify",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, rest = name.partition(".")
+        return ModuleSpec(name, self) if package == "outdraft" and rest in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"outdraft.{MOVED[spec.name.partition('.')[2]]}"
+        warnings.warn(f"{spec.name} is {new} now; the old name goes with the next release", FutureWarning, stacklevel=2)
+        module = ModuleType(spec.name)
+        module.__dict__.update(vars(importlib.import_module(new)), __name__=spec.name, __path__=[])
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: the module is a view of the new one."""
+
+
+def install(finders: Sequence[Any] = sys.meta_path) -> None:
+    """Make the old names importable; asked only after every real module was looked for."""
+    if not any(isinstance(finder, _Moved) for finder in finders):
+        sys.meta_path.append(_Moved())

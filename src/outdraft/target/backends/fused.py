@@ -1,0 +1,385 @@
+"""Doubles of a model's norms, MLPs and attentions that compute the same with fewer and larger operations.
+
+A layer of a small model is some sixty operations of a few microseconds each, and at one token most of its time is
+spent on calling them. A double joins products that read the same input, rotates queries and keys at once, and lets
+attention share heads in place. Modules are known by what they hold, not by their family, and a double is used only
+where it gave what the module gives, on inputs small and large; any other module stays as it is.
+
+Knows how modules of `transformers` are called; nothing of whole models, caches or trees.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from outdraft.target.backends import tree_attention
+from outdraft.target.backends.opaque_attention import ATTENTION
+
+Join = Callable[[Tensor, Tensor | None], nn.Module]
+"""Makes a linear layer of a weight `(out, in)` and a bias."""
+
+MAGNITUDES = (1e-3, 1.0, 1e3)
+"""Of the inputs on which a double is compared with its module: clipping, capping and the norm's epsilon show."""
+
+TOLERANCE = 1e-4
+"""By how much a double may differ in single precision, relative to the largest number."""
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+NORMS = {"q_norm", "k_norm"}
+"""Parts of an attention; the norms are of single heads, and may be absent."""
+
+DIRECT = ("sdpa", ATTENTION, tree_attention.ATTENTION)
+"""Names of attentions that a double calls itself; others are looked up."""
+
+LONG = 64
+"""Tokens from which on it is worth to look whether a mask is causal."""
+
+FOLDED = 16
+"""Tokens up to which heads that share keys are queries of one head on a CPU: it reads the keys once, where the grouped
+way takes up to seven times as long at one token (24 rows of 400 tokens, 9 heads on 3)."""
+
+TRIED = 5
+"""Tokens of an input to compare on."""
+
+
+class Doubles:
+    """What makes doubles for one model; remembers which kinds of modules have one.
+
+    Args:
+        join: makes their linear layers.
+    """
+
+    def __init__(self, join: Join):
+        self.join, self.rotation = join, Rotation()
+        self._verdicts: dict[Any, bool] = {}
+
+    def double(self, module: nn.Module) -> nn.Module | None:
+        """A module of the same function, None where none is known."""
+        make = self._maker(module)
+        if make is None or any(hooked(part) for part in module.modules()):
+            return None
+        kind = _kind(module)
+        if kind not in self._verdicts:
+            self._verdicts[kind] = _alike(module, make)
+        return make(module, self.join) if self._verdicts[kind] else None
+
+    def _maker(self, module: Any) -> Callable[[Any, Join], nn.Module] | None:
+        parts, held = set(module._modules), set(module._parameters)
+        if any(tensor is not None for tensor in module._buffers.values()):
+            return None
+        if not parts:
+            one = held == {"weight"} and module.weight is not None and module.weight.dim() == 1
+            return FusedNorm if one and epsilon(module) is not None else None
+        if any(parameter is not None for parameter in module._parameters.values()):
+            return None
+        if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return FusedMLP if _linear(module, "gate_proj", "up_proj", "down_proj") else None
+        if parts - NORMS == PROJECTIONS and parts & NORMS in (set(), NORMS) and _attends(module):
+            return lambda own, join: FusedAttention(own, join, self.rotation)
+        return None
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm as the layer norm of `[x, -x]`, which has no mean: one fused operation in place of eight.
+
+    Args:
+        norm: a module with a weight `(width,)` and an epsilon.
+    """
+
+    doubled: Tensor
+
+    def __init__(self, norm: Any, join: Join | None = None):
+        super().__init__()
+        self.weight, self.eps = norm.weight, float(epsilon(norm) or 0.0)
+        doubled = torch.cat([norm.weight.detach(), torch.zeros_like(norm.weight)])
+        self.register_buffer("doubled", doubled, persistent=False)
+        self._width, self._shape = len(norm.weight), (2 * len(norm.weight),)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.is_cuda and tree_attention.running() is not None:
+            return tree_attention.normed(hidden_states, self.weight, self.eps)
+        if hidden_states.is_cuda or torch.compiler.is_compiling():  # both make one operation of the plain formula
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        both = torch.cat((hidden_states, hidden_states.neg()), dim=-1)
+        return F.layer_norm(both, self._shape, self.doubled, None, self.eps)[..., : self._width]
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP whose two products of one input are one.
+
+    Args:
+        mlp: with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
+        join: makes the linear layers.
+    """
+
+    def __init__(self, mlp: Any, join: Join):
+        super().__init__()
+        self.gate_up_proj = join(*_joined(mlp.gate_proj, mlp.up_proj))
+        self.down_proj = join(mlp.down_proj.weight, mlp.down_proj.bias)
+        self.act_fn = mlp.act_fn
+        self._silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up_proj(x)
+        if both.is_cuda and self._silu and tree_attention.running() is not None:
+            return self.down_proj(tree_attention.gated(both))
+        gate, up = both.chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class FusedAttention(nn.Module):
+    """Attention with rotary embeddings: one product for queries, keys and values, one rotation for queries and keys.
+
+    Args:
+        attention: the module, called as `transformers` calls it.
+        join: makes the linear layers.
+        rotation: shared by the layers of a model.
+    """
+
+    head_dim: int
+    layer_idx: int
+    scaling: float
+    config: Any
+
+    def __init__(self, attention: Any, join: Join, rotation: Rotation):
+        super().__init__()
+        for name, value in vars(attention).items():  # what attention functions may look up, the config among it
+            if not name.startswith("_") and name not in self.__dict__:
+                self.__dict__[name] = value
+        self.qkv_proj = join(*_joined(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.o_proj = join(attention.o_proj.weight, attention.o_proj.bias)
+        self._heads = attention.q_proj.out_features // attention.head_dim
+        self._kv_heads = attention.k_proj.out_features // attention.head_dim
+        self._rotation = rotation
+        self.q_norm, self.k_norm = (_norm(attention._modules.get(name)) for name in ("q_norm", "k_norm"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows, tokens, _ = hidden_states.shape
+        heads, kv_heads, size = self._heads, self._kv_heads, self.head_dim
+        mixed = self.qkv_proj(hidden_states).view(rows, tokens, heads + 2 * kv_heads, size)
+        straight, pending = mixed[:, :, : heads + kv_heads], tree_attention.running()
+        if self.q_norm is not None and self.k_norm is not None:
+            straight = torch.cat([self.q_norm(straight[:, :, :heads]), self.k_norm(straight[:, :, heads:])], dim=2)
+            if pending is not None:
+                mixed = torch.cat([straight, mixed[:, :, heads + kv_heads :]], dim=2)
+        if pending is not None:
+            new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
+            keys, values = pending.held(new, new, self.layer_idx)
+            query = tree_attention.rotated_and_stored(mixed, position_embeddings, keys, values, pending)
+            return self.o_proj(pending.attend(query, keys, values, self.scaling, attention_mask)), None
+        cos, sin = self._rotation.tables(*position_embeddings)
+        halves = straight.view(rows, tokens, heads + kv_heads, 2, size // 2)
+        turned = torch.addcmul(halves * cos, halves.flip(3), sin).view(rows, tokens, -1, size).transpose(1, 2)
+        query, key = turned[:, :heads], turned[:, heads:]
+        value = mixed[:, :, heads + kv_heads :].transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        name = self.config._attn_implementation
+        if name in DIRECT and attention_mask is not None and not torch.compiler.is_compiling():
+            shared = heads != kv_heads
+            seen = self._rotation.added(attention_mask, query.dtype)
+            if shared and seen is not None and tokens <= FOLDED and query.device.type == "cpu" and seen.shape[1] == 1:
+                # Heads that share keys as further queries of one head.
+                query = query.reshape(rows, kv_heads, -1, size)
+                seen = self._rotation.repeated(seen, heads // kv_heads)
+                out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling)
+                out = out.view(rows, heads, tokens, size)
+                return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1)), None
+            out = F.scaled_dot_product_attention(
+                query, key, value, seen, is_causal=seen is None, scale=self.scaling, enable_gqa=shared
+            )
+            return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1)), None
+        interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, sdpa_attention_forward)
+        out, weights = interface(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(rows, tokens, -1)), weights
+
+
+class Rotation:
+    """What the layers of one forward share, made once for all of them: whoever asks next with the same tensors gets it.
+
+    Held by identity, with the tensors themselves, so that no other ones can take their place.
+    """
+
+    def __init__(self) -> None:
+        self._tables: tuple[Any, ...] = (None, None, None)
+        self._mask: tuple[Any, ...] = (None, None)
+        self._repeated: tuple[Any, ...] = (None, None)
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`(rows, tokens, size)` to `(rows, tokens, 1, 2, size / 2)`, sines signed as halves are mixed."""
+        if torch.compiler.is_compiling():
+            return _halves(cos, sin)
+        known, *tables = self._tables
+        if known is not cos:
+            tables = list(_halves(cos, sin))
+            self._tables = (cos, *tables)
+        return tables[0], tables[1]
+
+    def added(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A boolean mask as what is added to scores, which every layer would make of it otherwise; None for a prompt's
+        where every token sees all before it, for which attention has a kernel that leaves out the other half."""
+        if mask.dtype != torch.bool:
+            return mask
+        known, added = self._mask
+        if known is not mask and _is_causal(mask):
+            self._mask = (mask, None)
+            return None
+        if known is not mask:
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._mask = (mask, added)
+        return added
+
+    def repeated(self, added: Tensor, times: int) -> Tensor:
+        """A mask for so many times the queries, one set of them after the other."""
+        known, repeated = self._repeated
+        if known is not added:
+            repeated = added.repeat(1, 1, times, 1)
+            self._repeated = (added, repeated)
+        return repeated
+
+
+def _is_causal(mask: Tensor) -> bool:
+    tokens, keys = mask.shape[-2:]
+    if tokens != keys or tokens < LONG:
+        return False
+    return bool((mask == torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril()).all())
+
+
+def _norm(norm: Any) -> nn.Module | None:
+    """The norm or its double; None as it is."""
+    if norm is None:
+        return None
+    return FusedNorm(norm) if Doubles(plain_layer).double(norm) is not None else norm
+
+
+def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = (x[:, :, None].unflatten(-1, (2, -1)) for x in (cos, sin))
+    return cos, torch.stack([-sin[..., 0, :], sin[..., 1, :]], dim=-2)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it also runs something that others have put there, which what takes its place would leave out."""
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def epsilon(norm: Any) -> float | None:
+    """Of an RMSNorm, under either of its names."""
+    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+def _linear(module: Any, *names: str) -> bool:
+    """Whether these parts are plain linear layers, all with a bias or all without where they are to be joined."""
+    parts = [module._modules[name] for name in names]
+    joined = [part for name, part in zip(names, parts, strict=True) if name not in ("o_proj", "down_proj")]
+    return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in joined}) == 1
+
+
+def _attends(module: Any) -> bool:
+    wanted = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+    if not wanted <= set(inspect.signature(module.forward).parameters):
+        return False
+    size = getattr(module, "head_dim", None)
+    whole = (
+        isinstance(size, int)
+        and size % 2 == 0
+        and not any(part.out_features % size for part in (module.q_proj, module.k_proj, module.v_proj))
+    )
+    known = all(hasattr(module, name) for name in ("layer_idx", "scaling", "num_key_value_groups"))
+    config = getattr(module, "config", None)
+    return bool(whole and known and getattr(config, "_attn_implementation", None) in DIRECT)
+
+
+def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
+    weight = _side_by_side([part.weight.detach() for part in parts])
+    return weight, None if parts[0].bias is None else _side_by_side([part.bias.detach() for part in parts])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """All as one tensor: a view where they lie so already, as another view of the model may have left them."""
+    whole, place = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or not part.is_contiguous():
+            return torch.cat(parts)
+        place += part.nbytes
+    return whole.as_strided((sum(len(part) for part in parts), *whole.shape[1:]), whole.stride())
+
+
+def _kind(module: Any) -> tuple[Any, ...]:
+    """Modules of one kind differ in nothing but weights and their place."""
+    settings = tuple(
+        (name, repr(value))
+        for name, value in sorted(vars(module).items())
+        if name != "layer_idx" and isinstance(value, bool | int | float | str | tuple | None)
+    )
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict().items())
+    return type(module), settings, shapes, id(vars(module).get("config"))
+
+
+@torch.inference_mode()
+def _alike(module: Any, make: Callable[[Any, Join], nn.Module]) -> bool:
+    """Whether a double of plain single-precision layers gives what the module gives."""
+    own = copy.deepcopy(module).float().eval()
+    try:
+        double = make(own, plain_layer)
+        return all(_same(own(**given), double(**given)) for given in _inputs(own)) and not _turns_a_part(own)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False  # it is called otherwise than it looks
+
+
+def _inputs(module: Any) -> list[dict[str, Any]]:
+    dice = torch.Generator().manual_seed(0)
+    device = next(module.parameters()).device
+    first = next((part for part in module.children() if isinstance(part, nn.Linear)), None)
+    width = len(module.weight) if first is None else first.in_features
+    tried = [torch.randn(1, TRIED, width, generator=dice).to(device) * size for size in MAGNITUDES]
+    name = next(iter(inspect.signature(module.forward).parameters))
+    if first is None or not hasattr(module, "q_proj"):
+        return [{name: x} for x in tried]
+    angles = torch.rand(1, TRIED, module.head_dim // 2, generator=dice).to(device).repeat(1, 1, 2) * 6
+    mask = torch.ones(TRIED, TRIED, dtype=torch.bool, device=device).tril()[None, None]
+    around = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": mask, "past_key_values": None}
+    return [{name: x, **around} for x in tried]
+
+
+def _turns_a_part(module: Any) -> bool:
+    """Whether it is an attention that rotates as much of a head as the tables are wide, where a double rotates all:
+    what a model's tables are like only its forward shows."""
+    *_, given = _inputs(module)
+    if "position_embeddings" not in given:
+        return False
+    narrow = tuple(table[..., : module.head_dim // 2] for table in given["position_embeddings"])
+    try:
+        module(**{**given, "position_embeddings": narrow})
+    except RuntimeError:  # sizes that do not fit
+        return False
+    return True
+
+
+def plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _same(one: Any, other: Any) -> bool:
+    one, other = (x[0] if isinstance(x, tuple) else x for x in (one, other))
+    return one.shape == other.shape and bool((one - other).abs().max() <= TOLERANCE * one.abs().max())

@@ -1,0 +1,302 @@
+"""Forwards over trees on a GPU, each recorded once as a CUDA graph and then replayed.
+
+A target of 8B is some 1,500 launches a forward, which take a host longer to issue than the GPU needs to read the
+weights. A recording is issued as one. It serves every length: attention reads the rows' lengths on the device
+(`tree_attention.py`), and buffers of keys and values stay where they are (`cache.BufferPool`). Rows and tokens are
+filled up to few sizes, so that few recordings are made. Norms, MLPs and attentions of known form have doubles of fewer
+launches (`fused.py`).
+
+When a forward first runs this way it is compared with the model's own attention; if it computes something else, or
+cannot be recorded, the model runs without, with one warning. On a CPU the same functions run unrecorded.
+
+Knows how inner models are called; nothing of trees or drafters.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.errors import first_line
+from outdraft.target.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
+from outdraft.target.backends.packed import why_not_replaced
+from outdraft.target.backends.tree_attention import ATTENTION, Pending, Storing, has_triton, running_over
+from outdraft.target.backends.view import alike, why_not_renamed, with_attention
+
+MOST_TOKENS = 512
+"""Tokens of all rows up to which a forward is recorded; beyond, launches are not what takes time."""
+
+SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)
+"""Tokens of a row that forwards are recorded for; others are filled up to the next."""
+
+MOST_RECORDINGS = 64
+"""Recordings of a forward that are kept."""
+
+Model = TypeVar("Model", bound=nn.Module)
+Forward = Callable[..., tuple[Tensor, ...]]
+"""An inner model's, as in `compiled.py`."""
+
+
+def why_not_graphs(model: Any) -> str | None:
+    """What stands in the way of recording this model's forwards, None if nothing does."""
+    device = next(model.parameters()).device.type
+    if device not in ("cpu", "cuda"):
+        return "it lies on " + device
+    if device == "cuda" and not has_triton():
+        return "triton is not installed"
+    return why_not_renamed(model) or why_not_replaced(model)
+
+
+def graphs_view(model: Model) -> Model:
+    """A shallow copy of the module tree with doubles and our attention in it; weights are shared.
+
+    Weights that a double reads as one are moved to lie side by side, so that they take no more memory: the model's own
+    modules then hold parts of the whole.
+    """
+    view = _doubled(model, Doubles(plain_layer))
+    with_attention(view, ATTENTION)
+    return view
+
+
+def _doubled(module: Any, doubles: Doubles) -> Any:
+    view = copy.copy(module)
+    view._modules = {name: _double(child, doubles) for name, child in module._modules.items()}
+    return view
+
+
+def _double(module: Any, doubles: Doubles) -> Any:
+    if module is None or hooked(module):
+        return module
+    double = doubles.double(module)
+    if isinstance(double, FusedMLP):
+        _lie_in(double.gate_up_proj, module.gate_proj, module.up_proj)
+    if isinstance(double, FusedAttention):
+        _lie_in(double.qkv_proj, module.q_proj, module.k_proj, module.v_proj)
+    return _doubled(module, doubles) if double is None else double
+
+
+def _lie_in(whole: Any, *parts: Any) -> None:
+    """The parts' weights become views of the whole, which holds the same numbers."""
+    start = 0
+    for part in parts:
+        end = start + len(part.weight)
+        part.weight.data = whole.weight.data[start:end]
+        if part.bias is not None:
+            part.bias.data = whole.bias.data[start:end]
+        start = end
+
+
+@dataclass
+class Sight:
+    """What a forward's tokens see, before anybody makes masks of it; `Target.inputs` hands it over as the mask.
+
+    Attributes:
+        seen, slots, positions: as in `tree.attention_mask`, of all `m` pending tokens.
+        lengths: committed tokens of every row.
+        windows: by kind of layer.
+        masks: makes what `transformers` takes.
+    """
+
+    seen: Tensor
+    slots: Tensor
+    positions: Tensor
+    lengths: list[int]
+    windows: dict[str, int | None]
+    masks: Callable[[], Any]
+
+    @property
+    def alone(self) -> bool:
+        """Whether every token sees nothing but itself, which no attention could get wrong."""
+        return self.seen.shape[2] == 1 and max(self.lengths) == 0
+
+
+class GraphedForward:
+    """A forward over pending tokens, recorded where they are few.
+
+    Args:
+        model: of `graphs_view`.
+        forward: takes the inputs of an inner model by name.
+        what: it is, for messages.
+    """
+
+    def __init__(self, model: Any, forward: Forward, what: str):
+        self.model, self.forward, self.what = model, forward, what
+        self.serves = True
+        """Whether it computes what the model computes."""
+        self.records = True
+        """Whether it can be recorded."""
+        self.recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._compared = False
+        self._memory: Any = None
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
+        sight, cache = inputs.pop("attention_mask"), inputs["past_key_values"]
+        if not isinstance(sight, Sight):
+            return self.forward(attention_mask=sight, **inputs)
+        if not self.serves or sight.alone:
+            return self.forward(attention_mask=sight.masks(), **inputs)
+        name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
+        given = inputs[name]
+        if not self._compared:
+            return self._first(name, given, sight, inputs)
+        rows, tokens = given.shape[:2]
+        if not self.records or rows * tokens > MOST_TOKENS or min(sight.lengths) == 0:
+            return self._run(name, given, self._pending(sight, cache))
+        return self._replay(name, given, sight, cache)
+
+    def _pending(self, sight: Sight, cache: Any) -> Pending:
+        device = sight.seen.device
+        lengths = torch.tensor(sight.lengths, dtype=torch.int32, device=device)
+        return Pending(lengths, sight.seen, sight.positions, tuple(sight.windows.values()), cache)
+
+    def _run(self, name: str, given: Tensor, pending: Pending) -> tuple[Tensor, ...]:
+        kinds = [torch.ones(1, 1, 1, 1 + i, dtype=torch.bool, device=given.device) for i in range(len(pending.windows))]
+        config = self.model.config.get_text_config()
+        several = len(kinds) > 1
+        mask: Any = dict(zip(dict.fromkeys(config.layer_types), kinds, strict=True)) if several else kinds[0]
+        positions = pending.positions[:, -given.shape[1] :]
+        around = {"attention_mask": mask, "position_ids": positions, "past_key_values": Storing(), "use_cache": True}
+        with running_over(pending):
+            return self.forward(**{name: given}, **around)
+
+    def _first(self, name: str, given: Tensor, sight: Sight, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Run it both ways."""
+        self._compared, reason = True, None
+        try:
+            found = self._run(name, given, self._pending(sight, inputs["past_key_values"]))
+        except Exception as error:  # modules of any family; whatever they raise means the same
+            reason = first_line(error)
+        expected = self.forward(attention_mask=sight.masks(), **inputs)
+        if reason is None and not alike(found, expected):
+            reason = "it computes something else"
+        if reason is None:
+            return found
+        self.serves = False
+        warnings.warn(f"{self.what} cannot run on backend 'graphs' ({reason}); it runs as 'eager'", stacklevel=4)
+        return expected
+
+    def _replay(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
+        rows, tokens = given.shape[:2]
+        pending = sight.seen.shape[2]
+        most = cache.capacity - max(sight.lengths)
+        room = next((size for size in SIZES if tokens <= size <= most), tokens) if pending == tokens else tokens
+        key = (name, cache.addresses, cache.room, room, pending + room - tokens)
+        recording = self.recordings.get(key)
+        if recording is None:
+            recording = self._record(name, given, sight, cache, room)
+            if not self.records:
+                return self._run(name, given, self._pending(sight, cache))
+            self.recordings[key] = recording
+            if len(self.recordings) > MOST_RECORDINGS:
+                self.recordings.popitem(last=False)
+        else:
+            self.recordings.move_to_end(key)
+            recording.fill(given, sight, cache)
+        return tuple(part[:rows, :tokens] for part in recording.replay())
+
+    def _record(self, name: str, given: Tensor, sight: Sight, cache: Any, room: int) -> Recording:
+        pending = sight.seen.shape[2] + room - given.shape[1]
+        recording = Recording(given, cache, room, pending, tuple(sight.windows.values()))
+        recording.fill(given, sight, cache)
+        try:
+            if self._memory is None and given.is_cuda:
+                self._memory = torch.cuda.graph_pool_handle()
+            recording.make(lambda: self._run(name, recording.line, recording.pending), self._memory)
+        except Exception as error:
+            self.records = False
+            warnings.warn(f"{self.what} cannot be recorded ({first_line(error)}); it runs unrecorded", stacklevel=5)
+        return recording
+
+
+class Recording:
+    """A forward over so many rows and tokens, on inputs and results that stay where they are.
+
+    Args:
+        given: `(rows, tokens, ...)` what the forward runs over, for its kind.
+        cache: of the rows; rows are filled up to those that its buffers have.
+        tokens, pending: of every row, filled up.
+        windows: as in `Pending`.
+    """
+
+    def __init__(self, given: Tensor, cache: Any, tokens: int, pending: int, windows: tuple[int | None, ...]):
+        device, rows = given.device, cache.room
+        self.line = torch.zeros((rows, tokens, *given.shape[2:]), dtype=given.dtype, device=device)
+        # What only fills up sees itself, so that no token sees nothing.
+        self._alone = torch.eye(pending, dtype=torch.bool, device=device)[pending - tokens :].expand(rows, -1, -1)
+        self.pending = Pending(
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            self._alone.clone(),
+            torch.zeros(rows, pending, dtype=torch.long, device=device),
+            windows,
+            None,
+        )
+        self._shape: tuple[int, ...] = ()
+
+    def fill(self, given: Tensor, sight: Sight, cache: Any) -> None:
+        """Put in what the forward is to run over next, once."""
+        rows, tokens = given.shape[:2]
+        pending, own = sight.seen.shape[2], self.pending
+        shape = (rows, tokens, pending)
+        if shape != self._shape:
+            own.seen.copy_(self._alone)
+            own.positions.zero_()
+            self._shape = shape
+            own.lengths.zero_()
+        put(own.lengths, sight.lengths)
+        self.line[:rows, :tokens] = given
+        own.seen[:rows, :tokens, :pending] = sight.seen
+        own.positions[:rows, :pending] = sight.positions
+        own.cache = cache
+
+    def make(self, run: Callable[[], tuple[Tensor, ...]], memory: Any) -> None:
+        """Record what this runs."""
+        self._replayed = Replayed(run, self.line.device, memory)
+
+    def replay(self) -> tuple[Tensor, ...]:
+        """Run it, and give results that later runs leave as they are."""
+        results = self._replayed()
+        self.pending.cache = None  # it may end, and a recording knows its buffers
+        return results
+
+
+class Replayed:
+    """A function of tensors that stay where they are, recorded on a GPU; elsewhere it is simply called.
+
+    Args:
+        run: what is recorded, once it ran unrecorded: libraries and compilers make what they need only once.
+        device: where it runs.
+        memory: of `torch.cuda.graph_pool_handle`, for what it needs in between.
+    """
+
+    def __init__(self, run: Callable[[], tuple[Tensor, ...]], device: torch.device, memory: Any):
+        self._run, self._graph = run, None
+        if device.type != "cuda":
+            return
+        run()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            self._results = run()
+        self._run = None  # type: ignore[assignment]  # what it holds may end
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Its results, as tensors that later runs leave as they are."""
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return tuple(part.clone() for part in self._results)
+
+
+def put(to: Tensor, numbers: Any) -> None:
+    """Copy numbers of the host's into the beginning of a tensor, without waiting for the device."""
+    given = torch.tensor(numbers, dtype=to.dtype)
+    if to.is_cuda:
+        given = given.pin_memory()
+    to[tuple(slice(size) for size in given.shape)].copy_(given, non_blocking=True)

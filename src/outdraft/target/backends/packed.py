@@ -1,0 +1,142 @@
+"""Linear layers on a CPU whose weights lie in oneDNN's own layout.
+
+Makes shallow views of models in which they stand in place of plain ones, and doubles of fewer operations (`fused.py`)
+in place of the modules around them; the original stays as it is. Knows nothing of what the models are for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from outdraft.target.backends.fused import Doubles, hooked
+
+PACKABLE = (torch.bfloat16, torch.float32)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in oneDNN's layout; inference only.
+
+    Args:
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Some families' code asks for its type or shape (a router that computes in its weight's precision).
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        # Not a buffer: an opaque tensor can neither be cast nor saved.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(x, self._packed, self.bias, "none", [], "")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model on any backend; packed weights are counted like any other, and once."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    beside = {id(parameter) for module in packed for name, parameter in module._parameters.items() if name != "bias"}
+    kept = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in beside)
+    return kept + sum(module.in_features * module.out_features for module in packed)
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """What stands in the way of packing, None if nothing does."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return "it lies on " + weight.device.type
+    if weight.dtype not in PACKABLE:
+        return f"{weight.dtype} is not packed"
+    if not packs(weight.dtype):
+        return f"oneDNN has no linear layers in {weight.dtype} here"
+    return why_not_replaced(model)
+
+
+def why_not_replaced(model: nn.Module) -> str | None:
+    """What forbids to put other modules in place of a model's own, None if nothing does."""
+    if hasattr(model, "_hf_hook"):
+        return "it is spread over devices"
+    if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
+        return "it is quantised"
+    if getattr(model, "peft_config", None) or any("base_layer" in module._modules for module in model.modules()):
+        return "it has adapters; merge them first"
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        return "parts of it are compiled already"
+    if any(is_parametrized(module) for module in model.modules()):
+        return "it has parametrized weights; make them plain with torch.nn.utils.parametrize.remove_parametrizations"
+    return None
+
+
+def quantised_part(model: nn.Module) -> str | None:
+    """The name of a module whose weights are no plain floating-point numbers, whatever made them so; None if none."""
+    for name, module in model.named_modules():
+        own = [tensor for tensor in module._parameters.values() if tensor is not None]
+        # Layers that keep their weight in a form of their own still say what shape it stands for.
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, PackedLinear):
+            own.append(getattr(module, "weight", None))
+        if not all(_plain(tensor) for tensor in own):
+            return name
+    return None
+
+
+def _plain(weight: Any) -> bool:
+    if type(weight) not in (nn.Parameter, Tensor):  # libraries keep packed numbers in kinds of tensors of their own
+        return False
+    return weight.is_floating_point() and weight.element_size() >= 2
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN and, for bfloat16, the processor what its kernels need."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
+    """A shallow copy of the module tree in which linear layers without hooks are packed; the original stays as it is.
+
+    Norms, MLPs and attentions that have a double (`fused.py`) have that in their place.
+
+    Args:
+        model: whose layers are shared.
+        linear: makes a packed layer of `(out, in)` weight and bias.
+    """
+    return _view(model, linear, Doubles(linear))
+
+
+def _view(model: Model, linear: Callable[..., PackedLinear], doubles: Doubles) -> Model:
+    view: Any = copy.copy(model)
+    view._modules = {name: _packed(child, linear, doubles) for name, child in model._modules.items()}
+    return view
+
+
+def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubles: Doubles) -> nn.Module | None:
+    if module is None:
+        return None
+    if type(module) is nn.Linear and not hooked(module):
+        return linear(module.weight, module.bias)
+    if isinstance(module, Conv1D) and not hooked(module):
+        return linear(module.weight.T, module.bias)
+    double = doubles.double(module)
+    return _view(module, linear, doubles) if double is None else double
+
+
+def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight `(out, in)` and bias of a linear layer on any backend."""
+    bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
+    if isinstance(module, PackedLinear):
+        return module._packed.to_dense(), bias
+    return module.weight.detach(), bias  # type: ignore[operator]

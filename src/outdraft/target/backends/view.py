@@ -1,0 +1,77 @@
+"""What views of models on several backends share: their mark, attention by another name, and the comparison with the
+model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.target.backends.packed import PackedLinear
+
+MARK = "_outdraft_backend"
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""By how much a result may differ from the model's own, relative to its length."""
+
+ROUGH = 0.1
+"""The same in 16 bits."""
+
+
+def why_not_renamed(model: Any) -> str | None:
+    """What forbids to let a model ask for its attention by another name (`with_attention`), None if nothing does."""
+    if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa'"
+    # Families of an older make look at the name themselves, and take one that they do not know for 'eager'.
+    return None if getattr(model, "_supports_attention_backend", False) else "its attention cannot be replaced"
+
+
+def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) -> None:
+    """Let every module of a view ask for the attention of this name, by configs and modules of its own.
+
+    Args:
+        view: a copy, whose own tables may be changed.
+        name: under which `transformers` finds the attention.
+        configs: by the original's id, those made so far.
+    """
+    configs = {} if configs is None else configs
+    config = view.__dict__.get("config")
+    if getattr(config, "_attn_implementation", None) == "sdpa":  # others know of more than masks, as of sinks
+        if id(config) not in configs:
+            configs[id(config)] = own = copy.deepcopy(config)
+            own._attn_implementation = name
+        view.__dict__["config"] = configs[id(config)]
+    own_modules = {name: copy.copy(child) for name, child in view._modules.items()}
+    view._modules = own_modules
+    for child in own_modules.values():
+        if child is not None:
+            with_attention(child, name, configs)
+
+
+def alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether two results differ by no more than rounding."""
+    for one, other in zip(some, others, strict=True):
+        least = TOLERANCE.get(other.dtype, ROUGH)
+        one, other = one.double(), other.double()
+        if not bool((one - other).norm() <= least * other.norm()):
+            return False
+    return True
+
+
+def mark(view: Any, backend: str | None) -> None:
+    """Say what a view's forwards run on, for `forward_of`; None: as its modules are."""
+    view.__dict__[MARK] = backend
+
+
+def marked_as(model: Any) -> str | None:
+    """What `mark` said."""
+    return getattr(model, MARK, None)
+
+
+def backend_of(model: nn.Module) -> str:
+    """The backend that `accelerate` found for this model."""
+    if (found := marked_as(model)) is not None:
+        return found
+    return "packed" if any(isinstance(module, PackedLinear) for module in model.modules()) else "eager"

@@ -1,0 +1,334 @@
+"""A KV cache addressed by slot: every row of the batch has its own length.
+
+Row `b` keeps its committed tokens in slots `0 .. lengths[b]-1`. A forward writes its tokens into the slots after that
+(`reserve` says where), and only `commit` makes some of them part of the row; the rest is forgotten by not being
+counted. Nothing is ever re-padded. Which slots a token may look at is the attention mask's business (`tree.py`).
+
+It is a `transformers` Cache, so stock models write to it. It does not know what a tree, a token or a drafter is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from outdraft.core.tensors import counting, integers, sent
+
+
+class SlotCache(Cache):
+    """Keys and values of all layers for `rows` sequences of different lengths.
+
+    Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
+    accepted path in all of them at once. Buffers may have more rows than are held: rows that leave make room for others
+    to join, and only rows that change their place are copied.
+
+    Args:
+        rows: sequences held.
+        num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
+        capacity: slots a row, grown by doubling when a forward needs more.
+        pool: lends buffers, of rounded sizes; without one they are made as large as asked for.
+    """
+
+    def __init__(self, rows: int, num_layers: int, capacity: int, pool: BufferPool | None = None):
+        super().__init__(layers=[])
+        self.lengths: list[int] = [0] * rows
+        self.pending = 0  # slots written after the committed ones, the same number in every row
+        self.capacity = max(1, capacity)
+        self._room = rows  # rows that buffers have
+        self._pool = pool
+        if pool is not None:
+            self._room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
+        self._num_layers = num_layers
+        self._buffers: list[Tensor] = []
+        self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
+        self._writing = 0  # tokens a row of the forward that was reserved last
+        self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
+        self._rows = torch.empty(0)  # (rows, 1) beside them
+        self._views: dict[int, _Views] = {}  # buffer -> what this forward reads and writes of it
+        if pool is not None:
+            weakref.finalize(self, pool.give_back, self._buffers)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def extent(self) -> int:
+        """Slots that a reader of the current forward sees, `(max length + pending)`."""
+        return max(self.lengths, default=0) + self.pending
+
+    # --- one forward -------------------------------------------------------------------------------------------
+
+    def reserve(self, count: int, device: torch.device | str) -> Tensor:
+        """Announce a forward of `count` tokens a row.
+
+        Returns:
+            `(rows, count)` the slots its keys and values go to.
+        """
+        slots = self.pending_slots(self.pending, count, device)
+        self._write(slots)
+        self.pending += count
+        if self.extent > self.capacity:
+            self._fit(self.rows, max(self.extent, 2 * self.capacity))
+        return slots
+
+    def pending_slots(self, first: int, count: int, device: torch.device | str) -> Tensor:
+        """`(rows, count)` slots of pending tokens, from the `first` on."""
+        device = torch.device(device)
+        return integers(self.lengths, device)[:, None] + counting(first, count, device)
+
+    def _write(self, slots: Tensor) -> None:
+        """The next update goes to these slots."""
+        self._writing = slots.shape[1]
+        self._slots = None if len(set(self.lengths)) <= 1 else slots
+        self._rows = counting(0, self.rows, slots.device)[:, None]
+        self._views = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write `(rows, kv_heads, tokens, head_dim)` into the reserved slots; return all that are visible."""
+        count = key_states.shape[2]
+        if count != self._writing:
+            raise RuntimeError(f"{count} tokens written, {self._writing} reserved")
+        buffer, place = self._place(key_states, value_states, layer_idx)
+        views = self._views.get(buffer) or self._open(buffer, count)
+        keys, values = views.seen[2 * place], views.seen[2 * place + 1]
+        width, value_width = key_states.shape[-1], value_states.shape[-1]
+        if width != keys.shape[-1] or value_width != values.shape[-1]:
+            keys, values = keys[..., :width], values[..., :value_width]
+        if self._slots is None:
+            new_keys, new_values = views.written[2 * place], views.written[2 * place + 1]
+            if width != new_keys.shape[-1] or value_width != new_values.shape[-1]:
+                new_keys, new_values = new_keys[..., :width], new_values[..., :value_width]
+            new_keys.copy_(key_states)
+            new_values.copy_(value_states)
+        else:
+            row = self._rows
+            keys[row, :, self._slots] = key_states.transpose(1, 2)
+            values[row, :, self._slots] = value_states.transpose(1, 2)
+        return keys, values
+
+    def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Where a layer keeps all its keys and all its values, `(room, kv_heads, capacity, width)`.
+
+        Args:
+            key_states, value_states: of that layer, any number of tokens; only their shapes are looked at.
+            layer_idx: the layer.
+        """
+        buffer, place = self._place(key_states, value_states, layer_idx)
+        both = self._buffers[buffer][place]
+        return both[0, ..., : key_states.shape[-1]], both[1, ..., : value_states.shape[-1]]
+
+    @property
+    def room(self) -> int:
+        """Rows that the buffers have."""
+        return self._room
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie; while these stay the same, a recorded forward finds what it recorded."""
+        return (self._room, self.capacity, *(buffer.data_ptr() for buffer in self._buffers))
+
+    def _open(self, buffer: int, count: int) -> _Views:
+        """Views of all layers at once, which many small ones for every layer would take longer to make."""
+        extent = self.extent
+        held = self._buffers[buffer].flatten(0, 1)[:, : self.rows]
+        self._views[buffer] = views = _Views(
+            held[..., :extent, :].unbind(0), held[..., extent - count : extent, :].unbind(0)
+        )
+        return views
+
+    def arrange(self, places: Sequence[Sequence[int]]) -> None:
+        """Make these pending tokens of every row, as many in each, the ones being written, and forget the others.
+
+        Another forward through further layers may then write beside them.
+
+        Args:
+            places: of every row, offsets among its pending tokens, in the order that they shall have.
+        """
+        self._move(places)
+        self.pending = len(places[0])
+        self._write(self.pending_slots(0, self.pending, self._rows.device))
+
+    def room_for(self, pending: int) -> None:
+        """Make the buffers hold so many tokens a row beyond the committed ones, which a forward writes by itself."""
+        self._fit(self.rows, max(self.lengths, default=0) + pending)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """So many tokens of every row, written right after the committed ones, are committed, too."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    # --- after the verdict -------------------------------------------------------------------------------------
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
+        self._move(paths)
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        self.rollback()
+
+    def rollback(self) -> None:
+        """Forget every pending token."""
+        self.pending = self._writing = 0
+        self._views = {}
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        moves = [(to, row) for to, row in enumerate(rows) if to != row]
+        extent = self.extent
+        self._fit(len(rows), self.capacity)
+        for buffer in self._buffers if moves else ():
+            to, source = sent(moves, buffer.device).unbind(1)
+            # All are read before one is written.
+            buffer[:, :, to, :, :extent] = buffer[:, :, source, :, :extent]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: SlotCache) -> None:
+        """Take in the other's rows after one's own; nothing may be pending in either."""
+        if self.pending or other.pending:
+            raise RuntimeError("rows join between rounds, when nothing is pending")
+        first, rows, extent = self.rows, self.rows + other.rows, other.extent
+        self._fit(rows, max(self.capacity, other.capacity))
+        for layer_idx, (buffer, place) in other._places.items():
+            theirs = other._buffers[buffer][place, :, : other.rows, :, :extent]
+            buffer, place = self._place(theirs[0], theirs[1], layer_idx)
+            self._buffers[buffer][place, :, first:rows, :, :extent] = theirs
+        self.lengths += other.lengths
+
+    # --- what transformers asks of a cache ---------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.extent - self._writing
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.extent - self._writing
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.extent, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self._places)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.rows
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    # --- storage -----------------------------------------------------------------------------------------------
+
+    def _place(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[int, int]:
+        if layer_idx in self._places:
+            return self._places[layer_idx]
+        _, heads, _, width = key_states.shape
+        width = max(width, value_states.shape[-1])
+        for i, buffer in enumerate(self._buffers):
+            taken = {place for owner, place in self._places.values() if owner == i}
+            if (buffer.shape[3], buffer.shape[5]) == (heads, width) and len(taken) < buffer.shape[0]:
+                self._places[layer_idx] = (i, len(taken))
+                return self._places[layer_idx]
+        layers = self._num_layers if not self._buffers else 1
+        shape = (layers, 2, self._room, heads, self.capacity, width)
+        self._buffers.append(self._new(shape, key_states))
+        self._places[layer_idx] = (len(self._buffers) - 1, 0)
+        return self._places[layer_idx]
+
+    def _move(self, places: Sequence[Sequence[int]]) -> None:
+        """Put pending tokens of every row, named by their offsets, at the beginning of its pending slots."""
+        moves = [
+            (row, start + to, start + place)
+            for row, (start, order) in enumerate(zip(self.lengths, places, strict=True))
+            for to, place in enumerate(order)
+            if to != place
+        ]
+        if not moves:
+            return
+        for buffer in self._buffers:
+            row, to, source = sent(moves, buffer.device).unbind(1)
+            # All are read before one is written.
+            buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
+
+    def _fit(self, rows: int, capacity: int) -> None:
+        """Buffers of at least so many rows and slots a row."""
+        if rows <= self._room and capacity <= self.capacity:
+            return
+        room, slots, extent = max(rows, self._room), max(capacity, self.capacity), min(self.extent, self.capacity)
+        if self._pool is not None:
+            room, slots = rounded_rows(room), rounded_slots(slots)
+        for i, buffer in enumerate(self._buffers):
+            grown = self._new((*buffer.shape[:2], room, buffer.shape[3], slots, buffer.shape[5]), buffer)
+            grown[:, :, : self.rows, :, :extent] = buffer[:, :, : self.rows, :, :extent]
+            self._buffers[i] = grown
+            if self._pool is not None:
+                self._pool.give_back([buffer])
+        self._views = {}
+        self._room, self.capacity = room, slots
+
+    def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer; of zeros, so that nothing that is not a number stands where nothing was written yet."""
+        if self._pool is not None:
+            return self._pool.take(shape, like)
+        return like.new_zeros(shape)
+
+
+class BufferPool:
+    """Buffers that outlive the caches that they were lent to, so that a recorded forward can serve many of them.
+
+    Args:
+        most: buffers that are kept while nobody uses them.
+    """
+
+    def __init__(self, most: int = 4):
+        self.most = most
+        self._free: list[Tensor] = []
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer of this shape, and of the other's precision and device; what it holds are numbers."""
+        for i, buffer in enumerate(self._free):
+            if buffer.shape == shape and buffer.dtype == like.dtype and buffer.device == like.device:
+                return self._free.pop(i)
+        self._free.clear()  # before more memory is taken
+        return like.new_zeros(shape)
+
+    def give_back(self, buffers: list[Tensor]) -> None:
+        """Nobody uses them any more."""
+        self._free = [*self._free, *buffers][-self.most :]
+
+
+def rounded_rows(rows: int) -> int:
+    """Up to a power of two."""
+    return 1 << (rows - 1).bit_length() if rows else 0
+
+
+def rounded_slots(slots: int) -> int:
+    """Up to a power of two or one and a half of one, 512 at least."""
+    whole = max(512, 1 << (slots - 1).bit_length())
+    return whole * 3 // 4 if whole > 512 and slots <= whole * 3 // 4 else whole
+
+
+class _Views(NamedTuple):
+    """Of one buffer, keys and values of every layer in turn, each `(rows, kv_heads, slots, width)`."""
+
+    seen: tuple[Tensor, ...]
+    """All slots that the forward reads."""
+    written: tuple[Tensor, ...]
+    """Those that it writes, where they are the same in all rows."""

@@ -1,0 +1,235 @@
+"""Whether a layer gives each of its rows the same bits in company as alone, measured on this machine.
+
+A matrix product, a norm or an activation treats rows alone by its mathematics, but kernels choose blocking, vector
+lanes and threads by the number of rows, and the order of a sum decides its last bits. What a kernel does depends on
+shapes and precision, not on the numbers, so numbers are chosen here that make every difference visible:
+
+- for matrix products, sums that cancel: the result is nothing but rounding error, of which another order leaves
+  another;
+- for norms and rotary embeddings, the same in single precision and with a large offset, where errors grow;
+- for activations in 16 bits, all 65,536 numbers, in whole vectors and in remainders of vectors.
+
+Modules of any other kind are never run in company. Knows nothing of trees, targets or decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from outdraft.target.backends import PackedLinear
+
+TRIALS = 4
+"""Random inputs tried where no single one is sure to show a difference."""
+
+PIECE = 7
+"""Numbers in a remainder: less than any vector register holds."""
+
+COPYING = (nn.Embedding, nn.Dropout, nn.Identity)
+"""Modules that only copy numbers (scaled embeddings multiply each by one, which every kernel rounds alike)."""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether it computes by itself: what it holds, if anything, has no weights (experts and their activation)."""
+    children = [child for child in module._modules.values() if child is not None]
+    if isinstance(module, COPYING) or any(_weights(child) for child in children):
+        return False
+    return not children or _weights(module)
+
+
+def _weights(module: nn.Module) -> bool:
+    packed = any(isinstance(inner, PackedLinear) for inner in module.modules())
+    return packed or any(True for _ in module.parameters())
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether it computes with weights of its own beside what its parts compute, which then cannot be told apart."""
+    return not is_leaf(module) and not isinstance(module, COPYING) and bool(module._parameters)
+
+
+def kind_of(leaf: Any) -> tuple[Any, ...]:
+    """What decides which kernels a leaf calls; leaves of one kind behave alike."""
+    if isinstance(leaf, PackedLinear):
+        return type(leaf), leaf.in_features, leaf.out_features, leaf.bias is not None
+    tensors = {**dict(leaf.named_parameters(recurse=False)), **dict(leaf.named_buffers(recurse=False))}
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.stride()) for name, tensor in tensors.items())
+    return type(leaf), repr(leaf), shapes
+
+
+def one_by_one(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call it for every token alone, as a forward over one token would, and put the results together.
+
+    Args:
+        function: of tensors `(rows, tokens, ...)`, or `(tokens, ...)`; what has not that many is handed on whole.
+        *args: the first tensor among them says which.
+        **kwargs: likewise.
+    """
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    batched = first.dim() > 2
+    lead = first.shape[:2] if batched else first.shape[:1]
+
+    def alone(value: Any, row: int, token: int) -> Any:
+        if not isinstance(value, Tensor) or value.shape[: len(lead)] != lead:
+            return value
+        return value[row : row + 1, token : token + 1] if batched else value[token : token + 1]
+
+    def at(row: int, token: int) -> Any:
+        own = {name: alone(value, row, token) for name, value in kwargs.items()}
+        return function(*(alone(value, row, token) for value in args), **own)
+
+    if not batched:
+        return _joined([at(0, token) for token in range(lead[0])], 0)
+    return _joined([_joined([at(row, token) for token in range(lead[1])], 1) for row in range(lead[0])], 0)
+
+
+def _joined(results: list[Any], dim: int) -> Any:
+    if isinstance(results[0], tuple):
+        return tuple(_joined(list(parts), dim) for parts in zip(*results, strict=True))
+    return torch.cat(results, dim)
+
+
+class OneByOne(nn.Module):
+    """Another module (or function), for every token alone.
+
+    Args:
+        inner: it is shared, not copied.
+    """
+
+    def __init__(self, inner: Callable[..., Any]):
+        super().__init__()
+        self._inner = [inner]  # in a list, so that it is not taken for a part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return one_by_one(self._inner[0], *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_inner"][0], name)
+
+
+class Probe(OneByOne):
+    """A leaf that is tried, for every shape that comes to it, in company and alone.
+
+    Attributes:
+        kind: of the leaf.
+        stacks: whether all rows had the same bits either way, as far as it was called.
+    """
+
+    def __init__(self, leaf: nn.Module):
+        super().__init__(leaf)
+        self.kind = kind_of(leaf)
+        self.stacks = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.stacks = self.stacks and _stacks(self.kind, self._inner[0], args, kwargs)
+        return super().forward(*args, **kwargs)
+
+
+_known: dict[Any, bool] = {}
+
+
+def _stacks(kind: tuple[Any, ...], leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The verdict for this kind of leaf and these shapes, measured once a process and number of threads."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    shapes = tuple((tuple(value.shape), value.dtype) for value in given)
+    key = (kind, shapes, torch.get_num_threads())
+    if key not in _known:
+        _known[key] = _try(leaf, args, kwargs)
+    return _known[key]
+
+
+def _try(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dice = torch.Generator().manual_seed(0)
+    if type(leaf) in (nn.Linear, PackedLinear, Conv1D):
+        return same_alone(*cancelling(leaf, args[0], dice))
+    parameters, buffers = list(leaf.parameters()), list(leaf.buffers())
+    if not parameters and not buffers:
+        return _activation_stacks(leaf, args, kwargs, dice)
+    name = type(leaf).__name__.lower()
+    if ("norm" in name and all(parameter.dim() == 1 for parameter in parameters)) or "rotary" in name:
+        single = copy.deepcopy(leaf).float()
+        return all(
+            same_alone(leaf, *_random(args, dice, offset), **kwargs)
+            and same_alone(single, *_random(args, dice, offset, torch.float32), **kwargs)
+            for offset in (0, 256)
+            for _ in range(TRIALS)
+        )
+    return False
+
+
+def same_alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether every token has the same bits in company and alone."""
+    return _equal(function(*args, **kwargs), one_by_one(function, *args, **kwargs))
+
+
+def cancelling(leaf: Any, like: Tensor, dice: torch.Generator) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A layer of the same kind and an input of the same shape whose exact products are all zero, so that what comes
+    out is rounding error alone."""
+    inputs, outputs = leaf.weight.shape if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
+    order, half = torch.randperm(inputs, generator=dice), inputs // 2
+    one, other = order[:half], order[half : 2 * half]
+
+    x = torch.zeros(like.shape, dtype=like.dtype)
+    x[..., one] = _spread((*like.shape[:-1], half), dice).to(like.dtype)
+    x[..., other] = -x[..., one]
+    few = torch.zeros(min(outputs, 64), inputs, dtype=like.dtype)
+    few[:, one] = _spread((len(few), half), dice).to(like.dtype)
+    few[:, other] = few[:, one]
+    weight = few[torch.arange(outputs) % len(few)]
+    bias = None if leaf.bias is None else torch.zeros(outputs, dtype=like.dtype)
+    if isinstance(leaf, PackedLinear):
+        return PackedLinear(weight, bias), x
+    made: Any = copy.copy(leaf)
+    made._parameters = {
+        "weight": nn.Parameter(weight.T.contiguous() if isinstance(leaf, Conv1D) else weight, requires_grad=False),
+        "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    return made, x
+
+
+def _activation_stacks(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dice: torch.Generator) -> bool:
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        return False
+    if args[0].dtype.itemsize == 2:
+        key = (kind_of(leaf), args[0].dtype)
+        if key not in _known:
+            _known[key] = _same_in_remainders(leaf, args[0].dtype)
+        return _known[key]
+    return all(same_alone(leaf, *_random(args, dice, 0)) for _ in range(TRIALS))
+
+
+def _same_in_remainders(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> bool:
+    """Whether every number of 16 bits gives the same in whole vectors and in what is left beside them."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    whole = function(numbers)
+    pieces = torch.cat([function(piece) for piece in numbers.split(PIECE)])
+    return _equal(whole.nan_to_num(), pieces.nan_to_num())
+
+
+def _random(args: tuple[Any, ...], dice: torch.Generator, offset: float, dtype: torch.dtype | None = None) -> list[Any]:
+    """Numbers of many magnitudes in place of the given ones."""
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return (_spread(value.shape, dice) + offset).to(dtype or value.dtype)
+
+    return [other(value) for value in args]
+
+
+def _spread(shape: Sequence[int], dice: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=dice) * torch.exp2(torch.randint(-6, 7, tuple(shape), generator=dice))
+
+
+def _equal(some: Any, others: Any) -> bool:
+    if isinstance(some, tuple):
+        return all(_equal(a, b) for a, b in zip(some, others, strict=True))
+    return torch.equal(some, others)

@@ -1,0 +1,377 @@
+"""Exact mode: a forward over many candidates whose every row has the bits of a one-token forward.
+
+In low precision a forward over several tokens rounds differently from as many one-token forwards, so greedy texts can
+part at near-ties. Here the forward itself is made the same, and with it the cache and all that follows:
+
+- Attention runs node by node: each query sees its own path only, contiguously and in order, in a kernel call of the
+  shape that plain decoding makes. Keys and values of committed tokens are not copied.
+- Everything else treats rows alone by its mathematics; whether its kernel does so too is measured on this machine for
+  every kind of layer and number of rows (`kernels.py`). Layers that fail are run row by row.
+- Before a number of rows is first used, a whole forward over random trees is compared with one-token forwards, bit
+  for bit: features, logits, keys, values. A difference is an error, never a warning.
+- Prompts run one at a time, so a row of a batch is decoded as plain decoding would decode it alone.
+
+The model is neither copied nor patched: `ExactTarget` works on a view of it. Knows nothing of drafters or verification.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from outdraft.core.tree import Tree
+from outdraft.errors import UserError
+from outdraft.target.backends.packed import quantised_part
+from outdraft.target.cache import SlotCache
+from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
+from outdraft.target.exact.invariance import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
+from outdraft.target.runner import CutRun, Output, TargetRun
+from outdraft.target.target import Target
+from outdraft.target.views import Cut
+
+
+@dataclass
+class Exactness:
+    """By what the text of an exact decoding equals the plain one, and what that took since the model was loaded."""
+
+    guarantee: str = "by construction"
+    """All rows of all forwards have the bits of one-token forwards."""
+    stacked: int = 0
+    """Layers (and other modules that compute) that run over all candidates at once."""
+    one_by_one: int = 0
+    """Those that run row by row, as their kernels here give a row other bits in company."""
+    checks: int = 0
+    """Comparisons of whole forwards with one-token forwards: one for every new number of rows and candidates."""
+    check_seconds: float = 0.0
+    """What they took; the seconds of the rounds in which they fell contain them."""
+
+    def __str__(self) -> str:
+        return self.guarantee
+
+
+def exactly(target: Target) -> ExactTarget:
+    """The target in exact mode; the same one for the same target, so that nothing is checked twice.
+
+    Raises:
+        UserError: there is no guarantee for this model or device, with the reason.
+    """
+    if target.exact is None:
+        target.exact = ExactTarget(target)
+    return target.exact
+
+
+class ExactTarget(Target):
+    """A target whose forward over trees gives every node the bits of plain decoding.
+
+    Args:
+        plain: the target as it is.
+
+    Raises:
+        UserError: there is no guarantee for this model or device, with the reason.
+    """
+
+    ragged = False
+
+    def __init__(self, plain: Target):
+        refuse(plain)
+        self.__dict__.update(plain.__dict__)
+        self.plain = plain
+        self._run = self._whole  # of this view, not of the plain target's
+        self.exactness = Exactness()
+        self._now = Now()
+        self._alone: set[Any] = set()  # kinds of modules that run row by row
+        self._checked: set[tuple[int, ...]] = set()
+        self._cuts: dict[int, Cut] = {}
+        self._layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
+        self._rebuild()
+        self._check(1, 4)  # most models that are to be refused are refused here, before anything is decided
+
+    # --- what a Target does ------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        self._check(*seen.shape[:2])  # before the inner model is looked up, as this may put another in its place
+        return super().forward(tokens, positions, seen, slots, cache)
+
+    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        self._check(*seen.shape[:2])
+        inputs = super().inputs(positions, seen, slots, cache)
+        self._now.paths = Paths(seen, slots, cache.lengths)
+        return inputs
+
+    def head(self, features: Tensor) -> Tensor:
+        """As ever; `(rows, hidden)` are rows of different sequences, `(rows, nodes, hidden)` those of a forward."""
+        if features.dim() == 2:
+            return one_by_one(self.plain.head, features)
+        self._check(*features.shape[:2])
+        return self._head(features)
+
+    def start(self, run: TargetRun) -> TargetRun:
+        """The run of a drafter in exact mode.
+
+        Raises:
+            UserError: it runs the target in a way that is not known here.
+        """
+        if type(run) is TargetRun:
+            return ExactRun(self, run.cache)
+        if type(run) is CutRun:
+            return ExactCutRun(self, run.cut, run.cache)
+        raise UserError(
+            f"exact=True does not cover this method, whose {type(run).__name__} runs the target in a way of its own"
+        )
+
+    def cut(self, layers: int) -> Cut:
+        """The view cut after so many layers."""
+        if layers not in self._cuts:
+            self._cuts[layers] = Cut(self.model, layers)
+        return self._cuts[layers]
+
+    # --- the view ----------------------------------------------------------------------------------------------
+
+    def _rebuild(self) -> None:
+        self._use(lambda leaf: OneByOne(leaf) if kind_of(leaf) in self._alone else leaf)
+        leaves = [leaf for leaf in self.plain.model.modules() if is_leaf(leaf)]
+        self.exactness.one_by_one = sum(kind_of(leaf) in self._alone for leaf in leaves)
+        self.exactness.stacked = len(leaves) - self.exactness.one_by_one
+
+    def _use(self, wrap: Any) -> None:
+        """Look at the model through these wrappings of its leaves."""
+        view = _View(wrap, self._now)
+        self.model = view(self.plain.model)
+        self._inner = self.model.base_model
+        self._cuts.clear()
+        head = self.plain._head
+        # A head that does more than its output layer is run as it is, row by row.
+        self._head = wrap(head) if isinstance(head, nn.Module) else OneByOne(head)
+
+    # --- the proof ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _check(self, rows: int, nodes: int) -> None:
+        """Make sure of a forward over so many nodes in so many rows; measured once."""
+        case_key = (rows, nodes, torch.get_num_threads())
+        if case_key in self._checked:
+            return
+        start = time.perf_counter()
+        self._checked.add(case_key)  # the forwards of the check come by here
+        try:
+            case = _Case(self.plain, rows, nodes)
+            probes: dict[Any, Probe] = {}
+            self._use(lambda leaf: probes.setdefault(id(leaf), Probe(leaf)))
+            self._now.calls = 0
+            case.tree(self)
+            failed = {probe.kind for probe in probes.values() if not probe.stacks}
+            self._alone |= failed
+            self._rebuild()
+            if self._now.calls != self.num_layers:
+                raise UserError(
+                    f"{type(self.plain.model).__name__} has an attention of its own, "
+                    "so exact=True cannot give each candidate what plain decoding gives it"
+                )
+            for layout in self._now.layouts - self._layouts:
+                if not reads_in_place(*layout, most=self.context_length):
+                    raise UserError(
+                        "attention over keys in place gives other bits than over their copies on this machine, "
+                        "so exact=True cannot be promised"
+                    )
+                self._layouts.add(layout)
+            where = case.difference(self)
+            if where is not None:
+                raise UserError(
+                    f"a forward over {rows} x {nodes} tokens gives other {where} than one-token forwards with this "
+                    "model and machine, so exact=True cannot be promised"
+                )
+        except BaseException:
+            self._checked.discard(case_key)
+            self._rebuild()
+            raise
+        self.exactness.checks += 1
+        self.exactness.check_seconds += time.perf_counter() - start
+
+
+def refuse(target: Target) -> None:
+    """Raise UserError where nothing can be promised, before anything runs."""
+    model: Any = target.model
+    if target.device.type != "cpu":
+        raise UserError(
+            f"exact=True is not offered on {target.device.type}: which rows its kernels round alike has not been "
+            "measured; use a CPU, or leave it out"
+        )
+    if target.backend in ("compiled", "graphs"):
+        raise UserError(
+            f"exact=True is not offered on backend '{target.backend}': which rows its kernels round alike has not been "
+            "measured; use --backend packed or eager"
+        )
+    if target.config._attn_implementation != "sdpa":
+        raise UserError("exact=True needs attn_implementation='sdpa', whose kernel calls can be made one by one")
+    quantised = getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None
+    if quantised or any("forward" in module.__dict__ for module in model.modules()):
+        raise UserError("exact=True needs the model's own layers, neither quantised nor hooked; load it without")
+    mixing = next((type(module).__name__ for module in model.modules() if mixes(module)), None)
+    if mixing is not None:
+        raise UserError(f"exact=True cannot see what {mixing} computes with weights of its own; leave it out")
+
+
+class _View:
+    """Shallow copies of modules that share every weight, with our attention and some leaves wrapped."""
+
+    def __init__(self, wrap: Any, now: Now):
+        self.wrap, self.now = wrap, now
+        self.configs: dict[int, Any] = {}
+
+    def __call__(self, module: nn.Module) -> Any:
+        if is_leaf(module):
+            return self.wrap(module)
+        view: Any = copy.copy(module)
+        view._modules = {name: None if child is None else self(child) for name, child in module._modules.items()}
+        view.__dict__["_outdraft_now"] = self.now
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            if id(config) not in self.configs:
+                self.configs[id(config)] = own = copy.deepcopy(config)
+                own._attn_implementation = ATTENTION
+            view.__dict__["config"] = self.configs[id(config)]
+        return view
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+class _Kept(SlotCache):
+    """A cache that shows what its layers hold."""
+
+    def __init__(self, target: Target, capacity: int, rows: int = 1):
+        super().__init__(rows, target.num_layers, capacity)
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.held[layer_idx] = super().update(key_states, value_states, layer_idx)
+        return self.held[layer_idx]
+
+
+def _prefill(runs: Sequence[TargetRun], cache: SlotCache, prompts: Sequence[Tensor]) -> Output:
+    """Run each prompt by itself and put all of them into one cache."""
+    outputs = [run.prefill([prompt]) for run, prompt in zip(runs, prompts, strict=True)]
+    kept: list[Any] = [run.cache.held for run in runs]  # type: ignore[attr-defined]
+    cache.reserve(max(len(prompt) for prompt in prompts), outputs[0].features.device)
+    for layer in kept[0]:
+        keys, values = (
+            pad_sequence([held[layer][part][0].transpose(0, 1) for held in kept], batch_first=True).transpose(1, 2)
+            for part in (0, 1)
+        )
+        cache.update(keys, values, layer)
+    cache.commit([range(len(prompt)) for prompt in prompts])
+    return Output(
+        *(pad_sequence([part[0] for part in parts], batch_first=True) for parts in zip(*outputs, strict=True))
+    )
+
+
+class ExactRun(TargetRun):
+    """The target with the cache of its rows, every row as if alone."""
+
+    target: ExactTarget
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Output:
+        plain = self.target.plain
+        runs = [TargetRun(plain, _Kept(plain, len(prompt))) for prompt in prompts]
+        return _prefill(runs, self.cache, prompts)
+
+
+class ExactCutRun(CutRun):
+    """The same in two parts; candidates run ahead through the first part with the bits of plain decoding too."""
+
+    target: ExactTarget
+
+    def __init__(self, target: ExactTarget, plain_cut: Cut, cache: SlotCache):
+        super().__init__(target, _ExactCut(target, plain_cut.layers), cache)  # type: ignore[arg-type]
+        self.plain_cut = plain_cut
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Output:
+        plain = self.target.plain
+        runs = [CutRun(plain, self.plain_cut, _Kept(plain, len(prompt))) for prompt in prompts]
+        return _prefill(runs, self.cache, prompts)
+
+
+class _ExactCut:
+    """A `Cut` of the exact target's view, whichever that is at the moment."""
+
+    def __init__(self, target: ExactTarget, layers: int):
+        self.target, self.layers = target, layers
+
+    def lower(self, **inputs: Any) -> Tensor:
+        return self.target.cut(self.layers).lower(**inputs)
+
+    def upper(self, hidden: Tensor, **inputs: Any) -> Tensor:
+        return self.target.cut(self.layers).upper(hidden, **inputs)
+
+
+# --- the comparison with one-token forwards --------------------------------------------------------------------
+
+
+class _Case:
+    """Random trees after random prompts of different lengths, as many nodes in every row.
+
+    Args:
+        plain: the target as it is.
+        rows: trees.
+        nodes: of each.
+    """
+
+    def __init__(self, plain: Target, rows: int, nodes: int):
+        self.plain = plain
+        dice = torch.Generator().manual_seed(rows * 1000 + nodes)
+
+        def tokens(*shape: int) -> Tensor:
+            return torch.randint(plain.vocab_size, shape, generator=dice)
+
+        longest = max(2, min(12, plain.context_length - nodes - 1))
+        self.prompts = [tokens(2 + (5 * row + 3) % (longest - 1)) for row in range(rows)]
+        parents = [
+            [-1, *(int(torch.randint(max(0, i - 3), i, (), generator=dice)) for i in range(1, nodes))]
+            for _ in range(rows)
+        ]
+        self.trees = Tree(tokens(rows, nodes), torch.tensor(parents), [nodes] * rows)
+
+    def tree(self, exact: ExactTarget) -> tuple[Tensor, Tensor, _Kept]:
+        """Features, logits and cache of one forward over all nodes."""
+        cache = _Kept(self.plain, max(len(prompt) for prompt in self.prompts) + self.trees.nodes, len(self.prompts))
+        run = ExactRun(exact, cache)
+        run.prefill(self.prompts)
+        features = run.tree(self.trees).features
+        return features, exact.head(features), cache
+
+    def difference(self, exact: ExactTarget) -> str | None:
+        """Where the forward over the trees differs from forwards over one token, None where it does not."""
+        features, logits, cache = self.tree(exact)
+        children: dict[int, list[int]]
+        for row, prompt in enumerate(self.prompts):
+            own = _Kept(self.plain, len(prompt) + self.trees.nodes)
+            run = TargetRun(self.plain, own)
+            run.prefill([prompt])
+            children = self.trees.children(row)
+            ahead = [(0, 0)]
+            while ahead:
+                node, depth = ahead.pop()
+                own.lengths[0] = len(prompt) + depth  # back to the parent
+                single = run.tree(Tree.roots(self.trees.tokens[row, node : node + 1])).features
+                pairs = [("features", features[row, node], single[0, 0])]
+                pairs.append(("logits", logits[row, node], self.plain.head(single)[0, 0]))
+                for layer, (keys, values) in own.held.items():
+                    slot = len(prompt) + node
+                    pairs.append((f"keys (layer {layer})", cache.held[layer][0][row, :, slot], keys[0, :, -1]))
+                    pairs.append((f"values (layer {layer})", cache.held[layer][1][row, :, slot], values[0, :, -1]))
+                # Deepest first: what went wrong in a layer shows in all after it.
+                for name, given, expected in [*pairs[2:], *pairs[:2]]:
+                    if not torch.equal(given, expected):
+                        return name
+                run.cache.commit([[0]])
+                ahead += [(child, depth + 1) for child in children.get(node, [])]
+        return None

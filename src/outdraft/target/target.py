@@ -1,0 +1,295 @@
+"""A stock `transformers` causal language model as drafters and verification see it.
+
+One forward over reserved slots of our cache (4-D mask, a position for every token), the features after the final norm,
+the head and the embedding as functions of their own. The model is used as it is: no modeling file is copied, nothing
+is patched. What differs between families or versions of transformers is dealt with here and nowhere else.
+
+Does not know of trees, of rows that come and go, or of what will be accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from outdraft.core.tree import attention_mask
+from outdraft.errors import UserError, first_line
+from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
+from outdraft.target.cache import BufferPool, SlotCache
+from outdraft.target.reach import context_of, windows_of
+
+MASK_READING = {"sdpa", "eager"}
+"""Attention implementations that take a mask of our own."""
+
+
+class Target:
+    """A causal language model with its cache, mask and head laid open.
+
+    Args:
+        model: a stock model, in evaluation mode; it stays as it is.
+        tokenizer: its tokenizer, where text comes in or goes out.
+        backend: what its forward runs on (`backends/`).
+        windows: that its layers have, by their kinds; by default what its configuration says.
+
+    Raises:
+        UserError: the family cannot verify trees, with the reason.
+    """
+
+    ragged = True
+    """Whether the head may run over any number of nodes, or only over as many in every row."""
+
+    ignores_generation_config = False
+    """Whether the sampling settings and bans of the model's own generation config are left alone; its ends are not."""
+
+    exact: Any = None
+    """The same target in exact mode, once it was asked for (`exact.py`)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str = "eager",
+        windows: dict[str, int | None] | None = None,
+    ):
+        refuse_unfit(model)
+        if model.device.type == "cuda":
+            avoid_plans()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model, self.tokenizer = accelerate(model, backend), tokenizer
+        self.config = model.config.get_text_config()
+        self._inner: Any = self.model.base_model
+        self._accelerated = self.model
+        run = forward_of(self.model, self._whole, f"{type(model).__name__}'s forward")
+        self._run = None if run == self._whole else run
+        self.pool = BufferPool() if self.backend == "graphs" else None
+        configured = windows_of(self.config)
+        self.windows = configured if windows is None else windows
+        self._ignored = [window for kind, window in configured.items() if window and not self.windows[kind]]
+        self._head = _head(self.model)
+
+    # --- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.weight.device
+
+    @property
+    def backend(self) -> str:
+        """What its forward runs on: what was asked for, or what stands in for it."""
+        return backend_of(self._accelerated)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        reach = context_of(self.config)
+        # A window that the model's own cache knows of and its forward does not: they say the same up to it.
+        return min([reach, *self._ignored])
+
+    @property
+    def slot_limit(self) -> int | None:
+        """Cache slots that a forward may read, where the family's attention has a table of that size."""
+        return self.context_length if self.config.model_type in ("gpt_neo",) else None
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ends of sequence by the model's generation config, else the tokenizer's."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()  # type: ignore[return-value]
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """`(..., )` ids to `(..., hidden)` what the model's own embedding module gives (Gemma's scales)."""
+        return self._embedding(ids)
+
+    def head(self, features: Tensor) -> Tensor:
+        """`(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself makes them."""
+        return self._head(features)
+
+    def logits(self, features: Tensor, counts: Sequence[int]) -> Tensor:
+        """`(rows, nodes, vocab)` after the first `counts` nodes of every row; what stands after padding is no logit.
+
+        One run of the head over all nodes: over those that verification walks by it would be a run for every level.
+        """
+        rows, nodes, _ = features.shape
+        if not self.ragged or sum(counts) == rows * nodes:
+            return self.head(features)
+        real = [place for row, count in enumerate(counts) for place in range(row * nodes, row * nodes + count)]
+        index = torch.tensor(real, device=features.device)
+        own = self.head(features.flatten(0, 1)[index])
+        return own.new_empty(rows * nodes, own.shape[-1]).index_copy_(0, index, own).view(rows, nodes, -1)
+
+    def head_through(self, output_layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The same way from features to logits through an output layer of one's own."""
+        return output_layer if isinstance(self._head, nn.Module) else _HeadView(self.model, output_layer)
+
+    def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`(batch, tokens, hidden)` features of a plain causal forward without cache; `mask` as in transformers."""
+        return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    # --- forwards over the cache -------------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, capacity: int) -> SlotCache:
+        return SlotCache(rows, self.num_layers, capacity, self.pool)
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        """Run `(rows, tokens)` over reserved slots; the last arguments as in `inputs`.
+
+        Returns:
+            `(rows, tokens, hidden)` features.
+        """
+        run = self._run or self._whole
+        return run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
+
+    def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return (self._inner(**inputs).last_hidden_state,)
+
+    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        """What the inner model, whole or cut, takes beside tokens; positions, seen and slots as in `attention_mask`."""
+        lengths, extent = cache.lengths, cache.extent
+
+        def masks() -> Any:
+            made = {
+                kind: self._mask(attention_mask(seen, slots, lengths, extent, positions, window))
+                for kind, window in self.windows.items()
+            }
+            return made if len(made) > 1 else next(iter(made.values()))
+
+        sight = None if self.pool is None else Sight(seen, slots, positions, lengths, self.windows, masks)
+        return {
+            "attention_mask": sight or masks(),
+            "position_ids": positions[:, -seen.shape[1] :],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """What the model's attention reads: boolean keeps SDPA on its fast kernels, `eager` adds to the scores."""
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+
+# --- what differs between families -----------------------------------------------------------------------------
+
+
+def refuse_unfit(model: PreTrainedModel) -> None:
+    """Raise UserError with the reason where trees cannot be verified."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    recurrent = {"linear_attention", "mamba", "conv", "recurrent"} & set(getattr(config, "layer_types", None) or [])
+    if recurrent or getattr(model, "_is_stateful", False):
+        raise UserError(f"{name} has recurrent layers, whose state cannot be rolled back; use a pure attention model")
+    if config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UserError(f"{name} is not a causal language model with a head; load an AutoModelForCausalLM")
+    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(f"{name} takes no position_ids (ALiBi?), so a tree cannot be placed; choose another family")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UserError(
+            f"the embedding of {name} is quantised, so its rows cannot be read; leave it out of quantisation"
+        )
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UserError(
+            f"{name} is spread over several devices, which is not supported; load it on one (no device_map)"
+        )
+    if config._attn_implementation not in MASK_READING:
+        raise UserError(
+            f"attention '{config._attn_implementation}' takes no mask of its own; load with attn_implementation='sdpa'"
+        )
+    local = config.model_type == "gpt_neo" and "local" in config.attention_layers
+    if local and config.window_size < config.max_position_embeddings:
+        raise UserError(
+            f"{name} measures its local window of {config.window_size} in cache slots, which a tree breaks; "
+            "only GPT-Neo models whose window covers the context can be verified"
+        )
+    if getattr(config, "attention_chunk_size", None) and "chunked_attention" in (config.layer_types or []):
+        raise UserError(f"{name} attends in chunks of positions, which is not supported; choose another family")
+
+
+def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
+    """The output layer itself where the model does nothing more to its logits, else the model's own way to them."""
+    head, view = model.get_output_embeddings(), _HeadView(model)
+    weight: Any = model.get_input_embeddings().weight
+    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[
+        None, None
+    ]
+    with torch.inference_mode():
+        try:
+            through = view(probe)
+        except Exception as error:  # families raise what they like
+            raise UserError(
+                f"{type(model).__name__} makes its logits of something else than its last features "
+                f"({first_line(error)}); choose a model of another family"
+            ) from error
+        try:
+            return head if torch.equal(head(probe), through) else view
+        except RuntimeError:  # there is more than this layer between features and logits
+            return view
+
+
+class _HeadView:
+    """The model's own path from final features to logits (scaling, soft capping and all).
+
+    A shallow copy of the model whose inner model hands back what it is given; every weight is shared, but for another
+    output layer where one is given.
+    """
+
+    def __init__(self, model: PreTrainedModel, output_layer: nn.Module | None = None):
+        own = model.get_output_embeddings()
+        self.view = copy.copy(model)
+        self.view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original model
+        self.view._modules = {
+            name: output_layer if output_layer is not None and child is own else child
+            for name, child in model._modules.items()
+        }
+        self.view._modules[model.base_model_prefix] = _HandBack()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        flat = features.reshape(1, -1, features.shape[-1])
+        return self.view(inputs_embeds=flat, use_cache=False).logits.view(*features.shape[:-1], -1)
+
+
+class _HandBack(nn.Module):
+    @property
+    def decoder(self) -> _HandBack:
+        """OPT's language model calls the part inside its inner model."""
+        return self
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _FeaturesOnly:
+        return _FeaturesOnly(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class _FeaturesOnly(BaseModelOutputWithPast):
+    """Whatever else a family looks for in its inner model's output (cross attentions, router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
