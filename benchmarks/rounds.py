@@ -37,7 +37,8 @@ from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.masks import Sight
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.methods import draft_model, lookahead, prompt_lookup
 from outdraft.methods.eesd import drafter as early_exit
 from outdraft.methods.fspad import drafter as feature_drafting

@@ -16,7 +16,8 @@ from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row, compacted, decode
+from outdraft.engine.round import compacted, decode
+from outdraft.engine.rows import Row
 from outdraft.target.cache import SlotCache
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS
@@ -69,7 +70,7 @@ def test_a_row_that_joins_late_says_what_it_says_alone(name: str | None, kind: s
     target, drafter = pair(name, dtype)
     mixed = [SETTINGS["greedy"], SETTINGS["sampling"], SETTINGS["sampling"], SETTINGS["greedy"], SETTINGS["sampling"]]
     settings = mixed if kind == "mixed" else [SETTINGS[kind]] * len(PROMPTS)
-    sampled = kind != "greedy" and drafter is not None and drafter.has_law
+    sampled = kind != "greedy" and drafter is not None and drafter.limits.probs
     shape = TreeShape(2, 2, 6) if not sampled else TreeShape(2, 2, 7, candidates="sampled")
     rows = rows_of(target, settings)
     expected = alone(target, drafter, rows, shape)

@@ -24,7 +24,8 @@ from outdraft.core.tree import Tree
 from outdraft.drafting import intake
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.expand import grow_dynamic
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.draft_model import DraftModel
 from outdraft.methods.eagle3.drafter import Eagle3Drafter

@@ -89,7 +89,7 @@ class Wrong(Drafter):
     """A drafter whose proposals are tampered with."""
 
     def __init__(self, inner: Drafter):
-        self.inner, self.method, self.has_law = inner, inner.method, inner.has_law
+        self.inner, self.method, self.limits = inner, inner.method, inner.limits
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         return self.inner.start(target, cache)

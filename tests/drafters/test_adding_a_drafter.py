@@ -12,7 +12,8 @@ import torch
 from models import tiny
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.shape import TreeShape
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.target.target import Target
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-drafter.md"

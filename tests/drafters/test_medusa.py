@@ -18,7 +18,7 @@ from outdraft.control import CONTROLLERS
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import RowContext, Update
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import load_drafter, save_drafter
 from outdraft.methods.eesd.folder import target_facts

@@ -17,7 +17,8 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.core.sampling import SamplingSettings, Warper
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.shared_vocabulary import SharedVocabulary
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.draft_model import DraftModel
 from outdraft.target.target import Target

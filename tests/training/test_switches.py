@@ -12,7 +12,8 @@ from torch import Tensor
 
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.shape import TreeShape
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import load_drafter
 from outdraft.methods.fspad.drafter import FeatureDrafter

@@ -44,7 +44,8 @@ from outdraft.core.sampling import Dice, Warper, whole
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.base import Drafter
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError, meant
 from outdraft.target.exact.target import Exactness, ExactTarget, exactly
 from outdraft.target.target import Target

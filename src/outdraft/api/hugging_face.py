@@ -29,7 +29,8 @@ from outdraft.control.pacing import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.drafting.base import Drafter
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

@@ -71,7 +71,7 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         passes,
         head_seconds(target),
         [
-            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.looks_back)
+            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.limits.looks_back)
             for name, drafter in {**kinds, LOOKUP: PromptLookup()}.items()
         ],
         left_out,
@@ -152,7 +152,7 @@ def _answers(
 ) -> Comparison:
     """Plain decoding, prompt lookup and the drafter that was given answer the prompts in turns."""
     rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
-    if given is not None and not given.looks_back:
+    if given is not None and not given.limits.looks_back:
         rivals += [
             speculative(given.method + more, target, given, repeats=bool(more), controller=CONTROLLER)
             for more in ("", WITH_LOOKUP)

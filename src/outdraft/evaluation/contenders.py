@@ -82,7 +82,7 @@ def contenders(
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
         shape = {} if drafter.method in WITHOUT_MODEL else tree or {}
-        for repeats in ("",) if drafter.looks_back else ("", WITH_LOOKUP):
+        for repeats in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
             if methods is not None and drafter.method + repeats not in methods:
                 continue
             for controller in controllers:

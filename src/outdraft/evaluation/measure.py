@@ -95,7 +95,7 @@ def speculative(name: str, target: Target, drafter: Drafter | None, *, repeats: 
         **tree: as in `generate`.
     """
     model = SpeculativeModel(target, drafter)
-    if drafter is not None and not drafter.looks_back and not repeats:
+    if drafter is not None and not drafter.limits.looks_back and not repeats:
         tree["prompt_lookup_min"] = 0
 
     def decode(prompt: list[int], settings: dict[str, Any]) -> Answer:

@@ -20,7 +20,7 @@ from torch import Tensor
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.engine.round import decode
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
@@ -85,8 +85,7 @@ class Guesses(Drafter):
     """Chains of any tokens, at no cost: shows what a pass over so many tokens takes."""
 
     method = "guesses"
-    has_law = False
-    stepwise = False
+    limits = Limits(stepwise=False, probs=False)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _GuessState:
         return _GuessState()
@@ -143,7 +142,7 @@ def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: lis
     """So many rounds of one text, those of the warm-up left out."""
     settings: dict[str, Any] = {"max_new_tokens": (shape.depth + 2) * rounds + 1, "eos_token_id": []}
     if drafter is not None:
-        settings |= {"controller": "fixed"} | ({} if drafter.looks_back else {"prompt_lookup_min": 0})
+        settings |= {"controller": "fixed"} | ({} if drafter.limits.looks_back else {"prompt_lookup_min": 0})
     (row,), _, _ = SpeculativeModel(target, drafter)._rows(prompt, settings)
     parts, found = ("draft_seconds", "verify_seconds", "rest_seconds"), [Lap(0.0, 0.0, 0.0)]
     for done, _ in enumerate(decode(target, drafter, [row], shape)):

@@ -40,7 +40,7 @@ from outdraft.methods.fspad.network import FeatureHead
 from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.named import named, place_of, shipped_drafter
 from outdraft.target.target import Target
-from outdraft.target.views import Cut
+from outdraft.target.views import Reads
 
 ENGINES = ("vllm", "hf")
 
@@ -224,7 +224,8 @@ def _compare_exit(exit_layer: ExitLayer, target: Target, folder: Path) -> float:
     ids = torch.randint(target.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(tokens)[None]
     inputs: dict[str, Any] = {"position_ids": positions, "attention_mask": None, "use_cache": False}
-    hidden = Cut(target.model, exit_layer.config.exit_layer).lower(input_ids=ids, **inputs)
+    split = exit_layer.config.exit_layer
+    hidden = target.reader(Reads(False, (split,), split)).lower(input_ids=ids, **inputs)
     bound = exit_layer.bind(target)
     ours = bound.head(bound.features(hidden, **inputs))
     return _difference(ours, read.eval()(input_ids=ids, use_cache=False).logits)

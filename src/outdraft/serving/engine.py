@@ -23,7 +23,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.serving.faults import Fault, broken, refused, stopping, undecodable
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
 from outdraft.serving.metrics import Metrics

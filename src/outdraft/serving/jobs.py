@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.statistics import Statistics
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.serving.answer_text import AnswerText, Piece
 from outdraft.serving.faults import Fault
 from outdraft.target.target import Target

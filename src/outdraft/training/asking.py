@@ -18,7 +18,7 @@ from outdraft.data.conversations import Conversation
 from outdraft.data.messages import Message
 from outdraft.data.tokenization import render
 from outdraft.drafting.repeats import Repeats
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

@@ -165,7 +165,7 @@ def proposals(
     with torch.random.fork_rng():
         torch.manual_seed(drafting_seed)
         model.with_drafter(watch).generate(
-            list(prompts), **generation | {"prompt_lookup_min": None if watch.looks_back else 0}
+            list(prompts), **generation | {"prompt_lookup_min": None if watch.limits.looks_back else 0}
         )
     return found, drawn
 

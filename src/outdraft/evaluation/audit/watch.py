@@ -83,7 +83,7 @@ class Watch(Drafter):
         prefill_once: bool = False,
     ):
         self.inner, self.listeners, self.chance, self.prefill_once = inner, listeners, chance, prefill_once
-        self.method, self.has_law, self.looks_back = inner.method, inner.has_law, inner.looks_back
+        self.method, self.reads, self.limits = inner.method, inner.reads, inner.limits
         self.newest: Round | None = None
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
