@@ -41,6 +41,7 @@ from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods import draft_model, lookahead, prompt_lookup
 from outdraft.methods.eesd import drafter as early_exit
+from outdraft.methods.eesd.network import BoundExit
 from outdraft.methods.fspad import drafter as feature_drafting
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter
@@ -49,9 +50,9 @@ from outdraft.methods.medusa import drafter as medusa
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.target.backends import accelerate
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import CutRun, TargetRun
+from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, ExitView, Shortcut, Tapped
+from outdraft.target.views import Reader
 
 ARITHMETIC = ("target layers", "target head", "draft network", "draft head")
 """What the models compute."""
@@ -131,11 +132,11 @@ class Spans:
             (Target, "inputs", "masks"),
             (Target, "head", self.head),
             (Target, "embed", "draft network"),
-            (Cut, "lower", self.layers),
-            (Cut, "upper", self.layers),
-            (Tapped, "__call__", self.layers),
-            (ExitView, "__call__", "draft network"),
-            (Shortcut, "__call__", "draft network"),
+            (Reader, "lower", self.layers),
+            (Reader, "upper", self.layers),
+            (Reader, "__call__", self.layers),
+            (BoundExit, "features", "draft network"),
+            (early_exit.EarlyExitState, "_features", "draft network"),
             (DraftStep, "__call__", "draft network"),
             (FeatureDrafter, "logits", "draft head"),
             (medusa.Medusa, "logits", "draft network"),
@@ -145,7 +146,6 @@ class Spans:
             (SlotCache, "commit", "commit"),
             (decoding.Batch, "_commit", "commit"),
             (growth.RunAhead, "place", "masks"),
-            (CutRun, "tree", "masks"),
             (TargetRun, "tree", "masks"),
             (decoding, "verify", "verification"),
             (prompt_lookup.Text, "match", "trees"),
