@@ -201,7 +201,9 @@ class Bench:
     def repeat(self, repetitions: int) -> dict[str, Any]:
         import torch
 
-        from outdraft.core.sampling import Dice, SamplingSettings, Warper
+        from outdraft.core.dice import Dice
+        from outdraft.core.sampling import Warper
+        from outdraft.core.sampling_settings import SamplingSettings
         from outdraft.core.shape import TreeShape
         from outdraft.core.tree import Tree
         from outdraft.drafting.base import RowContext, Update

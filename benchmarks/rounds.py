@@ -31,7 +31,9 @@ import outdraft.engine.round as decoding
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.settings import tree_shape
 from outdraft.api.text import encode_prompts
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary

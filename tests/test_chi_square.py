@@ -19,7 +19,8 @@ from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
-from outdraft.core.sampling import SamplingSettings, Warper
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.head_config import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead

@@ -14,7 +14,8 @@ from enumeration import ScriptedChance, distance, law_of
 from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree

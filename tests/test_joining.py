@@ -12,12 +12,14 @@ import torch
 
 from models import perturbed, tiny
 from outdraft.control import Controller, Costs
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import compacted, decode
-from outdraft.engine.rows import Row
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row, compacted
 from outdraft.target.cache import SlotCache
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS

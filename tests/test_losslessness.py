@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 import outdraft.target.runner as run_module
 from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
-from outdraft.core.sampling import Chance, Dice, SamplingSettings, Warper
+from outdraft.core.dice import Chance, Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree

@@ -17,7 +17,8 @@ from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
 from outdraft.control.by_machine import Choice
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update

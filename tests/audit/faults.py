@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import Chance, Dice, Warper
+from outdraft.core.dice import Chance, Dice
+from outdraft.core.sampling import Warper
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict, acceptance

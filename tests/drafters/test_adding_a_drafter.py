@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from models import FAMILIES, FURTHER, tiny
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Update
 from outdraft.engine.round import decode

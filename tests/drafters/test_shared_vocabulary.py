@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from enumeration import ScriptedChance, distance, law_of, sequence_law
 from models import perturbed, tiny
 from outdraft.api.generation import SpeculativeModel
-from outdraft.core.sampling import SamplingSettings, Warper
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.shared_vocabulary import SharedVocabulary
 from outdraft.engine.round import decode

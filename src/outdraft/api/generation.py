@@ -40,7 +40,9 @@ from outdraft.api.text import Detokenizer, answer_text, encode_prompts
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
 from outdraft.core.coupling import chance_of
-from outdraft.core.sampling import Dice, Warper, whole
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import whole
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.base import Drafter

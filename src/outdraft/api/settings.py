@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.core.sampling import SamplingSettings, whole
+from outdraft.core.sampling_settings import SamplingSettings, whole
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats

@@ -11,7 +11,7 @@ import typer
 from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 
-SAMPLING = field_help("core/sampling.py", "SamplingSettings")
+SAMPLING = field_help("core/sampling_settings.py", "SamplingSettings")
 TREE = field_help("core/shape.py", "TreeShape")
 REPEATS = field_help("drafting/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.core.coupling import Coupled
-from outdraft.core.sampling import Chance, Warper
+from outdraft.core.dice import Chance
+from outdraft.core.sampling import Warper
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_CHAIN, GPU_TREE, TreeShape
 from outdraft.core.tensors import integers
 from outdraft.core.tree import Tree

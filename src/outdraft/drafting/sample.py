@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import draw_each, laws_of
+from outdraft.core.dice import draw_each
+from outdraft.core.sampling import laws_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Candidates, Tree

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from outdraft.control.costs import Costs
-from outdraft.core.sampling import Chance, Warper, draw_each, laws_of
+from outdraft.core.dice import Chance, draw_each
+from outdraft.core.sampling import Warper, laws_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import integers, sent
 from outdraft.core.tree import Tree

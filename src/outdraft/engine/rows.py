@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from outdraft.control.base import Controller
-from outdraft.core.sampling import Chance, Warper
+from outdraft.core.dice import Chance
+from outdraft.core.sampling import Warper
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.repeats import Repeats
 from outdraft.errors import first_line

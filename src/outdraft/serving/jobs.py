@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.statistics import Statistics
 from outdraft.engine.rows import Row
 from outdraft.serving.answer_text import AnswerText, Piece

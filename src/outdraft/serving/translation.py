@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.settings import check_prompt, model_settings
 from outdraft.api.text import check_switches, decode_text, encode_chat
-from outdraft.core.sampling import LogitBias, SamplingSettings
+from outdraft.core.sampling import LogitBias
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 from outdraft.serving.faults import Fault, refused
 from outdraft.serving.jobs import Ask

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from outdraft.api.text import decode_text
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.conversations import Conversation
 from outdraft.data.messages import Message
 from outdraft.data.tokenization import render

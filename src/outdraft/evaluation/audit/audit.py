@@ -23,7 +23,7 @@ from outdraft.api.settings import (
     sampling_settings,
     tree_shape,
 )
-from outdraft.core.sampling import SamplingSettings
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import estimate as title
 from outdraft.evaluation.audit.beginnings import beginnings_finding, chosen_places, plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.core.sampling import Dice
+from outdraft.core.dice import Dice
 from outdraft.core.tree import Tree
 from outdraft.evaluation.audit.chi_square import found_distance
 from outdraft.evaluation.audit.findings import Finding

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from outdraft.core.sampling import SamplingSettings
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 
 QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "trees": 8}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import Chance
+from outdraft.core.dice import Chance
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
