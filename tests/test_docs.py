@@ -10,6 +10,7 @@ import pytest
 
 from outdraft.core.sampling import SamplingSettings
 from outdraft.training.config import DrafterConfig
+from test_layers_of_the_package import ORDER
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -39,6 +40,12 @@ def test_code_that_a_page_names_is_there(page: str) -> None:
         if file != "file.py":  # how the page says it names code
             code = (PACKAGE / file).read_text(encoding="utf-8")
             assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), f"{file} has no {name}"
+
+
+def test_the_layout_page_lists_folders_in_the_order_of_their_imports() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert names == list(ORDER)
 
 
 def test_every_page_is_reached_from_the_index() -> None:
