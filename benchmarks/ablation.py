@@ -7,7 +7,7 @@ running:
     OMP_NUM_THREADS=2 python benchmarks/ablation.py --output-dir study --train-only
     OMP_NUM_THREADS=2 python benchmarks/ablation.py --output-dir study
 
-Writes `study.json`, `study.md` and `study.html` there. `docs/ablation.md` says how to read them.
+Writes `study.json`, `study.md` and `study.html` there. `docs/measurements/ablation.md` says how to read them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ is counted does not depend on the machine:
     OMP_NUM_THREADS=2 python benchmarks/recipes.py --output-dir study
     OMP_NUM_THREADS=2 python benchmarks/recipes.py --output-dir study --speed        # with nothing else running
 
-Writes `study.json`, `study.md` and `study.html` there. `docs/recipes.md` says how to read them.
+Writes `study.json`, `study.md` and `study.html` there. `docs/measurements/recipes.md` says how to read them.
 """
 
 from __future__ import annotations
