@@ -21,7 +21,7 @@ from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
 from outdraft.core.sampling import SamplingSettings, Warper
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
-from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig

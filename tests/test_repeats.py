@@ -24,7 +24,7 @@ from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import Row, decode
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from test_control_of_decoding import CHEAP, controlled
 from test_joining import alone, in_company

@@ -19,7 +19,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting.shared_vocabulary import SharedVocabulary
 from outdraft.engine.round import Row, decode
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.target import Target
 
 PROMPT = [0, 2, 1, 3, 0, 2]

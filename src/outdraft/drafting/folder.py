@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"'{file}' must hold a JSON object; copy or train the drafter again")
     return config
-
-
-def is_eagle3(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json is that of an EAGLE-3 drafter, whoever wrote it; its tensors are not looked at."""
-    if "outdraft_version" in config:
-        return False
-    if "speculators_model_type" in config:
-        return bool(config["speculators_model_type"] == "eagle3")
-    named = any("eagle3" in str(name).lower() for name in config.get("architectures") or [])
-    return named or "eagle_config" in config or "draft_vocab_size" in config
 
 
 def _read_json(file: Path) -> Any:

@@ -10,14 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FSPAD = "EagleFspadLlamaForCausalLM"
-"""Architecture of an exported FSPAD drafter, either of its two ideas alone included."""
-
-EAGLE_WITH_BIAS = "EagleFcBiasLlamaForCausalLM"
-"""Architecture of an exported EAGLE head whose fusion layer has a bias, for which vLLM's own has no place."""
-
-EAGLE = "EagleLlamaForCausalLM"
-"""vLLM's own EAGLE head, which needs no plug-in."""
+from outdraft.methods.fspad import EAGLE_WITH_BIAS, FSPAD
 
 TESTED = ((0, 32, 0), (0, 33, 0))
 """Versions of vLLM from the first on, below the second."""
