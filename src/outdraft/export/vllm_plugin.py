@@ -1,8 +1,8 @@
 """vLLM's general plug-in (entry point group `vllm.general_plugins`): tells vLLM of the drafters it does not know.
 
-vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So nothing of outdraft but
-this file is read then, and an untested version of vLLM is complained of only where one of our drafters is loaded
-(`vllm_head.py`). Knows no network; the guard against vLLM's defect on CPUs is in `vllm_sampling.py`.
+vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So no network is read
+then, and an untested version of vLLM is complained of only where one of our drafters is loaded (`vllm_head.py`). The
+guard against vLLM's defect on CPUs is in `vllm_sampling.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Folders of every method's drafters: saved, uploaded, and told apart.
 
-A folder is `config.json` and weights, written whole or not at all (`drafting/own_layout.py`). Each method reads its
+A folder is `config.json` and weights, written whole or not at all (`drafting/folder.py`). Each method reads its
 own.
 """
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import outdraft
-from outdraft.drafting.folder import CONFIG, WEIGHTS, find_folder, local_folder, read_config
-from outdraft.drafting.own_layout import is_own, write_folder
+from outdraft.drafting.folder import CONFIG, WEIGHTS, find_folder, is_own, local_folder, read_config, write_folder
 from outdraft.errors import UserError, first_line
 from outdraft.methods.registry import FALLBACK, Method, methods
 

@@ -15,8 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from outdraft.drafting.folder import CONFIG, check_value, find_folder, read_config, read_weights, some
-from outdraft.drafting.own_layout import fitting, is_own, read_settings, section, warn_of_unknown
+from outdraft.drafting.folder import (
+    CONFIG,
+    check_value,
+    find_folder,
+    fitting,
+    is_own,
+    read_config,
+    read_settings,
+    read_weights,
+    section,
+    some,
+    warn_of_unknown,
+)
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import UNFOLDED
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled

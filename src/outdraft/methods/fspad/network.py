@@ -1,8 +1,8 @@
 """The one-layer drafter on the target's features: FSPAD, and EAGLE's head by switches.
 
 Holds the network of arXiv 2408.15562 (section 3: feature sampling, partial alignment) and nothing else: it trains and
-it decodes. It does not know how a tree is grown (`feature_drafting.py`), where its weights come from
-(`checkpoint.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
+it decodes. It does not know how a tree is grown (`drafter.py`), where its weights come from
+(`folder.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
 (fed back as the next feature) go out.
 """
 
@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
 
 
 class DraftNetwork(Network):
-    """What decoding with a network on the target's features asks of it (`feature_drafting.py`)."""
+    """What decoding with a network on the target's features asks of it (`drafter.py`)."""
 
     embed_tokens: nn.Embedding | None
     """An embedding of its own, which a checkpoint may bring; the target's is used without one."""
