@@ -16,6 +16,13 @@ import outdraft
 
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "lookahead"
 PACKAGE = Path(outdraft.__file__).parents[1]
+GENERATE = ("generate", "Count: 1, 2, 1, 2, 1, 2,", "--max-new-tokens", 24)
+RUN = """
+import json, sys
+from typer.testing import CliRunner
+from outdraft.cli import app
+print(json.dumps([CliRunner().invoke(app, args, catch_exceptions=False).stdout for args in json.loads(sys.argv[1])]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -29,38 +36,43 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "site"
 
 
-def outdraft_with(place: Path | None, *args: object) -> subprocess.CompletedProcess[str]:
+def python(place: Path | None, *args: str) -> str:
+    """What a new process says that has outdraft on its path, and the package where one is given."""
     path = os.pathsep.join(map(str, filter(None, [PACKAGE, place])))
-    command = [sys.executable, "-m", "outdraft.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
-
-
-def said(place: Path, *args: object) -> Any:
-    done = outdraft_with(place, *args, "--json")
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def said(place: Path) -> dict[str, Any]:
+    """What the verbs say of it, from one process, for the time that it takes to import torch."""
+    verbs = {
+        "generate": (*GENERATE, "--method", "lookahead"),
+        "plain": (*GENERATE, "--method", "none"),
+        "bench": ("bench", "--model", "reference", "--methods", "none,lookahead", "--limit", 1, "--max-new-tokens", 16),
+        "verify": ("verify", "--method", "lookahead", "--limit", 2, "--max-new-tokens", 6, "--total-variation", 0.3),
+    }
+    asked = [[*map(str, args), "--dtype", "float32", "--json"] for args in verbs.values()]
+    answers = [json.loads(answer) for answer in json.loads(python(place, "-c", RUN, json.dumps(asked)))]
+    return dict(zip(verbs, answers, strict=True))
 
 
 def test_help_names_it_only_where_it_is_installed(place: Path) -> None:
-    with_it, without = (outdraft_with(where, "generate", "--help").stdout for where in (place, None))
+    with_it, without = (python(where, "-m", "outdraft.cli", "generate", "--help") for where in (place, None))
     assert "lookahead" in with_it and "lookahead" not in without
 
 
-def test_generate_drafts_with_it(place: Path) -> None:
-    common = ("generate", "Count: 1, 2, 1, 2, 1, 2,", "--max-new-tokens", 24, "--dtype", "float32")
-    found, plain = (said(place, *common, "--method", name) for name in ("lookahead", "none"))
-    assert found["method"] == "lookahead" and found["tokens"] == plain["tokens"]
-    assert found["drafted"] > 0
+def test_generate_drafts_with_it(said: dict[str, Any]) -> None:
+    found = said["generate"]
+    assert found["method"] == "lookahead" and found["tokens"] == said["plain"]["tokens"] and found["drafted"] > 0
 
 
-def test_bench_measures_it(place: Path) -> None:
-    small = ("--limit", 1, "--max-new-tokens", 16, "--repetitions", 1, "--temperatures", 0)
-    found = said(place, "bench", "--model", "reference", "--methods", "none,lookahead", *small)
-    (result,) = found["results"]
+def test_bench_measures_it(said: dict[str, Any]) -> None:
+    (result,) = said["bench"]["results"]
     assert list(result["methods"]) == ["plain", "lookahead"] and result["methods"]["lookahead"]["identical"] is True
 
 
-def test_verify_vouches_for_it(place: Path) -> None:
-    small = ("--limit", 2, "--max-new-tokens", 6, "--total-variation", 0.3, "--dtype", "float32")
-    found = said(place, "verify", "--model", "reference", "--method", "lookahead", *small)
-    assert found["kept"] is True
+def test_verify_vouches_for_it(said: dict[str, Any]) -> None:
+    assert said["verify"]["kept"] is True

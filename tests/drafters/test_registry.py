@@ -103,13 +103,13 @@ def saved(name: str, target: Target, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", [name for name, method in methods().items() if method.needs_model])
 def test_a_method_reads_its_own_folder(name: str, tmp_path: Path) -> None:
-    target = Target(tiny("llama-gqa").float())
+    target = Target(tiny("llama-gqa", num_hidden_layers=6).float())
     if name == "draft-model":
         drafter = load_drafter_for(target, tiny("llama-gqa").float(), method=name)
         assert drafter is not None and drafter.method == name
         return
     folder = saved(name, target, tmp_path / "drafter")
-    assert method_of(folder).name in (name, "fspad" if name == "eagle" else name)
+    assert method_of(folder).name == name
     drafter = load_drafter_for(target, folder, method=name)
     assert drafter is not None and drafter.method == name
     facts = describe(str(folder), "cpu")
