@@ -41,7 +41,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.drafting.masks import Sight
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
-from outdraft.methods import draft_model, lookahead, prompt_lookup
+from outdraft.methods.draft_model import drafter as draft_model
 from outdraft.methods.eesd import drafter as early_exit
 from outdraft.methods.eesd.network import BoundExit
 from outdraft.methods.fspad import drafter as feature_drafting
@@ -49,6 +49,8 @@ from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa import drafter as medusa
+from outdraft.methods.prompt_lookup import drafter as prompt_lookup
+from outdraft.methods.registry import without_model
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.target.backends import accelerate
 from outdraft.target.cache import SlotCache
@@ -123,7 +125,6 @@ class Spans:
             feature_drafting.FeatureDraftState,
             early_exit.EarlyExitState,
             medusa.MedusaState,
-            lookahead.LookaheadState,
             draft_model._DraftModelState,
             prompt_lookup._Lookup,
         )
@@ -200,7 +201,7 @@ def random_target(layers: int, width: int, given: argparse.Namespace) -> Target:
 def drafter_of(method: str, target: Target, random: bool) -> Drafter | None:
     if method == "none":
         return None
-    if method in ("prompt-lookup", "lookahead"):
+    if method in without_model():
         return load_drafter_for(target, None, method=method)
     if not random:
         return load_drafter_for(target, str(reference_drafter_path(method)))

@@ -26,7 +26,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.measure import Contender, Run
 from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.evaluation.summary import summarise
-from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.output import number, plain, remarks
 from outdraft.reference import load_prompts
 from outdraft.reference.prompts import DATA

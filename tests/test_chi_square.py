@@ -22,7 +22,7 @@ from outdraft.control.pacing import Pacer
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
-from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from outdraft_lookahead import LOOKAHEAD
 from torch import Tensor
 
 import outdraft
@@ -15,6 +16,7 @@ from outdraft.core.coupling import Coupled, Noise, under
 from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.registry import register
 
 LENGTH = 20
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6, 7, 5]]
@@ -42,6 +44,7 @@ def head(model: Any, **switches: Any) -> FeatureHead:
     return own
 
 
+register(LOOKAHEAD)
 DRAFTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "plain": lambda model: {"method": "none"},
     "prompt-lookup": lambda model: {"method": "prompt-lookup"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outdraft.core.sampling import SamplingSettings
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.training.config import DrafterConfig
 from test_layers_of_the_package import ORDER
 

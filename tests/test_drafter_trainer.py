@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import outdraft
 from cli_fixtures import Folders, make_folders
 from outdraft.data.provenance import portable
-from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead
 from trainer_runs import QUESTION, Seen, record, rows_of, trainer
 from training.tiny import byte_tokenizer, tiny_target

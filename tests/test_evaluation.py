@@ -29,11 +29,11 @@ from outdraft.evaluation.measure import PLAIN, Answer, Contender, Run, compare, 
 from outdraft.evaluation.partings import partings
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.summary import interval, summarise
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
+from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.drafter import FeatureDrafter
-from outdraft.methods.fspad.head_config import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.runner import Output, TargetRun
 from outdraft.target.target import Target
 from training.tiny import tiny_target, write_chats

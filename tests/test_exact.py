@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from outdraft_lookahead.drafter import Lookahead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -28,10 +29,9 @@ from outdraft.core.statistics import Statistics
 from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.lookahead import Lookahead
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.exact import attention as exact_attention
 from outdraft.target.exact.target import ExactTarget, exactly
 from outdraft.target.target import Target

@@ -15,7 +15,7 @@ from outdraft.api.text import Detokenizer
 from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from tokens import byte_tokenizer, speaking
 
 PROMPTS = ["Once upon a time", "2 + 2 =", "a"]

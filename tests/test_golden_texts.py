@@ -1,7 +1,7 @@
 """The same seed gives the same text from one release to the next, for every method and kind of draft.
 
-`golden_texts.json` holds what each of them said when it was written; `python tests/test_golden_texts.py` writes it
-anew, which only a change that means to change texts may do.
+`golden_texts.json` holds what each of them said when it was written; `PYTHONPATH=benchmarks/lookahead python
+tests/test_golden_texts.py` writes it anew, which only a change that means to change texts may do.
 """
 
 from __future__ import annotations

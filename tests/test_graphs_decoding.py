@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from outdraft_lookahead.drafter import Lookahead
 
 import outdraft.target.cache as cache_module
 from drafters.test_draft_vocabulary import reduced
@@ -23,11 +24,10 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter, RowContext, Update
 from outdraft.engine.continuous import Decoder
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eesd.drafter import EarlyExit
 from outdraft.methods.fspad import recorded as recorded_drafts
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
-from outdraft.methods.lookahead import Lookahead
 from outdraft.target.backends.fused import FusedAttention
 from outdraft.target.target import Target
 from test_joining import LENGTHS, SETTINGS, alone, in_company

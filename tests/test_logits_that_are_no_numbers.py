@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 import outdraft
 from models import perturbed
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.target import Target
 from tokens import byte_tokenizer, speaking
 

@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from outdraft_lookahead.drafter import Lookahead
 from transformers import PreTrainedModel
 
 import outdraft.target.runner as run_module
@@ -29,7 +30,7 @@ from outdraft.drafting.expand import grow_dynamic
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eagle3.drafter import Eagle3Drafter
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.eesd.drafter import EarlyExit
@@ -37,9 +38,8 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad import drafter as feature_drafting
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
-from outdraft.methods.lookahead import Lookahead
 from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target

@@ -26,7 +26,7 @@ from outdraft.drafting.repeats import Repeats
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from test_control_of_decoding import CHEAP, controlled
 from test_joining import alone, in_company

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from outdraft_lookahead.drafter import Lookahead
 from typer.testing import CliRunner, Result
 
 import outdraft
@@ -25,8 +26,7 @@ from outdraft.drafting.ngrams import Text
 from outdraft.drafting.repeats import Repeats, spliced
 from outdraft.engine.rows import History
 from outdraft.errors import UserError
-from outdraft.methods.lookahead import Lookahead
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.serving.server import drafting
 from outdraft.target.target import Target
 from test_exact import drafter_of, near_ties
@@ -321,7 +321,7 @@ def test_bench_compares_methods_with_and_without_repetitions(folders, tmp_path: 
     found = parsed(*common, "--methods", "none,fspad,fspad+lookup")["results"][0]["methods"]
     assert list(found) == ["plain", "fspad", "fspad+lookup"]
     assert found["fspad"]["identical"] is found["fspad+lookup"]["identical"] is True
-    for wrong in ("prompt-lookup+lookup", "lookahead+lookup", "none+lookup", "fspad+nothing"):
+    for wrong in ("prompt-lookup+lookup", "none+lookup", "fspad+nothing"):
         result = run(*common, "--methods", wrong)
         assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
         assert f"unknown method '{wrong}'" in result.stderr

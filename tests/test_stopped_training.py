@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import outdraft
 from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
-from outdraft.methods.checkpoint import UNFOLDED, load_drafter
-from outdraft.training.beginning import scale_of
+from outdraft.methods.checkpoint import UNFOLDED
+from outdraft.methods.fspad.beginning import scale_of
+from outdraft.methods.fspad.folder import load_drafter
 from trainer_runs import QUESTION, Seen, record, rows_of, trainer
 from training.tiny import byte_tokenizer
 

@@ -18,7 +18,7 @@ from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target

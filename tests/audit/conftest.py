@@ -12,7 +12,7 @@ from models import perturbed, tiny
 from outdraft.api.generation import SpeculativeModel
 from outdraft.drafting.base import Drafter
 from outdraft.evaluation.audit import Audit, AuditSettings, run_audit
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.target import Target
 
 PROMPTS = [[5, 9, 9, 3, 5, 9], [7, 1], [1, 2, 3, 4, 1, 2, 3], [30, 8, 30], [11, 3, 21, 4], [2, 2, 9]]

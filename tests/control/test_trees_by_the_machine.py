@@ -17,7 +17,7 @@ from outdraft.control.pacing import Pacer
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter, Limits
 from outdraft.errors import UserError
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 
 CPU = torch.device("cpu")
 AUTO = {"tree_size": "auto"}

@@ -16,6 +16,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
+from outdraft.methods import registry
 from outdraft.target.target import Target
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-drafter.md"
@@ -24,7 +25,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-drafter.md"
 @pytest.fixture(scope="module")
 def blocks() -> list[str]:
     found = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(found) == 3, "a drafter, how to decode with it, the proof"
+    assert len(found) == 4, "a drafter, how to decode with it, having it by name, the proof"
     return found
 
 
@@ -68,5 +69,24 @@ def test_the_page_s_drafter_keeps_the_law_of_the_target(
     run(blocks[0], names)
     run(blocks[1], names)
     names |= {"prompt": [1, 2, 1, 2], "decode": counting, "settings": SamplingSettings(temperature=temperature)}
-    run(blocks[2], names)
+    run(blocks[3], names)
     assert 0 < counted["accepted"] < counted["drafted"]
+
+
+def test_the_page_s_drafter_is_had_by_its_name(
+    blocks: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    names: dict[str, Any] = {"model": tiny("llama-gqa", seed=3), "prompts": PROMPTS}
+    run(blocks[0], names)
+    run(blocks[2], names)
+    assert names["fast"].method == "successors" and float(capsys.readouterr().out) > 1
+
+
+def test_the_page_names_the_files_of_a_method() -> None:
+    """Every trained method has what the page's table says, a file or part of another one."""
+    page = PAGE.read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE))
+    assert rows == {"network.py", "drafter.py", "folder.py", "loss.py", "export.py"}
+    for function in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `\w+\.py` .*\|(.*)\|$", page, re.MULTILINE))):
+        assert hasattr(registry.Method, function), function

@@ -19,12 +19,13 @@ from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.drafting.base import RowContext
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import load_drafter, save_drafter
+from outdraft.methods.checkpoint import save_drafter
+from outdraft.methods.fspad.beginning import most_frequent
 from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.draft_vocabulary import most_frequent
 from test_losslessness import NARROW, PLAIN, PROMPT, SHAPED, assert_same_law
 
 

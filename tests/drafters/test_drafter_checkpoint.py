@@ -19,7 +19,8 @@ from test_feature_head_equations import GQA, SWITCHES, inputs, torch_head
 
 import outdraft
 from outdraft import UserError
-from outdraft.methods.checkpoint import load_drafter, push_to_hub, save_drafter
+from outdraft.methods.checkpoint import push_to_hub, save_drafter
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead
 
 
@@ -222,7 +223,7 @@ def test_a_save_that_fails_leaves_the_old_drafter(tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("outdraft.drafting.own_layout.save_file", full)
+    monkeypatch.setattr("outdraft.drafting.folder.save_file", full)
     for place in (folder, tmp_path / "new"):
         with pytest.raises(UserError, match=r"No space left on device.*choose another folder"):
             save_drafter(place, torch_head(official_tensors(GQA), GQA), target_id="t")

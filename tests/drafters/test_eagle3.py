@@ -23,9 +23,10 @@ from outdraft.console.facts import describe
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.methods.checkpoint import load_drafter, own_method
+from outdraft.methods.checkpoint import method_of
 from outdraft.methods.eagle3.drafter import Eagle3Drafter, rotary_frequencies
 from outdraft.methods.eagle3.folder import load_eagle3
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.target.target import Target
 from test_losslessness import SHAPES, Recorded, finish, rows_of
 
@@ -77,7 +78,7 @@ def test_every_layout_drafts_what_the_equations_say(tmp_path: Path, layout: str,
     shape = Eagle3Shape(**VARIANTS[variant])
     taps = (2, LAYERS // 2, LAYERS - 3)
     folder = eagle3_folder(tmp_path / "drafter", layout, shape, taps)
-    assert load_eagle3(folder).layout == layout and own_method(folder) == "eagle3"
+    assert load_eagle3(folder).layout == layout and method_of(folder).name == "eagle3"
     assert_drafts_are_the_equations(bound(folder, model_of()), shape, taps, tree)
 
 

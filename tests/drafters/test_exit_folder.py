@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from models import tiny
 from outdraft import UserError
 from outdraft.api.loading import load_drafter_for
-from outdraft.methods.checkpoint import load_drafter, save_drafter
+from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.eesd.folder import load_exit_layer, target_facts
+from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.target.target import Target
 
 FAMILIES = ["llama-gqa", "llama-tied", "gpt2", "gemma2", "gpt-neox", "gpt-neo"]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from outdraft_lookahead import LOOKAHEAD
+from outdraft_lookahead.drafter import Lookahead, cycled, merged
 
 from enumeration import ScriptedChance, distance, law_of
 from models import tiny
@@ -21,7 +23,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.methods.lookahead import Lookahead, cycled, merged
+from outdraft.methods.registry import register
 from outdraft.target.target import Target
 from test_control_of_decoding import controlled
 from test_losslessness import (
@@ -183,6 +185,7 @@ def test_paths_share_what_they_begin_with_and_the_size_is_kept() -> None:
 
 def test_by_name_and_in_sizes_that_can_be() -> None:
     target = Target(pair("llama-gqa")[0])
+    register(LOOKAHEAD)
     drafter = load_drafter_for(target, None, method="lookahead")
     assert isinstance(drafter, Lookahead) and drafter.num_parameters == 0
     shape = drafter.default_shape(target.device)

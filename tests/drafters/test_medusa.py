@@ -22,8 +22,8 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import RowContext, Update
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import load_drafter, save_drafter
-from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.checkpoint import save_drafter, target_facts
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
 from outdraft.methods.medusa.folder import load_medusa
 from outdraft.target.target import Target

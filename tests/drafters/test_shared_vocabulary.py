@@ -21,7 +21,7 @@ from outdraft.drafting.shared_vocabulary import SharedVocabulary
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.target import Target
 
 PROMPT = [0, 2, 1, 3, 0, 2]

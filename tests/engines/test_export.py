@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 import outdraft
 from models import tiny
 from outdraft import UserError
-from outdraft.export import export, head_folder
 from outdraft.export.export import Exported, export_drafter
-from outdraft.methods.checkpoint import load_drafter, save_drafter
-from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.checkpoint import save_drafter, target_facts
+from outdraft.methods.eesd import export as exit_export
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad import export as head_export
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
@@ -91,7 +92,7 @@ def test_a_head_is_written_under_the_names_the_engine_reads_and_computes_the_sam
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert config["architectures"] == [architecture] == [done.architecture]
-    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == head_folder.expected_shapes(config, tensors)
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == head_export.expected_shapes(config, tensors)
     # `bias` is the attention's in vLLM, and fc's in EAGLE's code, where its absence means true.
     assert ("bias" not in config) if config["fc_bias"] else config["bias"] is False
     assert not config["attention_bias"] and config.get("qkv_bias", False) == changes.get("attention_bias", False)
@@ -171,14 +172,14 @@ def test_heads_are_no_assistant_models(tmp_path: Path) -> None:
 
 def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head, target = saved_head(tmp_path / "head"), saved_target(tmp_path / "target")
-    right = head_folder.engine_tensors
+    right = head_export.engine_tensors
 
     def swapped(head: FeatureHead) -> dict[str, Any]:
         tensors = right(head)
         gate, up = "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"
         return {**tensors, gate: tensors[up], up: tensors[gate]}
 
-    monkeypatch.setattr(head_folder, "engine_tensors", swapped)
+    monkeypatch.setattr(head_export, "engine_tensors", swapped)
     with pytest.raises(UserError, match="does not compute what the drafter does"):
         exported(tmp_path, head, target)
     assert not (tmp_path / "out").exists()
@@ -195,12 +196,12 @@ def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path, monkey
 )
 def test_every_tensor_is_checked(change: Callable[[dict[str, Any]], Any], word: str) -> None:
     head = random_head()
-    config = head_folder.engine_config(head.config, tiny("llama-gqa").config, torch.float32)
-    tensors = {name: tensor.detach().clone() for name, tensor in head_folder.engine_tensors(head).items()}
-    head_folder.check_tensors(config, tensors)
+    config = head_export.engine_config(head.config, tiny("llama-gqa").config, torch.float32)
+    tensors = {name: tensor.detach().clone() for name, tensor in head_export.engine_tensors(head).items()}
+    head_export.check_tensors(config, tensors)
     change(tensors)
     with pytest.raises(UserError, match=word):
-        head_folder.check_tensors(config, tensors)
+        head_export.check_tensors(config, tensors)
 
 
 # --- EESD ----------------------------------------------------------------------------------------------------------
@@ -250,14 +251,14 @@ def test_transformers_drafts_with_it_and_says_the_same(tmp_path: Path, engine: s
 def test_an_exported_exit_that_computes_something_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export.exit_model
+    right = exit_export.exit_model
 
     def wrong(exit_layer: ExitLayer, model: Any) -> Any:
         small = right(exit_layer, model)
         small.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
         return small
 
-    monkeypatch.setattr(export, "exit_model", wrong)
+    monkeypatch.setattr(exit_export, "exit_model", wrong)
     with pytest.raises(UserError, match="does not compute what the drafter does"):
         exported(tmp_path, saved_exit(tmp_path / "exit"), saved_target(tmp_path / "target"))
     assert not (tmp_path / "out").exists()

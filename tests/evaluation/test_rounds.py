@@ -9,8 +9,8 @@ from models import tiny
 from outdraft.core.shape import TreeShape
 from outdraft.evaluation import rounds
 from outdraft.evaluation.rounds import NOTHING, Guesses, Lap, RoundCost, Way, head_seconds, timed
-from outdraft.methods.draft_model import DraftModel
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.draft_model.drafter import DraftModel
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 
 

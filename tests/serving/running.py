@@ -13,7 +13,7 @@ import torch
 
 from models import perturbed
 from outdraft.api.generation import SpeculativeModel
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.serving.server import Service, listen
 from outdraft.serving.settings import ServeSettings
 from outdraft.target.target import Target

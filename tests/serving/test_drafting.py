@@ -11,7 +11,7 @@ from running import Served, tiny_model
 from outdraft.core.shape import BATCH, BATCH_CHAIN, GREEDY_CHAIN, TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.serving.server import drafting
 
 PROMPTS = ["red cat", "green dog", "blue sun", "one moon", "two", "three red dogs"]

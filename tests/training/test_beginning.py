@@ -13,8 +13,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import load_drafter
-from outdraft.training.beginning import scale_of
+from outdraft.methods.fspad.beginning import scale_of
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.train import train

@@ -17,12 +17,13 @@ from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies, soft_cross_entropy
 from outdraft.losses.features import Reading, TrainingExamples, collate
+from outdraft.losses.objective import Objective
 from outdraft.target.target import Target
 from outdraft.training import feature_store, grouping
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import FeatureStore
 from outdraft.training.grouping import groups_of_like_length
-from outdraft.training.objective import Objective, objective_for
+from outdraft.training.objective import objective_for
 from outdraft.training.trainer import GROUPS, ObjectiveTrainer, training_arguments
 
 from .live_memory import LiveMemory

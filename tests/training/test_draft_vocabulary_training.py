@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.beginning import most_frequent
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.draft_vocabulary import most_frequent
 from outdraft.training.preparation import prepare
 from outdraft.training.train import train
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from outdraft.errors import UserError
-from outdraft.methods.fspad.head_config import feature_head_config
+from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead
 
 

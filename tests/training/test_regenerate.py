@@ -18,8 +18,8 @@ from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import tokenize
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import DraftModel
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.draft_model.drafter import DraftModel
+from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from outdraft.training import regenerate as regenerating
 from outdraft.training.answer_file import AnswerFile

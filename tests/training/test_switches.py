@@ -17,13 +17,14 @@ from outdraft.core.shape import TreeShape
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import load_drafter
 from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.loss import LossSums
 from outdraft.methods.fspad.network import FeatureHead
+from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import FeatureObjective, new_drafter, objective_for
+from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.train import train
 
 from .tiny import tiny_target

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import load_drafter
+from outdraft.methods.fspad.beginning import scale_of
+from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, scaled
+from outdraft.methods.fspad.objective import noise_seed
 from outdraft.target.target import Target
-from outdraft.training.beginning import scale_of
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import noise_seed
 from outdraft.training.train import TrainResult, train
 from outdraft.training.trainer import ClipByValue, ObjectiveTrainer, use_bf16
 

@@ -1,7 +1,6 @@
 """From a folder, GGUF file, name or hub id to a target and a drafter, with errors that name the fix.
 
-Knows file layouts only as far as to tell a drafter's folder from a language model's; the rest is `transformers`' and
-`drafters/checkpoint.py`'s business.
+A drafter's folder is told from a language model's here; the registry knows which method reads it.
 """
 
 from __future__ import annotations
@@ -16,33 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.folder import find_folder, is_eagle3, is_hub_id, not_on_hub
+from outdraft.drafting.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.errors import UserError, first_line
-from outdraft.methods.checkpoint import Network, load_drafter, own_method
-from outdraft.methods.draft_model import DraftModel
-from outdraft.methods.eagle3.drafter import Eagle3Drafter
-from outdraft.methods.eagle3.folder import load_eagle3
-from outdraft.methods.eagle3.network import Eagle3Head
-from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.eesd.folder import load_exit_layer
-from outdraft.methods.eesd.network import ExitLayer
-from outdraft.methods.fspad.drafter import FeatureDrafter
-from outdraft.methods.fspad.network import FeatureHead
-from outdraft.methods.lookahead import Lookahead
-from outdraft.methods.medusa.drafter import Medusa, MedusaHeads
-from outdraft.methods.medusa.folder import load_medusa
-from outdraft.methods.prompt_lookup import PromptLookup
+from outdraft.methods.checkpoint import Network, method_of, recognised
+from outdraft.methods.registry import NONE, methods, names
 from outdraft.target.backends import accelerate, best_backend, default_backend, default_dtype
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import named, place_of, shipped_drafter
 from outdraft.target.target import Target
 from outdraft.target.trial import tried
 from outdraft.target.wrapped import base_of, merged, unwrapped
-
-METHODS = ("fspad", "eagle", "eagle3", "eesd", "medusa", "prompt-lookup", "lookahead", "draft-model", "none")
-
-WITHOUT_MODEL = ("prompt-lookup", "lookahead")
-"""Methods that draft without a drafter to be loaded."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -136,7 +118,7 @@ def _load_place(
 
 def load_drafter_for(
     target: Target,
-    draft_model: str | Path | Network | Eagle3Head | Target | PreTrainedModel | None,
+    draft_model: str | Path | Network | Target | PreTrainedModel | None,
     *,
     method: str | None = None,
     backend: str | None = None,
@@ -153,16 +135,14 @@ def load_drafter_for(
     Raises:
         UserError: nothing loadable there, another method than asked for, or another target's drafter.
     """
-    if method is not None and method not in METHODS:
-        raise UserError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
+    if method is not None and method not in names():
+        raise UserError(f"unknown method '{method}'; choose one of {', '.join(names())}")
     if backend is None or backend == "auto":
         backend = default_backend(target.device, target.dtype)
-    if method == "none" or (method is None and draft_model is None):
+    if method == NONE or (method is None and draft_model is None):
         return None
-    if method == "prompt-lookup":
-        return PromptLookup()
-    if method == "lookahead":
-        return Lookahead.for_device(target.device)
+    if method is not None and not methods()[method].needs_model:
+        return methods()[method].bind(None, target)
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     if named(draft_model) is not None:
@@ -174,60 +154,44 @@ def load_drafter_for(
 
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
-    if isinstance(source, FeatureHead | Eagle3Head | ExitLayer | MedusaHeads):
+    if isinstance(source, Network):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
-        return _bound(own, target, backend)
+        return methods()[own.method].bind(accelerate(own, backend), target)
     source = unwrapped(source)
     if isinstance(source, Target):
-        return DraftModel(source, target)
+        return _smaller(source, target)
     if isinstance(source, PreTrainedModel):
-        return DraftModel(load_target(source, backend="eager"), target)
+        return _smaller(load_target(source, backend="eager"), target)
     if not isinstance(source, str | Path):
         raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
     if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
-        return DraftModel(load_target(source, trust_remote_code=trust_remote_code, **options), target)
-    return _bound(load_network(source, target, target.dtype, target.device), target, backend)
+        return _smaller(load_target(source, trust_remote_code=trust_remote_code, **options), target)
+    network = load_network(source, target, target.dtype, target.device)
+    return methods()[network.method].bind(accelerate(network, backend), target)
+
+
+def _smaller(model: Target, target: Target) -> Drafter:
+    """The drafter that a smaller language model is."""
+    return methods()["draft-model"].bind(model, target)
 
 
 def load_network(
     source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Network | Eagle3Head:
-    """The network in a drafter's folder or hub repository, whatever its method.
-
-    Args:
-        source: where it lies.
-        target: what it drafts for, of which an exit layer is a part.
-        dtype: of the weights; as stored when None.
-        device: where they go.
+) -> Network:
+    """The network in a drafter's folder or hub repository; arguments as in `Method.load`.
 
     Raises:
         UserError: no drafter there, or a damaged one.
     """
-    place: dict[str, Any] = {"dtype": dtype, "device": device}
-    method = own_method(source)
-    if method == ExitLayer.method:
-        return load_exit_layer(source, target.model, **place)
-    if method == Eagle3Head.method:
-        return load_eagle3(source, **place).head
-    if method == MedusaHeads.method:
-        return load_medusa(source, **place).heads
-    return load_drafter(source, **place).head.eval()
-
-
-def _bound(network: Network | Eagle3Head, target: Target, backend: str) -> Drafter:
-    network = accelerate(network, backend)
-    if isinstance(network, ExitLayer):
-        return EarlyExit(network, target)
-    if isinstance(network, Eagle3Head):
-        return Eagle3Drafter(network, target)
-    return Medusa(network, target) if isinstance(network, MedusaHeads) else FeatureDrafter(network, target)
+    return method_of(source).load(source, target, dtype, device)
 
 
 def _is_language_model(folder: Path) -> bool:
     """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
 
-    EAGLE's and FSPAD's folders name a Llama class too, but hold no tokenizer; some of EAGLE-3's do.
+    Drafters' folders may name a Llama class too: those of FSPAD and EAGLE hold no tokenizer, and where a method
+    recognises the config it is none, whatever lies beside it.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -236,7 +200,7 @@ def _is_language_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return "model_type" in config and not is_eagle3(config) and any((folder / name).exists() for name in words)
+    return "model_type" in config and recognised(config) is None and any((folder / name).exists() for name in words)
 
 
 def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:

@@ -10,6 +10,7 @@ import typer
 from outdraft.console import options as o
 from outdraft.console.fields import field_help
 from outdraft.errors import UserError
+from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
 BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
@@ -31,8 +32,8 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Of none,prompt-lookup,lookahead,fspad,eagle,eagle3,eesd,medusa,draft-model, and METHOD+lookup, which "
-            "drafts repetitions, too; else prompt lookup, and all given both ways.",
+            help=f"Of {','.join(names())}, and METHOD+lookup, which drafts repetitions, too; else prompt lookup, and "
+            "all given both ways.",
         ),
     ] = None,
     controllers: Annotated[

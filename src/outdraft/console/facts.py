@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.api.loading import first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
-from outdraft.drafting.folder import is_eagle3, is_hub_id, not_on_hub
+from outdraft.drafting.folder import is_hub_id, not_on_hub
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.evaluation.environment import versions
-from outdraft.methods.checkpoint import load_drafter, own_method
-from outdraft.methods.eagle3.folder import Eagle3Checkpoint, load_eagle3
-from outdraft.methods.eesd.folder import ExitFolder, read_exit_folder
-from outdraft.methods.medusa.folder import MedusaCheckpoint, load_medusa
+from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype
 from outdraft.target.gguf_file import record_in
 from outdraft.target.named import place_of
@@ -30,18 +26,6 @@ from outdraft.target.target import refuse_unfit
 from outdraft.target.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
-"""Settings of a feature head that are named only where they are not the paper's."""
-
-EAGLE3_SWITCHES = (
-    "draft_vocab_size",
-    "tap_norms",
-    "norm_before_fc",
-    "norm_before_residual",
-    "norm_output",
-    "head_norms",
-)
-"""Likewise of EAGLE-3's."""
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
@@ -102,104 +86,28 @@ def _check(folder: Path) -> None:
 
 
 def _is_drafter(folder: Path) -> bool:
-    """Our own folders and EAGLE-3's say so; other official ones are a one-layer config without a tokenizer."""
+    """Our own folders and those that a method recognises; others are a one-layer config without a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"'{folder / 'config.json'}' is not JSON; copy or download it again") from None
-    if "outdraft_version" in config or is_eagle3(config):
+    if "outdraft_version" in config or recognised(config) is not None:
         return True
     return config.get("num_hidden_layers") == 1 and not any((folder / name).exists() for name in TOKENIZERS)
 
 
 def _drafter(folder: Path) -> dict[str, Any]:
-    method = own_method(folder)
-    if method == "eesd":
-        return _exit_layer(read_exit_folder(folder))
-    if method == "medusa":
-        return _medusa(load_medusa(folder))
-    if method == "eagle3":
-        return _eagle3(load_eagle3(folder))
-    loaded = load_drafter(folder)
-    config = loaded.head.config
-    return _facts(
-        loaded.head.method,
-        loaded.layout,
-        _size(loaded.head.parameters()),
-        loaded.target_id,
-        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        loaded.training,
-        feature_sampling=config.feature_sampling,
-        partial_alignment=config.partial_alignment,
-        context=config.max_position_embeddings,
-        **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
-    )
-
-
-def _exit_layer(found: ExitFolder) -> dict[str, Any]:
-    return _facts(
-        "eesd",
-        "outdraft",
-        _size(found.tensors.values()),
-        found.target.get("id"),
-        {name: value for name, value in found.target.items() if name != "id"},
-        found.training,
-        exit_layer=found.config.exit_layer,
-        own_head=found.config.own_head,
-    )
-
-
-def _medusa(loaded: MedusaCheckpoint) -> dict[str, Any]:
-    config = loaded.heads.config
-    return _facts(
-        "medusa",
-        "outdraft",
-        _size(loaded.heads.parameters()),
-        loaded.target.get("id"),
-        {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size},
-        loaded.training,
-        heads=config.num_heads,
-        layers_of_a_head=config.num_layers,
-        own_head=config.own_head,
-    )
-
-
-def _eagle3(loaded: Eagle3Checkpoint) -> dict[str, Any]:
-    config = loaded.head.config
-    ids = ", ".join(map(str, config.tap_ids))
-    return _facts(
-        "eagle3",
-        loaded.layout,
-        _size(loaded.head.parameters()),
-        loaded.target_id,
-        loaded.head.fits,
-        {},
-        reads=f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "layers 2, L/2 and L-3 of L",
-        **{name: value for name in EAGLE3_SWITCHES if (value := getattr(config, name))},
-        own_head=config.own_head,
-        own_embedding=loaded.head.embed_tokens is not None,
-        context=config.max_position_embeddings,
-    )
-
-
-def _facts(
-    method: str, layout: str, parameters: int, target: str | None, fits: dict[str, Any], training: Any, **own: Any
-) -> dict[str, Any]:
-    """What is said of every drafter, with its method's own facts."""
+    found = method_of(folder).describe(folder)
     return {
         "kind": "drafter",
-        "method": method,
-        "layout": layout,
-        "parameters": parameters,
-        "trained_for": target,
-        "fits_targets_with": fits,
-        **own,
-        "tau_at_end_of_training": (training.get("tau") or {}).get("tau"),
+        "method": found.method,
+        "layout": found.layout,
+        "parameters": found.parameters,
+        "trained_for": found.trained_for,
+        "fits_targets_with": found.fits,
+        **found.more,
+        "tau_at_end_of_training": (found.training.get("tau") or {}).get("tau"),
     }
-
-
-def _size(weights: Iterable[torch.Tensor]) -> int:
-    return sum(weight.numel() for weight in weights)
 
 
 def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
@@ -224,7 +132,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
         "family": config.model_type,
         "class": type(model).__name__,
-        "parameters": _size(model.parameters()),
+        "parameters": count(model.parameters()),
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
@@ -233,7 +141,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
-        "memory": _memory(text, _size(model.parameters())),
+        "memory": _memory(text, count(model.parameters())),
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
 

@@ -4,12 +4,14 @@ from the settings' own docstrings. Knows no verb."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from outdraft.console.fields import field_help
 from outdraft.errors import UserError
+from outdraft.methods.registry import names, trained
 
 SAMPLING = field_help("core/sampling_settings.py", "SamplingSettings")
 TREE = field_help("core/shape.py", "TreeShape")
@@ -20,7 +22,15 @@ TRAINING = field_help("training/config.py", "DrafterConfig")
 
 def training(name: str, *flags: str) -> Any:
     """The option of one training setting."""
-    return typer.Option(*(flags or ("--" + name.replace("_", "-"),)), help=TRAINING[name])
+    said = TRAINING[name]
+    if name == "method":
+        said += " " + "; ".join(f"{method}: {record.summary}" for method, record in trained().items()) + "."
+    return typer.Option(*(flags or ("--" + name.replace("_", "-"),)), help=said)
+
+
+def one_of(words: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 TARGET = "Target: a folder, a GGUF file, a hub id, `smollm2`, or `reference` (shipped)."
@@ -38,8 +48,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="fspad, eagle, eagle3, eesd, medusa, lookahead, prompt-lookup, draft-model or none; by default the "
-        "drafter's, and prompt-lookup without one.",
+        help=f"{one_of(names())}; by default the drafter's, and prompt-lookup without one.",
     ),
 ]
 Dtype = Annotated[

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.loading import METHODS, WITHOUT_MODEL, load_drafter_for
+from outdraft.api.loading import load_drafter_for
 from outdraft.api.settings import default_controller
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.measure import PLAIN, Contender, speculative
 from outdraft.evaluation.peers import peers as stock_peers
-from outdraft.methods.draft_model import DraftModel
+from outdraft.methods.draft_model.drafter import DraftModel
+from outdraft.methods.registry import NONE, names, without_model
 from outdraft.target.named import shipped_drafters
 from outdraft.target.target import Target
 
@@ -61,8 +62,8 @@ def contenders(
         UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
     """
     for method in methods or ():
-        if _base(method) not in METHODS or (method != _base(method) and _base(method) in ("none", *WITHOUT_MODEL)):
-            known = ", ".join(METHODS)
+        if _base(method) not in names() or (method != _base(method) and _base(method) in (NONE, *without_model())):
+            known = ", ".join(names())
             raise UserError(f"unknown method '{method}' in --methods; choose of {known}, and METHOD{WITH_LOOKUP}")
     for controller in controllers:
         if controller not in (DEFAULT, *CONTROLLERS):
@@ -78,10 +79,10 @@ def contenders(
     assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
     asked = ["generate", *peers] if include_transformers else peers
     found = [speculative(PLAIN, target, None), *stock_peers(asked, stock or target, assistants, backend)]
-    free = [method for method in WITHOUT_MODEL if method in (methods or (LOOKUP,))]
+    free = [method for method in without_model() if method in (methods or (LOOKUP,))]
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
-        shape = {} if drafter.method in WITHOUT_MODEL else tree or {}
+        shape = {} if drafter.method in without_model() else tree or {}
         for repeats in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
             if methods is not None and drafter.method + repeats not in methods:
                 continue
@@ -117,7 +118,7 @@ def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | 
     found: dict[str, Drafter] = {}
     for name, path, drafter in named:
         chosen = name or (drafter.method if counts[drafter.method] == 1 else f"{drafter.method} {Path(path).name}")
-        if chosen in found or chosen in (PLAIN, *WITHOUT_MODEL) or chosen.startswith(STOCK_NAMES):
+        if chosen in found or chosen in (PLAIN, *without_model()) or chosen.startswith(STOCK_NAMES):
             raise UserError(f"two contenders are called '{chosen}'; give names with --draft-model NAME=PATH")
         found[chosen] = drafter
     return found
@@ -127,7 +128,7 @@ def _agree(methods: Sequence[str], drafters: dict[str, Drafter]) -> None:
     present = {drafter.method for drafter in drafters.values()}
     asked = set(map(_base, methods))
     for method in sorted(asked):
-        if method not in ("none", *WITHOUT_MODEL) and method not in present:
+        if method not in (NONE, *without_model()) and method not in present:
             raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     for name, drafter in drafters.items():
         if drafter.method not in asked:

@@ -1,6 +1,6 @@
 """Our one-layer drafter in vLLM: FSPAD, and EAGLE's head with a bias in its fusion layer, as vLLM's method `eagle`.
 
-The equations are those of `drafters/feature_head.py`, on vLLM's own layers: paged cache, tensor parallel, quantisation.
+The equations are those of `methods/fspad/network.py`, on vLLM's own layers: paged cache, tensor parallel, quantisation.
 What the config's `feature_sampling`, `partial_alignment` and `fc_bias` say decides which parts there are. The target's
 embedding and head are put in by vLLM where the folder brings none. Importing this needs vLLM; nothing else of outdraft
 does. Knows nothing of how vLLM drafts or verifies.

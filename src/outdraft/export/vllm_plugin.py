@@ -1,8 +1,8 @@
 """vLLM's general plug-in (entry point group `vllm.general_plugins`): tells vLLM of the drafters it does not know.
 
-vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So nothing of outdraft but
-this file is read then, and an untested version of vLLM is complained of only where one of our drafters is loaded
-(`vllm_head.py`). Knows no network; the guard against vLLM's defect on CPUs is in `vllm_sampling.py`.
+vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So no network is read
+then, and an untested version of vLLM is complained of only where one of our drafters is loaded (`vllm_head.py`). The
+guard against vLLM's defect on CPUs is in `vllm_sampling.py`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FSPAD = "EagleFspadLlamaForCausalLM"
-"""Architecture of an exported FSPAD drafter, either of its two ideas alone included."""
-
-EAGLE_WITH_BIAS = "EagleFcBiasLlamaForCausalLM"
-"""Architecture of an exported EAGLE head whose fusion layer has a bias, for which vLLM's own has no place."""
-
-EAGLE = "EagleLlamaForCausalLM"
-"""vLLM's own EAGLE head, which needs no plug-in."""
+from outdraft.methods.fspad import EAGLE_WITH_BIAS, FSPAD
 
 TESTED = ((0, 32, 0), (0, 33, 0))
 """Versions of vLLM from the first on, below the second."""

@@ -1,20 +1,30 @@
 """The settings of a training run: every field with its help text, the presets by target size, and their checks.
 
-A field's docstring is the only source of its help on the command line and in the documentation. Knows nothing of how
-training is done.
+A field's docstring is the only source of its help on the command line and in the documentation. Which settings a method
+reads, and where its presets differ, stands in its record (`methods/registry.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from outdraft.errors import UserError, meant
+from outdraft.methods.registry import methods, readers, trained
 
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
+
+
+def _trained(name: str) -> str:
+    """The name of a method that can be trained, or the error that pydantic would raise of a `Literal`."""
+    known = [repr(one) for one in trained()]
+    if repr(name) not in known:
+        raise PydanticCustomError("literal_error", f"Input should be {', '.join(known[:-1])} or {known[-1]}")
+    return name
 
 
 class DrafterConfig(BaseModel):
@@ -30,9 +40,8 @@ class DrafterConfig(BaseModel):
     """Conversations or texts to train on: JSON lines, a JSON list, Parquet, a folder of such files, or hf:NAME."""
     output_dir: Path
     """Folder of the trained drafter, its checkpoints and logs."""
-    method: Literal["fspad", "eagle", "eesd", "medusa"] = "fspad"
-    """The drafter: fspad (feature sampling and partial alignment), eagle (neither), eesd (the target's own first
-    layers and a trained exit layer), or medusa (a head for every token ahead)."""
+    method: Annotated[str, AfterValidator(_trained)] = "fspad"
+    """The drafter's method, of those that can be trained."""
     preset: Preset = "auto"
     """Recipe for what is not set by hand: tiny (targets below 30M parameters), small (below 1B), base, paper (the
     published values exactly), or auto (by the target's size)."""
@@ -175,23 +184,22 @@ class DrafterConfig(BaseModel):
 
     def _check_method(self) -> None:
         """Settings of another method are refused, not ignored."""
-        for name in sorted(self.model_fields_set & READ_BY.keys()):
-            if self.method not in READ_BY[name] and getattr(self, name) is not None:
+        for name in sorted(self.model_fields_set):
+            if not self._reads(name) and getattr(self, name) is not None:
                 raise UserError(
-                    f'"{name}" is a setting of {" and ".join(READ_BY[name])}, not of {self.method}; leave it out'
+                    f'"{name}" is a setting of {" and ".join(readers(name))}, not of {self.method}; leave it out'
                 )
-        if self.method not in READ_BY["loss"]:
-            return
-        if self.preset == "paper":
+        method = methods()[self.method]
+        if self.preset == "paper" and not method.published:
             raise UserError(
                 f"preset paper is FSPAD's published recipe; choose tiny, small, base or auto for {self.method}"
             )
-        if self.method != "eesd":
-            return
-        if self.exit_layer is None:
-            raise UserError('method eesd needs "exit_layer"; give a number of layers or auto with --exit-layer')
-        if isinstance(self.exit_layer, int) and self.exit_layer < 1:
-            raise UserError(f'"exit_layer" must be at least 1, not {self.exit_layer}')
+        method.check(self)
+
+    def _reads(self, name: str) -> bool:
+        """Whether this method reads a setting."""
+        some = readers(name)
+        return not some or self.method in some
 
     def _check_parts(self, filled: bool = False) -> None:
         """Settings of a choice that was not made are refused, not ignored; a preset may make it yet until `filled`."""
@@ -202,7 +210,7 @@ class DrafterConfig(BaseModel):
                 continue
             given = name in self.model_fields_set and getattr(self, name) is not None
             value = getattr(self, part.setting)
-            if given and self.method in READ_BY.get(name, (self.method,)) and not part.made(value):
+            if given and self._reads(name) and not part.made(value):
                 raise UserError(
                     f'"{name}" belongs to {part.setting} {part.choice}, not {value}; change {part.setting} or leave '
                     "it out"
@@ -210,7 +218,7 @@ class DrafterConfig(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings that this method reads, ready for JSON; a configuration again when given back."""
-        left_out = {name for name, methods in READ_BY.items() if self.method not in methods}
+        left_out = {name for name in type(self).model_fields if not self._reads(name)}
         left_out |= {name for name, part in PART_OF.items() if not part.made(getattr(self, part.setting))}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
@@ -221,9 +229,7 @@ class DrafterConfig(BaseModel):
             target_parameters: the target's size, by which `auto` chooses.
         """
         name = preset_for(target_parameters) if self.preset == "auto" else self.preset
-        recipe = PRESETS[name] | OWN_PRESETS.get(self.method, {}).get(name, {})
-        if self.method == "eagle" and name in ("base", "paper"):
-            recipe["learning_rate"] = 3e-5
+        recipe = PRESETS[name] | dict(methods()[self.method].presets.get(name, {}))
         if "epochs" in self.model_fields_set:
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
@@ -249,38 +255,6 @@ class DrafterConfig(BaseModel):
         if "warmup_steps" in self.model_fields_set or self.preset == "paper":
             return self.warmup_steps
         return min(self.warmup_steps, total_steps // 10)
-
-
-_FEATURE_HEADS, _EESD, _MEDUSA = ("fspad", "eagle"), ("eesd",), ("medusa",)
-
-READ_BY: dict[str, tuple[str, ...]] = {
-    "intermediate_size": _FEATURE_HEADS,
-    "feature_sampling": _FEATURE_HEADS,
-    "partial_alignment": _FEATURE_HEADS,
-    "tap_layers": _FEATURE_HEADS,
-    "state_norm": _FEATURE_HEADS,
-    "draft_vocab_size": _FEATURE_HEADS,
-    "init_from": _FEATURE_HEADS,
-    "embedding_scale": _FEATURE_HEADS,
-    "w_reg": _FEATURE_HEADS,
-    "w_reg_schedule": _FEATURE_HEADS,
-    "w_cls": _FEATURE_HEADS,
-    "token_loss": _FEATURE_HEADS,
-    "token_top_k": _FEATURE_HEADS,
-    "token_top_k_weight": _FEATURE_HEADS,
-    "feature_noise": _FEATURE_HEADS,
-    "unroll_steps": _FEATURE_HEADS,
-    "unroll_decay": _FEATURE_HEADS,
-    "unroll_from": _FEATURE_HEADS,
-    "patience": _FEATURE_HEADS,
-    "exit_layer": _EESD,
-    "own_head": _EESD + _MEDUSA,
-    "loss": _EESD + _MEDUSA,
-    "hard_weight": _EESD + _MEDUSA,
-    "medusa_num_heads": _MEDUSA,
-    "medusa_num_layers": _MEDUSA,
-}
-"""Settings that not every method reads, and the methods that do."""
 
 
 class Part(NamedTuple):
@@ -352,21 +326,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "state_norm": False,
     },
 }
-"""What each preset sets; everything else is the field's default."""
-
-OWN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # EESD's layer begins as the target's last one and not at random. On the reference target (20M, exit after layer 3),
-    # 60 steps at 3e-4, 1e-3, 3e-3, 6e-3 and 1e-2 ended at agreements of 0.45, 0.52, 0.56, 0.56 and 0.55. The other
-    # rates follow FSPAD's; nobody has compared them.
-    "eesd": {
-        "tiny": {"learning_rate": 3e-3},
-        "small": {"learning_rate": 6e-4, "batch_size": 16},
-        "base": {"learning_rate": 5e-5},
-    },
-    # Heads of single layers bear a larger rate than FSPAD's published one; nobody has compared rates here.
-    "medusa": {"base": {"learning_rate": 1e-3, "lr_schedule": "cosine"}},
-}
-"""What differs for methods whose drafter begins as a part of the target."""
+"""What each preset sets where the method has no other value; everything else is the field's default."""
 
 
 def preset_for(target_parameters: int) -> Literal["tiny", "small", "base"]:

@@ -22,9 +22,9 @@ from torch import Tensor
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.features import Reading, pad, weights_fingerprint
+from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import TargetLike, target_id
 from outdraft.losses.teacher import TopProbs, most_probable, predicting
-from outdraft.training.objective import Objective
 from outdraft.training.preparation import Preparation
 
 try:

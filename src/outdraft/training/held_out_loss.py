@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from outdraft.data.tokenization import ExampleSet
 from outdraft.losses.features import TrainingExamples, collate
-from outdraft.training.objective import Objective
+from outdraft.losses.objective import Objective
 
 BATCH = 8
 STEPS = 4

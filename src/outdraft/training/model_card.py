@@ -8,14 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-CARD = "README.md"
+from outdraft.methods.registry import methods
 
-METHODS = {
-    "fspad": "an FSPAD head ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))",
-    "eagle": "an EAGLE head ([arXiv 2401.15077](https://arxiv.org/abs/2401.15077))",
-    "eesd": "an exit layer, EESD ([arXiv 2406.03853](https://arxiv.org/abs/2406.03853))",
-    "medusa": "a set of Medusa heads ([arXiv 2401.10774](https://arxiv.org/abs/2401.10774))",
-}
+CARD = "README.md"
 
 NOT_SHOWN = {
     "data", "output_dir", "feature_cache_dir", "report_to", "logging_steps", "save_steps", "save_total_limit",
@@ -44,7 +39,7 @@ library_name: outdraft
 
 # Drafter for {target}
 
-This is {METHODS[method]} with {record["parameters"]:,} parameters, made by outdraft for `{target}`.
+This is {methods()[method].card} with {record["parameters"]:,} parameters, made by outdraft for `{target}`.
 It guesses tokens ahead and the model checks them, so that text comes faster and its output distribution
 stays the model's own. It is of no use with another model.
 

@@ -26,17 +26,17 @@ from outdraft.data.tokenization import tokenize
 from outdraft.drafting.run_folder import BEGUN_WITH, RUN, last_checkpoint, step_of
 from outdraft.errors import UserError
 from outdraft.losses.features import TrainingExamples, weights_fingerprint
+from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import TargetLike, shown_target
-from outdraft.methods.checkpoint import Network, save_drafter
+from outdraft.methods.checkpoint import Network, save_drafter, target_facts
 from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
-from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.registry import methods
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.config import DrafterConfig
-from outdraft.training.draft_vocabulary import keep_frequent
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import CHAIN, BestWeights, HeldOut
 from outdraft.training.model_card import CARD, model_card
-from outdraft.training.objective import Objective, new_drafter, objective_for
+from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
@@ -121,7 +121,7 @@ def train(
         ready = at_exit(ready, _exit_choice(target, ready, resume, console))
         config = ready.config
     drafter = new_drafter(target, config)
-    keep_frequent(drafter, ready.examples)
+    methods()[config.method].see(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
     checkpoint = _claim_folder(target, ready, resume, args, console, begun_with or {})
     store = feature_store(target, ready, objective)

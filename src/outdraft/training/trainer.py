@@ -21,13 +21,12 @@ from outdraft.drafting.folder import WEIGHTS
 from outdraft.drafting.run_folder import PARTIAL, publish
 from outdraft.errors import UserError, first_line
 from outdraft.losses.features import TrainingExamples, collate
+from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import shown_target
-from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter
-from outdraft.methods.eesd.folder import target_facts
+from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
 from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig
 from outdraft.training.grouping import group_cost, groups_of_like_length
-from outdraft.training.objective import Objective
 
 GROUPS = "groups"
 

@@ -24,9 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
-from outdraft.drafting.folder import CONFIG, check_value, find_folder, is_eagle3, read_config, read_weights
-from outdraft.drafting.own_layout import fitting, warn_of_unknown
+from outdraft.drafting.folder import (
+    CONFIG,
+    check_value,
+    find_folder,
+    fitting,
+    read_config,
+    read_weights,
+    warn_of_unknown,
+)
 from outdraft.errors import UserError, first_line
+from outdraft.methods.eagle3 import is_eagle3
 from outdraft.methods.eagle3.drafter import rotary_frequencies
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head, TapUnit
 

@@ -3,7 +3,7 @@
 Outputs of several layers of the target, the taps, are projected to the drafter's width, which gives g. One decoder
 layer reads the normed embedding beside the normed g; a norm and an output layer of its own, over the tokens that may be
 drafted, give the draft logits. What the layer gives stands in for g in later steps. How it runs is in
-`eagle3_drafting.py`, which layout a folder has in `eagle3_folder.py`; it is not trained here.
+`drafter.py`, which layout a folder has in `folder.py`; it is not trained here.
 """
 
 from __future__ import annotations

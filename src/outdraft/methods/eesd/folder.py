@@ -1,6 +1,6 @@
 """The folder of an exit layer, read back: without its target for what it says, with it as the layer itself.
 
-Knows what the target must have in common with the one it was trained for; written is the folder by `checkpoint.py`.
+Knows what the target must have in common with the one it was trained for.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from outdraft.drafting.folder import CONFIG, find_folder, read_config, read_weights, some
-from outdraft.drafting.own_layout import fitting, is_own, read_settings, section, warn_of_unknown
+from outdraft.drafting.folder import (
+    CONFIG,
+    find_folder,
+    fitting,
+    is_own,
+    read_config,
+    read_settings,
+    read_weights,
+    section,
+    some,
+    warn_of_unknown,
+)
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import TARGET_FACTS, target_facts
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
-
-TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-"""What an exit layer's target must have in common with the one it was trained for."""
 
 
 @dataclass
@@ -32,12 +40,6 @@ class ExitFolder:
     """Where the tensors were read, for messages."""
     target: dict[str, Any]
     training: dict[str, Any]
-
-
-def target_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a drafter's folder says of its target beside its name."""
-    config = model.config.get_text_config()
-    return {name: getattr(config, name) for name in TARGET_FACTS}
 
 
 def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:

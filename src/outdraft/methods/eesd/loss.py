@@ -8,14 +8,18 @@ Knows the target through what an exit layer borrows of it; nothing of data, opti
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from outdraft.losses.cross_entropy import HardLabels, soft_cross_entropy
-from outdraft.losses.teacher import TopProbs
+from outdraft.losses.features import ExitReading, reader_of
+from outdraft.losses.objective import Objective, stored_teacher, teacher_of, weight_of_tokens
+from outdraft.losses.target_like import TargetLike
+from outdraft.losses.teacher import TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
@@ -87,6 +91,34 @@ class ExitLoss(nn.Module):
             labels=labels,
         )
         return ExitSums(cross_entropy, agreed, counted.sum())
+
+
+class ExitObjective(Objective):
+    """EESD's: the hidden state of an early layer, and the features that say what the target would."""
+
+    parts: ClassVar = {}
+
+    def __init__(self, target: TargetLike, config: Any, drafter: ExitLayer):
+        self.drafter, self.width = drafter, target.hidden_size
+        self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
+        self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
+        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return next_is_response(loss_mask)
+
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
+        hidden, last = features.split(self.width, dim=-1)
+        said = stored_teacher(batch)
+        if said is None and self.top_k:
+            goal = last[:, :-1][self.counted(batch["loss_mask"])]
+            said = most_probable(self.target, goal, self.top_k, self.rows)
+        return hidden, last, batch["input_ids"], batch["loss_mask"], said
+
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
+        return sums.cross_entropy
 
 
 def next_is_response(loss_mask: Tensor) -> Tensor:

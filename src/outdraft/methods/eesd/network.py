@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from outdraft.errors import UserError, first_line
+from outdraft.methods.checkpoint import TARGET_FACTS, Network
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
 
@@ -31,7 +32,7 @@ class ExitLayerConfig:
     """Whether it has an output layer of its own; the target's otherwise."""
 
 
-class ExitLayer(nn.Module):
+class ExitLayer(Network):
     """A layer on the hidden states after the target's first `config.exit_layer` layers.
 
     Args:
@@ -40,7 +41,7 @@ class ExitLayer(nn.Module):
         head: its own output layer where the config says so.
     """
 
-    method = "eesd"
+    method, needs = "eesd", TARGET_FACTS
 
     def __init__(self, config: ExitLayerConfig, layer: nn.Module, head: nn.Module | None = None):
         super().__init__()
@@ -66,6 +67,10 @@ class ExitLayer(nn.Module):
         weights = {name: weight.detach().to(torch.float32, copy=True) for name, weight in source.items()}
         exit_layer.load_state_dict(weights, assign=True)
         return exit_layer.requires_grad_(True)
+
+    @property
+    def fits(self) -> dict[str, int]:
+        return {}  # the facts that it needs say it
 
     def bind(self, target: Target) -> BoundExit:
         """The layer between the parts of its target that it borrows."""

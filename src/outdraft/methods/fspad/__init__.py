@@ -1,1 +1,131 @@
-"""FSPAD and EAGLE: a one-layer drafter on the target's features."""
+"""FSPAD (arXiv 2408.15562) and EAGLE (arXiv 2401.15077): a one-layer drafter on the target's features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Written
+
+if TYPE_CHECKING:
+    import torch
+
+    from outdraft.data.tokenization import ExampleSet
+    from outdraft.losses.target_like import TargetLike
+    from outdraft.methods.fspad.drafter import FeatureDrafter
+    from outdraft.methods.fspad.network import FeatureHead
+    from outdraft.methods.fspad.objective import FeatureObjective
+    from outdraft.target.target import Target
+
+FSPAD = "EagleFspadLlamaForCausalLM"
+"""Architecture of an exported FSPAD drafter in vLLM, either of its two ideas alone included."""
+
+EAGLE_WITH_BIAS = "EagleFcBiasLlamaForCausalLM"
+"""Architecture of an exported EAGLE head whose fusion layer has a bias, for which vLLM's own has no place."""
+
+EAGLE = "EagleLlamaForCausalLM"
+"""vLLM's own EAGLE head, which needs no plug-in."""
+
+BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
+"""Settings that are named only where they are not the paper's."""
+
+
+class Fspad(Method):
+    """FSPAD; EAGLE is the same network with both of its switches off, and reads the same folders."""
+
+    name = "fspad"
+    summary = "feature sampling and partial alignment"
+    trained = True
+    settings = frozenset(
+        {
+            "intermediate_size",
+            "feature_sampling",
+            "partial_alignment",
+            "tap_layers",
+            "state_norm",
+            "draft_vocab_size",
+            "init_from",
+            "embedding_scale",
+            "w_reg",
+            "w_reg_schedule",
+            "w_cls",
+            "token_loss",
+            "token_top_k",
+            "token_top_k_weight",
+            "feature_noise",
+            "unroll_steps",
+            "unroll_decay",
+            "unroll_from",
+            "patience",
+        }
+    )
+    published = True
+    card = "an FSPAD head ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))"
+    no_export = None
+
+    def load(
+        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
+    ) -> FeatureHead:
+        from outdraft.methods.fspad.folder import load_drafter
+
+        return load_drafter(source, dtype=dtype, device=device).head.eval()
+
+    def bind(self, network: Any, target: Target) -> FeatureDrafter:
+        from outdraft.methods.fspad.drafter import FeatureDrafter
+
+        return FeatureDrafter(network, target)
+
+    def describe(self, folder: Path) -> DrafterFacts:
+        from outdraft.methods.checkpoint import count
+        from outdraft.methods.fspad.folder import load_drafter
+
+        loaded = load_drafter(folder)
+        config = loaded.head.config
+        return DrafterFacts(
+            loaded.head.method,
+            loaded.layout,
+            count(loaded.head.parameters()),
+            loaded.target_id,
+            loaded.head.fits,
+            loaded.training,
+            {
+                "feature_sampling": config.feature_sampling,
+                "partial_alignment": config.partial_alignment,
+                "context": config.max_position_embeddings,
+                **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
+            },
+        )
+
+    def new_network(self, target: TargetLike, settings: Any) -> FeatureHead:
+        from outdraft.methods.fspad.beginning import new_head
+
+        return new_head(target, settings)
+
+    def see(self, network: Any, examples: ExampleSet) -> None:
+        from outdraft.methods.fspad.beginning import keep_frequent
+
+        keep_frequent(network, examples)
+
+    def objective(self, target: TargetLike, settings: Any, network: Any) -> FeatureObjective:
+        from outdraft.methods.fspad.objective import FeatureObjective
+
+        return FeatureObjective(target, settings, network)
+
+    def export(
+        self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
+    ) -> Written:
+        from outdraft.methods.fspad.export import export_head
+
+        return export_head(source, target, folder, engine, dtype)
+
+
+class Eagle(Fspad):
+    """EAGLE's head."""
+
+    name = "eagle"
+    summary = "FSPAD's network without either"
+    presets: ClassVar = {"base": {"learning_rate": 3e-5}, "paper": {"learning_rate": 3e-5}}
+    card = "an EAGLE head ([arXiv 2401.15077](https://arxiv.org/abs/2401.15077))"
+
+
+METHODS = (Fspad(), Eagle())

@@ -2,8 +2,8 @@
 
 The drafter's own cache keeps one entry for each decided pair (token one ahead, target feature). Each round first takes
 in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and forgets
-that run again. It does not know the network's equations (`feature_head.py`, `eagle3.py`) nor how candidates are chosen
-(`growth.py`).
+that run again. The network's equations are those of `network.py` and `eagle3/network.py`; how candidates are chosen is
+in `drafting/expand.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one-layer drafter on the target's features: FSPAD, and EAGLE's head by switches.
 
 Holds the network of arXiv 2408.15562 (section 3: feature sampling, partial alignment) and nothing else: it trains and
-it decodes. It does not know how a tree is grown (`feature_drafting.py`), where its weights come from
-(`checkpoint.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
+it decodes. It does not know how a tree is grown (`drafter.py`), where its weights come from
+(`folder.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
 (fed back as the next feature) go out.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Network
 
 
 class KeysAndValues(Protocol):
@@ -97,22 +98,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class DraftNetwork(nn.Module):
-    """What decoding with a network on the target's features asks of it (`feature_drafting.py`)."""
+class DraftNetwork(Network):
+    """What decoding with a network on the target's features asks of it (`drafter.py`)."""
 
-    method: str
-    """Its name on the command line and in reports."""
     embed_tokens: nn.Embedding | None
     """An embedding of its own, which a checkpoint may bring; the target's is used without one."""
     lm_head: nn.Module | None
     """An output layer of its own, over the tokens that may be drafted; the target's is used without one."""
     draft_tokens: Tensor | None
     """Ids of the tokens that may be drafted; all where there is none."""
-
-    @property
-    def fits(self) -> dict[str, int]:
-        """What its target must have, by name."""
-        raise NotImplementedError
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
         """Layers of a target of so many whose outputs are read, counted from 1."""
@@ -234,10 +228,6 @@ class FeatureHead(DraftNetwork):
     def tap_width(self) -> int:
         """Values that are read of the target for a position: its feature, then the outputs of `tap_layers`."""
         return (1 + len(self.config.tap_layers)) * self.config.hidden_size
-
-    @property
-    def fits(self) -> dict[str, int]:
-        return {"hidden_size": self.config.hidden_size, "vocab_size": self.config.vocab_size}
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.tap_layers

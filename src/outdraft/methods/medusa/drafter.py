@@ -23,6 +23,7 @@ from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Upda
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Network
 from outdraft.target.backends import count_parameters
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
@@ -63,7 +64,7 @@ class ResidualBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
-class MedusaHeads(nn.Module):
+class MedusaHeads(Network):
     """All heads; without output layers of their own they need the target's to speak.
 
     Args:

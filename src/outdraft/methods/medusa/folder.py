@@ -1,6 +1,6 @@
 """The folder of Medusa's heads, read back: settings and tensors put together.
 
-Knows no official layout, for such heads come from training here; written is the folder by `checkpoint.py`.
+There is no official layout: such heads come from training here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ from typing import Any
 
 import torch
 
-from outdraft.drafting.folder import find_folder, read_config, read_weights
-from outdraft.drafting.own_layout import fitting, is_own, read_settings, section, warn_of_unknown
+from outdraft.drafting.folder import (
+    find_folder,
+    fitting,
+    is_own,
+    read_config,
+    read_settings,
+    read_weights,
+    section,
+    warn_of_unknown,
+)
 from outdraft.errors import UserError
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 

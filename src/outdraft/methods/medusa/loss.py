@@ -7,13 +7,17 @@ nothing of data, optimisers or processes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies
-from outdraft.losses.teacher import TopProbs
+from outdraft.losses.features import Reading, reader_of
+from outdraft.losses.objective import Objective, stored_teacher, teacher_of, weight_of_tokens
+from outdraft.losses.target_like import TargetLike
+from outdraft.losses.teacher import TopProbs, most_probable
 from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.target import Target
 
@@ -80,6 +84,33 @@ class MedusaLoss(nn.Module):
         )
         weights = HEAD_DECAY ** torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)
         return MedusaSums((weights * losses).sum(), losses[0], agreed[0], counted.sum())
+
+
+class MedusaObjective(Objective):
+    """Medusa's: the target's features, as FSPAD's, and what the target says one, two, ... tokens later."""
+
+    parts: ClassVar = {"loss_head1": "first_head"}
+
+    def __init__(self, target: TargetLike, config: Any, drafter: MedusaHeads):
+        self.drafter, self.target = drafter, target
+        self.top_k, self.rows = teacher_of(config), config.loss_chunk_size
+        self.reading = Reading(reader_of(target))
+        self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return reached(loss_mask, 1)
+
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
+        said = stored_teacher(batch, first=1)
+        if said is None and self.top_k:
+            goal = features[:, 1:-1][self.counted(batch["loss_mask"])]
+            said = most_probable(self.target, goal, self.top_k, self.rows)
+        return features, batch["input_ids"], batch["loss_mask"], said
+
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
+        return sums.cross_entropy
 
 
 def _moved(x: Tensor, by: int, length: int) -> Tensor:

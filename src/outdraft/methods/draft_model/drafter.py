@@ -24,7 +24,7 @@ from outdraft.target.target import Target
 
 
 class DraftModel(Drafter):
-    """Any causal language model with the target's vocabulary, or most of it (`shared_vocabulary.py`).
+    """Any causal language model with the target's vocabulary, or most of it (`drafting/shared_vocabulary.py`).
 
     Args:
         model: the small model.

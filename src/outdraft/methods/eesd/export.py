@@ -2,21 +2,69 @@
 
 Of the target's own family, whatever that is, with N + 1 layers and an untied head: what vLLM runs as method
 `draft_model`, and `transformers` as `assistant_model`. There the first layers are copies with a KV cache of their own;
-only outdraft itself shares them with the target. Knows nothing of engines.
+only outdraft itself shares them with the target.
 """
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from outdraft.drafting.folder import some
 from outdraft.errors import UserError, first_line
+from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.network import ExitLayer
-from outdraft.target.views import layers_of
+from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
+from outdraft.target.target import Target
+from outdraft.target.views import Reads, layers_of
+
+
+def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: torch.dtype | None) -> Written:
+    """The drafter as a model's folder; arguments as in `Method.export`.
+
+    Raises:
+        UserError: the family cannot be built with fewer layers.
+    """
+    stored = getattr(target.config, "dtype", None)
+    precision = dtype or stored or torch.float32
+    loaded = target.load(precision)
+    exit_layer = load_exit_layer(source, loaded.model, dtype=precision).eval()
+    small = exit_model(exit_layer, loaded.model)
+    small.save_pretrained(folder)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    return Written(exit_layer.method, type(small).__name__, _both(exit_layer, loaded, folder), "draft_model", False)
+
+
+@torch.inference_mode()
+def _both(exit_layer: ExitLayer, target: Target, folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Logits of the written model, read back by transformers, and those of our views on the target's layers."""
+    target.model.float()
+    exit_layer.float()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # every library under here has exceptions of its own
+        raise UserError(f"the exported model cannot be read ({first_line(error)}); use `outdraft serve`") from error
+    read, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(what):
+            raise UserError(
+                f"the exported model has {what.replace('_', ' ')} {some(map(str, report[what]))}; report it"
+            )
+    tokens = min(COMPARED_TOKENS, target.context_length)
+    ids = torch.randint(target.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens)[None]
+    inputs: dict[str, Any] = {"position_ids": positions, "attention_mask": None, "use_cache": False}
+    split = exit_layer.config.exit_layer
+    hidden = target.reader(Reads(False, (split,), split)).lower(input_ids=ids, **inputs)
+    bound = exit_layer.bind(target)
+    ours = bound.head(bound.features(hidden, **inputs))
+    return [(ours, read.eval()(input_ids=ids, use_cache=False).logits)]
 
 
 def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel:

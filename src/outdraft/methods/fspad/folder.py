@@ -1,20 +1,41 @@
-"""The official FSPAD and EAGLE-1/2 layouts: what a Llama config and the tensors beside it say of a `FeatureHead`.
+"""Folders of a `FeatureHead`, read: our own, and the official FSPAD and EAGLE-1/2 ones as they are.
 
-Layouts are recognised from the names and shapes of the tensors. Knows nothing of files.
+Official layouts are a Llama config and the weights beside it; which of the two it is follows from the names and shapes
+of the tensors.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from outdraft.drafting.folder import CONFIG, check_value, some
+from outdraft.drafting.folder import (
+    CONFIG,
+    check_value,
+    find_folder,
+    fitting,
+    is_own,
+    read_config,
+    read_settings,
+    read_weights,
+    section,
+    some,
+    warn_of_unknown,
+)
 from outdraft.errors import UserError
-from outdraft.methods.fspad.network import FeatureHeadConfig
+from outdraft.methods.checkpoint import UNFOLDED
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
+
+Layout = Literal["outdraft", "fspad", "eagle"]
+
+KEPT = "draft_tokens"
+"""The tensor of a reduced draft vocabulary."""
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -30,6 +51,98 @@ OFFICIAL_NAMES = {
 
 REMADE = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers in old checkpoints that follow from the config."""
+
+
+@dataclass
+class DrafterCheckpoint:
+    """A loaded drafter and what its folder says about it."""
+
+    head: FeatureHead
+    target_id: str | None
+    """The target it was trained for; official folders do not say."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """The training's own record: settings, data, metrics."""
+    layout: Layout = "outdraft"
+    target: dict[str, Any] = field(default_factory=dict)
+    """Facts about the target: id, hidden_size, vocab_size and whatever else was saved."""
+
+
+def load_drafter(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> DrafterCheckpoint:
+    """A drafter from our own folder or an official FSPAD or EAGLE-1/2 one, here or on the Hugging Face Hub.
+
+    Args:
+        folder_or_hub_id: a folder, else a hub id.
+        dtype: precision of the weights; as stored when None.
+        device: where they go.
+        revision: of a hub repository.
+
+    Raises:
+        UserError: nothing there, no drafter, or a damaged one, with the fix.
+    """
+    folder = find_folder(folder_or_hub_id, revision)
+    config = read_config(folder)
+    file, tensors = read_weights(folder)
+    own = is_own(config)
+    head_config = _own_config(config, folder) if own else official_config(config, tensors, folder)
+    names = {} if own else {our_name(name): name for name in tensors if not REMADE.search(name)}
+    head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file)
+    if head.embed_tokens is not None:
+        head.embed_tokens.requires_grad_(False)
+    head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
+    layout: Layout = "outdraft" if own else "eagle" if head.method == "eagle" else "fspad"
+    target, training = section(config, "target"), section(config, "training")
+    return DrafterCheckpoint(scaled(head, training.get(UNFOLDED, 1.0)), target.get("id"), training, layout, target)
+
+
+def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
+    method = config.get("method")
+    if method == "eesd":
+        raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
+    if method not in ("fspad", "eagle"):
+        raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
+    return read_settings(FeatureHeadConfig, config, folder)
+
+
+def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
+    """A head with these weights, or the error that says which do not fit; `names` are those of the file."""
+    with torch.device("meta"):  # no random start, which would be overwritten
+        head = FeatureHead(config)
+        if "embed_tokens.weight" in tensors:
+            head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+    wanted = head.state_dict()
+    kept = {KEPT: _draft_tokens(tensors, config, file)} if KEPT in wanted else {}
+    weights = {name: place for name, place in wanted.items() if name not in kept}
+    shown = {name: official_name(name, config) for name in weights} if names else None
+    head.load_state_dict({**fitting(tensors, weights, file, shown=shown), **kept}, assign=True)
+    warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
+    return head
+
+
+def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file: str) -> Tensor:
+    """The ids of the tokens that may be drafted."""
+    found = tensors.get(KEPT)
+    if found is None:
+        raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
+    ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
+    if (
+        len(ids) != config.draft_vocab_size
+        or len(set(ids)) != len(ids)
+        or not all(0 <= token < config.vocab_size for token in ids)
+    ):
+        raise UserError(
+            f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
+            "config.json says; copy or train it again"
+        )
+    return torch.tensor(ids)
+
+
+# --- official layouts -----------------------------------------------------------------------------------------
 
 
 def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> FeatureHeadConfig:

@@ -1,27 +1,79 @@
 """FSPAD's drafter and EAGLE's head as a folder for vLLM: names, shapes and config; and a reading of that folder.
 
 Tensor names are the official ones of FSPAD and EAGLE-1/2, so that the folder loads here and in the authors' code too.
-The reading is written from the files alone: it shares nothing with `FeatureHead`, with which it is compared. Knows
-nothing of vLLM's code, only of what its loaders ask for.
+The reading is written from the files alone: it shares nothing with `FeatureHead`, with which it is compared.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.drafting.folder import shape_of, some
+import outdraft
+from outdraft.drafting.folder import CONFIG, WEIGHTS, shape_of, some
 from outdraft.errors import UserError
-from outdraft.export.vllm_plugin import EAGLE, EAGLE_WITH_BIAS, FSPAD
+from outdraft.methods.fspad import EAGLE, EAGLE_WITH_BIAS, FSPAD
+from outdraft.methods.fspad.folder import load_drafter, official_name
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
-from outdraft.methods.fspad.official import official_name
+from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Targets whose embedding and head are plain, and whose vLLM model hands over the features after its final norm."""
+
+
+def export_head(
+    source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
+) -> Written:
+    """The drafter's folder for vLLM; arguments as in `Method.export`.
+
+    Raises:
+        UserError: vLLM would run another drafter than ours, or none.
+    """
+    if engine == "hf":
+        raise UserError(
+            "transformers' assistant_model takes whole language models, which FSPAD's and EAGLE's heads are not; "
+            "use --engine vllm, or stock models' generate(..., custom_generate=outdraft.custom_generate(drafter))"
+        )
+    checkpoint = load_drafter(source)
+    head = checkpoint.head.eval()
+    refuse_unexportable(head.config, target.config)
+    if dtype is not None:
+        head.to(dtype)
+    stored = head.fusion.fc.weight.dtype
+    config = {
+        **engine_config(head.config, target.config, stored),
+        "outdraft_export": {"version": outdraft.__version__, "method": head.method, "target": checkpoint.target_id},
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in engine_tensors(head).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    written, read = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    check_tensors(written, read)
+    name = config["architectures"][0]
+    return Written(head.method, name, _both(head, written, read), "eagle", name != EAGLE)
+
+
+@torch.inference_mode()
+def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The drafter's own forward and what the written files say, on values of the size of features."""
+    head = head.float()
+    noise = torch.Generator().manual_seed(0)
+    tokens = min(COMPARED_TOKENS, head.config.max_position_embeddings)
+    embeddings, features = torch.randn(2, tokens, head.config.hidden_size, generator=noise)
+    if head.embed_tokens is not None:
+        ids = torch.randint(head.config.vocab_size, (tokens,), generator=noise)
+        embeddings = head.embed_tokens(ids)
+    ours = head(embeddings[None], features[None])
+    theirs = read_forward(config, tensors, embeddings, features)
+    return [(one[0], other) for one, other in zip(ours, theirs, strict=True)]
 
 
 def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
