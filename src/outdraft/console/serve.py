@@ -132,7 +132,9 @@ def run_serve(
             remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
             remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
-        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {service.engine.room.slots} tokens"
+        facts = (
+            f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {service.engine.capacity.slots} tokens"
+        )
 
         def ready(url: str) -> None:
             remarks.print(

@@ -1,7 +1,4 @@
-"""How a server is run: every setting with what it means, which is also the command line's help.
-
-Knows nothing of the web or of models.
-"""
+"""The server's settings; their docstrings are the command line's help."""
 
 from __future__ import annotations
 
