@@ -202,9 +202,8 @@ class Engine:
             with self._gate:
                 self._deadline = self._deadline or time.perf_counter()
             self._take_ready_commands()
-            self._fail(
-                [*self._queue.clear(), *(one.job for one in self._running.values())], shutting_down(), "shutdown"
-            )
+            jobs = [*self._queue.clear(), *(one.job for one in self._running.values())]
+            self._fail(jobs, shutting_down(), "shutdown")
             self._gauge()
 
     def _take_commands(self) -> bool:

@@ -274,7 +274,7 @@ def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
 
 
 def _recording(known: list[TokenLogprob], tokens: Sequence[int], most: int) -> Callable[[Tensor], None]:
-    """A callback that adds the next tokens' logprobs to `known`, from the `(tokens, vocab)` logits that decided them."""
+    """A callback that adds tokens' logprobs to `known`, from the `(tokens, vocab)` logits that decided them."""
 
     def record(logits: Tensor) -> None:
         logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
