@@ -1,15 +1,39 @@
-"""The options that several verbs share; names as in the field (Hugging Face, vLLM, EAGLE). Help texts of settings come
-from the settings' own docstrings. Knows no verb."""
+"""The options that several verbs share, named as in Hugging Face, vLLM and EAGLE.
+
+The help text of a setting is its field's docstring, read from the source, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def field_help(file: str, class_name: str) -> dict[str, str]:
+    """Field -> docstring of a class in `file`, a path within the package."""
+    module = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
 
 SAMPLING = field_help("core/sampling.py", "SamplingSettings")
 TREE = field_help("core/shape.py", "TreeShape")

@@ -1,7 +1,4 @@
-"""`outdraft serve`: its flags, and what it does between parsing and its end: check, load, listen, say where.
-
-Knows no protocol.
-"""
+"""`outdraft serve`: its flags, and the way to a running server: listen, load, say where."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.output import remarks
 
 if TYPE_CHECKING:
     from outdraft.serving.settings import ServeSettings
 
-SERVE = field_help("serving/settings.py", "ServeSettings")
+SERVE = o.field_help("serving/settings.py", "ServeSettings")
 
 
 def serve(
@@ -132,9 +128,8 @@ def run_serve(
             remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
             remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
-        facts = (
-            f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {service.engine.capacity.slots} tokens"
-        )
+        slots = service.engine.capacity.slots
+        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens"
 
         def ready(url: str) -> None:
             remarks.print(
