@@ -179,7 +179,7 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Those that were set."""
+    """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -207,15 +207,15 @@ def tree(drafter: object, **settings: Any) -> dict[str, Any]:
 
 
 def listed(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """Likewise, as numbers.
+    """The parts between commas, as numbers.
 
     Raises:
-        UserError: something is none, or there is none.
+        UserError: a part is no number, or there is none.
     """
     try:
         found = [float(part) for part in listed(text)]
