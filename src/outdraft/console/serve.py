@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ def serve(
     request_timeout: Annotated[float, typer.Option("--request-timeout", help=SERVE["request_timeout"])] = 30.0,
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
     threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
     top_k: o.TopK = None,
@@ -76,6 +78,7 @@ def serve(
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
         threads=threads,
+        log_requests=log_requests,
         allow_origin=allow_origin or [],
         chat_template_kwargs=chat_template_kwargs or {},  # type: ignore[arg-type]
         defaults=o.given(
@@ -136,6 +139,12 @@ def run_serve(
                 f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)", markup=False
             )
 
+        if settings.log_requests:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logger = logging.getLogger("outdraft.serving")
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
         service.serve(listening, ready)
     finally:
         listening.close()

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator
 from functools import cache
 from importlib.resources import files
@@ -101,7 +102,7 @@ def make_app(
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(params, engine.target, tokenizer, deliver)
+        job = Job(params, engine.target, tokenizer, deliver, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}")
         renderer = Renderer(job, parser.names[0], tokenizer, chat, bool(body.return_pieces), echo)
         engine.submit(job)
         if body.stream:

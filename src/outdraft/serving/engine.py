@@ -305,7 +305,7 @@ class Engine:
                 self._leave(running)
                 job.left -= 1
                 if not job.left:
-                    self.metrics.ended(job)
+                    self._ended(job)
             job.deliver(delta)
 
     def _leave(self, running: _Running) -> None:
@@ -319,7 +319,13 @@ class Engine:
         for running in [one for one in self._running.values() if one.job is job]:
             running.lane.decoder.remove(running.answer.row, CANCELLED)
             self._leave(running)
+        self._ended(job, reason)
+
+    def _ended(self, job: Job, reason: str | None = None) -> None:
+        """Count and log the end of a job: with all its answers, or for the reason given."""
         self.metrics.ended(job, reason)
+        if self.settings.log_requests:
+            log.info(job.summary(reason))
 
     def _fail(self, jobs: Sequence[Job], error: ApiError, reason: str = "error") -> None:
         """End these jobs, each once, and tell their clients why."""

@@ -19,6 +19,7 @@ from outdraft.api.text import Detokenizer
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.core.statistics import Statistics
 from outdraft.engine.round import Row
+from outdraft.output import number
 from outdraft.serving.errors import ApiError
 from outdraft.target.target import Target
 
@@ -224,6 +225,7 @@ class Job:
         target: the model.
         tokenizer: the model's.
         deliver: takes events, in the engine's thread; must not block.
+        id: the request's id, which its response bears.
     """
 
     def __init__(
@@ -232,8 +234,9 @@ class Job:
         target: Target,
         tokenizer: PreTrainedTokenizerBase,
         deliver: Callable[[Event], None],
+        id: str,
     ):
-        self.params, self.deliver = params, deliver
+        self.params, self.deliver, self.id = params, deliver, id
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []
         for index, prompt in enumerate(prompt for prompt in params.prompts for _ in range(params.choices)):
@@ -267,6 +270,16 @@ class Job:
     def statistics(self) -> Statistics:
         """Statistics of all answers together."""
         return Statistics.sum(answer.row.statistics for answer in self.answers)
+
+    def summary(self, reason: str | None) -> str:
+        """The line to log as the job ends, with all its answers or for the reason given."""
+        ends = {_REASONS.get(end, end) for answer in self.answers if (end := answer.row.finish_reason) is not None}
+        did = self.statistics
+        return (
+            f"{self.id} prompt_tokens={self.prompt_tokens} completion_tokens={self.completion_tokens} "
+            f"tau={number(did.tau if did.rounds else None)} seconds={time.perf_counter() - self.arrived:.3f} "
+            f"finish_reason={reason or ','.join(sorted(ends))}"
+        )
 
 
 def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:

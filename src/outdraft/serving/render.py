@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,7 +40,6 @@ class Renderer:
     ):
         self.job, self.model, self.tokenizer = job, model, tokenizer
         self.chat, self.pieces, self.echo = chat, pieces, echo
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._deltas: list[list[Delta]] = [[] for _ in job.answers]
         self._begun: set[int] = set()
@@ -115,7 +113,7 @@ class Renderer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = f"chat.completion{kind}" if self.chat else "text_completion"
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {"id": self.job.id, "object": name, "created": self.created, "model": self.model}
 
     def usage(self) -> dict[str, Any]:
         """Token counts, and under `speculation` what drafting did."""
