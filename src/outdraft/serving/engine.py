@@ -207,24 +207,20 @@ class Engine:
             self._gauge()
 
     def _take_commands(self) -> bool:
-        """Do what was asked for since the last turn, waiting for it if there is nothing else; False at the end."""
-        self._take_ready_commands()
-        idle = not self._running and not len(self._queue)
-        if self._deadline is not None and (idle or time.perf_counter() >= self._deadline):
-            return False
-        if idle:
+        """Do what was asked for since the last turn, waiting while there is nothing to decode; False at the end."""
+        while True:
+            self._take_ready_commands()
+            idle = not self._running and not len(self._queue)
+            if self._deadline is not None and (idle or time.perf_counter() >= self._deadline):
+                return False
+            if not idle:
+                return True
             self._gauge()
             self._commands.get()()
-            self._take_ready_commands()
-        return True
 
     def _take_ready_commands(self) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            command()
+        while not self._commands.empty():  # no other thread takes any
+            self._commands.get()()
 
     def _admit(self) -> None:
         """Admit rows in turn while there is room; short prompts are run together."""
