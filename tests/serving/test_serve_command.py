@@ -50,6 +50,8 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
         assert server.stdout is not None and not server.stdout.read()
+        assert "temperature 0 where a request names none" in log.read_text()
+        assert "shutting down: running requests have 30 seconds to finish" in log.read_text()
         assert "Traceback" not in log.read_text() and "secret" not in log.read_text()
     finally:
         server.kill()

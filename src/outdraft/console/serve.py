@@ -132,7 +132,8 @@ def run_serve(
         if not settings.loopback and settings.api_key is None:
             remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
         slots = service.engine.capacity.slots
-        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens"
+        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens, "
+        facts += f"temperature {service.temperature:g} where a request names none"
 
         def ready(url: str) -> None:
             remarks.print(

@@ -57,7 +57,7 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a conversation."""
 
-    role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: StrictStr | list[TextPart] | None = None
     """Null is an assistant's message of no text."""
     name: StrictStr | None = None

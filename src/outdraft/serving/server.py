@@ -29,6 +29,8 @@ from outdraft.serving.parse import RequestParser
 from outdraft.serving.settings import ServeSettings
 from outdraft.target.target import Target
 
+log = logging.getLogger("outdraft.serving")
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user sets the threads of the whole process."""
 
@@ -97,6 +99,7 @@ class Service:
             raise UserError("the model folder has no tokenizer, and a server answers with text; add one")
         given = {"temperature": 1.0, **model_settings(model.target), **settings.defaults}
         sampling_settings({**given, "do_sample": given["temperature"] != 0})
+        self.temperature = given["temperature"]
         self.settings = settings
         self.names = settings.served_model_name or [_name(model.target)]
         self.metrics = Metrics(self.names[0])
@@ -167,6 +170,7 @@ class _Server(uvicorn.Server):
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.warning("shutting down: running requests have %g seconds to finish", self._seconds)
         self._engine.drain(self._seconds)
         await super().shutdown(sockets)
 
