@@ -136,9 +136,8 @@ def run_serve(
         facts += f"temperature {service.temperature:g} where a request names none"
 
         def ready(url: str) -> None:
-            remarks.print(
-                f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)", markup=False
-            )
+            line = f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)"
+            remarks.print(line, markup=False, soft_wrap=True)
 
         if settings.log_requests:
             handler = logging.StreamHandler()
