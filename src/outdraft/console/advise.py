@@ -1,4 +1,4 @@
-"""`outdraft advise`: its flags, and what they become. Times nothing itself."""
+"""`outdraft advise`: its flags, and how the advice is shown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.output import print_json, remarks, results
 
-ADVICE = field_help("evaluation/advice.py", "AdviceSettings")
+ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
 
 
 def advise(

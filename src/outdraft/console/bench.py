@@ -1,4 +1,4 @@
-"""`outdraft bench`: its flags, and what they become. Measures nothing itself."""
+"""`outdraft bench`: its flags, and how the comparison is shown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
-BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
+BENCH = o.field_help("evaluation/bench_settings.py", "BenchSettings")
 
 
 def bench(

@@ -1,8 +1,8 @@
-"""Who is decoded next: requests in turn, a row of each at a time, as far as there is room in the cache.
+"""The queue of requests: they take turns, a row of each at a time, as far as the cache has slots.
 
-A row's room is set aside for its whole length when it is admitted, so that no row ever has to be put out again. A
-request of many rows lets others in between; a row that does not fit yet is waited for, so that small requests cannot
-starve a large one. Knows numbers of slots; nothing of models, text or threads.
+A row reserves the slots of its whole length when it is admitted, so that no row is ever preempted. A request of many
+rows lets others in between; a row that does not fit yet blocks the queue, so that small requests cannot starve a large
+one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from outdraft.serving.jobs import Answer, Job
 
 
-class Room:
-    """Slots of the cache, in which rows stand side by side as wide as the longest of them.
+class Capacity:
+    """The cache's slots; every running row takes as many as the longest of them.
 
     Args:
-        slots: that all rows may take together.
-        rows: at most.
+        slots: slots that all rows may take together.
+        rows: rows that may run at once.
     """
 
     def __init__(self, slots: int, rows: int):
@@ -30,18 +30,17 @@ class Room:
 
     @staticmethod
     def used(taken: Sequence[int]) -> int:
-        """Slots that such rows take."""
+        """Slots that rows of these lengths take."""
         return len(taken) * max(taken, default=0)
 
 
-class Waiting:
-    """Jobs with rows that are not decoded yet."""
+class RequestQueue:
+    """Jobs of which some rows are not admitted yet."""
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[Job, deque[Answer]]] = deque()
 
     def __len__(self) -> int:
-        """Requests of which no row was admitted yet count, and those of which some still wait."""
         return len(self._jobs)
 
     def add(self, job: Job) -> None:
@@ -55,18 +54,18 @@ class Waiting:
         return job, answers[0]
 
     def pop(self) -> None:
-        """That row was admitted: the next one is another request's, if one waits."""
+        """Take that row out; the next one is another request's, if one waits."""
         job, answers = self._jobs.popleft()
         answers.popleft()
         if answers:
             self._jobs.append((job, answers))
 
     def remove(self, job: Job) -> None:
-        """Forget a job's rows that were not admitted."""
+        """Take out a job's rows that were not admitted."""
         self._jobs = deque(entry for entry in self._jobs if entry[0] is not job)
 
     def clear(self) -> list[Job]:
-        """Forget all; the jobs that waited."""
+        """Take out all rows; returns the jobs that waited."""
         jobs = [job for job, _ in self._jobs]
         self._jobs.clear()
         return jobs

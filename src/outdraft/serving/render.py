@@ -1,13 +1,9 @@
-"""What clients get back, in OpenAI's format: whole answers, and the chunks of streamed ones.
-
-Knows events and tokens; nothing of how they came about, nor of the web.
-"""
+"""Responses in OpenAI's format: whole answers, and the chunks of streamed ones."""
 
 from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,22 +11,22 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.text import Detokenizer, bytes_of
-from outdraft.serving.jobs import Gained, Job, TokenLogprob
+from outdraft.serving.jobs import Delta, Job, TokenLogprob
 
 LEAST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON cannot say."""
+"""Stands for minus infinity, which JSON does not have."""
 
 
-class Reply:
-    """One request's answers as they grow.
+class Renderer:
+    """Renders one request's answers as they grow.
 
     Args:
         job: the request.
-        model: name that stands in the answer.
-        tokenizer: for the names of tokens.
-        chat: a chat completion, else a completion of text.
-        pieces: say of every piece of text whether a drafter had guessed it.
-        echo: of every prompt, the text that its completions begin with.
+        model: the model's name in the response.
+        tokenizer: spells tokens.
+        chat: render a chat completion, else a completion of text.
+        pieces: report for every piece of text whether a drafter had guessed it.
+        echo: the prompts' texts, if answers begin with them.
     """
 
     def __init__(
@@ -44,68 +40,67 @@ class Reply:
     ):
         self.job, self.model, self.tokenizer = job, model, tokenizer
         self.chat, self.pieces, self.echo = chat, pieces, echo
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._gains: list[list[Gained]] = [[] for _ in job.answers]
+        self._deltas: list[list[Delta]] = [[] for _ in job.answers]
         self._begun: set[int] = set()
-        self._names: dict[int, _Names] = {}
+        self._names: dict[int, _TokenNames] = {}
 
     # --- whole -------------------------------------------------------------------------------------------------
 
-    def add(self, news: Gained) -> None:
-        """Keep it for the whole answer."""
-        self._gains[news.index].append(self._told(news))
+    def add(self, delta: Delta) -> None:
+        """Keep it for the whole response."""
+        self._deltas[delta.index].append(self._visible(delta))
 
     def whole(self) -> dict[str, Any]:
-        """Once all answers have ended."""
-        choices = [self._whole_choice(index, gains) for index, gains in enumerate(self._gains)]
+        """The response, once all answers have ended."""
+        choices = [self._whole_choice(index, deltas) for index, deltas in enumerate(self._deltas)]
         whole = {**self._head(""), "choices": choices, "usage": self.usage()}
-        if self.chat and self.job.ask.prompt_logprobs is not None:
+        if self.chat and self.job.params.prompt_logprobs is not None:
             whole["prompt_logprobs"] = self._of_prompt(0)
         return whole
 
-    def _whole_choice(self, index: int, gains: list[Gained]) -> dict[str, Any]:
+    def _whole_choice(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
         begin = self._beginning(index)
-        text = begin + "".join(gain.text for gain in gains)
-        logprobs = [one for gain in gains for one in gain.logprobs]
-        starts = [start for gain in gains for start in gain.starts]
+        text = begin + "".join(delta.text for delta in deltas)
+        logprobs = [one for delta in deltas for one in delta.logprobs]
+        starts = [start for delta in deltas for start in delta.starts]
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         choice: dict[str, Any] = {
             "index": index,
             **said,
             "logprobs": self._logprobs(index, logprobs, starts),
-            "finish_reason": gains[-1].finish_reason,
+            "finish_reason": deltas[-1].finish_reason,
         }
-        if not self.chat and self.job.ask.prompt_logprobs is not None:
+        if not self.chat and self.job.params.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._of_prompt(index)
         if self.pieces:
-            choice["pieces"] = [list(piece) for gain in gains for piece in gain.pieces]
+            choice["pieces"] = [list(piece) for delta in deltas for piece in delta.pieces]
         return choice
 
     # --- streamed ----------------------------------------------------------------------------------------------
 
-    def chunks(self, news: Gained) -> list[dict[str, Any]]:
-        """What to send of this; nothing where no text has become certain and nothing else is to be said."""
-        news = self._told(news)
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks to send for it: none if no text has become certain and nothing else is to report."""
+        delta = self._visible(delta)
         chunks = []
         begin = ""
-        if news.index not in self._begun:
-            self._begun.add(news.index)
-            begin = self._beginning(news.index)
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            begin = self._beginning(delta.index)
             if self.chat:
-                chunks.append(self._chunk(news.index, {"delta": {"role": "assistant", "content": ""}}))
-        if news.text or begin or news.logprobs or news.finish_reason is not None:
-            text = begin + news.text
+                chunks.append(self._chunk(delta.index, {"delta": {"role": "assistant", "content": ""}}))
+        if delta.text or begin or delta.logprobs or delta.finish_reason is not None:
+            text = begin + delta.text
             said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-            logprobs = self._logprobs(news.index, news.logprobs, news.starts)
+            logprobs = self._logprobs(delta.index, delta.logprobs, delta.starts)
             if self.pieces:
-                said["pieces"] = [list(piece) for piece in news.pieces]
-                said["speculation"] = {"tokens": news.tokens, "tau": news.tau}
-            chunks.append(self._chunk(news.index, said, logprobs, news.finish_reason))
+                said["pieces"] = [list(piece) for piece in delta.pieces]
+                said["speculation"] = {"tokens": delta.tokens, "tau": delta.tau}
+            chunks.append(self._chunk(delta.index, said, logprobs, delta.finish_reason))
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk, for those who asked for it."""
+        """The last chunk, for clients that asked for it."""
         return {**self._head(".chunk"), "choices": [], "usage": self.usage()}
 
     def _chunk(
@@ -118,12 +113,12 @@ class Reply:
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = f"chat.completion{kind}" if self.chat else "text_completion"
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {"id": self.job.id, "object": name, "created": self.created, "model": self.model}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens, and what speculation did, under `speculation`."""
+        """Token counts, and under `speculation` what drafting did."""
         prompt = self.job.prompt_tokens
-        completion = 0 if self.job.ask.silent else self.job.completion_tokens
+        completion = self.job.completion_tokens
         did = self.job.statistics
         return {
             "prompt_tokens": prompt,
@@ -139,26 +134,26 @@ class Reply:
         }
 
     def _beginning(self, index: int) -> str:
-        return self.echo[index // self.job.ask.choices] if self.echo else ""
+        return self.echo[index // self.job.params.choices] if self.echo else ""
 
-    def _told(self, news: Gained) -> Gained:
-        """What is said of it: nothing where only the prompt was asked for."""
-        if not self.job.ask.silent:
-            return news
-        reason = "length" if news.finish_reason is not None else None
-        return replace(news, pieces=[], tokens=0, logprobs=[], starts=[], finish_reason=reason)
+    def _visible(self, delta: Delta) -> Delta:
+        """What the client is told of it: only its end where the prompt alone was asked for."""
+        if not self.job.params.prompt_only:
+            return delta
+        reason = "length" if delta.finish_reason is not None else None
+        return replace(delta, pieces=[], tokens=0, logprobs=[], starts=[], finish_reason=reason)
 
-    def _named(self, index: int) -> tuple[_Names, bool]:
-        """The names of an answer's tokens as they follow each other, and whether they are asked for first now."""
+    def _named(self, index: int) -> tuple[_TokenNames, bool]:
+        """The spelling of an answer's tokens, and whether this is the first call for that answer."""
         first = index not in self._names
         if first:
             prompt = () if self.echo else self.job.answers[index].row.prompt
-            self._names[index] = _Names(self.tokenizer, prompt)
+            self._names[index] = _TokenNames(self.tokenizer, prompt)
         return self._names[index], first
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob], starts: list[int]) -> dict[str, Any] | None:
-        """Of tokens that follow those of the last call; before the first ones those of an echoed prompt."""
-        most = self.job.ask.logprobs
+        """Logprobs of the tokens since the last call; an echoed prompt's come before the first."""
+        most = self.job.params.logprobs
         if most is None:
             return None
         names, first = self._named(index)
@@ -185,17 +180,17 @@ class Reply:
         }
 
     def _of_prompt(self, index: int) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: for every token of the prompt those of its own place, by their ids."""
-        answer, names = self.job.answers[index], _Names(self.tokenizer)
-        most, prompt = self.job.ask.prompt_logprobs or 0, answer.row.prompt
+        """vLLM's `prompt_logprobs`: a dict from token id to logprob for every token of the prompt."""
+        answer, names = self.job.answers[index], _TokenNames(self.tokenizer)
+        most, prompt = self.job.params.prompt_logprobs or 0, answer.row.prompt
         found: list[dict[str, Any] | None] = [None]
         names.take(prompt[0])
         for one in answer.prompt_logprobs:
-            ranked = [(token, value, place) for place, (token, value) in enumerate(one.top[:most], start=1)]
+            ranked = [(token, value, rank) for rank, (token, value) in enumerate(one.top[:most], start=1)]
             own = (one.token, one.logprob, one.rank)
             found.append(
                 {
-                    str(token): {"logprob": _number(value), "rank": rank, "decoded_token": names.name(token)}
+                    str(token): {"logprob": _finite(value), "rank": rank, "decoded_token": names.name(token)}
                     for token, value, rank in [own, *(top for top in ranked if top[0] != one.token)]
                 }
             )
@@ -203,8 +198,8 @@ class Reply:
         return found
 
 
-class _Names:
-    """Names and bytes of tokens that follow each other: what each adds to the text, which together are the text.
+class _TokenNames:
+    """Spells tokens that follow each other: a token's name is what it adds to the text.
 
     A token that is a part of a character adds nothing; the one that completes the character adds it.
     """
@@ -214,11 +209,11 @@ class _Names:
         self._length = 0
 
     def name(self, token: int) -> str:
-        """What a token would add here."""
+        """What the token would add here."""
         return self._detokenizer.peek(token)
 
     def take(self, token: int) -> int:
-        """It stands here, and others follow; where its own text begins."""
+        """Append the token; returns the character at which its text begins."""
         start = self._length
         if token not in self._detokenizer.special:
             self._length += len(self.name(token))
@@ -226,7 +221,7 @@ class _Names:
         return start
 
     def entry(self, one: TokenLogprob, most: int) -> dict[str, Any]:
-        """A token and its alternatives in OpenAI's format; it stands here."""
+        """Append a token; returns it and its alternatives in OpenAI's format."""
         entry = {**self._one(one.token, one.logprob), "top_logprobs": [self._one(*top) for top in one.top[:most]]}
         self.take(one.token)
         return entry
@@ -234,7 +229,7 @@ class _Names:
     def prompt(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], most: int
     ) -> tuple[list[dict[str, Any]], list[int]]:
-        """Entries of a whole prompt, whose first token follows nothing, and where each one's text begins."""
+        """Append a prompt; returns its tokens' entries and the characters at which their text begins."""
         first = {**self._one(tokens[0], 0.0), "logprob": None, "top_logprobs": []}
         self.take(tokens[0])
         entries, starts = [first], [0]
@@ -245,8 +240,8 @@ class _Names:
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         name = self.name(token)
-        return {"token": name, "logprob": _number(logprob), "bytes": list(bytes_of(self.tokenizer, token, name))}
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(bytes_of(self.tokenizer, token, name))}
 
 
-def _number(value: float) -> float:
+def _finite(value: float) -> float:
     return value if math.isfinite(value) else LEAST_LOGPROB
