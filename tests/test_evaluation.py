@@ -19,16 +19,14 @@ from outdraft.console.streaming import stream
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.evaluation import identity
-from outdraft.evaluation.audit.noise import Noise
-from outdraft.evaluation.audit.stock import stock_logits
-from outdraft.evaluation.contenders import contenders
-from outdraft.evaluation.held_out import beginnings, hold_out, tau_meter
-from outdraft.evaluation.identity import Difference, Divergence, divergences, last_place
-from outdraft.evaluation.measure import PLAIN, Answer, Contender, Run, compare, speculative
-from outdraft.evaluation.partings import partings
+from outdraft.evaluation.audit.stock import Noise, stock_logits
+from outdraft.evaluation.bench import divergences as judging
+from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences, divergences_by_method, last_place
+from outdraft.evaluation.bench.measure import PLAIN, Answer, Contender, Run, compare, speculative
+from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.summary import interval, summarise
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.evaluation.summary import interval, summarise
+from outdraft.evaluation.training_report import beginnings, hold_out, tau_meter
 from outdraft.methods.draft_model import DraftModel
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.head_config import feature_head_config
@@ -144,7 +142,7 @@ def judged(target: Target, plain: list[list[int]], others: list[list[int]]) -> l
     def runs(texts: list[list[int]]) -> list[Run]:
         return [Run(place, 0, Answer(tokens, 1.0, Statistics())) for place, tokens in enumerate(texts)]
 
-    return partings(target, PROMPTS, runs(plain), {"other": runs(others)})["other"]
+    return divergences_by_method(target, PROMPTS, runs(plain), {"other": runs(others)})["other"]
 
 
 def test_equal_texts_have_no_divergence(target: Target) -> None:
@@ -175,7 +173,7 @@ def test_contenders_that_leave_one_text_are_judged_alike(target: Target, monkeyp
     others = [[*plain[:place], (plain[place] + 1) % target.vocab_size] for place in (7, 2, 0)]
     alone = [divergences(target, [Difference(0, PROMPTS[0], plain, other)])[0] for other in others]
     measured = []
-    monkeypatch.setattr(identity, "measured_noise", lambda laws, ids, texts, advance: measured.append(texts) or Noise())
+    monkeypatch.setattr(judging, "measured_noise", lambda laws, ids, texts, advance: measured.append(texts) or Noise())
     together = divergences(target, [Difference(0, PROMPTS[0], plain, other) for other in others])
     assert [(one.position, one.gap) for one in together] == [(one.position, one.gap) for one in alone]
     assert [one.position for one in together] == [7, 2, 0]
@@ -194,7 +192,7 @@ def test_low_precision_ties_are_told_from_defects() -> None:
 
 def test_one_unit_in_the_last_place_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that parts early leaves few positions to measure noise on, and they can all happen to round alike."""
-    monkeypatch.setattr(identity, "measured_noise", lambda *given: Noise(positions=2))
+    monkeypatch.setattr(judging, "measured_noise", lambda *given: Noise(positions=2))
     target = tiny_target(torch.bfloat16)
     for start in range(200):
         prompt = [start % 90 + 1, start // 7 + 2, 3]

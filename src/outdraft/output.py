@@ -1,4 +1,4 @@
-"""Where results and remarks go, and how accepted draft tokens look. Knows nothing of what is printed."""
+"""Where results and remarks go, and how accepted draft tokens look."""
 
 from __future__ import annotations
 

@@ -16,10 +16,9 @@ from bench_data import benchmark, question_file
 from browsers import browser
 from cli_fixtures import Folders
 from outdraft.errors import UserError
-from outdraft.evaluation import page
-from outdraft.evaluation.page_style import SLOTS
-from outdraft.evaluation.report import closing
-from outdraft.evaluation.result import BenchResult
+from outdraft.evaluation.bench.result import BenchResult, closing
+from outdraft.evaluation.report import pages
+from outdraft.evaluation.report.pages import SLOTS
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +108,11 @@ def test_without_plotly_one_line_names_the_fix(
 
 def test_reports_that_cannot_be_written_are_refused_before_measuring(folders: Folders, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
-    page.check(tmp_path / "absent" / "r.html")
+    pages.check_bench_page(tmp_path / "absent" / "r.html")
     assert list((tmp_path / "absent").iterdir()) == [], "the folder is made, and nothing is left in it"
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        page.check(tmp_path / "file" / "r.html")
+        pages.check_bench_page(tmp_path / "file" / "r.html")
     with pytest.raises(UserError, match="is a folder"):
         benchmark(folders, question_file(tmp_path), report=tmp_path)
 

@@ -1,6 +1,6 @@
 """One question answered twice on the terminal, by plain decoding and then with a drafter, and how the two compare.
 
-Each answer appears token by token as it is decided. Knows one model and one question; chooses neither.
+Each answer appears token by token as it is decided.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from rich.text import Text
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.text import Message, encode_chat
 from outdraft.console.streaming import Streamed, stream
-from outdraft.evaluation.identity import Difference, Divergence, divergences
-from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS
+from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences
+from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS
 from outdraft.output import ACCEPTED, number
 
 
@@ -28,7 +28,7 @@ class Race:
     """Of the way of drafting."""
     plain: Streamed
     drafted: Streamed
-    parting: Divergence | None
+    divergence: Divergence | None
     """Where the texts differ; None where they are the same."""
 
     @property
@@ -40,7 +40,7 @@ class Race:
         """Both rates, their ratio, and whether the text is the same."""
         rates = f"{number(self.plain.tokens_per_second, '.1f')} tokens/s, {self.name}"
         text = "the same text"
-        if (found := self.parting) is not None:
+        if (found := self.divergence) is not None:
             kind = "a near-tie that rounding decides" if found.tie else "more than rounding explains"
             gap = f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
             text = f"the texts part at token {found.position + 1}, {kind} ({gap})"
@@ -55,7 +55,7 @@ class Race:
             "method": self.name,
             **{name: _facts(one) for name, one in (("plain", self.plain), ("drafted", self.drafted))},
             "ratio": self.ratio,
-            "identical": True if self.parting is None else self.parting.as_dict(),
+            "identical": True if self.divergence is None else self.divergence.as_dict(),
         }
 
 
@@ -86,7 +86,7 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
     drafted = stream(model.stream(messages, **greedy), console, show_drafts=True)
     console.print(drafted.line(), "", style="dim", markup=False, sep="\n")
 
-    found = Race(question, name, plain, drafted, _parting(model, messages, plain, drafted))
+    found = Race(question, name, plain, drafted, _divergence(model, messages, plain, drafted))
     console.print(Text(found.line(), "bold"))
     return found
 
@@ -95,7 +95,9 @@ LEGEND = "= drafted, and confirmed by the model together with what was drafted a
 """What the tint means."""
 
 
-def _parting(model: SpeculativeModel, messages: list[Message], plain: Streamed, drafted: Streamed) -> Divergence | None:
+def _divergence(
+    model: SpeculativeModel, messages: list[Message], plain: Streamed, drafted: Streamed
+) -> Divergence | None:
     if plain.tokens == drafted.tokens:
         return None
     assert model.tokenizer is not None  # it has streamed text

@@ -62,7 +62,7 @@ def verify(
     """
     from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings
-    from outdraft.evaluation.audit.screen import show
+    from outdraft.evaluation.audit.findings import show
 
     generation = o.sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
@@ -111,13 +111,13 @@ def run_verify(
             before the audit runs).
     """
     from outdraft.evaluation.audit import run_audit
-    from outdraft.evaluation.audit.page import save
+    from outdraft.evaluation.report.pages import save_audit
 
     if report is not None:
         _writable(report)
     audit = run_audit(model, settings, remarks, about=about)
     if report is not None:
-        save(audit, report)
+        save_audit(audit, report)
         remarks.print(f"report: {report}", style="dim", markup=False)
     return audit
 

@@ -1,4 +1,4 @@
-"""The joint law of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
+"""The joint distribution of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
 
 After chosen prefixes the tree of likely continuations is walked with one-token forwards of the stock model, which gives
 every cell's exact probability; what is rarer stays in the cell of its own beginning. Cells are settled before anything
@@ -15,12 +15,11 @@ import torch
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.audit.chi_square import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.goodness_of_fit import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.greedy import drafting
-from outdraft.evaluation.audit.noise import SEVERAL
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import SEVERAL, Laws
 from outdraft.evaluation.audit.watch import Watch
 
 Cells = dict[tuple[int, ...], float]
@@ -117,27 +116,17 @@ def chosen_places(
     return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]
 
 
-def count(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Counter[tuple[int, ...]]:
-    """Samples in each cell: that of their longest beginning that is one."""
-    found: Counter[tuple[int, ...]] = Counter()
-    for sample in samples:
-        found[next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells)] += 1
-    return found
-
-
 def cells_fit(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Fit:
-    """Pearson's statistic of the samples."""
-    counts = count(samples, cells, tokens)
+    """Pearson's statistic of the samples, each of which counts for the longest of its beginnings that is a cell."""
+    counts = Counter(
+        next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells) for sample in samples
+    )
     return fit([counts[cell] for cell in cells], [p * len(samples) for p in cells.values()])
-
-
-def freedom_of(places: Sequence[Place], samples_each: int) -> int:
-    return sum(len(pooled([p * samples_each for p in one.cells.values()])) - 1 for one in places)
 
 
 @dataclass
 class Plan:
-    """How many samples, and what they find.
+    """The number of samples, and the error that they find.
 
     Attributes:
         each: samples after every prefix.
@@ -155,7 +144,7 @@ class Plan:
 
 
 def plan(places: Sequence[Place], settings: AuditSettings, alpha: float) -> Plan:
-    """From the stated error, power and level to a sample size.
+    """The sample size that follows from the stated error, power and level.
 
     Where rounding hides the error, the size is that of an error that it does not hide: three times its own distance.
     """
@@ -168,7 +157,7 @@ def plan(places: Sequence[Place], settings: AuditSettings, alpha: float) -> Plan
         distance *= 1.1
         samples = needed_samples(distance, freedom, alpha, settings.power, rounding)
     each = -(-samples // len(places))
-    freedom = max(1, freedom_of(places, each))
+    freedom = max(1, sum(len(pooled([p * each for p in one.cells.values()])) - 1 for one in places))
     distance = found_distance(each * len(places), freedom, alpha, settings.power, rounding)
     return Plan(each, freedom, rounding, distance, distance <= settings.total_variation * 1.001)
 
@@ -227,11 +216,11 @@ def beginnings_finding(
     hidden = "" if planned.asked else f" (rounding hides the {settings.total_variation:g} asked for)"
     return Finding(
         "beginnings",
-        f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact law?",
+        f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact output distribution?",
         True,
         f"{total} samples after {len(places)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} degrees "
         f"of freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
-        f"{settings.power:g}; rounding moves these laws by {moved:.2g} and is forgiven"
+        f"{settings.power:g}; rounding moves these distributions by {moved:.2g} and is forgiven"
         f"{drafting(statistics)}.",
         p_value=whole.p_value(allowed),
         figures={
