@@ -13,6 +13,12 @@ from outdraft.errors import UserError
 
 SUITES = ("spec-bench", "mt-bench", "eagle", "gsm8k", "prompts")
 
+SHOWN = (
+    *("limit", "on_bad_line", "temperatures", "repetitions", "max_new_tokens", "seed"),
+    *("controllers", "peers", "peers_backend"),
+)
+"""Settings that a result shows as they are, beside those of what is compared."""
+
 
 @dataclass
 class BenchSettings:
@@ -83,14 +89,6 @@ class BenchSettings:
             "data": None if self.data is None else str(self.data),
             "suite": suite,
             "prompts": prompts,
-            "limit": self.limit,
-            "on_bad_line": self.on_bad_line,
-            "temperatures": self.temperatures,
-            "repetitions": self.repetitions,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-            "controllers": self.controllers,
-            "peers": self.peers,
-            "peers_backend": self.peers_backend,
+            **{name: getattr(self, name) for name in SHOWN},
             **self.tree,
         }
