@@ -16,6 +16,8 @@ from bench_data import benchmark, question_file
 from browsers import browser
 from cli_fixtures import Folders
 from outdraft.errors import UserError
+from outdraft.evaluation.audit.findings import Audit, Finding
+from outdraft.evaluation.audit.stock import Noise
 from outdraft.evaluation.bench.result import BenchResult, closing
 from outdraft.evaluation.report import pages
 from outdraft.evaluation.report.pages import SLOTS
@@ -89,6 +91,21 @@ def test_the_page_holds_everything_and_loads_nothing(written: tuple[Path, BenchR
     ):
         assert said in seen.text, said
     assert not path.with_name("report.html.partial").exists()
+
+
+def test_what_models_and_users_say_is_text_and_no_markup() -> None:
+    audit = Audit(
+        {"model": "<b>model</b>", "method": "fspad", "generation": {}},
+        {"dtype": "float32", "backend": "<eager>"},
+        [Finding("tokens", "Is 1 < 2?", True, "<script>x</script>", figures={"histogram": [1, 2]}, lines=["<li>"])],
+        *(Noise(), 0.001, 1.0),
+    )
+    source = pages.audit_page(audit)
+    assert "<b>" not in source and "<script" not in source and "<eager>" not in source
+    seen = Elements()
+    seen.feed(source)
+    for said in ("Losslessness of <b>model</b>", "Is 1 < 2?", "<script>x</script>", "level if those were drawn from"):
+        assert said in seen.text, said
 
 
 def test_without_plotly_one_line_names_the_fix(

@@ -24,7 +24,7 @@ from outdraft.core.sampling import SamplingSettings
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import progress
 from outdraft.evaluation.audit.findings import Audit, Finding, judge
-from outdraft.evaluation.audit.first_tokens import beginnings_finding, chosen_places, plan
+from outdraft.evaluation.audit.first_tokens import beginnings_finding, chosen_prefixes, plan
 from outdraft.evaluation.audit.forwards import Trees, forwards_finding
 from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
 from outdraft.evaluation.audit.greedy import greedy_finding, plain_finding, texts
@@ -223,10 +223,10 @@ class _Running:
         settings = self.settings
         candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
         with self.stage(progress.CELLS, len(candidates)) as advance:
-            places = chosen_places(laws, candidates, settings, advance)
-        planned = plan(places, settings, level)
-        with self.stage(progress.SAMPLES, planned.each * len(places)) as advance:
-            self.findings.append(beginnings_finding(self.model, places, planned, settings, advance))
+            prefixes = chosen_prefixes(laws, candidates, settings, advance)
+        planned = plan(prefixes, settings, level)
+        with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
+            self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))
 
     def check_forwards(self) -> None:
         with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
