@@ -25,15 +25,15 @@ class Race:
 
     question: str
     name: str
-    """Of the way of drafting."""
+    """The name of the way of drafting."""
     plain: Streamed
     drafted: Streamed
     divergence: Divergence | None
-    """Where the texts differ; None where they are the same."""
+    """The place where the texts differ; None where they are the same."""
 
     @property
     def ratio(self) -> float:
-        """How much faster the drafted answer came, in tokens a second."""
+        """The drafted answer's tokens a second over the plain one's."""
         return self.drafted.tokens_per_second / self.plain.tokens_per_second
 
     def line(self) -> str:
@@ -92,7 +92,7 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
 
 
 LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
-"""What the tint means."""
+"""The meaning of the tint."""
 
 
 def _divergence(

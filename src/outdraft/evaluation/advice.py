@@ -36,7 +36,7 @@ TAUS = (2.0, 2.5, 3.0)
 """The speed-up is told for these."""
 
 REACHABLE = 2.0
-"""Above such a tau a first drafter seldom comes (docs/measurements): training is advised where less is enough."""
+"""A first drafter seldom has a larger tau (docs/measurements): training is advised where this one is enough."""
 
 CONTROLLER = "calibrated"
 """The controller of a given drafter: it drafts as far as it pays."""

@@ -126,7 +126,7 @@ def tau_meter(
 
 
 def _write(path: Path, conversations: Sequence[Conversation]) -> None:
-    """Written aside and renamed: several processes may do this at once."""
+    """Write aside and rename: several processes may do this at once."""
     aside = path.with_suffix(f".{os.getpid()}.partial")
     lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
     aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -140,7 +140,7 @@ LARGE_VOCABULARY = 32_000
 """A vocabulary from this size on is worth cutting for the draft."""
 
 SECONDS = 20.0
-"""For the timing."""
+"""Time limit of the timing."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Answer:
     """Wall-clock, prefill included."""
     statistics: Statistics
     accepted: list[bool] = field(default_factory=list)
-    """For every token, whether a drafter had guessed it."""
+    """A flag for every token: True if a drafter had guessed it."""
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ class Comparison:
 
     temperature: float
     summaries: list[Summary]
-    """Over all questions."""
+    """The figures over all questions."""
     runs: dict[str, list[Run]]
     groups: dict[str, list[Summary]] = field(default_factory=dict)
-    """Over the questions of each group (task)."""
+    """The figures over the questions of each group (task)."""
     questions: Sequence[Question] = ()
 
     def __getitem__(self, name: str) -> Summary:
@@ -217,7 +217,7 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
 
 
 def closing(summaries: Sequence[Summary]) -> str:
-    """Which way of drafting was the fastest, how sure that is, and which ones lost, in a sentence."""
+    """A sentence on the fastest way of drafting, how sure that is, and the ways that lost."""
     drafting = [summary for summary in summaries if summary.method != "none"]
     if not drafting:
         return f"Only {PLAIN} decoding ran, so there is nothing to compare."
