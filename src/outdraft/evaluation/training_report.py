@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
 from outdraft.evaluation.rounds import NOTHING, RoundCost, Way, head_seconds, timed
 from outdraft.methods.checkpoint import Network
+from outdraft.output import write_whole
 from outdraft.target.target import Target
 from outdraft.training.preparation import ADVISED_EXAMPLES
 
@@ -126,11 +126,8 @@ def tau_meter(
 
 
 def _write(path: Path, conversations: Sequence[Conversation]) -> None:
-    """Write aside and rename: several processes may do this at once."""
-    aside = path.with_suffix(f".{os.getpid()}.partial")
     lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 MANY_PASSES, FEW_PASSES = 10, 4

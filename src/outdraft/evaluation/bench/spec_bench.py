@@ -26,7 +26,7 @@ from outdraft.data.text_file import BadText, text_lines
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, Answer, Run
 from outdraft.evaluation.bench.questions import MT_BENCH, MULTI_TURN, Question, answer_text
-from outdraft.output import number
+from outdraft.output import number, write_whole
 from outdraft.target.named import place_of
 
 Record = dict[str, Any]
@@ -95,9 +95,7 @@ def file_name(contender: str, suffix: str = "") -> str:
 def write(path: Path, lines: Iterable[Record]) -> None:
     """One answer file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read(path: Path) -> list[Record]:

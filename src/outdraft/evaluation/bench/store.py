@@ -22,6 +22,7 @@ from outdraft.evaluation.bench.measure import Answer, Pair, Run
 from outdraft.evaluation.bench.questions import Question, QuestionSet
 from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.output import plain as in_json
+from outdraft.output import write_whole
 
 SETTINGS, RUNS = "settings.json", "runs.jsonl"
 
@@ -120,11 +121,8 @@ class Store:
         return found
 
     def _save(self) -> None:
-        aside = self.folder / f"{SETTINGS}.partial"
-        aside.write_text(
-            json.dumps({"settings": self._settings, "sittings": self.sittings}, indent=2), encoding="utf-8"
-        )
-        aside.replace(self.folder / SETTINGS)
+        state = {"settings": self._settings, "sittings": self.sittings}
+        write_whole(self.folder / SETTINGS, json.dumps(state, indent=2))
 
 
 def _run(prompt: int, repetition: int, answers: list[dict[str, Any]]) -> Run:

@@ -23,7 +23,7 @@ from outdraft.evaluation.bench.result import BenchResult, Comparison, closing, t
 from outdraft.evaluation.bench.summary import Summary, scattered
 from outdraft.evaluation.environment import busy
 from outdraft.evaluation.report.charts import charts
-from outdraft.output import number
+from outdraft.output import number, write_whole
 from outdraft.output import plain as in_json
 
 SLOTS = {
@@ -110,13 +110,9 @@ def check_bench_page(path: Path) -> None:
     """
     plotly_script()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside(path).touch()
-    aside(path).unlink()
-
-
-def aside(path: Path) -> Path:
-    """The file that is written before it takes the page's name."""
-    return path.with_name(path.name + ".partial")
+    probe = path.with_name(path.name + ".partial")
+    probe.touch()
+    probe.unlink()
 
 
 def plotly_script() -> str:
@@ -134,8 +130,7 @@ def plotly_script() -> str:
 
 def save_bench(result: BenchResult, path: Path, tokenizer: Any) -> None:
     """Write the page of a benchmark, whole or not at all; `tokenizer` turns the samples' tokens into text."""
-    aside(path).write_text(bench_page(result, tokenizer), encoding="utf-8")
-    aside(path).replace(path)
+    write_whole(path, bench_page(result, tokenizer))
 
 
 def bench_page(result: BenchResult, tokenizer: Any) -> str:
