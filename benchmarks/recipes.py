@@ -34,8 +34,8 @@ from studies import SETTINGS, shown, spread, write
 
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.errors import UserError
+from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
 from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
 from outdraft.output import number, plain
 from outdraft.target.target import Target

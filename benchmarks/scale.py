@@ -37,8 +37,8 @@ from outdraft.api.loading import resolve_device
 from outdraft.api.settings import tree_shape
 from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
+from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN
 from outdraft.output import plain
 from outdraft.target.named import REFERENCE
 

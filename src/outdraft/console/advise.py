@@ -30,8 +30,7 @@ def advise(
     lookup on a few prompts. With the time of a plain round as the unit, speed-up = tau / (1 + draft + verify): tau
     tokens a round, the time of drafting, and what checking the draft adds to the pass.
     """
-    from outdraft.evaluation.advice import AdviceSettings
-    from outdraft.evaluation.advice_screen import show
+    from outdraft.evaluation.advice import AdviceSettings, show
     from outdraft.evaluation.advising import advise as find
 
     settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend)

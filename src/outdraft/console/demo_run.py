@@ -24,14 +24,14 @@ from outdraft.api.text import Message, encode_chat
 from outdraft.console.demo_training import train_drafter
 from outdraft.console.streaming import Streamed, stream
 from outdraft.errors import UserError
-from outdraft.evaluation.bench import Comparison, measured
-from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.bench import Comparison, measured
+from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences
+from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.evaluation.environment import disturbed, environment
-from outdraft.evaluation.identity import Difference, Divergence, divergences
-from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS, Contender
-from outdraft.evaluation.peers import STOCK
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.evaluation.report import WIDE, closing, rendered
 from outdraft.output import ACCEPTED, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 

@@ -56,8 +56,8 @@ def verify(
     """
     from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings, run_audit
-    from outdraft.evaluation.audit.page import save
-    from outdraft.evaluation.audit.screen import show
+    from outdraft.evaluation.audit.findings import show
+    from outdraft.evaluation.report.pages import save_audit
 
     generation = o.sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
@@ -90,7 +90,7 @@ def verify(
         _check_writable(report)  # before minutes of work
     audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})
     if report is not None:
-        save(audit, report)
+        save_audit(audit, report)
         remarks().print(f"report: {report}", style="dim", markup=False)
     if json:
         print_json(audit.as_dict())

@@ -1,7 +1,7 @@
 """A drafter under watch: what it was handed, what it proposed, what the target's forward over that gave.
 
 Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one
-prefill for rows that all begin alike. Judges nothing.
+prefill for rows that all begin alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outdraft.target.target import Target
 
 @dataclass
 class Drawn:
-    """One draw: the law that was handed to the dice, and what came."""
+    """One draw: the probabilities that were handed to the dice, and the token that came."""
 
     law: Tensor
     token: int

@@ -2,7 +2,7 @@
 was interrupted goes on where it stopped.
 
 A pair is complete when all contenders have answered a question in a repetition; one line of `runs.jsonl` holds it. A
-folder with other settings is refused. Knows nothing of models.
+folder with other settings is refused.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import Answer, Pair, Run
+from outdraft.evaluation.bench.measure import Answer, Pair, Run
+from outdraft.evaluation.bench.questions import Question, QuestionSet
+from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.output import plain as in_json
+from outdraft.output import write_whole
 
 SETTINGS, RUNS = "settings.json", "runs.jsonl"
 
@@ -64,7 +67,7 @@ class Store:
 
     @property
     def added(self) -> bool:
-        """Whether this sitting has added a pair."""
+        """True if this sitting has added a pair."""
         return any(sitting is self._sitting for sitting in self.sittings)
 
     def end(self, **facts: Any) -> None:
@@ -98,7 +101,7 @@ class Store:
         return sittings
 
     def _read(self) -> dict[tuple[float, int, int], dict[str, Run]]:
-        """What `runs.jsonl` holds; a last line that was cut off by an interruption goes."""
+        """The pairs in `runs.jsonl`; a last line that was cut off by an interruption goes."""
         file = self.folder / RUNS
         if not file.exists():
             return {}
@@ -118,11 +121,8 @@ class Store:
         return found
 
     def _save(self) -> None:
-        aside = self.folder / f"{SETTINGS}.partial"
-        aside.write_text(
-            json.dumps({"settings": self._settings, "sittings": self.sittings}, indent=2), encoding="utf-8"
-        )
-        aside.replace(self.folder / SETTINGS)
+        state = {"settings": self._settings, "sittings": self.sittings}
+        write_whole(self.folder / SETTINGS, json.dumps(state, indent=2))
 
 
 def _run(prompt: int, repetition: int, answers: list[dict[str, Any]]) -> Run:
@@ -135,10 +135,35 @@ def _now() -> str:
 
 
 def folder_state(path: str | Path) -> str | None:
-    """Of a local folder's files: names, sizes and times, by which a model trained anew shows; None for another name."""
+    """A digest of the names, sizes and times of a local folder's files, by which a model trained anew shows; None for a
+    name that is no folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
     files = sorted(file for file in folder.iterdir() if file.is_file())
     facts = [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def fingerprint(
+    settings: BenchSettings,
+    facts: dict[str, Any],
+    asked: QuestionSet,
+    questions: Sequence[Question],
+    contenders: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that changes the figures, machine and versions included; the revision of the source is not part of
+    it, but kept for every sitting."""
+    models = [settings.model, *(text.partition("=")[2] or text for text in (*settings.draft_models, *settings.peers))]
+    shown = settings.shown(asked.suite, len(questions))
+    for name in ("data", "methods", "peers", "on_bad_line", "temperatures", "draft_models"):
+        shown.pop(name)  # what they amount to stands in the lines below
+    return {
+        **shown,
+        "temperatures": settings.temperatures,
+        "data": asked.digest,
+        "questions": hashlib.sha256(json.dumps([question.id for question in questions]).encode()).hexdigest()[:16],
+        "contenders": list(contenders),
+        "model_files": [state for state in map(folder_state, models) if state is not None],
+        **{name: facts[name] for name in ("cpu", "gpu", "threads", "device", "dtype", "backend", "versions")},
+    }

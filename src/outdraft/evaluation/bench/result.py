@@ -1,19 +1,106 @@
-"""Summaries as tables on a terminal. Computes nothing."""
+"""The findings of a benchmark, as JSON and as tables on a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from outdraft.evaluation.identity import Divergence
-from outdraft.evaluation.measure import PLAIN
-from outdraft.evaluation.peers import STOCK
-from outdraft.evaluation.summary import Summary
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.divergences import Divergence
+from outdraft.evaluation.bench.measure import PLAIN, Run
+from outdraft.evaluation.bench.questions import LeftOut, Question
+from outdraft.evaluation.bench.summary import Summary, scattered
+from outdraft.evaluation.environment import busy
 from outdraft.output import number
+
+
+@dataclass
+class Comparison:
+    """All contenders at one temperature."""
+
+    temperature: float
+    summaries: list[Summary]
+    """The figures over all questions."""
+    runs: dict[str, list[Run]]
+    groups: dict[str, list[Summary]] = field(default_factory=dict)
+    """The figures over the questions of each group (task)."""
+    questions: Sequence[Question] = ()
+
+    def __getitem__(self, name: str) -> Summary:
+        return next(summary for summary in self.summaries if summary.name == name)
+
+    @property
+    def cut_short(self) -> int:
+        """Conversations of some contender that ended early, since the next turn did not fit the context."""
+        return sum(
+            len(run.answers) < len(self.questions[run.prompt].turns)
+            for own in self.runs.values()
+            for run in own
+            if self.questions
+        )
+
+
+@dataclass
+class BenchResult:
+    """Comparisons at every temperature, and what they were made on."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    comparisons: list[Comparison]
+    questions: Sequence[Question] = ()
+    left_out: Sequence[LeftOut] = ()
+    """Lines that could not be used, and questions too long for the model."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "settings": self.settings,
+            "environment": self.environment,
+            "left_out": [one.as_dict() for one in self.left_out],
+            "results": [
+                {
+                    "temperature": one.temperature,
+                    "verdict": closing(one.summaries),
+                    "disturbed": scattered(one.runs),
+                    "conversations_cut_short": one.cut_short,
+                    "methods": {s.name: s.as_dict() for s in one.summaries},
+                    "groups": {
+                        group: {s.name: s.as_dict() for s in summaries} for group, summaries in one.groups.items()
+                    },
+                }
+                for one in self.comparisons
+            ],
+        }
+
+    def show(self, console: Console) -> None:
+        """Print a table for every temperature, and one by group where there are several."""
+        facts = self.environment
+        console.print(
+            f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} "
+            f"backend; {self.settings['prompts']} prompts, {self.settings['repetitions']} repetitions",
+            markup=False,
+        )
+        for one in self.comparisons:
+            console.print(rendered(one.summaries, one.temperature, wide=console.width >= WIDE))
+            if len(one.groups) > 1:
+                console.print(group_table(one.groups, one.temperature))
+            if one.cut_short:
+                console.print(f"{one.cut_short} conversations ended early: the next turn did not fit the context")
+            console.print(closing(one.summaries), style="bold", markup=False)
+        for note in (busy(facts), *(scattered(one.runs) for one in self.comparisons)):
+            if note is not None:
+                console.print(note)
+        for left in self.left_out[:8]:
+            console.print(f"left out: {left.source}: {left.reason}", markup=False)
+        if len(self.left_out) > 8:
+            console.print(f"... and {len(self.left_out) - 8} more left out (all with --json)")
+
 
 Column = Callable[[Summary], str]
 
@@ -35,7 +122,7 @@ def table(summaries: Sequence[Summary], temperature: float) -> Table:
         columns["over stock"] = lambda s: f"{number(s.over_stock)}x"
     if any(math.isfinite(summary.spec_bench_speedup) for summary in summaries):
         columns["Spec-Bench's own"] = lambda s: f"{number(s.spec_bench_speedup)}x"
-    return _table(summaries, {**columns, "identical": verdict}, law(temperature))
+    return _table(summaries, {**columns, "identical": verdict}, temperature_name(temperature))
 
 
 def rounds_table(summaries: Sequence[Summary]) -> Table:
@@ -61,14 +148,14 @@ def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], title: s
     return built
 
 
-def law(temperature: float) -> str:
-    """In a word or two."""
+def temperature_name(temperature: float) -> str:
+    """`greedy` or `temperature 1`."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
 def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> Table:
     """One row a contender, one column a group: tau and speed-up."""
-    built = Table(title=f"by task, {law(temperature)}: speed-up (tau)", title_justify="left")
+    built = Table(title=f"by task, {temperature_name(temperature)}: speed-up (tau)", title_justify="left")
     built.add_column("method", no_wrap=True)
     for name, summaries in groups.items():
         built.add_column(f"{name} ({summaries[0].questions})", justify="right")
@@ -79,7 +166,7 @@ def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> 
 
 
 def speedup(summary: Summary) -> str:
-    """With its interval."""
+    """The speed-up with its interval."""
     low, high = summary.speedup_interval
     return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
 
@@ -94,7 +181,7 @@ def drafted(summary: Summary) -> str:
 
 
 def shares(summary: Summary) -> str:
-    """Where the time after the prefill went."""
+    """The shares of the time after the prefill."""
     counts = summary.statistics
     if not summary.timed:
         return "-"
@@ -103,7 +190,7 @@ def shares(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """On the texts, in a few words."""
+    """A few words on whether the texts are plain decoding's."""
     if summary.divergences is None:
         return "-"
     if not summary.divergences:
@@ -130,7 +217,7 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
 
 
 def closing(summaries: Sequence[Summary]) -> str:
-    """Which way of drafting was the fastest, how sure that is, and which ones lost, in a sentence."""
+    """A sentence on the fastest way of drafting, how sure that is, and the ways that lost."""
     drafting = [summary for summary in summaries if summary.method != "none"]
     if not drafting:
         return f"Only {PLAIN} decoding ran, so there is nothing to compare."

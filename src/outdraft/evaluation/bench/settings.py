@@ -1,25 +1,28 @@
-"""What `outdraft bench` can be asked, checked; and the part of it that two runs must share to be one benchmark.
+"""The settings of `outdraft bench`, checked.
 
 The docstrings are the command line's help.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from outdraft.errors import UserError
-from outdraft.evaluation.questions import SUITES, Question, QuestionSet
-from outdraft.evaluation.store import folder_state
+
+SUITES = ("spec-bench", "mt-bench", "eagle", "gsm8k", "prompts")
+
+SHOWN = (
+    *("limit", "on_bad_line", "temperatures", "repetitions", "max_new_tokens", "seed"),
+    *("controllers", "peers", "peers_backend"),
+)
+"""Settings that a result shows as they are, beside those of what is compared."""
 
 
 @dataclass
 class BenchSettings:
-    """What to compare on what."""
+    """Settings of `outdraft bench`."""
 
     model: str
     draft_models: list[str] = field(default_factory=list)
@@ -77,47 +80,15 @@ class BenchSettings:
         if self.report is not None and self.report.is_dir():
             raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
 
-    def shown(self, asked: QuestionSet, prompts: int) -> dict[str, Any]:
+    def shown(self, suite: str, prompts: int) -> dict[str, Any]:
         """All settings, for the result."""
         return {
             "model": self.model,
             "draft_models": self.draft_models,
             "methods": self.methods,
             "data": None if self.data is None else str(self.data),
-            "suite": asked.suite,
+            "suite": suite,
             "prompts": prompts,
-            "limit": self.limit,
-            "on_bad_line": self.on_bad_line,
-            "temperatures": self.temperatures,
-            "repetitions": self.repetitions,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-            "controllers": self.controllers,
-            "peers": self.peers,
-            "peers_backend": self.peers_backend,
+            **{name: getattr(self, name) for name in SHOWN},
             **self.tree,
         }
-
-
-def fingerprint(
-    settings: BenchSettings,
-    facts: dict[str, Any],
-    asked: QuestionSet,
-    questions: Sequence[Question],
-    contenders: Sequence[str],
-) -> dict[str, Any]:
-    """Everything that changes the figures, machine and versions included; the revision of the source is not part of
-    it, but kept for every sitting."""
-    models = [settings.model, *(text.partition("=")[2] or text for text in (*settings.draft_models, *settings.peers))]
-    shown = settings.shown(asked, len(questions))
-    for name in ("data", "methods", "peers", "on_bad_line", "temperatures", "draft_models"):
-        shown.pop(name)  # what they amount to stands in the lines below
-    return {
-        **shown,
-        "temperatures": settings.temperatures,
-        "data": asked.digest,
-        "questions": hashlib.sha256(json.dumps([question.id for question in questions]).encode()).hexdigest()[:16],
-        "contenders": list(contenders),
-        "model_files": [state for state in map(folder_state, models) if state is not None],
-        **{name: facts[name] for name in ("cpu", "gpu", "threads", "device", "dtype", "backend", "versions")},
-    }

@@ -3,7 +3,7 @@ model in the same precision, alone, with prompt lookup, with an assistant model,
 itself.
 
 What it emits in a round is read off its streamer, which is called once per target forward; the library does not say
-how many candidates it drafted, so there is no acceptance rate of a peer. Knows nothing of our drafters.
+how many candidates it drafted, so there is no acceptance rate of a peer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from outdraft.api.settings import model_settings
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError, first_line
-from outdraft.evaluation.measure import Answer, Contender
+from outdraft.evaluation.bench.measure import Answer, Contender
 from outdraft.target.target import Target
 
 STOCK = "transformers generate"
@@ -83,7 +83,7 @@ def stock(
         temperature = settings.get("temperature", 0)
         # what the model's own generation config says holds for both; transformers' own defaults for neither
         own = {"top_k": 0, "top_p": 1.0} | model_settings(target)
-        law = own | {"do_sample": True, "temperature": temperature} if temperature else {}
+        sampling = own | {"do_sample": True, "temperature": temperature} if temperature else {}
         most = min(settings["max_new_tokens"], target.context_length - len(prompt))
         with _config_kept(model), torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
             torch.manual_seed(settings.get("seed", 0))
@@ -96,7 +96,7 @@ def stock(
                 eos_token_id=ends or None,
                 pad_token_id=ends[0] if ends else 0,
                 streamer=rounds,
-                **({"do_sample": False} | law),
+                **({"do_sample": False} | sampling),
                 **(extra or {}),
             )
             tokens = output[0, len(prompt) :].tolist()
@@ -107,7 +107,7 @@ def stock(
 
 
 class _Rounds(BaseStreamer):
-    """How many tokens every target forward emitted, and when the first of them came."""
+    """Counts the tokens that every target forward emitted, and notes when the first of them came."""
 
     def __init__(self) -> None:
         self.emitted: list[int] = []
@@ -127,7 +127,7 @@ class _Rounds(BaseStreamer):
 
 
 def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float) -> tuple[Statistics, list[bool]]:
-    """What a decoding did of which only the tokens of each target forward are known, counted as ours.
+    """Statistics, counted as ours, of a decoding of which only the tokens of each target forward are known.
 
     Seconds after the first token are not taken apart; they all stand in `rest_seconds`.
 

@@ -1,7 +1,4 @@
-"""The comparison that `outdraft bench` and the demo print: measure, judge the texts, sum up.
-
-Ties the rooms of the evaluation together; each decision is made in one of them.
-"""
+"""The comparison that `outdraft bench` and the demo print: measure, judge the texts, sum up."""
 
 from __future__ import annotations
 
@@ -14,19 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from outdraft.api.loading import load_target
-from outdraft.evaluation import page, spec_bench
-from outdraft.evaluation.bench_settings import BenchSettings, fingerprint
-from outdraft.evaluation.contenders import contenders
-from outdraft.evaluation.dialogue import dialogues
+from outdraft.evaluation.bench import spec_bench
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
+from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
+from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
+from outdraft.evaluation.bench.result import BenchResult, Comparison
+from outdraft.evaluation.bench.settings import BenchSettings
+from outdraft.evaluation.bench.store import Store, fingerprint
+from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.environment import environment, load_average
-from outdraft.evaluation.identity import Divergence
-from outdraft.evaluation.measure import PLAIN, Contender, Run, Script, compare
-from outdraft.evaluation.partings import partings
-from outdraft.evaluation.peers import STOCK
-from outdraft.evaluation.questions import Question, QuestionSet, questions_of, read_questions
-from outdraft.evaluation.result import BenchResult, Comparison
-from outdraft.evaluation.store import Store
-from outdraft.evaluation.summary import Summary, paired, summarise
+from outdraft.evaluation.report.pages import check_bench_page, save_bench
 from outdraft.reference import load_prompts
 from outdraft.target.named import named
 from outdraft.target.target import Target
@@ -51,7 +47,7 @@ def run_bench(
         UserError: something that cannot be loaded, read or decoded, or an output folder of other settings.
     """
     if settings.report is not None:
-        page.check(settings.report)
+        check_bench_page(settings.report)
     asked = _questions(settings)
     target = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend=settings.backend)
     fitting, too_long = dialogues(
@@ -103,10 +99,10 @@ def run_bench(
         for one in comparisons:
             write_answers(store.folder, one, target, several=len(comparisons) > 1)
     result = BenchResult(
-        settings.shown(asked, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
+        settings.shown(asked.suite, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
     )
     if settings.report is not None:
-        page.write(settings.report, result, target.tokenizer)
+        save_bench(result, settings.report, target.tokenizer)
         remarks.print(f"report: {settings.report}", highlight=False)
     return result
 
@@ -178,7 +174,7 @@ def measured(
                 done = len(store.known(temperature))
                 remarks.print(f"{title}: {done} of {pairs} pairs kept; the same command goes on from there")
             raise
-    parted = partings(target, prompts, runs[PLAIN], runs) if temperature == 0 else dict.fromkeys(runs)
+    parted = divergences_by_method(target, prompts, runs[PLAIN], runs) if temperature == 0 else dict.fromkeys(runs)
     return summed_up(target, rivals, runs, parted, temperature, questions)
 
 
@@ -233,10 +229,10 @@ def summed_up(
 
 def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
     """The answers of every contender in Spec-Bench's own format, below `folder`."""
-    law = f"temp-{comparison.temperature:g}" if several else ""
+    suffix = f"temp-{comparison.temperature:g}" if several else ""
     for name, runs in comparison.runs.items():
         lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
-        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, law), lines)
+        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
 
 
 @contextmanager

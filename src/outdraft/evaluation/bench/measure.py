@@ -1,8 +1,8 @@
 """Several ways of decoding over the same prompts, in turns.
 
 For each prompt and repetition every contender decodes once, in rotating order, so that whatever slows the machine down
-for a while slows all of them down. Knows how to run and to time; figures are made in `summary.py`, judgements on texts
-in `partings.py`, the stock library's own ways of decoding in `peers.py`.
+for a while slows all of them down. Figures are made in `summary.py`, judgements on texts in
+`divergences.py`, the stock library's own ways of decoding in `baselines.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Answer:
     """Wall-clock, prefill included."""
     statistics: Statistics
     accepted: list[bool] = field(default_factory=list)
-    """For every token, whether a drafter had guessed it."""
+    """A flag for every token: True if a drafter had guessed it."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,23 @@ class Contender:
     """Token ids of a prompt, settings of `generate` -> answer."""
     method: str
     parameters: int = 0
-    """Of its drafter."""
+    """Parameters of its drafter."""
 
 
 @dataclass
 class Run:
-    """What one contender answered to one prompt, and where it belongs."""
+    """One contender's answers to one prompt in one repetition."""
 
     prompt: int
     repetition: int
     answer: Answer
-    """To the first turn, as a rule the only one."""
+    """The answer to the first turn, as a rule the only one."""
     later: list[Answer] = field(default_factory=list)
-    """To the turns after it."""
+    """The answers to the turns after it."""
 
     @property
     def answers(self) -> list[Answer]:
-        """To every turn."""
+        """The answers to every turn."""
         return [self.answer, *self.later]
 
     @property

@@ -1,8 +1,7 @@
-"""Question sets to measure on: Spec-Bench's six tasks, MT-bench, the prompt sets of the EAGLE papers, GSM8K, and any
-file of prompts.
+"""Question sets to measure on, and the prompts that their turns become for a model.
 
-A question has a group (the task that figures are given for) and one or several turns. Knows files only; what the turns
-become for a model is decided in `dialogue.py`.
+The sets are Spec-Bench's six tasks, MT-bench, the prompt sets of the EAGLE papers, GSM8K, and any file of prompts. A
+question has a group (the task that figures are given for) and one or several turns.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.text import decode_text
 from outdraft.data.records import BadRecord as NoPrompt
 from outdraft.data.records import read_records
 from outdraft.data.text_file import plain_suffix
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import Prompt, prompt_of
+from outdraft.evaluation.bench.settings import SUITES
+from outdraft.evaluation.prompts import Prompt, encode_one, prompt_of
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -27,16 +28,14 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 SPEC_BENCH = (MULTI_TURN, "translation", "summarization", "qa", "math_reasoning", "rag")
 """Spec-Bench's tasks."""
 
-SUITES = ("spec-bench", "mt-bench", "eagle", "gsm8k", "prompts")
-
 
 @dataclass(frozen=True)
 class Question:
-    """What one conversation asks."""
+    """One question: a conversation's user turns, or a prompt."""
 
     id: int | str
     category: str
-    """As the file has it."""
+    """The category that the file names."""
     group: str
     """The task whose figures it counts for."""
     turns: tuple[str, ...] = ()
@@ -60,13 +59,13 @@ class LeftOut:
 
 @dataclass
 class QuestionSet:
-    """What was read, in the order of the files and their lines."""
+    """Questions in the order of the files and their lines."""
 
     suite: str
     questions: list[Question]
     left_out: list[LeftOut] = field(default_factory=list)
     digest: str = ""
-    """Of the files' contents."""
+    """A digest of the files' contents."""
 
     def limited(self, limit: int | None) -> list[Question]:
         """The first `limit` questions of every group."""
@@ -153,7 +152,7 @@ Reader = Callable[[Any, int, str], Question]
 
 
 def _reader(suite: str, file: Path, several: bool) -> Reader:
-    """How the records of one file are read."""
+    """The function that reads the records of one file."""
 
     def turned(record: Any, number: int, source: str) -> Question:
         """`{"question_id", "category", "turns"}`."""
@@ -209,3 +208,75 @@ def _digest(files: Iterator[Path] | Sequence[Path]) -> str:
     for file in files:
         total.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
     return total.hexdigest()[:16]
+
+
+class Dialogue:
+    """One question put to one model; a `measure.Script`.
+
+    Args:
+        question: what is asked.
+        target: gives tokenizer and context.
+    """
+
+    def __init__(self, question: Question, target: Any):
+        self.question, self._tokenizer, self._context = question, target.tokenizer, target.context_length
+        self.first = self._prompt([])
+
+    def __call__(self, answers: list[list[int]]) -> list[int] | None:
+        """Token ids of the next prompt; None after the last turn, or where a turn would not fit the context."""
+        if not answers:
+            return self.first
+        if len(answers) >= len(self.question.turns):
+            return None
+        ids = self._prompt([answer_text(self._tokenizer, tokens) for tokens in answers])
+        return ids if len(ids) < self._context else None
+
+    def needed(self, max_new_tokens: int) -> int:
+        """Tokens of the last prompt, with answers as long as they can get before it."""
+        turns = len(self.question.turns)
+        if turns < 2:
+            return len(self.first)
+        return len(self._prompt([""] * (turns - 1))) + max_new_tokens * (turns - 1)
+
+    def _prompt(self, answers: Sequence[str]) -> list[int]:
+        question = self.question
+        if question.prompt is not None:
+            return encode_one(question.prompt, self._tokenizer)
+        messages = []
+        for place, turn in enumerate(question.turns[: len(answers) + 1]):
+            messages.append({"role": "user", "content": turn})
+            if place < len(answers):
+                messages.append({"role": "assistant", "content": answers[place]})
+        return encode_one(messages, self._tokenizer)
+
+
+def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """An answer as it goes into the conversation and into Spec-Bench's files: no special tokens, no space around it."""
+    return decode_text(tokenizer, tokens).strip()
+
+
+def dialogues(
+    questions: Sequence[Question], target: Any, max_new_tokens: int, on_bad_line: str = "error"
+) -> tuple[list[Dialogue], list[LeftOut]]:
+    """Questions for one model, and those that do not fit its context.
+
+    Raises:
+        UserError: one does not fit (and `on_bad_line` is `error`), or none does.
+    """
+    fitting: list[Dialogue] = []
+    left_out: list[LeftOut] = []
+    for number, question in enumerate(questions, start=1):
+        dialogue = Dialogue(question, target)
+        needed = dialogue.needed(max_new_tokens)
+        if needed < target.context_length:
+            fitting.append(dialogue)
+            continue
+        answers = f" with answers of up to {max_new_tokens}" if len(question.turns) > 1 else ""
+        reason = f"prompt {number} has {needed} tokens{answers}, the model's context is {target.context_length}"
+        if on_bad_line == "error":
+            fix = "shorten it or take it out, or leave it out with --on-bad-line skip"
+            raise UserError(f"{question.source}: {reason}; {fix}")
+        left_out.append(LeftOut(question.source, reason))
+    if not fitting:
+        raise UserError(f"no question fits the model's context of {target.context_length} tokens")
+    return fitting, left_out

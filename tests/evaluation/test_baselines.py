@@ -10,11 +10,11 @@ import torch
 
 from cli_fixtures import Folders
 from outdraft.errors import UserError
-from outdraft.evaluation import peers as module
-from outdraft.evaluation.contenders import contenders
-from outdraft.evaluation.measure import PLAIN, compare, speculative
-from outdraft.evaluation.peers import peers
-from outdraft.evaluation.summary import summarise
+from outdraft.evaluation.bench import baselines as module
+from outdraft.evaluation.bench.baselines import peers
+from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
+from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.summary import summarise
 from outdraft.target.target import Target
 from training.tiny import tiny_target
 

@@ -1,23 +1,23 @@
-"""Whether greedy texts are those that plain decoding gives, and if not, where they part and how near a tie was there.
+"""The places where greedy texts leave those of plain decoding, each judged as a near-tie or a defect.
 
 In low precision a forward over many tokens rounds differently from one over a single token, so that texts can part
-where the two best tokens are all but equal. A parting is called a tie only when the gap lies within that measured
-noise. Gaps and noise come from the stock model's own forward (`audit/stock.py`), which knows nothing of our cache,
-trees or masks. Knows token ids only; whose texts they are is `partings.py`'s business.
+where the two best tokens are all but equal. A divergence is called a tie only if the gap lies within that measured
+noise. Gaps and noise come from the stock model's own forward (`audit/stock.py`), which takes no cache, tree or mask of
+ours.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from outdraft.evaluation.audit.noise import Noise, measured_noise
-from outdraft.evaluation.audit.stock import Laws, stock_logits
+from outdraft.evaluation.audit.stock import Laws, Noise, measured_noise, stock_logits
+from outdraft.evaluation.bench.measure import Run, Script, script_of
 from outdraft.target.target import Target
 
 NOISE_TEXTS = 8
@@ -29,14 +29,14 @@ class Difference:
     """Two texts after one prompt that are not the same."""
 
     prompt: int
-    """Which of the prompts, from 0."""
+    """The prompt's number, from 0."""
     ids: list[int]
     """The prompt's token ids."""
     plain: list[int]
-    """What plain decoding said."""
+    """The new tokens of plain decoding."""
     other: list[int]
     turn: int = 0
-    """Which turn of the conversation, from 0."""
+    """The turn of the conversation, from 0."""
 
     @property
     def position(self) -> int:
@@ -47,22 +47,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a text leaves the plain one."""
+    """The place where a text leaves the plain one."""
 
     prompt: int
-    """Which of the prompts, from 0."""
+    """The prompt's number, from 0."""
     position: int
-    """Which new token, from 0."""
+    """The new token's number, from 0."""
     gap: float
     """Logit of the plain choice less that of the other, by one-token forwards; nan where one text just ends."""
     noise: float
-    """What rounding alone changes of such gaps, at most."""
+    """The largest change of such a gap by rounding alone."""
     turn: int = 0
-    """Which turn of the conversation, from 0."""
+    """The turn of the conversation, from 0."""
 
     @property
     def tie(self) -> bool:
-        """Whether the gap lies within the noise: rounding, not a defect. A plain choice that is far from the stock
+        """True if the gap lies within the noise: rounding, not a defect. A plain choice that is far from the stock
         model's (a negative gap) is a defect as well."""
         return abs(self.gap) <= self.noise
 
@@ -92,7 +92,9 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
     for place, one in enumerate(differences):
         leaving[one.prompt, one.turn].append(place)
     left = [differences[places[0]] for places in leaving.values()]
-    noise = _noise(target, left[:NOISE_TEXTS])
+    few = left[:NOISE_TEXTS]
+    laws = Laws(target, {}, warped=False)
+    noise = measured_noise(laws, [one.ids for one in few], [one.plain for one in few], lambda: None)
     found: dict[int, Divergence] = {}
     for text, places in zip(left, leaving.values(), strict=True):
         positions = {differences[place].position for place in places}
@@ -104,13 +106,8 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
     return [found[place] for place in range(len(differences))]
 
 
-def _noise(target: Target, left: Sequence[Difference]) -> Noise:
-    laws = Laws(target, {}, warped=False)
-    return measured_noise(laws, [one.ids for one in left], [one.plain for one in left], lambda: None)
-
-
 def _judged(one: Difference, logits: Tensor, noise: Noise) -> Divergence:
-    """Of one difference, with the `(vocab,)` logits of one-token forwards where it begins."""
+    """Judge one difference by the `(vocab,)` logits of one-token forwards where it begins."""
     place = one.position
     if place == min(len(one.plain), len(one.other)):
         return Divergence(one.prompt, place, math.nan, noise.gap, one.turn)
@@ -125,3 +122,34 @@ def _judged(one: Difference, logits: Tensor, noise: Noise) -> Divergence:
 def last_place(magnitude: float, dtype: torch.dtype) -> float:
     """The distance of neighbouring numbers of this size in this precision; 0.0625 at 8 to 16 in bfloat16."""
     return math.ldexp(torch.finfo(dtype).eps, math.frexp(magnitude)[1] - 1)
+
+
+def divergences_by_method(
+    target: Target, prompts: Sequence[list[int] | Script], plain: Sequence[Run], others: Mapping[str, Sequence[Run]]
+) -> dict[str, list[Divergence]]:
+    """Divergences by contender: one for every conversation whose answers differ, in its first turn that does.
+
+    Repetition 0 stands for all. The contenders are judged together, so that all are held against the same noise.
+    """
+    differing = {
+        name: [
+            one
+            for base, own in zip(plain, runs, strict=True)
+            if base.repetition == 0 and (one := difference(prompts[base.prompt], base, own)) is not None
+        ]
+        for name, runs in others.items()
+    }
+    judged = iter(divergences(target, [one for found in differing.values() for one in found]))
+    return {name: [next(judged) for _ in found] for name, found in differing.items()}
+
+
+def difference(prompt: list[int] | Script, base: Run, own: Run) -> Difference | None:
+    """The first turn whose answers differ."""
+    texts: list[list[int]] = []
+    for turn, (expected, said) in enumerate(zip(base.answers, own.answers, strict=False)):
+        if expected.tokens != said.tokens:
+            ids = script_of(prompt)(texts)
+            assert ids is not None
+            return Difference(base.prompt, ids, expected.tokens, said.tokens, turn)
+        texts.append(expected.tokens)
+    return None

@@ -1,4 +1,4 @@
-"""Figures from runs: tau, acceptance, speed and its interval. Words as in the field; knows nothing of models."""
+"""Figures from runs: tau, acceptance, speed and its interval."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.identity import Divergence
-from outdraft.evaluation.measure import PLAIN, Run
+from outdraft.evaluation.bench.divergences import Divergence
+from outdraft.evaluation.bench.measure import PLAIN, Run
 
 RESAMPLES = 2000
 
@@ -24,18 +24,18 @@ _NAN = float("nan")
 
 @dataclass
 class Summary:
-    """What one way of decoding did over all prompts."""
+    """The figures of one way of decoding over all prompts."""
 
     name: str
     method: str
     parameters: int
     statistics: Statistics
-    """Of all runs added up."""
+    """The statistics of all runs added up."""
     tokens: int
     tokens_per_second: float
     """All new tokens over all seconds, prefill included."""
     median_tokens_per_second: float
-    """Of single answers."""
+    """The median over single answers."""
     decode_tokens_per_second: float
     """Tokens after each answer's first one over the seconds after the prefill; nan where these were not taken apart."""
     first_token_seconds: float
@@ -47,22 +47,22 @@ class Summary:
     mean_rate_speedup: float
     """Ratio of the mean rates over answers, tokens counted alike on both sides."""
     divergences: list[Divergence] | None
-    """Where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
+    """The places where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
     questions: int = 0
     spec_bench_speedup: float = _NAN
     """Spec-Bench's own: likewise, but plain decoding's tokens are counted by tokenizing its texts anew."""
     over_stock: float = _NAN
-    """As `speedup`, over the `generate` of transformers; nan where that was not in the run."""
+    """The speed-up over the `generate` of transformers; nan where that was not in the run."""
     over_stock_interval: tuple[float, float] = (_NAN, _NAN)
 
     @property
     def timed(self) -> bool:
-        """Whether the seconds of a round are taken apart; those of the stock library are not."""
+        """True if the seconds of a round are taken apart; those of the stock library are not."""
         return self.statistics.verify_seconds > 0
 
     @property
     def milliseconds_per_round(self) -> dict[str, float]:
-        """Of drafting, verifying and the rest; nan where they are not taken apart."""
+        """Milliseconds of drafting, verifying and the rest; nan where they are not taken apart."""
         counts = self.statistics
         parts = {"draft": counts.draft_seconds, "verify": counts.verify_seconds, "rest": counts.rest_seconds}
         known = self.timed and counts.rounds > 0
@@ -152,8 +152,8 @@ def summarise(
 
 
 def paired(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, tuple[float, float]]:
-    """How much faster runs are than others of the same prompts and repetitions in the same order: the median over
-    pairs, and its interval."""
+    """The speed-up of runs over others of the same prompts and repetitions in the same order: the median over pairs,
+    and its interval."""
     ratios = np.array([run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, base, strict=True)])
     return float(np.median(ratios)), interval(ratios, [run.prompt for run in runs])
 

@@ -1,4 +1,4 @@
-"""The joint law of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
+"""The joint distribution of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
 
 After chosen prefixes the tree of likely continuations is walked with one-token forwards of the stock model, which gives
 every cell's exact probability; what is rarer stays in the cell of its own beginning. Cells are settled before anything
@@ -15,12 +15,11 @@ import torch
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.audit.chi_square import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.goodness_of_fit import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.greedy import drafting
-from outdraft.evaluation.audit.noise import SEVERAL
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import SEVERAL, Laws
 from outdraft.evaluation.audit.watch import Watch
 
 Cells = dict[tuple[int, ...], float]
@@ -34,18 +33,18 @@ LEAST = 0.01
 
 
 @dataclass
-class Place:
+class Prefix:
     """A prefix after which texts are sampled.
 
     Attributes:
-        prefix: token ids.
+        tokens: token ids.
         cells: exact.
         rounding: sum of d^2 / p over the cells, d being what many-token forwards change of p: the noncentrality that
             rounding alone may give to one sample.
         variation: half the sum of |d|, at most.
     """
 
-    prefix: list[int]
+    tokens: list[int]
     cells: Cells
     rounding: float = 0.0
     variation: float = 0.0
@@ -92,11 +91,11 @@ def same_cells(laws: Laws, prefix: list[int], like: Cells, piece: int | None) ->
     return {cell: max(0.0, cells[cell]) for cell in like}
 
 
-def place(laws: Laws, prefix: list[int], settings: AuditSettings) -> Place:
+def tested_prefix(laws: Laws, prefix: list[int], settings: AuditSettings) -> Prefix:
     """Cells after one prefix, and what rounding does to them: the sum over both kinds of many-token forward, as the
     decoder's own rounding is a third."""
     cells = exact_cells(laws, prefix, settings.first_tokens, settings.cells)
-    found = Place(prefix, cells)
+    found = Prefix(prefix, cells)
     for piece in (SEVERAL, None):
         other = same_cells(laws, prefix, cells, piece)
         moved = {cell: other[cell] - p for cell, p in cells.items()}
@@ -105,39 +104,29 @@ def place(laws: Laws, prefix: list[int], settings: AuditSettings) -> Place:
     return found
 
 
-def chosen_places(
+def chosen_prefixes(
     laws: Laws, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
-) -> list[Place]:
+) -> list[Prefix]:
     """The prefixes with the most to see; first those where rounding (a filter's edge, say) hides little of it."""
     found = []
     for prefix in candidates:
-        found.append(place(laws, prefix, settings))
+        found.append(tested_prefix(laws, prefix, settings))
         advance(1)
     hides = settings.total_variation / 4
     return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]
 
 
-def count(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Counter[tuple[int, ...]]:
-    """Samples in each cell: that of their longest beginning that is one."""
-    found: Counter[tuple[int, ...]] = Counter()
-    for sample in samples:
-        found[next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells)] += 1
-    return found
-
-
 def cells_fit(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Fit:
-    """Pearson's statistic of the samples."""
-    counts = count(samples, cells, tokens)
+    """Pearson's statistic of the samples, each of which counts for the longest of its beginnings that is a cell."""
+    counts = Counter(
+        next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells) for sample in samples
+    )
     return fit([counts[cell] for cell in cells], [p * len(samples) for p in cells.values()])
-
-
-def freedom_of(places: Sequence[Place], samples_each: int) -> int:
-    return sum(len(pooled([p * samples_each for p in one.cells.values()])) - 1 for one in places)
 
 
 @dataclass
 class Plan:
-    """How many samples, and what they find.
+    """The number of samples, and the error that they find.
 
     Attributes:
         each: samples after every prefix.
@@ -154,22 +143,22 @@ class Plan:
     asked: bool
 
 
-def plan(places: Sequence[Place], settings: AuditSettings, alpha: float) -> Plan:
-    """From the stated error, power and level to a sample size.
+def plan(prefixes: Sequence[Prefix], settings: AuditSettings, alpha: float) -> Plan:
+    """The sample size that follows from the stated error, power and level.
 
     Where rounding hides the error, the size is that of an error that it does not hide: three times its own distance.
     """
-    rounding = sum(one.rounding for one in places) / len(places)
+    rounding = sum(one.rounding for one in prefixes) / len(prefixes)
     # Cells can only be pooled further by smaller samples: start from all of them.
-    freedom = max(1, sum(len(one.cells) - 1 for one in places))
+    freedom = max(1, sum(len(one.cells) - 1 for one in prefixes))
     distance = settings.total_variation
     samples = needed_samples(distance, freedom, alpha, settings.power, rounding)
     while samples is None or samples > 4 * (needed_samples(distance, freedom, alpha, settings.power) or 1):
         distance *= 1.1
         samples = needed_samples(distance, freedom, alpha, settings.power, rounding)
-    each = -(-samples // len(places))
-    freedom = max(1, freedom_of(places, each))
-    distance = found_distance(each * len(places), freedom, alpha, settings.power, rounding)
+    each = -(-samples // len(prefixes))
+    freedom = max(1, sum(len(pooled([p * each for p in one.cells.values()])) - 1 for one in prefixes))
+    distance = found_distance(each * len(prefixes), freedom, alpha, settings.power, rounding)
     return Plan(each, freedom, rounding, distance, distance <= settings.total_variation * 1.001)
 
 
@@ -202,7 +191,7 @@ def sampled(
 
 def beginnings_finding(
     model: SpeculativeModel,
-    places: Sequence[Place],
+    prefixes: Sequence[Prefix],
     planned: Plan,
     settings: AuditSettings,
     advance: Callable[[int], None],
@@ -210,33 +199,33 @@ def beginnings_finding(
     """Sample after every prefix and test all of them together."""
     whole = Fit(0.0, 0)
     lines, parts = [], []
-    for number, one in enumerate(places):
+    for number, one in enumerate(prefixes):
         seed = settings.seed + 1_000_003 * (number + 1)
-        samples, statistics = sampled(model, one.prefix, planned.each, settings, seed, advance)
+        samples, statistics = sampled(model, one.tokens, planned.each, settings, seed, advance)
         parts.append(statistics)
         own = cells_fit(samples, one.cells, settings.first_tokens)
         whole += own
         lines.append(
-            f"prefix {number + 1} ({len(one.prefix)} tokens, {own.freedom + 1} cells): "
+            f"prefix {number + 1} ({len(one.tokens)} tokens, {own.freedom + 1} cells): "
             f"p = {own.p_value(planned.each * one.rounding):.3g} by itself"
         )
     statistics = Statistics.sum(parts)
-    total = planned.each * len(places)
+    total = planned.each * len(prefixes)
     allowed = total * planned.rounding
-    moved = max(one.variation for one in places)
+    moved = max(one.variation for one in prefixes)
     hidden = "" if planned.asked else f" (rounding hides the {settings.total_variation:g} asked for)"
     return Finding(
         "beginnings",
-        f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact law?",
+        f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact output distribution?",
         True,
-        f"{total} samples after {len(places)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} degrees "
-        f"of freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
-        f"{settings.power:g}; rounding moves these laws by {moved:.2g} and is forgiven"
+        f"{total} samples after {len(prefixes)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} "
+        f"degrees of freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
+        f"{settings.power:g}; rounding moves these distributions by {moved:.2g} and is forgiven"
         f"{drafting(statistics)}.",
         p_value=whole.p_value(allowed),
         figures={
             "samples": total,
-            "prefixes": len(places),
+            "prefixes": len(prefixes),
             "statistic": whole.statistic,
             "degrees_of_freedom": whole.freedom,
             "noncentrality_of_rounding": allowed,

@@ -1,4 +1,4 @@
-"""End to end, the sampled text has the target's law: the first three tokens jointly, by Pearson's chi-square test.
+"""End to end, sampled text has the target's output distribution: the first three tokens jointly, by a chi-square test.
 
 The exact enumeration proves the rule in float64; this sees the whole path in the precision that users run, real model
 and all. The p-value is printed (pytest -s).

@@ -13,8 +13,8 @@ from outdraft.api.settings import default_controller
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import PLAIN, Contender, speculative
-from outdraft.evaluation.peers import peers as stock_peers
+from outdraft.evaluation.bench.baselines import peers as stock_peers
+from outdraft.evaluation.bench.measure import PLAIN, Contender, speculative
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.registry import NONE, names, without_model
 from outdraft.target.named import shipped_drafters
@@ -55,7 +55,7 @@ def contenders(
         controllers: every drafter runs with each of them; `default` is what `generate` takes by itself.
         shipped: name of the model whose shipped drafters stand for those that are not given.
         include_transformers: the stock `generate` too; the same as `generate` among the peers.
-        peers: the stock library's own ways of decoding, as in `peers.py`.
+        peers: the stock library's own ways of decoding, as in `baselines.py`.
         stock: the same model for those, with modules as `transformers` loads them; the target when None.
 
     Raises:
