@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.text import Message, encode_chat
+from outdraft.api.prompts import Message, encode_chat
 from outdraft.console.streaming import Streamed, stream
 from outdraft.evaluation.identity import Difference, Divergence, divergences
 from outdraft.evaluation.measure import PLAIN, WARM_UP_TOKENS

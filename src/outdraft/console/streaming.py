@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from outdraft.api.generation import Piece
+from outdraft.api.output import Piece
 from outdraft.output import ACCEPTED, number
 
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.api.stops import Stops
-from outdraft.api.text import Detokenizer
+from outdraft.api.text import Detokenizer, Stops
 
 
 class Piece(NamedTuple):
