@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.text import encode_prompts
+from outdraft.api.prompts import encode_prompts
 from outdraft.core.tree import Tree
 from outdraft.evaluation.bench.methods import WITH_LOOKUP
 from outdraft.reference import load_prompts

@@ -28,9 +28,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import outdraft.engine.round as decoding
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.settings import tree_shape
-from outdraft.api.text import encode_prompts
+from outdraft.api.prompts import encode_prompts
+from outdraft.api.resolved_draft import resolve
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
@@ -258,7 +259,8 @@ def middle(rounds: list[dict[str, float]]) -> dict[str, float]:
 def measure(target: Target, method: str, batch: int, prompts: list[list[int]], given: argparse.Namespace) -> dict:
     drafter = drafter_of(method, target, given.layers is not None)
     chosen = given.tree and TreeShape(*(int(part) for part in given.tree.split("/")))
-    shape = chosen or tree_shape(drafter, target.device, {}, sampling=given.temperature > 0, rows=batch)
+    fixed = DraftSettings(controller="fixed", coupling="dice")
+    shape = chosen or resolve(fixed, drafter, target.device, sampling=given.temperature > 0, rows=batch).shape
     plain, spanned = (Timed(target, drafter, shape, given) for _ in range(2))
     spans = Spans(target, drafter)
     turns = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)][: given.turns]

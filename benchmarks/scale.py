@@ -32,9 +32,10 @@ from scale_models import Models, sizes_of
 from training_cost import Clock
 from trees import cell, settings_of
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import resolve_device
-from outdraft.api.settings import tree_shape
+from outdraft.api.resolved_draft import resolve
 from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN
@@ -119,7 +120,8 @@ def measure(point: Point, models: Models, given: argparse.Namespace) -> dict[str
         names = [PLAIN, DEFAULT]
     sizes = argparse.Namespace(turns=given.turns, tokens=point.settings["tokens"], full=False)
     found = cell(names, models.target, models.drafter, prompts, sizes, batch, temperature)
-    shape = tree_shape(models.drafter, models.target.device, {}, sampling=temperature > 0, rows=batch)
+    fixed = DraftSettings(controller="fixed", coupling="dice")
+    shape = resolve(fixed, models.drafter, models.target.device, sampling=temperature > 0, rows=batch).shape
     return {"rivals": {name: with_spread(name, one, shape) for name, one in found.items()}, "default": in_words(shape)}
 
 

@@ -95,8 +95,8 @@ class Rival:
             **settings: of `generate`.
         """
         model = self.model
-        rows, shape, costs = model._rows(list(prompts), {**settings, **self.settings})
-        for _ in decode(model.target, model.drafter, rows, shape, costs):
+        rows, draft = model._rows(list(prompts), {**settings, **self.settings})
+        for _ in decode(model.target, model.drafter, rows, draft.shape, draft.costs):
             if full and any(row.finish_reason is not None for row in rows):
                 break
         if counts:

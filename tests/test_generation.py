@@ -10,12 +10,9 @@ from transformers import StoppingCriteriaList, StopStringCriteria, TextStreamer
 
 import outdraft
 from models import perturbed, tiny
-from outdraft.api.settings import tree_shape
 from outdraft.api.text import Detokenizer
-from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
-from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from tokens import byte_tokenizer, speaking
 
 PROMPTS = ["Once upon a time", "2 + 2 =", "a"]
@@ -125,23 +122,6 @@ def test_sampled_candidates_are_drawn_and_kept(fast: Any) -> None:
     for candidates in ("sampled", "sampled-with-replacement"):
         out = fast.generate("Once", temperature=1.0, seed=1, max_new_tokens=30, candidates=candidates, tree_top_k=2)
         assert 0 < out.statistics.accepted < out.statistics.drafted
-
-
-def test_default_trees_suit_device_and_temperature(fast: Any) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    head = outdraft.load(speaking(), FeatureHead(FeatureHeadConfig(32, 48, 4, 2, 8, 260)), backend="eager").drafter
-    assert tree_shape(None, cpu, {}).size == 1
-    assert tree_shape(head, cpu, {}) == tree_shape(head, cpu, {}, rows=3) == TreeShape.chain(4)
-    assert tree_shape(head, cpu, {}, rows=4) == TreeShape.chain(3)
-    assert tree_shape(head, cpu, {"tree_size": 6}, rows=4) == TreeShape(3, 3, 6)
-    assert tree_shape(fast.drafter, cpu, {}, rows=4) == fast.drafter.default_shape(cpu, False)
-    assert tree_shape(head, gpu, {}) == TreeShape(5, 10, 60)
-    assert tree_shape(head, gpu, {}, sampling=True) == TreeShape.chain(5, candidates="sampled")
-    sampled = TreeShape.chain(4, candidates="sampled")
-    assert tree_shape(head, cpu, {}, sampling=True) == tree_shape(head, cpu, {}, sampling=True, rows=16) == sampled
-    assert tree_shape(head, cpu, {"tree_size": 6}, sampling=True) == TreeShape(3, 3, 6)
-    assert tree_shape(PromptLookup(), cpu, {"num_speculative_tokens": 5}, sampling=True) == TreeShape.chain(5)
-    assert tree_shape(fast.drafter, cpu, {"num_speculative_tokens": 5}, sampling=True).candidates == "sampled"
 
 
 @pytest.mark.parametrize(

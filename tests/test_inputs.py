@@ -11,7 +11,7 @@ import torch
 
 from models import VOCAB, tiny
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.inputs import plain_prompts
+from outdraft.api.prompts import plain_prompts
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

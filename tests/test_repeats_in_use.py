@@ -17,10 +17,9 @@ from typer.testing import CliRunner, Result
 import outdraft
 from cli_fixtures import Folders, make_folders
 from models import perturbed, tiny
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.settings import repeats_of
 from outdraft.cli import app
-from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.ngrams import Text
 from outdraft.drafting.repeats import Repeats, spliced
@@ -183,17 +182,6 @@ def fast() -> SpeculativeModel:
     return SpeculativeModel(target, DRAFTERS["draft-model"](target, near))
 
 
-def test_beside_drafters_repetitions_are_on_unless_they_look_back(fast):
-    assert repeats_of(fast.drafter, {}) == repeats_of(fast.drafter, {"prompt_lookup_min": None}) == Repeats(4, 20)
-    assert repeats_of(fast.drafter, {"prompt_lookup_min": 2, "prompt_lookup_num_tokens": 5}) == Repeats(2, 5)
-    assert repeats_of(fast.drafter, {"prompt_lookup_min": 0, "prompt_lookup_num_tokens": 5}) is None
-    for back in (None, PromptLookup(), Lookahead(window=5, ngram=3, pool=3)):
-        assert repeats_of(back, {}) is None and repeats_of(back, {"prompt_lookup_min": 0}) is None
-    assert repeats_of(fast.drafter, {}, TreeShape.chain(3)) == Repeats(4, 3)
-    assert repeats_of(fast.drafter, {"prompt_lookup_num_tokens": 2}, TreeShape.chain(3)) == Repeats(4, 2)
-    assert repeats_of(fast.drafter, {}, TreeShape(0, 1, 1)) == Repeats(4, 1)
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -274,10 +262,10 @@ def test_custom_generate_takes_the_settings():
 
 
 def test_a_server_drafts_repetitions_too(fast):
-    assert drafting(fast, {}, None).repeats == Repeats()
-    assert drafting(fast, {"prompt_lookup_min": 2}, None).repeats == Repeats(2)
-    assert drafting(fast, {"prompt_lookup_min": 0}, None).repeats is None
-    assert drafting(fast.with_drafter(PromptLookup()), {}, None).repeats is None
+    assert drafting(fast, DraftSettings()).repeats == Repeats()
+    assert drafting(fast, DraftSettings(prompt_lookup_min=2)).repeats == Repeats(2)
+    assert drafting(fast, DraftSettings(prompt_lookup_min=0)).repeats is None
+    assert drafting(fast.with_drafter(PromptLookup()), DraftSettings()).repeats is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from outdraft.api.generation import Piece
-from outdraft.api.stops import stops_at
-from outdraft.api.text import Detokenizer, answer_text, bytes_of
+from outdraft.api.output import Piece
+from outdraft.api.text import Detokenizer, answer_text, bytes_of, stops_at
 from outdraft.console.streaming import stream
 from outdraft.serving.jobs import AnswerText
 from tokenizers_of_all_types import ALL, END

@@ -11,8 +11,10 @@ from outdraft.errors import UserError
 from outdraft.moved import install
 
 if TYPE_CHECKING:
-    from outdraft.api.generation import GenerationOutput, SpeculativeModel, load
+    from outdraft.api.draft_settings import DraftSettings
+    from outdraft.api.generation import SpeculativeModel, load
     from outdraft.api.hugging_face import custom_generate
+    from outdraft.api.output import GenerationOutput
     from outdraft.drafter_trainer import DrafterTrainer
     from outdraft.training.config import DrafterConfig
 
@@ -24,6 +26,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 install()
 
 __all__ = [
+    "DraftSettings",
     "DrafterConfig",
     "DrafterTrainer",
     "GenerationOutput",
@@ -35,9 +38,10 @@ __all__ = [
 ]
 
 ROOMS = {
+    "DraftSettings": "api.draft_settings",
     "DrafterConfig": "training.config",
     "DrafterTrainer": "drafter_trainer",
-    "GenerationOutput": "api.generation",
+    "GenerationOutput": "api.output",
     "SpeculativeModel": "api.generation",
     "custom_generate": "api.hugging_face",
     "load": "api.generation",

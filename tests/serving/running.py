@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models import perturbed
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.serving.server import Service, listen
@@ -57,10 +58,8 @@ def tiny_model() -> SpeculativeModel:
 
 def start(model: SpeculativeModel, **settings: Any) -> Served:
     settings = {"served_model_name": [NAME], "shutdown_timeout": 10, **settings}
-    tree = settings.pop("tree", {})
-    service = Service(
-        model, ServeSettings(host="127.0.0.1", port=0, **settings), tree, settings.pop("controller", None)
-    )
+    draft = DraftSettings(**settings.pop("tree", {}), controller=settings.pop("controller", None))
+    service = Service(model, ServeSettings(host="127.0.0.1", port=0, **settings), draft)
     listening = listen("127.0.0.1", 0)
     ready = threading.Event()
     thread = threading.Thread(target=service.serve, args=(listening, lambda url: ready.set()), daemon=True)

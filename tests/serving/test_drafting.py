@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from running import Served, tiny_model
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.core.shape import BATCH, BATCH_CHAIN, GREEDY_CHAIN, TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
@@ -20,18 +21,18 @@ PROMPTS = ["red cat", "green dog", "blue sun", "one moon", "two", "three red dog
 def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftModel, "default_shape", Drafter.default_shape)
     model = tiny_model()
-    drafts = drafting(model, {}, None)
+    drafts = drafting(model, DraftSettings())
     assert drafts.greedy(1) == drafts.greedy(BATCH - 1) == GREEDY_CHAIN
     assert drafts.greedy(BATCH) == drafts.greedy(16) == BATCH_CHAIN
     largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN))
     assert drafts.sampling is None, "no text depends on what is drafted"
-    assert drafting(model, {"candidates": "sampled"}, None).sampling == TreeShape.chain(4, candidates="sampled")
+    assert drafting(model, DraftSettings(candidates="sampled")).sampling == TreeShape.chain(4, candidates="sampled")
     assert drafts.slots == largest + drafts.repeats.most
-    assert drafting(model, {"prompt_lookup_min": 0}, None).slots == largest
-    named = drafting(model, {"num_speculative_tokens": 2}, None)
+    assert drafting(model, DraftSettings(prompt_lookup_min=0)).slots == largest
+    named = drafting(model, DraftSettings(num_speculative_tokens=2))
     assert named.greedy(1) == named.greedy(16)
-    with pytest.raises(UserError, match="give one"):
-        drafting(model, {"num_speculative_tokens": 2, "tree_size": 4}, None)
+    with pytest.raises(UserError, match="exact=True is not for servers"):
+        drafting(model, DraftSettings(exact=True))
 
 
 @pytest.mark.parametrize("tree", [{}, {"tree_size": "auto"}], ids=["by rows", "by the machine"])

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
+from typing_extensions import Unpack
 
-from outdraft.api.generation import pad
+from outdraft.api.draft_settings import DraftKeywords, DraftSettings
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.settings import (
-    LOOKUP_SETTINGS,
-    LOSSY,
-    check_prompt,
-    default_controller,
-    pacer_of,
-    repeats_of,
-    tree_shape,
-)
+from outdraft.api.output import pad
+from outdraft.api.prompts import check_prompt
+from outdraft.api.resolved_draft import resolve
+from outdraft.api.settings import LOSSY, refuse_unknown
 from outdraft.control.pacing import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
 from outdraft.core.dice import Dice
@@ -42,9 +38,8 @@ def custom_generate(
     *,
     method: str | None = None,
     backend: str | None = None,
-    controller: Any = None,
-    coupling: str = "noise",
-    **tree: Any,
+    draft: DraftSettings | None = None,
+    **settings: Unpack[DraftKeywords],
 ) -> Callable:
     """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
@@ -57,13 +52,18 @@ def custom_generate(
         draft_model: as in `load`.
         method: likewise.
         backend: likewise; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two more.
-        controller: as in `generate`.
-        coupling: as in `generate`; `noise` here gives the stock model's own tokens.
-        **tree: `tree_depth`, `tree_top_k`, `tree_size`, `candidates` or `num_speculative_tokens`;
-            `prompt_lookup_min`, `prompt_lookup_num_tokens`.
+        draft: what to draft.
+        **settings: the fields of `DraftSettings`, which take precedence over those of `draft`; all but `exact`.
+
+    Raises:
+        UserError: an unknown or impossible setting.
     """
-    lookup = {name: tree.pop(name, None) for name in LOOKUP_SETTINGS}
-    bound: dict[Any, tuple[Any, Target, Drafter | None, dict[str, Pacer | None]]] = {}
+    given: dict[str, Any] = dict(settings)
+    asked = DraftSettings.taken(given, draft)
+    refuse_unknown(given, DraftKeywords.__annotations__)
+    if asked.exact:
+        raise UserError("exact=True is not for custom_generate; use load(model, drafter).generate(..., exact=True)")
+    bound: dict[Any, tuple[Any, Target, Drafter | None, dict[Any, Pacer]]] = {}
 
     def generate(
         model: Any,
@@ -81,19 +81,11 @@ def custom_generate(
             bound[key] = (model, target, loaded, {})
         _, target, drafter, pacers = bound[key]
         mask = model_kwargs.get("attention_mask")
-        settings = SamplingSettings(temperature=1.0 if generation_config.do_sample else 0.0)
-        draws = generation_config.do_sample
-        coupled = draws and coupling == "noise"
-        chosen = controller
-        if chosen is None:
-            chosen = default_controller(drafter, target.device, tree, draws and not coupled)
-        if drafter is not None and str(chosen) not in pacers:
-            pacers[str(chosen)] = pacer_of(chosen, tree)
-        pacer = pacers.get(str(chosen))
-        shape = tree_shape(drafter, target.device, tree, draws and not coupled, pacer is not None, len(input_ids))
-        repeats, noise = repeats_of(drafter, lookup), None
-        if coupled:
-            noise = Noise(len(input_ids), target.vocab_size, target.device)
+        draws = bool(generation_config.do_sample)
+        sampling = SamplingSettings(temperature=1.0 if draws else 0.0)
+        chosen = resolve(asked, drafter, target.device, sampling=draws, rows=len(input_ids), seeded=True, pacers=pacers)
+        pacer, coupled = chosen.pacer, draws and not chosen.dice
+        noise = Noise(len(input_ids), target.vocab_size, target.device) if coupled else None
         rows = []
         for i, ids in enumerate(input_ids):
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
@@ -103,15 +95,17 @@ def custom_generate(
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):
                 processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
-            warper = Warper(settings, len(prompt), target.vocab_size, (), processors, target.device)
+            warper = Warper(sampling, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
-            row = Row(prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=repeats)
+            row = Row(
+                prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=chosen.repeats
+            )
             if noise is not None:
                 row.chance = Coupled(noise, i, row.tokens)
             if pacer is not None:
-                row.controller = pacer.controller(shape.depth + 1, seed)
+                row.controller = pacer.controller(chosen.shape.depth + 1, seed)
             rows.append(row)
-        for _ in decode(target, drafter, rows, shape, pacer.costs if pacer is not None else None):
+        for _ in decode(target, drafter, rows, chosen.shape, chosen.costs):
             pass
         for row in rows:
             if row.error is not None:

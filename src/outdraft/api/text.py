@@ -1,113 +1,17 @@
-"""Text in, text out: prompts to token ids, token ids to text as they come.
+"""Token ids to text as they come, and the stop strings that end it.
 
 One detokenizer serves whole answers, streams, the command line, the server, stop strings and the names of tokens.
-
-Knows tokenizers; knows nothing of models or decoding.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.errors import UserError
-
-Message = dict[str, str]
-Prompt = str | list[int] | list[Message] | torch.Tensor
-
-
-def encode_prompts(
-    prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
-) -> tuple[list[list[int]], bool]:
-    """One prompt or a list of them to token ids.
-
-    A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
-    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own.
-
-    Returns:
-        The ids, and whether a single prompt was given.
-    """
-    if isinstance(prompts, torch.Tensor):
-        rows = list(prompts) if prompts.dim() == 2 else [prompts]
-        return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
-    if isinstance(prompts, Mapping):  # its keys would pass for prompts
-        raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
-    single = isinstance(prompts, str) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
-    )
-    batch = [prompts] if single else list(prompts)
-    if not batch:
-        raise UserError("no prompt given")
-    return [_encode(prompt, tokenizer, switches) for prompt in batch], single
-
-
-def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None) -> list[int]:
-    if isinstance(prompt, torch.Tensor):
-        ids = prompt.reshape(-1).tolist()
-    elif isinstance(prompt, str):
-        ids = list(_needed(tokenizer)(prompt)["input_ids"])
-    elif prompt and isinstance(prompt[0], dict):
-        ids = encode_chat(prompt, _needed(tokenizer), switches)
-    else:
-        ids = [int(token) for token in prompt]
-    if not ids:
-        raise UserError("a prompt is empty; give at least one token (the model's bos token, for instance)")
-    return ids
-
-
-def encode_chat(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, Any] | None = None
-) -> list[int]:
-    """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
-
-    Args:
-        messages: the conversation.
-        tokenizer: with the template.
-        switches: what the template itself can be told (`chat_template_kwargs`), such as `enable_thinking`.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or refuses the roles; or switches that are not the template's.
-    """
-    switches = check_switches(switches)
-    if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
-    begun = messages[-1].get("role") == "assistant"
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True, **switches
-        )
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return list(encoded["input_ids"])  # type: ignore
-
-
-def check_switches(switches: Any) -> dict[str, Any]:
-    """What a chat template is told beside the conversation; an empty dictionary for None.
-
-    Raises:
-        UserError: no dictionary, or names that are how a conversation is rendered and not the template's own.
-    """
-    if switches is None:
-        return {}
-    if not isinstance(switches, Mapping) or not all(isinstance(name, str) for name in switches):
-        raise UserError(f"chat_template_kwargs must map the chat template's own names to values, not {switches!r}")
-    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
-    for name in switches:
-        if name in taken:
-            raise UserError(f"chat_template_kwargs cannot set '{name}', which is no switch of the template's own")
-    return dict(switches)
-
-
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise UserError("the model folder has no tokenizer; give token ids, or a tokenizer with tokenizer=")
-    return tokenizer
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -209,6 +113,79 @@ class Detokenizer:
         while 0 < start < len(prompt) and self._is_byte(prompt[start]) and prompt[start - 1] not in self.special:
             start -= 1
         return list(prompt[start:])
+
+
+class Stops:
+    """Where stop strings end an answer: looked for in its text with special tokens spelled out, so that those can be
+    stop strings, too.
+
+    Args:
+        strings: any of which ends the answer.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: a string is empty, which every text contains.
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase):
+        if not all(strings):
+            raise UserError("a stop string is empty; leave it out")
+        self.strings, self._tokenizer, self._special = list(strings), tokenizer, special_ids(tokenizer)
+        self._spelled = ""
+        self._hidden: list[tuple[int, int]] = []  # of that, (place, characters) which are not shown
+
+    def add(self, token: int, new: str, pending: str) -> int | None:
+        """Where the text that is shown ends, if this token completes a stop string.
+
+        Args:
+            token: the newest.
+            new: text that it made certain.
+            pending: text that stands there and is not certain.
+        """
+        if not self.strings:
+            return None
+        searched = len(self._spelled)
+        if token in self._special:
+            spelled = decode_text(self._tokenizer, [token], skip_special_tokens=False)
+            self._hidden.append((searched, len(spelled)))
+            self._spelled += spelled
+        self._spelled += new
+        text = self._spelled + pending
+        places = [text.find(one, max(0, searched - len(one) + 1)) for one in self.strings]
+        found = [place for place in places if place >= 0]
+        return self._shown(min(found)) if found else None
+
+    def uncertain(self) -> int:
+        """Characters at the end of what is shown that may be the beginning of a stop string."""
+        longest = max((len(one) for one in self.strings), default=1) - 1
+        for length in range(min(longest, len(self._spelled)), 0, -1):
+            if any(one.startswith(self._spelled[-length:]) for one in self.strings):
+                return self._shown(len(self._spelled)) - self._shown(len(self._spelled) - length)
+        return 0
+
+    def _shown(self, place: int) -> int:
+        """The same place in the text without special tokens."""
+        return place - sum(min(length, max(0, place - start)) for start, length in self._hidden)
+
+
+def stops_at(
+    strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()
+) -> Callable[[list[int]], bool]:
+    """A test whether the newest token completes one of the strings, told of each token in turn.
+
+    Raises:
+        UserError: a string is empty, which every text contains.
+    """
+    stops, detokenizer = Stops(strings, tokenizer), Detokenizer(tokenizer, prompt=prompt)
+
+    def completed(tokens: list[int]) -> bool:
+        stopped = False
+        for token in tokens[len(detokenizer.tokens) :]:
+            new = detokenizer.add(token)
+            stopped = stops.add(token, new, detokenizer.pending) is not None
+        return stopped
+
+    return completed
 
 
 WINDOW = 16

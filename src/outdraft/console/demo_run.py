@@ -20,7 +20,7 @@ from rich.text import Text
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.text import Message, encode_chat
+from outdraft.api.prompts import Message, encode_chat
 from outdraft.console.demo_training import train_drafter
 from outdraft.console.streaming import Streamed, stream
 from outdraft.errors import UserError

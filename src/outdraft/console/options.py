@@ -38,9 +38,7 @@ def field_help(file: str, class_name: str) -> dict[str, str]:
 
 
 SAMPLING = field_help("core/sampling_settings.py", "SamplingSettings")
-TREE = field_help("core/shape.py", "TreeShape")
-REPEATS = field_help("drafting/repeats.py", "Repeats")
-CONTROL = field_help("control/settings.py", "ControlSettings")
+DRAFT = field_help("api/draft_settings.py", "DraftSettings")
 TRAINING = field_help("training/config.py", "DrafterConfig")
 
 
@@ -123,20 +121,12 @@ TemplateKwargs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
-Coupling = Annotated[
-    str | None,
-    typer.Option(
-        "--coupling",
-        help="With a temperature: noise, so that a seed gives the tokens that transformers samples, or dice.  [noise]",
-    ),
-]
+Coupling = Annotated[str | None, typer.Option("--coupling", help=DRAFT["coupling"])]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
 
-Chain = Annotated[
-    int | None, typer.Option("--num-speculative-tokens", help="Draft a chain of so many tokens in place of a tree.")
-]
-TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=TREE["depth"])]
-TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=TREE["top_k"])]
+Chain = Annotated[int | None, typer.Option("--num-speculative-tokens", help=DRAFT["num_speculative_tokens"])]
+TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=DRAFT["tree_depth"])]
+TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=DRAFT["tree_top_k"])]
 
 
 def whole_or_auto(text: str | None) -> int | str | None:
@@ -159,26 +149,16 @@ TreeSize = Annotated[
         "--tree-size",
         callback=whole_or_auto,
         metavar="INTEGER|auto",
-        help=TREE["size"] + " `auto` lets depth, width and size follow from what they cost on this machine.",
+        help=DRAFT["tree_size"],
     ),
 ]
 
-LookupMin = Annotated[
-    int | None,
-    typer.Option("--prompt-lookup-min", help=REPEATS["least"] + " Takes the drafter's place there; 0 never does.  [4]"),
-]
-LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=REPEATS["most"] + "  [20]")]
-
-Controller = Annotated[
-    str | None,
-    typer.Option("--controller", help="How far to draft; by default as far as it pays (CPU). " + CONTROL["name"]),
-]
+LookupMin = Annotated[int | None, typer.Option("--prompt-lookup-min", help=DRAFT["prompt_lookup_min"])]
+LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=DRAFT["prompt_lookup_num_tokens"])]
+Controller = Annotated[str | None, typer.Option("--controller", help=DRAFT["controller"])]
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]
-Exact = Annotated[
-    bool,
-    typer.Option("--exact", help="Greedy text equal to plain decoding's even at near-ties; slower than without."),
-]
+Exact = Annotated[bool, typer.Option("--exact", help=DRAFT["exact"])]
 
 Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]
 TopP = Annotated[float | None, typer.Option("--top-p", help=SAMPLING["top_p"])]

@@ -85,19 +85,20 @@ def serve(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),
     )
-    tree = o.given(
+    draft = o.given(
         num_speculative_tokens=num_speculative_tokens,
         tree_depth=tree_depth,
         tree_top_k=tree_top_k,
         tree_size=tree_size,
         prompt_lookup_min=prompt_lookup_min,
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        controller=controller,
     )
     loading = {
         **{"method": method, "dtype": dtype, "device": device, "backend": backend},
         "generation_config": generation_config,
     }
-    run_serve(model, draft_model, loading, settings, tree, controller, remarks())
+    run_serve(model, draft_model, loading, settings, draft, remarks())
 
 
 def run_serve(
@@ -105,8 +106,7 @@ def run_serve(
     draft_model: str | None,
     loading: dict[str, Any],
     settings: ServeSettings,
-    tree: dict[str, Any],
-    controller: str | None,
+    draft: dict[str, Any],
     remarks: Console,
 ) -> None:
     """Load and listen until told to stop.
@@ -120,13 +120,14 @@ def run_serve(
         raise UserError(f"{error.name} is missing, which serving needs: pip install 'outdraft[serve]'") from error
     listening = listen(settings.host, settings.port)  # before minutes of loading
     try:
+        from outdraft.api.draft_settings import DraftSettings
         from outdraft.api.generation import load
         from outdraft.api.settings import model_settings
 
         loaded = load(model, draft_model, **loading)
-        o.tree(loaded.drafter, **tree, controller=controller)  # refuses a tree that nothing could draft
+        asked = DraftSettings(**o.tree(loaded.drafter, **draft))  # refuses a tree that nothing could draft
         settings.served_model_name = settings.served_model_name or [name_of(model)]
-        service = Service(loaded, settings, tree, controller)
+        service = Service(loaded, settings, asked)
         if own := model_settings(loaded.target):
             remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from outdraft.output import ACCEPTED, number
 
 if TYPE_CHECKING:
-    from outdraft.api.generation import Piece
+    from outdraft.api.output import Piece
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a user asks of sampling, checked: temperature, penalties, bans, by Hugging Face's names where it has them."""
+"""How the next token is chosen: the settings of sampling, checked. Imports no torch, so that help texts are quick."""
 
 from __future__ import annotations
 

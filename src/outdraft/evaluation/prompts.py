@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.text import encode_prompts
+from outdraft.api.prompts import encode_prompts
 from outdraft.data.messages import Message, turns_of
 from outdraft.data.records import HUB, bare_question, read_records
 from outdraft.data.records import BadRecord as NoPrompt

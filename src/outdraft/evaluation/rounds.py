@@ -144,7 +144,7 @@ def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: lis
     settings: dict[str, Any] = {"max_new_tokens": (shape.depth + 2) * rounds + 1, "eos_token_id": []}
     if drafter is not None:
         settings |= {"controller": "fixed"} | ({} if drafter.limits.looks_back else {"prompt_lookup_min": 0})
-    (row,), _, _ = SpeculativeModel(target, drafter)._rows(prompt, settings)
+    (row,), _ = SpeculativeModel(target, drafter)._rows(prompt, settings)
     parts, found = ("draft_seconds", "verify_seconds", "rest_seconds"), [Lap(0.0, 0.0, 0.0)]
     for done, _ in enumerate(decode(target, drafter, [row], shape)):
         if done:

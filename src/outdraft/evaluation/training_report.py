@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.settings import tree_shape
+from outdraft.api.resolved_draft import resolve
 from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of
@@ -201,7 +202,7 @@ def training_verdict(
     record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     tokens = min(32, target.context_length // 4)
     prompt = [place % target.vocab_size for place in range(tokens)]
-    shape = tree_shape(drafter, target.device, {}, rows=rows)
+    shape = resolve(DraftSettings(controller="fixed"), drafter, target.device, rows=rows).shape
     ways: dict[str, Way] = {PLAIN: (None, NOTHING), drafter.method: (drafter, shape)}
     laps = timed(target, ways, prompt, end=time.perf_counter() + SECONDS)
     cost = RoundCost.of(laps[PLAIN], laps[drafter.method], shape)

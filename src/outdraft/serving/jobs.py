@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.api.stops import Stops
-from outdraft.api.text import Detokenizer
+from outdraft.api.text import Detokenizer, Stops
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.api.settings import check_prompt, model_settings
-from outdraft.api.text import check_switches, decode_text, encode_chat
+from outdraft.api.prompts import check_prompt, check_switches, encode_chat
+from outdraft.api.settings import model_settings
+from outdraft.api.text import decode_text
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError

@@ -10,17 +10,17 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.settings import LOOKUP_SETTINGS, model_settings, pacer_of, repeats_of, sampling_settings, tree_shape
-from outdraft.control import ControlSettings
+from outdraft.api.resolved_draft import Pacers, ResolvedDraft, resolve
+from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.errors import UserError, first_line
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Drafting, Engine
@@ -38,22 +38,27 @@ BACKSTOP = 5
 """Seconds beyond the engine's own deadline after which connections are cut."""
 
 
-def drafting(model: SpeculativeModel, tree: dict[str, Any], controller: str | ControlSettings | None) -> Drafting:
+def drafting(model: SpeculativeModel, settings: DraftSettings) -> Drafting:
     """How the server drafts.
 
     Raises:
-        UserError: impossible settings of the tree, or no such controller.
+        UserError: impossible settings, or `exact`, which a server cannot keep.
     """
+    if settings.exact:
+        raise UserError("exact=True is not for servers, where rows come and go; leave it out")
     if model.drafter is None:
         return Drafting.none()
-    repeats = repeats_of(model.drafter, tree)
-    tree = {name: value for name, value in tree.items() if name not in LOOKUP_SETTINGS}
-    pacer = pacer_of(controller, tree)
-    shape = partial(tree_shape, model.drafter, model.target.device, tree, controlled=pacer is not None)
-    greedy = cache(lambda rows: shape(rows=rows))
-    greedy(1)  # impossible settings are told now
-    drawn = tree.get("candidates") not in (None, "top-k")
-    return Drafting(model.drafter, greedy, shape(sampling=True) if drawn else None, pacer, repeats)
+    pacers: Pacers = {}
+
+    @cache
+    def resolved(rows: int, sampling: bool = False) -> ResolvedDraft:
+        return resolve(
+            settings, model.drafter, model.target.device, sampling=sampling, rows=rows, served=True, pacers=pacers
+        )
+
+    first = resolved(1)  # impossible settings are told now
+    drawn = resolved(1, sampling=True).shape if first.dice else None
+    return Drafting(model.drafter, lambda rows: resolved(rows).shape, drawn, first.pacer, first.repeats)
 
 
 def threads_of(asked: int | None) -> int:
@@ -80,9 +85,8 @@ class Service:
 
     Args:
         model: with its drafter.
-        settings: the server's.
-        tree: settings of the trees, as `generate` takes them.
-        controller: says how far to draft.
+        settings: of the server.
+        draft: what to draft.
 
     Raises:
         UserError: the model has no tokenizer, or settings that cannot be.
@@ -92,8 +96,7 @@ class Service:
         self,
         model: SpeculativeModel,
         settings: ServeSettings,
-        tree: dict[str, Any] | None = None,
-        controller: str | ControlSettings | None = None,
+        draft: DraftSettings | None = None,
     ):
         if model.tokenizer is None:
             raise UserError("the model folder has no tokenizer, and a server answers with text; add one")
@@ -107,7 +110,7 @@ class Service:
         parser = RequestParser(model.target, copy.deepcopy(model.tokenizer), self.names, settings)
         self.engine = Engine(
             model.target,
-            drafting(model, tree or {}, controller),
+            drafting(model, draft or DraftSettings()),
             settings,
             parser.context_length,
             self.metrics,

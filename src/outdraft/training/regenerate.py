@@ -16,8 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.settings import repeats_of, sampling_settings, tree_shape
+from outdraft.api.resolved_draft import resolve
+from outdraft.api.settings import sampling_settings
 from outdraft.data.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.data.tokenization import TemplateRefuses, require_chat_template
 from outdraft.engine.rows import Row
@@ -131,10 +133,11 @@ def regenerate(
         "filters": filters,
     }
     file = AnswerFile(Path(output_path), settings, resume)
-    asking = Asking(target, max_new_tokens, filters, seed, prefix_tokens, repeats_of(drafter, {}))
     most = rows or (ROWS_CPU if target.device.type == "cpu" else ROWS)
+    fixed = DraftSettings(controller="fixed", coupling="dice")
+    draft = resolve(fixed, drafter, target.device, sampling=max(temperatures) > 0, rows=most)
+    asking = Asking(target, max_new_tokens, filters, seed, prefix_tokens, draft.repeats)
     prompts = _Prompts(found, asking, temperatures, file, most)
-    shape = tree_shape(drafter, target.device, {}, sampling=max(temperatures) > 0, rows=most)
     console = console or Console(stderr=True, highlight=False)
     present, total = len(prompts.names) - len(prompts.missing), len(prompts.missing)
     progress = AnswerProgress(console, total, max_new_tokens, drafter is not None)
@@ -145,7 +148,7 @@ def regenerate(
             with ExitStack() as stack:
                 stack.enter_context(progress)
                 stack.enter_context(file)
-                _answer(Crowd(target, drafter, shape, most), prompts, file, progress)
+                _answer(Crowd(target, drafter, draft.shape, most), prompts, file, progress)
         file.arrange(prompts.names)
     except KeyboardInterrupt:
         there = sum(name in file.present for name in prompts.names)

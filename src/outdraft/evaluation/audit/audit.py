@@ -10,16 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.draft_settings import DraftKeywords, DraftSettings
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.settings import (
-    LOOKUP_SETTINGS,
-    TREE_SETTINGS,
-    model_settings,
-    pacer_of,
-    repeats_of,
-    sampling_settings,
-    tree_shape,
-)
+from outdraft.api.resolved_draft import resolve
+from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import progress
@@ -139,13 +133,9 @@ class _Running:
     def _checked(self) -> SamplingSettings:
         """The sampling settings; whatever is wrong with any setting is said before anything runs."""
         generation = dict(self.settings.generation)
-        tree = {name: generation.pop(name) for name in TREE_SETTINGS if name in generation}
-        lookup = {name: generation.pop(name) for name in LOOKUP_SETTINGS if name in generation}
-        repeats_of(self.drafter, lookup)
-        controlled = pacer_of(generation.pop("controller", None), tree) is not None
-        generation.pop("coupling", None)
+        draft = DraftSettings.taken(generation)
         sampling = sampling_settings(generation, model_settings(self.model.target))
-        tree_shape(self.drafter, self.model.target.device, tree, sampling.temperature > 0, controlled)
+        resolve(draft, self.drafter, self.model.target.device, sampling=sampling.temperature > 0)
         return sampling
 
     def drafted(self, **watching: Any) -> SpeculativeModel:
@@ -166,7 +156,7 @@ class _Running:
     def check_greedy(self) -> None:
         settings = self.settings
         generation = {**settings.greedy_generation, "max_new_tokens": settings.max_new_tokens}
-        plain_generation = _without_tree(generation)
+        plain_generation = _undrafted(generation)
         few = self.prompts[: progress.NOISE_PROMPTS]
         with self.stage(progress.PLAIN, len(self.prompts)) as advance:
             plain, _ = texts(self.plain, self.prompts, plain_generation, advance)
@@ -203,7 +193,7 @@ class _Running:
         self.check_twice("candidates", drafted_generation, progress.TWICE_SAMPLED)
         prompts = self.prompts[: settings.text_prompts]
         with self.stage(progress.PLAIN_SAMPLED, len(prompts)) as advance:
-            plain_settings = replace(settings, generation=_without_tree(settings.generation))
+            plain_settings = replace(settings, generation=_undrafted(settings.generation))
             plain, _ = sampled_texts(self.plain, prompts, plain_settings, settings.seed, advance)
         if not self.noise.positions:
             self.measure_noise([own[0] for own in plain])
@@ -245,10 +235,7 @@ def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], mo
         yield [*prompts[place], *text[: min(offset, max(0, len(text) - 1))]]
 
 
-def _without_tree(generation: dict[str, Any]) -> dict[str, Any]:
-    """The generation settings without those of drafting."""
-    return {
-        name: value
-        for name, value in generation.items()
-        if name not in (*TREE_SETTINGS, *LOOKUP_SETTINGS, "controller")
-    }
+def _undrafted(generation: dict[str, Any]) -> dict[str, Any]:
+    """What plain decoding takes of the settings."""
+    drafting = DraftKeywords.__annotations__.keys() - {"coupling"}
+    return {name: value for name, value in generation.items() if name not in drafting}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,14 @@ class Watch(Drafter):
         prefill_once: bool = False,
     ):
         self.inner, self.listeners, self.chance, self.prefill_once = inner, listeners, chance, prefill_once
-        self.method, self.reads, self.limits = inner.method, inner.reads, inner.limits
         self.newest: Round | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        """The drafter's own, but for what is defined or set here: its limits and defaults pass whole, so that it is
+        asked for exactly the trees that it is asked for without a watch."""
+        if name.startswith("__") or name in Watch.__dict__ or name in object.__getattribute__(self, "__dict__"):
+            return object.__getattribute__(self, name)
+        return getattr(self.inner, name)
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         self.newest = None
@@ -93,16 +100,6 @@ class Watch(Drafter):
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
         assert isinstance(run, _WatchedRun)
         return _WatchedState(self.inner.begin(prompts, run.inner), self, [len(prompt) for prompt in prompts])
-
-    def slots(self, shape: TreeShape) -> int:
-        return self.inner.slots(shape)
-
-    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
-        return self.inner.default_shape(device, sampling)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.inner.num_parameters
 
 
 class _WatchedRun(TargetRun):

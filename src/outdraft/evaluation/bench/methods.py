@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.settings import default_controller
+from outdraft.api.resolved_draft import resolve
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
@@ -89,7 +90,7 @@ def contenders(
             for controller in controllers:
                 called = name + repeats if len(controllers) == 1 else f"{name}{repeats} {controller}"
                 if controller == DEFAULT:
-                    controller = default_controller(drafter, target.device, shape)
+                    controller = resolve(DraftSettings(**shape), drafter, target.device).controller
                 found.append(
                     speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
                 )

@@ -1,0 +1,179 @@
+"""Prompts in whatever they are held, as the token ids that are decoded: texts, conversations, arrays and tensors.
+
+Arrays and tensors are known by what they can do, so that NumPy's, torch's and others' serve alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from outdraft.data.text_file import HALF
+from outdraft.errors import UserError
+from outdraft.target.target import Target
+
+Message = dict[str, str]
+Prompt = str | list[int] | list[Message] | torch.Tensor
+
+
+def encode_prompts(
+    prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
+) -> tuple[list[list[int]], bool]:
+    """One prompt or a list of them to token ids.
+
+    A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
+    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own.
+
+    Returns:
+        The ids, and whether a single prompt was given.
+    """
+    if isinstance(prompts, torch.Tensor):
+        rows = list(prompts) if prompts.dim() == 2 else [prompts]
+        return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
+    if isinstance(prompts, Mapping):  # its keys would pass for prompts
+        raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
+    single = isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
+    )
+    batch = [prompts] if single else list(prompts)
+    if not batch:
+        raise UserError("no prompt given")
+    return [_encode(prompt, tokenizer, switches) for prompt in batch], single
+
+
+def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None) -> list[int]:
+    if isinstance(prompt, torch.Tensor):
+        ids = prompt.reshape(-1).tolist()
+    elif isinstance(prompt, str):
+        ids = list(_needed(tokenizer)(prompt)["input_ids"])
+    elif prompt and isinstance(prompt[0], dict):
+        ids = encode_chat(prompt, _needed(tokenizer), switches)
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise UserError("a prompt is empty; give at least one token (the model's bos token, for instance)")
+    return ids
+
+
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, Any] | None = None
+) -> list[int]:
+    """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
+
+    Args:
+        messages: the conversation.
+        tokenizer: with the template.
+        switches: what the template itself can be told (`chat_template_kwargs`), such as `enable_thinking`.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or refuses the roles; or switches that are not the template's.
+    """
+    switches = check_switches(switches)
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
+    begun = messages[-1].get("role") == "assistant"
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True, **switches
+        )
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    return list(encoded["input_ids"])  # type: ignore
+
+
+def check_switches(switches: Any) -> dict[str, Any]:
+    """What a chat template is told beside the conversation; an empty dictionary for None.
+
+    Raises:
+        UserError: no dictionary, or names that are how a conversation is rendered and not the template's own.
+    """
+    if switches is None:
+        return {}
+    if not isinstance(switches, Mapping) or not all(isinstance(name, str) for name in switches):
+        raise UserError(f"chat_template_kwargs must map the chat template's own names to values, not {switches!r}")
+    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+    for name in switches:
+        if name in taken:
+            raise UserError(f"chat_template_kwargs cannot set '{name}', which is no switch of the template's own")
+    return dict(switches)
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise UserError("the model folder has no tokenizer; give token ids, or a tokenizer with tokenizer=")
+    return tokenizer
+
+
+def check_prompt(ids: Sequence[int], target: Target) -> None:
+    """Raise UserError for a prompt that the model cannot continue."""
+    if len(ids) >= target.context_length:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model's context is {target.context_length}; shorten the prompt"
+        )
+    if max(ids) >= target.vocab_size or min(ids) < 0:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise UserError(f"the prompt holds token {wrong}, the vocabulary ends at {target.vocab_size - 1}")
+
+
+def plain_prompts(prompts: Any) -> Any:
+    """Prompts as `encode_prompts` takes them: a text, a conversation, token ids, or a list of any of these.
+
+    An array or tensor of one dimension is a prompt's token ids, one of two is a batch.
+
+    Raises:
+        UserError: token ids that are no whole numbers, too many dimensions, or a text that is none.
+    """
+    if hasattr(prompts, "tolist"):
+        if (count := _dimensions(prompts)) not in (1, 2):
+            raise UserError(f"an array of {count} dimensions is no prompt; give `(tokens,)` or `(rows, tokens)` ids")
+        prompts = prompts.tolist()
+    if isinstance(prompts, str | Mapping):
+        return _checked(prompts)
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"a prompt is a text, messages or token ids, not a {type(prompts).__name__}")
+    return [_entry(one) for one in prompts]
+
+
+def whole_numbers(value: Any) -> list[Any]:
+    """One number or several, of any kind, as a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def _entry(one: Any) -> Any:
+    """Of a list of prompts, or of one prompt: a text, a message, a token, or a list of either."""
+    if isinstance(one, str | Mapping):
+        return _checked(one)
+    if _dimensions(one) == 2:
+        if len(one) != 1:
+            raise UserError(f"a prompt in a list of prompts has {len(one)} rows of its own; give each row by itself")
+        one = one[0]
+    if not isinstance(one, Iterable) or _dimensions(one) == 0:
+        return _whole(one)
+    rest = one.tolist() if hasattr(one, "tolist") else one
+    return [_checked(part) if isinstance(part, str | Mapping) else _whole(part) for part in rest]
+
+
+def _dimensions(value: Any) -> int | None:
+    """Of an array or tensor; None of anything else."""
+    return len(value.shape) if hasattr(value, "shape") else None
+
+
+def _whole(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise UserError(f"token ids are whole numbers, not {type(token).__name__} {token!r}") from None
+
+
+def _checked(said: Any) -> Any:
+    """A text, or a message's, if it is one."""
+    text = said.get("content") if isinstance(said, Mapping) else said
+    if isinstance(text, str) and (half := HALF.search(text)) is not None:
+        raise UserError(f"a prompt holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no text; take it out")
+    return said
