@@ -216,6 +216,17 @@ def methods() -> dict[str, Method]:
     return {**_installed(), **_registered}
 
 
+def method_called(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in (known := methods()):
+        raise UserError(f"unknown method '{name}'; choose one of {', '.join((*known, NONE))}")
+    return known[name]
+
+
 def names() -> tuple[str, ...]:
     """What `--method` takes."""
     return (*methods(), NONE)
