@@ -190,7 +190,7 @@ class DrafterConfig(BaseModel):
                     f'"{name}" is a setting of {" and ".join(readers(name))}, not of {self.method}; leave it out'
                 )
         method = method_called(self.method)
-        if self.preset == "paper" and not method.published:
+        if self.preset == "paper" and not method.paper_preset:
             raise UserError(
                 f"preset paper is FSPAD's published recipe; choose tiny, small, base or auto for {self.method}"
             )

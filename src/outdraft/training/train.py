@@ -121,7 +121,7 @@ def train(
         ready = at_exit(ready, _exit_choice(target, ready, resume, console))
         config = ready.config
     drafter = new_drafter(target, config)
-    method_called(config.method).see(drafter, ready.examples)
+    method_called(config.method).adapt(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
     checkpoint = _claim_folder(target, ready, resume, args, console, begun_with or {})
     store = feature_store(target, ready, objective)
