@@ -7,7 +7,7 @@ running:
     OMP_NUM_THREADS=2 python benchmarks/ablation.py --output-dir study --train-only
     OMP_NUM_THREADS=2 python benchmarks/ablation.py --output-dir study
 
-Writes `study.json`, `study.md` and `study.html` there. `docs/ablation.md` says how to read them.
+Writes `study.json`, `study.md` and `study.html` there. `docs/measurements/ablation.md` says how to read them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rich.console import Console
 from studies import SETTINGS, shown, spread, write
 
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
 from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
 from outdraft.output import plain
 from outdraft.target.target import Target

@@ -28,7 +28,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.text import encode_prompts
 from outdraft.core.tree import Tree
-from outdraft.evaluation.contenders import WITH_LOOKUP
+from outdraft.evaluation.bench.methods import WITH_LOOKUP
 from outdraft.reference import load_prompts
 from outdraft.target.backends import BACKENDS, CompiledForward
 from outdraft.target.runner import TargetRun

@@ -29,7 +29,7 @@ PARTS = {
     "attention": ["Attention.forward", "DraftStep._attend"],
     "head": ["Target.head", "BoundExit.head", "FeatureDrafter.logits"],
     "masks": ["RunAhead.place", "attention_mask", "Target.inputs", "Sight.level", "DraftStep.angles"],
-    "layers": ["Cut.lower", "BoundExit.features", "Shortcut.__call__"],
+    "layers": ["Reader.lower", "BoundExit.features", "EarlyExitState._features"],
 }
 """Where each part is computed, in any version of the sources; the rest of a level is the MLP, norms and Python."""
 
@@ -201,7 +201,9 @@ class Bench:
     def repeat(self, repetitions: int) -> dict[str, Any]:
         import torch
 
-        from outdraft.core.sampling import Dice, SamplingSettings, Warper
+        from outdraft.core.dice import Dice
+        from outdraft.core.sampling import Warper
+        from outdraft.core.sampling_settings import SamplingSettings
         from outdraft.core.shape import TreeShape
         from outdraft.core.tree import Tree
         from outdraft.drafting.base import RowContext, Update

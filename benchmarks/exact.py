@@ -12,7 +12,7 @@ from statistics import median
 
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.measure import PLAIN, compare, speculative
+from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.reference import load_prompts
 from outdraft.target.exact.target import exactly

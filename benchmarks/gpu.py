@@ -132,7 +132,7 @@ class Benchmark:
 
     def _round(self, own: SpeculativeModel, name: str, rows: int, settings: dict[str, Any]) -> None:
         prompts = [[(7 * i + row) % 500 for i in range(256)] for row in range(rows)]
-        if own.drafter is not None and not own.drafter.looks_back:
+        if own.drafter is not None and not own.drafter.limits.looks_back:
             settings = {**settings, "prompt_lookup_min": 0}  # the drafter's own rounds, no repetitions
         for tokens in (6, 24):  # the first records and compiles
             out = own.generate(prompts, max_new_tokens=tokens, eos_token_id=NEVER, **settings)

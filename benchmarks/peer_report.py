@@ -6,9 +6,8 @@ import math
 import statistics
 from typing import Any
 
-from outdraft.evaluation.report import law
-from outdraft.evaluation.result import BenchResult, Comparison
-from outdraft.evaluation.summary import Summary, paired
+from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name
+from outdraft.evaluation.bench.summary import Summary, paired
 from outdraft.output import number
 
 LLAMA = "llama.cpp bf16"
@@ -62,7 +61,7 @@ def markdown(result: BenchResult) -> str:
         against = over_llama(one)
         lines += [
             "",
-            f"## {law(one.temperature)}",
+            f"## {temperature_name(one.temperature)}",
             "",
             f"| | tau | tokens/s | after the first | first token, ms | over plain | over {LLAMA} | answers as plain |",
             "|---|---|---|---|---|---|---|---|",

@@ -39,10 +39,10 @@ from safetensors.torch import save_file
 
 from outdraft.console.app import quiet_libraries
 from outdraft.errors import UserError
-from outdraft.evaluation.bench import run_bench
-from outdraft.evaluation.bench_settings import BenchSettings
-from outdraft.evaluation.measure import Answer, Contender
-from outdraft.evaluation.peers import counted
+from outdraft.evaluation.bench.baselines import counted
+from outdraft.evaluation.bench.bench import run_bench
+from outdraft.evaluation.bench.measure import Answer, Contender
+from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.output import plain, remarks
 from outdraft.target.target import Target
 

@@ -9,7 +9,7 @@ is counted does not depend on the machine:
     OMP_NUM_THREADS=2 python benchmarks/recipes.py --output-dir study
     OMP_NUM_THREADS=2 python benchmarks/recipes.py --output-dir study --speed        # with nothing else running
 
-Writes `study.json`, `study.md` and `study.html` there. `docs/recipes.md` says how to read them.
+Writes `study.json`, `study.md` and `study.html` there. `docs/measurements/recipes.md` says how to read them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from studies import SETTINGS, shown, spread, write
 
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.errors import UserError
+from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
 from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN, compare, speculative
 from outdraft.evaluation.prompts import encode
 from outdraft.output import number, plain
 from outdraft.target.target import Target

@@ -31,15 +31,19 @@ import outdraft.engine.round as decoding
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.settings import tree_shape
 from outdraft.api.text import encode_prompts
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.masks import Sight
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model
 from outdraft.methods.eesd import drafter as early_exit
+from outdraft.methods.eesd.network import BoundExit
 from outdraft.methods.fspad import drafter as feature_drafting
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter
@@ -50,9 +54,9 @@ from outdraft.methods.registry import without_model
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.target.backends import accelerate
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import CutRun, TargetRun
+from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, ExitView, Shortcut, Tapped
+from outdraft.target.views import Reader
 
 ARITHMETIC = ("target layers", "target head", "draft network", "draft head")
 """What the models compute."""
@@ -131,11 +135,11 @@ class Spans:
             (Target, "inputs", "masks"),
             (Target, "head", self.head),
             (Target, "embed", "draft network"),
-            (Cut, "lower", self.layers),
-            (Cut, "upper", self.layers),
-            (Tapped, "__call__", self.layers),
-            (ExitView, "__call__", "draft network"),
-            (Shortcut, "__call__", "draft network"),
+            (Reader, "lower", self.layers),
+            (Reader, "upper", self.layers),
+            (Reader, "__call__", self.layers),
+            (BoundExit, "features", "draft network"),
+            (early_exit.EarlyExitState, "_features", "draft network"),
             (DraftStep, "__call__", "draft network"),
             (FeatureDrafter, "logits", "draft head"),
             (medusa.Medusa, "logits", "draft network"),
@@ -145,7 +149,6 @@ class Spans:
             (SlotCache, "commit", "commit"),
             (decoding.Batch, "_commit", "commit"),
             (growth.RunAhead, "place", "masks"),
-            (CutRun, "tree", "masks"),
             (TargetRun, "tree", "masks"),
             (decoding, "verify", "verification"),
             (prompt_lookup.Text, "match", "trees"),

@@ -9,8 +9,8 @@ Run it with nothing else running; all of it, or curve by curve into the same fol
 Every point is a turn-by-turn comparison with plain decoding on the same target and backend; a finished point is kept in
 `points.json` and read back, so the command can be killed and repeated. The curve `shape` has targets and drafters of
 random weights: their times are real and their taus mean nothing, so it says what tau a tree needs to break even and
-what stated taus would gain. Writes `scale.json`, `scale.md` and `scale.html`; `docs/scale.md` says how to read them,
-and `--write-docs docs/scale.md` fills it in. Knows what is measured; models are made in `scale_models.py`, figures
+what stated taus would gain. Writes `scale.json`, `scale.md` and `scale.html`; `docs/measurements/scale.md` says how to
+read them, and `--write-docs` fills it in. Knows what is measured; models are made in `scale_models.py`, figures
 shown in `scale_report.py`.
 """
 
@@ -37,8 +37,8 @@ from outdraft.api.loading import resolve_device
 from outdraft.api.settings import tree_shape
 from outdraft.core.shape import TreeShape
 from outdraft.errors import UserError
+from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.environment import environment
-from outdraft.evaluation.measure import PLAIN
 from outdraft.output import plain
 from outdraft.target.named import REFERENCE
 
@@ -216,7 +216,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--backend")
-    parser.add_argument("--write-docs", type=Path, help="a page to fill in, docs/scale.md, and the plot beside it")
+    parser.add_argument("--write-docs", type=Path, help="page to fill in (docs/measurements/scale.md), plot beside it")
     given = parser.parse_args()
     given.shapes = given.shapes or SHAPES.get(resolve_device(given.device).type, SHAPES["cpu"])
     given.curves, given.shapes = given.curves.split(","), given.shapes.split(",")

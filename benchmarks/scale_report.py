@@ -18,7 +18,7 @@ import studies
 from rich.console import Console
 
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import PLAIN
+from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.output import number, plain
 
 Point = dict[str, Any]

@@ -23,9 +23,9 @@ from rich.console import Console
 from outdraft.console.app import quiet_libraries
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import Contender, Run
+from outdraft.evaluation.bench.measure import Contender, Run
+from outdraft.evaluation.bench.summary import summarise
 from outdraft.evaluation.prompts import Prompt, read_prompts
-from outdraft.evaluation.summary import summarise
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.output import number, plain, remarks
 from outdraft.reference import load_prompts

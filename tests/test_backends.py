@@ -33,9 +33,9 @@ from outdraft.target.backends import (
 )
 from outdraft.target.backends import opaque_attention as outside
 from outdraft.target.backends.tree_attention import has_triton
-from outdraft.target.runner import Output, TappedRun, TargetRun
+from outdraft.target.runner import Output, TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Tapped
+from outdraft.target.views import Reads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -304,7 +304,7 @@ def test_taps_run_compiled() -> None:
     seen = []
     for backend in ("compiled", "eager"):
         target = Target(model, backend=backend)
-        run = TappedRun(target, Tapped(target.model, [1, 3]), target.new_cache(1, 8))
+        run = TargetRun(target, target.new_cache(1, 8), Reads(layers=(1, 3)))
         with torch.inference_mode():
             run.prefill([torch.tensor([1, 2, 3])])
             seen.append(run.tree(Tree(torch.tensor([[4, 5]]), torch.tensor([[-1, 0]]), [2])).taps)

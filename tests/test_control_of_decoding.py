@@ -14,12 +14,14 @@ from enumeration import ScriptedChance, distance, law_of
 from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.target.target import Target
 from test_losslessness import (
     DRAFTERS,

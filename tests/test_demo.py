@@ -17,9 +17,9 @@ from outdraft.cli import app
 from outdraft.console import demo_run as demo
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.evaluation.measure import Answer, Contender, compare
-from outdraft.evaluation.report import closing
-from outdraft.evaluation.summary import Summary
+from outdraft.evaluation.bench.measure import Answer, Contender, compare
+from outdraft.evaluation.bench.result import closing
+from outdraft.evaluation.bench.summary import Summary
 from outdraft.target import named
 
 SHORT = ("--prompts", 2, "--max-new-tokens", 6, "--dtype", "float32")

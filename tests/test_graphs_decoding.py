@@ -18,7 +18,9 @@ from drafters.test_exit_folder import saved as saved_exit
 from enumeration import ScriptedChance, distance, law_of
 from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter, RowContext, Update
 from outdraft.engine.continuous import Decoder

@@ -12,11 +12,14 @@ import torch
 
 from models import perturbed, tiny
 from outdraft.control import Controller, Costs
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row, compacted, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row, compacted
 from outdraft.target.cache import SlotCache
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS
@@ -69,7 +72,7 @@ def test_a_row_that_joins_late_says_what_it_says_alone(name: str | None, kind: s
     target, drafter = pair(name, dtype)
     mixed = [SETTINGS["greedy"], SETTINGS["sampling"], SETTINGS["sampling"], SETTINGS["greedy"], SETTINGS["sampling"]]
     settings = mixed if kind == "mixed" else [SETTINGS[kind]] * len(PROMPTS)
-    sampled = kind != "greedy" and drafter is not None and drafter.has_law
+    sampled = kind != "greedy" and drafter is not None and drafter.limits.probs
     shape = TreeShape(2, 2, 6) if not sampled else TreeShape(2, 2, 7, candidates="sampled")
     rows = rows_of(target, settings)
     expected = alone(target, drafter, rows, shape)

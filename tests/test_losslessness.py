@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 import outdraft.target.runner as run_module
 from enumeration import Law, ScriptedChance, distance, law_of, sequence_law
 from models import CONTEXT, FAMILIES, VOCAB, perturbed, tiny
-from outdraft.core.sampling import Chance, Dice, SamplingSettings, Warper
+from outdraft.core.dice import Chance, Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree
 from outdraft.drafting import intake
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.expand import grow_dynamic
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eagle3.drafter import Eagle3Drafter

@@ -12,18 +12,20 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import outdraft.engine.round as decoding
+import outdraft.engine.drafts as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
 from outdraft.control.by_machine import Choice
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from test_control_of_decoding import CHEAP, controlled
@@ -233,7 +235,7 @@ def test_a_repetition_under_the_drafters_law_is_found_out(monkeypatch):
 class Peeking(Drafter):
     """A wrong rule: it repeats only where what it has just drawn looks bad."""
 
-    method, stepwise = "peeking", True
+    method = "peeking"
 
     def __init__(self, inner: Drafter, least: float):
         self.inner, self.least = inner, least

@@ -24,7 +24,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.ngrams import Text
 from outdraft.drafting.repeats import Repeats, spliced
-from outdraft.engine.history import Prefix
+from outdraft.engine.rows import History
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.serving.server import drafting
@@ -90,13 +90,13 @@ def test_candidates_follow_what_was_found_and_are_no_more_than_asked_for(tokens,
     n, end = latest(tokens, least, least)
     assert len(found) == (min(limit, most, 2 * Text(tokens, 1, 1).alike(end, most)) if n else 0)
     assert found[:1] == (tokens[end : end + 1] if n else [])[: min(1, limit)]
-    prefix = Prefix(tokens[:5], 30, torch.device("cpu"), repeats)
+    prefix = History(tokens[:5], 30, torch.device("cpu"), repeats)
     prefix.append(tokens[5:])
     assert prefix.repeated(limit) == found and prefix.tokens.tolist() == tokens
 
 
 def test_a_prefix_without_repetitions_has_none():
-    assert Prefix([1, 1, 1, 1, 1], 4, torch.device("cpu")).repeated(4) == []
+    assert History([1, 1, 1, 1, 1], 4, torch.device("cpu")).repeated(4) == []
 
 
 # --- beside drafted trees --------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import VOCAB, tiny
-from outdraft.core.sampling import Dice, SamplingSettings, Thrown, Warper, at_shares, at_shares_by_blocks, draw_each
+from outdraft.core.dice import Dice, Thrown, at_shares, at_shares_by_blocks, draw_each
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 
 PROMPT = [4, 9, 9, 2, 17]

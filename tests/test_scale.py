@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def root(scale: ModuleType, folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything measured once."""
     root = tmp_path_factory.mktemp("scale")
-    shutil.copy(ROOT / "docs" / "scale.md", root / "page.md")
+    shutil.copy(ROOT / "docs" / "measurements" / "scale.md", root / "page.md")
     write_chats(root / "prompts.jsonl", 3, seed=1)
     run(scale, folders, root, "--write-docs", str(root / "page.md"))
     return root
@@ -92,7 +92,7 @@ def test_what_random_weights_would_gain_is_arithmetic_on_stated_taus(scale: Modu
 
 
 def test_the_page_is_filled_in_and_keeps_its_words(root: Path) -> None:
-    page, frame = (root / "page.md").read_text(), (ROOT / "docs" / "scale.md").read_text()
+    page, frame = (root / "page.md").read_text(), (ROOT / "docs" / "measurements" / "scale.md").read_text()
     assert "Not measured yet" not in page
     for curve in CURVES:
         between = page.partition(f"<!-- {curve} -->\n")[2].partition(f"<!-- end of {curve} -->")[0]

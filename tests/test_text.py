@@ -15,7 +15,7 @@ from outdraft.api.generation import Piece
 from outdraft.api.stops import stops_at
 from outdraft.api.text import Detokenizer, answer_text, bytes_of
 from outdraft.console.streaming import stream
-from outdraft.serving.answer_text import AnswerText
+from outdraft.serving.jobs import AnswerText
 from tokenizers_of_all_types import ALL, END
 
 TEXTS = st.text(

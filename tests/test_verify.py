@@ -20,7 +20,9 @@ from torch import Tensor
 
 import outdraft.core.verify as rule
 from enumeration import Law, ScriptedChance, all_runs, distance, sequence_law
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import verify

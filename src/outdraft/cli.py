@@ -1,6 +1,6 @@
-"""The command line: the verbs, each from the file of its name in `console/`, and what stands before any verb.
+"""The command line: the verbs, each from the file of its name in `console/`, and the options before a verb.
 
-Knows no verb's flags; how mistakes are reported is in `console/app.py`. What a verb calls is imported when it runs.
+What a verb calls is imported when it runs; `console/app.py` reports mistakes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outdraft.console.train import train
 from outdraft.console.verify import verify
 
 VERBS = (demo, generate, chat, advise, train, regenerate, info, bench, verify, serve, export)
-"""In the order of the help."""
+"""The verbs in the order of the help."""
 
 app = typer.Typer(
     name="outdraft",
@@ -48,7 +48,7 @@ def entry(
     debug: Annotated[bool, typer.Option("--debug", envvar="OUTDRAFT_DEBUG", help="Show tracebacks.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Without a verb: the help."""
+    """Without a verb, print the help."""
     if version:
         from outdraft import __version__
 

@@ -23,9 +23,15 @@ from outdraft.data.records import json_lines
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
-from outdraft.evaluation.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.evaluation.prompts import read_prompts
-from outdraft.evaluation.training_verdict import TrainingVerdict, training_verdict
+from outdraft.evaluation.training_report import (
+    HELD_OUT,
+    TrainingVerdict,
+    beginnings,
+    hold_out,
+    tau_meter,
+    training_verdict,
+)
 from outdraft.losses.features import reader_of
 from outdraft.losses.target_like import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub

@@ -1,4 +1,4 @@
-"""Where results and remarks go, and how accepted draft tokens look. Knows nothing of what is printed."""
+"""Output for users: consoles for results and remarks, JSON, files, figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,13 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout; what is not a number is null."""
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all; several processes may do this at once."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import Chance, Dice, Warper
+from outdraft.core.dice import Chance, Dice
+from outdraft.core.sampling import Warper
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict, acceptance
@@ -89,7 +90,7 @@ class Wrong(Drafter):
     """A drafter whose proposals are tampered with."""
 
     def __init__(self, inner: Drafter):
-        self.inner, self.method, self.has_law = inner, inner.method, inner.has_law
+        self.inner, self.method, self.limits = inner, inner.method, inner.limits
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
         return self.inner.start(target, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -126,6 +127,22 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert result.exit_code == 2, result.output
     assert len(result.stderr.splitlines()) == 1 and named in result.stderr
     assert result.stdout == ""
+
+
+@pytest.fixture
+def without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+
+
+@pytest.mark.usefixtures("without_scipy")
+def test_only_tests_of_sampled_texts_need_scipy(folders: Folders, prompts: Path) -> None:
+    sampled = verify(folders, prompts, "--temperature", 1)
+    assert sampled.exit_code == 2 and sampled.stdout == ""
+    (said,) = sampled.stderr.splitlines()
+    assert "pip install 'outdraft[verify]'" in said
+    assert verify(folders, prompts, "--limit", 2).exit_code == 0
 
 
 # --- how long it takes, a quick look, and the end by Ctrl-C -----------------------------------------------------------

@@ -15,7 +15,7 @@ from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
-from outdraft.drafting.base import Drafter
+from outdraft.drafting.base import Drafter, Limits
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 
@@ -82,7 +82,7 @@ def test_on_a_cpu_chains_are_drafted_greedily_unless_a_tree_is_asked_for():
     assert tree_shape(Plain(), gpu, {}, rows=500) == TreeShape.chain(1)
     assert tree_shape(Plain(), gpu, {}, sampling=True, rows=8) == tree_shape(Plain(), gpu, {}, sampling=True)
     level_by_level, at_once = Plain(), Plain()
-    at_once.stepwise = False
+    at_once.limits = Limits(stepwise=False)
     assert tree_shape(at_once, CPU, {}) == CPU_TREE != tree_shape(level_by_level, CPU, {})
     assert tree_shape(PromptLookup(), CPU, {}, rows=16) == PromptLookup().default_shape(CPU)
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from models import tiny
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.methods import registry
 from outdraft.target.target import Target
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import test_losslessness as whole
 from models import tiny
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.data.tokenization import Example, ExampleSet

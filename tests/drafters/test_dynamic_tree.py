@@ -12,7 +12,9 @@ from test_feature_head_equations import SWITCHES, torch_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft import UserError
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting import intake

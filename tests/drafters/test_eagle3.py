@@ -20,7 +20,8 @@ from models import tiny
 from outdraft import UserError, load
 from outdraft.api.loading import load_drafter_for
 from outdraft.console.facts import describe
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.methods.checkpoint import method_of
 from outdraft.methods.eagle3.drafter import Eagle3Drafter, rotary_frequencies

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from models import FAMILIES, FURTHER, tiny
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Update
 from outdraft.engine.round import decode
@@ -20,10 +22,15 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
 from outdraft.target.backends import accelerate
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, ExitView, Shortcut, layers_of
+from outdraft.target.views import Reader, Reads, exit_view, layers_of, shortcut_view
 from test_losslessness import exit_drafter, rows_of
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+
+
+def split_after(model: PreTrainedModel, layers: int) -> Reader:
+    """The model in two parts, of which the first one's output is read."""
+    return Reader(model, Reads(features=False, layers=(layers,), split=layers))
 
 
 @pytest.mark.parametrize("family", FAMILIES | FURTHER)
@@ -33,10 +40,10 @@ def test_a_model_cut_in_two_gives_the_same_bits(family: str) -> None:
     expected = model.base_model(input_ids=IDS, use_cache=False)
     total = len(layers_of(model))
     for layers in range(1, total):
-        hidden, features = Cut(model, layers).both(input_ids=IDS, use_cache=False)
+        features, hidden = split_after(model, layers)(input_ids=IDS, use_cache=False)
         assert torch.equal(features, expected.last_hidden_state)
-    exit_of_itself = ExitView(model, copy.deepcopy(layers_of(model)[-1]))
-    assert torch.equal(exit_of_itself(hidden, use_cache=False), expected.last_hidden_state)
+    exit_of_itself = exit_view(model, copy.deepcopy(layers_of(model)[-1]))
+    assert torch.equal(exit_of_itself(hidden, use_cache=False)[0], expected.last_hidden_state)
 
 
 @pytest.mark.parametrize("family", FAMILIES | FURTHER)
@@ -47,7 +54,7 @@ def test_an_exit_layer_begins_as_the_target_s_last_layer(family: str) -> None:
     target = Target(model)
     last = len(layers_of(model)) - 1
     exit_layer = ExitLayer.beginning(model, ExitLayerConfig(last, own_head=True)).eval()
-    hidden, features = Cut(model, last).both(input_ids=IDS, use_cache=False)
+    features, hidden = split_after(model, last)(input_ids=IDS, use_cache=False)
     bound = exit_layer.bind(target)
     assert torch.equal(bound.features(hidden, use_cache=False), features)
     assert torch.allclose(bound.head(features), target.head(features), atol=1e-5)
@@ -62,16 +69,16 @@ def test_first_layers_and_exit_layer_at_once_are_one_after_the_other(family: str
         for weight in layer.parameters():
             weight.mul_(1.1)
     for layers in range(1, len(layers_of(model))):
-        hidden = Cut(model, layers).lower(input_ids=IDS, use_cache=False)
-        features = ExitView(model, layer)(hidden, use_cache=False)
-        at_once = Shortcut(model, layers, layer)(input_ids=IDS, use_cache=False)
-        assert torch.equal(at_once[0], hidden) and torch.equal(at_once[1], features)
+        hidden = split_after(model, layers).lower(input_ids=IDS, use_cache=False)
+        features = exit_view(model, layer)(hidden, use_cache=False)[0]
+        at_once = shortcut_view(model, layers, layer)(input_ids=IDS, use_cache=False)
+        assert torch.equal(at_once[0], features) and torch.equal(at_once[1], hidden)
 
 
 @pytest.mark.parametrize("layers", [0, 2, 5])
 def test_an_exit_where_there_is_none_is_refused_in_one_line(layers: int) -> None:
     model = tiny("llama-gqa")
-    for make in (lambda: Cut(model, layers), lambda: empty(model, ExitLayerConfig(layers))):
+    for make in (lambda: split_after(model, layers), lambda: empty(model, ExitLayerConfig(layers))):
         with pytest.raises(UserError, match=f"between 1 and 1 for this model, not {layers}"):
             make()
 
@@ -100,7 +107,8 @@ def test_no_weight_of_the_target_is_held_twice(family: str, backend: str, own_he
     exit_layer = ExitLayer.beginning(model, ExitLayerConfig(1, own_head))
     own = sum(1 for _ in exit_layer.parameters())
     drafter = EarlyExit(accelerate(exit_layer.eval(), backend), target)
-    views = [drafter.cut._lower, drafter.cut._upper, drafter.exit._view._inner]
+    reader = target.reader(drafter.reads)
+    views = [reader._first._inner, reader._last._inner, drafter.exit._view._inner]
     borrowed = storages(*views) & original
     added = (storages(*views) | storages(drafter.exit_layer)) - original
     assert len(borrowed) > 10
@@ -232,7 +240,8 @@ def test_a_level_is_one_forward_and_so_is_a_round_s_first_where_all_was_expanded
 
         return call
 
-    drafter.cut.lower = counting("lower", drafter.cut.lower)  # type: ignore[method-assign]
+    reader = target.reader(drafter.reads)
+    reader.lower = counting("lower", reader.lower)  # type: ignore[method-assign]
     drafter.exit.features = counting("exit", drafter.exit.features)  # type: ignore[method-assign]
     drafter.shortcut = counting("at once", drafter.shortcut)  # type: ignore[assignment]
     rows = rows_of(target, [[5, 9, 9, 3, 5, 9]], SamplingSettings(), 20, [Dice(0)])

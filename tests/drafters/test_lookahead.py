@@ -18,7 +18,8 @@ from enumeration import ScriptedChance, distance, law_of
 from models import tiny
 from outdraft.api.loading import load_drafter_for
 from outdraft.control import CONTROLLERS
-from outdraft.core.sampling import Dice, SamplingSettings
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError

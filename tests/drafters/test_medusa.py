@@ -15,10 +15,12 @@ from models import tiny
 from outdraft.api.loading import load_drafter_for
 from outdraft.console.facts import describe
 from outdraft.control import CONTROLLERS
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import RowContext, Update
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.fspad.folder import load_drafter

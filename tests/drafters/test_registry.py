@@ -22,7 +22,7 @@ from outdraft.cli import app
 from outdraft.console.facts import describe
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.errors import UserError
 from outdraft.export.export import export_drafter
 from outdraft.methods import registry
@@ -135,7 +135,7 @@ class Last(Drafter):
     """Guesses that the last token comes again."""
 
     method = "last-again"
-    has_law = False
+    limits = Limits(probs=False)
 
     def begin(self, prompts: Any, run: Any) -> LastState:
         return LastState()

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from enumeration import ScriptedChance, distance, law_of, sequence_law
 from models import perturbed, tiny
 from outdraft.api.generation import SpeculativeModel
-from outdraft.core.sampling import SamplingSettings, Warper
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.shared_vocabulary import SharedVocabulary
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.target import Target

@@ -13,11 +13,10 @@ from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation import advising
-from outdraft.evaluation.advice import Advice, AdviceSettings, Kind, next_steps
-from outdraft.evaluation.advice_screen import trained
-from outdraft.evaluation.bench import Comparison
+from outdraft.evaluation.advice import Advice, AdviceSettings, Kind, next_steps, trained
+from outdraft.evaluation.bench.bench import Comparison
+from outdraft.evaluation.bench.summary import Summary
 from outdraft.evaluation.rounds import RoundCost
-from outdraft.evaluation.summary import Summary
 
 NAN = float("nan")
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from cli_fixtures import Folders
 from outdraft.cli import app
-from outdraft.evaluation import peers
-from outdraft.evaluation.questions import SPEC_BENCH
+from outdraft.evaluation.bench import baselines
+from outdraft.evaluation.bench.questions import SPEC_BENCH
 from outdraft.target.backends import PackedLinear
 
 
@@ -47,7 +47,9 @@ def test_the_json_has_all_figures_of_all_questions_and_of_every_group(folders: F
 
 def test_peers_run_on_stock_modules_unless_asked_otherwise(folders: Folders, tmp_path: Path, monkeypatch: Any) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(peers, "_config_kept", lambda model, kept=peers._config_kept: ran.append(model) or kept(model))
+    monkeypatch.setattr(
+        baselines, "_config_kept", lambda model, kept=baselines._config_kept: ran.append(model) or kept(model)
+    )
     for flags, packed in (((), 0), (("--peers-backend", "same"), 1)):
         ran.clear()
         given = ("--limit", 1, "--peers", "generate", "--backend", "packed", "--json", *flags)

@@ -16,10 +16,11 @@ from bench_data import benchmark, question_file
 from browsers import browser
 from cli_fixtures import Folders
 from outdraft.errors import UserError
-from outdraft.evaluation import page
-from outdraft.evaluation.page_style import SLOTS
-from outdraft.evaluation.report import closing
-from outdraft.evaluation.result import BenchResult
+from outdraft.evaluation.audit.findings import Audit, Finding
+from outdraft.evaluation.audit.stock import Noise
+from outdraft.evaluation.bench.result import BenchResult, closing
+from outdraft.evaluation.report import pages
+from outdraft.evaluation.report.pages import SLOTS
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,22 @@ def test_the_page_holds_everything_and_loads_nothing(written: tuple[Path, BenchR
         "Temperature 1",
     ):
         assert said in seen.text, said
-    assert not path.with_name("report.html.partial").exists()
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_what_models_and_users_say_is_text_and_no_markup() -> None:
+    audit = Audit(
+        {"model": "<b>model</b>", "method": "fspad", "generation": {}},
+        {"dtype": "float32", "backend": "<eager>"},
+        [Finding("tokens", "Is 1 < 2?", True, "<script>x</script>", figures={"histogram": [1, 2]}, lines=["<li>"])],
+        *(Noise(), 0.001, 1.0),
+    )
+    source = pages.audit_page(audit)
+    assert "<b>" not in source and "<script" not in source and "<eager>" not in source
+    seen = Elements()
+    seen.feed(source)
+    for said in ("Losslessness of <b>model</b>", "Is 1 < 2?", "<script>x</script>", "level if those were drawn from"):
+        assert said in seen.text, said
 
 
 def test_without_plotly_one_line_names_the_fix(
@@ -109,11 +125,11 @@ def test_without_plotly_one_line_names_the_fix(
 
 def test_reports_that_cannot_be_written_are_refused_before_measuring(folders: Folders, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
-    page.check(tmp_path / "absent" / "r.html")
+    pages.check_bench_page(tmp_path / "absent" / "r.html")
     assert list((tmp_path / "absent").iterdir()) == [], "the folder is made, and nothing is left in it"
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        page.check(tmp_path / "file" / "r.html")
+        pages.check_bench_page(tmp_path / "file" / "r.html")
     with pytest.raises(UserError, match="is a folder"):
         benchmark(folders, question_file(tmp_path), report=tmp_path)
 

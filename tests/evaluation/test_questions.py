@@ -12,8 +12,16 @@ from bench_data import QUESTIONS, question_file
 
 from cli_fixtures import write_lines
 from outdraft.errors import UserError
-from outdraft.evaluation.dialogue import Dialogue, answer_text, dialogues
-from outdraft.evaluation.questions import MT_BENCH, MULTI_TURN, SPEC_BENCH, Question, read_questions
+from outdraft.evaluation.bench.questions import (
+    MT_BENCH,
+    MULTI_TURN,
+    SPEC_BENCH,
+    Dialogue,
+    Question,
+    answer_text,
+    dialogues,
+    read_questions,
+)
 from training.tiny import tiny_target
 
 

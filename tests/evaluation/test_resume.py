@@ -12,10 +12,10 @@ from bench_data import benchmark, lines_of, question_file
 from cli_fixtures import Folders
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.evaluation import bench
-from outdraft.evaluation.measure import Answer, Contender, compare
-from outdraft.evaluation.result import BenchResult
-from outdraft.evaluation.store import Store
+from outdraft.evaluation.bench import bench
+from outdraft.evaluation.bench.measure import Answer, Contender, compare
+from outdraft.evaluation.bench.result import BenchResult
+from outdraft.evaluation.bench.store import Store
 
 
 def texts(result: BenchResult) -> dict[str, list[list[list[int]]]]:

@@ -16,10 +16,10 @@ from cli_fixtures import Folders
 from outdraft.cli import app
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
-from outdraft.evaluation import spec_bench
-from outdraft.evaluation.measure import PLAIN, Answer
-from outdraft.evaluation.questions import SPEC_BENCH
-from outdraft.evaluation.reread import ALL, baseline_of, reread
+from outdraft.evaluation.bench import spec_bench
+from outdraft.evaluation.bench.measure import PLAIN, Answer
+from outdraft.evaluation.bench.questions import SPEC_BENCH
+from outdraft.evaluation.bench.spec_bench import ALL, baseline_of, reread
 
 MT = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 

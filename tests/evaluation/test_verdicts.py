@@ -13,10 +13,10 @@ from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
 from outdraft.console.streaming import Streamed
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.measure import Answer, Run
+from outdraft.evaluation.bench.measure import Answer, Run
+from outdraft.evaluation.bench.summary import scattered
 from outdraft.evaluation.rounds import RoundCost
-from outdraft.evaluation.summary import scattered
-from outdraft.evaluation.training_verdict import TrainingVerdict, lifts
+from outdraft.evaluation.training_report import TrainingVerdict, lifts
 
 
 @pytest.fixture(scope="module")

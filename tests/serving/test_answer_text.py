@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outdraft.serving.answer_text import AnswerText
+from outdraft.serving.jobs import AnswerText
 from training.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -14,7 +14,7 @@ from test_server import settled, tensor_bytes
 from transformers import LogitsProcessor
 
 from outdraft.serving import engine, jobs
-from outdraft.serving.answer_text import AnswerText
+from outdraft.serving.jobs import AnswerText
 
 POISONED = "poison"
 

@@ -112,6 +112,7 @@ def test_openais_client_can_send_it_back(served: Served) -> None:
         ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages.1.tool_calls"),
         ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.1.refusal"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "image_url"),
+        ({"role": "bogus", "content": "red"}, "messages.1.role: Input should be 'system', "),
         ({"role": "user", "content": None}, "content"),
         ({"role": "user"}, "content"),
     ],

@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "outdraft.cli", "serve", "--model", folders.target, "-d", folders.drafter]
     command += ["--port", "0", "--temperature", "0", "--dtype", "float32", "--tree-size", "5"]
+    command += ["--log-requests"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTDRAFT_API_KEY": "secret", "COLUMNS": "200"}
     log = tmp_path / "log"
     with log.open("wb") as remarks:
@@ -43,10 +44,14 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
         answers = [httpx.post(f"{found[1]}/v1/completions", json=body, headers=key, timeout=None) for _ in range(2)]
         texts = {answer.json()["choices"][0]["text"] for answer in answers}
         assert len(texts) == 1, "the server's own temperature is 0"
+        for answer in answers:
+            assert f" {answer.json()['id']} prompt_tokens=3 completion_tokens=" in log.read_text()
         assert httpx.get(f"{found[1]}/v1/models").status_code == 401
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
         assert server.stdout is not None and not server.stdout.read()
+        assert "temperature 0 where a request names none" in log.read_text()
+        assert "shutting down: running requests have 30 seconds to finish" in log.read_text()
         assert "Traceback" not in log.read_text() and "secret" not in log.read_text()
     finally:
         server.kill()

@@ -90,7 +90,7 @@ def test_two_hundred_requests_of_which_some_are_cancelled(served: Served) -> Non
     assert served.figure("request_success_total") - before >= finished
     assert served.figure("kv_cache_usage_perc") == 0
     assert served.figure("spec_decode_num_accepted_tokens_total") > 0
-    assert not served.engine._active and not len(served.engine._waiting)
+    assert not served.engine._running and not len(served.engine._queue)
 
 
 def test_a_client_that_leaves_frees_its_row_at_once(starting: Callable[..., Served]) -> None:

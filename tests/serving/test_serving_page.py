@@ -13,7 +13,7 @@ from running import NAME, Served
 from test_server import settled
 
 from browsers import Page
-from outdraft.serving.page import page
+from outdraft.serving.app import page
 
 
 class Loads(HTMLParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from outdraft.errors import UserError
-from outdraft.serving import threads
+from outdraft.serving import server
 from outdraft.serving.settings import ServeSettings
 
 
@@ -13,17 +13,17 @@ from outdraft.serving.settings import ServeSettings
     ("cores", "usual", "expected"), [(1, 1, 1), (2, 2, 1), (8, 8, 7), (16, 8, 8), (4, 1, 1)], ids=str
 )
 def test_one_core_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, cores: int, usual: int, expected: int) -> None:
-    for name in threads.SAID_BY:
+    for name in server.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "cores", lambda: cores)
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: usual)
-    assert threads.threads_of(None) == expected
-    assert threads.threads_of(3) == 3
+    monkeypatch.setattr(server, "cores", lambda: cores)
+    monkeypatch.setattr(server.torch, "get_num_threads", lambda: usual)
+    assert server.threads_of(None) == expected
+    assert server.threads_of(3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", str(usual))
-    assert threads.threads_of(None) == usual
+    assert server.threads_of(None) == usual
 
 
 def test_there_is_a_core_to_count() -> None:
-    assert threads.cores() >= 1
+    assert server.cores() >= 1
     with pytest.raises(UserError, match="--threads must be at least 1"):
         ServeSettings(threads=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import tiny
 from outdraft.errors import UserError
-from outdraft.evaluation.held_out import tau_meter
+from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.features import ExitReading
 from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.loss import ExitLoss, float32_ends

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, Pace, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, Pace, RowContext, Update
 from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import Output, TargetRun
@@ -48,8 +48,7 @@ class Lookahead(Drafter):
     """
 
     method = "lookahead"
-    has_law = False
-    looks_back = True
+    limits = Limits(probs=False, looks_back=True)
 
     def __init__(self, window: int = 15, ngram: int = 5, pool: int = 15):
         for name, value, least in (("window", window, 1), ("ngram", ngram, 2), ("pool", pool, 1)):

@@ -40,11 +40,14 @@ from outdraft.api.text import Detokenizer, answer_text, encode_prompts
 from outdraft.control import ControlSettings, Costs
 from outdraft.control.pacing import Pacer
 from outdraft.core.coupling import chance_of
-from outdraft.core.sampling import Dice, Warper, whole
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import whole
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.base import Drafter
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError, meant
 from outdraft.target.exact.target import Exactness, ExactTarget, exactly
 from outdraft.target.target import Target

@@ -27,9 +27,12 @@ from outdraft.api.settings import (
 )
 from outdraft.control.pacing import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.drafting.base import Drafter
-from outdraft.engine.round import Row, decode
+from outdraft.engine.round import decode
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

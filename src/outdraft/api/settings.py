@@ -15,7 +15,7 @@ import torch
 from outdraft.control import ControlSettings
 from outdraft.control.by_machine import ShapePacer
 from outdraft.control.pacing import Pacer
-from outdraft.core.sampling import SamplingSettings, whole
+from outdraft.core.sampling_settings import SamplingSettings, whole
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats
@@ -172,12 +172,12 @@ def tree_shape(
         )
     if chain is not None:
         length = whole("num_speculative_tokens", chain)
-        base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.has_law else "top-k")
+        base = TreeShape.chain(length, candidates="sampled" if sampling and drafter.limits.probs else "top-k")
     else:
         base = drafter.default_shape(device, sampling and not sizes)
         if controlled or auto:
             base = base.doubled()
-        elif base == CPU_TREE and drafter.stepwise and not sizes:
+        elif base == CPU_TREE and drafter.limits.stepwise and not sizes:
             base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
         elif base == GPU_TREE and not sizes:
             base = gpu_tree(rows)
@@ -196,7 +196,7 @@ def repeats_of(drafter: Drafter | None, given: Mapping[str, Any], shape: TreeSha
         UserError: impossible numbers, or nobody whose place could be taken.
     """
     known = {name: whole(name, given[name]) for name in LOOKUP_SETTINGS if given.get(name) is not None}
-    if drafter is None or drafter.looks_back:
+    if drafter is None or drafter.limits.looks_back:
         if any(known.values()):
             both = "prompt_lookup_min and prompt_lookup_num_tokens"
             if drafter is None:

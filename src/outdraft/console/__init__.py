@@ -1,4 +1,1 @@
-"""What the command line needs beside its verbs: options, error policy, rendering, settings files.
-
-Imports neither torch nor transformers when read, so that `--help` answers at once.
-"""
+"""The command line's verbs, a file each, and what they share. Reading them imports no torch, so `--help` is quick."""

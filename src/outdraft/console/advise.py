@@ -1,4 +1,4 @@
-"""`outdraft advise`: its flags, and what they become. Times nothing itself."""
+"""`outdraft advise`: its flags, and how the advice is shown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.output import print_json, remarks, results
 
-ADVICE = field_help("evaluation/advice.py", "AdviceSettings")
+ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
 
 
 def advise(
@@ -31,8 +30,7 @@ def advise(
     lookup on a few prompts. With the time of a plain round as the unit, speed-up = tau / (1 + draft + verify): tau
     tokens a round, the time of drafting, and what checking the draft adds to the pass.
     """
-    from outdraft.evaluation.advice import AdviceSettings
-    from outdraft.evaluation.advice_screen import show
+    from outdraft.evaluation.advice import AdviceSettings, show
     from outdraft.evaluation.advising import advise as find
 
     settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend)

@@ -1,6 +1,6 @@
 """How the program ends: one line on stderr and exit code 2 for a user's mistake, 130 for Ctrl-C, never a traceback.
 
-Knows nothing of the verbs. `--debug` or OUTDRAFT_DEBUG=1 shows tracebacks after all.
+`--debug` or OUTDRAFT_DEBUG=1 shows tracebacks after all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OTHER_FLAGS = {
     "--speculative-model": "--draft-model",
     "--draft-model-path": "--draft-model",
 }
-"""What other programs call a flag -> its name here."""
+"""A flag's name in other programs -> its name here."""
 
 
 class Verbs(TyperGroup):
@@ -101,7 +101,7 @@ def quiet_libraries() -> None:
 
 
 def _unknown_flag(error: Any) -> str | None:
-    """Of a flag that does not exist, what was meant: the nearest one, or ours for the name that others use."""
+    """The message for a flag that does not exist: the nearest flag, or ours for the name that others use."""
     flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if flag is None or context is None:
         return None
@@ -114,7 +114,7 @@ def _unknown_flag(error: Any) -> str | None:
 
 
 def _end(message: str, code: int, debug: bool) -> NoReturn:
-    """Say it and exit, or, debugging, let the exception go on."""
+    """Print the message and exit; with `debug`, let the exception go on."""
     if debug:
         raise
     _say(message, code)

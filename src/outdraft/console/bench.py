@@ -1,4 +1,4 @@
-"""`outdraft bench`: its flags, and what they become. Measures nothing itself."""
+"""`outdraft bench`: its flags, and how the comparison is shown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
-BENCH = field_help("evaluation/bench_settings.py", "BenchSettings")
+BENCH = o.field_help("evaluation/bench/settings.py", "BenchSettings")
 
 
 def bench(
@@ -70,7 +69,7 @@ def bench(
 ) -> None:
     """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
     if reread is not None:
-        from outdraft.evaluation.reread import reread as reread_answers
+        from outdraft.evaluation.bench.spec_bench import reread as reread_answers
 
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
@@ -80,7 +79,8 @@ def bench(
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())
         return
-    from outdraft.evaluation.bench import BenchSettings, run_bench
+    from outdraft.evaluation.bench.bench import run_bench
+    from outdraft.evaluation.bench.settings import BenchSettings
 
     result = run_bench(
         BenchSettings(

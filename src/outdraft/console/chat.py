@@ -1,13 +1,23 @@
-"""`outdraft chat`: its flags, and what they become. The conversation itself is in `conversation.py`."""
+"""`outdraft chat`: its flags, and the conversation on the terminal."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from outdraft.console import options as o
+from outdraft.console.streaming import stream
+from outdraft.errors import UserError
 from outdraft.output import remarks, results
+
+if TYPE_CHECKING:
+    from outdraft.api.generation import SpeculativeModel
+
+HELP = "/reset forgets the conversation, /plain turns the drafter off and on, /quit ends (as does Ctrl-D)"
 
 
 def chat(
@@ -40,7 +50,6 @@ def chat(
 ) -> None:
     """Talk with a model; /plain turns the drafter off and on."""
     from outdraft.api.generation import load
-    from outdraft.console.conversation import Chat
 
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
@@ -62,3 +71,92 @@ def chat(
         controller=controller,
     )
     Chat(loaded, settings, tree, results(show_drafts), remarks(), show_drafts, system).run()
+
+
+class Chat:
+    """One conversation with a model.
+
+    Args:
+        model: the model, with its drafter if it has one.
+        settings: settings of `generate` for every answer.
+        tree: settings of the tree for answers with the drafter.
+        console: where answers go.
+        remarks: where prompts and figures go.
+        show_drafts: colour accepted draft tokens.
+        system: a system message that every conversation begins with.
+    """
+
+    def __init__(
+        self,
+        model: SpeculativeModel,
+        settings: dict[str, Any],
+        tree: dict[str, Any],
+        console: Console,
+        remarks: Console,
+        show_drafts: bool = False,
+        system: str | None = None,
+    ):
+        tokenizer = model.tokenizer
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise UserError("the model has no chat template, so it cannot chat; use `outdraft generate --raw`")
+        self.model, self.settings, self.tree = model, settings, tree
+        self.console, self.remarks, self.show_drafts = console, remarks, show_drafts
+        self.beginning = [{"role": "system", "content": system}] if system else []
+        self.history = list(self.beginning)
+        self.plain = model.drafter is None
+
+    def run(self) -> None:
+        """Talk until /quit or the end of the input."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 -- gives `input` line editing and a history
+        self.remarks.print(HELP, style="dim")
+        while True:
+            line = self._read()
+            if line is None or line == "/quit":
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.answer(line)
+
+    def command(self, line: str) -> None:
+        """Obey a line that begins with a slash."""
+        if line == "/reset":
+            self.history = list(self.beginning)
+            self.remarks.print("the conversation begins anew")
+        elif line == "/plain" and self.model.drafter is None:
+            self.remarks.print("there is no drafter to turn on; start with --draft-model")
+        elif line == "/plain":
+            self.plain = not self.plain
+            self.remarks.print("the target alone" if self.plain else f"with the drafter ({self.model.method})")
+        else:
+            known = "" if line == "/help" else f"unknown command {line.split()[0]}: "
+            self.remarks.print(known + HELP, markup=False)
+
+    def answer(self, question: str) -> None:
+        """Ask, stream the answer, and keep both; what does not fit the context is not kept."""
+        self.history.append({"role": "user", "content": question})
+        model = self.model.with_drafter(None) if self.plain else self.model
+        settings = self.settings if self.plain else {**self.settings, **self.tree}
+        try:
+            streamed = stream(model.stream(self.history, **settings), self.console, self.show_drafts)
+        except UserError as error:
+            self.history.pop()
+            self.remarks.print(f"{error}; /reset begins anew", markup=False)
+            return
+        except KeyboardInterrupt:
+            self.history.pop()
+            self.remarks.print("\nanswer interrupted and forgotten; /quit ends")
+            return
+        self.history.append({"role": "assistant", "content": streamed.text})
+        line = streamed.line(None if self.plain else model.plain_seconds)
+        self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
+        if streamed.finish_reason == "context":
+            self.remarks.print("the conversation has filled the model's context; /reset begins anew")
+
+    def _read(self) -> str | None:
+        """The next line; None at the end of the input."""
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None

@@ -1,4 +1,4 @@
-"""`outdraft demo`: its flags, and what they become. Knows nothing of how the demonstration runs."""
+"""`outdraft demo`: its flags, and how the result is shown; `demo_run.py` runs it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The demo: an answer streams without and with a drafter, then all ways of decoding answer held-out questions in turns.
 
-On SmolLM2-135M-Instruct; on the small reference target where that cannot be had, or where a drafter is to be trained
-first. Decoding, measuring and training are those of every user; only the questions, the contenders, and how much of it
-all a machine can afford are chosen here.
+It runs on SmolLM2-135M-Instruct, or on the small reference target where that cannot be had or a drafter is trained
+first. Decoding, measuring and training are every user's; the demo chooses the questions, the methods, and how many
+prompts the machine can afford.
 """
 
 from __future__ import annotations
@@ -16,54 +16,61 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.text import Message, encode_chat
 from outdraft.console.demo_training import train_drafter
-from outdraft.console.race import Race, race
+from outdraft.console.streaming import Streamed, stream
 from outdraft.errors import UserError
-from outdraft.evaluation.bench import Comparison, measured
-from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.bench import Comparison, measured
+from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences
+from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.evaluation.environment import disturbed, environment
-from outdraft.evaluation.measure import WARM_UP_TOKENS, Contender
-from outdraft.evaluation.peers import STOCK
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.evaluation.report import WIDE, closing, rendered
+from outdraft.output import ACCEPTED, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 
 MODELS = (SMOLLM2, REFERENCE)
 
 TRAINED, SHIPPED = "fspad-demo", "fspad-shipped"
-"""What the two drafters are called where one is trained."""
+"""Names of the two drafters where one is trained."""
 
 ORDER = ("eagle", "fspad", "eesd")
-"""Of drafters in the table."""
+"""Order of the drafters in the table."""
 FAVOURITES = ("fspad", "eagle", "eesd")
-"""The first that ships drafts the answer that is streamed."""
+"""The first of these that ships drafts the streamed answer."""
 
 TRAIN_SECONDS = 90.0
 
 DECODE_SECONDS = 105.0
-"""For decoding in all; slow machines decode fewer prompts, and shorter answers, than asked for."""
+"""Time for all decoding; slow machines decode fewer prompts, and shorter answers, than asked for."""
 
 FEWEST_PROMPTS, FEWEST_TOKENS = 7, 24
-"""Down to one prompt of every task; before that, answers are not cut below so many tokens."""
+"""One prompt of every task at least; before that, answers are not cut below so many tokens."""
+
+LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
+"""Explains the tint of drafted tokens."""
 
 
 @dataclass
 class DemoSettings:
-    """What `outdraft demo` takes."""
+    """Settings of `outdraft demo`."""
 
     model: str | None = None
-    """One of `MODELS`; the first that is here when None."""
+    """One of `MODELS`; None is the first that is here."""
     train: bool = False
     """Train a drafter first, for the reference target."""
     train_seconds: float | None = None
     output_dir: Path | None = None
     prompts: int = 28
-    """In the table, at most."""
+    """Prompts in the table, at most."""
     max_new_tokens: int = 64
-    """Of an answer in the table, at most; the one that is streamed may be twice as long."""
+    """Tokens of an answer in the table, at most; the streamed one may be twice as long."""
     dtype: str | None = None
     backend: str | None = None
 
@@ -82,15 +89,56 @@ class DemoSettings:
 
 
 @dataclass
+class Race:
+    """One question answered twice, by plain decoding and then with a drafter."""
+
+    question: str
+    name: str
+    """Name of the way of drafting."""
+    plain: Streamed
+    drafted: Streamed
+    divergence: Divergence | None
+    """Where the texts differ; None if they are the same."""
+
+    @property
+    def ratio(self) -> float:
+        """How much faster the drafted answer came, in tokens a second."""
+        return self.drafted.tokens_per_second / self.plain.tokens_per_second
+
+    def line(self) -> str:
+        """Both rates, their ratio, and whether the text is the same, in one line."""
+        rates = f"{number(self.plain.tokens_per_second, '.1f')} tokens/s, {self.name}"
+        text = "the same text"
+        if (found := self.divergence) is not None:
+            kind = "a near-tie that rounding decides" if found.tie else "more than rounding explains"
+            gap = f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
+            text = f"the texts part at token {found.position + 1}, {kind} ({gap})"
+        return (
+            f"{PLAIN} {rates} {number(self.drafted.tokens_per_second, '.1f')} tokens/s: {number(self.ratio)}x, {text}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "question": self.question,
+            "method": self.name,
+            "plain": self.plain.as_dict(),
+            "drafted": self.drafted.as_dict(),
+            "ratio": self.ratio,
+            "identical": True if self.divergence is None else self.divergence.as_dict(),
+        }
+
+
+@dataclass
 class DemoResult:
-    """What the demo has found."""
+    """The demo's figures."""
 
     model: str
     race: Race
     comparison: Comparison
     environment: dict[str, Any]
     training: dict[str, Any] | None
-    """Of the drafter trained in the demo; None without training."""
+    """Figures of the drafter trained in the demo; None without training."""
 
     def as_dict(self) -> dict[str, Any]:
         """The headline figures by method; everything else beside them."""
@@ -171,6 +219,43 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
         remarks.print(f"decoding {count} held-out prompts, {len(rivals)} ways each, {tokens} tokens at most")
         comparison = measured(target, rivals, encoded[:count], max_new_tokens=tokens, remarks=remarks, end=end)
     return DemoResult(name, streamed, comparison, environment(target), training)
+
+
+def race(model: SpeculativeModel, name: str, messages: list[Message], console: Console, max_new_tokens: int) -> Race:
+    """Stream both answers, greedily.
+
+    Args:
+        model: a model with a drafter and a chat template.
+        name: name of its way of drafting.
+        messages: the conversation to answer.
+        console: where it all appears; drafted tokens are tinted where it has colours.
+        max_new_tokens: tokens that each answer may have.
+    """
+    alone = model.with_drafter(None)
+    greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    for one in (alone, model):  # first calls are slower
+        one.generate(messages, **greedy | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)})
+    question = messages[-1]["content"]
+    console.print(Text.assemble(("Question: ", "bold"), question), "")
+
+    console.print(Text(f"{PLAIN} decoding, one pass of the model a token", "bold"))
+    plain = stream(alone.stream(messages, **greedy), console)
+    console.print(plain.line(), "", style="dim", markup=False, sep="\n")
+
+    console.print(Text(f"with drafting ({name})", "bold"))
+    if console.is_terminal and not console.no_color:
+        console.print(Text.assemble((" tinted ", ACCEPTED), (f" {LEGEND}", "dim")))
+    drafted = stream(model.stream(messages, **greedy), console, show_drafts=True)
+    console.print(drafted.line(), "", style="dim", markup=False, sep="\n")
+
+    divergence = None
+    if plain.tokens != drafted.tokens:
+        assert model.tokenizer is not None  # it has streamed text
+        difference = Difference(0, encode_chat(messages, model.tokenizer), plain.tokens, drafted.tokens)
+        divergence = divergences(model.target, [difference])[0]
+    found = Race(question, name, plain, drafted, divergence)
+    console.print(Text(found.line(), "bold"))
+    return found
 
 
 def chosen(settings: DemoSettings, remarks: Console) -> str:

@@ -1,7 +1,4 @@
-"""An FSPAD drafter trained for the reference target in a given time, before the demo's user's eyes.
-
-Training is that of every user; only the choice of data and steps is made here. Decodes and measures nothing itself.
-"""
+"""The demo's training: an FSPAD drafter for the reference target in a given time, with data and steps chosen to fit."""
 
 from __future__ import annotations
 
@@ -34,25 +31,25 @@ RECIPE: dict[str, Any] = {
     "lr_schedule": "cosine",
     "features": "cached",
 }
-"""For a run of a minute or two: a high peak, small batches, and the target, dearer than its drafter, run only once."""
+"""For a minute or two: a high peak rate, small batches, and the target, dearer than its drafter, run only once."""
 
 PASSES = 5
-"""Over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over more only 2.8."""
+"""Passes over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over more 2.8."""
 
 SHARE_FOR_STEPS = 0.9
-"""Of the time for training; the rest is saving, and steps slower than the one that was timed."""
+"""Share of the time spent on features and steps; the rest is saving, and steps slower than the one that was timed."""
 
 FEWEST = 10
 """Steps, and conversations."""
 
 
 def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
-    """Train an FSPAD drafter in about so many seconds; what came of it.
+    """Train an FSPAD drafter in about so many seconds; returns the run's figures.
 
     Args:
-        target: on the plain backend, for gradients go through its head.
+        target: the target on the plain backend, for gradients go through its head.
         decoding: the same target, to write answers where none are shipped.
-        folder: of the drafter.
+        folder: where the drafter is saved.
         seconds: time for it all.
         remarks: where progress goes.
     """
@@ -84,8 +81,8 @@ def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
     """How many conversations, and steps over them, take about so many seconds.
 
     Args:
-        trial: of a run of one step over all conversations, with cached features.
-        seconds: for features and steps.
+        trial: plan of a run of one step over all conversations, with cached features.
+        seconds: time for features and steps.
     """
     each = (trial.seconds - trial.step_seconds) / trial.examples
     count = int(seconds / (each + PASSES * trial.step_seconds / BATCH))

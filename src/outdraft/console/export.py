@@ -1,4 +1,4 @@
-"""`outdraft export`: its flags, and how the result is told. Writes nothing itself."""
+"""`outdraft export`: its flags, and how the result is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outdraft generate`: its flags, where the prompt comes from, and how the answer is shown. Makes no answer itself."""
+"""`outdraft generate`: its flags, where the prompt comes from, and how the answer is shown."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from outdraft.console import options as o
+from outdraft.console.streaming import stream
 from outdraft.data.text_file import whole_text
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
@@ -53,7 +54,6 @@ def generate(
     """Answer one prompt, streaming the text."""
     text = _prompt_text(prompt, prompt_file)
     from outdraft.api.generation import load
-    from outdraft.console.streaming import stream
 
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`outdraft info`: its flags. The facts themselves are gathered in `facts.py`."""
+"""`outdraft info`: its flags; `facts.py` gathers what it shows."""
 
 from __future__ import annotations
 

@@ -1,19 +1,43 @@
-"""The options that several verbs share; names as in the field (Hugging Face, vLLM, EAGLE). Help texts of settings come
-from the settings' own docstrings. Knows no verb."""
+"""The options that several verbs share, named as in Hugging Face, vLLM and EAGLE.
+
+The help text of a setting is its field's docstring, read from the source, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.methods.registry import names, trained
 
-SAMPLING = field_help("core/sampling.py", "SamplingSettings")
+PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def field_help(file: str, class_name: str) -> dict[str, str]:
+    """Field -> docstring of a class in `file`, a path within the package."""
+    module = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+SAMPLING = field_help("core/sampling_settings.py", "SamplingSettings")
 TREE = field_help("core/shape.py", "TreeShape")
 REPEATS = field_help("drafting/repeats.py", "Repeats")
 CONTROL = field_help("control/settings.py", "ControlSettings")
@@ -164,7 +188,7 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Those that were set."""
+    """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -192,15 +216,15 @@ def tree(drafter: object, **settings: Any) -> dict[str, Any]:
 
 
 def listed(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """Likewise, as numbers.
+    """The parts between commas, as numbers.
 
     Raises:
-        UserError: something is none, or there is none.
+        UserError: a part is no number, or there is none.
     """
     try:
         found = [float(part) for part in listed(text)]

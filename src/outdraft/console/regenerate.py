@@ -1,4 +1,4 @@
-"""`outdraft regenerate`: its flags, and what they become. Knows no file of conversations."""
+"""`outdraft regenerate`: its flags, and how the result is shown."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""`outdraft serve`: its flags, and what it does between parsing and its end: check, load, listen, say where.
-
-Knows no protocol.
-"""
+"""`outdraft serve`: its flags, and the way to a running server: listen, load, say where."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +10,13 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.output import remarks
 
 if TYPE_CHECKING:
     from outdraft.serving.settings import ServeSettings
 
-SERVE = field_help("serving/settings.py", "ServeSettings")
+SERVE = o.field_help("serving/settings.py", "ServeSettings")
 
 
 def serve(
@@ -41,6 +38,7 @@ def serve(
     request_timeout: Annotated[float, typer.Option("--request-timeout", help=SERVE["request_timeout"])] = 30.0,
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
     threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
     top_k: o.TopK = None,
@@ -80,6 +78,7 @@ def serve(
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
         threads=threads,
+        log_requests=log_requests,
         allow_origin=allow_origin or [],
         chat_template_kwargs=chat_template_kwargs or {},  # type: ignore[arg-type]
         defaults=o.given(
@@ -132,13 +131,20 @@ def run_serve(
             remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
             remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
-        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {service.engine.room.slots} tokens"
+        slots = service.engine.capacity.slots
+        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens, "
+        facts += f"temperature {service.temperature:g} where a request names none"
 
         def ready(url: str) -> None:
-            remarks.print(
-                f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)", markup=False
-            )
+            line = f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)"
+            remarks.print(line, markup=False, soft_wrap=True)
 
+        if settings.log_requests:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logger = logging.getLogger("outdraft.serving")
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
         service.serve(listening, ready)
     finally:
         listening.close()

@@ -1,18 +1,18 @@
-"""Text on the terminal as it is decided, accepted draft tokens coloured, and the figures of what was streamed.
-
-Knows pieces of text; knows nothing of where they come from.
-"""
+"""Streaming an answer to the terminal, accepted draft tokens coloured, and the figures of what was streamed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from outdraft.api.generation import Piece
 from outdraft.output import ACCEPTED, number
+
+if TYPE_CHECKING:
+    from outdraft.api.generation import Piece
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Streamed:
     finish_reason: str | None = None
     seconds: float = 0.0
     first_seconds: float = 0.0
-    """Until the first token."""
+    """Seconds until the first token."""
 
     @property
     def tau(self) -> float:
-        """Tokens a round; each ends with a token of the target's own, but for a last one cut short."""
+        """Tokens a round; every round ends with a token of the target's own, unless the answer was cut there."""
         rounds = self.accepted.count(False) - 1 + (self.accepted[-1] if self.accepted else 0)
         return (len(self.accepted) - 1) / rounds if rounds > 0 else float("nan")
 
@@ -38,11 +38,22 @@ class Streamed:
         """Prefill included."""
         return len(self.accepted) / self.seconds if self.seconds else float("nan")
 
+    def as_dict(self) -> dict[str, Any]:
+        """The answer and its figures, for JSON."""
+        return {
+            "text": self.text,
+            "tokens": len(self.tokens),
+            "tau": self.tau,
+            "tokens_per_second": self.tokens_per_second,
+            "from_draft": self.accepted,
+        }
+
     def line(self, plain_seconds: float | None = None) -> str:
         """The figures in a line.
 
         Args:
-            plain_seconds: of a token without drafting, where that is known: then how many times as fast this was.
+            plain_seconds: seconds of a token without drafting, where known; the line then says how many times as fast
+                this answer was.
         """
         count, rate = len(self.accepted), self.tokens_per_second
         parts = [f"tau {number(self.tau)}", f"{number(rate, '.1f')} tokens/s", f"{count} tokens"]

@@ -1,15 +1,25 @@
-"""`outdraft train`: its flags, and how the result is shown. The run itself is in `training.py`."""
+"""`outdraft train`: its flags, the settings that flags, a YAML file and key=value arguments make, and the result."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
+from rich.console import Console
 
 from outdraft.console import options as o
+from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
+
+if TYPE_CHECKING:
+    from outdraft.drafter_trainer import DrafterTrainer
+
+AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}
+"""Settings of a run that are not `DrafterConfig`'s -> the trainer's arguments for them."""
 
 
 def train(
@@ -26,7 +36,7 @@ def train(
     method: Annotated[str | None, o.training("method")] = None,
     exit_layer: Annotated[str | None, o.training("exit_layer")] = None,
     init_from: Annotated[str | None, o.training("init_from")] = None,
-    own_head: Annotated[bool, typer.Option("--own-head", help=o.TRAINING["own_head"])] = False,
+    own_head: Annotated[bool | None, o.training("own_head", "--own-head")] = None,
     loss: Annotated[str | None, o.training("loss")] = None,
     preset: Annotated[str | None, o.training("preset")] = None,
     max_length: Annotated[int | None, o.training("max_length")] = None,
@@ -58,36 +68,11 @@ def train(
     json: o.Json = False,
 ) -> None:
     """Train a drafter for a model."""
-    from outdraft.console.settings import read_settings
-    from outdraft.console.training import trainer_of
     from outdraft.drafter_trainer import is_main_process
 
-    settings = read_settings(
-        config,
-        overrides or [],
-        model=model,
-        data=data,
-        output_dir=output_dir,
-        method=method,
-        exit_layer=exit_layer,
-        init_from=init_from,
-        own_head=own_head or None,
-        loss=loss,
-        preset=preset,
-        max_length=max_length,
-        max_steps=max_steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        on_bad_line=on_bad_line,
-        report_to=report_to or None,
-        eval_data=eval_data,
-        hold_out=hold_out,
-        dtype=dtype,
-        device=device,
-    )
-    trainer = trainer_of(settings, resume, remarks())
+    # The flag of a setting has the setting's name.
+    settings = {name: value for name, value in locals().items() if name in o.TRAINING or name in AROUND}
+    trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
         plan = trainer.plan()
         print_json(asdict(plan)) if json else plan.show(results())
@@ -104,3 +89,83 @@ def train(
         results().print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s{measured}", markup=False)
         if verdict is not None:
             results().print(str(verdict), markup=False)
+
+
+def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> DrafterTrainer:
+    """The trainer for the settings of a run.
+
+    Args:
+        settings: settings of `DrafterConfig` and of `AROUND`.
+        resume: take what is not set from the run's folder.
+        remarks: where progress goes.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
+    from outdraft.drafter_trainer import DrafterTrainer
+    from outdraft.drafting.run_folder import begun_with
+    from outdraft.training.config import DrafterConfig
+
+    if resume and "output_dir" in settings:
+        begun = begun_with(settings["output_dir"])
+        if begun is None and not {"model", "data"} <= settings.keys():
+            raise UserError(
+                f"{settings['output_dir']} keeps no settings of a run to go on with; give --model and --data"
+            )
+        settings = {**(begun or {}), **settings}
+    around = {argument: settings[name] for name, argument in AROUND.items() if settings.get(name) is not None}
+    config = DrafterConfig(**{name: value for name, value in settings.items() if name not in AROUND})
+    if "model" not in around:
+        raise UserError("no target to train for; give --model a folder or hub id")
+    return DrafterTrainer(**around, config=config, console=remarks)
+
+
+def read_settings(file: Path | None, overrides: Iterable[str], **flags: Any) -> dict[str, Any]:
+    """Settings from a YAML file, then from `key=value` arguments, then from flags; later ones win.
+
+    Flags that are None or empty were not given.
+
+    Raises:
+        UserError: no such file, no mapping in it, or an override that is not `key=value`.
+    """
+    settings = _from_file(file) if file is not None else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is no setting; write key=value, such as learning_rate=1e-3")
+        _put(settings, key.split("."), _value(override, value))
+    settings.update({name: value for name, value in flags.items() if value not in (None, [])})
+    return settings
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} cannot be read ({type(error).__name__}); check the path") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"--config {file}{where} is not YAML ({getattr(error, 'problem', error)}); mend it") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file} must hold `key: value` lines, not a {type(settings).__name__}")
+    return {str(key): value for key, value in settings.items()}
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"the value in '{override}' is not YAML; quote it") from error
+
+
+def _put(settings: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `settings[a][b] = value` for the path a, b."""
+    for name in path[:-1]:
+        inner = settings.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{'.'.join(path)}' cannot be set: '{name}' is a value, not a section")
+        settings = inner
+    settings[path[-1]] = value

@@ -1,24 +1,18 @@
-"""`outdraft verify`: its flags, and what it does between parsing and printing: load, audit, save the report."""
+"""`outdraft verify`: its flags; it loads, audits, and saves the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.app import INTERRUPTED
-from outdraft.console.fields import field_help
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
 
-if TYPE_CHECKING:
-    from outdraft.api.generation import SpeculativeModel
-    from outdraft.evaluation.audit import Audit, AuditSettings
-
-AUDIT = field_help("evaluation/audit/settings.py", "AuditSettings")
+AUDIT = o.field_help("evaluation/audit/settings.py", "AuditSettings")
 
 
 def verify(
@@ -61,8 +55,9 @@ def verify(
     States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
     """
     from outdraft.api.generation import load
-    from outdraft.evaluation.audit import AuditSettings
-    from outdraft.evaluation.audit.screen import show
+    from outdraft.evaluation.audit import AuditSettings, run_audit
+    from outdraft.evaluation.audit.findings import show
+    from outdraft.evaluation.report.pages import save_audit
 
     generation = o.sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
@@ -91,8 +86,12 @@ def verify(
         settings = settings.made_quick()
     loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
-    about = {"model": model, "draft_model": draft_model}
-    audit = run_verify(loaded, settings, remarks(), report, about)
+    if report is not None:
+        _check_writable(report)  # before minutes of work
+    audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})
+    if report is not None:
+        save_audit(audit, report)
+        remarks().print(f"report: {report}", style="dim", markup=False)
     if json:
         print_json(audit.as_dict())
     else:
@@ -101,28 +100,7 @@ def verify(
         raise typer.Exit(INTERRUPTED if audit.kept is None else 1)
 
 
-def run_verify(
-    model: SpeculativeModel, settings: AuditSettings, remarks: Console, report: Path | None, about: dict[str, Any]
-) -> Audit:
-    """The audit, its page written where one is asked for.
-
-    Raises:
-        UserError: nothing to verify, unusable prompts or settings, or a report that cannot be written (found out
-            before the audit runs).
-    """
-    from outdraft.evaluation.audit import run_audit
-    from outdraft.evaluation.audit.page import save
-
-    if report is not None:
-        _writable(report)
-    audit = run_audit(model, settings, remarks, about=about)
-    if report is not None:
-        save(audit, report)
-        remarks.print(f"report: {report}", style="dim", markup=False)
-    return audit
-
-
-def _writable(report: Path) -> None:
+def _check_writable(report: Path) -> None:
     if report.is_dir():
         raise UserError(f"--report {report} is a folder; give the name of a file")
     report.parent.mkdir(parents=True, exist_ok=True)

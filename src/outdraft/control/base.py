@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ class Controller(ABC):
 
     def __init__(self, costs: Costs, limit: int, generator: torch.Generator):
         self.costs, self.limit, self.generator = costs, limit, generator
+        self.pacer: Any = None
+        """The `Pacer` that made it, which may choose whole shapes for a batch of its rows."""
         self.rows = 1
         """Rows decoded together; the caller sets it, and costs are asked for that many."""
 

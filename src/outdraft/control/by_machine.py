@@ -208,7 +208,7 @@ class ByMachine(FixedController):
 
     def __init__(self, pacer: ShapePacer, *given: object):
         super().__init__(*given)  # type: ignore[arg-type]
-        self.pacer = pacer
+        self.pacer: ShapePacer = pacer
 
 
 class ShapePacer(Pacer):
@@ -224,6 +224,9 @@ class ShapePacer(Pacer):
 
     def controller(self, limit: int, seed: int | None = None) -> Controller:
         return ByMachine(self, self.costs, limit, self.generator(seed))
+
+    def tuner(self, bounds: TreeShape, rows: int) -> Chooser:
+        return self.chooser(bounds)
 
     def chooser(self, bounds: TreeShape) -> Chooser:
         if bounds not in self.choosers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from outdraft.control.experience import Experience
 from outdraft.control.settings import ControlSettings
 from outdraft.control.thompson import ThompsonController
 from outdraft.control.together import Together
+from outdraft.core.shape import TreeShape
 
 
 class Pacer:
@@ -40,6 +42,11 @@ class Pacer:
             seed: of its own draws; a fresh one from the system when None.
         """
         return self.settings.make(self.costs, limit, self.generator(seed), self.experience)
+
+    def tuner(self, bounds: TreeShape, rows: int) -> Any:
+        """What chooses whole shapes for batches of so many rows, within these bounds; None where controllers decide
+        level by level."""
+        return None
 
     @staticmethod
     def generator(seed: int | None) -> torch.Generator:

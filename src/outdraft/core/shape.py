@@ -50,11 +50,11 @@ class TreeShape:
 
 
 CPU_TREE = TreeShape(depth=3, top_k=3, size=10)
-"""Few draft steps, few nodes: measured on two cores (docs/architecture.md)."""
+"""Few draft steps, few nodes: measured on two cores (docs/measurements/draft-shapes.md)."""
 
 GREEDY_CHAIN, BATCH_CHAIN, BATCH = TreeShape.chain(4), TreeShape.chain(3), 4
 """In place of that tree where nobody asks for one and every level costs a step; the second from `BATCH` rows on. All
-shipped drafters were faster with chains once the target's layers took less time (docs/trees.md)."""
+shipped drafters were faster with chains once the target's layers took less time (docs/measurements/draft-shapes.md)."""
 
 CPU_CHAIN = TreeShape.chain(4, candidates="sampled")
 """At temperature 1 a chain sampled from the drafter's law was accepted twice as far as a tree of its best guesses."""

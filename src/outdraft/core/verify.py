@@ -19,7 +19,7 @@ Knows nothing of models, caches or how the guesses were made. No randomness but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from outdraft.core.coupling import Coupled, under
-from outdraft.core.sampling import Chance, Warper, draw_each, laws_of
+from outdraft.core.dice import Chance, draw_each
+from outdraft.core.sampling import Warper, laws_of
 from outdraft.core.tensors import sent
 from outdraft.core.tree import Tree
 
@@ -77,36 +78,57 @@ def verify(
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 
 
-def verify_sampled(
-    tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
+Choose = Callable[[list[int], list[int], int, Tensor], list[tuple[int | None, int]]]
+"""(rows, the node at which each stands, its depth, `(rows, vocab)` probabilities after it) -> of every row the child
+that is accepted, None for none, and the token after the node."""
+
+
+def walk(
+    tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], choose: Choose
 ) -> list[Verdict]:
-    """`verify` by the rule: all rows step down their trees together, so that their laws are computed together."""
-    tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
+    """Step down the trees of all rows together, so that the target's probabilities are made together."""
     verdicts = [Verdict([0], []) for _ in range(tree.rows)]
-    walking = list(range(tree.rows))
+    walking, depth = list(range(tree.rows)), 0
     while walking:
         nodes = [verdicts[row].path[-1] for row in walking]
         own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
         laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
-        accepted, ended, left = [], [], []
-        for row, node, p in zip(walking, nodes, laws, strict=True):
+        accepted = []
+        for row, (child, token) in zip(walking, choose(walking, nodes, depth, laws), strict=True):
+            verdicts[row].tokens.append(token)
+            if child is not None:
+                verdicts[row].path.append(child)
+                accepted.append(row)
+        walking, depth = accepted, depth + 1
+    return verdicts
+
+
+def verify_sampled(
+    tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
+) -> list[Verdict]:
+    """`verify` by the rule, node by node."""
+    tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
+
+    def choose(rows: list[int], nodes: list[int], depth: int, laws: Tensor) -> list[tuple[int | None, int]]:
+        chosen: list[tuple[int | None, int]] = [(None, 0)] * len(rows)
+        ended, left = [], []
+        for i, (row, node, p) in enumerate(zip(rows, nodes, laws, strict=True)):
             guesses = children[row].get(node, [])
             q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
             without_replacement = tree.candidates == "without_replacement"
             place, p = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
             if place is None:
-                ended.append(row)
+                ended.append(i)
                 left.append(p)
             else:
-                verdicts[row].path.append(guesses[place])
-                verdicts[row].tokens.append(tokens[row][guesses[place]])
-                accepted.append(row)
+                chosen[i] = guesses[place], tokens[row][guesses[place]]
         if ended:
-            drawn = draw_each([chances[row] for row in ended], torch.stack(left)).tolist()
-            for row, token in zip(ended, drawn, strict=True):
-                verdicts[row].tokens.append(token)
-        walking = accepted
-    return verdicts
+            drawn = draw_each([chances[rows[i]] for i in ended], torch.stack(left)).tolist()
+            for i, token in zip(ended, drawn, strict=True):
+                chosen[i] = None, token
+        return chosen
+
+    return walk(tree, logits, warpers, prefixes, choose)
 
 
 def decide(
@@ -143,22 +165,16 @@ def verify_coupled(
         index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])
         return verify_greedy(tree, under(warpers[0].laws(logits), noise.gather(1, index)))
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
-    verdicts = [Verdict([0], []) for _ in range(tree.rows)]
-    walking = list(range(tree.rows))
-    while walking:
-        nodes = [verdicts[row].path[-1] for row in walking]
-        own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
-        laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
-        noise = torch.stack([chances[row].at(len(verdicts[row].tokens)) for row in walking])
-        accepted = []
-        for row, node, token in zip(walking, nodes, under(laws, noise).tolist(), strict=True):
-            verdicts[row].tokens.append(token)
-            child = next((child for child in children[row].get(node, []) if tokens[row][child] == token), None)
-            if child is not None:
-                verdicts[row].path.append(child)
-                accepted.append(row)
-        walking = accepted
-    return verdicts
+
+    def choose(rows: list[int], nodes: list[int], depth: int, laws: Tensor) -> list[tuple[int | None, int]]:
+        chosen = under(laws, torch.stack([chances[row].at(depth) for row in rows])).tolist()
+        below = (children[row].get(node, []) for row, node in zip(rows, nodes, strict=True))
+        return [
+            (next((child for child in own if tokens[row][child] == token), None), token)
+            for row, own, token in zip(rows, below, chosen, strict=True)
+        ]
+
+    return walk(tree, logits, warpers, prefixes, choose)
 
 
 def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:

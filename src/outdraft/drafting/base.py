@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.core.coupling import Coupled
-from outdraft.core.sampling import Chance, Warper
+from outdraft.core.dice import Chance
+from outdraft.core.sampling import Warper
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_CHAIN, GPU_TREE, TreeShape
 from outdraft.core.tensors import integers
 from outdraft.core.tree import Tree
@@ -25,6 +26,7 @@ from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
+from outdraft.target.views import Reads
 
 
 @dataclass
@@ -149,15 +151,35 @@ class DraftState(ABC):
         raise UserError(f"{type(self).__name__} takes no further rows in, which serving needs; give it a `join`")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a drafter can do; a wrapper passes the whole of it on."""
+
+    depth: int | None = None
+    """Candidates that a path may have at most; None for any number."""
+    stepwise: bool = True
+    """Whether every level of a draft costs a step of its own."""
+    probs: bool = True
+    """Whether it has probabilities to sample candidates from."""
+    looks_back: bool = False
+    """Whether it drafts n-grams of the text by itself."""
+
+
 class Drafter(ABC):
     """Something that proposes trees."""
 
     method: str
     """Its name on the command line and in reports."""
 
+    reads = Reads()
+    """What it reads of the target for every decided token."""
+
+    limits = Limits()
+    """What it can do."""
+
     def start(self, target: Target, cache: SlotCache) -> TargetRun:
-        """The target at work on a batch of rows; a drafter made of the target's own layers runs it in parts."""
-        return TargetRun(target, cache)
+        """The target at work on a batch of rows, telling what is read."""
+        return target.runner(cache, self.reads)
 
     @abstractmethod
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
@@ -166,15 +188,6 @@ class Drafter(ABC):
     def slots(self, shape: TreeShape) -> int:
         """Slots of the target's cache that a round takes."""
         return shape.size
-
-    has_law = True
-    """Whether it has probabilities to sample candidates from."""
-
-    stepwise = True
-    """Whether every level of a draft costs a step of its own."""
-
-    looks_back = False
-    """Whether it drafts from what the text repeats, by itself."""
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         """The tree that suits it on this device: verifying is nearly free on a GPU, draft steps are not on a CPU."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import draw_each, laws_of
+from outdraft.core.dice import draw_each
+from outdraft.core.sampling import laws_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Candidates, Tree
@@ -18,6 +19,29 @@ from outdraft.drafting.base import RowContext
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """(tokens, parents), each `(rows, nodes)`, parents indexing the level before -> `(rows, nodes, vocab)` draft logits."""
+
+
+class Block:
+    """The logits of several levels at once, as a `Step`: of a drafter that needs one forward a draft.
+
+    Args:
+        levels: `(rows, levels, vocab)` draft logits; those of the first level are `first`.
+        adjust: what a level's candidates change in the logits after them: (level, tokens `(rows, nodes)`, logits
+            `(rows, nodes, vocab)`) -> logits. None: nothing, every node of a level has the same.
+    """
+
+    def __init__(self, levels: Tensor, adjust: Callable[[int, Tensor, Tensor], Tensor] | None = None):
+        self._levels, self._adjust, self._level = levels, adjust, 0
+
+    @property
+    def first(self) -> Tensor:
+        """`(rows, vocab)` after the root."""
+        return self._levels[:, 0]
+
+    def __call__(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        self._level += 1
+        logits = self._levels[:, self._level, None].expand(-1, tokens.shape[1], -1)
+        return logits if self._adjust is None else self._adjust(self._level, tokens, logits)
 
 
 def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:

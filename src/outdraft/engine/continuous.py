@@ -15,7 +15,8 @@ import torch
 from outdraft.control.costs import Costs
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
-from outdraft.engine.round import Batch, Row
+from outdraft.engine.round import Batch
+from outdraft.engine.rows import Row
 from outdraft.target.target import Target
 
 
@@ -122,7 +123,7 @@ class _Newcomers:
         gained = next(self._pieces)
         if gained:
             self._begun = True
-            self.ready = self.batch.drafter is None or not self.batch.rows
+            self.ready = self.batch.drafts.drafter is None or not self.batch.rows
         return gained
 
     def leave(self) -> None:

@@ -1,2 +1,2 @@
-"""Measuring: several ways of decoding over the same prompts in turns, how much faster they are, and whether the text
-stays the same."""
+"""Measuring and checking: `bench/` compares ways of decoding, `audit/` checks that drafting keeps the target's output
+distribution, `report/` makes HTML pages of both."""

@@ -1,7 +1,6 @@
-"""What `outdraft advise` has found for one model on this machine, and what follows from it.
+"""The findings of `outdraft advise` for one model on this machine, what follows from them, and their terminal output.
 
-The speed-up is that of `rounds.py`: tau / (1 + draft + verify). Measures nothing (`advising.py` does) and prints
-nothing (`advice_screen.py`).
+The speed-up is that of `rounds.py`: tau / (1 + draft + verify). `advising.py` does the measuring.
 """
 
 from __future__ import annotations
@@ -12,12 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from outdraft.errors import UserError
-from outdraft.evaluation.bench import Comparison
-from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP
-from outdraft.evaluation.measure import PLAIN
+from outdraft.evaluation.bench.bench import Comparison
+from outdraft.evaluation.bench.measure import PLAIN
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
+from outdraft.evaluation.bench.result import closing, table
+from outdraft.evaluation.bench.summary import Summary
+from outdraft.evaluation.environment import busy
 from outdraft.evaluation.rounds import RoundCost
-from outdraft.evaluation.summary import Summary
+from outdraft.output import number
 from outdraft.target.named import named, shipped_drafters
 
 CHAIN = 4
@@ -27,13 +33,13 @@ PASSES = (1, 1 + CHAIN, 16)
 """Tokens of the target's passes that are timed."""
 
 TAUS = (2.0, 2.5, 3.0)
-"""For which the speed-up is told."""
+"""The speed-up is told for these."""
 
 REACHABLE = 2.0
-"""Above such a tau a first drafter seldom comes (docs/measurements): training is advised where less is enough."""
+"""A first drafter seldom has a larger tau (docs/measurements): training is advised where this one is enough."""
 
 CONTROLLER = "calibrated"
-"""How far a drafter that is given drafts here: as far as it pays."""
+"""The controller of a given drafter: it drafts as far as it pays."""
 
 UNLIKELY = 0.9
 """A pass cannot take so much less than one over fewer tokens: then something else has had the processor."""
@@ -41,7 +47,7 @@ UNLIKELY = 0.9
 
 @dataclass
 class AdviceSettings:
-    """What `outdraft advise` takes."""
+    """Settings of `outdraft advise`."""
 
     model: str
     draft_model: str | None = None
@@ -50,7 +56,7 @@ class AdviceSettings:
     limit: int = 4
     """Prompts that are answered."""
     max_new_tokens: int = 64
-    """Of an answer, at most; slow machines answer more briefly."""
+    """Tokens of an answer, at most; slow machines answer more briefly."""
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
@@ -69,9 +75,9 @@ class Kind:
     cost: RoundCost
     parameters: int
     to_train: bool
-    """Whether it would have to be trained: its weights are arbitrary."""
+    """True if it would have to be trained: its weights are arbitrary."""
     always: bool = True
-    """Whether it drafts in every round; prompt lookup does only where the text repeats, so no tau is its bound."""
+    """True if it drafts in every round; prompt lookup does only where the text repeats, so no tau is its bound."""
 
 
 @dataclass
@@ -84,7 +90,7 @@ class Step:
 
 @dataclass
 class Advice:
-    """What was found."""
+    """The measurements and the advice."""
 
     settings: AdviceSettings
     environment: dict[str, Any]
@@ -102,14 +108,14 @@ class Advice:
 
     @property
     def best(self) -> Summary | None:
-        """What was faster than plain decoding on the prompts, the fastest of it."""
+        """The fastest way of drafting on the prompts; None where plain decoding was faster."""
         drafting = [summary for summary in self.prompts.summaries if summary.name != PLAIN]
         fastest = max(drafting, key=lambda summary: summary.speedup)
         return fastest if fastest.speedup > 1 else None
 
     @property
     def contradiction(self) -> str | None:
-        """What in the timings cannot be, so that nothing follows from them; None where all is in order."""
+        """The part of the timings that cannot be, so that nothing follows from them; None where all is in order."""
         for fewer, more in pairwise(self.passes):
             if self.passes[more] < UNLIKELY * self.passes[fewer]:
                 return f"a pass over {more} tokens came out shorter than over {fewer}"
@@ -117,7 +123,7 @@ class Advice:
 
     @property
     def trainable(self) -> Kind | None:
-        """Of the kinds that would have to be trained, the one that pays from the lowest tau on."""
+        """The kind to train that pays from the lowest tau on."""
         return min((kind for kind in self.kinds if kind.to_train), key=lambda kind: kind.cost.tau_to_pay, default=None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,7 +157,7 @@ class Advice:
 
 
 def next_steps(advice: Advice) -> list[Step]:
-    """What to run: what pays now first, then what would bring more."""
+    """The commands to run: what pays now first, then what would bring more."""
     settings, best, trainable = advice.settings, advice.best, advice.trainable
     model = f"--model {shlex.quote(settings.model)}"
     for name in ("dtype", "device", "backend"):
@@ -184,3 +190,77 @@ def next_steps(advice: Advice) -> list[Step]:
     if not steps:
         steps.append(Step("plain decoding is the fastest here", f"outdraft chat {model} --method none"))
     return steps
+
+
+def show(advice: Advice, console: Console) -> None:
+    """Print what was timed, what the prompts gave, and what follows."""
+    facts = advice.environment
+    console.print(
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} backend; "
+        f"{advice.seconds:.0f} s",
+        markup=False,
+    )
+    passes = ", ".join(f"{_milliseconds(seconds)} over {tokens}" for tokens, seconds in advice.passes.items())
+    console.print(f"One pass of the target: {passes} tokens; its output layer {_milliseconds(advice.head_seconds)}.")
+    console.print(drafts_table(advice))
+    for name, reason in advice.left_out.items():
+        console.print(f"not timed: {name}: {reason}", markup=False)
+    asked = advice.prompts.summaries[0].questions
+    console.print(table(advice.prompts.summaries, advice.prompts.temperature), f"on {asked} prompts")
+    held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
+    console.print(f"Memory: {held}.")
+    if (note := busy(facts)) is not None:
+        console.print(note)
+    console.print(Text("Now: " + closing(advice.prompts.summaries), "bold"))
+    console.print(Text("A trained drafter: " + trained(advice), "bold"))
+    for step in advice.next:
+        console.print(Text.assemble(("Next", "bold"), f" ({step.why}):"))
+        console.print(f"  {step.command}", markup=False)
+
+
+def drafts_table(advice: Advice) -> Table:
+    """One row a way of drafting: what it costs, the tau from which it pays, and the speed-up at larger ones."""
+    built = Table(
+        title=f"drafts of {CHAIN} tokens: cost in plain rounds, speed-up = tau / (1 + draft + verify)",
+        title_justify="left",
+    )
+    built.add_column("drafter")
+    for column in ("draft step", "draft", "verify", "pays from tau", *(f"at tau {tau:g}" for tau in TAUS)):
+        built.add_column(column, justify="right", no_wrap=True)
+    for kind in advice.kinds:
+        cost = kind.cost
+        built.add_row(
+            kind.name,
+            _milliseconds(cost.step_seconds),
+            number(cost.draft),
+            number(cost.verify),
+            *(
+                [number(cost.tau_to_pay), *(f"{number(cost.speedup(tau))}x" for tau in TAUS)]
+                if kind.always
+                else ["where the text repeats"]
+            ),
+        )
+    return built
+
+
+def trained(advice: Advice) -> str:
+    """A sentence on the tau from which training pays, and on what it would bring."""
+    kind = advice.trainable
+    if kind is None:
+        return "none could be timed for this model."
+    if (why := advice.contradiction) is not None:
+        return f"the machine was too busy to tell ({why})."
+    cost = kind.cost
+    gains = ", ".join(f"{number(cost.speedup(tau))}x at tau {tau:g}" for tau in TAUS)
+    text = f"{kind.name} pays from tau {number(cost.tau_to_pay)} on; expect {gains}."
+    if cost.tau_to_pay > REACHABLE:
+        text += f" First drafters seldom reach that: training is not expected to pay here (under tau {REACHABLE:g})."
+    return text
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -2,7 +2,7 @@
 
 Passes of the target and drafts of the kinds that could be trained for it are timed with networks of the right sizes
 whose weights say nothing; what needs no training, and the drafter that is given, answer prompts in turns with plain
-decoding. What follows from it all is `advice.py`'s. Trains nothing.
+decoding. `advice.py` says what follows from it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from outdraft.data.provenance import peak_memory_bytes
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.advice import CHAIN, CONTROLLER, PASSES, Advice, AdviceSettings, Kind, next_steps
-from outdraft.evaluation.bench import Comparison, measured, progress
-from outdraft.evaluation.contenders import LOOKUP, WITH_LOOKUP
+from outdraft.evaluation.bench.bench import Comparison, measured, progress
+from outdraft.evaluation.bench.measure import PLAIN, speculative
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
 from outdraft.evaluation.environment import environment, load_average
-from outdraft.evaluation.measure import PLAIN, speculative
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
@@ -33,15 +33,15 @@ from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter
 
 PROMPT_TOKENS = 64
-"""Of the text whose rounds are timed."""
+"""Tokens of the text whose rounds are timed."""
 
 ROUNDS = 4
-"""Of each text that are timed."""
+"""Rounds of each text that are timed."""
 
 TIMING_SECONDS, ANSWER_SECONDS = 40.0, 75.0
 
 FEWEST_TOKENS = 16
-"""Of an answer, however slow the machine is."""
+"""An answer has so many tokens, however slow the machine is."""
 
 
 def advise(settings: AdviceSettings, remarks: Console) -> Advice:
@@ -71,7 +71,7 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         passes,
         head_seconds(target),
         [
-            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.looks_back)
+            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.limits.looks_back)
             for name, drafter in {**kinds, LOOKUP: PromptLookup()}.items()
         ],
         left_out,
@@ -123,7 +123,7 @@ def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict
 def _costs(
     target: Target, kinds: dict[str, Drafter], prompt: list[int], remarks: Console
 ) -> tuple[dict[str, RoundCost], dict[int, float], float]:
-    """What every kind costs, prompt lookup too; seconds of the passes; seconds of a plain round."""
+    """The costs of every kind, prompt lookup too; the seconds of the passes; the seconds of a plain round."""
     lookup, shape = PromptLookup(), TreeShape.chain(CHAIN)
     ways: dict[str, Way] = {PLAIN: (None, NOTHING)}
     ways |= {str(tokens): (Guesses(), TreeShape.chain(tokens - 1)) for tokens in PASSES[1:]}
@@ -152,7 +152,7 @@ def _answers(
 ) -> Comparison:
     """Plain decoding, prompt lookup and the drafter that was given answer the prompts in turns."""
     rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
-    if given is not None and not given.looks_back:
+    if given is not None and not given.limits.looks_back:
         rivals += [
             speculative(given.method + more, target, given, repeats=bool(more), controller=CONTROLLER)
             for more in ("", WITH_LOOKUP)

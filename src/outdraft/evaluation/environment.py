@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, threads, versions, precision, backend. Measures nothing."""
+"""The facts of a machine that belong to a measurement: processor, threads, versions, precision, backend."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def busy(facts: dict[str, Any]) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
+    """Versions of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

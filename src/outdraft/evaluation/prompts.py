@@ -1,8 +1,7 @@
 """Prompts to measure with, from files.
 
 Records of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
-`{"prompt"}`, Alpaca's `{"instruction", "input"}` or `{"text"}`; which files hold them is `records.py`'s to know. Knows
-nothing of models.
+`{"prompt"}`, Alpaca's `{"instruction", "input"}` or `{"text"}`; `data/records.py` reads the files.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 
 def prompt_of(record: Any) -> Prompt:
-    """What to answer in one record; the answers that a conversation ends with are left out."""
+    """The prompt in one record; the answers that a conversation ends with are left out."""
     if not isinstance(record, dict):
         raise NoPrompt("a record must be an object")
     if "instruction" in record and (asked := bare_question(record)) is not None:

@@ -1,9 +1,9 @@
-"""What the parts of a round cost on this machine, timed in the decoding loop itself, and the speed that follows.
+"""The cost of a round's parts on this machine, timed in the decoding loop itself, and the speed that follows.
 
 The model is the plain one. With the seconds of a plain round as the unit, a round that drafts costs 1 + draft + verify,
 where `draft` is the time of drafting and `verify` what checking the candidates adds to the pass. It brings tau tokens,
 so the speed-up over plain decoding is tau / (1 + draft + verify), and drafting pays where tau is above that sum. The
-prompt's own pass is left out. Judges no drafter.
+prompt's own pass is left out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.engine.round import decode
 from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
 
 NOTHING = TreeShape(0, 1, 1)
-"""What plain decoding drafts."""
+"""The shape of plain decoding."""
 
 WARM_UP = 2
 """Rounds at the beginning of every text that do not count: the drafter takes in the prompt, caches are cold."""
@@ -58,13 +58,14 @@ class RoundCost:
     draft: float
     """Drafting, in plain rounds."""
     verify: float
-    """What checking the candidates adds to the pass. Negative where the draft has done a part of the pass (EESD)."""
+    """The time that checking the candidates adds to the pass, in plain rounds; negative where the draft has done a part
+    of the pass (EESD)."""
     step_seconds: float
     """One level's share of the drafting."""
 
     @classmethod
     def of(cls, plain: Lap, drafted: Lap, shape: TreeShape) -> RoundCost:
-        """From a plain round and one that drafts trees of this shape."""
+        """The cost of a round that drafts trees of this shape, beside a plain one."""
         added = drafted.verify + drafted.rest - plain.whole
         return cls(drafted.draft / plain.whole, added / plain.whole, drafted.draft / (shape.depth + 1))
 
@@ -74,7 +75,7 @@ class RoundCost:
         return 1 + self.draft + self.verify
 
     def speedup(self, tau: float) -> float:
-        """Over plain decoding, at so many tokens a round."""
+        """The speed-up over plain decoding at `tau` tokens a round."""
         return tau / self.tau_to_pay
 
     def as_dict(self) -> dict[str, float]:
@@ -85,8 +86,7 @@ class Guesses(Drafter):
     """Chains of any tokens, at no cost: shows what a pass over so many tokens takes."""
 
     method = "guesses"
-    has_law = False
-    stepwise = False
+    limits = Limits(stepwise=False, probs=False)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _GuessState:
         return _GuessState()
@@ -102,7 +102,7 @@ class _GuessState(DraftState):
 
 
 Way = tuple[Drafter | None, TreeShape]
-"""What drafts, and which trees; plain decoding is (None, NOTHING)."""
+"""A drafter and the shape of its trees; plain decoding is (None, NOTHING)."""
 
 
 def timed(
@@ -140,10 +140,10 @@ def timed(
 
 
 def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: list[int], rounds: int) -> list[Lap]:
-    """So many rounds of one text, those of the warm-up left out."""
+    """The laps of one text's rounds, those of the warm-up left out."""
     settings: dict[str, Any] = {"max_new_tokens": (shape.depth + 2) * rounds + 1, "eos_token_id": []}
     if drafter is not None:
-        settings |= {"controller": "fixed"} | ({} if drafter.looks_back else {"prompt_lookup_min": 0})
+        settings |= {"controller": "fixed"} | ({} if drafter.limits.looks_back else {"prompt_lookup_min": 0})
     (row,), _, _ = SpeculativeModel(target, drafter)._rows(prompt, settings)
     parts, found = ("draft_seconds", "verify_seconds", "rest_seconds"), [Lap(0.0, 0.0, 0.0)]
     for done, _ in enumerate(decode(target, drafter, [row], shape)):
@@ -159,7 +159,7 @@ def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: lis
 
 @torch.inference_mode()
 def head_seconds(target: Target, times: int = 9) -> float:
-    """Of the output layer alone over one token: the median, the first calls left out."""
+    """Seconds of the output layer alone over one token: the median, the first calls left out."""
     features = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
     found = []
     for _ in range(WARM_UP + times):

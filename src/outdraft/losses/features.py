@@ -18,7 +18,7 @@ from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs
 from outdraft.target.backends import why_not_packed
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, Tapped
+from outdraft.target.views import Reader, Reads
 
 SAMPLED_VALUES = 1024
 COPIED_BYTES = 4e9
@@ -92,7 +92,7 @@ class ExitReading(Reading):
     def __init__(self, target: TargetLike, exit_layer: int):
         super().__init__(target)
         self.name = f"layer {exit_layer} and features"
-        self._cut = Cut(target.model, exit_layer)
+        self._reader = Reader(target.model, Reads(False, (exit_layer,), exit_layer))
 
     @property
     def width(self) -> int:
@@ -102,7 +102,8 @@ class ExitReading(Reading):
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         # No mask: what stands on padding, to the right, is seen by no token.
         with torch.autocast(input_ids.device.type, enabled=False):
-            return torch.cat(self._cut.both(input_ids=input_ids, use_cache=False), dim=-1)
+            features, hidden = self._reader(input_ids=input_ids, use_cache=False)
+            return torch.cat([hidden, features], dim=-1)
 
     def features(self, read: Tensor) -> Tensor:
         return read[..., self.target.hidden_size :]
@@ -119,7 +120,7 @@ class TappedReading(Reading):
     def __init__(self, target: TargetLike, layers: Sequence[int]):
         super().__init__(target)
         self.name = f"features and layers {', '.join(map(str, layers))}"
-        self._tapped, self._count = Tapped(target.model, layers), len(layers)
+        self._reader, self._count = Reader(target.model, Reads(layers=tuple(layers))), len(layers)
 
     @property
     def width(self) -> int:
@@ -129,7 +130,7 @@ class TappedReading(Reading):
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         # No mask: what stands on padding, to the right, is seen by no token.
         with torch.autocast(input_ids.device.type, enabled=False):
-            return self._tapped(input_ids=input_ids, use_cache=False)
+            return self._reader(input_ids=input_ids, use_cache=False)[1]
 
     def features(self, read: Tensor) -> Tensor:
         return read[..., : self.target.hidden_size]

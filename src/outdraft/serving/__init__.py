@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: requests join and leave the rows of one running batch (docs/serving.md)."""
+"""An OpenAI-compatible server: requests join and leave the rows of one running batch (docs/guides/serve.md)."""

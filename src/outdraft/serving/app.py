@@ -1,7 +1,4 @@
-"""The web application: routes, keys, and how a request waits for its answers.
-
-Thin: requests are translated, decoded and put into words elsewhere. Knows the web framework; nothing of models.
-"""
+"""The web application: its routes, the key they need, and how a request waits for the engine's events."""
 
 from __future__ import annotations
 
@@ -10,7 +7,10 @@ import contextlib
 import hmac
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator
+from functools import cache
+from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -23,23 +23,27 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft import __version__
 from outdraft.api.text import decode_text
+from outdraft.serving.asgi import BodyLimits, Events, Json, error_response, until_disconnect
 from outdraft.serving.engine import Engine
-from outdraft.serving.faults import Fault, broken
-from outdraft.serving.jobs import Ask, Event, Failed, Job
-from outdraft.serving.limits import Limits
+from outdraft.serving.errors import ApiError, internal_error
+from outdraft.serving.jobs import Event, Failed, GenerationParams, Job
 from outdraft.serving.metrics import Metrics
-from outdraft.serving.page import HEADERS, page
-from outdraft.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Model, TokenizeRequest
-from outdraft.serving.protocol import Request as Asked
-from outdraft.serving.replies import Reply
+from outdraft.serving.parse import RequestParser
+from outdraft.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    Model,
+    TokenizeRequest,
+)
+from outdraft.serving.render import Renderer
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.translation import Translator
-from outdraft.serving.wire import Events, Json, fault_response, gone
 
 log = logging.getLogger("outdraft.serving")
-"""Where what went wrong is written; never prompts or answers."""
+"""Takes what went wrong; never prompts or answers."""
 
-_FAULTS: dict[int | str, dict[str, Any]] = {
+_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": what}
     for status, what in {
         400: "The request cannot be answered as it is.",
@@ -51,35 +55,46 @@ _FAULTS: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down.",
     }.items()
 }
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""The chat page loads nothing, talks to its own server only and is shown in no frame."""
+
 _bearer = HTTPBearer(auto_error=False)
 
 
 def make_app(
     engine: Engine,
-    translator: Translator,
+    parser: RequestParser,
     tokenizer: PreTrainedTokenizerBase,
     settings: ServeSettings,
     metrics: Metrics,
 ) -> FastAPI:
     """The application over a running engine."""
     app = FastAPI(title="outdraft", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Limits, most=settings.max_request_bytes, seconds=settings.request_timeout)
+    app.add_middleware(BodyLimits, max_bytes=settings.max_request_bytes, timeout=settings.request_timeout)
     if settings.allow_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allow_origin, allow_methods=["*"], allow_headers=["*"]
         )
-    _say_faults(app)
+    _report_errors(app)
     began = int(time.time())
 
-    def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-        """The right key, where one is needed."""
+    def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+        """Refuse a wrong key, where one is needed."""
         key = settings.api_key
         sent = given.credentials if given is not None else ""
         if key is not None and not hmac.compare_digest(sent.encode(), key.encode()):
             message = "the key is wrong" if sent else "a key is needed: Authorization: Bearer KEY"
-            raise Fault(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def answer(request: Request, asked: Asked, ask: Ask, chat: bool, echo: list[str]) -> Response:
+    async def answer(
+        request: Request, body: GenerationRequest, params: GenerationParams, chat: bool, echo: list[str]
+    ) -> Response:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -87,79 +102,87 @@ def make_app(
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(ask, engine.target, tokenizer, deliver)
-        reply = Reply(job, translator.names[0], tokenizer, chat, bool(asked.return_pieces), echo)
+        job = Job(params, engine.target, tokenizer, deliver, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}")
+        renderer = Renderer(job, parser.names[0], tokenizer, chat, bool(body.return_pieces), echo)
         engine.submit(job)
-        if asked.stream:
-            return Events(_stream(engine, job, events, reply, asked.include_usage))
-        return await _whole(engine, job, events, reply, request)
+        if body.stream:
+            return Events(_stream(engine, job, events, renderer, body.include_usage))
+        return await _whole(engine, job, events, renderer, request)
 
-    guarded = [Depends(allowed)]
+    guarded = [Depends(check_key)]
 
     def entry(name: str) -> dict[str, Any]:
         drafter = engine.drafting.drafter
         method = drafter.method if drafter is not None else "none"
-        return Model(id=name, created=began, max_model_len=translator.context_length, method=method).model_dump()
+        return Model(id=name, created=began, max_model_len=parser.context_length, method=method).model_dump()
 
-    @app.post("/v1/chat/completions", dependencies=guarded, responses=_FAULTS)
-    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=_ERRORS)
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await answer(request, asked, await asyncio.to_thread(translator.chat, asked), True, [])
+        return await answer(request, body, await asyncio.to_thread(parser.chat, body), True, [])
 
-    @app.post("/v1/completions", dependencies=guarded, responses=_FAULTS)
-    async def completions(request: Request, asked: CompletionRequest) -> Response:
+    @app.post("/v1/completions", dependencies=guarded, responses=_ERRORS)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
-        ask = await asyncio.to_thread(translator.completion, asked)
-        echo = [one if isinstance(one, str) else decode_text(tokenizer, one) for one in asked.prompts if asked.echo]
-        return await answer(request, asked, ask, False, echo)
+        params = await asyncio.to_thread(parser.completion, body)
+        echo = [one if isinstance(one, str) else decode_text(tokenizer, one) for one in body.prompts if body.echo]
+        return await answer(request, body, params, False, echo)
 
-    @app.get("/v1/models", dependencies=guarded, responses={401: _FAULTS[401]})
+    @app.get("/v1/models", dependencies=guarded, responses={401: _ERRORS[401]})
     async def models() -> Response:
         """The one model of this server, by all its names."""
-        return Json({"object": "list", "data": [entry(name) for name in translator.names]})
+        return Json({"object": "list", "data": [entry(name) for name in parser.names]})
 
-    @app.get("/v1/models/{name:path}", dependencies=guarded, responses={code: _FAULTS[code] for code in (401, 404)})
+    @app.get("/v1/models/{name:path}", dependencies=guarded, responses={code: _ERRORS[code] for code in (401, 404)})
     async def model(name: str) -> Response:
         """One of its names."""
-        translator.check_model(name)
+        parser.check_model(name)
         return Json(entry(name))
 
-    @app.post("/tokenize", dependencies=guarded, responses=_FAULTS)
-    async def tokenize(asked: TokenizeRequest) -> Response:
+    @app.post("/tokenize", dependencies=guarded, responses=_ERRORS)
+    async def tokenize(body: TokenizeRequest) -> Response:
         """A text or a conversation as tokens, as in vLLM."""
-        return Json(await asyncio.to_thread(translator.tokenize, asked))
+        return Json(await asyncio.to_thread(parser.tokenize, body))
 
-    @app.post("/detokenize", dependencies=guarded, responses=_FAULTS)
-    async def detokenize(asked: DetokenizeRequest) -> Response:
+    @app.post("/detokenize", dependencies=guarded, responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Tokens as text, as in vLLM."""
-        return Json(await asyncio.to_thread(translator.detokenize, asked))
+        return Json(await asyncio.to_thread(parser.detokenize, body))
 
     @app.get("/version")
     async def version() -> Response:
-        """Of this program."""
+        """The program's version."""
         return Json({"version": __version__})
 
-    @app.get("/health", responses={503: _FAULTS[503]})
+    @app.get("/health", responses={503: _ERRORS[503]})
     async def health() -> Response:
         """200 while requests are taken."""
         return Json({"status": "ok"} if engine.alive else {"status": "stopping"}, 200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def figures() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.text(), media_type=metrics.content_type)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         """A page to chat on."""
-        return Response(page(), headers=HEADERS, media_type="text/html; charset=utf-8")
+        return Response(page(), headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     return app
 
 
-async def _whole(engine: Engine, job: Job, events: asyncio.Queue[Event], reply: Reply, request: Request) -> Response:
-    """All answers at once; nobody is answered who has gone."""
-    leaving = asyncio.ensure_future(gone(request.receive))
+@cache
+def page() -> str:
+    """The source of the chat page, which is one file."""
+    return (files("outdraft.serving") / "page.html").read_text(encoding="utf-8")
+
+
+async def _whole(
+    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, request: Request
+) -> Response:
+    """All answers at once; the job is cancelled if the client goes."""
+    leaving = asyncio.ensure_future(until_disconnect(request.receive))
     try:
         left = len(job.answers)
         while left:
@@ -170,65 +193,64 @@ async def _whole(engine: Engine, job: Job, events: asyncio.Queue[Event], reply: 
                 return Response(status_code=499)
             event = getting.result()
             if isinstance(event, Failed):
-                return fault_response(event.fault)
-            reply.add(event)
+                return error_response(event.error)
+            renderer.add(event)
             left -= event.finish_reason is not None
-        return Json(reply.whole())
+        return Json(renderer.whole())
     finally:
         leaving.cancel()
         engine.cancel(job)
 
 
 async def _stream(
-    engine: Engine, job: Job, events: asyncio.Queue[Event], reply: Reply, usage: bool
+    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """Chunk by chunk; closing it frees the rows."""
+    """The answers chunk by chunk; the job is cancelled if the iterator is closed."""
     try:
         left = len(job.answers)
         while left:
             event = await events.get()
             if isinstance(event, Failed):
-                yield event.fault.body
+                yield event.error.body
                 return
-            for chunk in reply.chunks(event):
+            for chunk in renderer.chunks(event):
                 yield {**chunk, "usage": None} if usage else chunk
             left -= event.finish_reason is not None
         if usage:
-            yield reply.usage_chunk()
+            yield renderer.usage_chunk()
     finally:
         engine.cancel(job)
 
 
-def _say_faults(app: FastAPI) -> None:
-    """Whatever goes wrong is said in OpenAI's format."""
+def _report_errors(app: FastAPI) -> None:
+    """Report every error in OpenAI's format."""
 
-    @app.exception_handler(Fault)
-    async def fault(_: Request, error: Fault) -> Response:
-        return fault_response(error)
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return fault_response(_first_mistake(error))
+        return error_response(_first_mistake(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers) if error.headers else None
-        return fault_response(Fault(error.status_code, message, headers=headers))
+        return error_response(ApiError(error.status_code, message, headers=headers))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:
         log.error("a request failed", exc_info=error)
-        return fault_response(broken())
+        return error_response(internal_error())
 
 
-def _first_mistake(error: RequestValidationError) -> Fault:
+def _first_mistake(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, and where; the input itself is not repeated."""
     mistake = error.errors()[0]
-    place = [str(part) for part in mistake["loc"] if part != "body"]
+    where = ".".join(str(part) for part in mistake["loc"] if part != "body")
     if mistake["type"] == "json_invalid":
-        return Fault(400, "the body is not valid JSON", code="invalid_json")
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if mistake["type"] == "extra_forbidden":
-        return Fault(400, f"unknown parameter '{'.'.join(place)}'", ".".join(place), "unknown_parameter")
-    where = ".".join(place) or None
-    return Fault(400, f"{where or 'the body'}: {mistake['msg']}", where)
+        return ApiError(400, f"unknown parameter '{where}'", where, "unknown_parameter")
+    return ApiError(400, f"{where or 'the body'}: {mistake['msg']}", where or None)

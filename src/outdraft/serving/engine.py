@@ -1,9 +1,9 @@
-"""The loop that decodes for all requests, in a thread of its own.
+"""The engine: one thread that decodes for all requests.
 
-Each turn: take in what was submitted or cancelled, admit waiting rows as far as there is room, run one piece of a
-newcomer's prompt, and one round of the rows that are running. So a long prompt delays a round by one piece only, and a
-row whose client has gone is out before the next round. Rows with and without the drafter run in lanes of their own,
-turn by turn. Knows jobs and rows; nothing of the web.
+Each turn of its loop takes in what was submitted or cancelled, admits waiting rows as far as the cache has room, runs
+one chunk of an admitted row's prompt, and one round of the running rows. So a long prompt delays a round by one chunk
+only, and a row whose client has gone is out before the next round. Rows with and without the drafter run in lanes of
+their own, turn by turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,13 +23,12 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row
-from outdraft.serving.faults import Fault, broken, refused, stopping, undecodable
+from outdraft.engine.rows import Row
+from outdraft.serving.errors import ApiError, bad_request, internal_error, not_decodable, shutting_down
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
 from outdraft.serving.metrics import Metrics
-from outdraft.serving.queueing import Room, Waiting
+from outdraft.serving.queue import Capacity, RequestQueue
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.threads import threads_of
 from outdraft.target.memory import cache_slots
 from outdraft.target.target import Target
 
@@ -79,8 +78,21 @@ class Drafting:
         return max(self.greedy(1).depth, (self.sampling or self.greedy(1)).depth) + 1
 
 
+class _Lane:
+    """Rows that share their rounds."""
+
+    def __init__(self, target: Target, drafting: Drafting):
+        self.target, self.drafting = target, drafting
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with no rows."""
+        costs = self.drafting.pacer.costs if self.drafting.pacer is not None else None
+        self.decoder = Decoder(self.target, self.drafting.drafter, self.drafting.largest, costs)
+
+
 @dataclass
-class _Active:
+class _Running:
     """A row being decoded."""
 
     job: Job
@@ -89,46 +101,41 @@ class _Active:
     slots: int
 
 
-@dataclass
-class _Lane:
-    """Rows that share their rounds."""
-
-    drafting: Drafting
-    make: Callable[[], Decoder]
-    decoder: Decoder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.decoder = self.make()
-
-
 class Engine:
     """Decodes jobs until it is stopped.
 
     Args:
         target: the model.
-        drafting: with the drafter, for jobs that do not decline it.
-        settings: of the server.
+        drafting: how to draft for jobs that do not decline the drafter.
+        settings: the server's.
         context_length: tokens that prompt and answer may have.
-        metrics: told everything.
+        metrics: where everything is counted.
+        threads: CPU threads that the model computes with.
 
     Raises:
         UserError: the cache would hold nothing.
     """
 
     def __init__(
-        self, target: Target, drafting: Drafting, settings: ServeSettings, context_length: int, metrics: Metrics
+        self,
+        target: Target,
+        drafting: Drafting,
+        settings: ServeSettings,
+        context_length: int,
+        metrics: Metrics,
+        threads: int,
     ):
         self.target, self.settings, self.metrics, self.context_length = target, settings, metrics, context_length
         self.drafting = drafting
         slots = cache_slots(target, settings.max_num_seqs, context_length, drafting.slots, settings.kv_cache_tokens)
-        self.room = Room(slots, settings.max_num_seqs)
-        self._lanes = {True: self._lane(drafting), False: self._lane(Drafting.none())}
-        self._waiting = Waiting()
-        self._active: dict[int, _Active] = {}
+        self.capacity = Capacity(slots, settings.max_num_seqs)
+        self._lanes = {True: _Lane(target, drafting), False: _Lane(target, Drafting.none())}
+        self._queue = RequestQueue()
+        self._running: dict[int, _Running] = {}  # by their rows' ids
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deadline: float | None = None  # set once the server is going down
         self._gate = threading.Lock()  # nothing is submitted once the thread has looked for the last time
-        self._threads = threads_of(settings.threads)
+        self._threads = threads
         self._thread = threading.Thread(target=self._run, name="outdraft-engine", daemon=True)
 
     # --- from any thread ---------------------------------------------------------------------------------------
@@ -145,26 +152,27 @@ class Engine:
         """Decode it when its turn comes.
 
         Raises:
-            Fault: there is no room for it, now or ever, or the server is going down.
+            ApiError: the cache or the queue has no room for it, or the server is going down.
         """
         longest = max(self._slots(answer, job) for answer in job.answers)
-        if not self.room.fits([], longest):
-            raise refused(
-                f"the longest answer would take {longest} places in the cache, which has {self.room.slots}; "
+        if not self.capacity.fits([], longest):
+            raise bad_request(
+                f"the longest answer would take {longest} places in the cache, which has {self.capacity.slots}; "
                 "shorten the prompt or max_tokens",
                 "max_tokens",
                 "context_length_exceeded",
             )
-        if len(self._waiting) + self._commands.qsize() >= self.settings.max_waiting:
-            raise Fault(429, "too many requests are waiting; try again later", None, "queue_full", {"Retry-After": "1"})
+        if len(self._queue) + self._commands.qsize() >= self.settings.max_waiting:
+            message = "too many requests are waiting; try again later"
+            raise ApiError(429, message, None, "queue_full", {"Retry-After": "1"})
         with self._gate:
             if not self.alive:
-                raise stopping()
-            self._commands.put(lambda: self._waiting.add(job))
+                raise shutting_down()
+            self._commands.put(lambda: self._queue.add(job))
 
     def cancel(self, job: Job) -> None:
-        """Its client has gone; its rows are free before the next round."""
-        self._commands.put(lambda: self._drop(job))
+        """Free its rows before the next round, as its client has gone; nothing is done to a job that has ended."""
+        self._commands.put(lambda: self._end(job, CANCELLED) if job.left else None)
 
     def drain(self, seconds: float) -> None:
         """Take no further jobs, give the present ones so long to finish, then end."""
@@ -179,17 +187,13 @@ class Engine:
 
     # --- in the engine's thread --------------------------------------------------------------------------------
 
-    def _lane(self, drafting: Drafting) -> _Lane:
-        costs = drafting.pacer.costs if drafting.pacer is not None else None
-        return _Lane(drafting, lambda: Decoder(self.target, drafting.drafter, drafting.largest, costs))
-
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
-            while self._obey():
+            while self._take_commands():
                 self._admit()
                 for lane in self._lanes.values():
-                    self._advance(lane)
+                    self._step(lane)
                 self._gauge()
         except BaseException:
             log.exception("the engine has ended")
@@ -197,150 +201,141 @@ class Engine:
         finally:
             with self._gate:
                 self._deadline = self._deadline or time.perf_counter()
-            self._obey_all()
-            self._fail_all(stopping())
+            self._take_ready_commands()
+            jobs = [*self._queue.clear(), *(one.job for one in self._running.values())]
+            self._fail(jobs, shutting_down(), "shutdown")
+            self._gauge()
 
-    def _obey(self) -> bool:
-        """Take in what was asked for since the last turn, waiting for it if there is nothing else; False at the end."""
-        self._obey_all()
-        idle = not self._active and not len(self._waiting)
-        if self._deadline is not None and (idle or time.perf_counter() >= self._deadline):
-            return False
-        if idle:
+    def _take_commands(self) -> bool:
+        """Do what was asked for since the last turn, waiting while there is nothing to decode; False at the end."""
+        while True:
+            self._take_ready_commands()
+            idle = not self._running and not len(self._queue)
+            if self._deadline is not None and (idle or time.perf_counter() >= self._deadline):
+                return False
+            if not idle:
+                return True
             self._gauge()
             self._commands.get()()
-            self._obey_all()
-        return True
 
-    def _obey_all(self) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            command()
+    def _take_ready_commands(self) -> None:
+        while not self._commands.empty():  # no other thread takes any
+            self._commands.get()()
 
     def _admit(self) -> None:
-        """Rows whose turn it is, while there is room; those of short prompts come in together."""
+        """Admit rows in turn while there is room; short prompts are run together."""
         groups: dict[bool, list[Row]] = {True: [], False: []}
-        while (first := self._waiting.first()) is not None:
+        while (first := self._queue.first()) is not None:
             job, answer = first
             slots = self._slots(answer, job)
-            if not self.room.fits([active.slots for active in self._active.values()], slots):
+            if not self.capacity.fits([one.slots for one in self._running.values()], slots):
                 break
-            self._waiting.pop()
-            lane = self._lanes[job.ask.speculative]
+            self._queue.pop()
+            lane = self._lanes[job.params.speculative]
             answer.row.repeats = lane.drafting.repeats
-            pacer, seed = lane.drafting.pacer, None if job.ask.seed is None else job.ask.seed + answer.index
+            pacer, seed = lane.drafting.pacer, None if job.params.seed is None else job.params.seed + answer.index
             if lane.drafting.sampling is None:
                 device, row = self.target.device, answer.row
                 row.chance = chance_of(row.warper, self.target.vocab_size, device, seed, row.tokens)
             if pacer is not None:
                 answer.row.controller = pacer.controller(lane.drafting.levels, seed)
-            self._active[id(answer.row)] = _Active(job, answer, lane, slots)
+            self._running[id(answer.row)] = _Running(job, answer, lane, slots)
             self.metrics.admitted(job, len(answer.row.prompt), answer.index == 0)
-            group = groups[job.ask.speculative]
+            group = groups[job.params.speculative]
             longest = max(len(row.prompt) for row in (*group, answer.row))
             if group and (len(group) + 1) * longest > self.settings.prefill_chunk:
                 self._add(lane, group)
-                groups[job.ask.speculative] = group = []
+                groups[job.params.speculative] = group = []
             group.append(answer.row)
         for speculative, group in groups.items():
             self._add(self._lanes[speculative], group)
 
     def _add(self, lane: _Lane, group: Sequence[Row]) -> None:
-        """These come in; if that fails, it is told to those whom it concerns."""
+        """Give the rows to their lane; if that fails, their jobs fail."""
         try:
             if group:
                 lane.decoder.add(group)
         except Exception:
             log.exception("rows cannot be taken in")
-            for job in {id(active.job): active.job for row in group if (active := self._active.get(id(row)))}.values():
-                self._fail(job, broken(), "error")
+            self._fail([one.job for row in group if (one := self._running.get(id(row)))], internal_error())
 
-    def _advance(self, lane: _Lane) -> None:
-        """A piece of a prompt and a round; what fails is told to those whom it concerns, and the others go on."""
-        rows = [active.answer.row for active in self._active.values() if active.lane is lane]
+    def _step(self, lane: _Lane) -> None:
+        """A chunk of a prompt and a round; if that fails, the lane's jobs fail and the other lane goes on."""
+        rows = [one.answer.row for one in self._running.values() if one.lane is lane]
         if not rows:
             return
         greedy = all(row.warper.greedy for row in rows)
         drawn = None if greedy else lane.drafting.sampling
         lane.decoder.shape = drawn or lane.drafting.greedy(len(rows))
         try:
-            self._tell(lane.decoder.prefill(self.settings.prefill_chunk))
-            self._tell(lane.decoder.round())
+            self._publish(lane.decoder.prefill(self.settings.prefill_chunk))
+            self._publish(lane.decoder.round())
         except Exception:
             log.exception("decoding failed")
-            jobs = {id(active.job): active.job for active in self._active.values() if active.lane is lane}
-            lane.decoder = lane.make()
-            for job in jobs.values():
-                self._fail(job, broken(), "error")
+            jobs = [one.job for one in self._running.values() if one.lane is lane]
+            lane.reset()
+            self._fail(jobs, internal_error())
 
-    def _tell(self, rows: Sequence[Row]) -> None:
-        """Events for the rows that gained something; those that ended leave."""
+    def _publish(self, rows: Sequence[Row]) -> None:
+        """Deliver what the rows gained, and take out those that ended."""
         for row in rows:
-            active = self._active.get(id(row))
-            if active is None:
+            running = self._running.get(id(row))
+            if running is None:
                 continue
-            job, answer = active.job, active.answer
-            first = not any(other.told for other in job.answers)
+            job, answer = running.job, running.answer
+            first = not any(other.sent_tokens for other in job.answers)
             try:
-                news = answer.news()
+                delta = answer.delta()
             except Exception:  # its tokenizer fails on it: the others go on
                 log.exception("an answer has no text")
-                self._fail(job, broken(), "error")
+                self._fail([job], internal_error())
                 continue
             if row.error is not None:
                 log.error("a request ends early: %s", row.error)
-                self._fail(job, undecodable(row.error), "error")
+                self._fail([job], not_decodable(row.error))
                 continue
-            if news is None:
+            if delta is None:
                 continue
-            self.metrics.gained(job, news, first)
-            if news.finish_reason is not None:
-                self._leave(active)
+            self.metrics.grown(job, delta, first)
+            if delta.finish_reason is not None:
+                self._leave(running)
                 job.left -= 1
                 if not job.left:
-                    self.metrics.ended(job)
-            job.deliver(news)
+                    self._ended(job)
+            job.deliver(delta)
 
-    def _leave(self, active: _Active) -> None:
-        del self._active[id(active.answer.row)]
-        self.metrics.decoded(active.answer.row.statistics)
+    def _leave(self, running: _Running) -> None:
+        del self._running[id(running.answer.row)]
+        self.metrics.decoded(running.answer.row.statistics)
 
-    def _drop(self, job: Job) -> None:
-        """Take all rows of a job out."""
-        if not job.left:
-            return
+    def _end(self, job: Job, reason: str) -> None:
+        """Take all rows of a job out before they have ended."""
         job.left = 0
-        self._waiting.remove(job)
-        for active in [active for active in self._active.values() if active.job is job]:
-            active.lane.decoder.remove(active.answer.row, CANCELLED)
-            self._leave(active)
-        self.metrics.ended(job, CANCELLED)
+        self._queue.remove(job)
+        for running in [one for one in self._running.values() if one.job is job]:
+            running.lane.decoder.remove(running.answer.row, CANCELLED)
+            self._leave(running)
+        self._ended(job, reason)
 
-    def _fail(self, job: Job, fault: Fault, reason: str) -> None:
-        self._waiting.remove(job)
-        for active in [active for active in self._active.values() if active.job is job]:
-            active.lane.decoder.remove(active.answer.row, CANCELLED)
-            self._leave(active)
-        job.left = 0
+    def _ended(self, job: Job, reason: str | None = None) -> None:
+        """Count and log the end of a job: with all its answers, or for the reason given."""
         self.metrics.ended(job, reason)
-        job.deliver(Failed(fault))
+        if self.settings.log_requests:
+            log.info(job.summary(reason))
 
-    def _fail_all(self, fault: Fault) -> None:
-        jobs = {id(job): job for job in (*self._waiting.clear(), *(active.job for active in self._active.values()))}
-        for job in jobs.values():
-            self._fail(job, fault, "shutdown")
-        self._gauge()
+    def _fail(self, jobs: Sequence[Job], error: ApiError, reason: str = "error") -> None:
+        """End these jobs, each once, and tell their clients why."""
+        for job in {id(job): job for job in jobs}.values():
+            self._end(job, reason)
+            job.deliver(Failed(error))
 
     def _slots(self, answer: Answer, job: Job) -> int:
-        """Of the cache that a row takes at most."""
+        """Slots of the cache that a row takes at most."""
         tokens = min(len(answer.row.prompt) + answer.row.max_new_tokens, self.context_length)
-        return tokens + self._lanes[job.ask.speculative].drafting.slots
+        return tokens + self._lanes[job.params.speculative].drafting.slots
 
     def _gauge(self) -> None:
-        slots = [active.slots for active in self._active.values()]
+        slots = [one.slots for one in self._running.values()]
         self.metrics.running.set(len(slots))
-        self.metrics.waiting.set(len(self._waiting))
-        self.metrics.cache_usage.set(self.room.used(slots) / self.room.slots)
+        self.metrics.waiting.set(len(self._queue))
+        self.metrics.cache_usage.set(self.capacity.used(slots) / self.capacity.slots)

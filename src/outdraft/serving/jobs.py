@@ -1,7 +1,6 @@
-"""A request as the engine sees it: rows to decode, and who is told what becomes of them.
+"""A request as the engine sees it: a job with a row for every answer, the answers' text, and events for its client.
 
-`Job` is made for one request and owned by the engine's thread once it was submitted. What it says to the outside are
-events, handed to `deliver` from that thread. Knows rows and text; nothing of the web, of queues or of memory.
+The engine's thread owns a job once it was submitted, and hands the job's events to `deliver` from that thread.
 """
 
 from __future__ import annotations
@@ -9,16 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.api.stops import Stops
+from outdraft.api.text import Detokenizer
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.statistics import Statistics
-from outdraft.engine.round import Row
-from outdraft.serving.answer_text import AnswerText, Piece
-from outdraft.serving.faults import Fault
+from outdraft.engine.rows import Row
+from outdraft.output import number
+from outdraft.serving.errors import ApiError
 from outdraft.target.target import Target
 
 CANCELLED = "cancelled"
@@ -26,22 +30,22 @@ CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a request wants, checked.
+class GenerationParams:
+    """The checked parameters of a request.
 
     Attributes:
-        prompts: token ids.
-        choices: answers to each of them.
-        sampling: how tokens are chosen.
-        max_new_tokens: of every answer, at most.
+        prompts: token ids of every prompt.
+        choices: answers to each prompt.
+        sampling: temperature, filters, penalties and the like.
+        max_new_tokens: tokens that every answer may have.
         stops: strings that end an answer.
         ends: tokens that end an answer.
-        seed: of the first answer, the next one has the next; None draws fresh ones.
-        logprobs: how many most probable tokens to name beside the chosen one's own logarithm; None names nothing.
+        seed: the first answer's seed, the i-th answer has `seed + i`; None draws fresh ones.
+        logprobs: how many alternatives to report beside every chosen token's logprob; None reports no logprobs.
         speculative: False decodes without the drafter.
-        prompt_logprobs: as `logprobs`, of the prompts' own tokens.
-        echo: whether answers begin with their prompts, whose tokens are then among the `logprobs`.
-        silent: whether only the prompt is wanted: of the one token that is decided after it nobody is told.
+        prompt_logprobs: as `logprobs`, for the prompts' own tokens.
+        echo: answers begin with their prompts, whose tokens are then among the `logprobs`.
+        prompt_only: the client wants the prompt scored, and is not told the one token that is decided after it.
     """
 
     prompts: list[list[int]]
@@ -55,40 +59,109 @@ class Ask:
     speculative: bool = True
     prompt_logprobs: int | None = None
     echo: bool = False
-    silent: bool = False
+    prompt_only: bool = False
+
+
+class Piece(NamedTuple):
+    """Some text, and whether a drafter had guessed its token."""
+
+    text: str
+    accepted: bool
+
+
+class AnswerText:
+    """An answer's text while its tokens come: it ends before a stop string and hands out only what is certain.
+
+    Args:
+        tokenizer: the model's.
+        stops: strings that end the answer and are no part of it; a special token's string is found, too.
+        prompt: tokens that the answer follows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+        self._detokenizer = Detokenizer(tokenizer, prompt=prompt)
+        self._stops = Stops(stops, tokenizer)
+        self.text = ""
+        self.starts: list[int] = []
+        """Character at which every token's text begins."""
+        self.stopped = False
+        """A stop string was found: the text ends before it, and further tokens add nothing."""
+        self._accepted: list[bool] = []
+        self._seen = 0  # characters so far, certain or not
+        self._released = 0  # characters handed out
+        self._piece = 0  # index of the token whose text is handed out next
+
+    def take(self, tokens: Sequence[int], accepted: Sequence[bool]) -> bool:
+        """Add those of the answer's `tokens` that are new; returns whether a stop string is complete."""
+        for index in range(len(self.starts), len(tokens)):
+            self.starts.append(self._seen)
+            self._accepted.append(accepted[index])
+            if not self.stopped:
+                self._add(tokens[index])
+        return self.stopped
+
+    def finish(self) -> None:
+        """Add what was held back of an unfinished character, as no further token comes."""
+        if not self.stopped:
+            self._end(self.text + self._detokenizer.finish())
+
+    def release(self) -> list[Piece]:
+        """The text that has become certain since the last call, a piece for every token."""
+        certain = len(self.text) - (0 if self.stopped else self._stops.uncertain())
+        pieces: list[Piece] = []
+        while self._released < certain:
+            last = self._piece + 1 == len(self.starts)
+            end = certain if last else min(certain, self.starts[self._piece + 1])
+            if end > self._released:
+                pieces.append(Piece(self.text[self._released : end], self._accepted[self._piece]))
+                self._released = end
+            if self._released < certain:
+                self._piece += 1
+        return pieces
+
+    def _add(self, token: int) -> None:
+        new, pending = self._detokenizer.add(token), self._detokenizer.pending
+        self.text += new
+        self._seen = max(self._seen, len(self.text) + len(pending))
+        end = self._stops.add(token, new, pending)
+        if end is not None:
+            self._end((self.text + pending)[:end])
+
+    def _end(self, text: str) -> None:
+        self.text, self.stopped = text, True
+        self.starts = [min(start, len(text)) for start in self.starts]
+        self._seen = min(self._seen, len(text))
 
 
 @dataclass
 class TokenLogprob:
-    """How probable the target alone held a token, before temperature, penalties and filters."""
+    """A token's logprob under the target alone, before temperature, penalties and filters."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The most probable tokens, best first."""
+    """The most probable tokens and their logprobs, best first."""
     rank: int = 1
     """1 for the most probable token."""
 
 
 @dataclass
-class Gained:
+class Delta:
     """An answer has grown, or ended.
 
     Attributes:
-        index: of the answer in its request.
+        index: which answer of its request.
         pieces: text that has become certain.
-        tokens: how many were decided.
-        start: characters of the answer before `pieces`.
-        logprobs: of those tokens, where they were asked for.
-        starts: of those tokens, where their text begins in the answer.
-        tau: of the answer so far; None before its first round.
+        tokens: how many tokens were decided.
+        logprobs: logprobs of those tokens, where they were asked for.
+        starts: characters of the answer at which those tokens' text begins.
+        tau: tau of the answer so far; None before its first round.
         finish_reason: `stop` or `length` once it has ended.
     """
 
     index: int
     pieces: list[Piece]
     tokens: int
-    start: int
     logprobs: list[TokenLogprob]
     starts: list[int]
     tau: float | None = None
@@ -101,100 +174,114 @@ class Gained:
 
 @dataclass
 class Failed:
-    """The request is not answered (any further)."""
+    """The request is not answered, or not any further."""
 
-    fault: Fault
+    error: ApiError
 
 
-Event = Gained | Failed
+Event = Delta | Failed
 
 
 @dataclass
 class Answer:
-    """One row of a job, before, while and after it is decoded."""
+    """One answer of a job and the row that decodes it."""
 
     index: int
     row: Row
     text: AnswerText
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of the prompt's tokens but its first; complete before the first event."""
-    told: int = 0
-    """Tokens that an event has told of."""
-    characters: int = 0
-    """Characters likewise."""
+    """Logprobs of the prompt's tokens but its first; complete before the first event."""
+    sent_tokens: int = 0
 
-    def news(self) -> Gained | None:
-        """What was decided since the last call."""
+    def delta(self) -> Delta | None:
+        """What was decided since the last call; None if nothing was."""
         self.text.take(self.row.tokens, self.row.accepted)
         reason = self.row.finish_reason
         if reason is not None:
             self.text.finish()
-        pieces, tokens = self.text.release(), len(self.row.tokens) - self.told
+        pieces, tokens = self.text.release(), len(self.row.tokens) - self.sent_tokens
         if not pieces and not tokens and reason is None:
             return None
-        gained = Gained(
+        delta = Delta(
             self.index,
             pieces,
             tokens,
-            self.characters,
-            self.logprobs[self.told :],
-            self.text.starts[self.told :],
+            self.logprobs[self.sent_tokens :],
+            self.text.starts[self.sent_tokens :],
             self.row.statistics.tau if self.row.statistics.rounds else None,
             None if reason is None else _REASONS.get(reason, reason),
         )
-        self.told += tokens
-        self.characters += len(gained.text)
-        return gained
+        self.sent_tokens += tokens
+        return delta
 
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", CANCELLED: "stop"}
 
 
 class Job:
-    """One request's answers.
+    """A request to decode.
 
     Args:
-        ask: what is wanted.
+        params: what the request asks for.
         target: the model.
-        tokenizer: of the model.
+        tokenizer: the model's.
         deliver: takes events, in the engine's thread; must not block.
+        id: the request's id, which its response bears.
     """
 
-    def __init__(self, ask: Ask, target: Target, tokenizer: PreTrainedTokenizerBase, deliver: Callable[[Event], None]):
-        self.ask, self.deliver = ask, deliver
+    def __init__(
+        self,
+        params: GenerationParams,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase,
+        deliver: Callable[[Event], None],
+        id: str,
+    ):
+        self.params, self.deliver, self.id = params, deliver, id
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []
-        for place, prompt in enumerate(prompt for prompt in ask.prompts for _ in range(ask.choices)):
-            text = AnswerText(tokenizer, ask.stops, prompt)
-            warper = Warper(ask.sampling, len(prompt), target.vocab_size, sorted(ask.ends), (), target.device)
-            dice = Dice(None if ask.seed is None else ask.seed + place)
-            row = Row(prompt, warper, dice, ask.max_new_tokens, ask.ends)
-            if ask.stops:
+        for index, prompt in enumerate(prompt for prompt in params.prompts for _ in range(params.choices)):
+            text = AnswerText(tokenizer, params.stops, prompt)
+            warper = Warper(params.sampling, len(prompt), target.vocab_size, sorted(params.ends), (), target.device)
+            dice = Dice(None if params.seed is None else params.seed + index)
+            row = Row(prompt, warper, dice, params.max_new_tokens, params.ends)
+            if params.stops:
                 row.should_stop = _stopping(row, text)
-            answer = Answer(place, row, text)
-            if ask.logprobs is not None:
-                row.watch = _recording(answer.logprobs, row.tokens, ask.logprobs)
-            of_prompt = [ask.prompt_logprobs, ask.logprobs if ask.echo else None]
+            answer = Answer(index, row, text)
+            if params.logprobs is not None:
+                row.watch = _recording(answer.logprobs, row.tokens, params.logprobs)
+            of_prompt = [params.prompt_logprobs, params.logprobs if params.echo else None]
             if wanted := [most for most in of_prompt if most is not None]:
                 row.watch_prompt = _recording(answer.prompt_logprobs, prompt[1:], max(wanted))
             self.answers.append(answer)
         self.left = len(self.answers)
-        """Answers that have not ended."""
+        """How many answers have not ended."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts; each is run once a choice but counted once, as in OpenAI's usage."""
-        return sum(map(len, self.ask.prompts))
+        """Tokens of all prompts; each is run once a choice but counted once, as in OpenAI's usage."""
+        return sum(map(len, self.params.prompts))
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(answer.row.tokens) for answer in self.answers)
+        """Tokens of all answers so far; 0 where the client is told none."""
+        return 0 if self.params.prompt_only else sum(len(answer.row.tokens) for answer in self.answers)
 
     @property
     def statistics(self) -> Statistics:
-        """Of all answers together."""
+        """Statistics of all answers together."""
         return Statistics.sum(answer.row.statistics for answer in self.answers)
+
+    def summary(self, reason: str | None) -> str:
+        """The line to log as the job ends, with all its answers or for the reason given."""
+        ends = {_REASONS.get(end, end) for answer in self.answers if (end := answer.row.finish_reason) is not None}
+        did = self.statistics
+        return (
+            f"{self.id} prompt_tokens={self.prompt_tokens} completion_tokens={self.completion_tokens} "
+            f"tau={number(did.tau if did.rounds else None)} seconds={time.perf_counter() - self.arrived:.3f} "
+            f"finish_reason={reason or ','.join(sorted(ends))}"
+        )
 
 
 def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
@@ -202,14 +289,14 @@ def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
 
 
 def _recording(known: list[TokenLogprob], tokens: Sequence[int], most: int) -> Callable[[Tensor], None]:
-    """Notes how probable tokens were, from the `(tokens, vocab)` logits they were decided on, some at a time."""
+    """A callback that adds tokens' logprobs to `known`, from the `(tokens, vocab)` logits that decided them."""
 
     def record(logits: Tensor) -> None:
-        laws = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        newest = list(tokens[len(known) : len(known) + len(laws)])
-        best, which = laws.topk(min(most, laws.shape[-1]))
-        own = laws.gather(1, torch.tensor(newest, device=laws.device)[:, None])
-        ranks = ((laws > own).sum(1) + 1).tolist()
+        logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        newest = list(tokens[len(known) : len(known) + len(logprobs)])
+        best, which = logprobs.topk(min(most, logprobs.shape[-1]))
+        own = logprobs.gather(1, torch.tensor(newest, device=logprobs.device)[:, None])
+        ranks = ((logprobs > own).sum(1) + 1).tolist()
         for row in zip(newest, own[:, 0].tolist(), which.tolist(), best.tolist(), ranks, strict=True):
             token, chosen, ids, values, rank = row
             known.append(TokenLogprob(token, chosen, list(zip(ids, values, strict=True)), rank))

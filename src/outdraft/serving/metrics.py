@@ -1,7 +1,4 @@
-"""Figures for Prometheus; those of speculation have vLLM's names under our own prefix.
-
-Knows counts and seconds; nothing of models or of the web.
-"""
+"""Metrics for Prometheus; those of speculation have vLLM's names under our own prefix."""
 
 from __future__ import annotations
 
@@ -11,19 +8,19 @@ from collections import deque
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from outdraft.core.statistics import Statistics
-from outdraft.serving.jobs import Gained, Job
+from outdraft.serving.jobs import Delta, Job
 
 WINDOW = 10.0
-"""Seconds that tokens per second are averaged over."""
+"""Seconds over which tokens per second are averaged."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Metrics:
-    """All figures of one server.
+    """All metrics of one server.
 
     Args:
-        model: name that they are labelled with.
+        model: the model's name, which is every metric's label.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -64,42 +61,42 @@ class Metrics:
         self._recent: deque[tuple[float, int]] = deque()
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """All metrics in the format that Prometheus reads."""
         return generate_latest(self.registry)
 
     def tokens_per_second(self) -> float:
-        """Over the last seconds."""
+        """Tokens decided a second, over the last `WINDOW` seconds."""
         now = time.perf_counter()
         recent = [count for when, count in list(self._recent) if now - when <= WINDOW]
         return sum(recent) / WINDOW
 
     def admitted(self, job: Job, prompt_tokens: int, first: bool) -> None:
-        """A row of the job was taken out of the queue."""
+        """A row of the job has left the queue."""
         self._prompt_tokens.inc(prompt_tokens)
         if first:
             self._queue.observe(time.perf_counter() - job.arrived)
 
-    def gained(self, job: Job, news: Gained, first: bool) -> None:
+    def grown(self, job: Job, delta: Delta, first: bool) -> None:
         """An answer has grown."""
         now = time.perf_counter()
-        self._tokens.inc(news.tokens)
-        self._recent.append((now, news.tokens))
+        self._tokens.inc(delta.tokens)
+        self._recent.append((now, delta.tokens))
         while now - self._recent[0][0] > WINDOW:
             self._recent.popleft()
         if first:
             self._first_token.observe(now - job.arrived)
-        if news.finish_reason is not None:
-            self._finished.labels(self._model, news.finish_reason).inc()
+        if delta.finish_reason is not None:
+            self._finished.labels(self._model, delta.finish_reason).inc()
 
     def ended(self, job: Job, reason: str | None = None) -> None:
-        """All of a job's answers have ended, or it has for this other reason."""
+        """A job has ended: with all its answers, or for the reason given."""
         if reason is None:
             self._whole.observe(time.perf_counter() - job.arrived)
         else:
             self._failed.labels(self._model, reason).inc()
 
     def decoded(self, statistics: Statistics) -> None:
-        """A row has left: what drafting did for it."""
+        """A row has left, with these statistics of its rounds."""
         self._rounds.inc(statistics.rounds)
         self._drafts.inc(sum(depth > 0 for depth in statistics.depths))
         self._drafted.inc(statistics.drafted)

@@ -1,8 +1,7 @@
-"""The requests of OpenAI's API that are understood here, field by field.
+"""The bodies of OpenAI's API, field by field: their types and bounds.
 
-A field that stands in neither model is an error unless it is null or empty, and so is one of `NEUTRAL` with any value
-but those that ask for nothing: what cannot be honoured is refused, never ignored. Knows shapes and bounds; nothing of
-models or tokens.
+What cannot be honoured is refused, never ignored: an unknown field is an error unless it is null or empty, and so is a
+field of `NEUTRAL` unless its value asks for nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from outdraft.serving.faults import refused
+from outdraft.serving.errors import bad_request
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -42,10 +41,10 @@ def _is_empty(value: Any) -> bool:
 
 
 class StreamOptions(_Strict):
-    """What a stream says beside text."""
+    """What a stream holds beside text."""
 
     include_usage: StrictBool | None = None
-    """One more chunk at the end, with the request's usage and no choices."""
+    """Send one more chunk at the end, with the request's usage and no choices."""
 
 
 class TextPart(_Strict):
@@ -58,7 +57,7 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a conversation."""
 
-    role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: StrictStr | list[TextPart] | None = None
     """Null is an assistant's message of no text."""
     name: StrictStr | None = None
@@ -66,21 +65,21 @@ class Message(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _of_text(cls, given: Any) -> Any:
-        """Refuse what is no text by what it is."""
+        """Refuse content that is not text, naming its type."""
         if isinstance(given, dict):
             content = given.get("content")
             for part in content if isinstance(content, list) else []:
                 kind = part.get("type", "text") if isinstance(part, dict) else "text"
                 if kind != "text" and isinstance(kind, str):
-                    raise refused(
+                    raise bad_request(
                         f"content of type '{kind[:64]}' is not supported: the server reads text only", "messages"
                     )
             if content is None and given.get("role") != "assistant":
-                raise refused("a message has no content; only an assistant's may have none", "messages")
+                raise bad_request("a message has no content; only an assistant's may have none", "messages")
         return given
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as chat templates take it."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -88,8 +87,8 @@ class Message(_Strict):
         return {"role": self.role, "content": content, **named}
 
 
-class Request(_Strict):
-    """What both ways of asking have in common."""
+class GenerationRequest(_Strict):
+    """What chats and completions have in common."""
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
@@ -110,13 +109,13 @@ class Request(_Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     """Further tokens that end an answer, as an end of sequence does."""
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
-    """How probable the prompt's tokens are, with so many most probable ones each, in vLLM's format."""
+    """Report the logprobs of the prompt's tokens, with so many alternatives each, in vLLM's format."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
     speculative: StrictBool | None = None
-    """False: decode without the drafter, for comparison."""
+    """False decodes without the drafter, for comparison."""
     return_pieces: StrictBool | None = None
-    """Say of every piece of text whether a drafter had guessed it (`pieces` of a choice)."""
+    """Report for every piece of text whether a drafter had guessed it (`pieces` of a choice)."""
     user: StrictStr | None = None
     metadata: dict[str, StrictStr] | None = None
     safety_identifier: StrictStr | None = None
@@ -125,12 +124,12 @@ class Request(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _neutral(cls, given: Any) -> Any:
-        """Take out what asks for nothing, and refuse what asks for something that is not offered."""
+        """Drop the fields of `NEUTRAL` that ask for nothing, and refuse those that ask for something."""
         if not isinstance(given, dict):
             return given
         for name, (values, reason) in NEUTRAL.items():
             if name in given and name not in cls.model_fields and not _among(given[name], values):
-                raise refused(f"{name} is not supported: {reason}", name, "unsupported_parameter")
+                raise bad_request(f"{name} is not supported: {reason}", name, "unsupported_parameter")
         return {name: value for name, value in given.items() if name not in NEUTRAL or name in cls.model_fields}
 
     @property
@@ -142,7 +141,7 @@ class Request(_Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(Request):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -153,7 +152,7 @@ class ChatRequest(Request):
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
 
-class CompletionRequest(Request):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: (
@@ -165,12 +164,12 @@ class CompletionRequest(Request):
     max_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
     """0 scores the prompt alone, with `echo` or `prompt_logprobs`."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
-    """With `echo` of the prompt's tokens, too."""
+    """How many alternatives to report beside each token's logprob; `echo` reports the prompt's, too."""
     echo: StrictBool | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each a text or token ids."""
+        """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -183,10 +182,10 @@ class TokenizeRequest(_Strict):
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: StrictBool | None = None
-    """To a text; yes unless said otherwise."""
+    """Whether a text gets the tokenizer's special tokens; yes by default."""
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: StrictBool | None = None
-    """The tokens as the vocabulary has them, too."""
+    """Also return the tokens as the vocabulary spells them."""
 
 
 class DetokenizeRequest(_Strict):
@@ -219,9 +218,9 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
     "skip_special_tokens": ((None, True), "special tokens are no text"),
     "spaces_between_special_tokens": ((None, True), "special tokens are no text"),
-    "use_beam_search": ((None, False), "beam search is not sampling from the model's law"),
+    "use_beam_search": ((None, False), "beam search is not sampling from the model's output distribution"),
 }
-"""Parameters of OpenAI's and vLLM's that are accepted where they ask for nothing: such values, else the reason."""
+"""Parameters of OpenAI and vLLM that are not offered -> the values that ask for nothing, why others are refused."""
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:
@@ -237,4 +236,4 @@ class Model(BaseModel):
     owned_by: str = "outdraft"
     max_model_len: StrictInt
     method: str
-    """Of the drafter; `none` without one."""
+    """The drafter's method; `none` without a drafter."""

@@ -1,7 +1,4 @@
-"""How a server is run: every setting with what it means, which is also the command line's help.
-
-Knows nothing of the web or of models.
-"""
+"""The server's settings; their docstrings are the command line's help."""
 
 from __future__ import annotations
 
@@ -42,6 +39,8 @@ class ServeSettings:
     """Seconds that running requests have to finish once the server was told to stop."""
     threads: int | None = None
     """Threads the model computes with on a CPU; by default OMP_NUM_THREADS, or all cores but the server's one."""
+    log_requests: bool = False
+    """Log a line as every request ends: id, tokens in and out, tau, seconds, why it ended; never its text."""
     allow_origin: list[str] = field(default_factory=list)
     """Web origin whose pages may ask (CORS), such as https://example.com, or * for all; may be repeated."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

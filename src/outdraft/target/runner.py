@@ -1,14 +1,13 @@
 """The target at work on the rows of one batch: their prompts, then a tree a round, over one cache.
 
-`CutRun` does the same in two parts for a drafter that is made of the target's own first layers: what those have
-computed for candidates is taken over, so that they run once a token. Neither knows who grows the trees or what is
-accepted.
+Where a drafter is made of the target's own first layers, those may run ahead over candidates: what they have computed
+is taken over when the tree is verified, so that they run once a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +15,25 @@ from torch import Tensor
 from outdraft.core.tensors import causal, counting, integers
 from outdraft.core.tree import Tree
 from outdraft.target.cache import SlotCache
-from outdraft.target.target import Target
-from outdraft.target.views import Cut, Tapped
+from outdraft.target.views import Reads
+
+if TYPE_CHECKING:
+    from outdraft.target.target import Target
 
 PREFILL_CHUNK = 1024
 """Prompt tokens a forward: bounds the mask and the attention scores of long prompts."""
 
+PLAIN = Reads()
+"""The features alone."""
+
 
 class Output(NamedTuple):
-    """What a forward of the target gives for every token, both `(rows, tokens, hidden)`."""
+    """What a forward of the target gives for every token."""
 
     features: Tensor
-    """The last hidden state after the final norm, which the head reads."""
+    """`(rows, tokens, hidden)` the last hidden state after the final norm, which the head reads."""
     taps: Tensor
-    """What the drafter reads of the target: the features, the hidden state of an earlier layer, or several."""
+    """`(rows, tokens, width)` what the drafter reads of the target (`Reads`)."""
 
     @classmethod
     def cat(cls, pieces: Sequence[Output]) -> Output:
@@ -45,10 +49,12 @@ class TargetRun:
     Args:
         target: the model.
         cache: of these rows, empty.
+        reads: what is read of the target for every token.
     """
 
-    def __init__(self, target: Target, cache: SlotCache):
-        self.target, self.cache = target, cache
+    def __init__(self, target: Target, cache: SlotCache, reads: Reads = PLAIN):
+        self.target, self.cache, self.reads = target, cache, reads
+        self._levels: list[_Level] = []  # what ran ahead since the last tree, in the order of its slots
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
         """Run `(tokens,)` prompts of any lengths and commit them; what is given after a row's own end means nothing."""
@@ -76,8 +82,11 @@ class TargetRun:
     def tree(self, tree: Tree) -> Output:
         """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.
 
-        The nodes stay pending in the cache, in the order of the tree.
+        The nodes stay pending in the cache, in the order of the tree. The first part runs only over nodes that it has
+        not seen.
         """
+        if self._levels:
+            return self._tree_after_running_ahead(tree)
         slots = self.cache.reserve(tree.nodes, self.target.device)
         return self.forward(tree.tokens, self.positions(tree), tree.ancestors, slots)
 
@@ -93,46 +102,11 @@ class TargetRun:
 
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
         """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
-        features = self.target.forward(tokens, positions, seen, slots, self.cache)
-        return Output(features, features)
-
-
-class TappedRun(TargetRun):
-    """The target for a drafter that reads what some layers give, beside the features.
-
-    Args:
-        target: the model.
-        tapped: of that model.
-        cache: of these rows, empty.
-    """
-
-    def __init__(self, target: Target, tapped: Tapped, cache: SlotCache):
-        super().__init__(target, cache)
-        self.tapped = tapped
-
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
-        taps = self.tapped(input_ids=tokens, **self.target.inputs(positions, seen, slots, self.cache))
-        return Output(taps[..., : self.target.hidden_size], taps)
-
-
-class CutRun(TargetRun):
-    """The target in two parts, whose first part may run ahead over candidates.
-
-    Args:
-        target: the model.
-        cut: of that model.
-        cache: of these rows, empty.
-    """
-
-    def __init__(self, target: Target, cut: Cut, cache: SlotCache):
-        super().__init__(target, cache)
-        self.cut = cut
-        self._levels: list[_Level] = []  # what ran ahead since the last tree, in the order of its slots
-
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+        if self.reads == PLAIN:
+            features = self.target.forward(tokens, positions, seen, slots, self.cache)
+            return Output(features, features)
         inputs = self.target.inputs(positions, seen, slots, self.cache)
-        hidden = self.cut.lower(input_ids=tokens, **inputs)
-        return Output(self.cut.upper(hidden, **inputs), hidden)
+        return Output(*self.target.reader(self.reads)(input_ids=tokens, **inputs))
 
     def ahead(self, tokens: Tensor, parents: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
         """Run the first part over a level of `(rows, nodes)` candidates, or first of all over the roots.
@@ -146,30 +120,27 @@ class CutRun(TargetRun):
             `(rows, nodes, hidden)` what the first part gives.
         """
         inputs = self.target.inputs(positions, seen, slots, self.cache)
-        hidden = self.cut.lower(input_ids=tokens, **inputs)
-        self.passed(tokens, parents, hidden)
-        return hidden
+        carried = self.target.reader(self.reads).lower(input_ids=tokens, **inputs)
+        self.passed(tokens, parents, carried)
+        return carried[..., : self.target.hidden_size]
 
-    def passed(self, tokens: Tensor, parents: Tensor, hidden: Tensor) -> None:
+    def passed(self, tokens: Tensor, parents: Tensor, carried: Tensor) -> None:
         """A level has run through the first part, and this is what it gives; arguments as in `ahead`."""
-        self._levels.append(_Level(tokens, parents, hidden))
+        self._levels.append(_Level(tokens, parents, carried))
 
-    def tree(self, tree: Tree) -> Output:
-        """As `TargetRun.tree`; the first part runs only over nodes that it has not seen."""
-        if not self._levels:
-            return super().tree(tree)
+    def _tree_after_running_ahead(self, tree: Tree) -> Output:
         places, missing = self._find(tree)
-        hidden = torch.cat([level.hidden for level in self._levels], dim=1)
+        carried = torch.cat([level.carried for level in self._levels], dim=1)
         self._levels = []
         device = tree.tokens.device
         index = torch.tensor(places, device=device)
         if any(missing):
-            hidden = torch.cat([hidden, self._run_missing(tree, index, missing)], dim=1)
+            carried = torch.cat([carried, self._run_missing(tree, index, missing)], dim=1)
         self.cache.arrange(places)
-        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        carried = carried.gather(1, index[..., None].expand(-1, -1, carried.shape[-1]))
         slots = self.cache.pending_slots(0, tree.nodes, device)
         inputs = self.target.inputs(self.positions(tree), tree.ancestors, slots, self.cache)
-        return Output(self.cut.upper(hidden, **inputs), hidden)
+        return Output(*self.target.reader(self.reads).upper(carried, **inputs))
 
     def _find(self, tree: Tree) -> tuple[list[list[int]], list[list[int]]]:
         """For every node its place among the pending slots, and the nodes whose places are still to be filled.
@@ -212,7 +183,7 @@ class CutRun(TargetRun):
         everywhere = torch.zeros_like(slots).scatter_(1, places, positions)
         everywhere[:, pending:] = positions.gather(1, nodes)
         inputs = self.target.inputs(everywhere, seen > 0, slots, self.cache)
-        return self.cut.lower(input_ids=tree.tokens.gather(1, nodes), **inputs)
+        return self.target.reader(self.reads).lower(input_ids=tree.tokens.gather(1, nodes), **inputs)
 
 
 class _Level(NamedTuple):
@@ -220,4 +191,4 @@ class _Level(NamedTuple):
 
     tokens: Tensor
     parents: Tensor
-    hidden: Tensor
+    carried: Tensor

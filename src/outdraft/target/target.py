@@ -24,6 +24,8 @@ from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
 from outdraft.target.cache import BufferPool, SlotCache
 from outdraft.target.reach import context_of, windows_of
+from outdraft.target.runner import PLAIN, TargetRun
+from outdraft.target.views import Reader, Reads
 
 MASK_READING = {"sdpa", "eager"}
 """Attention implementations that take a mask of our own."""
@@ -73,6 +75,7 @@ class Target:
         self.windows = configured if windows is None else windows
         self._ignored = [window for kind, window in configured.items() if window and not self.windows[kind]]
         self._head = _head(self.model)
+        self._readers: dict[Reads, Reader] = {}
 
     # --- facts -------------------------------------------------------------------------------------------------
 
@@ -160,6 +163,20 @@ class Target:
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         return SlotCache(rows, self.num_layers, capacity, self.pool)
+
+    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> TargetRun:
+        """The target at work on the rows of an empty cache; what is read comes beside the features."""
+        return TargetRun(self, cache, reads)
+
+    def reader(self, reads: Reads) -> Reader:
+        """A view of the layers that tells what is read; the same one for the same reads.
+
+        Raises:
+            UserError: no such layer, or the model's layers cannot be found.
+        """
+        if reads not in self._readers:
+            self._readers[reads] = Reader(self.model, reads)
+        return self._readers[reads]
 
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
         """Run `(rows, tokens)` over reserved slots; the last arguments as in `inputs`.

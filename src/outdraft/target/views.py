@@ -1,18 +1,16 @@
-"""A stock model cut in two at a layer, without a copy: its first layers, the rest, and a layer of one's own at the end;
-or whole, telling what some of its layers give.
+"""Views of a stock model's layers, without a copy: whole or in two parts, telling what some of its layers give.
 
 A view is a shallow copy of the inner model whose list of layers is a slice of the same modules. The layers keep their
-place in the cache, so both parts write to one `SlotCache`. What goes over the cut is the hidden state: the lower part's
-last layer notes what it gives, and the upper part's first layer is handed that in place of its input, so what a family
-does to its embeddings (scaling, learned positions) does not matter.
-
-Knows how inner models of `transformers` are built; nothing of trees, drafting or training.
+place in the cache, so both parts write to one `SlotCache`. A part's last layer notes what it gives, and the next part's
+first layer is handed that in place of its input, so what a family does to its embeddings (scaling, learned positions)
+does not matter.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,133 +21,138 @@ from outdraft.errors import UserError
 from outdraft.target.backends import forward_of
 
 
-class Cut:
-    """An inner model cut after its first `layers` layers.
+@dataclass(frozen=True)
+class Reads:
+    """What somebody reads of the target for every token; the states lie side by side in this order."""
+
+    features: bool = True
+    """The last hidden state after the final norm."""
+    layers: tuple[int, ...] = ()
+    """The outputs of these layers, counted from 1, the last one not among them."""
+    split: int | None = None
+    """After this layer the target runs in two parts, so that the first part may run ahead over candidates."""
+
+
+class View:
+    """Some layers of a model, run as the model would be, with its final norm after them.
 
     Args:
         model: a causal language model, on any backend.
-        layers: of the lower part, at least 1 and less than the model has.
-
-    Raises:
-        UserError: no such layer, or the model's layers cannot be found.
+        modules: the layers, the model's own or others like them.
+        places: of each in the model's list, by which families look up its kind of attention.
+        what: the view is, for messages.
+        notes: indices of modules whose outputs are told.
+        handed: whether hidden states come in, in place of tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int):
-        self._model: Any = model
-        total = len(layers_of(model))
-        if not 1 <= layers < total:
-            raise UserError(f"the exit layer must be between 1 and {total - 1} for this model, not {layers}")
-        self.layers = layers
-        modules = list(layers_of(model))
-        self._noting, self._handed = _Noting(modules[layers - 1]), _Handed(modules[layers])
-        self._lower = view_of(model, [*modules[: layers - 1], self._noting], range(layers))
-        self._upper = view_of(model, [self._handed, *modules[layers + 1 :]], range(layers, total))
-        self._run_lower = forward_of(model, self._noted, "the first layers")
-        self._run_upper = forward_of(model, self._continued, "the other layers")
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[nn.Module],
+        places: Sequence[int],
+        what: str,
+        notes: Sequence[int] = (),
+        handed: bool = False,
+    ):
+        own, self._handed = list(modules), None
+        if handed:
+            own[0] = self._handed = _Handed(own[0])
+        self._noting = [_Noting(own[index]) for index in notes]
+        for index, noting in zip(notes, self._noting, strict=True):
+            own[index] = noting
+        self._inner = view_of(model, own, places)
+        self._run = forward_of(model, self._forward, what)
 
-    def lower(self, **inputs: Any) -> Tensor:
-        """Run the first layers as the model would be run; `(rows, tokens, hidden)` what the last of them gives."""
-        return self._run_lower(**inputs)[0]
+    def __call__(self, hidden: Tensor | None = None, **inputs: Any) -> tuple[Tensor, ...]:
+        """Run the layers.
 
-    def upper(self, hidden: Tensor, **inputs: Any) -> Tensor:
-        """Run the other layers on that; `(rows, tokens, hidden)` features after the final norm."""
-        return self._run_upper(inputs_embeds=hidden, **inputs)[0]
-
-    def _noted(self, **inputs: Any) -> tuple[Tensor, ...]:
-        self._lower(**inputs)
-        return (self._noting.take(),)
-
-    def _continued(self, inputs_embeds: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        return (self._handed.run(self._upper, inputs_embeds, **inputs),)
-
-    def both(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run all layers at once: what `lower` and what `upper` give."""
-        hidden = self.lower(**inputs)
-        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-        return hidden, self.upper(hidden, **rest)
-
-
-class Tapped:
-    """An inner model that tells what some of its layers give, beside its features.
-
-    Args:
-        model: a causal language model, on any backend.
-        layers: counted from 1, in the order in which they are told, the last one not among them.
-
-    Raises:
-        UserError: no such layer, or the model's layers cannot be found.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
-        modules = list(layers_of(model))
-        if odd := [layer for layer in layers if not 1 <= layer < len(modules)]:
-            raise UserError(f"layers to read must be between 1 and {len(modules) - 1} for this model, not {odd[0]}")
-        self._layers = list(layers)
-        self._noting = {layer: _Noting(modules[layer - 1]) for layer in layers}
-        for layer, noting in self._noting.items():
-            modules[layer - 1] = noting
-        self._inner = view_of(model, modules, range(len(modules)))
-        self._run = forward_of(model, self._tapping, "the target with its taps")
-
-    def __call__(self, **inputs: Any) -> Tensor:
-        """Run the model; `(rows, tokens, (1 + layers) * hidden)` its features, then what each of the layers gives."""
-        return self._run(**inputs)[0]
-
-    def _tapping(self, **inputs: Any) -> tuple[Tensor, ...]:
-        features = self._inner(**inputs).last_hidden_state
-        given = {layer: noting.take() for layer, noting in self._noting.items()}
-        return (torch.cat([features, *(given[layer] for layer in self._layers)], dim=-1),)
-
-
-class ExitView:
-    """A layer of one's own on hidden states of the model, with the model's final norm after it.
-
-    Args:
-        model: whose inner model lends everything but the layer.
-        layer: a module like the model's last layer.
-    """
-
-    def __init__(self, model: PreTrainedModel, layer: nn.Module):
-        self._handed = _Handed(layer)
-        self._inner = view_of(model, [self._handed], [len(layers_of(model)) - 1])
-        self._run = forward_of(model, self._exiting, "the exit layer")
-
-    def __call__(self, hidden: Tensor, **inputs: Any) -> Tensor:
-        """`(rows, tokens, hidden)` to as many features after the final norm; other inputs as the model takes them."""
-        return self._run(inputs_embeds=hidden, **inputs)[0]
-
-    def _exiting(self, inputs_embeds: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        return (self._handed.run(self._inner, inputs_embeds, **inputs),)
-
-
-class Shortcut:
-    """The first layers and a layer of one's own right after them, in one run that notes what goes over between them.
-
-    Args:
-        model: a causal language model, on any backend.
-        layers: of the model that come first, as in `Cut`.
-        layer: a module like the model's last layer.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: int, layer: nn.Module):
-        modules = list(layers_of(model))
-        self._noting = _Noting(modules[layers - 1])
-        places = [*range(layers), len(modules) - 1]
-        self._inner = view_of(model, [*modules[: layers - 1], self._noting, layer], places)
-        self._run = forward_of(model, self._shortcut, "the first layers and the exit layer")
-
-    def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run it as the model would be run.
+        Args:
+            hidden: `(rows, tokens, hidden)` what the first layer is handed; others take `input_ids`.
+            **inputs: as the inner model takes them.
 
         Returns:
-            both `(rows, tokens, hidden)`: what `Cut.lower` gives, and what `ExitView` makes of it.
+            `(rows, tokens, hidden)` features after the final norm, then what each noted module gave.
         """
-        hidden, features = self._run(**inputs)
-        return hidden, features
+        return self._run(**inputs) if hidden is None else self._run(inputs_embeds=hidden, **inputs)
 
-    def _shortcut(self, **inputs: Any) -> tuple[Tensor, ...]:
+    def _forward(self, **inputs: Any) -> tuple[Tensor, ...]:
+        if self._handed is not None:
+            self._handed.hidden = inputs["inputs_embeds"]
         features = self._inner(**inputs).last_hidden_state
-        return self._noting.take(), features
+        return (features, *(noting.take() for noting in self._noting))
+
+
+class Reader:
+    """A model that tells what is read of it, whole or in two parts.
+
+    Args:
+        model: a causal language model, on any backend.
+        reads: what is read.
+
+    Raises:
+        UserError: no such layer, or the model's layers cannot be found.
+    """
+
+    def __init__(self, model: PreTrainedModel, reads: Reads):
+        modules = list(layers_of(model))
+        total, split, self.reads = len(modules), reads.split, reads
+        if split is not None and not 1 <= split < total:
+            raise UserError(f"the exit layer must be between 1 and {total - 1} for this model, not {split}")
+        if odd := [layer for layer in reads.layers if not 1 <= layer < total]:
+            raise UserError(f"layers to read must be between 1 and {total - 1} for this model, not {odd[0]}")
+        layers = sorted(set(reads.layers))
+        below = [] if split is None else [split, *(layer for layer in layers if layer < split)]
+        above = [layer for layer in layers if split is None or layer > split]
+        first, name = split or 0, "the target with layers read" if split is None else "the other layers"
+        self._noted, self._below = [*below, *above], len(below)
+        notes = [layer - first - 1 for layer in above]
+        places = range(first, total)
+        self._last = View(model, modules[first:], places, name, notes, handed=split is not None)
+        self._first = None
+        if split is not None:
+            notes = [layer - 1 for layer in below]
+            self._first = View(model, modules[:split], range(split), "the first layers", notes)
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run all layers; `(rows, tokens, hidden)` features and `(rows, tokens, width)` what is read."""
+        if self._first is None:
+            features, *noted = self._last(**inputs)
+            return features, self._read(features, noted)
+        carried = self.lower(**inputs)
+        return self.upper(carried, **{name: value for name, value in inputs.items() if name != "input_ids"})
+
+    def lower(self, **inputs: Any) -> Tensor:
+        """Run the first part as the model would be run; `(rows, tokens, carried)` what `upper` needs of it, which
+        begins with the hidden state."""
+        assert self._first is not None, "reads no split"
+        _, *noted = self._first(**inputs)
+        return _beside(noted)
+
+    def upper(self, carried: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run the second part on that; features and what is read, as `__call__`."""
+        below = list(carried.chunk(self._below, dim=-1)) if self._below > 1 else [carried]
+        features, *above = self._last(below[0], **inputs)
+        return features, self._read(features, below + above)
+
+    def _read(self, features: Tensor, noted: Sequence[Tensor]) -> Tensor:
+        given = dict(zip(self._noted, noted, strict=True))
+        return _beside([features] * self.reads.features + [given[layer] for layer in self.reads.layers])
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+
+def exit_view(model: PreTrainedModel, layer: nn.Module) -> View:
+    """A layer of one's own on hidden states that are handed in, with the model's final norm after it."""
+    return View(model, [layer], [len(layers_of(model)) - 1], "the exit layer", handed=True)
+
+
+def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module) -> View:
+    """The model's first layers and one's own layer right after them, in one run that notes what goes over between."""
+    modules = list(layers_of(model))
+    places = [*range(layers), len(modules) - 1]
+    return View(model, [*modules[:layers], layer], places, "the first layers and the exit layer", [layers - 1])
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -238,10 +241,6 @@ class _Noting(_Stand):
 
 class _Handed(_Stand):
     """Gives the layer the hidden state that was handed in, whatever comes to it."""
-
-    def run(self, inner: Any, hidden: Tensor, **inputs: Any) -> Tensor:
-        self.hidden = hidden
-        return inner(inputs_embeds=hidden, **inputs).last_hidden_state
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.layer(self.take(), *args, **kwargs)

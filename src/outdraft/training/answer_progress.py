@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.training.plan import duration
 
 LINE_SECONDS = 30.0

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from outdraft.api.text import decode_text
-from outdraft.core.sampling import Dice, SamplingSettings, Warper
+from outdraft.core.dice import Dice
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.conversations import Conversation
 from outdraft.data.messages import Message
 from outdraft.data.tokenization import render
 from outdraft.drafting.repeats import Repeats
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

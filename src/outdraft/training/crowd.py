@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.target.memory import SHARE, free_bytes, slot_bytes
 from outdraft.target.target import Target
 

@@ -20,7 +20,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.settings import repeats_of, sampling_settings, tree_shape
 from outdraft.data.conversations import ConversationSet, OnBadLine, read_conversations
 from outdraft.data.tokenization import TemplateRefuses, require_chat_template
-from outdraft.engine.round import Row
+from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.losses.target_like import target_id
 from outdraft.training.answer_file import AnswerFile

@@ -1,11 +1,11 @@
-"""The losslessness audit behind `outdraft verify`: does this drafter, with these settings, keep the target's law here?
+"""The losslessness audit behind `outdraft verify`: a check that this drafter, with these settings, keeps the target's
+output distribution on this machine.
 
 Exports what a caller needs; `audit.py` says in which order the checks run.
 """
 
 from outdraft.evaluation.audit.audit import run_audit
-from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.findings import Audit, Finding
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.verdict import Audit
 
 __all__ = ["Audit", "AuditSettings", "Finding", "run_audit"]

@@ -1,7 +1,4 @@
-"""The audit from end to end: which checks run on what, and in which order.
-
-Ties the rooms of the audit together; every decision is made in one of them.
-"""
+"""The audit from end to end: which checks run on what, and in which order."""
 
 from __future__ import annotations
 
@@ -23,22 +20,18 @@ from outdraft.api.settings import (
     sampling_settings,
     tree_shape,
 )
-from outdraft.core.sampling import SamplingSettings
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
-from outdraft.evaluation.audit import estimate as title
-from outdraft.evaluation.audit.beginnings import beginnings_finding, chosen_places, plan
-from outdraft.evaluation.audit.estimate import CANDIDATES, NOISE_PROMPTS, TESTS, TWICE_PROMPTS, Paces, expected, whole
-from outdraft.evaluation.audit.findings import Finding, judge
+from outdraft.evaluation.audit import progress
+from outdraft.evaluation.audit.findings import Audit, Finding, judge
+from outdraft.evaluation.audit.first_tokens import beginnings_finding, chosen_prefixes, plan
 from outdraft.evaluation.audit.forwards import Trees, forwards_finding
+from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
 from outdraft.evaluation.audit.greedy import greedy_finding, plain_finding, texts
-from outdraft.evaluation.audit.noise import Noise, measured_noise
-from outdraft.evaluation.audit.progress import Course, Stage
 from outdraft.evaluation.audit.proposals import Draws, draws_findings, twice_finding
-from outdraft.evaluation.audit.ranks import Ranks
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import Laws, Noise, measured_noise
 from outdraft.evaluation.audit.texts import sampled_texts, samples_finding, token_ranks, tokens_finding
-from outdraft.evaluation.audit.verdict import Audit
 from outdraft.evaluation.audit.watch import Recorder, Watch
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.prompts import encode, read_prompts
@@ -66,7 +59,7 @@ def run_audit(
         about: names for the report, such as the model's.
 
     Raises:
-        UserError: there is no drafter, or the prompts or settings cannot work.
+        UserError: there is no drafter, the prompts or settings cannot work, or they sample and scipy is missing.
         KeyboardInterrupt: stopped by the user before any check was finished; later on, what was found is returned.
     """
     if model.drafter is None:
@@ -90,7 +83,7 @@ def run_audit(
         "data": None if settings.data is None else str(settings.data),
     }
     seconds = time.perf_counter() - start
-    facts, told = environment(model.target), whole(audit.expected)
+    facts, told = environment(model.target), sum(audit.expected.values())
     return Audit(shown, facts, audit.findings, audit.noise, settings.alpha, seconds, told, stopped)
 
 
@@ -115,22 +108,24 @@ class _Running:
         if not self.prompts:
             raise UserError(f"no prompt leaves room for {settings.max_new_tokens} new tokens; lower --max-new-tokens")
         self.samples = self._checked().temperature > 0
+        if self.samples:
+            scipy_stats()  # where it is missing, that is said before anything runs
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
         self.unwarped = Laws(model.target, greedy, warped=False)
         self.trees = Trees(settings.trees, model.target.context_length, settings.seed)
         self.findings: list[Finding] = []
         self.noise = Noise()
         self.expected = self._forecast()
-        self.course = Course(remarks, self.expected)
+        self.course = progress.Course(remarks, self.expected)
 
     def _forecast(self) -> dict[str, float]:
         """Seconds of every check, told before the first one begins."""
-        paces = Paces.timed(self.model, self.settings, self.prompts)
-        found = expected(self.settings, paces, len(self.prompts), self.samples)
-        line = f"expected to take about {duration(whole(found))} here; Ctrl-C ends it and keeps what was found"
+        paces = progress.Paces.timed(self.model, self.settings, self.prompts)
+        found = progress.expected(self.settings, paces, len(self.prompts), self.samples)
+        line = f"expected to take about {duration(sum(found.values()))} here; Ctrl-C ends it and keeps what was found"
         if not self.settings.quick:
-            quick = expected(self.settings.made_quick(), paces, len(self.prompts), self.samples)
-            line += f"; --quick, which sees larger errors only, about {duration(whole(quick))}"
+            quick = progress.expected(self.settings.made_quick(), paces, len(self.prompts), self.samples)
+            line += f"; --quick, which sees larger errors only, about {duration(sum(quick.values()))}"
         self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
         return found
 
@@ -160,7 +155,7 @@ class _Running:
         return watched
 
     @contextmanager
-    def stage(self, shown: str, total: int) -> Iterator[Stage]:
+    def stage(self, shown: str, total: int) -> Iterator[progress.Stage]:
         """A bar; findings that are added within have its seconds."""
         before, start = len(self.findings), time.perf_counter()
         with self.course.stage(shown, total) as advance:
@@ -172,30 +167,30 @@ class _Running:
         settings = self.settings
         generation = {**settings.greedy_generation, "max_new_tokens": settings.max_new_tokens}
         plain_generation = _without_tree(generation)
-        few = self.prompts[:NOISE_PROMPTS]
-        with self.stage(title.PLAIN, len(self.prompts)) as advance:
+        few = self.prompts[: progress.NOISE_PROMPTS]
+        with self.stage(progress.PLAIN, len(self.prompts)) as advance:
             plain, _ = texts(self.plain, self.prompts, plain_generation, advance)
         self.measure_noise(plain)
-        with self.stage(title.STOCK, len(few)) as advance:
+        with self.stage(progress.STOCK, len(few)) as advance:
             self.findings.append(plain_finding(self.unwarped, few, plain[: len(few)], self.noise, advance))
-        with self.stage(title.DRAFTED, 2 * len(self.prompts)) as advance:
+        with self.stage(progress.DRAFTED, 2 * len(self.prompts)) as advance:
             found, statistics = texts(self.drafted(listeners=[self.trees]), self.prompts, generation, advance)
             self.findings.append(
                 greedy_finding(
                     self.unwarped, self.prompts, plain, found, statistics, self.noise, settings.alpha, advance
                 )
             )
-        self.check_twice("candidates_greedy", generation, title.TWICE)
+        self.check_twice("candidates_greedy", generation, progress.TWICE)
 
     def measure_noise(self, plain: Sequence[list[int]]) -> None:
-        few = self.prompts[: min(NOISE_PROMPTS, len(plain))]
-        with self.stage(title.NOISE, len(few)) as advance:
+        few = self.prompts[: min(progress.NOISE_PROMPTS, len(plain))]
+        with self.stage(progress.NOISE, len(few)) as advance:
             self.noise = measured_noise(self.unwarped, few, plain[: len(few)], lambda: advance(1))
 
     def check_twice(self, name: str, generation: dict[str, Any], shown: str) -> None:
         with self.stage(shown, 2) as advance:
             found = twice_finding(
-                self.model, self.prompts[:TWICE_PROMPTS], generation, self.settings.seed, name, advance
+                self.model, self.prompts[: progress.TWICE_PROMPTS], generation, self.settings.seed, name, advance
             )
             if found is not None:
                 self.findings.append(found)
@@ -203,22 +198,22 @@ class _Running:
     def check_sampled(self) -> None:
         settings, target = self.settings, self.model.target
         laws = Laws(target, settings.sampling)
-        level = settings.alpha / TESTS
+        level = settings.alpha / progress.TESTS
         drafted_generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
-        self.check_twice("candidates", drafted_generation, title.TWICE_SAMPLED)
+        self.check_twice("candidates", drafted_generation, progress.TWICE_SAMPLED)
         prompts = self.prompts[: settings.text_prompts]
-        with self.stage(title.PLAIN_SAMPLED, len(prompts)) as advance:
+        with self.stage(progress.PLAIN_SAMPLED, len(prompts)) as advance:
             plain_settings = replace(settings, generation=_without_tree(settings.generation))
             plain, _ = sampled_texts(self.plain, prompts, plain_settings, settings.seed, advance)
         if not self.noise.positions:
             self.measure_noise([own[0] for own in plain])
         draws = Draws(Ranks(settings.seed + 5))
-        with self.stage(title.DRAFTED_SAMPLED, len(prompts)) as advance:
+        with self.stage(progress.DRAFTED_SAMPLED, len(prompts)) as advance:
             watched = self.drafted(listeners=[self.trees, draws], chance=Recorder)
             drafted, statistics = sampled_texts(watched, prompts, settings, settings.seed + 7_000_003, advance)
             self.findings += draws_findings(draws, settings, level)
             self.findings.append(samples_finding(plain, drafted, target.vocab_size, settings))
-        with self.stage(title.LAWS, len(prompts)) as advance:
+        with self.stage(progress.LAWS, len(prompts)) as advance:
             ranks = token_ranks(laws, prompts, drafted, settings.seed + 6, advance)
             exact = target.dtype.itemsize >= 4
             self.findings.append(tokens_finding(ranks, statistics, settings, level, exact))
@@ -226,15 +221,15 @@ class _Running:
 
     def check_beginnings(self, laws: Laws, plain: Sequence[list[list[int]]], level: float) -> None:
         settings = self.settings
-        candidates = list(_prefixes(self.prompts, plain, CANDIDATES * settings.prefixes))
-        with self.stage(title.CELLS, len(candidates)) as advance:
-            places = chosen_places(laws, candidates, settings, advance)
-        planned = plan(places, settings, level)
-        with self.stage(title.SAMPLES, planned.each * len(places)) as advance:
-            self.findings.append(beginnings_finding(self.model, places, planned, settings, advance))
+        candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
+        with self.stage(progress.CELLS, len(candidates)) as advance:
+            prefixes = chosen_prefixes(laws, candidates, settings, advance)
+        planned = plan(prefixes, settings, level)
+        with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
+            self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))
 
     def check_forwards(self) -> None:
-        with self.stage(title.FORWARDS, len(self.trees.kept)) as advance:
+        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
             if self.trees.kept:
                 self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
 
@@ -251,7 +246,7 @@ def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], mo
 
 
 def _without_tree(generation: dict[str, Any]) -> dict[str, Any]:
-    """What plain decoding takes of the settings."""
+    """The generation settings without those of drafting."""
     return {
         name: value
         for name, value in generation.items()

@@ -1,4 +1,4 @@
-"""What one check found, and how several tests are judged together (Holm, 1979). Measures nothing."""
+"""The findings of an audit, Holm's correction of their p-values, the verdict, and all of it on a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from outdraft.evaluation.audit.stock import Noise
+
+SHOWN_LINES = 6
+"""Details of one check on a terminal; all of them are in the JSON and in the report."""
 
 
 @dataclass
@@ -64,3 +74,138 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+@dataclass
+class Audit:
+    """All findings of an audit, and the verdict.
+
+    Attributes:
+        settings: of the audit and the model, for reports.
+        environment: machine, versions, precision, backend.
+        findings: in the order of the checks.
+        noise: of this model, precision and backend.
+        alpha: level of the statistical tests together.
+        seconds: of the whole audit.
+        expected_seconds: as they were stated before it began.
+        stopped: the check that ran when the user ended the audit; None where it came to its end.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    findings: list[Finding]
+    noise: Noise
+    alpha: float
+    seconds: float
+    expected_seconds: float = 0.0
+    stopped: str | None = None
+
+    @property
+    def kept(self) -> bool | None:
+        """True if every check passed; None where none has failed yet, but the audit was stopped."""
+        if all(finding.passed for finding in self.findings):
+            return True if self.stopped is None else None
+        return False
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in one sentence."""
+        if self.kept:
+            found = "KEPT: no check found the output to differ from what the target alone gives."
+            return found + self._unseen + self._quick
+        if self.kept is None:
+            names = ", ".join(finding.name for finding in self.findings)
+            return (
+                f"STOPPED during the check '{self.stopped}': those that were finished ({names}) found no difference, "
+                "which says nothing about the others."
+            )
+        failed = [finding.name for finding in self.findings if not finding.passed]
+        end = "" if self.stopped is None else f" Stopped during the check '{self.stopped}'."
+        return f"NOT KEPT: the output differs from what the target alone gives ({', '.join(failed)}).{end}"
+
+    @property
+    def _quick(self) -> str:
+        """A remark on what a quick look leaves open."""
+        if not self.settings.get("quick"):
+            return ""
+        found = self.settings
+        seen = f"{found['prompts']} prompts of {found['max_new_tokens']} tokens"
+        if any(finding.name == "beginnings" for finding in self.findings):
+            seen += f", and a total variation of {found['total_variation']:g} in the first tokens"
+        return f" A quick look: smaller errors than it can see ({seen}) are left to the audit without --quick."
+
+    @property
+    def _unseen(self) -> str:
+        """A warning where too little happened to be seen."""
+        runs = [finding.figures["drafting"] for finding in self.findings if "drafting" in finding.figures]
+        if not any(run["drafted"] for run in runs):
+            return " But nothing was drafted, so this says nothing about the drafter."
+        if not any(run["accepted"] for run in runs):
+            return " But no candidate was ever accepted, so this says little: try a better drafter or other prompts."
+        return ""
+
+    def __getitem__(self, name: str) -> Finding:
+        return next(finding for finding in self.findings if finding.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "kept": self.kept,
+            "verdict": self.verdict,
+            "alpha": self.alpha,
+            "stopped_during": self.stopped,
+            "seconds": self.seconds,
+            "expected_seconds": self.expected_seconds,
+            "checks": {finding.name: finding.as_dict() for finding in self.findings},
+            "noise": self.noise.as_dict(),
+            "settings": self.settings,
+            "environment": self.environment,
+        }
+
+
+def show(audit: Audit, console: Console) -> None:
+    """Print the checks and the verdict."""
+    facts = audit.environment
+    console.print(
+        f"{audit.settings['method']}, {facts['device']}, {facts['dtype']}, {facts['backend']} backend; "
+        f"{sampling_line(audit)}",
+        markup=False,
+    )
+    table = Table(show_lines=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("passed", no_wrap=True)
+    table.add_column("p (Holm)", justify="right", no_wrap=True)
+    table.add_column("evidence", overflow="fold")
+    for finding in audit.findings:
+        mark = Text("yes", style="green") if finding.passed else Text("NO", style="bold red")
+        adjusted = "-" if finding.p_value is None else f"{finding.p_value:.3g} ({finding.adjusted:.3g})"
+        said = Group(Text(finding.question, style="bold"), Text(finding.evidence))
+        table.add_row(finding.name, mark, adjusted, said)
+    console.print(table)
+    for finding in audit.findings:
+        more = len(finding.lines) - SHOWN_LINES
+        shown = finding.lines[:SHOWN_LINES] + ([f"... and {more} more (--json, --report)"] if more > 0 else [])
+        for line in shown:
+            console.print(Text(f"{finding.name}: {line}", style="dim"))
+    if audit.noise.positions:
+        console.print(Text(noise_line(audit), style="dim"))
+    colour = "yellow" if audit.kept is None else "green" if audit.kept else "red"
+    panel = Panel(Text(audit.verdict, style=f"bold {colour}"), border_style=colour, expand=False)
+    console.print(panel, soft_wrap=False)
+
+
+def sampling_line(audit: Audit) -> str:
+    """The generation settings in a line."""
+    generation = audit.settings["generation"]
+    return ", ".join(f"{name} {value}" for name, value in generation.items()) or "greedy"
+
+
+def noise_line(audit: Audit) -> str:
+    """The noise floor in a sentence."""
+    noise = audit.noise
+    return (
+        f"noise floor of {audit.environment['dtype']} on the {audit.environment['backend']} backend, one token against "
+        f"many in one forward of the stock model, {noise.positions} positions: logit gaps move by {noise.gap_mean:.2g} "
+        f"on average and {noise.gap:.2g} at most, output distributions by a total variation of "
+        f"{noise.variation_mean:.2g} and {noise.variation:.2g}; the best token differs at {noise.flips}"
+    )

@@ -1,7 +1,7 @@
 """The target's forward over draft trees, node by node, against one-token forwards of the stock model on the same path.
 
-Texts show only what changes a token. This looks at the whole law after every node, so that a position off by one, a
-mask that shows too much or too little, or a cache slot mixed up is seen where it happens.
+Texts show only what changes a token. This check looks at the whole output distribution after every node, so that a
+position off by one, a mask that shows too much or too little, or a cache slot mixed up is seen where it happens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.noise import Noise, total_variation
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import Laws, Noise, total_variation
 from outdraft.evaluation.audit.watch import Round
 
 LARGEST, MEAN = 3.0, 3.0
@@ -23,7 +22,7 @@ kernels are not the same. A wrong position or mask is off by orders of magnitude
 more in bfloat16."""
 
 FLOOR = 1e-6
-"""Total variation that float32 laws have from summing alone."""
+"""Total variation that float32 probabilities have from summing alone."""
 
 
 @dataclass
@@ -74,7 +73,7 @@ def seen_tree(seen: Round, row: int) -> SeenTree:
 
 @torch.inference_mode()
 def node_variations(laws: Laws, tree: SeenTree) -> list[float]:
-    """Total variation of the target's law after every node from that of one-token forwards along its path."""
+    """The total variation of the target's output distribution after every node from that of one-token forwards."""
     leaves = [path for path in tree.paths if not any(other[: len(path)] == path != other for other in tree.paths)]
     texts = [[*tree.text, *path] for path in leaves]
     prefix = torch.tensor([*tree.prompt, *tree.text], device=tree.features.device)
@@ -120,8 +119,8 @@ def forwards_finding(laws: Laws, trees: Trees, noise: Noise, advance: Callable[[
         "forwards",
         "Does the target say of a candidate tree what it says one token at a time?",
         passed,
-        f"{len(variations)} nodes of {len(trees.kept)} trees: the laws differ by a total variation of {found_mean:.2g} "
-        f"on average and {worst[0]:.2g} at most; the stock model's own many-token forwards by "
+        f"{len(variations)} nodes of {len(trees.kept)} trees: the output distributions differ by a total variation of "
+        f"{found_mean:.2g} on average and {worst[0]:.2g} at most; the stock model's own many-token forwards by "
         f"{noise.variation_mean:.2g} and {noise.variation:.2g}.",
         figures={
             "trees": len(trees.kept),

@@ -16,8 +16,7 @@ import torch
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.noise import Noise, log_ratio
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import Laws, Noise, log_ratio
 
 BATCH = 8
 """Prompts decoded together: rows of different lengths are part of what is checked."""
@@ -27,20 +26,20 @@ MORE = 3.0
 
 
 @dataclass(frozen=True)
-class Parting:
+class TokenDivergence:
     """A token that is not the one that plain decoding would have chosen after the same text."""
 
     prompt: int
-    """From 0."""
+    """The number of the prompt, from 0."""
     position: int
-    """Which new token, from 0."""
+    """The new token's number, from 0."""
     expected: int | None
     found: int | None
-    """None where a text just ends."""
+    """None where a text just ends; `expected` likewise."""
     gap: float
     """Processed logit of the expected token less that of the found one, by one-token forwards of the stock model."""
     noise: float
-    """What rounding changes of such gaps, at most."""
+    """The largest change of such a gap by rounding."""
 
     @property
     def tie(self) -> bool:
@@ -81,20 +80,22 @@ def texts(
 
 
 @torch.inference_mode()
-def partings(laws: Laws, prompt: list[int], text: list[int], number: int, noise: Noise) -> list[Parting]:
+def token_divergences(
+    laws: Laws, prompt: list[int], text: list[int], number: int, noise: Noise
+) -> list[TokenDivergence]:
     """Every token of the text that the stock model would not have chosen after the text up to there."""
     found = []
     for place, (law,) in enumerate(laws.along(prompt, [text])):
         if law is not None and (best := int(law.argmax())) != text[place]:
             gap = log_ratio(law, best, text[place])
-            found.append(Parting(number, place, best, text[place], gap, noise.gap))
+            found.append(TokenDivergence(number, place, best, text[place], gap, noise.gap))
     return found
 
 
 def first_difference(
     laws: Laws, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
-) -> Parting:
-    """Where two texts that differ part, whichever of them left the stock model's choice."""
+) -> TokenDivergence:
+    """The first place where two texts differ, whichever of them left the stock model's choice."""
     shorter = min(len(plain), len(other))
     place = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
     expected = plain[place] if place < len(plain) else None
@@ -102,7 +103,7 @@ def first_difference(
     gap = math.nan
     if expected is not None and found is not None:
         gap = abs(log_ratio(laws.after(prompt, [plain[:place]])[0], expected, found))
-    return Parting(number, place, expected, found, gap, noise.gap)
+    return TokenDivergence(number, place, expected, found, gap, noise.gap)
 
 
 def too_many(ties: int, tokens: int, flips: int, compared: int) -> float:
@@ -135,16 +136,16 @@ def greedy_finding(
         alpha: level of the test for too many ties.
         advance: called with 1 a prompt.
     """
-    found: list[Parting] = []
+    found: list[TokenDivergence] = []
     differing = 0
     for number, (prompt, own, other) in enumerate(zip(prompts, plain, drafted, strict=True)):
         if own != other:
             differing += 1
             first = first_difference(laws, prompt, own, other, number, noise)
-            later = partings(laws, prompt, other, number, noise)
-            found += [first, *(parting for parting in later if parting.position != first.position)]
+            later = token_divergences(laws, prompt, other, number, noise)
+            found += [first, *(one for one in later if one.position != first.position)]
         advance(1)
-    bugs = [parting for parting in found if not parting.tie]
+    bugs = [one for one in found if not one.tie]
     tokens = sum(len(text) for text in drafted)
     chance = too_many(len(found) - len(bugs), tokens, noise.flips, noise.positions)
     passed = not bugs and chance >= alpha
@@ -163,13 +164,13 @@ def greedy_finding(
             "prompts": len(prompts),
             "identical": len(prompts) - differing,
             "tokens": tokens,
-            "divergences": [parting.as_dict() for parting in found],
+            "divergences": [one.as_dict() for one in found],
             "bugs": len(bugs),
             "noise": noise.as_dict(),
             "too_many_ties_p": chance,
             "drafting": statistics.as_dict(),
         },
-        lines=[parting.line() for parting in sorted(found, key=lambda parting: parting.tie)],
+        lines=[one.line() for one in sorted(found, key=lambda one: one.tie)],
     )
 
 
@@ -180,20 +181,20 @@ def plain_finding(
     noise: Noise,
     advance: Callable[[int], None],
 ) -> Finding:
-    """Whether plain decoding itself is the stock model's: what all else is compared with."""
+    """Check that plain decoding, which all else is compared with, is the stock model's."""
     found = []
     for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
-        found += partings(laws, prompt, text, number, noise)
+        found += token_divergences(laws, prompt, text, number, noise)
         advance(1)
     tokens = sum(len(text) for text in plain)
-    bugs = [parting for parting in found if not parting.tie]
+    bugs = [one for one in found if not one.tie]
     return Finding(
         "plain",
         "Is plain decoding, which all else is compared with, the stock model's own choice token by token?",
         not bugs,
         f"{tokens - len(found)} of {tokens} tokens are the stock model's best; {len(found) - len(bugs)} near-ties.",
-        figures={"tokens": tokens, "divergences": [parting.as_dict() for parting in found], "bugs": len(bugs)},
-        lines=[parting.line() for parting in found],
+        figures={"tokens": tokens, "divergences": [one.as_dict() for one in found], "bugs": len(bugs)},
+        lines=[one.line() for one in found],
     )
 
 

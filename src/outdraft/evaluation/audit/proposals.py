@@ -1,7 +1,7 @@
-"""What a drafter declares of its candidates: the law that it drew them from, or that nothing about them is random.
+"""Checks of what a drafter declares of its candidates: their distribution, or that nothing about them is random.
 
-Verification corrects for exactly what is declared. A declared law is compared with the law handed to the dice, and with
-what was drawn; a point mass is checked by drafting twice after the same text with other dice.
+Verification corrects for exactly what is declared. A declared distribution is compared with the one handed to the
+dice, and with what was drawn; a point mass is checked by drafting twice after the same text with other dice.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ import torch
 from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.core.sampling import Dice
+from outdraft.core.dice import Dice
 from outdraft.core.tree import Tree
-from outdraft.evaluation.audit.chi_square import found_distance
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.noise import total_variation
-from outdraft.evaluation.audit.ranks import Ranks
+from outdraft.evaluation.audit.goodness_of_fit import Ranks, found_distance
 from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.stock import total_variation
 from outdraft.evaluation.audit.watch import Round, Watch
 
 SAME_LAW = 1e-5
-"""Total variation that float32 laws may differ by."""
+"""Total variation that float32 probabilities may differ by."""
 
 
 @dataclass
 class Draws:
-    """Every candidate that is drawn, against the law declared for it.
+    """Every candidate that is drawn, against the distribution declared for it.
 
     Attributes:
-        ranks: of candidates in their declared laws; without replacement in what is left of them.
+        ranks: of candidates in their declared distributions; without replacement in what is left of them.
         drawn: draws that went through the dice.
         proposed: candidates in trees.
         unmatched: rows of rounds whose draws are not their candidates, one for one.
-        difference: largest total variation between the law handed to the dice and the declared one.
+        difference: largest total variation between the distribution handed to the dice and the declared one.
         point: rounds whose candidates were declared a point mass.
     """
 
@@ -70,7 +69,7 @@ class Draws:
 
 
 def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
-    """The row's candidates, in order, and the `(candidates, vocab)` law that each must have been drawn from."""
+    """The row's candidates, in order, and the `(candidates, vocab)` probabilities that each was drawn from."""
     assert tree.laws is not None
     tokens = tree.tokens[row].tolist()
     laws: dict[int, Tensor] = {}
@@ -86,12 +85,12 @@ def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
 
 
 def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[Finding]:
-    """Of sampled candidates; none where all were point masses."""
+    """The findings on sampled candidates; none where all were point masses."""
     if draws.proposed == 0:
         return []
     own = draws.ranks.fit()
     count = len(draws.ranks.values)
-    found = found_distance(count, own.freedom, alpha, settings.power) if own.freedom > 0 else 1.0
+    found = found_distance(count, own.freedom, alpha, settings.power)
     exact = draws.difference <= SAME_LAW and draws.ranks.impossible == 0
     matched = (
         "every draw is a candidate" if draws.unmatched == 0 else f"in {draws.unmatched} rounds draws are no candidates"
@@ -103,14 +102,14 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
             "they turned out to be, which the next check tests"
         )
     if draws.ranks.impossible:
-        lines.append(f"{draws.ranks.impossible} candidates have no probability in the law declared for them")
+        lines.append(f"{draws.ranks.impossible} candidates have no probability in the distribution declared for them")
     return [
         Finding(
             "declared_laws",
-            "Are the laws that the drafter declares the ones it hands to the dice?",
+            "Are the distributions that the drafter declares the ones that it hands to the dice?",
             exact,
             f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total "
-            f"variation between declared and drawn law {draws.difference:.2g}.",
+            f"variation between declared and drawn distribution {draws.difference:.2g}.",
             figures={
                 "candidates": draws.proposed,
                 "draws": draws.drawn,
@@ -122,7 +121,7 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
         ),
         Finding(
             "draws",
-            "Do the drafter's candidates follow the laws that it declares?",
+            "Do the drafter's candidates follow the distributions that it declares?",
             True,
             f"{count} candidates, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that "
             f"favours likely or unlikely candidates by a total variation of {found:.2g} is found with probability "
@@ -165,7 +164,7 @@ def proposals(
     with torch.random.fork_rng():
         torch.manual_seed(drafting_seed)
         model.with_drafter(watch).generate(
-            list(prompts), **generation | {"prompt_lookup_min": None if watch.looks_back else 0}
+            list(prompts), **generation | {"prompt_lookup_min": None if watch.limits.looks_back else 0}
         )
     return found, drawn
 

@@ -1,4 +1,4 @@
-"""What an audit is asked to do, checked before anything runs. Knows no model."""
+"""The settings of an audit, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from outdraft.core.sampling import SamplingSettings
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 
 QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "trees": 8}
-"""What a quick look has of each, at most."""
+"""The largest values of a quick look."""
 QUICK_VARIATION = 0.1
-"""And the error of the first tokens that it must find."""
+"""The error of the first tokens that a quick look must find."""
 
 
 @dataclass
 class AuditSettings:
-    """What to check, how finely, and with what chance of error."""
+    """Settings of an audit: the checks, their sizes and their chance of error."""
 
     generation: dict[str, Any] = field(default_factory=dict)
     """Sampling, tree and controller settings as `generate` takes them; without a temperature only greedy decoding is
@@ -31,17 +31,17 @@ class AuditSettings:
     max_new_tokens: int = 48
     """Length of the texts that are compared."""
     total_variation: float = 0.02
-    """The error of the law of the first tokens that must be found, as a distance in total variation."""
+    """The error in the output distribution of the first tokens that must be found, in total variation."""
     power: float = 0.95
     """Probability that such an error is found; with `total_variation` and `alpha` it sets the sample size."""
     alpha: float = 0.001
-    """Probability that a decoder that keeps the law is called wrong, over all statistical tests together."""
+    """Probability that a lossless decoder is called wrong, over all statistical tests together."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """The seed of everything that is drawn."""
     batch_size: int = 256
     """Rows sampled at once; greedy texts are decoded eight at a time."""
     first_tokens: int = 3
-    """New tokens whose joint law is tested against the exact one."""
+    """New tokens whose joint distribution is tested against the exact one."""
     prefixes: int = 4
     """Beginnings of texts after which it is tested."""
     cells: int = 8
@@ -51,7 +51,7 @@ class AuditSettings:
     texts: int = 32
     """Texts drawn after each of those, with the drafter and without."""
     permutations: int = 9999
-    """Of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
+    """Permutations of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
     trees: int = 24
     """Draft trees whose every node is recomputed one token at a time."""
     quick: bool = False
@@ -82,12 +82,12 @@ class AuditSettings:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Of the generation settings, those that make the law, not the tree."""
+        """The generation settings that shape the output distribution, not the tree."""
         known = SamplingSettings.__dataclass_fields__
         return {name: value for name, value in self.generation.items() if name in known or name == "do_sample"}
 
     @property
     def greedy_generation(self) -> dict[str, Any]:
-        """The same settings at temperature 0; filters of a law that is a point mass fall away."""
+        """The same settings at temperature 0; filters fall away, for the distribution is a point mass."""
         left_out = ("temperature", "top_k", "top_p", "min_p")
         return {name: value for name, value in self.generation.items() if name not in left_out} | {"do_sample": False}

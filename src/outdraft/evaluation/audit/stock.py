@@ -1,13 +1,14 @@
 """The stock model's own forward, fed a token at a time, several or all at once: what everything is measured against.
 
 Positions, masks and the cache are those of `transformers`; no code of ours but the backend's linears and the target's
-head takes part, so nothing that is under suspicion can vouch for itself.
+head takes part, so nothing that is under suspicion can vouch for itself. The rounding noise of a model, precision and
+backend is the difference between these forwards, so neither a wrong mask nor a wrong position can pass for noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -61,12 +62,13 @@ UNWARPED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p
 
 
 class Laws:
-    """Logits to laws for one audit's settings.
+    """Exact probabilities of next tokens under one audit's settings.
 
     Args:
         target: for its vocabulary and ends of sequence.
         sampling: settings by Hugging Face's names.
-        warped: False leaves temperature 1 and no filter, so that logarithms of the law are the processed logits.
+        warped: False leaves temperature 1 and no filter, so that logarithms of the probabilities are the processed
+            logits.
     """
 
     def __init__(self, target: Target, sampling: dict[str, Any], warped: bool = True):
@@ -80,7 +82,7 @@ class Laws:
     def along(
         self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1
     ) -> Iterator[list[Tensor | None]]:
-        """For every place the `(vocab,)` laws of the texts' next tokens; None where a text has no next token."""
+        """For every place, the `(vocab,)` probabilities of the texts' next tokens; None where a text has none."""
         warper, target = self.warper(prompt), self.target
         ids = [torch.tensor([*prompt, *text], device=target.device) for text in texts]
         for place, logits in enumerate(stock_logits(target, prompt, texts, piece)):
@@ -90,7 +92,7 @@ class Laws:
             ]
 
     def after(self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1) -> Tensor:
-        """`(texts, vocab)` laws of the token after each text, all of one length."""
+        """The `(texts, vocab)` probabilities of the token after each text, all of one length."""
         warper = self.warper(prompt)
         *_, logits = stock_logits(self.target, prompt, texts, piece)
         device = self.target.device
@@ -100,3 +102,73 @@ class Laws:
                 for row, text in zip(logits, texts, strict=True)
             ]
         )
+
+
+SEVERAL = 8
+"""Tokens of a forward that stands for verifying a tree."""
+
+
+@dataclass
+class Noise:
+    """Differences between one-token forwards and forwards over several tokens and over the whole text.
+
+    Attributes:
+        positions: token positions compared, each with both kinds of forward.
+        gap: largest change of the logit gap between a position's two best tokens.
+        gap_mean: the mean change.
+        variation: largest total variation between the two distributions at a position (temperature 1, no filter).
+        variation_mean: the mean.
+        flips: positions at which the best token differs.
+    """
+
+    positions: int = 0
+    gap: float = 0.0
+    gap_mean: float = 0.0
+    variation: float = 0.0
+    variation_mean: float = 0.0
+    flips: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def add(self, single: Tensor, other: Tensor) -> None:
+        """Compare the `(vocab,)` probabilities at one position."""
+        gap = abs(log_ratio(single, *best_two(single)) - log_ratio(other, *best_two(single)))
+        variation = total_variation(single, other)
+        self.gap, self.variation = max(self.gap, gap), max(self.variation, variation)
+        self.gap_mean += (gap - self.gap_mean) / (self.positions + 1)
+        self.variation_mean += (variation - self.variation_mean) / (self.positions + 1)
+        self.flips += int(single.argmax() != other.argmax())
+        self.positions += 1
+
+
+@torch.inference_mode()
+def measured_noise(
+    laws: Laws, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[], None]
+) -> Noise:
+    """The noise over every position of these greedy texts."""
+    noise = Noise()
+    for prompt, text in zip(prompts, texts, strict=True):
+        single = [step[0] for step in laws.along(prompt, [text])]
+        for piece in (SEVERAL, None):
+            for one, (other,) in zip(single, laws.along(prompt, [text], piece), strict=True):
+                if one is not None and other is not None:
+                    noise.add(one, other)
+        advance()
+    return noise
+
+
+def best_two(law: Tensor) -> tuple[int, int]:
+    first, second = law.topk(2).indices.tolist()
+    return first, second
+
+
+def log_ratio(law: Tensor, one: int, other: int) -> float:
+    """log p(one) / p(other): the gap of their processed logits; infinite where `other` is ruled out."""
+    law = law.double()
+    return float(law[one].log() - law[other].log())
+
+
+def total_variation(one: Tensor, other: Tensor) -> float:
+    """Half the summed absolute differences of two `(vocab,)` distributions."""
+    return float((one.double() - other.double()).abs().sum() / 2)

@@ -1,8 +1,8 @@
 """Longer sampled texts, seen two ways.
 
-One sample: every token against the exact law that it should come from, by one-token forwards of the stock model along
-the drafted text (`ranks.py`). Two samples: drafted texts against plainly sampled ones of the same prompts, by the
-energy statistic of random token features, with a permutation test within each prompt.
+One sample: every token against the exact distribution that it should come from, by one-token forwards of the stock
+model along the drafted text (`goodness_of_fit.ranks`). Two samples: drafted texts against plainly sampled ones of the
+same prompts, by the energy statistic of random token features, with a permutation test within each prompt.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.audit.chi_square import found_distance
 from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.goodness_of_fit import Ranks, found_distance
 from outdraft.evaluation.audit.greedy import drafting
-from outdraft.evaluation.audit.ranks import Ranks
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import Laws
 
@@ -72,23 +71,23 @@ def token_ranks(
 
 
 def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings, alpha: float, exact: bool) -> Finding:
-    """Whether the tokens' ranks are uniform.
+    """Test whether the tokens' ranks are uniform.
 
     Args:
         ranks: of drafted texts' tokens.
         statistics: of their decoding.
         settings: of the audit.
         alpha: level that the stated power refers to.
-        exact: whether a token that its law rules out is a fault; near a filter's edge rounding in low precision lets
+        exact: whether a token without probability is a fault; near a filter's edge rounding in low precision lets
             some through.
     """
     own = ranks.fit()
     count = len(ranks.values)
-    found = found_distance(count, own.freedom, alpha, settings.power) if own.freedom > 0 else 1.0
-    outside = f"; {ranks.impossible} tokens that the law rules out" if ranks.impossible else ""
+    found = found_distance(count, own.freedom, alpha, settings.power)
+    outside = f"; {ranks.impossible} tokens that have no probability there" if ranks.impossible else ""
     return Finding(
         "tokens",
-        "Does every token of longer sampled texts come from the target's exact law after the text before it?",
+        "Does every token of longer sampled texts come from the target's exact output distribution at its place?",
         True,
         f"{count} tokens, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours "
         f"likely or unlikely tokens by a total variation of {found:.2g} is found with probability {settings.power:g}"
@@ -125,7 +124,7 @@ def text_features(texts: Sequence[Sequence[int]], vocab: int, length: int, seed:
 
 
 def energy_p_value(pairs: Sequence[tuple[Tensor, Tensor]], permutations: int, seed: int) -> tuple[float, float]:
-    """Permutation test that both samples of every pair have one law.
+    """Permutation test that both samples of every pair come from one distribution.
 
     Args:
         pairs: `(n, features)` and `(n, features)` for every stratum; labels are exchanged within it.
@@ -156,7 +155,7 @@ def samples_finding(
     vocab: int,
     settings: AuditSettings,
 ) -> Finding:
-    """Whether drafted texts and plain ones are samples of one law."""
+    """Test whether drafted texts and plain ones are samples of one distribution."""
 
     def features(texts: Sequence[Sequence[int]]) -> Tensor:
         return text_features(texts, vocab, settings.max_new_tokens, settings.seed)
@@ -166,7 +165,7 @@ def samples_finding(
     count = sum(map(len, drafted))
     return Finding(
         "samples",
-        "Are drafted texts and plainly sampled ones samples of the same law?",
+        "Are drafted texts and plainly sampled ones samples of the same output distribution?",
         True,
         f"{count} drafted and {count} plain texts of up to {settings.max_new_tokens} tokens after {len(plain)} "
         f"prompts; energy statistic {statistic:.3g}, {settings.permutations} permutations within prompts.",

@@ -1,7 +1,7 @@
 """A drafter under watch: what it was handed, what it proposed, what the target's forward over that gave.
 
 Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one
-prefill for rows that all begin alike. Judges nothing.
+prefill for rows that all begin alike.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from outdraft.core.sampling import Chance
+from outdraft.core.dice import Chance
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
@@ -23,7 +23,7 @@ from outdraft.target.target import Target
 
 @dataclass
 class Drawn:
-    """One draw: the law that was handed to the dice, and what came."""
+    """One draw: the probabilities that were handed to the dice, and the token that came."""
 
     law: Tensor
     token: int
@@ -83,7 +83,7 @@ class Watch(Drafter):
         prefill_once: bool = False,
     ):
         self.inner, self.listeners, self.chance, self.prefill_once = inner, listeners, chance, prefill_once
-        self.method, self.has_law, self.looks_back = inner.method, inner.has_law, inner.looks_back
+        self.method, self.reads, self.limits = inner.method, inner.reads, inner.limits
         self.newest: Round | None = None
 
     def start(self, target: Target, cache: SlotCache) -> TargetRun:

@@ -1,9 +1,9 @@
 """Decoding with EESD (arXiv 2406.03853): the target's own first layers and a trained exit layer draft.
 
-A candidate runs through the first layers once, in the target's own cache; verification takes that over (`CutRun`). The
-exit layer keeps a cache of its own, one entry for every decided token. Its slots are those of the target's cache, so
-that both parts run in one forward over one mask (`Shortcut`); what it has computed for accepted candidates stays. It
-does not know how candidates are chosen (`growth.py`) nor how the target is cut (`layers.py`).
+A candidate runs through the first layers once, in the target's own cache; verification takes that over
+(`TargetRun.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those of
+the target's cache, so that both parts run in one forward over one mask (`shortcut_view`); what it has computed for
+accepted candidates stays.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from outdraft.drafting.intake import take_in
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import CutRun, TargetRun
+from outdraft.target.runner import TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, Shortcut
+from outdraft.target.views import Reads, shortcut_view
 
 
 class EarlyExit(Drafter):
@@ -43,15 +43,13 @@ class EarlyExit(Drafter):
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
         self.exit_layer, self.target = exit_layer, target
-        self.cut = Cut(target.model, exit_layer.config.exit_layer)
+        split = exit_layer.config.exit_layer
+        self.reads = Reads(features=False, layers=(split,), split=split)
+        target.reader(self.reads)  # a layer that the target lacks is told now
         self.exit = exit_layer.bind(target)
-        self.shortcut = Shortcut(target.model, exit_layer.config.exit_layer, exit_layer.layer)
-
-    def start(self, target: Target, cache: SlotCache) -> CutRun:
-        return CutRun(target, self.cut, cache)
+        self.shortcut = shortcut_view(target.model, split, exit_layer.layer)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> EarlyExitState:
-        assert isinstance(run, CutRun)  # `start` made it
         return EarlyExitState(self, run)
 
     def slots(self, shape: TreeShape) -> int:
@@ -66,14 +64,14 @@ class EarlyExit(Drafter):
 class EarlyExitState(DraftState):
     """The exit layer's cache: all decided tokens up to the last tree's root, then what was expanded of that tree."""
 
-    def __init__(self, drafter: EarlyExit, run: CutRun):
+    def __init__(self, drafter: EarlyExit, run: TargetRun):
         self.drafter, self.run = drafter, run
         self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity, drafter.target.pool)
         self.last_position = drafter.target.context_length - 1
         # Of every row's next update, taps that the exit layer has read already: its last root's.
         self.taken = [0] * run.cache.rows
-        self._both = _BothCaches(run.cache, self.cache, drafter.cut.layers)
-        self._at_once = type(run) is CutRun  # another run may have first layers of its own, as exact mode's
+        self._both = _BothCaches(run.cache, self.cache, drafter.exit_layer.config.exit_layer)
+        self._at_once = run.target is drafter.target  # exact mode runs views of its own
         self._expanded: list[tuple[Tensor, Tensor]] = []  # tokens and parents of the last tree's levels below the root
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
@@ -134,7 +132,7 @@ class EarlyExitState(DraftState):
         """Run a level through the first layers and the exit layer at once; `(rows, nodes, hidden)` after the norm."""
         inputs = self.drafter.target.inputs(*lower.place(tokens, parents), self.run.cache)
         self.cache.reserve(tokens.shape[1], tokens.device)
-        hidden, features = self.drafter.shortcut(input_ids=tokens, **{**inputs, "past_key_values": self._both})
+        features, hidden = self.drafter.shortcut(input_ids=tokens, **{**inputs, "past_key_values": self._both})
         self.run.passed(tokens, parents, hidden)
         return features
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.features import pad, target_features
 from outdraft.losses.target_like import TargetLike
-from outdraft.target.views import Cut, ExitView, layers_of
+from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
 LONGEST_CHAIN = 12
 """Lengths of chains that are compared."""
@@ -136,12 +136,12 @@ class Costs:
     def measured(cls, target: TargetLike, layers: Sequence[int]) -> Costs:
         """On this machine, at the shallowest and the deepest of the layers."""
         count = len(layers_of(target.model))
-        view = ExitView(target.model, layers_of(target.model)[-1])
+        view = exit_view(target.model, layers_of(target.model)[-1])
         one, many = (torch.ones(1, tokens, dtype=torch.long, device=target.device) for tokens in (1, LONGEST_CHAIN + 1))
 
         def draft(layer: int) -> Callable[[], object]:
-            cut = Cut(target.model, layer)
-            return lambda: target.head(view(cut.lower(input_ids=one, use_cache=False), use_cache=False))
+            reader = Reader(target.model, Reads(False, (layer,), layer))
+            return lambda: target.head(view(reader.lower(input_ids=one, use_cache=False), use_cache=False)[0])
 
         whole, wide, shallow, deep = _seconds(
             [
@@ -209,12 +209,12 @@ def _agreements(
     states, features = _tapped(target, layers, judged)
     masks = [example.loss_mask[1:].bool() for example in judged]
     wanted = torch.cat([_argmax(target, f[:-1][mask]) for f, mask in zip(features, masks, strict=True)])
-    view = ExitView(target.model, layers_of(target.model)[-1])
+    view = exit_view(target.model, layers_of(target.model)[-1])
 
     def agreement(rows: Sequence[Tensor]) -> float:
         said = []
         for row, mask in zip(rows, masks, strict=True):
-            out = view(row[None].to(target.device, target.dtype), use_cache=False)[0]
+            out = view(row[None].to(target.device, target.dtype), use_cache=False)[0][0]
             said.append(_argmax(target, out[:-1][mask]))
         return (torch.cat(said) == wanted).float().mean().item()
 

@@ -21,7 +21,7 @@ from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
 from outdraft.target.target import Target
-from outdraft.target.views import Cut, layers_of
+from outdraft.target.views import Reads, layers_of
 
 
 def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: torch.dtype | None) -> Written:
@@ -60,7 +60,8 @@ def _both(exit_layer: ExitLayer, target: Target, folder: Path) -> list[tuple[Ten
     ids = torch.randint(target.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(tokens)[None]
     inputs: dict[str, Any] = {"position_ids": positions, "attention_mask": None, "use_cache": False}
-    hidden = Cut(target.model, exit_layer.config.exit_layer).lower(input_ids=ids, **inputs)
+    split = exit_layer.config.exit_layer
+    hidden = target.reader(Reads(False, (split,), split)).lower(input_ids=ids, **inputs)
     bound = exit_layer.bind(target)
     ours = bound.head(bound.features(hidden, **inputs))
     return [(ours, read.eval()(input_ids=ids, use_cache=False).logits)]

@@ -21,7 +21,7 @@ from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
-from outdraft.target.views import ExitView, layers_of
+from outdraft.target.views import exit_view, layers_of
 
 LossKind = Literal["soft", "hard", "mixed"]
 
@@ -51,7 +51,7 @@ class ExitLoss(nn.Module):
         super().__init__()
         self.drafter = drafter
         self.chunk_size, self.hard_weight = chunk_size, hard_weight
-        self._view = ExitView(float32_ends(target.model), drafter.layer)
+        self._view = exit_view(float32_ends(target.model), drafter.layer)
         self._target = target
 
     def train(self, mode: bool = True) -> ExitLoss:
@@ -77,7 +77,7 @@ class ExitLoss(nn.Module):
         """
         counted, own = next_is_response(loss_mask), self.drafter.head
         weight = next(self.drafter.parameters())
-        out = self._view(hidden.to(weight.dtype), use_cache=False)
+        out = self._view(hidden.to(weight.dtype), use_cache=False)[0]
         labels = HardLabels(input_ids[:, 1:][counted], self.hard_weight) if self.hard_weight else None
         cross_entropy, agreed = soft_cross_entropy(
             out[:, :-1][counted],

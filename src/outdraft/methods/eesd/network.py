@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import TARGET_FACTS, Network
 from outdraft.target.target import Target
-from outdraft.target.views import ExitView, layers_of
+from outdraft.target.views import exit_view, layers_of
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class BoundExit:
     """
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
-        self._view = ExitView(target.model, exit_layer.layer)
+        self._view = exit_view(target.model, exit_layer.layer)
         self.head: Callable[[Tensor], Tensor] = (
             target.head if exit_layer.head is None else target.head_through(exit_layer.head)
         )
 
     def features(self, hidden: Tensor, **inputs: Any) -> Tensor:
         """`(rows, tokens, hidden)` hidden states to what the head reads; other inputs as the inner model takes them."""
-        return self._view(hidden, **inputs)
+        return self._view(hidden, **inputs)[0]

@@ -27,9 +27,9 @@ from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 from outdraft.methods.fspad.recorded import RecordedDrafts
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, TappedRun, TargetRun
+from outdraft.target.runner import PREFILL_CHUNK, TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Tapped
+from outdraft.target.views import Reads
 
 
 class FeatureDrafter(Drafter):
@@ -52,16 +52,12 @@ class FeatureDrafter(Drafter):
                     "choose its own drafter or train one (outdraft train)"
                 )
         self.head, self.target, self.method = head, target, head.method
-        layers = head.layers_read(target.num_layers)
-        self.tapped = Tapped(target.model, layers) if layers else None
+        self.reads = Reads(layers=tuple(head.layers_read(target.num_layers)))
+        target.reader(self.reads)  # a layer that the target lacks is told now
         self.step = self.arranged()
         kept = head.draft_tokens
         self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
         self.recorded = None if target.pool is None else RecordedDrafts(self)
-
-    def start(self, target: Target, cache: SlotCache) -> TargetRun:
-        tapped = self.tapped
-        return TargetRun(target, cache) if tapped is None else TappedRun(target, tapped, cache)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> FeatureDraftState:
         return FeatureDraftState(self, len(prompts), run.cache.capacity)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from outdraft.core.coupling import Shown
-from outdraft.core.sampling import Chance, Dice, SamplingSettings, Thrown, Warper
+from outdraft.core.dice import Chance, Dice, Thrown
+from outdraft.core.sampling import Warper
+from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, itself
 from outdraft.core.tree import Tree

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.expand import grow
+from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
 from outdraft.target.backends import count_parameters
@@ -119,7 +120,7 @@ class Medusa(Drafter):
         UserError: the shapes say that it is another model's drafter.
     """
 
-    method, stepwise = MedusaHeads.method, False
+    method = MedusaHeads.method
 
     def __init__(self, heads: MedusaHeads, target: Target):
         for name in ("hidden_size", "vocab_size"):
@@ -129,6 +130,7 @@ class Medusa(Drafter):
                     f"the drafter was trained for a target with {name} {own}, this one has {others}; "
                     "choose its own drafter or train one (outdraft train)"
                 )
+        self.limits = Limits(depth=heads.config.num_heads, stepwise=False)
         self.heads, self.target, self.speaking = heads, target, heads.speaking(target)
 
     def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> MedusaState:
@@ -156,13 +158,8 @@ class MedusaState(DraftState):
         shape = shape.at_most(self.drafter.heads.config.num_heads, shape.size)
         row = counting(0, len(update.counts), update.taps.device)
         last = integers([count - 1 for count in update.counts], update.taps.device)
-        logits = self.drafter.logits(update.taps[row, last], shape.depth + 1)
-        levels = iter(range(1, shape.depth + 1))
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            return logits[:, next(levels), None].expand(-1, tokens.shape[1], -1)
-
-        return grow(update.roots, logits[:, 0], step, shape, rows)
+        block = Block(self.drafter.logits(update.taps[row, last], shape.depth + 1))
+        return grow(update.roots, block.first, block, shape, rows)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         pass

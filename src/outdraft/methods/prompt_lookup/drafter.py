@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, Pace, RowContext, Update
+from outdraft.drafting.base import Drafter, DraftState, Limits, Pace, RowContext, Update
 from outdraft.drafting.ngrams import Text
 from outdraft.target.runner import TargetRun
 
@@ -27,8 +27,7 @@ class PromptLookup(Drafter):
     """
 
     method = "prompt-lookup"
-    has_law = False
-    looks_back = True
+    limits = Limits(probs=False, looks_back=True)
 
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest

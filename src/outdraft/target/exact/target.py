@@ -32,9 +32,9 @@ from outdraft.target.backends.packed import quantised_part
 from outdraft.target.cache import SlotCache
 from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
 from outdraft.target.exact.invariance import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
-from outdraft.target.runner import CutRun, Output, TargetRun
+from outdraft.target.runner import PLAIN, Output, TargetRun
 from outdraft.target.target import Target
-from outdraft.target.views import Cut
+from outdraft.target.views import Reader, Reads
 
 
 @dataclass
@@ -88,7 +88,7 @@ class ExactTarget(Target):
         self._now = Now()
         self._alone: set[Any] = set()  # kinds of modules that run row by row
         self._checked: set[tuple[int, ...]] = set()
-        self._cuts: dict[int, Cut] = {}
+        self._readers: dict[Reads, Reader] = {}  # of this view, not of the plain target's
         self._layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
         self._rebuild()
         self._check(1, 4)  # most models that are to be refused are refused here, before anything is decided
@@ -112,25 +112,15 @@ class ExactTarget(Target):
         self._check(*features.shape[:2])
         return self._head(features)
 
-    def start(self, run: TargetRun) -> TargetRun:
-        """The run of a drafter in exact mode.
+    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ExactRun:
+        return ExactRun(self, cache, reads)
 
-        Raises:
-            UserError: it runs the target in a way that is not known here.
-        """
-        if type(run) is TargetRun:
-            return ExactRun(self, run.cache)
-        if type(run) is CutRun:
-            return ExactCutRun(self, run.cut, run.cache)
-        raise UserError(
-            f"exact=True does not cover this method, whose {type(run).__name__} runs the target in a way of its own"
-        )
-
-    def cut(self, layers: int) -> Cut:
-        """The view cut after so many layers."""
-        if layers not in self._cuts:
-            self._cuts[layers] = Cut(self.model, layers)
-        return self._cuts[layers]
+    def vouch(self, run: TargetRun) -> None:
+        """Raise UserError for a run that a drafter made in a way of its own."""
+        if not isinstance(run, ExactRun):
+            raise UserError(
+                f"exact=True does not cover this method, whose {type(run).__name__} runs the target in a way of its own"
+            )
 
     # --- the view ----------------------------------------------------------------------------------------------
 
@@ -145,7 +135,7 @@ class ExactTarget(Target):
         view = _View(wrap, self._now)
         self.model = view(self.plain.model)
         self._inner = self.model.base_model
-        self._cuts.clear()
+        self._readers.clear()
         head = self.plain._head
         # A head that does more than its output layer is run as it is, row by row.
         self._head = wrap(head) if isinstance(head, nn.Module) else OneByOne(head)
@@ -257,60 +247,28 @@ class _Kept(SlotCache):
         return self.held[layer_idx]
 
 
-def _prefill(runs: Sequence[TargetRun], cache: SlotCache, prompts: Sequence[Tensor]) -> Output:
-    """Run each prompt by itself and put all of them into one cache."""
-    outputs = [run.prefill([prompt]) for run, prompt in zip(runs, prompts, strict=True)]
-    kept: list[Any] = [run.cache.held for run in runs]  # type: ignore[attr-defined]
-    cache.reserve(max(len(prompt) for prompt in prompts), outputs[0].features.device)
-    for layer in kept[0]:
-        keys, values = (
-            pad_sequence([held[layer][part][0].transpose(0, 1) for held in kept], batch_first=True).transpose(1, 2)
-            for part in (0, 1)
-        )
-        cache.update(keys, values, layer)
-    cache.commit([range(len(prompt)) for prompt in prompts])
-    return Output(
-        *(pad_sequence([part[0] for part in parts], batch_first=True) for parts in zip(*outputs, strict=True))
-    )
-
-
 class ExactRun(TargetRun):
     """The target with the cache of its rows, every row as if alone."""
 
     target: ExactTarget
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
+        """Run each prompt by itself and put all of them into one cache."""
         plain = self.target.plain
-        runs = [TargetRun(plain, _Kept(plain, len(prompt))) for prompt in prompts]
-        return _prefill(runs, self.cache, prompts)
-
-
-class ExactCutRun(CutRun):
-    """The same in two parts; candidates run ahead through the first part with the bits of plain decoding too."""
-
-    target: ExactTarget
-
-    def __init__(self, target: ExactTarget, plain_cut: Cut, cache: SlotCache):
-        super().__init__(target, _ExactCut(target, plain_cut.layers), cache)  # type: ignore[arg-type]
-        self.plain_cut = plain_cut
-
-    def prefill(self, prompts: Sequence[Tensor]) -> Output:
-        plain = self.target.plain
-        runs = [CutRun(plain, self.plain_cut, _Kept(plain, len(prompt))) for prompt in prompts]
-        return _prefill(runs, self.cache, prompts)
-
-
-class _ExactCut:
-    """A `Cut` of the exact target's view, whichever that is at the moment."""
-
-    def __init__(self, target: ExactTarget, layers: int):
-        self.target, self.layers = target, layers
-
-    def lower(self, **inputs: Any) -> Tensor:
-        return self.target.cut(self.layers).lower(**inputs)
-
-    def upper(self, hidden: Tensor, **inputs: Any) -> Tensor:
-        return self.target.cut(self.layers).upper(hidden, **inputs)
+        caches = [_Kept(plain, len(prompt)) for prompt in prompts]
+        runs = [plain.runner(cache, self.reads) for cache in caches]
+        outputs = [run.prefill([prompt]) for run, prompt in zip(runs, prompts, strict=True)]
+        self.cache.reserve(max(len(prompt) for prompt in prompts), outputs[0].features.device)
+        for layer in caches[0].held:
+            keys, values = (
+                pad_sequence([own.held[layer][part][0].transpose(0, 1) for own in caches], batch_first=True)
+                for part in (0, 1)
+            )
+            self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
+        self.cache.commit([range(len(prompt)) for prompt in prompts])
+        return Output(
+            *(pad_sequence([part[0] for part in parts], batch_first=True) for parts in zip(*outputs, strict=True))
+        )
 
 
 # --- the comparison with one-token forwards --------------------------------------------------------------------
@@ -343,7 +301,7 @@ class _Case:
     def tree(self, exact: ExactTarget) -> tuple[Tensor, Tensor, _Kept]:
         """Features, logits and cache of one forward over all nodes."""
         cache = _Kept(self.plain, max(len(prompt) for prompt in self.prompts) + self.trees.nodes, len(self.prompts))
-        run = ExactRun(exact, cache)
+        run = exact.runner(cache)
         run.prefill(self.prompts)
         features = run.tree(self.trees).features
         return features, exact.head(features), cache
@@ -354,7 +312,7 @@ class _Case:
         children: dict[int, list[int]]
         for row, prompt in enumerate(self.prompts):
             own = _Kept(self.plain, len(prompt) + self.trees.nodes)
-            run = TargetRun(self.plain, own)
+            run = self.plain.runner(own)
             run.prefill([prompt])
             children = self.trees.children(row)
             ahead = [(0, 0)]

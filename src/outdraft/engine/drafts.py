@@ -1,0 +1,104 @@
+"""The drafter of a batch: what it has not been told yet of what was decided, and the trees that a plan asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outdraft.core.shape import TreeShape
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.repeats import Others, spliced
+from outdraft.engine.plan import Plan
+from outdraft.engine.rows import Prefixes, Row
+from outdraft.target.runner import TargetRun
+
+
+class Drafts:
+    """Trees for the rows of a batch, from their own texts and from a drafter.
+
+    Args:
+        drafter: proposes; None is plain decoding.
+    """
+
+    def __init__(self, drafter: Drafter | None):
+        self.drafter = drafter
+        self.state: DraftState | None = None
+        self.updates: list[Update] = []  # what the drafter has not been told yet
+        self.asked = False
+        """Whether the drafter ever drafted."""
+
+    @property
+    def able(self) -> bool:
+        """Whether there is a drafter to ask."""
+        return self.state is not None
+
+    @property
+    def pending(self) -> int:
+        """Tokens of a row, at most, that the drafter was not told yet."""
+        return sum(max(update.counts) for update in self.updates)
+
+    def slots(self, shape: TreeShape) -> int:
+        """Slots of the target's cache that a round of this shape takes."""
+        return shape.size if self.drafter is None else self.drafter.slots(shape)
+
+    def begin(self, prompts: Sequence[Tensor], firsts: Sequence[int], taps: Tensor, run: TargetRun) -> None:
+        """Start from prompts over which the target has gone.
+
+        Args:
+            prompts: `(tokens,)` of every row, on the host.
+            firsts: the token decided after each.
+            taps: `(rows, tokens, width)` what is read of the target.
+            run: over those prompts.
+        """
+        if self.drafter is None:
+            return
+        # Pairs (token one ahead, taps): the prompt from its second token on, then the token just decided.
+        counts = [len(prompt) for prompt in prompts]
+        tokens = torch.zeros(taps.shape[:2], dtype=torch.long)
+        for i, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
+            tokens[i, : counts[i] - 1] = prompt[1:]
+            tokens[i, counts[i] - 1] = first
+        self.updates = [Update(tokens.to(taps.device), taps, counts)]
+        self.state = self.drafter.begin([prompt.to(taps.device) for prompt in prompts], run)
+
+    def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, counts: list[int]) -> None:
+        """Note what was decided in a round.
+
+        Args:
+            tokens: `(rows, m)` decided, right-padded.
+            taps: `(rows, nodes, width)` of the tree.
+            paths: `(rows, m)` node before each token.
+            counts: how many are real.
+        """
+        if self.state is not None:
+            index = paths[..., None].expand(-1, -1, taps.shape[-1])
+            self.updates.append(Update(tokens, taps.gather(1, index), counts))
+
+    def trees(self, plan: Plan, roots: Tensor, rows: Sequence[Row], prefixes: Prefixes) -> Tree:
+        """The trees of a plan below the `(rows,)` roots."""
+        if all(plan.ngrams):
+            chains = [[root, *chain] for root, chain in zip(roots.tolist(), plan.ngrams, strict=True)]
+            return Tree.listed(chains, roots.device)
+        if self.state is None or not plan.asks_drafter:
+            return Tree.roots(roots)
+        mixed = plan.budget is None and any(plan.ngrams)
+        pace = Others([not chain for chain in plan.ngrams]) if mixed else plan.budget
+        context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], pace)
+        update, self.updates, self.asked = Update.join(self.updates), [], True
+        tree = self.state.propose(update, plan.shape, context)
+        return spliced(tree, plan.ngrams) if mixed else tree
+
+    def join(self, other: Drafts) -> None:
+        """Take in the rows of another batch of the same drafter."""
+        if self.state is not None and other.state is not None:
+            self.state.join(other.state)
+            self.updates = [Update.beside(Update.join(self.updates), Update.join(other.updates))]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self.updates = [update.select_rows(rows) for update in self.updates]
+        if self.state is not None:
+            self.state.select_rows(rows)

@@ -1,0 +1,239 @@
+"""The joint distribution of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
+
+After chosen prefixes the tree of likely continuations is walked with one-token forwards of the stock model, which gives
+every cell's exact probability; what is rarer stays in the cell of its own beginning. Cells are settled before anything
+is sampled, and the sample size follows from the error that must be found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from outdraft.api.generation import SpeculativeModel
+from outdraft.core.statistics import Statistics
+from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.goodness_of_fit import Fit, fit, found_distance, needed_samples, pooled
+from outdraft.evaluation.audit.greedy import drafting
+from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.stock import SEVERAL, Laws
+from outdraft.evaluation.audit.watch import Watch
+
+Cells = dict[tuple[int, ...], float]
+"""Beginnings and their probabilities; one that was continued keeps only what its continuations leave over."""
+
+CHILDREN = 3
+"""Continuations told apart after one beginning, so that the cells reach past the first token."""
+
+LEAST = 0.01
+"""Probability of a cell of its own."""
+
+
+@dataclass
+class Prefix:
+    """A prefix after which texts are sampled.
+
+    Attributes:
+        tokens: token ids.
+        cells: exact.
+        rounding: sum of d^2 / p over the cells, d being what many-token forwards change of p: the noncentrality that
+            rounding alone may give to one sample.
+        variation: half the sum of |d|, at most.
+    """
+
+    tokens: list[int]
+    cells: Cells
+    rounding: float = 0.0
+    variation: float = 0.0
+
+    @property
+    def spread(self) -> float:
+        """1 - sum p^2: how much there is to see."""
+        return 1 - sum(p * p for p in self.cells.values())
+
+
+@torch.inference_mode()
+def exact_cells(laws: Laws, prefix: list[int], tokens: int, most: int) -> Cells:
+    """Split the most probable beginning again and again, until there are `most` cells or nothing is left to split."""
+    ends = set(laws.target.eos_token_ids)
+    cells: Cells = {(): 1.0}
+    open_cells: Cells = {(): 1.0}
+    while open_cells and len(cells) < most:
+        beginning = max(open_cells, key=open_cells.__getitem__)
+        mass = open_cells.pop(beginning)
+        law = laws.after(prefix, [beginning])[0].double()
+        best = law.topk(min(CHILDREN, most - len(cells), len(law)))
+        for share, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if mass * share >= LEAST:
+                longer = (*beginning, token)
+                cells[longer] = mass * share
+                cells[beginning] -= mass * share
+                if len(longer) < tokens and token not in ends:
+                    open_cells[longer] = mass * share
+    return {cell: max(0.0, probability) for cell, probability in cells.items()}
+
+
+@torch.inference_mode()
+def same_cells(laws: Laws, prefix: list[int], like: Cells, piece: int | None) -> Cells:
+    """The probabilities of the same cells by forwards over several tokens."""
+    cells: Cells = {(): 1.0}
+    parents = {cell[:-1] for cell in like if cell}
+    for length in range(max(map(len, parents), default=-1) + 1):
+        level = [parent for parent in like if parent in parents and len(parent) == length]
+        for parent, law in zip(level, laws.after(prefix, level, piece), strict=True):
+            whole = cells[parent]
+            for child in (cell for cell in like if cell and cell[:-1] == parent):
+                cells[child] = whole * float(law[child[-1]])
+                cells[parent] -= cells[child]
+    return {cell: max(0.0, cells[cell]) for cell in like}
+
+
+def tested_prefix(laws: Laws, prefix: list[int], settings: AuditSettings) -> Prefix:
+    """Cells after one prefix, and what rounding does to them: the sum over both kinds of many-token forward, as the
+    decoder's own rounding is a third."""
+    cells = exact_cells(laws, prefix, settings.first_tokens, settings.cells)
+    found = Prefix(prefix, cells)
+    for piece in (SEVERAL, None):
+        other = same_cells(laws, prefix, cells, piece)
+        moved = {cell: other[cell] - p for cell, p in cells.items()}
+        found.rounding += sum(moved[cell] ** 2 / p for cell, p in cells.items() if p > 1e-9)
+        found.variation = max(found.variation, sum(map(abs, moved.values())) / 2)
+    return found
+
+
+def chosen_prefixes(
+    laws: Laws, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
+) -> list[Prefix]:
+    """The prefixes with the most to see; first those where rounding (a filter's edge, say) hides little of it."""
+    found = []
+    for prefix in candidates:
+        found.append(tested_prefix(laws, prefix, settings))
+        advance(1)
+    hides = settings.total_variation / 4
+    return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]
+
+
+def cells_fit(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Fit:
+    """Pearson's statistic of the samples, each of which counts for the longest of its beginnings that is a cell."""
+    counts = Counter(
+        next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells) for sample in samples
+    )
+    return fit([counts[cell] for cell in cells], [p * len(samples) for p in cells.values()])
+
+
+@dataclass
+class Plan:
+    """The number of samples, and the error that they find.
+
+    Attributes:
+        each: samples after every prefix.
+        freedom: degrees of freedom.
+        rounding: noncentrality a sample that the test forgives.
+        distance: the total variation that is found with the stated power; larger than asked where rounding hides it.
+        asked: whether that is the distance asked for.
+    """
+
+    each: int
+    freedom: int
+    rounding: float
+    distance: float
+    asked: bool
+
+
+def plan(prefixes: Sequence[Prefix], settings: AuditSettings, alpha: float) -> Plan:
+    """The sample size that follows from the stated error, power and level.
+
+    Where rounding hides the error, the size is that of an error that it does not hide: three times its own distance.
+    """
+    rounding = sum(one.rounding for one in prefixes) / len(prefixes)
+    # Cells can only be pooled further by smaller samples: start from all of them.
+    freedom = max(1, sum(len(one.cells) - 1 for one in prefixes))
+    distance = settings.total_variation
+    samples = needed_samples(distance, freedom, alpha, settings.power, rounding)
+    while samples is None or samples > 4 * (needed_samples(distance, freedom, alpha, settings.power) or 1):
+        distance *= 1.1
+        samples = needed_samples(distance, freedom, alpha, settings.power, rounding)
+    each = -(-samples // len(prefixes))
+    freedom = max(1, sum(len(pooled([p * each for p in one.cells.values()])) - 1 for one in prefixes))
+    distance = found_distance(each * len(prefixes), freedom, alpha, settings.power, rounding)
+    return Plan(each, freedom, rounding, distance, distance <= settings.total_variation * 1.001)
+
+
+def sampled(
+    model: SpeculativeModel,
+    prefix: list[int],
+    samples: int,
+    settings: AuditSettings,
+    seed: int,
+    advance: Callable[[int], None],
+) -> tuple[list[list[int]], Statistics]:
+    """The first tokens of so many texts after one prefix; each has its own dice."""
+    assert model.drafter is not None
+    watched = model.with_drafter(Watch(model.drafter, prefill_once=True))
+    found: list[list[int]] = []
+    parts = []
+    while len(found) < samples:
+        rows = min(settings.batch_size, samples - len(found))
+        output = watched.generate(
+            [prefix] * rows,
+            **settings.generation,
+            max_new_tokens=settings.first_tokens,
+            seed=seed + len(found),
+        )
+        found += output.tokens
+        parts.append(output.statistics)
+        advance(rows)
+    return found, Statistics.sum(parts)
+
+
+def beginnings_finding(
+    model: SpeculativeModel,
+    prefixes: Sequence[Prefix],
+    planned: Plan,
+    settings: AuditSettings,
+    advance: Callable[[int], None],
+) -> Finding:
+    """Sample after every prefix and test all of them together."""
+    whole = Fit(0.0, 0)
+    lines, parts = [], []
+    for number, one in enumerate(prefixes):
+        seed = settings.seed + 1_000_003 * (number + 1)
+        samples, statistics = sampled(model, one.tokens, planned.each, settings, seed, advance)
+        parts.append(statistics)
+        own = cells_fit(samples, one.cells, settings.first_tokens)
+        whole += own
+        lines.append(
+            f"prefix {number + 1} ({len(one.tokens)} tokens, {own.freedom + 1} cells): "
+            f"p = {own.p_value(planned.each * one.rounding):.3g} by itself"
+        )
+    statistics = Statistics.sum(parts)
+    total = planned.each * len(prefixes)
+    allowed = total * planned.rounding
+    moved = max(one.variation for one in prefixes)
+    hidden = "" if planned.asked else f" (rounding hides the {settings.total_variation:g} asked for)"
+    return Finding(
+        "beginnings",
+        f"Do the first {settings.first_tokens} sampled tokens, jointly, have the target's exact output distribution?",
+        True,
+        f"{total} samples after {len(prefixes)} prefixes, chi-square {whole.statistic:.1f} with {whole.freedom} "
+        f"degrees of freedom; an error of total variation {planned.distance:.3g}{hidden} is found with probability "
+        f"{settings.power:g}; rounding moves these distributions by {moved:.2g} and is forgiven"
+        f"{drafting(statistics)}.",
+        p_value=whole.p_value(allowed),
+        figures={
+            "samples": total,
+            "prefixes": len(prefixes),
+            "statistic": whole.statistic,
+            "degrees_of_freedom": whole.freedom,
+            "noncentrality_of_rounding": allowed,
+            "total_variation_of_rounding": moved,
+            "p_value_without_allowance": whole.p_value(),
+            "total_variation_found": planned.distance,
+            "power": settings.power,
+            "drafting": statistics.as_dict(),
+        },
+        lines=lines,
+    )

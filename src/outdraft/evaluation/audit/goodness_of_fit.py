@@ -1,0 +1,190 @@
+"""The chi-square tests of an audit: Pearson's statistic, its power and sample size, and ranks of draws.
+
+Needs scipy, the extra `verify`, which is imported only when a chi-square distribution is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outdraft.errors import UserError
+
+LEAST_EXPECTED = 5.0
+"""Cells that expect fewer are pooled, as Pearson's approximation asks."""
+
+MOST_SAMPLES = 10_000_000
+
+BINS = 20
+"""Classes of rank, at most."""
+
+
+def scipy_stats() -> Any:
+    """The module `scipy.stats`.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError(
+            "the tests of sampled texts need scipy; install it with: pip install 'outdraft[verify]'"
+        ) from None
+    return stats
+
+
+def survival(x: float, freedom: float, noncentrality: float = 0.0) -> float:
+    """P(chi-square > x)."""
+    stats = scipy_stats()
+    return float(stats.ncx2.sf(x, freedom, noncentrality) if noncentrality > 0 else stats.chi2.sf(x, freedom))
+
+
+def critical(alpha: float, freedom: float, noncentrality: float = 0.0) -> float:
+    """The x that is exceeded with probability alpha."""
+    stats = scipy_stats()
+    return float(stats.ncx2.isf(alpha, freedom, noncentrality) if noncentrality > 0 else stats.chi2.isf(alpha, freedom))
+
+
+def power_of(samples: float, distance: float, freedom: float, alpha: float, allowed: float = 0.0) -> float:
+    """Probability that so many samples show an error of this total variation, whatever its direction.
+
+    A distribution that is off by d has noncentrality n sum(d^2 / p) >= n (sum |d|)^2 = 4 n TV^2 (Cauchy-Schwarz), which
+    is the least favourable case.
+
+    Args:
+        samples: drawn.
+        distance: the error, in total variation over the cells.
+        freedom: degrees of freedom.
+        alpha: level of the test.
+        allowed: noncentrality a sample that rounding may cause and the test forgives.
+    """
+    return survival(critical(alpha, freedom, samples * allowed), freedom, 4 * samples * distance**2)
+
+
+def needed_samples(distance: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> int | None:
+    """The fewest samples with this power; None where rounding hides such an error from any number."""
+    high = 64
+    while power_of(high, distance, freedom, alpha, allowed) < power:
+        high *= 2
+        if high > MOST_SAMPLES:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power_of(middle, distance, freedom, alpha, allowed) >= power else (middle, high)
+    return high
+
+
+def found_distance(samples: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> float:
+    """The smallest error in total variation that so many samples find with this power; 1 with no degree of freedom."""
+    if freedom <= 0:
+        return 1.0
+    bound = critical(alpha, freedom, samples * allowed)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if survival(bound, freedom, 4 * samples * middle**2) >= power else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Pearson's statistic of counts against expectations."""
+
+    statistic: float
+    freedom: int
+
+    def p_value(self, noncentrality: float = 0.0) -> float:
+        """1 where there is nothing to compare."""
+        return survival(self.statistic, self.freedom, noncentrality) if self.freedom > 0 else 1.0
+
+    def __add__(self, other: Fit) -> Fit:
+        """The fit of independent samples together."""
+        return Fit(self.statistic + other.statistic, self.freedom + other.freedom)
+
+
+def fit(observed: Sequence[float], expected: Sequence[float]) -> Fit:
+    """Cells that expect too few are pooled, smallest first; what is pooled depends on the expectations alone."""
+    groups = pooled(expected)
+    statistic = 0.0
+    for group in groups:
+        hoped = sum(expected[i] for i in group)
+        statistic += (sum(observed[i] for i in group) - hoped) ** 2 / hoped
+    return Fit(statistic, len(groups) - 1)
+
+
+def pooled(expected: Sequence[float]) -> list[list[int]]:
+    """Indices of the cells in groups that expect enough each."""
+    groups: list[list[int]] = []
+    small: list[int] = []
+    for cell in sorted(range(len(expected)), key=lambda i: expected[i]):
+        small.append(cell)
+        if sum(expected[i] for i in small) >= LEAST_EXPECTED:
+            groups.append(small)
+            small = []
+    if small:  # only where all cells together expect too few
+        groups.append(small)
+    return groups
+
+
+def ranks(probs: Tensor, drawn: Tensor, uniform: Tensor) -> Tensor:
+    """The randomised probability-integral transform of every draw.
+
+    With the outcomes of a distribution in order of their probability, the largest first, u = P(more probable than x) +
+    V P(as probable as x), V uniform, is uniform if x was drawn from that distribution. Draws from any number of
+    different distributions so become one sample of a uniform number. Too soft a distribution, too sharp a one and
+    missing rare outcomes all show.
+
+    Args:
+        probs: `(draws, outcomes)`, which need not be normalised.
+        drawn: `(draws,)` outcomes.
+        uniform: `(draws,)` the V of each.
+
+    Returns:
+        `(draws,)` u.
+    """
+    probs = probs.double()
+    own = probs.gather(1, drawn[:, None])
+    above = (probs * (probs > own)).sum(1)
+    level = (probs * (probs == own)).sum(1)
+    # An outcome without probability has nothing below it: u = 1, the last bin's very end.
+    return torch.where(own[:, 0] > 0, (above + uniform.to(probs) * level) / probs.sum(1), 1.0)
+
+
+@dataclass
+class Ranks:
+    """Ranks collected draw by draw, with a generator of their own."""
+
+    seed: int = 0
+    values: list[float] = field(default_factory=list)
+    impossible: int = 0
+    """Draws that their distribution gives no probability."""
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def add(self, probs: Tensor, drawn: Tensor) -> None:
+        """`(draws, outcomes)` probabilities and what was drawn from each row."""
+        uniform = torch.rand(len(drawn), dtype=torch.float64, generator=self._generator)
+        probs, drawn = probs.cpu(), drawn.cpu()
+        self.impossible += int((probs.gather(1, drawn[:, None]) <= 0).sum())
+        self.values += ranks(probs, drawn, uniform).tolist()
+
+    def histogram(self) -> list[int]:
+        """Draws in every bin of equal width."""
+        counts = [0] * max(2, min(BINS, int(len(self.values) / LEAST_EXPECTED)))
+        for value in self.values:
+            counts[min(len(counts) - 1, int(value * len(counts)))] += 1
+        return counts
+
+    def fit(self) -> Fit:
+        """Pearson's test of uniformity."""
+        if len(self.values) < 2 * LEAST_EXPECTED:
+            return Fit(0.0, 0)
+        counts = self.histogram()
+        return fit(counts, [len(self.values) / len(counts)] * len(counts))

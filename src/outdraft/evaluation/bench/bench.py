@@ -1,0 +1,244 @@
+"""The comparison that `outdraft bench` and the demo print: measure, judge the texts, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from outdraft.api.loading import load_target
+from outdraft.evaluation.bench import spec_bench
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
+from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
+from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
+from outdraft.evaluation.bench.result import BenchResult, Comparison
+from outdraft.evaluation.bench.settings import BenchSettings
+from outdraft.evaluation.bench.store import Store, fingerprint
+from outdraft.evaluation.bench.summary import Summary, paired, summarise
+from outdraft.evaluation.environment import environment, load_average
+from outdraft.evaluation.report.pages import check_bench_page, save_bench
+from outdraft.reference import load_prompts
+from outdraft.target.named import named
+from outdraft.target.target import Target
+
+__all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
+
+HELD_OUT = "held-out"
+"""The group of the shipped prompts."""
+
+
+def run_bench(
+    settings: BenchSettings, remarks: Console, others: Callable[[Target], Sequence[Contender]] = lambda model: ()
+) -> BenchResult:
+    """Load, measure, sum up; with an output folder, go on where an earlier run of the same settings stopped.
+
+    Args:
+        settings: what to compare.
+        remarks: where progress goes.
+        others: more contenders, of the model that the stock library's ways of decoding run on.
+
+    Raises:
+        UserError: something that cannot be loaded, read or decoded, or an output folder of other settings.
+    """
+    if settings.report is not None:
+        check_bench_page(settings.report)
+    asked = _questions(settings)
+    target = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend=settings.backend)
+    fitting, too_long = dialogues(
+        asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
+    )
+    questions = [dialogue.question for dialogue in fitting]
+    stock = _stock(settings, target)
+    rivals = contenders(
+        target,
+        settings.draft_models,
+        settings.methods,
+        backend=settings.backend,
+        tree=settings.tree,
+        controllers=settings.controllers,
+        shipped=str(settings.model) if named(settings.model) is not None else None,
+        include_transformers=settings.include_transformers,
+        peers=settings.peers,
+        stock=stock,
+    )
+    rivals += others(stock or target)
+    facts = environment(target)
+    store = None
+    if settings.output_dir is not None:
+        names = [rival.name for rival in rivals]
+        sitting = {"git_revision": facts["git_revision"], "load_average": facts["load_average"]}
+        store = Store(settings.output_dir, fingerprint(settings, facts, asked, questions, names), sitting)
+    comparisons = [
+        measured(
+            target,
+            rivals,
+            fitting,
+            temperature=temperature,
+            repetitions=settings.repetitions,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            remarks=remarks,
+            questions=questions,
+            store=store,
+        )
+        for temperature in settings.temperatures
+    ]
+    # Only now is it known what forwards ran on: a backend that cannot serve the model may give way when first used.
+    ended = {"backend": target.backend, "load_average_at_the_end": load_average()}
+    facts |= ended
+    if store is not None:
+        store.end(**ended)
+        facts |= store.sittings[-1]  # those of the last measurement, which need not be now
+        facts["sittings"] = store.sittings
+        for one in comparisons:
+            write_answers(store.folder, one, target, several=len(comparisons) > 1)
+    result = BenchResult(
+        settings.shown(asked.suite, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
+    )
+    if settings.report is not None:
+        save_bench(result, settings.report, target.tokenizer)
+        remarks.print(f"report: {settings.report}", highlight=False)
+    return result
+
+
+def _stock(settings: BenchSettings, target: Target) -> Target | None:
+    """The model once more, as `transformers` loads it, where its own ways of decoding are to run on that."""
+    asked = settings.peers or settings.include_transformers
+    if not asked or settings.peers_backend == "same" or target.backend == "eager":
+        return None
+    return load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
+
+
+def _questions(settings: BenchSettings) -> QuestionSet:
+    if settings.data is not None:
+        return read_questions(settings.data, settings.suite, settings.on_bad_line)
+    return QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
+
+
+def measured(
+    target: Target,
+    rivals: Sequence[Contender],
+    prompts: Sequence[list[int] | Script],
+    *,
+    temperature: float = 0.0,
+    repetitions: int = 1,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    remarks: Console,
+    questions: Sequence[Question] = (),
+    store: Store | None = None,
+    end: float | None = None,
+) -> Comparison:
+    """One comparison of rivals, one of which is `PLAIN`.
+
+    Args:
+        target: decides; the judge of texts that part.
+        rivals: the ways of decoding.
+        prompts: as in `measure.compare`, like the arguments after it.
+        temperature: 0 is greedy.
+        repetitions: of every pair.
+        max_new_tokens: of every answer.
+        seed: of the draws.
+        remarks: where progress goes.
+        questions: what the prompts ask, where groups matter.
+        store: keeps complete pairs, and knows those of earlier runs.
+        end: as in `measure.compare`; for single prompts without questions or a store.
+    """
+    title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    known = store.known(temperature) if store is not None else {}
+    pairs = len(prompts) * repetitions
+    if known:
+        remarks.print(f"{title}: {len(known)} of {pairs} pairs are there already", highlight=False)
+    with progress(remarks, title, len(rivals) * (pairs - len(known))) as advance:
+        try:
+            runs = compare(
+                rivals,
+                prompts,
+                repetitions=repetitions,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                progress=advance,
+                known=known,
+                completed=lambda *pair: store.keep(temperature, *pair) if store is not None else None,
+                end=end,
+            )
+        except KeyboardInterrupt:
+            if store is not None:
+                done = len(store.known(temperature))
+                remarks.print(f"{title}: {done} of {pairs} pairs kept; the same command goes on from there")
+            raise
+    parted = divergences_by_method(target, prompts, runs[PLAIN], runs) if temperature == 0 else dict.fromkeys(runs)
+    return summed_up(target, rivals, runs, parted, temperature, questions)
+
+
+def summed_up(
+    target: Target,
+    rivals: Sequence[Contender],
+    runs: dict[str, list[Run]],
+    parted: Mapping[str, list[Divergence] | None],
+    temperature: float,
+    questions: Sequence[Question],
+) -> Comparison:
+    """The figures of all runs, and of every group's."""
+    groups = list(dict.fromkeys(question.group for question in questions))
+    answers = {
+        rival.name: spec_bench.records(rival.name, runs[rival.name], questions, target.tokenizer)
+        for rival in rivals
+        if questions
+    }
+
+    def of(rival: Contender, group: str | None) -> Summary:
+        places = {i for i, question in enumerate(questions) if question.group == group}
+        own, plain, stock = (
+            [run for run in runs.get(name, []) if group is None or run.prompt in places]
+            for name in (rival.name, PLAIN, STOCK)
+        )
+        found = parted[rival.name]
+        if found is not None and group is not None:
+            found = [divergence for divergence in found if divergence.prompt in places]
+        summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
+        if stock:
+            summary.over_stock, summary.over_stock_interval = paired(own, stock)
+        if questions:
+            lines, base = (
+                [
+                    line
+                    for line, question in zip(answers[name], questions, strict=True)
+                    if group in (None, question.group)
+                ]
+                for name in (rival.name, PLAIN)
+            )
+            summary.spec_bench_speedup = spec_bench.figures(lines, base, target.tokenizer)["speedup"]
+        return summary
+
+    return Comparison(
+        temperature,
+        [of(rival, None) for rival in rivals],
+        runs,
+        {group: [of(rival, group) for rival in rivals] for group in groups},
+        questions,
+    )
+
+
+def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
+    """The answers of every contender in Spec-Bench's own format, below `folder`."""
+    suffix = f"temp-{comparison.temperature:g}" if several else ""
+    for name, runs in comparison.runs.items():
+        lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
+        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,241 @@
+"""The findings of a benchmark, as JSON and as tables on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from outdraft.evaluation.bench.baselines import STOCK
+from outdraft.evaluation.bench.divergences import Divergence
+from outdraft.evaluation.bench.measure import PLAIN, Run
+from outdraft.evaluation.bench.questions import LeftOut, Question
+from outdraft.evaluation.bench.summary import Summary, scattered
+from outdraft.evaluation.environment import busy
+from outdraft.output import number
+
+
+@dataclass
+class Comparison:
+    """All contenders at one temperature."""
+
+    temperature: float
+    summaries: list[Summary]
+    """The figures over all questions."""
+    runs: dict[str, list[Run]]
+    groups: dict[str, list[Summary]] = field(default_factory=dict)
+    """The figures over the questions of each group (task)."""
+    questions: Sequence[Question] = ()
+
+    def __getitem__(self, name: str) -> Summary:
+        return next(summary for summary in self.summaries if summary.name == name)
+
+    @property
+    def cut_short(self) -> int:
+        """Conversations of some contender that ended early, since the next turn did not fit the context."""
+        return sum(
+            len(run.answers) < len(self.questions[run.prompt].turns)
+            for own in self.runs.values()
+            for run in own
+            if self.questions
+        )
+
+
+@dataclass
+class BenchResult:
+    """Comparisons at every temperature, and what they were made on."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    comparisons: list[Comparison]
+    questions: Sequence[Question] = ()
+    left_out: Sequence[LeftOut] = ()
+    """Lines that could not be used, and questions too long for the model."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "settings": self.settings,
+            "environment": self.environment,
+            "left_out": [one.as_dict() for one in self.left_out],
+            "results": [
+                {
+                    "temperature": one.temperature,
+                    "verdict": closing(one.summaries),
+                    "disturbed": scattered(one.runs),
+                    "conversations_cut_short": one.cut_short,
+                    "methods": {s.name: s.as_dict() for s in one.summaries},
+                    "groups": {
+                        group: {s.name: s.as_dict() for s in summaries} for group, summaries in one.groups.items()
+                    },
+                }
+                for one in self.comparisons
+            ],
+        }
+
+    def show(self, console: Console) -> None:
+        """Print a table for every temperature, and one by group where there are several."""
+        facts = self.environment
+        console.print(
+            f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} "
+            f"backend; {self.settings['prompts']} prompts, {self.settings['repetitions']} repetitions",
+            markup=False,
+        )
+        for one in self.comparisons:
+            console.print(rendered(one.summaries, one.temperature, wide=console.width >= WIDE))
+            if len(one.groups) > 1:
+                console.print(group_table(one.groups, one.temperature))
+            if one.cut_short:
+                console.print(f"{one.cut_short} conversations ended early: the next turn did not fit the context")
+            console.print(closing(one.summaries), style="bold", markup=False)
+        for note in (busy(facts), *(scattered(one.runs) for one in self.comparisons)):
+            if note is not None:
+                console.print(note)
+        for left in self.left_out[:8]:
+            console.print(f"left out: {left.source}: {left.reason}", markup=False)
+        if len(self.left_out) > 8:
+            console.print(f"... and {len(self.left_out) - 8} more left out (all with --json)")
+
+
+Column = Callable[[Summary], str]
+
+SHOWN_DIVERGENCES = 8
+
+WIDE = 110
+"""Columns of a terminal on which the figures of rounds are shown too."""
+
+
+def table(summaries: Sequence[Summary], temperature: float) -> Table:
+    """One row a contender: how fast, and whether the text is the same; Spec-Bench's own speed-up where there is one."""
+    columns: dict[str, Column] = {
+        "method": lambda s: s.name,
+        "tau": lambda s: number(s.statistics.tau),
+        "tokens/s": lambda s: number(s.tokens_per_second, ".1f"),
+        "speed-up [95%]": speedup,
+    }
+    if any(math.isfinite(summary.over_stock) for summary in summaries):
+        columns["over stock"] = lambda s: f"{number(s.over_stock)}x"
+    if any(math.isfinite(summary.spec_bench_speedup) for summary in summaries):
+        columns["Spec-Bench's own"] = lambda s: f"{number(s.spec_bench_speedup)}x"
+    return _table(summaries, {**columns, "identical": verdict}, temperature_name(temperature))
+
+
+def rounds_table(summaries: Sequence[Summary]) -> Table:
+    """One row a contender: what happens in a round, and what it costs."""
+    columns: dict[str, Column] = {
+        "method": lambda s: s.name,
+        "drafted": drafted,
+        "accepted": lambda s: number(s.statistics.acceptance_rate, ".0%"),
+        "first token": lambda s: number(s.first_token_seconds * 1000, ".0f") + " ms",
+        "draft | verify | rest": shares,
+    }
+    return _table(summaries, columns, "rounds: levels drafted, candidates accepted, time after the first token")
+
+
+def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], title: str) -> Table:
+    built = Table(title=title, title_justify="left")
+    for name in columns:
+        built.add_column(
+            name, justify="left" if name in ("method", "identical") else "right", no_wrap=name != "identical"
+        )
+    for summary in summaries:
+        built.add_row(*(column(summary) for column in columns.values()))
+    return built
+
+
+def temperature_name(temperature: float) -> str:
+    """`greedy` or `temperature 1`."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> Table:
+    """One row a contender, one column a group: tau and speed-up."""
+    built = Table(title=f"by task, {temperature_name(temperature)}: speed-up (tau)", title_justify="left")
+    built.add_column("method", no_wrap=True)
+    for name, summaries in groups.items():
+        built.add_column(f"{name} ({summaries[0].questions})", justify="right")
+    for row in zip(*groups.values(), strict=True):
+        figures = (f"{number(s.speedup)}x ({number(s.statistics.tau)})" for s in row)
+        built.add_row(row[0].name, *figures)
+    return built
+
+
+def speedup(summary: Summary) -> str:
+    """The speed-up with its interval."""
+    low, high = summary.speedup_interval
+    return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
+
+
+def drafted(summary: Summary) -> str:
+    """Levels drafted in a round, on average, and the share of rounds that drafted at all where some did not."""
+    depths = summary.statistics.depths
+    if not any(depths):
+        return "-"
+    idle = depths.count(0) / len(depths)
+    return f"{sum(depths) / len(depths):.1f}" + (f" ({1 - idle:.0%})" if idle > 0.005 else "")
+
+
+def shares(summary: Summary) -> str:
+    """The shares of the time after the prefill."""
+    counts = summary.statistics
+    if not summary.timed:
+        return "-"
+    parts = (counts.draft_seconds, counts.verify_seconds, counts.rest_seconds)
+    return " | ".join(f"{part / counts.decode_seconds:.0%}" for part in parts)
+
+
+def verdict(summary: Summary) -> str:
+    """A few words on whether the texts are plain decoding's."""
+    if summary.divergences is None:
+        return "-"
+    if not summary.divergences:
+        return "yes"
+    ties = sum(divergence.tie for divergence in summary.divergences)
+    parted = f"{len(summary.divergences)} part"
+    return f"{parted} at near-ties" if ties == len(summary.divergences) else f"{parted}, {ties} at near-ties"
+
+
+def _turn(found: Divergence) -> str:
+    return f", turn {found.turn + 1}," if found.turn else ""
+
+
+def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
+    """Position, gap and noise of the first few divergences."""
+    lines = [
+        f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} parts at token {found.position + 1}, logit gap "
+        f"{number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
+        for summary in summaries
+        for found in summary.divergences or []
+    ]
+    more = len(lines) - SHOWN_DIVERGENCES
+    return lines[:SHOWN_DIVERGENCES] + ([f"... and {more} more (all with --json)"] if more > 0 else [])
+
+
+def closing(summaries: Sequence[Summary]) -> str:
+    """A sentence on the fastest way of drafting, how sure that is, and the ways that lost."""
+    drafting = [summary for summary in summaries if summary.method != "none"]
+    if not drafting:
+        return f"Only {PLAIN} decoding ran, so there is nothing to compare."
+    best = max(drafting, key=lambda summary: summary.speedup)
+    if best.speedup > 1:
+        text = f"Fastest here: {best.name}, {speedup(best)} over {PLAIN} decoding"
+        if math.isfinite(best.over_stock):
+            text += f", {number(best.over_stock)}x over {STOCK}"
+        if not best.speedup_interval[0] > 1:
+            text += " (not proven: too few questions to rule out 1x)"
+    else:
+        text = f"Nothing was faster than {PLAIN} decoding here"
+    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 1]:
+        text += f"; slower than {PLAIN} decoding: {', '.join(losing)}"
+    return text + "."
+
+
+def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True) -> Group:
+    """The table, where there is room one of the rounds too, and below them where texts part."""
+    notes = [Text(line, style="dim") for line in divergence_lines(summaries)]
+    return Group(table(summaries, temperature), *([rounds_table(summaries)] if wide else []), *notes)

@@ -1,0 +1,204 @@
+"""Figures from runs: tau, acceptance, speed and its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from outdraft.core.statistics import Statistics
+from outdraft.evaluation.bench.divergences import Divergence
+from outdraft.evaluation.bench.measure import PLAIN, Run
+
+RESAMPLES = 2000
+
+QUIET = 0.2
+"""Scatter of a round's cost, between quartiles and relative to the median, that a quiet machine may show."""
+FEWEST_PAIRS = 4
+"""Pairs from which such a scatter can be told."""
+
+_NAN = float("nan")
+
+
+@dataclass
+class Summary:
+    """The figures of one way of decoding over all prompts."""
+
+    name: str
+    method: str
+    parameters: int
+    statistics: Statistics
+    """The statistics of all runs added up."""
+    tokens: int
+    tokens_per_second: float
+    """All new tokens over all seconds, prefill included."""
+    median_tokens_per_second: float
+    """The median over single answers."""
+    decode_tokens_per_second: float
+    """Tokens after each answer's first one over the seconds after the prefill; nan where these were not taken apart."""
+    first_token_seconds: float
+    """Median time to the first token; nan where it was not taken apart."""
+    speedup: float
+    """Median, over pairs of the same prompt and repetition, of the ratio of tokens per second to plain decoding's."""
+    speedup_interval: tuple[float, float]
+    """Bootstrap 95% interval of the speed-up, drawn over prompts."""
+    mean_rate_speedup: float
+    """Ratio of the mean rates over answers, tokens counted alike on both sides."""
+    divergences: list[Divergence] | None
+    """The places where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
+    questions: int = 0
+    spec_bench_speedup: float = _NAN
+    """Spec-Bench's own: likewise, but plain decoding's tokens are counted by tokenizing its texts anew."""
+    over_stock: float = _NAN
+    """The speed-up over the `generate` of transformers; nan where that was not in the run."""
+    over_stock_interval: tuple[float, float] = (_NAN, _NAN)
+
+    @property
+    def timed(self) -> bool:
+        """True if the seconds of a round are taken apart; those of the stock library are not."""
+        return self.statistics.verify_seconds > 0
+
+    @property
+    def milliseconds_per_round(self) -> dict[str, float]:
+        """Milliseconds of drafting, verifying and the rest; nan where they are not taken apart."""
+        counts = self.statistics
+        parts = {"draft": counts.draft_seconds, "verify": counts.verify_seconds, "rest": counts.rest_seconds}
+        known = self.timed and counts.rounds > 0
+        return {name: 1000 * seconds / counts.rounds if known else _NAN for name, seconds in parts.items()}
+
+    @property
+    def identical(self) -> bool | list[dict[str, Any]] | None:
+        """True, or the list of divergences; None when sampling."""
+        if self.divergences is None:
+            return None
+        return [divergence.as_dict() for divergence in self.divergences] or True
+
+    def headline(self) -> dict[str, Any]:
+        """The four figures that matter."""
+        return {
+            "tau": self.statistics.tau,
+            "tokens_per_second": self.tokens_per_second,
+            "speedup": self.speedup,
+            "identical": self.identical,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            **self.headline(),
+            "method": self.method,
+            "drafter_parameters": self.parameters,
+            "speedup_interval": list(self.speedup_interval),
+            "mean_rate_speedup": self.mean_rate_speedup,
+            "spec_bench_speedup": self.spec_bench_speedup,
+            "speedup_over_stock": self.over_stock,
+            "speedup_over_stock_interval": list(self.over_stock_interval),
+            "questions": self.questions,
+            "median_tokens_per_second": self.median_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "first_token_seconds": self.first_token_seconds,
+            "milliseconds_per_round": self.milliseconds_per_round,
+            "tokens": self.tokens,
+            **self.statistics.as_dict(),
+        }
+
+
+def summarise(
+    name: str,
+    method: str,
+    parameters: int,
+    runs: Sequence[Run],
+    plain: Sequence[Run],
+    divergences: list[Divergence] | None,
+) -> Summary:
+    """The figures of one contender's runs against the plain runs of the same prompts and repetitions.
+
+    Args:
+        name: the contender's.
+        method: how it drafts.
+        parameters: of its drafter.
+        runs: its own.
+        plain: in the same order.
+        divergences: of its greedy texts; None when sampling.
+    """
+    answers = [answer for run in runs for answer in run.answers]
+    statistics = Statistics.sum(answer.statistics for answer in answers)
+    seconds, tokens = sum(run.seconds for run in runs), sum(run.tokens for run in runs)
+    prefills = [answer.statistics.prefill_seconds for answer in answers]
+    timed = statistics.prefill_seconds > 0
+    rates = np.array([run.tokens_per_second for run in runs])
+    base = np.array([run.tokens_per_second for run in plain])
+    speedup, spread = paired(runs, plain)
+    return Summary(
+        name=name,
+        method=method,
+        parameters=parameters,
+        statistics=statistics,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        median_tokens_per_second=float(np.median(rates)),
+        decode_tokens_per_second=statistics.emitted / statistics.decode_seconds
+        if timed and statistics.rounds
+        else _NAN,
+        first_token_seconds=float(np.median(prefills)) if timed else _NAN,
+        speedup=speedup,
+        speedup_interval=spread,
+        mean_rate_speedup=float(rates.mean() / base.mean()),
+        divergences=divergences,
+        questions=len({run.prompt for run in runs}),
+    )
+
+
+def paired(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, tuple[float, float]]:
+    """The speed-up of runs over others of the same prompts and repetitions in the same order: the median over pairs,
+    and its interval."""
+    ratios = np.array([run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, base, strict=True)])
+    return float(np.median(ratios)), interval(ratios, [run.prompt for run in runs])
+
+
+def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
+    """A note where paired rounds scatter more than they do on a quiet machine.
+
+    What a round costs in plain rounds of the same pair hardly depends on the question, unlike tau. So if even the
+    steadiest contender's ratio has middle halves that lie far apart, something else has had the processor.
+    """
+    spreads = []
+    for name, own in runs.items():
+        if name == PLAIN:
+            continue
+        pairs = [(_round_seconds(run), _round_seconds(plain)) for run, plain in zip(own, runs[PLAIN], strict=True)]
+        ratios = [one / plain for one, plain in pairs if one and plain]
+        if len(ratios) >= FEWEST_PAIRS:
+            low, middle, high = np.percentile(ratios, [25, 50, 75])
+            spreads.append(float((high - low) / middle))
+    if not spreads or min(spreads) <= QUIET:
+        return None
+    return (
+        f"The machine was busy: from pair to pair a round's cost scatters by {min(spreads):.0%} at best. Timings are "
+        "disturbed; close other programs and run it again."
+    )
+
+
+def _round_seconds(run: Run) -> float:
+    """Seconds of a round; 0 where they were not taken apart."""
+    counts = Statistics.sum(answer.statistics for answer in run.answers)
+    return counts.decode_seconds / counts.rounds if counts.rounds else 0.0
+
+
+def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95% interval of the median; the repetitions of a prompt are drawn together.
+
+    One prompt says nothing about others: its interval is nan.
+    """
+    groups = [ratios[np.array(prompts) == prompt] for prompt in sorted(set(prompts))]
+    if len(groups) < 2:
+        return _NAN, _NAN
+    draws = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
+    if len({len(group) for group in groups}) == 1:
+        medians = np.median(np.stack(groups)[draws].reshape(RESAMPLES, -1), axis=1)
+    else:
+        medians = np.array([np.median(np.concatenate([groups[i] for i in draw])) for draw in draws])
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)

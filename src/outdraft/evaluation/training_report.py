@@ -1,0 +1,236 @@
+"""The evaluation of a training: prompts kept out of it, tau on them as it goes, and the verdict at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for
+from outdraft.api.settings import tree_shape
+from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
+from outdraft.evaluation.bench.measure import PLAIN
+from outdraft.evaluation.prompts import Prompt, encode, prompt_of
+from outdraft.evaluation.rounds import NOTHING, RoundCost, Way, head_seconds, timed
+from outdraft.methods.checkpoint import Network
+from outdraft.output import write_whole
+from outdraft.target.target import Target
+from outdraft.training.preparation import ADVISED_EXAMPLES
+
+HELD_OUT = 32
+"""Conversations held out, unless said otherwise."""
+
+SMALLEST_SPLIT = 10
+"""Below so many conversations none is held out."""
+
+LONGEST_BEGINNING = 64
+"""Tokens of a plain text that serve as its prompt, at most; a quarter of it otherwise."""
+
+
+@dataclass
+class Split:
+    """A training set divided; nothing is written yet."""
+
+    data: Path
+    """The file that was divided."""
+    trained: list[Conversation]
+    held_out: list[Conversation]
+    notes: list[str]
+    """Remarks for the user, a line each."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Prompts to measure tau on: what is held out, else some of what is trained on."""
+        return [prompt_of(conversation.record()) for conversation in self.held_out or self.trained[:HELD_OUT]]
+
+    def write(self, folder: Path) -> Path:
+        """The data to train on: `folder/train.jsonl`, beside `held_out.jsonl`; what it came from if all is trained on.
+
+        Equal data give equal files.
+        """
+        if not self.held_out:
+            return self.data
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "held_out.jsonl", self.held_out)
+        _write(folder / "train.jsonl", self.trained)
+        return folder / "train.jsonl"
+
+
+def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error") -> Split:
+    """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
+
+    Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    found = read_conversations(data, on_bad_line)
+    everything, notes = found.conversations, []
+    if found.skipped:
+        notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
+    kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
+    while 0 < kept < len(everything) and _same_prompt(everything[-kept - 1], everything[-kept]):
+        kept += 1
+    kept = 0 if kept == len(everything) else kept
+    if kept:
+        notes.append(f"held out for measuring tau: the last {kept} of {len(everything)} conversations")
+    else:
+        notes.append("no conversation is held out: tau is measured on prompts that are trained on")
+    split = len(everything) - kept
+    return Split(data, everything[:split], everything[split:], notes)
+
+
+def _same_prompt(one: Conversation, other: Conversation) -> bool:
+    return one.text is None and other.text is None and one.questions == other.questions
+
+
+def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
+    """Token ids of the prompts; of plain texts only a beginning, which leaves something to go on with."""
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str) and target.tokenizer is not None:
+            ids = list(target.tokenizer(prompt).input_ids)
+            encoded.append(ids[: max(2, min(LONGEST_BEGINNING, len(ids) // 4))])
+        else:
+            encoded += encode([prompt], target)
+    return encoded
+
+
+def tau_meter(
+    target: Target, prompts: Sequence[list[int]], max_new_tokens: int = 64
+) -> Callable[[Network], dict[str, float]]:
+    """Build a function that decodes the prompts greedily, all at once, with a drafter as it is.
+
+    The drafter is copied, in the target's precision: training goes on with the original untouched.
+    """
+
+    # Of the network alone, and as far as it drafts when nobody stops it.
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "prompt_lookup_min": 0,
+        "do_sample": False,
+        "controller": "fixed",
+    }
+
+    def measure(network: Network) -> dict[str, float]:
+        drafter = load_drafter_for(target, network, backend=target.backend)
+        found = SpeculativeModel(target, drafter).generate(list(prompts), **settings).statistics
+        return {"tau": found.tau, "acceptance_rate": found.acceptance_rate} if found.rounds else {}
+
+    return measure
+
+
+def _write(path: Path, conversations: Sequence[Conversation]) -> None:
+    lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+MANY_PASSES, FEW_PASSES = 10, 4
+"""Passes over the data from which on more of them bring little, and below which they bring much."""
+
+LARGE_VOCABULARY = 32_000
+"""A vocabulary from this size on is worth cutting for the draft."""
+
+SECONDS = 20.0
+"""Time limit of the timing."""
+
+
+@dataclass(frozen=True)
+class TrainingVerdict:
+    """The expected speed of a drafter here.
+
+    Attributes:
+        tau: at the end of training, with the trees that are timed.
+        cost: of its rounds.
+        lifts: what would make it faster, a clause each, the most promising first.
+    """
+
+    tau: float
+    cost: RoundCost
+    lifts: list[str]
+
+    @property
+    def speedup(self) -> float:
+        """Expected, over plain decoding."""
+        return self.cost.speedup(self.tau)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "tau": self.tau,
+            "expected_speedup": self.speedup,
+            **self.cost.as_dict(),
+            "what_would_lift_it": self.lifts,
+        }
+
+    def __str__(self) -> str:
+        cost = self.cost
+        if cost.tau_to_pay < 1:  # a round with drafts took less time than one without
+            busy = "the machine was too busy to tell what that is worth; `outdraft bench` does"
+            return f"Verdict: tau {self.tau:.2f}; {busy}."
+        worth = "faster than" if self.speedup > 1 else "not faster than"
+        text = (
+            f"Verdict: at tau {self.tau:.2f} about {self.speedup:.2f}x of plain decoding here, {worth} the target "
+            f"alone: its draft costs {cost.draft:.2f} of a plain round, checking it {cost.verify:.2f} "
+            f"more, so it pays from tau {cost.tau_to_pay:.2f} on."
+        )
+        return text + (f" What would lift it: {'; '.join(self.lifts)}." if self.lifts else "")
+
+
+def training_verdict(
+    target: Target, folder: Path, tau: float | None, best_step: int, rows: int = 1
+) -> TrainingVerdict | None:
+    """Judge the drafter in `folder`; None where no tau was measured.
+
+    Args:
+        target: on the backend that decodes.
+        folder: of the finished run.
+        tau: at its end.
+        best_step: whose weights were saved.
+        rows: that were decoded together for tau, on which the trees depend.
+    """
+    if tau is None or not math.isfinite(tau):
+        return None
+    drafter = load_drafter_for(target, folder, backend=target.backend)
+    assert drafter is not None  # the run has saved one
+    record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    tokens = min(32, target.context_length // 4)
+    prompt = [place % target.vocab_size for place in range(tokens)]
+    shape = tree_shape(drafter, target.device, {}, rows=rows)
+    ways: dict[str, Way] = {PLAIN: (None, NOTHING), drafter.method: (drafter, shape)}
+    laps = timed(target, ways, prompt, end=time.perf_counter() + SECONDS)
+    cost = RoundCost.of(laps[PLAIN], laps[drafter.method], shape)
+    whole = getattr(drafter, "vocabulary", ()) is None and target.vocab_size >= LARGE_VOCABULARY
+    head = head_seconds(target) / cost.step_seconds if whole else None
+    return TrainingVerdict(tau, cost, lifts(record, best_step, head))
+
+
+def lifts(record: Mapping[str, Any], best_step: int, head_share: float | None) -> list[str]:
+    """The changes that would make a drafter faster, a clause each.
+
+    Args:
+        record: `provenance.json` of the run.
+        best_step: whose weights were saved.
+        head_share: of a draft step that the target's whole output layer takes, where a draft vocabulary would cut it.
+    """
+    examples, steps = record["examples"], record["steps"]
+    passes = steps * record["config"]["batch_size"] * record.get("processes", 1) / examples
+    found = []
+    if passes < FEW_PASSES:
+        found.append(f"longer training ({passes:.1f} passes over the data were made, {FEW_PASSES} or more are usual)")
+    elif best_step < steps:
+        found.append(f"not longer training, for step {best_step} of {steps} was the best, but more answers")
+    elif passes >= MANY_PASSES:
+        found.append(f"more answers rather than more steps, after {passes:.0f} passes over the same ones")
+    if examples < ADVISED_EXAMPLES:
+        found.append(f"more data ({examples:,} answers were learned from, {ADVISED_EXAMPLES:,} are advised)")
+    if head_share is not None:
+        found.append(
+            f"a draft vocabulary (draft_vocab_size=auto; the output layer is {head_share:.0%} of a draft step)"
+        )
+    return found
