@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import outdraft.methods
 from cli_fixtures import Folders, make_folders
 from drafters.eagle3_reference import Eagle3Shape, eagle3_folder
 from models import tiny
@@ -173,6 +175,18 @@ def test_a_name_is_given_once(own: None) -> None:
         other.name = name
         with pytest.raises(UserError, match=f"two drafting methods are called '{name}'"):
             register(other)
+
+
+def test_a_folder_of_methods_is_all_that_a_method_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    record = (
+        "from outdraft.methods.registry import Method\n\n\nclass Mine(Method):\n    name, summary = 'mine', 'mine'\n"
+    )
+    (tmp_path / "mine" / "__init__.py").write_text(record + "\n\nMETHODS = (Mine(),)\n")
+    monkeypatch.setattr(outdraft.methods, "__path__", [*outdraft.methods.__path__, str(tmp_path)])
+    found = registry._installed.__wrapped__()
+    assert set(found) == {*registry._installed(), "mine"}
+    monkeypatch.delitem(sys.modules, "outdraft.methods.mine")
 
 
 def test_an_installed_method_that_cannot_be_loaded_costs_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.drafting.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
-from outdraft.methods.registry import NONE, methods, names
+from outdraft.methods.registry import NONE, method_called
 from outdraft.target.backends import accelerate, best_backend, default_backend, default_dtype
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import named, place_of, shipped_drafter
@@ -135,14 +135,13 @@ def load_drafter_for(
     Raises:
         UserError: nothing loadable there, another method than asked for, or another target's drafter.
     """
-    if method is not None and method not in names():
-        raise UserError(f"unknown method '{method}'; choose one of {', '.join(names())}")
+    asked = None if method in (None, NONE) else method_called(method)
     if backend is None or backend == "auto":
         backend = default_backend(target.device, target.dtype)
     if method == NONE or (method is None and draft_model is None):
         return None
-    if method is not None and not methods()[method].needs_model:
-        return methods()[method].bind(None, target)
+    if asked is not None and not asked.needs_model:
+        return asked.bind(None, target)
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     if named(draft_model) is not None:
@@ -156,7 +155,7 @@ def load_drafter_for(
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
     if isinstance(source, Network):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
-        return methods()[own.method].bind(accelerate(own, backend), target)
+        return method_called(own.method).bind(accelerate(own, backend), target)
     source = unwrapped(source)
     if isinstance(source, Target):
         return _smaller(source, target)
@@ -168,12 +167,12 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return _smaller(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     network = load_network(source, target, target.dtype, target.device)
-    return methods()[network.method].bind(accelerate(network, backend), target)
+    return method_called(network.method).bind(accelerate(network, backend), target)
 
 
 def _smaller(model: Target, target: Target) -> Drafter:
     """The drafter that a smaller language model is."""
-    return methods()["draft-model"].bind(model, target)
+    return method_called("draft-model").bind(model, target)
 
 
 def load_network(

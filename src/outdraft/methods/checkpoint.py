@@ -139,7 +139,9 @@ def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Meth
 
 
 def recognised(config: Mapping[str, Any]) -> Method | None:
-    """The method that recognises a config.json which outdraft did not write."""
+    """The method that recognises a config.json which outdraft did not write; None for our own, and where none does."""
+    if "outdraft_version" in config:
+        return None
     return next((method for method in methods().values() if method.recognises(config)), None)
 
 

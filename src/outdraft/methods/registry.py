@@ -147,7 +147,7 @@ class Method:
     """The settings of `DrafterConfig` that it reads of those that not every method reads."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By the name of a preset, the settings in which its recipe differs from the common one."""
-    published = False
+    paper_preset = False
     """Whether preset `paper` is a recipe for it."""
     card = ""
     """What the model card of a trained drafter calls it; Markdown."""
@@ -167,8 +167,8 @@ class Method:
         """
         raise NotImplementedError
 
-    def see(self, network: Network, examples: ExampleSet) -> None:
-        """Let the training data decide what it must of a new network, before the first step."""
+    def adapt(self, network: Network, examples: ExampleSet) -> None:
+        """Set in a new network what depends on the training data, such as a reduced vocabulary."""
 
     def objective(self, target: TargetLike, settings: Any, network: Network) -> Objective:
         """What the network trains on, and its loss; arguments as in `new_network`."""
@@ -214,6 +214,17 @@ def register(method: Method) -> None:
 def methods() -> dict[str, Method]:
     """Every method that is known, by its name: the package's own, installed ones, then those of `register`."""
     return {**_installed(), **_registered}
+
+
+def method_called(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in (known := methods()):
+        raise UserError(f"unknown method '{name}'; choose one of {', '.join((*known, NONE))}")
+    return known[name]
 
 
 def names() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic_core import PydanticCustomError
 
 from outdraft.errors import UserError, meant
-from outdraft.methods.registry import methods, readers, trained
+from outdraft.methods.registry import method_called, readers, trained
 
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
 
@@ -189,8 +189,8 @@ class DrafterConfig(BaseModel):
                 raise UserError(
                     f'"{name}" is a setting of {" and ".join(readers(name))}, not of {self.method}; leave it out'
                 )
-        method = methods()[self.method]
-        if self.preset == "paper" and not method.published:
+        method = method_called(self.method)
+        if self.preset == "paper" and not method.paper_preset:
             raise UserError(
                 f"preset paper is FSPAD's published recipe; choose tiny, small, base or auto for {self.method}"
             )
@@ -229,7 +229,7 @@ class DrafterConfig(BaseModel):
             target_parameters: the target's size, by which `auto` chooses.
         """
         name = preset_for(target_parameters) if self.preset == "auto" else self.preset
-        recipe = PRESETS[name] | dict(methods()[self.method].presets.get(name, {}))
+        recipe = PRESETS[name] | dict(method_called(self.method).presets.get(name, {}))
         if "epochs" in self.model_fields_set:
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from outdraft.methods.registry import methods
+from outdraft.methods.registry import method_called
 
 CARD = "README.md"
 
@@ -39,7 +39,7 @@ library_name: outdraft
 
 # Drafter for {target}
 
-This is {methods()[method].card} with {record["parameters"]:,} parameters, made by outdraft for `{target}`.
+This is {method_called(method).card} with {record["parameters"]:,} parameters, made by outdraft for `{target}`.
 It guesses tokens ahead and the model checks them, so that text comes faster and its output distribution
 stays the model's own. It is of no use with another model.
 

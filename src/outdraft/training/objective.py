@@ -5,7 +5,7 @@ from __future__ import annotations
 from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import TargetLike
 from outdraft.methods.checkpoint import Network
-from outdraft.methods.registry import methods
+from outdraft.methods.registry import method_called
 from outdraft.training.config import DrafterConfig
 
 
@@ -19,9 +19,9 @@ def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
     Raises:
         UserError: the target cannot have such a drafter.
     """
-    return methods()[config.method].new_network(target, config)
+    return method_called(config.method).new_network(target, config)
 
 
 def objective_for(target: TargetLike, config: DrafterConfig, drafter: Network | None = None) -> Objective:
     """The objective of the configuration's method; arguments as in `new_drafter`, `drafter` being what to train."""
-    return methods()[config.method].objective(target, config, drafter or new_drafter(target, config))
+    return method_called(config.method).objective(target, config, drafter or new_drafter(target, config))

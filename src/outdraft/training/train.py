@@ -30,7 +30,7 @@ from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import TargetLike, shown_target
 from outdraft.methods.checkpoint import Network, save_drafter, target_facts
 from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
-from outdraft.methods.registry import methods
+from outdraft.methods.registry import method_called
 from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
@@ -121,7 +121,7 @@ def train(
         ready = at_exit(ready, _exit_choice(target, ready, resume, console))
         config = ready.config
     drafter = new_drafter(target, config)
-    methods()[config.method].see(drafter, ready.examples)
+    method_called(config.method).adapt(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
     checkpoint = _claim_folder(target, ready, resume, args, console, begun_with or {})
     store = feature_store(target, ready, objective)

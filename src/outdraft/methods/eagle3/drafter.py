@@ -1,7 +1,7 @@
 """Drafting with an `Eagle3Head`: its forward, arranged for the few nodes of a draft level, and its binding to a target.
 
 Rounds, trees, caches and recordings are those of `fspad/drafter.py`. Row t pairs the embedding of x_{t+1} with g_t
-at rotary position t; the residual is g, so that what the layer gives can stand in for it. Knows no folder.
+at rotary position t; the residual is g, so that what the layer gives can stand in for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """EAGLE-3 folders as they are: the authors' own layout, SpecForge's, AngelSlim's and speculators'.
 
 They differ in where settings stand and in how layers of the target are counted; here they become one `Eagle3Config`,
-with the origin of what was read noted. What tensors can tell is taken from the tensors. Knows nothing of decoding.
+with the origin of what was read noted. What tensors can tell is taken from the tensors.
 
 Layers whose outputs are read are named by three conventions:
 

@@ -1,7 +1,4 @@
-"""The folder of an exit layer, read back: without its target for what it says, with it as the layer itself.
-
-Knows what the target must have in common with the one it was trained for.
-"""
+"""The folder of an exit layer, read back: without its target for what it says, with it as the layer itself."""
 
 from __future__ import annotations
 

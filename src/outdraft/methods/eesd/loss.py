@@ -2,7 +2,6 @@
 
 Position t reads the hidden state after the target's first N layers and predicts x_{t+1}, of which the target's own
 features f_t give the law. A sequence of L tokens has L-1 such positions; t counts when x_{t+1} is a response token.
-Knows the target through what an exit layer borrows of it; nothing of data, optimisers or processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """EESD's network (arXiv 2406.03853, section 3.1): one trained layer on a hidden state of the target, then its head.
 
 The layer is of the family's own kind and begins as a copy of the target's last one. Everything else (the first layers
-below it, embedding, final norm, head unless it has its own) belongs to the target. One class trains and decodes. Knows
-nothing of caches, trees or losses.
+below it, embedding, final norm, head unless it has its own) belongs to the target. One class trains and decodes.
 """
 
 from __future__ import annotations

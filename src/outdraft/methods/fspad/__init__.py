@@ -59,7 +59,7 @@ class Fspad(Method):
             "patience",
         }
     )
-    published = True
+    paper_preset = True
     card = "an FSPAD head ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))"
     no_export = None
 
@@ -101,7 +101,7 @@ class Fspad(Method):
 
         return new_head(target, settings)
 
-    def see(self, network: Any, examples: ExampleSet) -> None:
+    def adapt(self, network: Any, examples: ExampleSet) -> None:
         from outdraft.methods.fspad.beginning import keep_frequent
 
         keep_frequent(network, examples)

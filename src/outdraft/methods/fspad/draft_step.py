@@ -5,8 +5,6 @@ what they read. Drafting is not bound by arithmetic: a level of three nodes thro
 of a few microseconds each. So what depends on the token alone (its half of the fusion with the bias, and FSPAD's gate)
 is looked up in a table over the vocabulary, where that takes no more than `TABLE_BYTES`; the rest of the arrangement
 is `layer_step.py`'s.
-
-Knows nothing of trees, of how candidates are chosen, or of where weights come from.
 """
 
 from __future__ import annotations

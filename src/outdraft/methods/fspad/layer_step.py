@@ -3,8 +3,7 @@
 Query, key and value are one product, rotated together; residuals and gates are added or multiplied inside the products
 where there is a kernel for it; small layers on a CPU compute in float32 on plain weights, whatever the target's
 precision: the overhead of oneDNN's low-precision products is three times that of a whole small float32 product. Larger
-ones stay as they are. It reads weights on any backend. Knows nothing of what goes into the layer or what becomes of its
-result.
+ones stay as they are. It reads weights on any backend.
 """
 
 from __future__ import annotations

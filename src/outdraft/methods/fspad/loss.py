@@ -1,8 +1,8 @@
 """FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`.
 
 Position t of a sequence reads (e_{t+1}, f_t), and its outputs stand for f_{t+1}, from which the target says x_{t+2}.
-A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. Knows the
-target's head as a function and nothing of data, optimisers or processes: sums come out, the caller divides.
+A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. Sums
+come out, which the caller divides.
 """
 
 from __future__ import annotations

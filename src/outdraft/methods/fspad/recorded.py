@@ -1,11 +1,10 @@
 """Whole drafts of a `FeatureDrafter` on a GPU, each kind recorded once as a CUDA graph.
 
 From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
-the best candidates chosen by the same functions as elsewhere (`growth.py`, `drawing.py`), over lengths that lie on the
-device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes as long to issue
-as a target of 8B takes to run. Prompts, paces and laws that depend on the prefix are drafted unrecorded.
-
-Knows the drafter's network and cache; not how candidates are chosen, nor what becomes of them.
+the best candidates chosen by the same functions as elsewhere (`expand.py` and `sample.py` of `drafting/`), over lengths
+that lie on the device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes
+as long to issue as a target of 8B takes to run. Prompts, paces and laws that depend on the prefix are drafted
+unrecorded.
 """
 
 from __future__ import annotations

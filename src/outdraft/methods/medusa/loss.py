@@ -1,8 +1,7 @@
 """Medusa-1's loss (arXiv 2401.10774, section 2.2.1), against the frozen target's law or its tokens.
 
 Head k reads f_t and predicts x_{t+1+k}, of which the target's own feature f_{t+k} gives the law. A sequence of L tokens
-has L-1-k such positions; t counts when x_{t+1+k} is a response token. Knows the target's output layer as a function;
-nothing of data, optimisers or processes.
+has L-1-k such positions; t counts when x_{t+1+k} is a response token.
 """
 
 from __future__ import annotations
