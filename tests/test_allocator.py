@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from outdraft.training.allocator import keep_freed_memory
+from outdraft.training.trainer import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 torch.ones(16_000_000)

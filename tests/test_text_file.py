@@ -21,7 +21,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation import spec_bench
 from outdraft.evaluation.prompts import read_prompts
 from outdraft.evaluation.questions import read_questions
-from outdraft.training.answer_file import AnswerFile
+from outdraft.training.answers import AnswerFile
 
 TEXTS = ["plain", "one\u2028two\u2029three\u0085four", "Grüße, \U0001f600", "a\x1c\x0b\x0cb"]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)

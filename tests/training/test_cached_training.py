@@ -15,12 +15,12 @@ from torch import Tensor
 from outdraft.errors import UserError
 from outdraft.losses.features import Reading, reader_of
 from outdraft.target.target import Target
-from outdraft.training import callbacks
-from outdraft.training.callbacks import ReadingReport
+from outdraft.training import progress
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import prepare
+from outdraft.training.progress import ReadingReport
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 
@@ -176,7 +176,7 @@ def test_a_store_over_the_budget_ends_the_run_in_one_line(target: Target, chats:
 
 def test_reading_reports_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     said = io.StringIO()
     with ReadingReport(Console(file=said, width=200), 10, 1000) as report:
         for seconds, examples, tokens in ((10, 2, 200), (10, 3, 300), (5, 4, 400), (5, 1, 100)):

@@ -18,12 +18,11 @@ from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies, soft_cross_entropy
 from outdraft.losses.features import Reading, TrainingExamples, collate
 from outdraft.target.target import Target
-from outdraft.training import feature_store, grouping
+from outdraft.training import feature_store, trainer
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import FeatureStore
-from outdraft.training.grouping import groups_of_like_length
 from outdraft.training.objective import Objective, objective_for
-from outdraft.training.trainer import GROUPS, ObjectiveTrainer, training_arguments
+from outdraft.training.trainer import GROUPS, ObjectiveTrainer, groups_of_like_length, training_arguments
 
 from .live_memory import LiveMemory
 from .test_train import assert_same_bits, quiet, settings
@@ -113,7 +112,7 @@ def test_groups_cost_the_least_of_all_divisions() -> None:
 def test_the_trainer_computes_in_groups_and_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(grouping.GROUP_COST, "cpu", 0)
+    monkeypatch.setitem(trainer.GROUP_COST, "cpu", 0)
     data = write_chats(tmp_path / "chats.jsonl", 26)
     seen: list[tuple[int, int]] = []
     compute = ObjectiveTrainer.compute_loss

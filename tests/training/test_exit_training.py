@@ -16,7 +16,7 @@ from torch import Tensor
 from models import tiny
 from outdraft.errors import UserError
 from outdraft.evaluation.held_out import tau_meter
-from outdraft.losses.features import ExitReading
+from outdraft.losses.features import Reading
 from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.loss import ExitLoss, float32_ends
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
@@ -95,7 +95,7 @@ def test_the_loss_is_the_equation_s(family: str, hard_weight: float, own_head: b
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype))
     loss = ExitLoss(drafter, target, chunk_size=2, hard_weight=hard_weight)
     loss._view = type(loss._view)(target.model, drafter.layer)  # float64 to its end
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     sums = loss(hidden, features, IDS, MASK)
     expected, agreed = by_the_equation(target, drafter, hard_weight)
     assert sums.cross_entropy.item() / 6 == pytest.approx(expected, rel=1e-9)
@@ -106,7 +106,7 @@ def test_the_loss_is_the_equation_s(family: str, hard_weight: float, own_head: b
 def test_gradients_are_the_plain_ones_and_reach_only_what_trains(own_head: bool) -> None:
     target = family_target("llama-gqa")
     drafter = exit_of(target, own_head)
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     out = drafter.bind(target)
     counted = MASK[:, 1:]
     said = out.head(out.features(hidden, use_cache=False)[:, :-1][counted]).log_softmax(-1)
@@ -123,7 +123,7 @@ def test_gradients_are_the_plain_ones_and_reach_only_what_trains(own_head: bool)
 def test_what_stands_on_padding_changes_nothing() -> None:
     target = family_target("llama-gqa")
     loss = ExitLoss(exit_of(target), target)
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     before = loss(hidden, features, IDS, MASK)
     hidden, features = hidden.clone(), features.clone()
     hidden[1, 5:], features[1, 5:] = 1e3, -1e3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.losses.cross_entropy import Head
-from outdraft.losses.features import ExitReading, Reading, TappedReading, reader_of
+from outdraft.losses.features import Reading, reader_of
 from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
 from outdraft.losses.token_loss import TokenLoss
@@ -146,7 +146,7 @@ class FeatureObjective(Objective):
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         self.top_k = config.teacher_top_k
         layers, reader = drafter.config.tap_layers, reader_of(target)
-        self.reading = TappedReading(reader, layers) if layers else Reading(reader)
+        self.reading = Reading(reader, layers)
         head: Head = target.head
         self._places: Tensor | None = None
         if drafter.draft_tokens is not None and self.top_k and isinstance(target, Target):
@@ -214,7 +214,7 @@ class ExitObjective(Objective):
     def __init__(self, target: TargetLike, config: DrafterConfig, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
-        self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
+        self.reading = Reading(reader_of(target), exit_layer=drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:

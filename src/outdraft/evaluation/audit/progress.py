@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from outdraft.training.plan import duration
+from outdraft.training.progress import duration
 
 Stage = Callable[[int], None]
 """Advances a check by so many steps."""
