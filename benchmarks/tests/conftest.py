@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,9 @@ def scale() -> ModuleType:
     return script("scale")
 
 
-@pytest.fixture(autouse=True)
-def unclocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts of the full length: by default a clock decides on CPUs."""
-    monkeypatch.setattr("outdraft.api.settings.ADAPTIVE", "fixed")
+@pytest.fixture(autouse=True, scope="session")
+def unclocked() -> Iterator[None]:
+    """Drafts of the full length, in studies that whole files share, too: by default a clock decides on CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("outdraft.api.settings.ADAPTIVE", "fixed")
+        yield

@@ -1,5 +1,5 @@
-"""What training does not pay for: logits of all positions, the target's law twice, padding. And that it pays the same
-attention to every token all the same."""
+"""Training does not pay for logits of all positions, for the target's probabilities twice, or for padding; and it pays
+the same attention to every token all the same."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_guesses_that_share_their_goals_are_as_good_as_alone(hard_weight: float,
         assert count == (same if here is None else same[here]).sum()
 
 
-def test_the_targets_law_is_made_once_for_all_draft_steps(tmp_path: Path) -> None:
+def test_the_targets_probabilities_are_made_once_for_all_draft_steps(tmp_path: Path) -> None:
     for (values, guesses), top_k in itertools.product(
         ((METHODS["fspad unrolled"], 3), (METHODS["medusa"], 3)), (0, 64)
     ):

@@ -88,6 +88,7 @@ class AnsweredConversation:
 
     def __post_init__(self) -> None:
         self._asked = self.conversation.asked
+        self._tokenizer: Any = self.settings.target.tokenizer
 
     def next_row(self) -> Row | None:
         """Make the row of the next turn; None where all are answered, or a whole answer would have no room.
@@ -133,13 +134,12 @@ class AnsweredConversation:
     @property
     def _plain(self) -> bool:
         """True if a text is continued, with no chat around it."""
-        template = getattr(self.settings.target.tokenizer, "chat_template", None)
+        template = getattr(self._tokenizer, "chat_template", None)
         return self.conversation.text is not None or (self.conversation.bare and not template)
 
     def _prompt(self) -> list[int]:
         """The tokens of the next turn's prompt; none where there is nothing to ask."""
-        tokenizer = self.settings.target.tokenizer
-        assert tokenizer is not None
+        tokenizer = self._tokenizer
         if self._plain:
             if self._turn:
                 return []
@@ -158,9 +158,7 @@ class AnsweredConversation:
         return self._asked[self._turn] if self._turn < len(self._asked) else []
 
     def _decoded(self, tokens: Sequence[int], finished: bool) -> str:
-        tokenizer = self.settings.target.tokenizer
-        assert tokenizer is not None
-        text = decode_text(tokenizer, tokens)
+        text = decode_text(self._tokenizer, tokens)
         return text if finished else text.rstrip("\ufffd")  # a character that was cut in the middle
 
 
