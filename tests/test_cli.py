@@ -199,12 +199,12 @@ def test_regenerate_answers_and_goes_on(folders: Folders, tmp_path: Path) -> Non
 def test_regenerate_interrupted_says_how_to_go_on(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outdraft.training.crowd import Crowd
+    from outdraft.training.regenerate import RowPool
 
-    def interrupted(crowd: Crowd) -> None:
+    def interrupted(pool: RowPool) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Crowd, "step", interrupted)
+    monkeypatch.setattr(RowPool, "step", interrupted)
     result = run("regenerate", "--model", folders.target, "--data", folders.chats, "-o", tmp_path / "o.jsonl")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == (

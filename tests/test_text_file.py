@@ -9,6 +9,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.questions import read_questions
 from outdraft.evaluation.prompts import read_prompts
-from outdraft.training.answer_file import AnswerFile
+from outdraft.training.answers import AnswerFile
 
 TEXTS = ["plain", "one\u2028two\u2029three\u0085four", "Grüße, \U0001f600", "a\x1c\x0b\x0cb"]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)
@@ -128,12 +129,12 @@ def test_half_a_pair_in_utf_16_costs_its_own_line(tmp_path: Path) -> None:
     assert [one.text for one in found] == ["a", "b"] and "data.jsonl:2: not UTF-16" in found.skipped[0]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("pack", [gzip.compress, partial(bz2.compress, compresslevel=1), lzma.compress])
 def test_a_damaged_archive_is_named_with_the_line_where_it_breaks(
     tmp_path: Path, pack: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / "data.jsonl.gz"
-    packed = pack(b"".join(b'{"text": "%d"}\n' % (7919 * number**3) for number in range(80000)))
+    packed = pack(b"".join(b'{"text": "%d"}\n' % (7919 * number**3) for number in range(12000)))
     path.write_bytes(packed[: len(packed) * 3 // 4])
     with pytest.raises(UserError, match=r"data\.jsonl\.gz:\d+: the archive is damaged"):
         read_conversations(path)

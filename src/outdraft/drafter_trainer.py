@@ -1,7 +1,7 @@
-"""The public way into training, `DrafterTrainer`, of which `outdraft train` is a caller: target and data in whatever
-form they come, conversations kept out of training, the run itself, and the trained drafter handed on.
+"""`DrafterTrainer`, the public way into training, which `outdraft train` calls, too.
 
-Trains nothing itself: that is `training/train.py`.
+It takes target and data in any form, keeps conversations out of training, has `training/train.py` train, and hands the
+trained drafter on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from outdraft.api.loading import load_network, load_target
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
+from outdraft.data.text_file import write_whole
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
@@ -36,12 +37,12 @@ from outdraft.losses.features import reader_of
 from outdraft.losses.target_like import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
 from outdraft.target.target import Target
-from outdraft.training.allocator import keep_freed_memory
 from outdraft.training.config import DrafterConfig
 from outdraft.training.model_card import CARD
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.preparation import NO_DATA
 from outdraft.training.train import TrainResult, train
+from outdraft.training.trainer import keep_freed_memory
 
 TAU_PROMPTS = 8
 """Held-out prompts that are decoded for tau; agreement is measured on all that is held out."""
@@ -63,15 +64,15 @@ class DrafterTrainer:
         model: the target: a folder, a GGUF file, a hub id, `smollm2` or `reference`, a loaded `transformers` model, or
             a `Target` on backend eager. A loaded model stays where it is; its weights are frozen.
         config: the settings of the run.
-        train_dataset: what to learn from, in place of `config.data`: a path as there, a list of dictionaries
-            (`messages`, `conversations`, `prompt` and `completion`, `text`, ...) or of strings, which are texts, or a
+        train_dataset: the data, in place of `config.data`: a path as there, a list of dictionaries (`messages`,
+            `conversations`, `prompt` and `completion`, `text`, ...) or of strings, which are texts, or a
             `datasets.Dataset`. Rows are kept in the output folder, so that a run can be resumed without them.
         eval_dataset: prompts that tau is measured on, in the same forms; in place of held-out conversations.
         tokenizer: where the model's folder has none; of a loaded model the one of its name when not given.
         callbacks: `transformers.TrainerCallback`s, told of every step and log entry, tau's among them.
-        hold_out: last conversations that are kept out of training and measured on; at most a tenth.
+        hold_out: so many of the last conversations, at most a tenth, are kept out of training and measured on.
         dtype: of the target, as in `load`.
-        device: likewise.
+        device: of the target, as in `load`.
         console: where progress goes; stderr when not given.
 
     Raises:
@@ -111,7 +112,7 @@ class DrafterTrainer:
 
     @property
     def target(self) -> Target:
-        """What the drafter is trained for; loaded when first asked for."""
+        """The model that the drafter is trained for; loaded when first asked for."""
         if self._target is None:
             self._target = self._load()
         return self._target
@@ -129,7 +130,7 @@ class DrafterTrainer:
         return self._drafter
 
     def plan(self) -> TrainPlan:
-        """What the run would cost: one step is timed, nothing is left on disk.
+        """Tell what the run would cost: one step is timed, nothing is left on disk.
 
         Raises:
             UserError: settings, target or data that cannot work.
@@ -170,22 +171,13 @@ class DrafterTrainer:
             data = split.write(folder)
         reader: Any = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
         measure = tau_meter(reader, beginning[:TAU_PROMPTS])
-        result = train(
-            self.target,
-            self._on(data),
-            resume_from_checkpoint,
-            measure,
-            console,
-            held_out,
-            self.callbacks,
-            begun_with,
-        )
+        config, resume = self._on(data), resume_from_checkpoint
+        result = train(self.target, config, resume, measure, console, held_out, self.callbacks, begun_with)
         self._folder, self._drafter, self._result = result.folder, None, (result, len(beginning[:TAU_PROMPTS]))
         return result
 
     def verdict(self) -> TrainingVerdict | None:
-        """What the trained drafter is worth on this machine, from its tau and timed rounds; None where no tau was
-        measured.
+        """Judge the trained drafter on this machine by its tau and timed rounds; None where no tau was measured.
 
         Raises:
             UserError: nothing is trained yet.
@@ -220,8 +212,8 @@ class DrafterTrainer:
 
         Args:
             repo_id: `owner/name`; the repository is made when absent.
-            private: whether one that is made is.
-            token: of the Hub; the one that is logged in with when not given.
+            private: True makes a new repository private.
+            token: the Hub's; the one that is logged in with when not given.
 
         Returns:
             The address of the commit.
@@ -237,7 +229,7 @@ class DrafterTrainer:
         return self._folder
 
     def _load(self) -> Target:
-        """The target on the plain backend, for gradients go through its head; one device for every process."""
+        """Load the target on the plain backend, for gradients go through its head; each process has its own device."""
         if isinstance(self.model, Target):
             return self.model
         device, words = self.device, self.tokenizer
@@ -248,7 +240,7 @@ class DrafterTrainer:
         return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager")
 
     def _files(self, folder: Path) -> tuple[str | Path, str | Path | None]:
-        """Where the data and the prompts lie; rows are written to `folder`."""
+        """The paths of data and prompts; rows are written to `folder`."""
         data = self._file(self._data, folder / "given.jsonl")
         return data, None if self._eval is None else self._file(self._eval, folder / "given_eval.jsonl")
 
@@ -262,16 +254,14 @@ class DrafterTrainer:
                 "another output_dir"
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_suffix(f".{os.getpid()}.partial")  # several processes may do this at once
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, place)
+        write_whole(place, text)
         return place
 
     def _on(self, data: str | Path) -> DrafterConfig:
         return self.config.model_copy(update={"data": Path(data)})
 
     def _begun_with(self, data: str | Path, asked: str | Path | None) -> dict[str, Any]:
-        """What `outdraft train` would have to be given for this run, from any folder."""
+        """The settings that `outdraft train` would have to be given for this run, from any folder."""
         config = self.config
         places = {
             "model": self.model if isinstance(self.model, str | Path) else target_id(self.target),
@@ -289,12 +279,12 @@ class DrafterTrainer:
 
 
 def is_main_process() -> bool:
-    """Whether this is the one of torchrun's or accelerate's processes that reports."""
+    """True in that of torchrun's or accelerate's processes which reports."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _repeatable(rows: Rows) -> Rows:
-    """Rows that can be read twice."""
+    """The rows in a form that can be read twice."""
     if isinstance(rows, Mapping):
         keys = ", ".join(map(str, rows))
         raise UserError(f"the data set is a dictionary of {keys}; give one of its splits, or a list of rows")

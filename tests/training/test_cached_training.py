@@ -15,12 +15,12 @@ from torch import Tensor
 from outdraft.errors import UserError
 from outdraft.losses.features import Reading, reader_of
 from outdraft.target.target import Target
-from outdraft.training import callbacks
-from outdraft.training.callbacks import ReadingReport
+from outdraft.training import progress
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import prepare
+from outdraft.training.progress import ReadingReport
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 
@@ -49,7 +49,7 @@ def test_training_on_what_is_kept_is_training_online(
     forwards: dict[str, int] = {}
     for features in ("online", "cached"):
         values = settings(
-            chats, tmp_path / features, features=features, max_steps=6, learning_rate=1e-3, **METHODS[method]
+            chats, tmp_path / features, features=features, max_steps=4, learning_rate=1e-3, **METHODS[method]
         )
         target = tiny_target(layers=4)
         fresh = objective_for(target, prepare(target, DrafterConfig(**values)).config)
@@ -64,12 +64,12 @@ def test_training_on_what_is_kept_is_training_online(
             patch.setattr(reading, "__call__", counting)
             quiet(target, values)
         forwards[features] = rows[0]
-    assert forwards == {"online": 6 * 4, "cached": 29}
+    assert forwards == {"online": 4 * 4, "cached": 29}
     logs = [
         [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-        for state in (tmp_path / features / "checkpoint-6/trainer_state.json" for features in ("online", "cached"))
+        for state in (tmp_path / features / "checkpoint-4/trainer_state.json" for features in ("online", "cached"))
     ]
-    assert len(logs[0]) == len(logs[1]) == 6
+    assert len(logs[0]) == len(logs[1]) == 4
     for beside, kept in zip(*logs, strict=True):
         assert beside["loss"] == pytest.approx(kept["loss"], rel=2e-4)
         assert beside["acc"] == pytest.approx(kept["acc"], abs=0.02)  # one or two positions
@@ -85,10 +85,10 @@ def test_fewer_tokens_of_the_teacher_are_another_training(chats: Path, tmp_path:
     for name, top_k in (("two", 2), ("all", 0)):
         for method in ("fspad", "medusa"):
             more = {"method": method} | ({"medusa_num_heads": 2} if method == "medusa" else {})
-            quiet(tiny_target(), settings(chats, tmp_path / name / method, max_steps=2, teacher_top_k=top_k, **more))
+            quiet(tiny_target(), settings(chats, tmp_path / name / method, max_steps=1, teacher_top_k=top_k, **more))
     for method in ("fspad", "medusa"):
         losses = [
-            json.loads((tmp_path / name / method / "checkpoint-2/trainer_state.json").read_text())["log_history"][0]
+            json.loads((tmp_path / name / method / "checkpoint-1/trainer_state.json").read_text())["log_history"][0]
             for name in ("two", "all")
         ]
         assert losses[0]["loss"] < losses[1]["loss"]
@@ -176,7 +176,7 @@ def test_a_store_over_the_budget_ends_the_run_in_one_line(target: Target, chats:
 
 def test_reading_reports_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     said = io.StringIO()
     with ReadingReport(Console(file=said, width=200), 10, 1000) as report:
         for seconds, examples, tokens in ((10, 2, 200), (10, 3, 300), (5, 4, 400), (5, 1, 100)):

@@ -16,17 +16,18 @@ from torch import Tensor
 from models import tiny
 from outdraft.errors import UserError
 from outdraft.evaluation.training_report import tau_meter
-from outdraft.losses.features import ExitReading
+from outdraft.losses.features import Reading
 from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.loss import ExitLoss, float32_ends
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.target.target import Target
+from outdraft.target.views import exit_view
 from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import objective_for
 from outdraft.training.plan import plan
 from outdraft.training.train import TrainResult, train
 
-from .test_train import assert_same_bits, break_and_resume, log, program, settings, weights
+from .test_train import assert_same_bits, break_and_resume, log, settings, weights
 from .tiny import byte_tokenizer, tiny_target, write_chats
 
 FAMILIES = ["llama-gqa", "llama-tied", "gpt2", "gemma2", "gpt-neox", "gpt-neo", "granite", "qwen2-sliding"]
@@ -94,8 +95,8 @@ def test_the_loss_is_the_equation_s(family: str, hard_weight: float, own_head: b
         for weight in drafter.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype))
     loss = ExitLoss(drafter, target, chunk_size=2, hard_weight=hard_weight)
-    loss._view = type(loss._view)(target.model, drafter.layer)  # float64 to its end
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    loss._view = exit_view(target.model, drafter.layer)  # float64 to its end
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     sums = loss(hidden, features, IDS, MASK)
     expected, agreed = by_the_equation(target, drafter, hard_weight)
     assert sums.cross_entropy.item() / 6 == pytest.approx(expected, rel=1e-9)
@@ -106,7 +107,7 @@ def test_the_loss_is_the_equation_s(family: str, hard_weight: float, own_head: b
 def test_gradients_are_the_plain_ones_and_reach_only_what_trains(own_head: bool) -> None:
     target = family_target("llama-gqa")
     drafter = exit_of(target, own_head)
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     out = drafter.bind(target)
     counted = MASK[:, 1:]
     said = out.head(out.features(hidden, use_cache=False)[:, :-1][counted]).log_softmax(-1)
@@ -123,7 +124,7 @@ def test_gradients_are_the_plain_ones_and_reach_only_what_trains(own_head: bool)
 def test_what_stands_on_padding_changes_nothing() -> None:
     target = family_target("llama-gqa")
     loss = ExitLoss(exit_of(target), target)
-    hidden, features = ExitReading(target, 1)(IDS, LENGTHS).split(32, dim=-1)
+    hidden, features = Reading(target, exit_layer=1)(IDS, LENGTHS).split(32, dim=-1)
     before = loss(hidden, features, IDS, MASK)
     hidden, features = hidden.clone(), features.clone()
     hidden[1, 5:], features[1, 5:] = 1e3, -1e3
@@ -187,25 +188,15 @@ def test_a_family_with_dropout_trains_without(chats: Path, tmp_path: Path) -> No
     assert_same_bits(tmp_path / "one", tmp_path / "two")
 
 
-def test_cached_states_pieces_and_processes_train_alike(chats: Path, tmp_path: Path) -> None:
-    ways: dict[str, dict[str, Any]] = {
-        "online": {"features": "online"},
-        "cached": {"features": "cached"},
-        "whole": {"gradient_accumulation_steps": 1},
-    }
-    found = {}
-    for name, more in ways.items():
+def test_pieces_of_a_batch_train_alike(chats: Path, tmp_path: Path) -> None:
+    found = []
+    for pieces in (1, 2):
         # The whole distribution: a teacher that is kept in float16 moves some of Adam's first signs.
-        quiet(deep(), eesd(chats, tmp_path / name, max_steps=5, own_head=True, teacher_top_k=0, **more))
-        found[name] = weights(tmp_path / name)
-    of_two = {"batch_size": 2, "gradient_accumulation_steps": 1, "teacher_top_k": 0}
-    two = eesd(chats, tmp_path / "two", max_steps=5, own_head=True, **of_two)
-    done = program({**two, "layers": 4}, processes=2)
-    assert done.returncode == 0, done.stderr
-    found["two"] = weights(tmp_path / "two")
-    for name in ("cached", "whole", "two"):
-        for key, weight in found["online"].items():
-            torch.testing.assert_close(found[name][key], weight, atol=1e-3, rtol=1e-2, msg=f"{name} {key}")
+        more = {"own_head": True, "teacher_top_k": 0, "gradient_accumulation_steps": pieces}
+        quiet(deep(), eesd(chats, tmp_path / str(pieces), max_steps=5, **more))
+        found.append(weights(tmp_path / str(pieces)))
+    for key, weight in found[0].items():
+        torch.testing.assert_close(found[1][key], weight, atol=1e-3, rtol=1e-2, msg=key)
 
 
 def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path: Path) -> None:

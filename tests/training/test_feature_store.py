@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
-from outdraft.losses.features import ExitReading, Reading, TappedReading, TrainingExamples, collate, reader_of
+from outdraft.losses.features import Reading, TrainingExamples, collate, reader_of, weights_fingerprint
 from outdraft.target.target import Target
 from outdraft.training.feature_store import FeatureStore, batches_of_like_length
 
@@ -22,8 +23,8 @@ from .tiny import tiny_target
 TOP_K = 20
 READINGS: dict[str, Callable[[Target], Reading]] = {
     "features": Reading,
-    "exit": lambda target: ExitReading(target, 1),
-    "taps": lambda target: TappedReading(target, [1, 3]),
+    "exit": lambda target: Reading(target, exit_layer=1),
+    "taps": lambda target: Reading(target, [1, 3]),
     "packed": lambda target: Reading(reader_of(target)),
 }
 
@@ -96,7 +97,7 @@ def test_other_weights_another_reading_and_another_teacher_get_their_own(
     target: Target, examples: ExampleSet, tmp_path: Path
 ) -> None:
     keys = {store_of(tmp_path, target, top_k).key for top_k in (0, 5, 20)}
-    keys.add(FeatureStore(tmp_path, target, ExitReading(target, 1), 20).key)
+    keys.add(FeatureStore(tmp_path, target, Reading(target, exit_layer=1), 20).key)
     keys.add(store_of(tmp_path, tiny_target(torch.bfloat16)).key)
     assert store_of(tmp_path, tiny_target()).key in keys
     assert store_of(tmp_path, target, 500).key == store_of(tmp_path, target, 260).key  # more than there are
@@ -104,6 +105,15 @@ def test_other_weights_another_reading_and_another_teacher_get_their_own(
         target.model.model.norm.weight[3] += 0.01
     keys.add(store_of(tmp_path, target).key)
     assert len(keys) == 6
+
+
+def test_readings_go_by_the_names_under_which_stores_were_made_before(tmp_path: Path) -> None:
+    target = tiny_target(layers=4)
+    names = [Reading(target).name, Reading(target, (1, 3)).name, Reading(target, exit_layer=2).name]
+    assert names == ["", "features and layers 1, 3", "layer 2 and features"]
+    parts = [weights_fingerprint(target), "torch.float32", names[1], "20"]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+    assert FeatureStore(tmp_path, target, Reading(target, (1, 3)), 20).key == key
 
 
 def test_a_store_over_the_budget_is_refused_with_what_is_enough_before_anything_is_written(

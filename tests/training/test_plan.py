@@ -15,8 +15,9 @@ from outdraft.training import plan as plan_module
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
 from outdraft.training.objective import new_drafter, objective_for
-from outdraft.training.plan import duration, plan
+from outdraft.training.plan import plan
 from outdraft.training.preparation import prepare
+from outdraft.training.progress import duration
 
 
 def test_the_plan_counts_and_writes_nothing(target: Target, chats: Path, tmp_path: Path) -> None:

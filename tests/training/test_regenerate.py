@@ -22,9 +22,8 @@ from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from outdraft.training import regenerate as regenerating
-from outdraft.training.answer_file import AnswerFile
-from outdraft.training.crowd import Crowd
-from outdraft.training.regenerate import RegenerateResult, regenerate
+from outdraft.training.answers import AnswerFile
+from outdraft.training.regenerate import RegenerateResult, RowPool, regenerate
 
 from .tiny import CHATML, tiny_target
 
@@ -208,8 +207,8 @@ def test_company_changes_no_answer(run: Run, target: Target, kind: str | None, t
 
 def test_places_are_filled_again_while_others_run_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[list[Any]] = []
-    real = Crowd.step
-    monkeypatch.setattr(Crowd, "step", lambda self: running.append(self.rows) or real(self))
+    real = RowPool.step
+    monkeypatch.setattr(RowPool, "step", lambda self: running.append(self.rows) or real(self))
     assert run(rows=3).written == len(LINES)
     assert max(map(len, running)) == 3
     kept = [{*map(id, before)} & {*map(id, after)} for before, after in pairwise(running)]
@@ -221,10 +220,10 @@ def test_places_are_filled_again_while_others_run_on(run: Run, monkeypatch: pyte
 
 def test_a_cache_that_holds_few_rows_is_not_asked_for_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[int] = []
-    real = Crowd.step
-    monkeypatch.setattr(Crowd, "step", lambda self: running.append(len(self.rows)) or real(self))
-    monkeypatch.setattr("outdraft.training.crowd.slot_bytes", lambda target: 1)
-    monkeypatch.setattr("outdraft.training.crowd.free_bytes", lambda device: 300)  # of which 120 may be used
+    real = RowPool.step
+    monkeypatch.setattr(RowPool, "step", lambda self: running.append(len(self.rows)) or real(self))
+    monkeypatch.setattr("outdraft.training.regenerate.slot_bytes", lambda target: 1)
+    monkeypatch.setattr("outdraft.training.regenerate.free_bytes", lambda device: 300)  # of which 120 may be used
     assert run(rows=8).written == len(LINES)
     assert 1 < max(running) < 4, "the shortest prompts take some 40 slots"
 
@@ -345,7 +344,7 @@ def test_progress_is_told_from_the_start_and_every_half_minute(
     run: Run, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = ticking(seconds=1.0)
-    monkeypatch.setattr("outdraft.training.answer_progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("outdraft.training.progress.time.perf_counter", lambda: next(clock))
     with (tmp_path / "said").open("w") as file:
         data = tmp_path / "prompts.jsonl"
         model = SpeculativeModel(target, PromptLookup())

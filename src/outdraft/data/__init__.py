@@ -1,1 +1,1 @@
-"""Text, prompts and conversations, from files to token ids. Knows no model."""
+"""Text, prompts and conversations, from files to token ids."""

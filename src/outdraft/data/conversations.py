@@ -1,9 +1,8 @@
 """Conversations from records of data: several shapes in, one shape out, every mistake named with its file and line.
 
-Reads `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with or without
-an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`, Spec-Bench's
-`{"turns": [...]}`. Knows no tokenizer and no model: what becomes of a conversation is decided in `tokenization.py` and
-`regenerate.py`.
+It reads `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with or
+without an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`,
+Spec-Bench's `{"turns": [...]}`.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ class Conversation:
     source: str
     """`file:line`, for messages to the user."""
     messages: tuple[Message, ...] = ()
-    """`{"role", "content"}` and what calls of tools need, in whatever order they were said (`messages.py`). Of
-    Spec-Bench's `turns` the user's alone."""
+    """`{"role", "content"}` and what calls of tools need, in the order of the data (`messages.py`). Spec-Bench's
+    `turns` are the user's alone."""
     text: str | None = None
     """A plain document for base models; None for a chat."""
     bare: bool = False
-    """Whether it came as a question without turns, which a model without a chat template can continue as it is."""
+    """True for a question without turns, which a model without a chat template can continue as it is."""
     cut: frozenset[int] = frozenset()
-    """Places of assistant turns that were cut off, after which no end token belongs; 0 for a text."""
+    """Indices of assistant turns that were cut off, after which no end token belongs; 0 for a text."""
     id: int | str | None = None
     """The record's own, where it has one."""
     origin: str | None = None
-    """What the record says of where it comes from, under `source`."""
+    """The record's `source`."""
     tools: tuple[Any, ...] = ()
     """Tools that the assistant may call, as chat templates take them."""
 
     @property
     def asked(self) -> list[list[Message]]:
-        """What is said before each answer that a model can give in the assistant's place, the answer not included.
+        """The turns before each answer that a model can give in the assistant's place, the answer not included.
 
         Turns that call tools stay as they are, for their results follow, and so does a turn that answers nobody. Where
         the assistant says nothing, every turn of the user is a question of its own.
@@ -73,7 +72,7 @@ class Conversation:
         return [message for message in self.messages if message["role"] != "assistant"]
 
     def record(self) -> dict[str, Any]:
-        """A record that is read as this conversation's turns or text again."""
+        """A record that reads as this conversation again."""
         if self.text is not None:
             return {"text": self.text, **({"finished": False} if self.cut else {})}
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
@@ -85,13 +84,13 @@ class Conversation:
 
 
 def last_answer(messages: Sequence[Message]) -> int:
-    """The place of the last assistant turn; -1 where there is none."""
+    """The index of the last assistant turn; -1 where there is none."""
     return max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
 
 @dataclass
 class ConversationSet:
-    """What was read, in the order of the files and their lines."""
+    """Conversations in the order of the files and their lines."""
 
     conversations: list[Conversation] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""Turns of conversations as data have them, in the one form that chat templates take.
+"""Turns of conversations: from the forms that data have to the one that chat templates take.
 
-Knows the names that roles go by, texts in parts, calls of tools and what ended an answer; in which order roles may
-speak is the template's to say. Knows no file and no tokenizer.
+This covers the names of roles, texts in parts, calls of tools and the reason for an answer's end. The template decides
+in which order roles may speak.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ROLES = {
 }
 
 KEPT = ("name", "tool_call_id", "reasoning_content")
-"""What else of a turn a template may read."""
+"""Other fields of a turn that a template may read."""
 
 ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call", "tool_use"}
-"""Reasons by which a model itself ended an answer; after any other there was no end token."""
+"""Reasons for which a model itself ends an answer; after any other there is no end token."""
 
 
 def turns_of(turns: Any, role_key: str = "role", content_key: str = "content") -> list[Message]:
-    """The turns of a list, one for one.
+    """Convert the turns of a list, one for one.
 
     Raises:
         BadRecord: it is no list of turns, or one of them has no known role or no text.
@@ -53,13 +53,13 @@ def turns_of(turns: Any, role_key: str = "role", content_key: str = "content") -
 
 
 def was_cut(record: Mapping[str, Any]) -> bool:
-    """Whether an answer ended by something else than its own end: `finished`, or `finish_reason` as servers give it."""
+    """True if an answer did not end by itself, by `finished`, or by `finish_reason` as servers give it."""
     reason = record.get("finish_reason") or record.get("stop_reason")
     return record.get("finished") is False or (isinstance(reason, str) and reason.lower() not in ENDED)
 
 
 def tools_of(record: Mapping[str, Any]) -> list[Any]:
-    """What a record says of the tools that may be called, a list or its JSON.
+    """The tools that may be called by a record, which has a list or its JSON.
 
     Raises:
         BadRecord: it is something else.
@@ -97,7 +97,7 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
 
 
 def _text(content: Any) -> str | None:
-    """A text, or parts of one put together; None where it is neither."""
+    """A text, or the parts of one put together; None for anything else."""
     if not isinstance(content, Sequence) or isinstance(content, str):
         return content if isinstance(content, str) else None
     texts = []
@@ -129,7 +129,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: Any, named: bool = True) -> dict[str, Any] | None:
-    """The object that a text is the JSON of; `named`: if it has a name, as a call has."""
+    """The object whose JSON a text is, if it has a name (as a call has) or needs none; else None."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError):

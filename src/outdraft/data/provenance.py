@@ -1,7 +1,4 @@
-"""The record beside a trained drafter: what made it, from what, with which versions, at what cost.
-
-Knows nothing of training; it collects facts.
-"""
+"""The record beside a trained drafter: what made it, from what, with which versions, at what cost."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ PACKAGES = ("outdraft", "torch", "transformers", "accelerate", "safetensors", "t
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """The record as a JSON-ready dictionary; `facts` are added, paths as in `portable`."""
+    """Make the record, a JSON-ready dictionary with `facts` added and paths as in `portable`."""
     record = {
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -31,11 +28,11 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def portable(record: Any, left_out: Collection[str] = ()) -> Any:
-    """A record that can be handed on: of absolute paths, also in `key=value`, the last part alone.
+    """Make a record fit to be handed on: absolute paths, also in `key=value`, keep their last part alone.
 
     Args:
-        record: anything that JSON can say.
-        left_out: keys that stay behind, with what they hold.
+        record: any value of JSON.
+        left_out: keys that are dropped with their values.
     """
     if isinstance(record, dict):
         return {key: portable(value, left_out) for key, value in record.items() if key not in left_out}
@@ -65,7 +62,7 @@ def git_revision() -> str | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU's allocator, or resident on a CPU; 0 where the system does not tell."""
+    """Most bytes held so far by the GPU's allocator, or resident on a CPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,7 +1,7 @@
-"""Records of data, from wherever they lie: JSON lines, JSON lists, Parquet, texts with a prompt a line, the hub.
+"""Records of data, wherever they are: JSON lines, JSON lists, Parquet, texts with a prompt a line, the hub.
 
-All that reads prompts or conversations reads them through this, so that every verb takes the same files. How bytes
-become lines of text is `text_file.py`'s business, what a record means is for its readers to say.
+All prompts and conversations are read through this, so that every verb takes the same files. `text_file.py` turns bytes
+into lines of text; the readers of records decide what they mean.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from outdraft.data.text_file import HALF, BadText, plain_suffix, text_lines, who
 from outdraft.errors import UserError, first_line
 
 HUB = "hf:"
-"""Before the name of a data set of the Hugging Face hub."""
+"""The prefix of names of data sets of the Hugging Face hub."""
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 FOLDER_SUFFIXES = (".jsonl", ".parquet")
-"""Of the files that a folder stands for."""
+"""The files that a folder stands for."""
 
 BARE = (("instruction", "input"), ("prompt", None), ("question", None))
-"""What a record without turns asks: a field, and one with more of the question that may be there."""
+"""Fields with the question of a record without turns, each with an optional field that has more of it."""
 
 ANSWERS = ("output", "completion", "response", "answer")
-"""Where such a record has its answer, if it has one."""
+"""Fields that may have the answer of such a record."""
 
 Found = tuple[str, int, Any]
 """`file:line`, the line's number and the record, or the `BadRecord` that says why it cannot be read."""
@@ -36,7 +36,7 @@ class BadRecord(Exception):
 
 
 def read_records(source: str | Path) -> Iterator[Found]:
-    """The records of a file, in its order, or of `hf:NAME` or `hf:NAME:SPLIT` on the hub.
+    """Read the records of a file, in its order, or of `hf:NAME` or `hf:NAME:SPLIT` on the hub.
 
     Raises:
         UserError: a package is missing that such a source needs, or the whole of it cannot be read.
@@ -57,7 +57,7 @@ def read_records(source: str | Path) -> Iterator[Found]:
 
 
 def data_files(path: str | Path) -> list[str | Path]:
-    """The sources that `path` stands for: itself, or the files of a folder by name.
+    """List the sources that `path` stands for: itself, or the files of a folder by name.
 
     Raises:
         UserError: there is none.
@@ -91,7 +91,7 @@ def json_lines(rows: Iterable[Mapping[str, Any] | str]) -> str:
 
 
 def bare_question(record: Mapping[str, Any]) -> str | None:
-    """What a record without turns asks, Alpaca's `input` after the `instruction`; None where it asks nothing.
+    """The question of a record without turns, Alpaca's `input` after the `instruction`; None where there is none.
 
     Raises:
         BadRecord: the field holds no text.
@@ -124,7 +124,7 @@ def _lines(file: Path, read: Any) -> Iterator[Found]:
 
 
 def _json_list(file: Path) -> Iterator[Found]:
-    """ShareGPT and Alpaca are published as one JSON list."""
+    """Read a file that is one JSON list, as ShareGPT and Alpaca are published."""
     try:
         records = json.loads(whole_text(file))
     except ValueError as problem:
@@ -133,7 +133,7 @@ def _json_list(file: Path) -> Iterator[Found]:
 
 
 def sound(record: Any) -> Any:
-    """The record, if all of its texts can be written as text.
+    """Return the record if all of its texts can be written as text.
 
     Raises:
         BadRecord: one holds half a surrogate pair, as JSON can escape it: no text, and no tokenizer takes it.

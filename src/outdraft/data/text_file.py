@@ -1,7 +1,8 @@
-"""Files of lines of text as they are found: plain or compressed, UTF-8 or UTF-16, with any mark at their beginning.
+"""Files of text: reading lines of plain or compressed UTF-8 or UTF-16, with or without a mark at their beginning, and
+writing a file whole or not at all.
 
-A line ends where "\n" stands and nowhere else: JSON allows U+2028, U+2029 and U+0085 inside a text, at which Python's
-own `str.splitlines` ends one. Knows nothing of what a line means.
+A line ends at "\n" and nowhere else: JSON allows U+2028, U+2029 and U+0085 inside a text, at which Python's own
+`str.splitlines` ends one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +23,16 @@ from typing import Any
 from outdraft.errors import UserError, first_line
 
 PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
-"""What compressed files are called, and how they begin, which is what they are recognised by."""
+"""Suffixes of compressed files, and the bytes at their beginning, by which they are recognised."""
 
 _ELSE = (UserError, FileNotFoundError, PermissionError, IsADirectoryError)
-"""What goes wrong before a file is read, and says so itself."""
+"""Errors before a file is read, which say themselves what is wrong."""
 
 AROUND = " \t\r\n\ufeff"
-"""What may stand around a line and is no part of it; not all that `str.strip` takes away."""
-
+"""Characters around a line that are no part of it; fewer than `str.strip` takes away."""
 
 HALF = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair: what is no text, though strings of Python can hold it."""
+"""Half a surrogate pair, which is no text, though strings of Python can hold it."""
 
 
 class BadText(Exception):
@@ -39,7 +40,7 @@ class BadText(Exception):
 
 
 def plain_suffix(file: Path) -> str:
-    """What a file's name ends with, compression apart: `.jsonl` of `a.jsonl.gz`."""
+    """The suffix of a file's name, compression apart: `.jsonl` of `a.jsonl.gz`."""
     return (file.with_suffix("") if file.suffix in PACKED else file).suffix
 
 
@@ -90,6 +91,13 @@ def whole_text(file: Path) -> str:
     return "\n".join(map(str, lines)).lstrip("\ufeff")
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, even where several processes do so at once; its folder exists."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(aside, path)
+
+
 def _lines(file: Path) -> Iterator[str | BadText]:
     with _opened(file) as stream:
         encoding = json.detect_encoding(stream.peek(4)[:4])  # by a mark, or by where zero bytes are
@@ -106,7 +114,7 @@ def _lines(file: Path) -> Iterator[str | BadText]:
 
 
 def _opened(file: Path) -> io.BufferedReader:
-    """Its content, whatever it is compressed by."""
+    """A stream of the content of a file that may be compressed."""
     with file.open("rb") as raw:
         start = raw.read(6)
     kind = next((suffix for suffix, mark in PACKED.items() if start.startswith(mark)), "")

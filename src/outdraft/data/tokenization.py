@@ -1,7 +1,7 @@
-"""Conversations to token ids with a mask on what the assistant said.
+"""Tokenization of conversations: token ids, and a mask of the assistant's tokens.
 
 The chat template decides the text; the mask is found by rendering prefixes of the conversation, so that it works with
-any template, or taken from the template's own `{% generation %}` marks. Knows no model and no batch.
+any template, or taken from the template's own `{% generation %}` marks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass
 class ExampleSet:
-    """Training sequences in the order of the data, and what was left out on the way."""
+    """Training sequences in the order of the data, and counts of what was left out."""
 
     examples: list[Example] = field(default_factory=list)
     truncated: int = 0
@@ -82,7 +82,7 @@ class TemplateRefuses(UserError):
 
 
 def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
-    """Token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
+    """Make token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
 
     Raises:
         UserError: chats without a chat template, a template whose responses cannot be located, or no example left.
@@ -131,7 +131,7 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
 
 
 def require_chat_template(tokenizer: Any, source: str) -> None:
-    """Raises a UserError when the tokenizer cannot render a chat."""
+    """Raise a UserError if the tokenizer cannot render a chat."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{source} is a conversation, but the target's tokenizer has no chat template; "
@@ -166,7 +166,7 @@ def _templated(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], **
 
 
 def _until_last_response(messages: Sequence[Message]) -> list[Message]:
-    """Without a last question that nobody answers: there is nothing to learn after it."""
+    """The messages without questions at the end that nobody answers: there is nothing to learn after them."""
     kept = list(messages)
     while kept and kept[-1]["role"] != "assistant":
         kept.pop()
@@ -176,7 +176,7 @@ def _until_last_response(messages: Sequence[Message]) -> list[Message]:
 def _chat(
     messages: list[Message], tokenizer: Any, cut: Collection[int], tools: Sequence[Any]
 ) -> tuple[list[int], list[bool], int]:
-    """Ids, mask and the number of assistant turns that could be marked; turns at the places `cut` have no end."""
+    """Ids, mask and the number of assistant turns that could be marked; turns at the indices `cut` have no end."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [], [], 0
@@ -204,7 +204,7 @@ def _chat(
 
 
 def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
-    """Where in `text` what was said of a turn ends, before the template's end mark."""
+    """The end of a turn's content in `text`, before the template's end mark."""
     said = content.strip()  # as many templates have it
     place = text.rfind(said, *span) if said else -1
     if place >= 0:
@@ -216,7 +216,7 @@ def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) 
 def _without_ends(
     ids: list[int], mask: list[bool], answers: list[int], cut: Collection[int], tokenizer: Any
 ) -> list[bool]:
-    """The mask without the special tokens with which the template ends the turns at the places `cut`."""
+    """The mask without the special tokens with which the template ends the turns at the indices `cut`."""
     begins = [i for i, marked in enumerate(mask) if marked and not (i and mask[i - 1])]
     if not cut or len(begins) != len(answers):  # which run is which turn cannot be told: none has an end
         chosen = begins if cut else []
@@ -237,7 +237,7 @@ def _without_ends(
 def _response_span(
     tokenizer: Any, messages: list[Message], turn: int, text: str, tools: Sequence[Any]
 ) -> tuple[int, int] | None:
-    """Where in `text` the assistant's turn stands, prompt marks before it excluded; None when it cannot be told."""
+    """The assistant's turn in `text`, prompt marks before it excluded; None where it cannot be told."""
     try:
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
         if not text.startswith(through):
@@ -254,13 +254,13 @@ def _response_span(
 
 
 def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
-    """The same of a turn that begins the conversation, before which templates may put a system turn of their own."""
+    """The span of a turn that begins the conversation, before which templates may put a system turn of their own."""
     begin = through.find(prompt + said) if prompt else -1
     return None if begin < 0 else (begin + len(prompt), len(through))
 
 
 def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Without character offsets: the pieces between the spans' edges are tokenised one after the other."""
+    """Tokenize the pieces between the spans' edges one after the other, for a tokenizer without character offsets."""
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     ids: list[int] = []
     starts: list[int] = []

@@ -1,1 +1,1 @@
-"""What methods learn from: features of the target, its distribution, and losses over them."""
+"""Training's view of the target: its features, its probabilities, and losses over them."""

@@ -1,9 +1,9 @@
-"""Cross-entropy of a drafter's logits against the target's distribution, its token, or both, with logits of one chunk
-at a time.
+"""Cross-entropy of a drafter's logits against the target's probabilities, a token, or both, with the logits of one
+chunk at a time.
 
 Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's
-distribution: the whole of it, made once a chunk by its head, or its most probable tokens (`teacher.py`), for which no
-head of the target runs. Knows heads as functions; nothing of positions, drafters or what counts.
+probabilities: all of them, made once a chunk by its head, or those of its most probable tokens (`teacher.py`), for
+which no head of the target runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outdraft.losses.token_loss import SOFT, TokenLoss, losses_and_slope
 Head = Callable[[Tensor], Tensor]
 
 PRODUCT_ROWS = 32
-"""Positions whose products of law and logarithm are held at once (a batched dot product rounds worse and is slower)."""
+"""Positions whose products p log q are held at once (a batched dot product rounds worse and is slower)."""
 
 
 class HardLabels(NamedTuple):
@@ -30,14 +30,14 @@ class HardLabels(NamedTuple):
     tokens: Tensor
     """`(positions,)`"""
     weight: float
-    """Of this part; the law of the target has the rest up to 1."""
+    """The weight of this part; the target's probabilities have the rest up to 1."""
 
 
 class Guess(NamedTuple):
-    """What a drafter says at every position, of which several may share their goals."""
+    """A drafter's output at every position; several guesses may share their goals."""
 
     p: Tensor
-    """`(positions, hidden)` what the drafter hands to the head."""
+    """`(positions, hidden)` the input of the head."""
     counted: Tensor | None = None
     """`(positions,)` False where this guess carries no loss; it carries some everywhere when not given."""
     own_head: nn.Module | None = None
@@ -75,17 +75,17 @@ def soft_cross_entropies(
     token_loss: TokenLoss = SOFT,
     precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For every guess, the sum over positions of its cross-entropy against the target's distribution there.
+    """Sum, for every guess, its cross-entropy against the target's probabilities over all positions.
 
     Args:
         guesses: all at the same positions.
-        goal: `(positions, hidden)` the target's features there, whose distribution is head(goal)'s, no gradient; or the
-            most probable tokens of that distribution, with ids of what `head` gives.
-        head: the target's frozen head, or what it says of a draft vocabulary.
-        chunk_size: positions whose logits are held at once, those of one guess and the target's law.
-        labels: tokens to be hit beside, or in place of, the law.
-        token_loss: what else than cross-entropy to sum; without labels.
-        precision: what the head runs in, as it does in decoding; the precision of features in `goal` if not given.
+        goal: `(positions, hidden)` the target's features, without gradient, whose logits are head(goal); or the most
+            probable tokens there, with ids of the head's vocabulary.
+        head: the target's frozen head, or its rows of a draft vocabulary.
+        chunk_size: positions whose logits are held at once, those of one guess and the target's probabilities.
+        labels: tokens to be hit beside, or in place of, the target's probabilities.
+        token_loss: the loss to sum in place of cross-entropy; without labels.
+        precision: in which the head runs, as it does in decoding; that of the features in `goal` if not given.
 
     Returns:
         Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
@@ -129,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients = [[torch.zeros_like(leaf) for leaf in _leaves(guess)] if wanted else [] for guess in guesses]
         for start in range(0, positions, chunk_size):
             chunk = slice(start, start + chunk_size)
-            best, law = _target_says(goal, chunk, head, exact, labels)
+            best, target = _target_says(goal, chunk, head, exact, labels)
             for k, guess in enumerate(guesses):
                 counted = None if guess.counted is None else guess.counted[chunk]
                 p, *own = _leaves(guess)
@@ -138,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits = _logits(leaf, precision, head, guess)
                 equal = _is_best(logits.detach(), best)
                 agreed[k] += (equal if counted is None else equal & counted).sum()
-                loss, slope = _loss(logits.detach(), law, labels, token_loss, chunk, counted, exact, wanted)
+                loss, slope = _loss(logits.detach(), target, labels, token_loss, chunk, counted, exact, wanted)
                 totals[k] += loss
                 if slope is None:
                     continue
@@ -147,7 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for sum_of, more in zip(gradients[k][1:], for_own, strict=True):
                     sum_of += more
                 del logits, slope  # before the next guess has its own
-            del law  # before the next chunk has its own
+            del target  # before the next chunk has its own
         ctx.counts = [len(of_one) for of_one in gradients]
         ctx.save_for_backward(*(gradient for of_one in gradients for gradient in of_one))
         ctx.mark_non_differentiable(agreed)
@@ -165,8 +165,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _target_says(
     goal: Tensor | TopProbs, chunk: slice, head: Head, exact: torch.dtype, labels: HardLabels | None
 ) -> tuple[Tensor, Tensor | TopProbs]:
-    """`(positions,)` its best tokens and its distribution: its most probable tokens where these are given, else
-    `(positions, vocab)`, which is empty where only tokens are asked."""
+    """The target's `(positions,)` best tokens, and its probabilities: those of its most probable tokens where these are
+    given, else `(positions, vocab)`, which is empty where only labels are asked."""
     if isinstance(goal, TopProbs):
         return goal.ids[chunk, 0], TopProbs(goal.ids[chunk], goal.probs[chunk].to(exact))
     with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
@@ -177,7 +177,7 @@ def _target_says(
 
 
 def _is_best(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Whether no logit is above this token's, -1 for a token that has none; many times as fast as an argmax in bf16."""
+    """True where no logit is above this token's, -1 being no token; many times as fast as an argmax in bf16."""
     own = logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
     return (own == logits.amax(dim=-1)) & (tokens >= 0)
 
@@ -192,7 +192,7 @@ def _logits(p: Tensor, precision: torch.dtype, head: Head, guess: Guess) -> Tens
 @torch.no_grad()
 def _loss(
     logits: Tensor,
-    law: Tensor | TopProbs,
+    target: Tensor | TopProbs,
     labels: HardLabels | None,
     token_loss: TokenLoss,
     chunk: slice,
@@ -200,13 +200,14 @@ def _loss(
     exact: torch.dtype,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Its sum over the positions, and its gradient in the logits where wanted: the guess's law less the goal's.
+    """The loss's sum over the positions, and its gradient in the logits where wanted: the guess's probabilities less
+    the target's.
 
-    By hand, because this is where training's memory goes: beside logits and law one tensor of their size is made.
+    It is written out because training's memory goes here: beside logits and target one tensor of their size is made.
     """
     with torch.autocast(logits.device.type, enabled=False):
         if token_loss.kind != "soft":
-            losses, slope = losses_and_slope(token_loss, logits, _spread(law, logits), wanted)
+            losses, slope = losses_and_slope(token_loss, logits, _spread(target, logits), wanted)
             if counted is not None:
                 losses = losses.masked_fill_(~counted, 0.0)
                 slope = None if slope is None else slope.masked_fill_(~counted[:, None], 0.0)
@@ -217,22 +218,22 @@ def _loss(
         if labels is not None:
             tokens = labels.tokens[chunk, None]
             losses -= weight * log_guess.gather(1, tokens)[:, 0]
-        if isinstance(law, TopProbs):
-            losses -= (1 - weight) * (law.probs * log_guess.gather(1, law.ids.clamp(min=0))).sum(dim=-1)
+        if isinstance(target, TopProbs):
+            losses -= (1 - weight) * (target.probs * log_guess.gather(1, target.ids.clamp(min=0))).sum(dim=-1)
         elif weight != 1:
-            blocks = zip(law.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
+            blocks = zip(target.split(PRODUCT_ROWS), log_guess.split(PRODUCT_ROWS), strict=True)
             losses -= (1 - weight) * torch.cat([(p * log_q).sum(dim=-1) for p, log_q in blocks])
         if counted is not None:
             losses = losses.masked_fill_(~counted, 0.0)
         if not wanted:
             return losses.sum(), None
         slope = log_guess.exp_()
-        if isinstance(law, TopProbs):
+        if isinstance(target, TopProbs):
             # What the teacher's tokens leave out carries no loss, so a row weighs what they have together.
-            slope.mul_((1 - weight) * law.probs.sum(dim=-1, keepdim=True) + weight)
-            slope.scatter_add_(1, law.ids.clamp(min=0), (weight - 1) * law.probs)
+            slope.mul_((1 - weight) * target.probs.sum(dim=-1, keepdim=True) + weight)
+            slope.scatter_add_(1, target.ids.clamp(min=0), (weight - 1) * target.probs)
         elif weight != 1:
-            slope.sub_(law, alpha=1 - weight)
+            slope.sub_(target, alpha=1 - weight)
         if labels is not None:
             slope.scatter_add_(1, tokens, slope.new_full(tokens.shape, -weight))
         if counted is not None:
@@ -240,8 +241,8 @@ def _loss(
         return losses.sum(), slope
 
 
-def _spread(law: Tensor | TopProbs, logits: Tensor) -> Tensor:
-    """`(positions, vocab)` of the most probable tokens, 0 elsewhere; a whole distribution as it is."""
-    if not isinstance(law, TopProbs):
-        return law
-    return law.probs.new_zeros(logits.shape).scatter_add_(1, law.ids.clamp(min=0), law.probs)
+def _spread(target: Tensor | TopProbs, logits: Tensor) -> Tensor:
+    """`(positions, vocab)` probabilities, 0 where no token is given; all probabilities as they are."""
+    if not isinstance(target, TopProbs):
+        return target
+    return target.probs.new_zeros(logits.shape).scatter_add_(1, target.ids.clamp(min=0), target.probs)

@@ -1,8 +1,7 @@
-"""Which states of the target a drafter is trained on, and batches of them.
+"""The hidden states of the target that a drafter is trained on, and batches of them.
 
-A `Reading` gives the features after the final norm, or hidden states of earlier layers beside them; they go by the name
-of features here, whatever their width. Whether they are read in every step or once, from `feature_store.py`, is the
-caller's choice.
+Hidden states of earlier layers that are read beside the features go by the name of features here, too. The caller
+decides whether they are read in every step or once, from `feature_store.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.target_like import TargetLike
@@ -25,119 +25,70 @@ COPIED_BYTES = 4e9
 """Weights of a target up to which a packed copy is made of them for reading."""
 
 
-def pad(rows: Sequence[Tensor], tokens: int | None = None) -> Tensor:
+def pad(rows: Sequence[Tensor]) -> Tensor:
     """`(tokens_i, ...)` rows -> `(batch, tokens, ...)`, zeros on the right."""
-    tokens = tokens or max(map(len, rows))
-    padded = rows[0].new_zeros(len(rows), tokens, *rows[0].shape[1:])
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
-
-
-@torch.no_grad()
-def target_features(target: TargetLike, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Features of a right-padded batch, in the target's own precision; those on padding mean nothing.
-
-    Args:
-        input_ids: `(batch, tokens)`.
-        lengths: `(batch,)`.
-
-    Returns:
-        `(batch, tokens, hidden)`.
-    """
-    # No mask: what stands on padding, to the right, is seen by no token, and causal attention is faster without one.
-    with torch.autocast(input_ids.device.type, enabled=False):
-        return target.features(input_ids)
+    return pad_sequence(list(rows), batch_first=True)
 
 
 class Reading:
-    """What is read of a target for every token: its features after the final norm.
+    """Reads a target at every token: its features after the final norm, alone or beside hidden states of its layers.
 
     Args:
-        target: whose.
+        target: the model that is read.
+        layers: layers, counted from 1, whose outputs are read too; they stand after the features.
+        exit_layer: in place of `layers`, the one after which the model is cut; its output stands before the features.
+
+    Attributes:
+        name: tells it from other readings of the same target; part of the key under which features are stored.
+        width: values of one token.
+
+    Raises:
+        UserError: the target has no such layer.
     """
 
-    name = ""
-    """What tells it from other readings of the same target; part of the cache's key."""
-
-    def __init__(self, target: TargetLike):
+    def __init__(self, target: TargetLike, layers: Sequence[int] = (), exit_layer: int | None = None):
         self.target = target
-
-    @property
-    def width(self) -> int:
-        """Values of one token."""
-        return self.target.hidden_size
+        states, before = 1 + len(layers), 0  # hidden states of one token, and how many stand before the features
+        self._run: Callable[[Tensor], Tensor] = lambda ids: target.features(ids)
+        self.name = ""
+        if exit_layer is not None:
+            split = Reader(target.model, Reads(False, (exit_layer,), exit_layer))
+            states, before = 2, 1
+            self._run = lambda ids: torch.cat(split(input_ids=ids, use_cache=False)[::-1], dim=-1)
+            self.name = f"layer {exit_layer} and features"
+        elif layers:
+            reader = Reader(target.model, Reads(layers=tuple(layers)))
+            self._run = lambda ids: reader(input_ids=ids, use_cache=False)[1]
+            self.name = f"features and layers {', '.join(map(str, layers))}"
+        size = target.hidden_size
+        self.width, self._features = states * size, slice(before * size, (before + 1) * size)
 
     @property
     def token_nbytes(self) -> int:
         return self.width * self.target.dtype.itemsize
 
+    @torch.no_grad()
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """`(batch, tokens, width)` of a right-padded batch, as `target_features`."""
-        return target_features(self.target, input_ids, lengths)
+        """Read a right-padded batch in the target's own precision; what stands on padding means nothing.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            lengths: `(batch,)` tokens that are no padding.
+
+        Returns:
+            `(batch, tokens, width)`.
+        """
+        # No mask: no token sees the padding to its right, and causal attention is faster without one.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self._run(input_ids)
 
     def features(self, read: Tensor) -> Tensor:
         """`(..., hidden)` the features after the final norm among what was read, `(..., width)`."""
-        return read
-
-
-class ExitReading(Reading):
-    """The hidden state after the target's first layers, then its features.
-
-    Args:
-        target: whose.
-        exit_layer: how many layers come first.
-    """
-
-    def __init__(self, target: TargetLike, exit_layer: int):
-        super().__init__(target)
-        self.name = f"layer {exit_layer} and features"
-        self._reader = Reader(target.model, Reads(False, (exit_layer,), exit_layer))
-
-    @property
-    def width(self) -> int:
-        return 2 * self.target.hidden_size
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        # No mask: what stands on padding, to the right, is seen by no token.
-        with torch.autocast(input_ids.device.type, enabled=False):
-            features, hidden = self._reader(input_ids=input_ids, use_cache=False)
-            return torch.cat([hidden, features], dim=-1)
-
-    def features(self, read: Tensor) -> Tensor:
-        return read[..., self.target.hidden_size :]
-
-
-class TappedReading(Reading):
-    """The target's features, then what some of its layers give.
-
-    Args:
-        target: whose.
-        layers: which, counted from 1.
-    """
-
-    def __init__(self, target: TargetLike, layers: Sequence[int]):
-        super().__init__(target)
-        self.name = f"features and layers {', '.join(map(str, layers))}"
-        self._reader, self._count = Reader(target.model, Reads(layers=tuple(layers))), len(layers)
-
-    @property
-    def width(self) -> int:
-        return (1 + self._count) * self.target.hidden_size
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        # No mask: what stands on padding, to the right, is seen by no token.
-        with torch.autocast(input_ids.device.type, enabled=False):
-            return self._reader(input_ids=input_ids, use_cache=False)[1]
-
-    def features(self, read: Tensor) -> Tensor:
-        return read[..., : self.target.hidden_size]
+        return read[..., self._features]
 
 
 def reader_of(target: TargetLike) -> TargetLike:
-    """The same target where it only reads: on packed layers if it lies on a CPU and a second copy of it is small."""
+    """The target for reading alone: with packed layers if it is on a CPU and a second copy of it is small."""
     if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
         return target
     small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
@@ -145,7 +96,7 @@ def reader_of(target: TargetLike) -> TargetLike:
 
 
 def weights_fingerprint(target: TargetLike) -> str:
-    """Hash of names, shapes and evenly spaced values of all weights: fast on any size, different after any training."""
+    """A hash of names, shapes and evenly spaced values of all weights: fast at any size, other after any training."""
     digest = hashlib.sha256()
     for name, weight in target.model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -155,11 +106,11 @@ def weights_fingerprint(target: TargetLike) -> str:
 
 
 class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
-    """The examples as a dataset that knows every example's place, with what was read before where there is any.
+    """A dataset of the examples, each with its index and with its stored features where there are any.
 
     Args:
         examples: the data.
-        stored: gives what was read of the target for an example, and the teacher's most probable tokens.
+        stored: gives the features of an example, and the teacher's most probable tokens.
     """
 
     def __init__(self, examples: ExampleSet, stored: Callable[[Example], tuple[Tensor, TopProbs]] | None = None):
@@ -176,10 +127,10 @@ class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
 
 
 def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
-    """A right-padded batch.
+    """Make a right-padded batch of items of `TrainingExamples`.
 
     Returns:
-        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; where it was read before, `features`
+        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; where features are stored, `features`
         `(batch, tokens, width)` and, if the teacher's probabilities were kept, `teacher_ids`, `teacher_probs`
         `(predicting positions of the batch, k)`.
     """

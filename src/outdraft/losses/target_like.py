@@ -1,7 +1,4 @@
-"""What training asks of a target, and nothing more.
-
-`outdraft.target.Target` keeps this protocol; tests keep it with a stand-in. Knows nothing of how a target is loaded.
-"""
+"""The protocol that a target keeps for training: `outdraft.target.Target` does, and so do the tests' stand-ins."""
 
 from __future__ import annotations
 
@@ -60,5 +57,5 @@ def target_id(target: TargetLike) -> str:
 
 
 def shown_target(target: TargetLike) -> str:
-    """The same for files that are handed on: of a folder elsewhere on this machine its name alone."""
+    """The target's id for files that are handed on: a folder elsewhere on this machine shows its name alone."""
     return str(portable(target_id(target)))

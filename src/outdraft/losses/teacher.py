@@ -1,4 +1,4 @@
-"""The target's next-token distribution as its most probable tokens: what a drafter is trained against without its head.
+"""The target's most probable next tokens, against which a drafter is trained without the target's head.
 
 A few dozen probabilities hold nearly all of the mass; what they leave out carries no loss.
 """
@@ -29,7 +29,7 @@ class TopProbs(NamedTuple):
 
 
 def top_probs(logits: Tensor, k: int) -> TopProbs:
-    """Of `(positions, vocab)` logits, the `k` best."""
+    """The `k` most probable tokens by `(positions, vocab)` logits."""
     best = logits.topk(k, dim=-1)
     whole = torch.cat([rows.float().logsumexp(dim=-1, keepdim=True) for rows in logits.split(LOGARITHM_ROWS)])
     return TopProbs(best.indices, (best.values.float() - whole).exp())
@@ -37,12 +37,12 @@ def top_probs(logits: Tensor, k: int) -> TopProbs:
 
 @torch.no_grad()
 def most_probable(target: TargetLike, goal: Tensor, k: int, rows: int = HEAD_ROWS) -> TopProbs:
-    """What the target says after some features.
+    """The target's most probable tokens after some features.
 
     Args:
-        target: whose head is asked.
-        goal: `(positions, hidden)`.
-        k: tokens of every position, or all where it has less.
+        target: the model whose head runs.
+        goal: `(positions, hidden)` features after the final norm.
+        k: tokens of every position, or all where the vocabulary has less.
         rows: positions whose logits are held at once.
     """
     with torch.autocast(goal.device.type, enabled=False):
@@ -56,11 +56,11 @@ def predicting(loss_mask: Tensor) -> Tensor:
 
 
 def within(said: TopProbs, places: Tensor) -> TopProbs:
-    """The same where the drafter knows a part of the vocabulary only.
+    """Translate most probable tokens for a drafter that knows a part of the vocabulary only.
 
     Args:
-        said: of the whole vocabulary.
-        places: `(vocab,)` where a token stands in the draft vocabulary, -1 where it is not in it.
+        said: tokens of the whole vocabulary.
+        places: `(vocab,)` indices of tokens in the draft vocabulary, -1 where it lacks one.
 
     Returns:
         Ids of the draft vocabulary; a token that is not in it has id -1 and probability 0.

@@ -1,8 +1,8 @@
-"""What the target says of every example, on disk: written once, read by every run that follows.
+"""A store of the target's features and most probable tokens on disk: written once, read by every run that follows.
 
 A store belongs to one target and one `Reading`; its examples are found by a hash of their tokens, so more data later
-costs only what is new. Three flat files grow side by side (what is read, and the target's most probable next tokens
-with their probabilities), and an index gets a line once an example is whole: a killed run goes on where it stopped.
+costs only what is new. Three flat files grow side by side (features, and the target's most probable next tokens with
+their probabilities), and an index gets a line once an example is whole: a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.features import Reading, pad, weights_fingerprint
@@ -45,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 
 class Entry(NamedTuple):
-    """Where an example stands in the files."""
+    """The position of an example in the files."""
 
     row: int
     """First row of its tokens."""
@@ -53,17 +54,17 @@ class Entry(NamedTuple):
     said: int
     """First row of its teacher's probabilities."""
     predicted: int
-    """Rows of these: one for every position from that before the first response token to that before the last."""
+    """Rows of its teacher: one for every position from that before the first response token to that before the last."""
 
 
 class FeatureStore:
     """Features and teacher's probabilities of examples, memory-mapped.
 
     Args:
-        folder: where stores live; this one gets a folder of its own, named by its key.
-        target: whose features.
-        reading: what of the target is kept.
-        teacher_top_k: the target's most probable tokens that are kept at every position; 0 keeps none.
+        folder: holds all stores; this one gets a folder of its own, named by its key.
+        target: the model whose features are stored.
+        reading: the hidden states that are stored.
+        teacher_top_k: how many of the target's most probable tokens are kept at every position; 0 keeps none.
     """
 
     def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):
@@ -75,12 +76,12 @@ class FeatureStore:
         self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
         self._index: dict[str, Entry] = {}
         self._rows = [0, 0]
-        """Rows that are there: of tokens, and of the teacher."""
+        """Rows that are there, of tokens and of the teacher."""
         self._maps: tuple[Tensor, ...] | None = None
         self._read_index()
 
     def missing(self, examples: ExampleSet) -> list[Example]:
-        """Examples that are not there yet, each once."""
+        """List the examples that are not there yet, each once."""
         absent: dict[str, Example] = {}
         for one in examples.examples:
             if self._holds(one):
@@ -95,12 +96,12 @@ class FeatureStore:
         return entry is not None and entry.predicted >= len(said_range(example))
 
     def nbytes(self, examples: Sequence[Example]) -> int:
-        """What these examples take on disk, known before anything is computed."""
+        """Bytes that these examples take on disk, known before anything is computed."""
         said = sum(len(said_range(example)) for example in examples)
         return sum(map(len, examples)) * self._row_bytes[0] + said * sum(self._row_bytes[1:])
 
     def check_budget(self, examples: ExampleSet, budget_gb: float) -> None:
-        """Raises a UserError when the examples would take more than the budget, or than the disk has left."""
+        """Raise a UserError if the examples would take more than the budget, or than the disk has left."""
         needed = self.nbytes(examples.examples) / GIGABYTE
         if needed > budget_gb:
             enough = math.ceil(100 * needed) / 100
@@ -117,25 +118,14 @@ class FeatureStore:
             )
 
     def build(self, examples: ExampleSet, progress: Progress | None = None) -> None:
-        """Run the target over what is not there yet.
-
-        Args:
-            examples: what is wanted.
-            progress: told of what was written.
-        """
+        """Run the target over the examples that are not there yet, and tell `progress` of those that are written."""
         if not self.missing(examples):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._append(self.missing(examples), progress)
-
-    def _append(self, missing: Sequence[Example], progress: Progress | None) -> None:
-        if not missing:  # somebody else has read them while we waited
-            return
         (self.folder / "target.json").write_text(json.dumps({"target": target_id(self.reading.target)}) + "\n")
         budget = BATCH_TOKENS.get(self.reading.target.device.type, BATCH_TOKENS["cuda"])
-        with self._appending() as files, open(self.folder / "index.jsonl", "a", encoding="utf-8") as index:
-            for batch in batches_of_like_length(missing, budget):
+        with self._alone(), self._appending() as (*files, index):
+            for batch in batches_of_like_length(self.missing(examples), budget):  # others may have read some meanwhile
                 features, said = self._read(batch)
                 for example, rows, probs in zip(batch, features, said, strict=True):
                     parts = (rows, probs.ids.int(), probs.probs.half())
@@ -145,13 +135,13 @@ class FeatureStore:
                 for file in files:
                     file.flush()
                 lines = (json.dumps([name, *self._index[name]]) for name in map(fingerprint, batch))
-                index.write("".join(f"{line}\n" for line in lines))
+                index.write("".join(f"{line}\n" for line in lines).encode())
                 index.flush()
                 if progress is not None:
                     progress(len(batch), sum(map(len, batch)))
 
     def __getitem__(self, example: Example) -> tuple[Tensor, TopProbs]:
-        """`(tokens, width)` what was read for one example, and the teacher's `(predicting positions, k)`."""
+        """`(tokens, width)` features of an example, and the teacher's `(predicting positions, k)`."""
         if self._maps is None:
             self._maps = self._mapped()
         entry = self._index[fingerprint(example)]
@@ -163,7 +153,7 @@ class FeatureStore:
         return rows, TopProbs(ids[said][counted].long(), probs[said][counted].float())
 
     def reload(self) -> None:
-        """Take notice of what another process has written."""
+        """Read the index again, which another process may have extended."""
         self._maps, self._rows = None, [0, 0]
         self._index.clear()
         self._read_index()
@@ -172,7 +162,7 @@ class FeatureStore:
 
     @torch.no_grad()
     def _read(self, batch: Sequence[Example]) -> tuple[list[Tensor], list[TopProbs]]:
-        """What is kept of every example."""
+        """Run the target over a batch; gives the features and the teacher of every example."""
         target = self.reading.target
         ids = pad([example.input_ids.long() for example in batch]).to(target.device)
         lengths = torch.tensor([len(example) for example in batch], device=ids.device)
@@ -218,7 +208,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else writes meanwhile; what others have written before is known."""
+        """Keep other processes from writing, and take notice of what they have written before."""
         with open(self.folder / "lock", "w") as lock:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -227,17 +217,15 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _appending(self) -> Iterator[Sequence[BinaryIO]]:
-        """The files, open at the end of what the index vouches for; what a killed run left beyond it is cut off."""
+        """Open the files at the end of what the index vouches for; what a killed run left beyond it is cut off."""
         sizes = (self._rows[0], self._rows[1], self._rows[1])
+        index, lines = self.folder / "index.jsonl", (json.dumps([k, *v]) for k, v in self._index.items())
+        write_whole(index, "".join(f"{line}\n" for line in lines))
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "ab")) for path in self._files]
-            for file, rows, size in zip(files, sizes, self._row_bytes, strict=True):
+            files = [stack.enter_context(open(path, "ab")) for path in (*self._files, index)]
+            for file, rows, size in zip(files, sizes, self._row_bytes, strict=False):
                 file.truncate(rows * size)
                 file.seek(0, 2)
-            index = self.folder / "index.jsonl"
-            partial = index.with_suffix(".partial")
-            partial.write_text("".join(f"{json.dumps([k, *v])}\n" for k, v in self._index.items()), encoding="utf-8")
-            partial.replace(index)
             yield files
 
     def _mapped(self) -> tuple[Tensor, ...]:
@@ -267,7 +255,7 @@ def feature_store(target: TargetLike, ready: Preparation, objective: Objective) 
 
 
 def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """Every example once, in batches of at most so many padded tokens; one longer than that is a batch of its own."""
+    """Divide examples into batches of at most so many padded tokens; one longer than that is a batch of its own."""
     for start in range(0, len(examples), WINDOW):
         batch: list[Example] = []
         for example in sorted(examples[start : start + WINDOW], key=len):
@@ -279,20 +267,20 @@ def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator
 
 
 def said_range(example: Example) -> range:
-    """Positions of which the teacher is asked: those before the first response token to the last, gaps included."""
+    """The positions at which the teacher is asked: from before the first response token to the last, gaps included."""
     places = predicting(example.loss_mask).nonzero()[:, 0]
     return range(int(places[0]), int(places[-1]) + 1) if len(places) else range(0)
 
 
 def fingerprint(example: Example) -> str:
-    """Equal exactly where tokens and the beginning of the first response are."""
+    """A hash of an example's tokens and of the beginning of its first response."""
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
     digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
 
 
 def store_key(target: TargetLike, reading: Reading, top_k: int) -> str:
-    """Name of the store: equal exactly where weights, precision and what is kept are."""
+    """The store's name, a hash of the target's weights and precision and of what is kept of it."""
     parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 

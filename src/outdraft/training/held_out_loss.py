@@ -1,24 +1,31 @@
-"""How well a drafter guesses on conversations that it is not trained on, without decoding: quick and smooth.
+"""Measurements during training on conversations that are not trained on, and the weights that did best by them.
 
-The drafter is unrolled on its own features over the held-out responses, as it drafts. Two figures come of it: top-1
-agreement with the target for each draft step, and the mean number of tokens a chain of these steps would yield, the
-bonus token included, where the target goes on as the text does.
+Without decoding, which is quick and smooth, the drafter is unrolled on its own features over the held-out responses, as
+it drafts. This gives its top-1 agreement with the target for each draft step, and the mean number of tokens a chain of
+these steps would yield, the bonus token included, where the target goes on as the text does. The mean acceptance length
+tau of real decoding is measured by a function that is handed in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import TrainerCallback
 
-from outdraft.data.tokenization import ExampleSet
+from outdraft.data.conversations import Conversation
+from outdraft.data.text_file import write_whole
+from outdraft.data.tokenization import ExampleSet, tokenize
+from outdraft.errors import UserError
 from outdraft.losses.features import TrainingExamples, collate
 from outdraft.losses.objective import Objective
+from outdraft.methods.checkpoint import Network
 
 BATCH = 8
 STEPS = 4
@@ -27,13 +34,16 @@ STEPS = 4
 CHAIN = "held_out_chain"
 """The figure that says which weights are best."""
 
+MeasureTau = Callable[[Network], dict[str, float]]
+"""Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
+
 
 class HeldOut:
-    """Held-out examples with what the target says of them, read once.
+    """Examples that are not trained on, with the target's features, which are read once.
 
     Args:
-        objective: of the drafter in training.
-        examples: not trained on.
+        objective: the drafter in training with its loss.
+        examples: the held-out ones.
     """
 
     def __init__(self, objective: Objective, examples: ExampleSet):
@@ -67,11 +77,11 @@ class HeldOut:
 
 
 class Hits:
-    """Where a drafter guesses what the target says.
+    """The positions at which a drafter guesses the target's best token.
 
     Args:
-        hits: `(rows, positions, steps)` whether the guess of this step for this position is the target's best token.
-        spoken: `(rows, positions, steps)` where a guess counts.
+        hits: `(rows, positions, steps)` True where the guess of this step for this position is that token.
+        spoken: `(rows, positions, steps)` True where a guess counts.
     """
 
     def __init__(self, hits: Tensor, spoken: Tensor):
@@ -94,12 +104,12 @@ class BestWeights:
     """The weights that did best on what is held out, kept beside the checkpoints of a run.
 
     Args:
-        folder: of the run.
+        folder: the run's.
         drafter: in training.
         patience: measurements without a better one after which training may end; 0 never ends it.
     """
 
-    def __init__(self, folder: Path, drafter: nn.Module, patience: int = 0):
+    def __init__(self, folder: Path, drafter: Network, patience: int = 0):
         self.drafter, self.patience = drafter, patience
         self._weights, self._record = folder / "best.safetensors", folder / "best.json"
         self.score, self.step, self.since, self.measured = -1.0, 0, 0, 0
@@ -120,25 +130,23 @@ class BestWeights:
         self.measured = step
         if score > self.score:
             self.score, self.step, self.since = score, step, 0
-            partial = self._weights.with_suffix(".partial")
             state = {name: weight.contiguous() for name, weight in self.drafter.state_dict().items()}
+            partial = self._weights.with_suffix(".partial")
             safetensors.torch.save_file(state, partial)
-            os.replace(partial, self._weights)
+            partial.replace(self._weights)
         else:
             self.since += 1
-        partial = self._record.with_suffix(".partial")
         record = {"score": self.score, "step": self.step, "since": self.since, "measured": self.measured}
-        partial.write_text(json.dumps(record) + "\n")
-        os.replace(partial, self._record)
+        write_whole(self._record, json.dumps(record) + "\n")
         return self.out_of_patience
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether training has not got better for too long."""
+        """True where training has not got better for too long."""
         return bool(self.patience) and self.since >= self.patience
 
     def forget(self) -> None:
-        """Of a run that begins: what an abandoned one may have left in its folder."""
+        """Delete what an abandoned run may have left in the folder of one that begins."""
         self._record.unlink(missing_ok=True)
         self._weights.unlink(missing_ok=True)
 
@@ -146,3 +154,69 @@ class BestWeights:
         """Put the best weights into the drafter."""
         if self._weights.is_file():
             self.drafter.load_state_dict(safetensors.torch.load_file(self._weights))
+
+
+class TauMeter(TrainerCallback):
+    """Measures what is held out every `every` steps, in the first process; the others wait.
+
+    Args:
+        measure: gives tau and what else is measured.
+        every: steps between measurements.
+        best: keeps the weights that did best.
+    """
+
+    def __init__(self, measure: MeasureTau, every: int, best: BestWeights):
+        self._measure, self.every, self.best = measure, every, best
+        self.log: Callable[[dict[str, float]], None] = lambda logs: None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps and args.should_save:
+            found = self.measured()
+            due = control.should_log
+            self.log(dict(found))
+            control.should_log = due  # an entry of our own does not stand in for the step's
+            if CHAIN in found and self.best.note(found[CHAIN], state.global_step) and args.world_size == 1:
+                control.should_log = control.should_save = control.should_training_stop = True
+
+    def measured(self) -> dict[str, float]:
+        """Measure the drafter in evaluation mode, without gradients."""
+        drafter = self.best.drafter
+        training = drafter.training
+        drafter.eval()
+        with torch.no_grad():
+            found = self._measure(drafter)
+        drafter.train(training)
+        return found
+
+    def last(self) -> tuple[dict[str, float], bool]:
+        """Measure the final weights; those that did better before are put in their place, and True says so."""
+        found = self.measured()
+        self.log(dict(found))
+        if found.get(CHAIN, 0.0) < self.best.score:
+            self.best.restore()
+            return self.measured(), True
+        return found, False
+
+
+def measurement(
+    objective: Objective,
+    measure_tau: MeasureTau | None,
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    max_length: int,
+) -> MeasureTau | None:
+    """Put together what is measured: tau, and guesses on held-out conversations; None where there is neither."""
+    spoken = [
+        one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
+    ]
+    held = None
+    with contextlib.suppress(UserError):  # none is left within the length of training: then nothing is measured on them
+        held = HeldOut(objective, tokenize(spoken, tokenizer, max_length)) if spoken else None
+    if measure_tau is None and held is None:
+        return None
+
+    def measure(network: Network) -> dict[str, float]:
+        found = measure_tau(objective.finished()) if measure_tau is not None else {}
+        return {**found, **(held.measure() if held is not None else {})}
+
+    return measure

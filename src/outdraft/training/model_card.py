@@ -1,5 +1,5 @@
 """The card of a trained drafter, `README.md` in its folder: what it is, how to use it, how it was made and how well it
-guesses. Written from its provenance record and nothing else, so that it holds what the record holds.
+guesses. It is written from the provenance record and nothing else, so that it holds what the record holds.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ CARD = "README.md"
 NOT_SHOWN = {
     "data", "output_dir", "feature_cache_dir", "report_to", "logging_steps", "save_steps", "save_total_limit",
 }  # fmt: skip
-"""Settings that say nothing of how the drafter was trained."""
+"""Settings that do not change how the drafter was trained."""
 
 
 def model_card(record: Mapping[str, Any]) -> str:
     """The card as Markdown, with the Hub's metadata before it.
 
     Args:
-        record: of `provenance`, as `train` makes it.
+        record: the provenance record, as `train` makes it.
     """
     config, target = record["config"], str(record["target"])
     method = config["method"]
@@ -70,12 +70,12 @@ Versions: {versions}. SHA-256 of the data: `{record["data_sha256"]}`.
 
 
 def _base_model(target: str) -> str:
-    """The Hub takes repositories only."""
+    """The metadata's line on the target; none for one that is no repository, which the Hub does not take."""
     return f"base_model: {target}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", target) else ""
 
 
 def _measured(record: Mapping[str, Any]) -> str:
-    """What is known of it; the training's own figures are no promise for other text."""
+    """The figures of the record; those of the training itself are no promise for other text."""
     tau = record.get("tau") or {}
     lines = []
     if "tau" in tau:

@@ -1,7 +1,4 @@
-"""What a run would cost, before it is started: sizes counted, one step timed, nothing written.
-
-Knows how a step is computed only through the loss; the run itself is `train.py`'s.
-"""
+"""`plan`: the cost of a run before it is started. Sizes are counted, one step is timed, nothing is written."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, feature_store
 from outdraft.training.objective import objective_for
 from outdraft.training.preparation import Preparation, at_exit, prepare
+from outdraft.training.progress import duration
 from outdraft.training.trainer import use_bf16
 
 MANY_PASSES = 10
@@ -41,7 +39,7 @@ class TrainPlan:
     tokens: int
     """Tokens of one pass over the data."""
     response_tokens: int
-    """Those that carry loss."""
+    """Tokens that carry loss."""
     cut_answers: int
     """Answers that were cut off, after which no end token is learned."""
     steps: int
@@ -56,10 +54,10 @@ class TrainPlan:
     memory_bytes: int
     """Most memory held: measured on a GPU, estimated from shapes on a CPU."""
     feature_cache_bytes: int
-    """What of the target is kept on disk; 0 where it runs in every step."""
+    """Size of what is stored of the target; 0 where it runs in every step."""
     notes: list[str] = field(default_factory=list)
     exit_choice: ExitChoice | None = None
-    """How EESD's exit layer was chosen, where it was left to us."""
+    """The choice of EESD's exit layer, where it was left to us."""
 
     def show(self, console: Console) -> None:
         """Print the plan as a table."""
@@ -86,7 +84,7 @@ class TrainPlan:
             console.print(note, highlight=False)
 
     def _in_hours(self) -> str:
-        """Passes over the data that an hour, four and twelve are good for at the speed timed here."""
+        """The passes over the data that one, four and twelve hours are enough for at the speed timed here."""
         reading = max(self.seconds - self.steps * self.step_seconds, 0.0)
         a_pass = self.steps * self.step_seconds / self.passes
         counts = {hours: max(hours * 3600 - reading, 0.0) / a_pass for hours in (1, 4, 12)}
@@ -106,10 +104,10 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
     config, examples = ready.config, ready.examples
     objective = objective_for(target, config)
     bf16 = use_bf16(config, target.device)
-    per_example, per_step, measured_bytes = _timed(target, ready, objective, bf16)
+    store = feature_store(target, ready, objective)
+    per_example, per_step, measured_bytes = _timed(target, ready, objective, bf16, cached=store is not None)
     per_batch = config.batch_size * ready.processes
     seconds = ready.total_steps * per_step
-    store = feature_store(target, ready, objective)
     if store is not None:
         seconds += len(store.missing(examples)) * per_example
     return TrainPlan(
@@ -135,12 +133,12 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
 
 
 def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Objective) -> int:
-    """Target, drafter with gradients and AdamW's two moments, activations of one piece, logits of one chunk."""
+    """Sum of target, drafter with gradients and AdamW's two moments, activations of a piece, logits of a chunk."""
     config = ready.config
     weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
     trained = 16 * sum(weight.numel() for weight in objective.drafter.parameters())
     tokens = config.batch_size // config.gradient_accumulation_steps * max(map(len, ready.examples.examples))
-    # Of every token: some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
+    # Every token has some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
     inner = config.intermediate_size or inner_width(target)
     activations = 4 * tokens * (20 * target.hidden_size + 8 * inner)
     reduced = config.draft_vocabulary_for(target.vocab_size) if config.teacher_top_k else None
@@ -149,15 +147,10 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
     return weights + trained + activations + logits
 
 
-def duration(seconds: float) -> str:
-    """`75` as `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: bool) -> tuple[float, float, int]:
-    """Seconds of the target's forward for one example, of one optimizer step, and the GPU's peak (0 on a CPU)."""
+def _timed(
+    target: TargetLike, ready: Preparation, objective: Objective, bf16: bool, cached: bool
+) -> tuple[float, float, int]:
+    """Seconds of the target's forward for an example and of an optimizer step, and the GPU's peak (0 on a CPU)."""
     config, device = ready.config, target.device
     count = min(len(ready.examples), config.batch_size // config.gradient_accumulation_steps)
     chosen = random.Random(config.seed).sample(range(len(ready.examples)), count)
@@ -165,7 +158,6 @@ def _timed(target: TargetLike, ready: Preparation, objective: Objective, bf16: b
     batch = {name: value.to(device) for name, value in collate([data[i] for i in chosen]).items()}
     optimizer = torch.optim.AdamW(objective.drafter.parameters(), lr=0.0)
     held: dict[str, torch.Tensor] = {}
-    cached = feature_store(target, ready, objective) is not None
 
     def forward() -> None:
         held["features"] = objective.reading(batch["input_ids"], batch["lengths"])

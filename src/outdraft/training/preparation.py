@@ -1,17 +1,22 @@
-"""From a target and a configuration to what a run needs: settings, data, steps. Shared by `train` and `plan`.
+"""Preparation of a run from target and configuration: settings, data, steps, and the checkpoint to go on from.
 
-Trains nothing and writes nothing.
+`train` and `plan` share it. It writes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
+from outdraft.drafting.run_folder import RUN, last_checkpoint
 from outdraft.errors import UserError
+from outdraft.losses.features import weights_fingerprint
 from outdraft.losses.target_like import TargetLike, parameter_count
 from outdraft.methods.eesd.exit_choice import ExitChoice
 from outdraft.training.config import DrafterConfig
@@ -21,10 +26,19 @@ NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a t
 ADVISED_EXAMPLES = 5000
 """Conversations from which drafters learn well; a fifth of them is few."""
 
+BEFORE = {"embedding_scale": 1.0, "teacher_top_k": 0}
+"""Settings of runs of versions that did not have them, where that is not their default."""
+
+# Settings that may change between a run and its resumption without changing how it trains.
+FREE = {
+    "data", "output_dir", "on_bad_line", "preset", "epochs", "features", "feature_cache_gb", "feature_cache_dir",
+    "save_steps", "save_total_limit", "logging_steps", "eval_steps", "patience", "report_to",
+}  # fmt: skip
+
 
 @dataclass
 class Preparation:
-    """Everything decided before the first step."""
+    """All that is decided before the first step."""
 
     config: DrafterConfig
     """With the preset filled in."""
@@ -34,11 +48,11 @@ class Preparation:
     processes: int
     total_steps: int
     choice: ExitChoice | None = None
-    """How the exit layer was chosen where it was left to us."""
+    """The choice of the exit layer, where it was left to us."""
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the data, a line each."""
+        """Remarks for the user about the data, a line each."""
         data = self.examples
         counts = (
             (len(self.skipped), f"lines could not be used (first: {self.skipped[0] if self.skipped else ''})"),
@@ -76,22 +90,17 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
             f"the tokenizer gives id {largest}, the target knows {target.vocab_size}; use its own tokenizer"
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return Preparation(
-        config,
-        examples,
-        found.skipped,
-        processes,
-        steps_of(config, len(examples), processes),
-    )
+    return Preparation(config, examples, found.skipped, processes, steps_of(config, len(examples), processes))
 
 
 def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
-    """The same with the layer that was chosen, and why among the notes."""
-    config = ready.config
-    settled = DrafterConfig.model_construct(
-        _fields_set=set(config.model_fields_set), **{**dict(config), "exit_layer": choice.layer}
-    )
-    return replace(ready, config=settled, choice=choice)
+    """The preparation with the exit layer that was chosen."""
+    return replace(ready, config=_with(ready.config, exit_layer=choice.layer), choice=choice)
+
+
+def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:
+    """The configuration with other values, which do not count as set by hand."""
+    return DrafterConfig.model_construct(_fields_set=set(config.model_fields_set), **{**dict(config), **values})
 
 
 def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
@@ -105,9 +114,7 @@ def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
             raise UserError(
                 f"max_length {config.max_length} exceeds the target's context of {target.context_length}; lower it"
             )
-        config = DrafterConfig.model_construct(
-            _fields_set=set(config.model_fields_set), **{**dict(config), "max_length": target.context_length}
-        )
+        config = _with(config, max_length=target.context_length)
     if config.batch_size % config.gradient_accumulation_steps:
         raise UserError(
             f"batch_size {config.batch_size} does not split into {config.gradient_accumulation_steps} pieces; "
@@ -122,3 +129,48 @@ def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
         return config.max_steps
     pieces = math.ceil(examples / (config.batch_size // config.gradient_accumulation_steps * processes))
     return max(1, math.ceil(config.epochs * math.ceil(pieces / config.gradient_accumulation_steps)))
+
+
+def run_identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
+    """All that decides the final weights of a run."""
+    settings = {key: value for key, value in ready.config.record().items() if key not in FREE}
+    return {
+        **settings,
+        "total_steps": ready.total_steps,
+        "processes": ready.processes,
+        "target": weights_fingerprint(target),
+        "data": ready.examples.fingerprint(),
+    }
+
+
+def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint in the output folder to go on from; None where the run begins.
+
+    Raises:
+        UserError: the folder holds another run, or one that is not to be resumed.
+    """
+    folder = ready.config.output_dir
+    checkpoint, record = last_checkpoint(folder), folder / RUN
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise UserError(
+            f"{folder} holds a run with {checkpoint.name}; go on with --resume or choose another --output-dir"
+        )
+    try:
+        before = json.loads(record.read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
+        ) from None
+    # A setting that the run's version did not have was at what is its default now, with a few exceptions.
+    fields = DrafterConfig.model_fields
+    defaults = {key: fields[key].default for key in identity.keys() & fields.keys()}
+    before = {**defaults, **{key: BEFORE[key] for key in identity.keys() & BEFORE.keys()}, **before}
+    for key, value in identity.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{key} was {before.get(key)} in this run and is {value} now; resume with the same settings or "
+                "choose another --output-dir"
+            )
+    return checkpoint

@@ -1,19 +1,19 @@
 """`train`: from a target, data and settings to a folder with a trained drafter and the record of how it was made.
 
-Ties the rooms of training together; every decision is made in one of them. Does not know how a drafter decodes: the
-real acceptance length is measured by a function that is handed in.
+The parts are in the files beside it. The real acceptance length is measured by a function that is handed in.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
-import os
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,22 +22,22 @@ from transformers import TrainerCallback, TrainingArguments
 
 from outdraft.data.conversations import Conversation
 from outdraft.data.provenance import peak_memory_bytes, portable, provenance
-from outdraft.data.tokenization import tokenize
-from outdraft.drafting.run_folder import BEGUN_WITH, RUN, last_checkpoint, step_of
+from outdraft.data.text_file import write_whole
+from outdraft.drafting.run_folder import BEGUN_WITH, RUN, step_of
 from outdraft.errors import UserError
-from outdraft.losses.features import TrainingExamples, weights_fingerprint
+from outdraft.losses.features import TrainingExamples
 from outdraft.losses.objective import Objective
 from outdraft.losses.target_like import TargetLike, shown_target
-from outdraft.methods.checkpoint import Network, save_drafter, target_facts
+from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 from outdraft.methods.registry import method_called
-from outdraft.training.callbacks import MeasureTau, OrderlyStop, ProgressReport, ReadingReport, TauMeter, measured
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
-from outdraft.training.held_out_loss import CHAIN, BestWeights, HeldOut
+from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
 from outdraft.training.model_card import CARD, model_card
 from outdraft.training.objective import new_drafter, objective_for
-from outdraft.training.preparation import Preparation, at_exit, prepare
+from outdraft.training.preparation import Preparation, at_exit, checkpoint_of, prepare, run_identity
+from outdraft.training.progress import ProgressReport, ReadingReport
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 try:
@@ -48,31 +48,25 @@ except ModuleNotFoundError as error:
 
 CHOICE = "exit_choice"
 
-BEFORE = {"embedding_scale": 1.0, "teacher_top_k": 0}
-"""What runs did whose version did not have these settings, where that is not their default."""
-
-# What may change between a run and its resumption without changing how it trains.
-FREE = {
-    "data", "output_dir", "on_bad_line", "preset", "epochs", "features", "feature_cache_gb", "feature_cache_dir",
-    "save_steps", "save_total_limit", "logging_steps", "eval_steps", "patience", "report_to",
-}  # fmt: skip
+SAME_WISH_SECONDS = 1.0
+"""Time within which two signals are one wish."""
 
 
 @dataclass
 class TrainResult:
-    """What a finished run leaves."""
+    """The outcome of a finished run."""
 
     folder: Path
     """The drafter: `config.json`, `model.safetensors`, `provenance.json`, and its card in `README.md`."""
     steps: int
-    """Optimizer steps that were made: fewer than planned where patience has ended the run."""
+    """Optimizer steps; fewer than planned where patience has ended the run."""
     seconds: float
     """Wall-clock of this process, data and measurement included."""
     peak_memory_bytes: int
     metrics: dict[str, float]
     """The last log entry: loss, loss_reg, loss_cls, acc, learning_rate."""
     tau: dict[str, float] | None
-    """What was measured of the drafter that is saved."""
+    """Figures of the drafter that is saved."""
     best_step: int
     """The step whose weights are saved: the last one, unless an earlier did better on what is held out."""
 
@@ -123,19 +117,28 @@ def train(
     drafter = new_drafter(target, config)
     method_called(config.method).adapt(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
-    checkpoint = _claim_folder(target, ready, resume, args, console, begun_with or {})
+    identity = run_identity(target, ready)
+    checkpoint = checkpoint_of(ready, identity, resume)
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint.name} of {ready.total_steps} steps", highlight=False)
+    elif resume:
+        console.print("no checkpoint yet: beginning at step 0", highlight=False)
+    PartialState().wait_for_everyone()  # nobody writes before all have read
+    if checkpoint is None and args.should_save:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(config.output_dir / RUN, {**identity, **_choice_record(ready), BEGUN_WITH: begun_with or {}})
     store = feature_store(target, ready, objective)
     if store is not None:
         _read_target(store, ready, args, console)
 
     stop, progress = OrderlyStop(), ProgressReport(console)
     best = BestWeights(config.output_dir, objective.drafter, config.patience)
-    measure = _measurement(target, ready, objective, measure_tau, held_out)
+    measure = measurement(objective, measure_tau, held_out, target.tokenizer, config.max_length)
     if checkpoint is not None:
         best.resume()
     elif args.should_save:
         best.forget()
-    meter = TauMeter(measure, objective.drafter, config.evaluation_for(ready.total_steps), best) if measure else None
+    meter = TauMeter(measure, config.evaluation_for(ready.total_steps), best) if measure else None
     trainer = ObjectiveTrainer(
         objective,
         config,
@@ -145,79 +148,34 @@ def train(
     )
     if meter is not None:
         meter.log = trainer.log
-    _leave_group_at_exit()
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
     _run(trainer, checkpoint, stop, progress, console, ended=checkpoint is not None and best.out_of_patience)
 
     tau, step = None, trainer.state.global_step
+    if meter is not None and args.should_save:
+        tau, restored = meter.last()
+        if restored:
+            step = best.step
+            console.print(f"the weights of step {step} did best on what is held out: they are saved", highlight=False)
+    result = TrainResult(
+        folder=config.output_dir,
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(target.device),
+        metrics=next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {}),
+        tau=tau,
+        best_step=step,
+    )
     if args.should_save:
-        if measure is not None:
-            tau, step = _final(measure, best, trainer, console)
-        metrics = next((dict(entry) for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
-        result = TrainResult(
-            folder=config.output_dir,
-            steps=trainer.state.global_step,
-            seconds=time.perf_counter() - began,
-            peak_memory_bytes=peak_memory_bytes(target.device),
-            metrics=metrics,
-            tau=tau,
-            best_step=step,
-        )
         _save(target, ready, objective, result, checkpoint)
-    else:
-        seconds, peak = time.perf_counter() - began, peak_memory_bytes(target.device)
-        result = TrainResult(config.output_dir, ready.total_steps, seconds, peak, {}, None, step)
     PartialState().wait_for_everyone()
     return result
 
 
-def _measurement(
-    target: TargetLike,
-    ready: Preparation,
-    objective: Objective,
-    measure_tau: MeasureTau | None,
-    conversations: Sequence[Conversation],
-) -> MeasureTau | None:
-    """All that is measured on what is held out; None where nothing is."""
-    tokenizer: Any = target.tokenizer
-    spoken = [
-        one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
-    ]
-    held = None
-    with contextlib.suppress(UserError):  # none is left within the length of training: then nothing is measured on them
-        held = HeldOut(objective, tokenize(spoken, tokenizer, ready.config.max_length)) if spoken else None
-    if measure_tau is None and held is None:
-        return None
-
-    def measure(network: Network) -> dict[str, float]:
-        found = measure_tau(objective.finished()) if measure_tau is not None else {}
-        return {**found, **(held.measure() if held is not None else {})}
-
-    return measure
-
-
-def _final(
-    measure: MeasureTau, best: BestWeights, trainer: ObjectiveTrainer, console: Console
-) -> tuple[dict[str, float], int]:
-    """What is said of the weights that are saved, the last ones or better ones of before, and their step."""
-    drafter = best.drafter
-    found = measured(measure, drafter)  # type: ignore[arg-type]
-    trainer.log(dict(found))
-    if found.get(CHAIN, 0.0) < best.score:
-        best.restore()
-        found = measured(measure, drafter)  # type: ignore[arg-type]
-        console.print(f"the weights of step {best.step} did best on what is held out: they are saved", highlight=False)
-        return found, best.step
-    return found, trainer.state.global_step
-
-
-def _leave_group_at_exit() -> None:
-    """Several processes part in order: one that ends with its group's threads still running aborts, and the launcher
-    then calls a finished training a failure."""
-    atexit.unregister(_leave_group)
-    atexit.register(_leave_group)
-
-
 def _leave_group() -> None:
+    """Leave the group of processes: one that ends with the group's threads still running aborts, and the launcher then
+    calls a finished training a failure."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -231,7 +189,7 @@ def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
 
 
 def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> ExitChoice:
-    """Where to exit: what this run has chosen before it was interrupted, else measured, once for all processes."""
+    """Choose the exit layer once for all processes: as this run did before it was interrupted, else by measurement."""
     choice: ExitChoice | None = None
     if resume:
         try:
@@ -244,62 +202,6 @@ def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: 
     assert choice is not None
     choice.show(console)
     return choice
-
-
-def _claim_folder(
-    target: TargetLike,
-    ready: Preparation,
-    resume: bool,
-    args: TrainingArguments,
-    console: Console,
-    begun_with: Mapping[str, Any],
-) -> Path | None:
-    """The checkpoint to go on from; a folder that holds another run is never overwritten."""
-    folder = ready.config.output_dir
-    checkpoint, record = last_checkpoint(folder), folder / RUN
-    if checkpoint is not None and not resume:
-        raise UserError(
-            f"{folder} holds a run with {checkpoint.name}; go on with --resume or choose another --output-dir"
-        )
-    identity = _identity(target, ready)
-    if checkpoint is not None:
-        try:
-            before = json.loads(record.read_text())
-        except (OSError, ValueError):
-            raise UserError(
-                f"{record} is missing or broken, so the run cannot be resumed; start in another folder"
-            ) from None
-        # A setting that the run's version did not have was at what is its default now, with a few exceptions.
-        fields = DrafterConfig.model_fields
-        defaults = {key: fields[key].default for key in identity.keys() & fields.keys()}
-        before = {**defaults, **{key: BEFORE[key] for key in identity.keys() & BEFORE.keys()}, **before}
-        changed = [key for key in identity if before.get(key) != identity[key]]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{key} was {before.get(key)} in this run and is {identity[key]} now; resume with the same settings or "
-                "choose another --output-dir"
-            )
-        console.print(f"going on from {checkpoint.name} of {ready.total_steps} steps", highlight=False)
-    elif resume:
-        console.print("no checkpoint yet: beginning at step 0", highlight=False)
-    PartialState().wait_for_everyone()  # nobody writes before all have read
-    if checkpoint is None and args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(record, {**identity, **_choice_record(ready), BEGUN_WITH: begun_with})
-    return checkpoint
-
-
-def _identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
-    """What decides the final weights."""
-    settings = {key: value for key, value in ready.config.record().items() if key not in FREE}
-    return {
-        **settings,
-        "total_steps": ready.total_steps,
-        "processes": ready.processes,
-        "target": weights_fingerprint(target),
-        "data": ready.examples.fingerprint(),
-    }
 
 
 def _choice_record(ready: Preparation) -> dict[str, Any]:
@@ -368,14 +270,48 @@ def _save(
         **_choice_record(ready),
     )
     _write_json(result.folder / "provenance.json", record)
-    _write(result.folder / CARD, model_card(record))
+    write_whole(result.folder / CARD, model_card(record))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+class OrderlyStop(TrainerCallback):
+    """Turns Ctrl-C or SIGTERM into: finish this step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A context manager; outside the main thread, where signals cannot be caught, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._asked_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> OrderlyStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        # A launcher forwards the Ctrl-C that the terminal has sent already: that is one wish, not two.
+        if self.asked and number == signal.SIGINT and now - self._asked_at > SAME_WISH_SECONDS:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # all processes must stop at the same step
+            flag = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.asked = bool(flag)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:  # a short run's figures are those of its end
+            control.should_log = True

@@ -2,11 +2,16 @@
 whether they are split over pieces, processes or nothing.
 
 Every random number comes from (seed, step, example): no global generator is read after the first weights, so a run
-that is killed and resumed ends in the same bits. Knows nothing of files of data, presets or progress bars.
+that is killed and resumed ends in the same bits.
+
+A batch is computed in groups of examples of like length, so that little work goes to padding. Its loss is a sum over
+positions, so the same sums come out however it is divided, rounded differently.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +31,24 @@ from outdraft.losses.target_like import shown_target
 from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
 from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig
-from outdraft.training.grouping import group_cost, groups_of_like_length
 
 GROUPS = "groups"
 
+GROUP_COST = {"cpu": 128, "cuda": 1024}
+"""Cost of one more forward and backward beside its tokens, in tokens: all weights are read once more, and a GPU wants
+that many rows to be busy. Estimates, not tuned."""
+
+# Parameters of glibc's mallopt(3) and their values: no mapped blocks, nothing given back, much asked for at once.
+KEEP_FREED = {-4: 0, -1: 2**31 - 1, -2: 2**28}
+
 
 class ObjectiveTrainer(Trainer):
-    """Trains a drafter on what is read of its target.
+    """Trains a drafter on the features of its target.
 
     Args:
         objective: the drafter with its loss; only the drafter's weights train and are saved. Its target is in every
             process, never wrapped, never changed.
-        config: with its preset filled in.
+        config: the settings with their preset filled in.
         data: the examples.
         args: from `training_arguments`.
         callbacks: progress, measurement of tau.
@@ -59,7 +70,7 @@ class ObjectiveTrainer(Trainer):
         super().__init__(
             model=objective.loss,
             args=args,
-            data_collator=self._in_groups if config.length_groups else _in_one_group,
+            data_collator=self._in_groups,
             train_dataset=data,
             callbacks=[ClipByValue(config.clip_value), *(callbacks or [])],
         )
@@ -68,9 +79,12 @@ class ObjectiveTrainer(Trainer):
     # --- batches -----------------------------------------------------------------------------------------------
 
     def _in_groups(self, items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
-        """A batch as groups of examples of like length, each padded to its own."""
+        """Divide a batch into groups of examples of like length, each padded to its own, or leave it one group."""
+        if not self.config.length_groups:
+            return {GROUPS: [collate(items)]}
         lengths = [len(item["example"]) for item in items]  # type: ignore[arg-type]
-        divided = groups_of_like_length(lengths, group_cost(self.args.device))
+        cost = GROUP_COST.get(self.args.device.type, GROUP_COST["cuda"])
+        divided = groups_of_like_length(lengths, cost)
         return {GROUPS: [collate([items[i] for i in group]) for group in divided]}
 
     def training_step(
@@ -79,7 +93,7 @@ class ObjectiveTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Gradients of a batch, one group after the other; processes exchange them with the last."""
+        """Compute the gradients of a batch group by group; processes exchange them with the last."""
         *groups, last = inputs[GROUPS]
         loss = torch.zeros((), device=self.args.device)
         for group in groups:
@@ -90,7 +104,7 @@ class ObjectiveTrainer(Trainer):
     # --- the loss ----------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Counted positions of the whole step, over all pieces and processes."""
+        """Count the positions of the whole step that carry loss, over all pieces and processes."""
         groups = [group for batch in batch_samples for group in batch[GROUPS]]
         counts = [self.objective.counted(group["loss_mask"]).sum() for group in groups]
         count = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
@@ -103,7 +117,7 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The step's mean loss, as this group's share of it."""
+        """This group's share of the step's mean loss."""
         ids, lengths = inputs["input_ids"], inputs["lengths"]
         features = inputs["features"] if "features" in inputs else self.objective.reading(ids, lengths)
         progress = self.state.global_step / self.args.max_steps
@@ -150,17 +164,13 @@ class ObjectiveTrainer(Trainer):
         self._drafter.load_state_dict(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Weights and log of a run that has no step left."""
+        """Load weights and log of a run that has no step left."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     @property
     def _drafter(self) -> Network:
         return self.accelerator.unwrap_model(self.model).drafter
-
-
-def _in_one_group(items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
-    return {GROUPS: [collate(items)]}
 
 
 class ClipByValue(TrainerCallback):
@@ -174,8 +184,50 @@ class ClipByValue(TrainerCallback):
             torch.nn.utils.clip_grad_value_(model.parameters(), self.value)
 
 
+def groups_of_like_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """Divide rows so that the sum of padded tokens and of `cost` for every group is least.
+
+    Args:
+        lengths: tokens of every row.
+        cost: of one more group, in tokens.
+
+    Returns:
+        Indices into `lengths`, every one once; the longest rows come first, so that the most memory is held at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # least[n]: the least sum for the n longest rows, and where their last group begins. In sorted order a group is a
+    # stretch, whose padded length is that of its first row.
+    least: list[tuple[int, int]] = [(0, 0)]
+    for end in range(1, len(order) + 1):
+        options = ((least[begin][0] + cost + (end - begin) * lengths[order[begin]], begin) for begin in range(end))
+        least.append(min(options))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        begin = least[end][1]
+        groups.append(order[begin:end])
+        end = begin
+    return groups[::-1]
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed blocks in this process from now on; False where the allocator cannot be told.
+
+    By itself it gives large blocks back to the system, so that every layer of every step has its pages mapped and
+    cleared anew; training and prefill on a CPU spend a tenth of their time or more on that.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    told = [mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED.items()]
+    return all(told)
+
+
 def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
-    """Whether the drafter trains in bf16 autocast on this device."""
+    """True if the drafter trains in bf16 autocast on this device."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return default_dtype(device) == torch.bfloat16

@@ -30,7 +30,7 @@ from outdraft.evaluation.audit.watch import Recorder, Watch
 from outdraft.evaluation.environment import environment
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.reference import load_prompts
-from outdraft.training.plan import duration
+from outdraft.training.progress import duration
 
 OFFSETS = (0, 2, 5, 9)
 """New tokens of a plain text that prefixes take along, so that not all of them end where a prompt does."""

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from outdraft.api.generation import SpeculativeModel
 from outdraft.evaluation.audit.goodness_of_fit import needed_samples
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.training.plan import duration
+from outdraft.training.progress import duration
 
 PROBE_TOKENS = 8
 FEW, MANY = 1, 8

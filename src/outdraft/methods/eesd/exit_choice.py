@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.features import pad, target_features
+from outdraft.losses.features import Reading, pad
 from outdraft.losses.target_like import TargetLike
 from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
@@ -243,7 +243,7 @@ def _tapped(
         ]
         try:
             ids = pad([example.input_ids.long() for example in batch]).to(target.device)
-            found = target_features(target, ids, lengths)
+            found = Reading(target)(ids, lengths)
         finally:
             for hook in hooks:
                 hook.remove()

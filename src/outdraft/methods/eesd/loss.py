@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from outdraft.losses.cross_entropy import HardLabels, soft_cross_entropy
-from outdraft.losses.features import ExitReading, reader_of
+from outdraft.losses.features import Reading, reader_of
 from outdraft.losses.objective import Objective, stored_teacher, teacher_of, weight_of_tokens
 from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs, most_probable
@@ -100,7 +100,7 @@ class ExitObjective(Objective):
     def __init__(self, target: TargetLike, config: Any, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
-        self.reading = ExitReading(reader_of(target), drafter.config.exit_layer)
+        self.reading = Reading(reader_of(target), exit_layer=drafter.config.exit_layer)
         self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:

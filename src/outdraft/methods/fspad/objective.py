@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.losses.cross_entropy import Head
-from outdraft.losses.features import Reading, TappedReading, reader_of
+from outdraft.losses.features import Reading, reader_of
 from outdraft.losses.objective import Objective, stored_teacher
 from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs, most_probable, within
@@ -34,7 +34,7 @@ class FeatureObjective(Objective):
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         self.top_k = config.teacher_top_k
         layers, reader = drafter.config.tap_layers, reader_of(target)
-        self.reading = TappedReading(reader, layers) if layers else Reading(reader)
+        self.reading = Reading(reader, layers)
         head: Head = target.head
         self._places: Tensor | None = None
         if drafter.draft_tokens is not None and self.top_k and isinstance(target, Target):

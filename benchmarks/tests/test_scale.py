@@ -15,23 +15,10 @@ import pytest
 from cli_fixtures import CONTEXT, Folders, make_folders
 from training.tiny import write_chats
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CURVES = ["tree", "context", "batch", "temperature", "shape", "memory"]
 SIZES = ["--turns", "2", "--tokens", "6", "--trees", "chain 2,2/2/5", "--contexts", "32,9999", "--batches", "1,2"]
 SIZES += ["--dtype", "float32", "--memory-batches", "1,2", "--temperatures", "0,1", "--shapes", "2x64,3x64"]
-
-
-@pytest.fixture(scope="module")
-def scale() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when it is run
-    try:
-        spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return module
 
 
 @pytest.fixture(scope="module")

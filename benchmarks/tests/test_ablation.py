@@ -16,22 +16,6 @@ from cli_fixtures import save_model
 from outdraft.errors import UserError
 from training.tiny import write_chats
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
-
-
-@pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation"] = module  # dataclasses look their module up
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,22 +12,7 @@ import pytest
 from cli_fixtures import save_model
 from training.tiny import write_chats
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VARIANTS = "FSPAD,several layers,all,corpus answers"
-
-
-@pytest.fixture(scope="module")
-def recipes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipes", BENCHMARKS / "recipes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipes"] = module  # dataclasses look their module up
-    sys.path.insert(0, str(BENCHMARKS))  # as when it is run
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
 
 
 @pytest.fixture(scope="module")
