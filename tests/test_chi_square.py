@@ -18,7 +18,7 @@ from scipy import stats
 from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
 from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacing import Pacer
+from outdraft.control.pacer import Pacer
 from outdraft.core.sampling import SamplingSettings, Warper
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.head_config import feature_head_config

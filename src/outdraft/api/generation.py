@@ -38,7 +38,7 @@ from outdraft.api.shown import shown_model, shown_output
 from outdraft.api.stops import stops_at
 from outdraft.api.text import Detokenizer, answer_text, encode_prompts
 from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacing import Pacer
+from outdraft.control.pacer import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.sampling import Dice, Warper, whole
 from outdraft.core.shape import TreeShape
@@ -207,8 +207,8 @@ class SpeculativeModel:
                 `min_new_tokens` and the other fields of `SamplingSettings`; `eos_token_id`, `stop_strings`, `seed`,
                 `logits_processor`, `streamer`; `chat_template_kwargs`, which the chat template itself is told;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
-                `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
-                far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
+                `controller`: `fixed` drafts to that shape, `confidence`, `beta` and `calibrated` decide how far,
+                that shape being the most (`NAME,option=value`, `ControlSettings` or a `Pacer`). By default it is
                 `calibrated`, drafts as long as they pay, on a CPU where no shape is asked for; else `fixed`.
                 `tree_size="auto"` drafts whichever shape brings the most tokens a second here, for all rows alike.
                 What they learn serves later calls. Greedy unless `do_sample` or a `temperature` is given,

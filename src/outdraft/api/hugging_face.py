@@ -25,7 +25,7 @@ from outdraft.api.settings import (
     repeats_of,
     tree_shape,
 )
-from outdraft.control.pacing import Pacer
+from outdraft.control.pacer import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
 from outdraft.core.sampling import Dice, SamplingSettings, Warper
 from outdraft.drafting.base import Drafter

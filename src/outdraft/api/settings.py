@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from outdraft.control import ControlSettings
-from outdraft.control.by_machine import ShapePacer
-from outdraft.control.pacing import Pacer
+from outdraft.control import ControlSettings, Pacer
 from outdraft.core.sampling import SamplingSettings, whole
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
@@ -244,9 +242,11 @@ def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:
     Raises:
         UserError: a tree by the machine, and a controller.
     """
-    if tree.get("tree_size") != AUTO or isinstance(controller, ShapePacer):
+    if tree.get("tree_size") != AUTO:
         return controller
     settings = controller.settings if isinstance(controller, Pacer) else control_settings(controller or "fixed")
+    if settings.name == AUTO:
+        return controller
     if settings.name != "fixed":
         raise UserError(
             f"tree_size auto chooses whole trees, before controller {settings.name} could stop one; "
@@ -256,7 +256,7 @@ def controller_of(controller: Any, tree: Mapping[str, Any]) -> Any:
 
 
 def control_settings(controller: Any) -> ControlSettings:
-    return controller if isinstance(controller, ControlSettings) else ControlSettings(str(controller))
+    return controller if isinstance(controller, ControlSettings) else ControlSettings.parse(str(controller))
 
 
 def pacer_of(controller: Any, tree: Mapping[str, Any] | None = None) -> Pacer | None:
@@ -270,8 +270,6 @@ def pacer_of(controller: Any, tree: Mapping[str, Any] | None = None) -> Pacer | 
         UserError: no such controller, or one that the tree cannot do with.
     """
     controller = controller_of(controller, tree or {})
-    if controller == AUTO:
-        return ShapePacer()
     if controller is None or isinstance(controller, Pacer):
         return controller
     settings = control_settings(controller)

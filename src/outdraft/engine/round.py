@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from outdraft.control.base import Controller
-from outdraft.control.by_machine import ByMachine, Choice
+from outdraft.control.budget import DraftBudget
 from outdraft.control.costs import Costs
-from outdraft.control.pacing import RoundPace
+from outdraft.control.tuner import Choice
 from outdraft.core.sampling import Chance, Warper, draw_each, laws_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
@@ -301,21 +301,23 @@ class Batch:
                 row.statistics.add_seconds(*self.clock.laps(marks))
 
     def _choose(self) -> tuple[TreeShape, Choice | None]:
-        """This round's shape, and who is told what came of it, where trees follow the machine."""
+        """This round's shape, and who is told what came of it, where a tuner chooses whole shapes."""
         controller = self.rows[0].controller
-        if self.state is None or not isinstance(controller, ByMachine):
+        pacer = controller.pacer if controller is not None and self.state is not None else None
+        tuner = pacer.tuner(self.shape, len(self.rows)) if pacer is not None else None
+        if tuner is None:
             return self._fitting(self.shape), None
-        choice = controller.pacer.chooser(self.shape).choose(len(self.rows), self._intake)
+        choice = tuner.choose(len(self.rows), self._intake)
         shape = self._fitting(choice.shape)
         return shape, choice if shape == choice.shape else None
 
-    def _pace(self, shape: TreeShape) -> RoundPace | None:
+    def _pace(self, shape: TreeShape) -> DraftBudget | None:
         """What the rows' controllers say of this round."""
         controllers = [row.controller for row in self.rows if row.controller is not None]
         if self.state is None or not controllers:
             return None
         levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
-        return RoundPace(controllers, self.costs, levels, nodes, self._intake, self.clock.now)
+        return DraftBudget(controllers, self.costs, levels, nodes, self._intake, self.clock.now)
 
     @property
     def _intake(self) -> int:

@@ -11,9 +11,7 @@ from models import tiny
 from outdraft.api.generation import load
 from outdraft.api.settings import controller_of, default_controller, pacer_of, tree_shape
 from outdraft.console.options import whole_or_auto
-from outdraft.control import ControlSettings
-from outdraft.control.by_machine import ShapePacer
-from outdraft.control.pacing import Pacer
+from outdraft.control import ControlSettings, Pacer
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
@@ -48,8 +46,9 @@ def test_where_the_default_is_a_chain_it_may_be_twice_as_long():
 def test_the_machine_decides_alone():
     assert controller_of(None, AUTO) == controller_of("fixed", AUTO) == "auto"
     pacer = pacer_of(None, AUTO)
-    assert isinstance(pacer, ShapePacer) and pacer_of(pacer, AUTO) is pacer
-    for wrong in ("confidence", "calibrated", ControlSettings("beta"), Pacer(ControlSettings("ucb"))):
+    assert pacer is not None and pacer.settings.name == "auto" and pacer_of(pacer, AUTO) is pacer
+    assert controller_of("auto", AUTO) == "auto"
+    for wrong in ("confidence", "calibrated", ControlSettings("beta"), Pacer(ControlSettings("confidence"))):
         with pytest.raises(UserError, match=r"tree_size auto chooses whole trees.*leave the controller out"):
             pacer_of(wrong, AUTO)
 
