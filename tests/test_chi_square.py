@@ -17,8 +17,7 @@ from scipy import stats
 
 from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
-from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacer import Pacer
+from outdraft.control import ControlSettings, Costs, Pacer
 from outdraft.core.sampling import SamplingSettings, Warper
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.head_config import feature_head_config
@@ -97,7 +96,7 @@ NETWORKS = {
     "fspad": lambda target: FeatureHead(feature_head_config(target)),
     "eesd": lambda target: ExitLayer.beginning(target.model, ExitLayerConfig(1)),
 }
-CONTROLLERS = ["confidence", "beta", "calibrated", "ucb"]
+CONTROLLERS = ["confidence", "beta", "calibrated", "auto"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,7 +16,7 @@ import outdraft.engine.round as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
-from outdraft.control.by_machine import Choice
+from outdraft.control.tuner import Choice
 from outdraft.core.sampling import Dice, SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
