@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from simulation import Answer, Draft, Run, decode, oracle
 
 from outdraft.api.generation import load
-from outdraft.control import Controller, ControlSettings, Costs, Experience
-from outdraft.control.fixed import FixedController
-from outdraft.control.pacing import Pacer
-from outdraft.control.simulation import Answer, Draft, Run, decode, oracle
+from outdraft.control import Controller, ControlSettings, Costs, Experience, Pacer
+from outdraft.control.base import FixedController
+from outdraft.control.evidence import Evidence
+from outdraft.control.thompson import LEAST, BetaController, CalibratedController, expit, logit
 from outdraft.errors import UserError
 from outdraft.reference import load_prompts
 
@@ -98,15 +99,71 @@ PROCESSES = {
     "bursty, uninformed": Process("bursty", informed=0.0),
 }
 
-CONTENDERS = {
-    **{f"fixed {length}": ControlSettings("fixed") for length in range(1, LIMIT + 1)},
-    "confidence": ControlSettings("confidence"),
-    "beta worth": ControlSettings("beta"),
-    "beta bernoulli": ControlSettings("beta", rule="bernoulli"),
-    "calibrated platt": ControlSettings("calibrated"),
-    "calibrated isotonic": ControlSettings("calibrated", calibration="isotonic"),
-    "ucb": ControlSettings("ucb"),
+
+class Bernoulli(BetaController):
+    """Drafts on with probability theta, whatever a level costs: a rule that was tried."""
+
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
+        self.theta = self.draw_theta(confidences)
+        return torch.rand((), dtype=torch.float64, generator=self.generator).item() < self.theta
+
+
+class Isotonic:
+    """Counts in bins of confidence in place of Platt's line: any rising curve can be learned.
+
+    Adjacent violators are pooled, so that the curve never falls; between bins it is interpolated.
+
+    Args:
+        evidence: successes of each bin, then trials; `PRIOR` at first.
+    """
+
+    BINS = 12
+    PRIOR = (*((k + 0.5) / 12 for k in range(12)), *(1.0,) * BINS)
+
+    def __init__(self, evidence: Evidence):
+        self.evidence = evidence
+
+    def levels(self) -> list[float]:
+        """The probability at the middle of every bin."""
+        pools: list[tuple[float, float, int]] = []  # successes, trials, bins
+        for k in range(self.BINS):
+            pool = (self.evidence[k], self.evidence[self.BINS + k], 1)
+            while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+                above = pools.pop()
+                pool = (above[0] + pool[0], above[1] + pool[1], above[2] + pool[2])
+            pools.append(pool)
+        return [successes / trials for successes, trials, bins in pools for _ in range(bins)]
+
+    def probability(self, confidence: float) -> float:
+        levels = self.levels()
+        place = min(max(confidence * self.BINS - 0.5, 0.0), self.BINS - 1.0)
+        below = min(int(place), self.BINS - 2)
+        p = levels[below] + (place - below) * (levels[below + 1] - levels[below])
+        return min(max(p, LEAST), 1 - LEAST)
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        k = min(max(int(confidence * self.BINS), 0), self.BINS - 1)
+        self.evidence.add(k, float(accepted))
+        self.evidence.add(self.BINS + k, 1.0)
+
+
+class CalibratedByBins(CalibratedController):
+    """`calibrated` with isotonic counts."""
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.calibration = Isotonic(self.evidence("isotonic", Isotonic.PRIOR))  # type: ignore[assignment]
+
+
+CONTENDERS: dict[str, tuple[ControlSettings, type[Controller] | None]] = {
+    **{f"fixed {length}": (ControlSettings("fixed"), None) for length in range(1, LIMIT + 1)},
+    "confidence": (ControlSettings("confidence"), None),
+    "beta worth": (ControlSettings("beta"), None),
+    "beta bernoulli": (ControlSettings("beta"), Bernoulli),
+    "calibrated platt": (ControlSettings("calibrated"), None),
+    "calibrated isotonic": (ControlSettings("calibrated"), CalibratedByBins),
 }
+"""Name -> settings, and a class that is not the package's."""
 
 
 def costs_of(step: float, slope: float) -> Costs:
@@ -114,21 +171,22 @@ def costs_of(step: float, slope: float) -> Costs:
     return Costs.fixed(begin=1.25 * step, step=step, verify_base=1.0, verify_per_node=slope, rest=0.03)
 
 
-def decode_all(settings: ControlSettings, answers: list[Answer], limit: int, truth: Costs, seed: int) -> Run:
+def decode_all(name: str, answers: list[Answer], limit: int, truth: Costs, seed: int) -> Run:
     """Answer after answer, each as a row of its own that starts from the experience of those before."""
     total, experience = Run(), Experience()
+    settings, kind = CONTENDERS[name]
     for number, answer in enumerate(answers):
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        total.add(decode(settings.make(truth, limit, generator, experience), answer, truth))
+        total.add(decode(settings.make(truth, limit, generator, experience, kind), answer, truth))
     return total
 
 
 def compare(answers: list[Answer], truth: Costs, seed: int) -> dict[str, tuple[float, float, float]]:
     """Of every contender: percent of time per token beyond the best fixed length and beyond the oracle; speed-up."""
     runs = {}
-    for name, settings in CONTENDERS.items():
-        limit = int(name.split()[1]) if settings.name == "fixed" else LIMIT
-        runs[name] = decode_all(settings, answers, limit, truth, seed).seconds_per_token
+    for name in CONTENDERS:
+        limit = int(name.split()[1]) if name.startswith("fixed") else LIMIT
+        runs[name] = decode_all(name, answers, limit, truth, seed).seconds_per_token
     plain = truth.plain()
     fixed = min(plain, *(seconds for name, seconds in runs.items() if name.startswith("fixed")))
     known = Run()
@@ -289,7 +347,7 @@ def main() -> None:
     ratios = [(0.1, 0.01)] if given.quick else [(step, slope) for step in STEPS for slope in SLOPES]
     repetitions, count = (2, 8) if given.quick else (given.repetitions, given.answers)
     if given.without_experience:
-        CONTENDERS.update({name: replace(settings, memory=0) for name, settings in CONTENDERS.items()})
+        CONTENDERS.update({name: (replace(settings, memory=0), kind) for name, (settings, kind) in CONTENDERS.items()})
     try:
         if given.record:
             record(given.record, given.model, given.draft_model, given.temperature, given.answers)
@@ -308,14 +366,6 @@ def main() -> None:
             plot(found, given.plot)
     except UserError as problem:
         raise SystemExit(f"error: {problem}") from None
-
-
-def logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
-def expit(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ WARM_UP_TOKENS = 12
 
 def settings_of(name: str) -> dict[str, Any]:
     """Settings of `generate`: `default`, `auto`, `chain N`, `depth/top_k/size` (EAGLE-2's), `drawn depth/top_k/size`,
-    or the name of a controller for the default's doubled shape; with `+lookup` repetitions are drafted, too."""
+    or a controller for the default's doubled shape (`calibrated` decides level by level for one row, and chooses whole
+    shapes, as `auto` does, for more); with `+lookup` repetitions are drafted, too."""
     if name == PLAIN:
         return {}
     if not name.endswith(WITH_LOOKUP):

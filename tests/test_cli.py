@@ -96,7 +96,7 @@ def test_show_drafts_colours_accepted_tokens(folders: Folders, monkeypatch: pyte
 def test_a_controller_decides_how_far_to_draft_and_never_what_comes_out(folders: Folders) -> None:
     common = ("generate", "hello", "--model", folders.target, "--dtype", "float32", "--max-new-tokens", 24)
     plain = parsed(*common)
-    for controller in ("fixed", "confidence", "beta", "calibrated", "ucb"):
+    for controller in ("fixed", "confidence", "beta", "calibrated,discount=0.95", "auto"):
         drafted = parsed(*common, "-d", folders.target, "--controller", controller, "--num-speculative-tokens", 5)
         assert drafted["text"] == plain["text"]
         assert sum(drafted["draft_lengths"]) == drafted["rounds"]

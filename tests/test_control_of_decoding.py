@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from enumeration import ScriptedChance, distance, law_of
-from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs
-from outdraft.control.by_machine import ShapePacer
-from outdraft.control.pacing import Pacer
+from outdraft.control import CONTROLLERS, Controller, ControlSettings, Costs, Pacer
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
@@ -45,7 +43,7 @@ CHEAP = Costs.fixed(begin=0.05, step=0.03, verify_base=1.0, verify_per_node=0.01
 DEAR = Costs.fixed(begin=0.6, step=0.5, verify_base=1.0, verify_per_node=0.2)
 
 WAVERING = Costs.fixed(begin=0.05, step=0.3, verify_base=1.0, verify_per_node=0.05)
-"""A second level pays if what was drawn for the first looks good in the rows together."""
+"""A second level pays if what was drawn for the first looks good."""
 
 HALFWAY = Costs.fixed(begin=0.45, step=0.05, verify_base=1.0, verify_per_node=0.05)
 """Drafting pays if half of it is accepted."""
@@ -61,15 +59,13 @@ SHAPES = {
 
 
 def controlled(
-    rows: list[Row], name: str, shape: TreeShape, costs: Costs = CHEAP, seed: int = 0, **options
+    rows: list[Row], name: str, shape: TreeShape, costs: Costs = CHEAP, seed: int = 0, tuned: bool = True, **options
 ) -> list[Row]:
-    """The rows with controllers of their own, which share nothing but costs; `auto` is trees by the machine."""
-    shared = ShapePacer(costs)
+    """The rows with controllers of one pacer; where it is not to tune whole shapes, each decides for itself."""
+    pacer = Pacer(ControlSettings(name, **options), costs)
     for place, row in enumerate(rows):
-        if name == "auto":
-            row.controller = shared.controller(shape.depth + 1, seed + place)
-            continue
-        row.controller = Pacer(ControlSettings(name, **options), costs).controller(shape.depth + 1, seed + place)
+        row.controller = pacer.controller(shape.depth + 1, seed + place)
+        row.controller.pacer = pacer if tuned else None
     return rows
 
 
@@ -171,14 +167,19 @@ def test_a_controller_that_looks_before_it_keeps_changes_the_law_and_is_found_ou
     assert distance(wrong, expected) > 1e-3
 
 
-# --- rows that decide together ---------------------------------------------------------------------------------------
+# --- rows of a batch -------------------------------------------------------------------------------------------------
 
-TWO = [(0, 2, 1, 3), (1, 3, 2)]
-LENGTHS = (3, 2)
+TWO = [(0, 2, 1), (1, 0, 2)]
 
 
 def joint_law(
-    drafter: Drafter, target: Target, name: str, shape: TreeShape, costs: Costs, seed: int = 0
+    drafter: Drafter,
+    target: Target,
+    name: str,
+    shape: TreeShape,
+    costs: Costs,
+    tuned: bool = True,
+    lengths: tuple[int, int] = (3, 2),
 ) -> tuple[dict, list[list[int]]]:
     """Of the tokens of two rows decoded as a batch; and every round's depths of every run."""
     depths: list[list[int]] = []
@@ -186,18 +187,18 @@ def joint_law(
     def run(new_chance: Callable[[], ScriptedChance]) -> tuple:
         rows = [
             row
-            for prompt, length in zip(TWO, LENGTHS, strict=True)
+            for prompt, length in zip(TWO, lengths, strict=True)
             for row in rows_of(target, [prompt], NARROW, length, [new_chance()])
         ]
-        finish(target, drafter, controlled(rows, name, shape, costs, seed), shape, costs)
+        finish(target, drafter, controlled(rows, name, shape, costs, tuned=tuned), shape, costs)
         depths.extend(row.statistics.depths for row in rows)
         return tuple(tuple(row.tokens) for row in rows)
 
     return law_of(run), depths
 
 
-def product_law(model) -> dict:
-    one, other = (expected_law(model, prompt, NARROW, length) for prompt, length in zip(TWO, LENGTHS, strict=True))
+def product_law(model, lengths: tuple[int, int] = (3, 2)) -> dict:
+    one, other = (expected_law(model, prompt, NARROW, length) for prompt, length in zip(TWO, lengths, strict=True))
     return {(a, b): p * q for a, p in one.items() for b, q in other.items()}
 
 
@@ -205,30 +206,34 @@ def product_law(model) -> dict:
     "kind, name, shape",
     [
         ("draft-model", "calibrated", TreeShape.chain(2, candidates="sampled")),
-        ("draft-model", "beta", TreeShape.chain(2, candidates="sampled")),
-        ("draft-model", "auto", TreeShape.chain(2, candidates="sampled")),
         ("fspad", "calibrated", TreeShape(1, 2, 5)),
+        ("fspad", "beta", TreeShape(1, 2, 5)),
         ("fspad", "auto", TreeShape(1, 2, 5)),
     ],
-    ids=["drawn-calibrated", "drawn-beta", "drawn-auto", "tree-calibrated", "tree-auto"],
+    ids=["drawn-calibrated", "tree-calibrated", "tree-beta", "tree-auto"],
 )
-def test_rows_that_decide_together_are_still_independent_and_each_keeps_its_law(kind, name, shape):
-    """Whether a row drafts on depends on what was drawn for the other; that is all that it may depend on."""
-    model, near = small(4)
+def test_rows_whose_shapes_are_tuned_are_still_independent_and_each_keeps_its_law(kind, name, shape):
+    """How far a row drafts depends on what was accepted in the other; that is all that it may depend on."""
+    model, near = small(3)
     target = Target(model)
-    costs = HALFWAY if name == "auto" else WAVERING
-    law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, costs)
+    lengths = (3, 3)  # a second round in which both rows are there
+    law, depths = joint_law(DRAFTERS[kind](target, near), target, name, shape, HALFWAY, lengths=lengths)
+    assert distance(law, product_law(model, lengths)) < EXACT
+    assert len({one[1] for one in depths if len(one) > 1}) > 1, "or no decision would depend on the other row"
+
+
+def test_rows_that_decide_for_themselves_are_independent():
+    """Whether a row drafts on depends on what was drawn for it."""
+    model, near = small(3)
+    target = Target(model)
+    shape = TreeShape.chain(2, candidates="sampled")
+    drafter = DRAFTERS["draft-model"](target, near)
+    law, depths = joint_law(drafter, target, "calibrated", shape, WAVERING, tuned=False)
     assert distance(law, product_law(model)) < EXACT
-    if name == "auto":
-        assert len({one[1] for one in depths if len(one) > 1}) > 1, "or no decision would depend on the other row"
-        return
-    firsts = {one[0] for one in depths}
-    if (name, shape.candidates) == ("calibrated", "sampled"):
-        assert firsts == {1, 2}, "or nothing would be proved about decisions that depend on draws"
-    assert max(firsts) > 0
+    assert {1, 2} <= {one[0] for one in depths}, "or nothing would be proved about decisions that depend on draws"
 
 
-class PeekingTogether(Peeking):
+class PeekingBatch(Peeking):
     """A wrong decision for all: the newest level of a batch is drawn, and dropped if its tokens are improbable."""
 
     def begin(self, prompts, run) -> DraftState:
@@ -250,10 +255,10 @@ class PeekingTogether(Peeking):
         return state
 
 
-def test_rows_that_look_together_before_they_keep_are_found_out():
-    model, near = small(4)
+def test_a_decision_for_all_rows_that_looks_before_it_keeps_is_found_out():
+    model, near = small(3)
     target = Target(model)
-    wrong = PeekingTogether(DRAFTERS["draft-model"](target, near), 0.6)
+    wrong = PeekingBatch(DRAFTERS["draft-model"](target, near), 0.6)
     law, _ = joint_law(wrong, target, "fixed", TreeShape.chain(2, candidates="sampled"), CHEAP)
     assert distance(law, product_law(model)) > 1e-3
 
@@ -275,10 +280,10 @@ def test_greedy_tokens_are_those_of_stock_generate_under_every_controller(kind, 
         assert sum(row.statistics.drafted for row in rows) > 0
 
 
-@pytest.mark.parametrize("name, options", [("confidence", {}), ("ucb", {}), ("calibrated", {"rule": "bernoulli"})])
+@pytest.mark.parametrize("name", LEARNING)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
-def test_rows_that_decide_for_themselves_equal_single_rows(kind, shape, name, options):
+def test_rows_that_decide_for_themselves_equal_single_rows(kind, shape, name):
     """With given costs and the same dice; rows draft to different lengths and leave at different times."""
     model, near = pair("llama-gqa")
     target = Target(model)
@@ -288,7 +293,7 @@ def test_rows_that_decide_for_themselves_equal_single_rows(kind, shape, name, op
     def rows(which: Sequence[int]) -> list[Row]:
         made = [row for i in which for row in rows_of(target, [PROMPTS[i]], SHAPED, limits[i], [Dice(100 + i)], [11])]
         for i, row in zip(which, made, strict=True):
-            controlled([row], name, shape, seed=i, **options)
+            controlled([row], name, shape, seed=i, tuned=False)
         return made
 
     together = finish(target, drafter, rows(range(4)), shape)
@@ -299,11 +304,11 @@ def test_rows_that_decide_for_themselves_equal_single_rows(kind, shape, name, op
     assert sum(row.statistics.drafted for row in together) > 0
 
 
-@pytest.mark.parametrize("name", ["beta", "calibrated"])
+@pytest.mark.parametrize("name", ["beta", "calibrated", "auto"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
-def test_rows_that_decide_together_draft_together_and_do_so_again(kind, shape, name):
-    """The same batch, dice and given costs: the same tokens and trees. Levels are those of all rows or of none."""
+def test_rows_whose_shapes_are_tuned_draft_alike_and_do_so_again(kind, shape, name):
+    """The same batch, dice and given costs: the same tokens and trees."""
     model, near = pair("llama-gqa")
     target = Target(model)
     drafter = DRAFTERS[kind](target, near)
@@ -321,7 +326,7 @@ def test_rows_that_decide_together_draft_together_and_do_so_again(kind, shape, n
     ]
     assert sum(row.statistics.drafted for row in once) > 0
     for own in zip(*(row.statistics.depths for row in once), strict=False):
-        drawn = shape.candidates != "top-k" and kind != "prompt-lookup"  # a deterministic tree is cut afterwards
+        drawn = shape.candidates != "top-k" and kind != "prompt-lookup"  # others may end before the shape does
         assert not drawn or len(set(own)) == 1
 
 
@@ -375,7 +380,7 @@ def test_where_drafting_does_not_pay_it_nearly_stops(name):
     assert row.statistics.depths.count(0) > 0.8 * row.statistics.rounds
 
 
-@pytest.mark.parametrize("name", ["beta", "calibrated", "ucb"])
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
 def test_where_every_candidate_is_accepted_drafts_grow_long(name):
     target = Target(pair("llama-gqa")[0])
     drafter, shape = DRAFTERS["draft-model"](target, pair("llama-gqa")[0]), TreeShape.chain(6)

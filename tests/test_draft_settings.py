@@ -17,8 +17,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.resolved_draft import ResolvedDraft, resolve
 from outdraft.api.settings import GenerateSettings, SamplingKeywords
 from outdraft.control import ControlSettings
-from outdraft.control.by_machine import ShapePacer
-from outdraft.control.pacing import Pacer
+from outdraft.control.pacer import Pacer
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter, Limits
@@ -164,7 +163,7 @@ def test_a_pacer_serves_later_calls_with_the_same_settings() -> None:
     assert pacer(controller="beta") is pacer(controller=ControlSettings("beta"), tree_depth=2) is not None
     assert pacer(controller="beta") is not pacer(controller=ControlSettings("beta", memory=1))
     assert pacer(tree_size=AUTO) is pacer(tree_size=AUTO, tree_depth=2)
-    own = Pacer(ControlSettings("ucb"))
+    own = Pacer(ControlSettings("confidence"))
     assert pacer(controller=own) is own and pacer(controller="fixed") is None
     assert resolve(DraftSettings(controller="beta"), None, CPU, pacers=pacers).pacer is None
     with pytest.raises(UserError, match="controller must be one of"):
@@ -189,9 +188,9 @@ def test_bounds_are_twice_the_default_and_others_that_are_given_hold() -> None:
 def test_the_machine_decides_alone() -> None:
     for controller in (None, "fixed"):
         draft = resolve(DraftSettings(tree_size=AUTO, controller=controller), Plain(), CPU)
-        assert isinstance(draft.pacer, ShapePacer)
+        assert draft.pacer is not None and draft.pacer.settings.name == "auto"
         assert resolve(DraftSettings(tree_size=AUTO, controller=draft.pacer), Plain(), CPU).pacer is draft.pacer
-    for wrong in ("confidence", "calibrated", ControlSettings("beta"), Pacer(ControlSettings("ucb"))):
+    for wrong in ("confidence", "calibrated", ControlSettings("beta"), Pacer(ControlSettings("confidence"))):
         with pytest.raises(UserError, match=r"tree_size auto chooses whole trees.*leave the controller out"):
             resolve(DraftSettings(tree_size=AUTO, controller=wrong), Plain(), CPU)
     with pytest.raises(UserError, match="give one"):

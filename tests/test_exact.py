@@ -22,8 +22,7 @@ import outdraft.target.exact.invariance as kernels
 from models import perturbed, tiny
 from outdraft.api.generation import SpeculativeModel
 from outdraft.cli import app
-from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacing import Pacer
+from outdraft.control import ControlSettings, Costs, Pacer
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.base import Drafter

@@ -17,8 +17,7 @@ from scipy import stats
 
 from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
-from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacing import Pacer
+from outdraft.control import ControlSettings, Costs, Pacer
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
@@ -98,7 +97,7 @@ NETWORKS = {
     "fspad": lambda target: FeatureHead(feature_head_config(target)),
     "eesd": lambda target: ExitLayer.beginning(target.model, ExitLayerConfig(1)),
 }
-CONTROLLERS = ["confidence", "beta", "calibrated", "ucb"]
+CONTROLLERS = ["confidence", "beta", "calibrated", "auto"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,7 +16,7 @@ import outdraft.engine.drafts as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
-from outdraft.control.by_machine import Choice
+from outdraft.control.tuner import Choice
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape

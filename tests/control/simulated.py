@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from simulation import Answer, Draft, Run, decode
 
 from outdraft.control import Controller, ControlSettings, Costs, Experience
-from outdraft.control.simulation import Answer, Draft, Run, decode
 
 PLAIN_PASS = 0.02  # seconds
 

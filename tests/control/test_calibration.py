@@ -3,67 +3,54 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
 
-from outdraft.control.calibration import CALIBRATIONS, Calibration, Isotonic, Platt, expit, logit
-from outdraft.control.experience import Evidence
+from outdraft.control.evidence import Evidence
+from outdraft.control.thompson import Platt, expit, logit
 
 GRID = [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98]
 
 
-def fresh(kind: type[Calibration]) -> Calibration:
-    return kind(Evidence(kind.prior()))
+def fresh() -> Platt:
+    return Platt(Evidence(Platt.PRIOR))
 
 
-def taught(kind: type[Calibration], truth, rounds: int = 3000, seed: int = 0) -> Calibration:
-    rng, calibration = random.Random(seed), fresh(kind)
+def taught(truth, rounds: int = 3000, seed: int = 0) -> Platt:
+    rng, calibration = random.Random(seed), fresh()
     for _ in range(rounds):
         confidence = rng.random()
         calibration.observe(confidence, rng.random() < truth(confidence))
     return calibration
 
 
-@pytest.mark.parametrize("kind", CALIBRATIONS.values())
-def test_it_starts_at_the_identity(kind: type[Calibration]):
-    calibration = fresh(kind)
+def test_it_starts_at_the_identity():
+    calibration = fresh()
     for confidence in GRID:
         assert calibration.probability(confidence) == pytest.approx(confidence, abs=0.03)
 
 
-@pytest.mark.parametrize("kind", CALIBRATIONS.values())
 @pytest.mark.parametrize("intercept, slope", [(2.0, 0.7), (-1.0, 1.0), (0.5, 0.1)])
-def test_it_finds_how_the_drafter_misjudges_itself(kind: type[Calibration], intercept: float, slope: float):
+def test_it_finds_how_the_drafter_misjudges_itself(intercept: float, slope: float):
     def truth(confidence: float) -> float:
         return expit(intercept + slope * logit(confidence))
 
-    calibration = taught(kind, truth)
+    calibration = taught(truth)
     for confidence in GRID[1:-1]:
         assert calibration.probability(confidence) == pytest.approx(truth(confidence), abs=0.09)
 
 
-def test_isotonic_finds_a_curve_that_is_no_line_in_the_logit():
-    def truth(confidence: float) -> float:
-        return 0.2 if confidence < 0.5 else 0.9
-
-    isotonic, platt = taught(Isotonic, truth), taught(Platt, truth)
-    for confidence in (0.3, 0.7):
-        assert isotonic.probability(confidence) == pytest.approx(truth(confidence), abs=0.06)
-    assert abs(platt.probability(0.7) - 0.9) > 0.08
-
-
-@pytest.mark.parametrize("kind", CALIBRATIONS.values())
-def test_more_confidence_never_means_less_whatever_was_seen(kind: type[Calibration]):
-    calibration = taught(kind, lambda confidence: 1 - confidence, rounds=500)
+def test_more_confidence_never_means_less_whatever_was_seen():
+    calibration = taught(lambda confidence: 1 - confidence, rounds=500)
     found = [calibration.probability(confidence / 50) for confidence in range(51)]
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(found))
     assert all(0 < p < 1 for p in found)
 
 
-@pytest.mark.parametrize("kind", CALIBRATIONS.values())
-def test_one_surprise_does_not_throw_it_over(kind: type[Calibration]):
-    calibration = taught(kind, lambda confidence: confidence, rounds=100)
+def test_one_surprise_does_not_throw_it_over():
+    calibration = taught(lambda confidence: confidence, rounds=100)
     before = [calibration.probability(confidence) for confidence in GRID]
     calibration.observe(1.0, False)
     for confidence, p in zip(GRID, before, strict=True):
@@ -75,13 +62,11 @@ def test_platt_agrees_with_the_maximum_of_the_posterior():
 
     rng = random.Random(1)
     seen = [(c, rng.random() < expit(1.0 + 0.8 * logit(c))) for c in (rng.uniform(0.1, 0.9) for _ in range(400))]
-    platt = fresh(Platt)
+    platt = fresh()
     for confidence, accepted in seen:
         platt.observe(confidence, accepted)
 
     def loss(line) -> float:
-        import math
-
         total = Platt.INTERCEPT_PRECISION * line[0] ** 2 / 2 + Platt.SLOPE_PRECISION * (line[1] - 1) ** 2 / 2
         for confidence, accepted in seen:
             p = expit(line[0] + line[1] * logit(confidence))

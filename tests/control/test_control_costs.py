@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 
 from outdraft.control import Costs
-from outdraft.control.costs import bucket
+from outdraft.control.costs import Average, bucket
 
 
 def seen(rounds: int, base: float = 0.02, per_node: float = 0.0004, sizes: tuple[int, ...] = (1, 5, 9)) -> Costs:
@@ -156,14 +155,15 @@ def test_a_plain_round_is_due_at_first_and_after_a_hundred_others():
 
 def test_fixed_costs_never_change():
     costs = Costs.fixed(begin=0.1, step=0.2, verify_base=1.0, verify_per_node=0.03, rest=0.01)
-    before = json.dumps(costs.as_dict())
     costs.observe_draft(9, [9])
     costs.observe_round(9, 9, 9)
-    assert json.dumps(costs.as_dict()) == before
+    assert (costs.begin(), costs.step(), costs.rest()) == (0.1, 0.2, 0.01)
     assert costs.verify(4) == pytest.approx(1.09) and costs.plain() == pytest.approx(1.01)
 
 
-def test_costs_of_every_bucket_that_was_seen_are_in_the_dictionary():
-    costs = seen(9)
-    costs.observe_round(1, 0.05, 0.0, rows=3)
-    assert list(costs.as_dict()) == ["rows<=1", "rows<=4"]
+def test_an_average_that_settles_begins_with_the_least_of_its_first_values():
+    average = Average(settling=2)
+    for value, expected in ((0.04, 0.04), (0.03, 0.03), (0.05, 0.03 + 0.02 / 3), (0.009, 0.009)):
+        average.observe(value)
+        assert average.value == pytest.approx(expected)
+    assert average.seen == 2

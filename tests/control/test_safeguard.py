@@ -6,19 +6,15 @@ import itertools
 
 import pytest
 from simulated import PLAIN_PASS, answer, fixed_costs, make
+from simulation import Answer, Draft, decode
 
 from outdraft.control import Costs
-from outdraft.control.simulation import Answer, Draft, decode
 
 ADAPTIVE = [
     ("confidence", {"threshold": 0.0}),
     ("beta", {}),
-    ("beta", {"rule": "bernoulli"}),
     ("beta", {"prior_accepted": 50.0}),
     ("calibrated", {}),
-    ("calibrated", {"calibration": "isotonic"}),
-    ("calibrated", {"rule": "bernoulli"}),
-    ("ucb", {}),
 ]
 RATIOS = list(itertools.product((0.05, 0.1, 0.15), (0.04, 0.15, 0.3), (0.01, 0.05)))  # begin, step, slope
 

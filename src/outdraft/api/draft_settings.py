@@ -13,7 +13,7 @@ from outdraft.core.shape import Choice
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
-    from outdraft.control.pacing import Pacer
+    from outdraft.control.pacer import Pacer
     from outdraft.control.settings import ControlSettings
 
 AUTO = "auto"

@@ -14,8 +14,7 @@ import torch
 
 from outdraft.api.draft_settings import AUTO, DraftSettings
 from outdraft.control import ControlSettings, Costs
-from outdraft.control.by_machine import ShapePacer
-from outdraft.control.pacing import Pacer
+from outdraft.control.pacer import Pacer
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats
@@ -106,9 +105,9 @@ def _controller(
     if given is None:
         adapts = drafter is not None and timed and not asked.shaped and device.type == "cpu"
         given = ADAPTIVE if adapts else "fixed"
-    found = given if isinstance(given, ControlSettings | Pacer) else ControlSettings(str(given))
+    found = given if isinstance(given, ControlSettings | Pacer) else ControlSettings.parse(str(given))
     name = found.settings.name if isinstance(found, Pacer) else found.name
-    if asked.tree_size == AUTO and name != "fixed":
+    if asked.tree_size == AUTO and name not in ("fixed", AUTO):
         raise UserError(
             f"tree_size auto chooses whole trees, before controller {name} could stop one; "
             "leave the controller out, or give tree_size a number"
@@ -118,12 +117,9 @@ def _controller(
 
 def _pacer(wanted: ControlSettings | Pacer, auto: bool, known: Pacers) -> Pacer | None:
     """The same one for the same settings."""
-    if isinstance(wanted, ShapePacer):
-        return wanted
-    if auto:
-        return known.setdefault(AUTO, ShapePacer())
     if isinstance(wanted, Pacer):
         return wanted
+    wanted = ControlSettings(AUTO) if auto else wanted
     return None if wanted.name == "fixed" else known.setdefault(astuple(wanted), Pacer(wanted))
 
 

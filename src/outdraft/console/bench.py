@@ -38,7 +38,7 @@ def bench(
     controllers: Annotated[
         str,
         typer.Option(
-            "--controllers", help="Of default,fixed,confidence,beta,calibrated,ucb: every drafter runs with each."
+            "--controllers", help="Of default,fixed,confidence,beta,calibrated: every drafter runs with each."
         ),
     ] = "default",
     peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",

@@ -1,19 +1,24 @@
-"""The protocol that every controller keeps: how far to draft, for one row being decoded.
+"""The protocol of controllers, which decide how far to draft for one row, and the two that learn nothing.
 
-A controller is asked before each level and told what became of a round. It sees confidences, counts and seconds; it
-knows nothing of models, trees or tokens, and every random decision comes from the generator that it was handed. A
-level is decided on before anything of it is drawn, so no controller can change the law of the output.
+A controller sees confidences, counts and seconds, never tokens. It decides on a level before anything of that level is
+drawn, so it cannot change the distribution of the output. Its own random decisions come from the generator that it was
+handed.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from outdraft.control.costs import Costs
+from outdraft.control.evidence import Evidence, Experience, Safeguard
+
+if TYPE_CHECKING:
+    from outdraft.control.pacer import Pacer
 
 
 class Controller(ABC):
@@ -25,17 +30,13 @@ class Controller(ABC):
         generator: on the CPU; the row's own.
     """
 
+    pacer: Pacer | None = None
+    """The one that made it, which may have a tuner for the whole batch; None for a controller made by hand."""
+
     def __init__(self, costs: Costs, limit: int, generator: torch.Generator):
         self.costs, self.limit, self.generator = costs, limit, generator
-        self.pacer: Any = None
-        """The `Pacer` that made it, which may choose whole shapes for a batch of its rows."""
         self.rows = 1
         """Rows decoded together; the caller sets it, and costs are asked for that many."""
-
-    @property
-    def weighs(self) -> bool:
-        """Whether it can say what a level is worth, so that rows of a batch may decide together (`together.py`)."""
-        return False
 
     @abstractmethod
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
@@ -71,3 +72,112 @@ class Controller(ABC):
 
     def finish(self) -> None:  # noqa: B027
         """The row has ended: hand on what was learned, where something was."""
+
+
+class FixedController(Controller):
+    """The baseline: drafts `limit` levels, whatever comes of it."""
+
+    def decide(self, confidences: Sequence[float], nodes: int) -> bool:
+        return len(confidences) < self.limit
+
+    def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        pass
+
+
+class Adaptive(Controller):
+    """A controller that drafts while it wants to and can afford to, and probes now and then while it does not want to.
+
+    Subclasses say what they want and how they learn.
+
+    Args:
+        costs, limit, generator: as for every controller.
+        discount: what an observation is worth after a further round; 1 forgets nothing.
+        experience: of finished rows, to start from and to add to.
+        memory: rounds that such experience counts for at most; 0 uses none.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        limit: int,
+        generator: torch.Generator,
+        discount: float = 1.0,
+        experience: Experience | None = None,
+        memory: float = 0.0,
+    ):
+        super().__init__(costs, limit, generator)
+        self.discount, self.experience, self.memory = discount, experience, memory
+        self.safeguard = Safeguard()
+        self.nodes = 0.0
+        """Drafted nodes of this round that the target's pass is over, the expected ones while levels are decided on."""
+        self.levels = 0
+        """Levels of this round that were drafted, those included of which no candidate is verified."""
+        self._learned: dict[str, Evidence] = {}
+        self._rounds = 0.0  # drafted, fading as the evidence does
+
+    @abstractmethod
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
+        """As `decide`, safeguard and probing aside."""
+
+    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        """As `observe`, once everything seen before has faded; `nodes` and `levels` are still this round's."""
+
+    def decide(self, confidences: Sequence[float], nodes: int) -> bool:
+        levels = len(confidences)
+        if levels == 0:
+            self.nodes, self.levels = 0.0, 0
+        if levels >= self.limit:
+            return False
+        added = self.expected_nodes(nodes)
+        loss = self.loss(levels + 1, self.nodes + added)
+        if self.safeguard.allows(self.wants(confidences, added), loss, levels == 0):
+            self.nodes += added
+            return True
+        return False
+
+    def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        levels = len(confidences)
+        self.levels = max(levels, self.levels)
+        if levels:
+            self._rounds = self.discount * self._rounds + 1
+            for evidence in self._learned.values():
+                evidence.fade(self.discount)
+        else:
+            self.nodes = 0.0
+        self.safeguard.observe(levels > 0, accepted, self.loss(levels, self.nodes) if levels else 0.0)
+        self.learn(confidences, accepted, tokens, seconds)
+        self.nodes, self.levels = 0.0, 0
+
+    def expected_nodes(self, nodes: int) -> float:
+        """How many of the nodes that a level offers will be verified."""
+        return nodes
+
+    def finish(self) -> None:
+        if self.experience is not None:
+            self.experience.merge(self._learned, self._rounds, self.memory)
+            self.experience = None
+
+    def evidence(self, name: str, prior: Sequence[float]) -> Evidence:
+        """Sums that fade with the rounds, start from experience and end there."""
+        inherited = self.experience.inherit(name, self.memory) if self.experience is not None else None
+        self._learned[name] = Evidence(prior, inherited)
+        return self._learned[name]
+
+    def loss(self, levels: int, nodes: float) -> float:
+        """What a round costs beyond a plain one if nothing is accepted, in plain rounds."""
+        return self.costs.drafted(levels, nodes, self.rows) / self.costs.plain(self.rows)
+
+
+class ConfidenceController(Adaptive):
+    """Drafts on while the product of the confidences so far is at least `threshold`; learns only in its safeguard.
+
+    Args:
+        threshold: 0 always drafts on.
+    """
+
+    def __init__(self, *given: Any, threshold: float, **adaptive: Any):
+        super().__init__(*given, **adaptive)
+        self.threshold = threshold
+
+    def wants(self, confidences: Sequence[float], nodes: float) -> bool:
+        return math.prod(confidences) >= self.threshold

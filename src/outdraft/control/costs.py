@@ -2,12 +2,12 @@
 
 One `Costs` for a target and its drafter, shared by all rows and calls. What a pass costs depends on all nodes that go
 through it together, padding included: rows x nodes of the largest tree. Numbers of rows fall into power-of-two buckets
-that learn apart and lend what they know. Knows nothing of who decides what from it, nor of models or tokens.
+that learn apart and lend what they know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,17 +39,24 @@ class Average:
 
     Seconds have a floor and no ceiling: an observation far above the average is clipped, one far below it shows that
     the average began with an outlier (compilation, cold caches), and starts it afresh.
+
+    Args:
+        settling: of so many first observations the least counts, where first ones are often too large.
+        memory: observations that it looks back on.
     """
 
-    def __init__(self) -> None:
-        self.value, self.seen = 0.0, 0
+    def __init__(self, settling: int = 1, memory: int = MEMORY) -> None:
+        self.value, self.seen, self.settling, self.memory = 0.0, 0, settling, memory
 
     def observe(self, value: float) -> None:
         if self.value <= 0 or value < self.value / AFRESH:
-            self.value, self.seen = value, 1
+            self.value, self.seen = value, min(self.seen + 1, self.settling)
             return
-        self.seen = min(self.seen + 1, MEMORY)
-        self.value += (believable(value, self.value) - self.value) / self.seen
+        self.seen = min(self.seen + 1, self.memory)
+        if self.seen <= self.settling:
+            self.value = min(self.value, value)
+        else:
+            self.value += (believable(value, self.value) - self.value) / self.seen
 
 
 class Line:
@@ -225,16 +232,6 @@ class Costs:
     def added(self, nodes: float, rows: int = 1) -> float:
         """Seconds that so many drafted nodes add to the target's pass."""
         return self.verify(1 + nodes, rows) - self.verify(1, rows)
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON: the seconds for one row, or of every bucket that was seen."""
-        buckets = sorted({*self._begin, *self._step, *self._verify, *self._rest}) or [0]
-        return {f"rows<={1 << key}": self._parts(1 << key) for key in buckets}
-
-    def _parts(self, rows: int) -> dict[str, float]:
-        parts: dict[str, Callable[[int], float]] = {"begin": self.begin, "step": self.step, "rest": self.rest}
-        seconds = {name: part(rows) for name, part in parts.items()}
-        return seconds | {"verify": self.verify(1, rows), "verify_per_node": self.added(8, rows) / 8}
 
 
 def bucket(rows: int) -> int:

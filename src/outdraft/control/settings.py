@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from outdraft.control.base import Controller
-from outdraft.control.beta import BetaController
-from outdraft.control.calibrated import CalibratedController
-from outdraft.control.calibration import CALIBRATIONS
-from outdraft.control.confidence import ConfidenceController
+from outdraft.control.base import Adaptive, ConfidenceController, Controller, FixedController
 from outdraft.control.costs import Costs
-from outdraft.control.experience import Experience
-from outdraft.control.fixed import FixedController
-from outdraft.control.ucb import UcbController
-from outdraft.errors import UserError
+from outdraft.control.evidence import Experience
+from outdraft.control.thompson import BetaController, CalibratedController
+from outdraft.errors import UserError, meant
 
-CONTROLLERS = ("fixed", "confidence", "beta", "calibrated", "ucb")
-RULES = ("worth", "bernoulli")
+AUTO = "auto"
+"""The tuner chooses every round's whole shape, whatever the number of rows."""
+LEARNED = ("prior_accepted", "prior_rejected", "discount", "memory")
+KINDS: dict[str, tuple[type[Controller], tuple[str, ...]]] = {
+    "fixed": (FixedController, ()),
+    "confidence": (ConfidenceController, ("threshold",)),
+    "beta": (BetaController, LEARNED),
+    "calibrated": (CalibratedController, ("confidence_weight", *LEARNED)),
+    AUTO: (FixedController, ()),
+}
+"""Name -> the class of a row's controller, and the settings that it reads."""
+CONTROLLERS = tuple(name for name in KINDS if name != AUTO)
+WEIGHING = ("beta", "calibrated")
+"""Those that weigh tokens against seconds."""
 
 
 @dataclass
@@ -29,39 +36,31 @@ class ControlSettings:
 
     name: str = "fixed"
     """`fixed` drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by
-    Thompson sampling, the second from the drafter's confidence too; `ucb` chooses among lengths by UCB1."""
+    Thompson sampling, the second from the drafter's confidence too, and choose whole shapes in a batch; `auto` always
+    does. Options follow after commas: `calibrated,discount=0.95`."""
     threshold: float = 0.1
     """confidence: draft on while the product of the confidences so far is at least this; 0 always does."""
-    rule: str = "worth"
-    """beta, calibrated: `worth` weighs tokens against seconds, `bernoulli` drafts on with probability theta."""
     prior_accepted: float = 1.0
     """beta, calibrated: a of the Beta prior, imagined accepted levels."""
     prior_rejected: float = 1.0
     """beta, calibrated: b of the Beta prior, imagined rejected levels."""
-    calibration: str = "platt"
-    """calibrated: `platt` (a line in the logit) or `isotonic` (any rising curve)."""
     confidence_weight: float = 4.0
     """calibrated: k, levels that the drafter's calibrated confidence counts for beside those observed."""
-    exploration: float = 0.05
-    """ucb: weight of the bonus for rarely tried lengths, in multiples of plain decoding's speed."""
     discount: float = 0.98
-    """Adaptive controllers: what an observation is worth after one more drafted round, in (0, 1]; 1 forgets nothing."""
+    """beta, calibrated: what an observation is worth after one more drafted round, in (0, 1]; 1 forgets nothing."""
     memory: float = 32.0
-    """Adaptive controllers: rounds that experience of finished rows counts for at most; 0 starts every row afresh."""
+    """beta, calibrated: rounds that experience of finished rows counts for at most; 0 starts every row afresh."""
 
     def __post_init__(self) -> None:
-        for name, known in (("name", CONTROLLERS), ("rule", RULES), ("calibration", tuple(CALIBRATIONS))):
-            if getattr(self, name) not in known:
-                label = "controller" if name == "name" else name
-                raise UserError(f"{label} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in _NUMBERS:
-            setattr(self, name, _finite(name, getattr(self, name)))
+        if self.name not in KINDS:
+            raise UserError(f"controller must be one of {', '.join(KINDS)}, not {self.name!r}")
+        for option in fields(self)[1:]:
+            setattr(self, option.name, _finite(option.name, getattr(self, option.name)))
         bounds = [
             (0 <= self.threshold <= 1, "threshold must be in [0, 1]; 0 always drafts on"),
             (self.prior_accepted > 0, "prior_accepted must be more than 0; 1 is the uniform prior"),
             (self.prior_rejected > 0, "prior_rejected must be more than 0; 1 is the uniform prior"),
             (self.confidence_weight >= 0, "confidence_weight must be 0 (off) or more"),
-            (self.exploration >= 0, "exploration must be 0 (off) or more"),
             (0 < self.discount <= 1, "discount must be in (0, 1]; 1 forgets nothing"),
             (self.memory >= 0, "memory must be 0 (every row starts afresh) or more"),
         ]
@@ -69,8 +68,33 @@ class ControlSettings:
             if not holds:
                 raise UserError(message)
 
+    @classmethod
+    def parse(cls, text: str) -> ControlSettings:
+        """Settings from `NAME` or `NAME,option=value,...`, as `--controller` takes them.
+
+        Raises:
+            UserError: no such controller, an option that it does not read, or an impossible value.
+        """
+        name, *rest = (part.strip() for part in text.split(","))
+        given: dict[str, Any] = {}
+        for part in rest:
+            option, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise UserError(f"options of a controller are option=value with commas between them, not '{part}'")
+            known = KINDS[cls(name).name][1]
+            if option not in known:
+                there_are = f"; it reads {', '.join(known)}" if known else "; it reads none"
+                raise UserError(f"controller {name} has no option '{option}'{meant(option, known) or there_are}")
+            given[option] = value
+        return cls(name, **given)
+
     def make(
-        self, costs: Costs, limit: int, generator: torch.Generator, experience: Experience | None = None
+        self,
+        costs: Costs,
+        limit: int,
+        generator: torch.Generator,
+        experience: Experience | None = None,
+        kind: type[Controller] | None = None,
     ) -> Controller:
         """A controller for one row.
 
@@ -79,32 +103,16 @@ class ControlSettings:
             limit: levels that a draft may have at most.
             generator: on the CPU; the row's own.
             experience: of finished rows of the same model and settings.
+            kind: a class of one's own that takes the named controller's options.
         """
         if limit < 0:
             raise UserError(f"the limit of a draft must be 0 (draft nothing) or more levels, not {limit}")
-        given = (costs, limit, generator)
-        if self.name == "fixed":
-            return FixedController(*given)
-        adaptive = {"discount": self.discount, "experience": experience, "memory": self.memory}
-        if self.name == "confidence":
-            return ConfidenceController(*given, threshold=self.threshold, **adaptive)
-        if self.name == "ucb":
-            return UcbController(*given, exploration=self.exploration, **adaptive)
-        thompson: dict[str, Any] = {"prior": (self.prior_accepted, self.prior_rejected), "rule": self.rule, **adaptive}
-        if self.name == "beta":
-            return BetaController(*given, **thompson)
-        return CalibratedController(*given, calibration=self.calibration, weight=self.confidence_weight, **thompson)
-
-
-_NUMBERS = (
-    "threshold",
-    "prior_accepted",
-    "prior_rejected",
-    "confidence_weight",
-    "exploration",
-    "discount",
-    "memory",
-)
+        default, options = KINDS[self.name]
+        kind = kind or default
+        given: dict[str, Any] = {name: getattr(self, name) for name in options}
+        if issubclass(kind, Adaptive):
+            given["experience"] = experience
+        return kind(costs, limit, generator, **given)
 
 
 def _finite(name: str, value: object) -> float:

@@ -1,42 +1,42 @@
-"""What the two Thompson-sampling controllers share: the Beta posterior, its draws, and the two rules of using them.
+"""Thompson sampling: controllers that draft a level if a draw of its chance says that it earns more than it costs.
 
-Knows nothing of how a subclass turns the posterior and the confidences into a probability.
+The aim is the fewest seconds per token over many rounds, a ratio. As in Dinkelbach's method the ratio now achieved
+prices a token: what adds tokens for fewer seconds each lowers the ratio, what costs more raises it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from outdraft.control.adaptive import Adaptive, Outcome
-from outdraft.control.worth import Pace, worth_going_on, worth_starting, worth_verifying
+from outdraft.control.base import Adaptive
+from outdraft.control.costs import Costs, believable
+from outdraft.control.evidence import Evidence
 
 TINY = 1e-300
-"""Where Gamma draws of very small counts are cut off."""
-
-NODES_A_LEVEL = (1.0, 1.0)
-"""Candidates verified, and levels that offered them, before any was seen."""
+"""Gamma draws of very small counts are cut off here."""
+LEAST = 0.01
+"""Confidences and probabilities stay this far from 0 and 1."""
 
 
 class ThompsonController(Adaptive):
     """Treats the acceptance of a level as a Bernoulli trial whose probability theta it learns and draws.
 
     Args:
-        prior: (a, b) of the Beta distribution of theta.
-        rule: `worth` drafts on while a draw of theta says that the level earns more than it costs; `bernoulli` drafts
-            on with probability theta.
+        prior_accepted: a of the Beta distribution of theta.
+        prior_rejected: b of it.
     """
 
-    def __init__(self, *given: Any, prior: tuple[float, float], rule: str, **adaptive: Any):
+    def __init__(self, *given: Any, prior_accepted: float, prior_rejected: float, **adaptive: Any):
         super().__init__(*given, **adaptive)
-        self.rule = rule
-        self.counts = self.evidence("beta", prior)
-        self.pace = Pace(self.evidence("pace", Pace.PRIOR), self.costs)
-        self.verified = self.evidence("verified", NODES_A_LEVEL)
-        self.kept = self.evidence("kept", (1.0, 1.0))
+        self.counts = self.evidence("beta", (prior_accepted, prior_rejected))
+        self.spent = self.evidence("spent", (1.0, 1.0))  # plain rounds, and the tokens that they brought
+        self.verified = self.evidence("verified", (1.0, 1.0))  # candidates, and the levels that offered them
+        self.kept = self.evidence("kept", (1.0, 1.0))  # last levels of which a candidate was verified, and all
         self.theta = 0.0  # the last one drawn
 
     @abstractmethod
@@ -47,71 +47,181 @@ class ThompsonController(Adaptive):
     def survivals(self, confidences: Sequence[float]) -> Sequence[float]:
         """At index i, the probability that the first i of these levels are all accepted."""
 
-    def survival(self, confidences: Sequence[float]) -> float:
-        """The probability that all of these levels are accepted."""
-        return self.survivals(confidences)[len(confidences)]
-
     @property
-    def weighs(self) -> bool:
-        return self.rule == "worth"
+    def price(self) -> float:
+        """Of a token, in seconds: what tokens take now.
+
+        Never more than plain decoding's, which is there for the taking: without that bound a bad stretch would make
+        tokens dear and so drafting worthwhile, and prolong itself.
+        """
+        return self.costs.plain(self.rows) * min(1.0, self.spent[0] / self.spent[1])
 
     def wants(self, confidences: Sequence[float], nodes: float) -> bool:
         self.theta = self.draw_theta(confidences)
-        if self.rule == "bernoulli":
-            return uniform(self.generator) < self.theta
-        if confidences:
-            chance = self.survival(confidences) * self.theta * self.kept_share
-            return worth_going_on(self.price, chance, nodes, self.costs, self.rows)
-        return worth_starting(self.price, self.ahead(), nodes, self.costs, self.rows)
-
-    def ahead(self) -> list[float]:
-        """The chance of every level of a draft that is not begun yet, by the last draw of theta."""
-        return [self.theta ** (level + 1) for level in range(self.limit)]
-
-    @property
-    def price(self) -> float:
-        """Of a token of this row, in seconds."""
-        return self.pace.seconds_per_token(self.rows)
-
-    @property
-    def kept_share(self) -> float:
-        """Of the last levels of drafts, those of which a candidate was verified: what is cut earns nothing."""
-        return self.kept[0] / self.kept[1]
+        if not confidences:
+            chances = [self.theta ** (level + 1) for level in range(self.limit)]
+            return worth_starting(self.price, chances, nodes, self.costs, self.rows)
+        survival = self.survivals(confidences)[len(confidences)]
+        # What is cut from a tree before it is verified earns nothing.
+        chance = survival * self.theta * (self.kept[0] / self.kept[1])
+        return worth_going_on(self.price, chance, nodes, self.costs, self.rows)
 
     def expected_nodes(self, nodes: int) -> float:
         return min(nodes, self.verified[0] / self.verified[1])
 
     def size(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> int:
-        likely = self.likely(confidences, gains, levels)
-        size = worth_verifying(self.price, likely, self.costs, self.rows)
-        while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
-            size -= 1
-        self._nodes, self._levels = size, len(confidences)
-        return size
-
-    def likely(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> list[float]:
-        """Of every candidate, what `gains`, the drafter's own estimate that its whole path is accepted, is worth.
-
-        A level's candidates share its chance of survival as the drafter's estimates share its mass.
-        """
+        # A level's candidates share its chance of survival as the drafter's estimates share its mass.
         chances, mass = [], 1.0
         for confidence, survival in zip(confidences, self.survivals(confidences)[1:], strict=True):
             mass *= max(confidence, TINY)
             chances.append(survival / max(mass, TINY))
-        return [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
+        likely = [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
+        size = worth_verifying(self.price, likely, self.costs, self.rows)
+        while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
+            size -= 1
+        self.nodes, self.levels = size, len(confidences)
+        return size
 
-    def learn(self, outcome: Outcome) -> None:
-        self.pace.observe(outcome.tokens, outcome.seconds, outcome.expected, self.rows)
-        levels = len(outcome.confidences)
-        if outcome.drafted > 1:
-            self.kept.add(0, float(levels == outcome.drafted))
+    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        levels = len(confidences)
+        expected = self.costs.round(levels, 1 + self.nodes, self.rows)
+        self.spent.add(0, believable(seconds, expected) / self.costs.plain(self.rows))
+        self.spent.add(1, tokens)
+        if self.levels > 1:
+            self.kept.add(0, float(levels == self.levels))
             self.kept.add(1, 1.0)
-        if not levels:
-            return
-        self.counts.add(0, outcome.accepted)
-        self.counts.add(1, float(outcome.accepted < levels))
-        self.verified.add(0, outcome.nodes)
-        self.verified.add(1, levels)
+        if levels:
+            self.counts.add(0, accepted)
+            self.counts.add(1, float(accepted < levels))
+            self.verified.add(0, self.nodes)
+            self.verified.add(1, levels)
+
+
+class BetaController(ThompsonController):
+    """Learns from verdicts alone: one draw of theta ~ Beta(a, b) a round, and every level survives with it."""
+
+    def draw_theta(self, confidences: Sequence[float]) -> float:
+        return self.theta if confidences else draw_beta(self.counts[0], self.counts[1], self.generator)
+
+    def survivals(self, confidences: Sequence[float]) -> list[float]:
+        return [self.theta**levels for levels in range(len(confidences) + 1)]
+
+
+class CalibratedController(ThompsonController):
+    """Listens to the drafter: its confidence c is mapped to m(c), what such confidence was worth.
+
+    The survival so far is the product of m over the levels kept. For the next level, of which nothing is known yet,
+    theta ~ Beta(a + k m(c), b + k (1 - m(c))), where c is the confidence in the last one kept.
+
+    Args:
+        confidence_weight: k, observations that the calibrated confidence counts for in theta.
+    """
+
+    def __init__(self, *given: Any, confidence_weight: float, **thompson: Any):
+        super().__init__(*given, **thompson)
+        self.calibration = Platt(self.evidence("platt", Platt.PRIOR))
+        self.weight = confidence_weight
+        self._survival = [1.0]  # of this round's levels, one after another
+
+    def draw_theta(self, confidences: Sequence[float]) -> float:
+        a, b = self.counts[0], self.counts[1]
+        if confidences:
+            m = self.calibration.probability(confidences[-1])
+            a, b = a + self.weight * m, b + self.weight * (1 - m)
+        return draw_beta(a, b, self.generator)
+
+    def survivals(self, confidences: Sequence[float]) -> list[float]:
+        del self._survival[len(confidences) + 1 :]
+        for confidence in confidences[len(self._survival) - 1 :]:
+            self._survival.append(self._survival[-1] * self.calibration.probability(confidence))
+        return self._survival
+
+    def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
+        super().learn(confidences, accepted, tokens, seconds)
+        del self._survival[1:]
+        for level, confidence in enumerate(confidences[: accepted + 1]):  # nothing below a rejection is known
+            self.calibration.observe(confidence, level < accepted)
+
+
+class Platt:
+    """From a drafter's confidence to the probability of acceptance, by Platt's line, fitted while decoding.
+
+    logit p = intercept + slope * logit(confidence), with a Gaussian prior around (0, 1). Kept as the precision matrix
+    and the precision-weighted mean, to which every observation adds one step of iteratively reweighted least squares.
+
+    Args:
+        evidence: precision (intercept, both, slope), then precision times mean (intercept, slope); `PRIOR` at first.
+    """
+
+    INTERCEPT_PRECISION, SLOPE_PRECISION = 0.25, 4.0
+    PRIOR = (INTERCEPT_PRECISION, 0.0, SLOPE_PRECISION, 0.0, SLOPE_PRECISION)
+    LEAST_WEIGHT = 0.1
+    """Of an observation; with less, a surprise at the far end would throw the line over."""
+
+    def __init__(self, evidence: Evidence):
+        self.evidence = evidence
+
+    def line(self) -> tuple[float, float]:
+        """Intercept and slope; the slope is never negative."""
+        p11, p12, p22, h1, h2 = (self.evidence[index] for index in range(5))
+        determinant = p11 * p22 - p12 * p12
+        slope = (p11 * h2 - p12 * h1) / determinant
+        if slope < 0:
+            return h1 / p11, 0.0
+        return (p22 * h1 - p12 * h2) / determinant, slope
+
+    def probability(self, confidence: float) -> float:
+        """That what the drafter was so confident in is accepted."""
+        intercept, slope = self.line()
+        return expit(intercept + slope * logit(confidence))
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """What the drafter was so confident in was accepted, or not."""
+        intercept, slope = self.line()
+        x = logit(confidence)
+        score = intercept + slope * x
+        p = expit(score)
+        weight = max(p * (1 - p), self.LEAST_WEIGHT)
+        target = weight * score + (accepted - p)
+        for index, amount in enumerate((weight, weight * x, weight * x * x, target, target * x)):
+            self.evidence.add(index, amount)
+
+
+def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: Costs, rows: int) -> bool:
+    """Whether some draft earns more than it costs; it looks ahead, for later levels may pay for the beginning.
+
+    Args:
+        price: of a token, in seconds.
+        chances: at index i, the probability that level i + 1 and all above it are accepted.
+        nodes: that each level adds to the target's pass.
+        costs: of drafting and verifying.
+        rows: decoded together.
+    """
+    begin, step = costs.begin(rows), costs.step(rows)
+    earned = spent = 0.0
+    for level, chance in enumerate(chances):
+        earned += price * chance
+        spent += step if level else begin
+        if earned > spent + costs.added(nodes * (level + 1), rows):
+            return True
+    return False
+
+
+def worth_going_on(price: float, chance: float, nodes: float, costs: Costs, rows: int) -> bool:
+    """Whether one more level, accepted with this probability, earns more than it costs; the rest as above."""
+    return price * chance > costs.step(rows) + costs.added(nodes, rows)
+
+
+def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
+    """How many of the candidates to verify, given the chances of acceptance in the order in which they are offered; at
+    least one."""
+    earned, best, size = 0.0, float("-inf"), 1
+    for nodes, gain in enumerate(gains, start=1):
+        earned += price * gain
+        net = earned - costs.added(nodes, rows)
+        if net > best:
+            best, size = net, nodes
+    return min(size, len(gains))
 
 
 def draw_beta(a: float, b: float, generator: torch.Generator) -> float:
@@ -119,8 +229,14 @@ def draw_beta(a: float, b: float, generator: torch.Generator) -> float:
     x, y = torch._standard_gamma(torch.tensor([a, b], dtype=torch.float64), generator=generator).tolist()
     if x + y > TINY:
         return x / (x + y)
-    return float(uniform(generator) < a / (a + b))  # counts near 0: theta is near 0 or near 1
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return float(uniform < a / (a + b))  # counts near 0: theta is near 0 or near 1
 
 
-def uniform(generator: torch.Generator) -> float:
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
+def logit(p: float) -> float:
+    p = min(max(p, LEAST), 1 - LEAST)
+    return math.log(p / (1 - p))
+
+
+def expit(x: float) -> float:
+    return 1 / (1 + math.exp(-min(max(x, -30.0), 30.0)))

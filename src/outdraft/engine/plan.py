@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outdraft.control.by_machine import Choice
-from outdraft.control.pacing import RoundPace
+from outdraft.control.budget import DraftBudget
+from outdraft.control.tuner import Choice
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
@@ -49,7 +49,7 @@ class Plan:
 
     shape: TreeShape
     ngrams: Sequence[list[int]]
-    budget: RoundPace | None = None
+    budget: DraftBudget | None = None
     choice: Choice | None = None
 
     @property
@@ -108,7 +108,7 @@ class Planner:
                 return Plan(shape, nothing, choice=choice)
         if tuner is None and controllers:
             levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
-            budget = RoundPace(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
+            budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
             return Plan(shape, nothing, budget)
         return Plan(shape, ngrams)
 

@@ -1,7 +1,7 @@
 """Controllers in simulated time: what an answer would have taken, from drafts recorded or made up beforehand.
 
 An answer is one long draft for every token position; decoding from a position looks at as much of its draft as the
-controller asks for. So every controller meets the same text and the same verdicts. Knows no model and no clock.
+controller asks for. So every controller meets the same text and the same verdicts.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outdraft.control.base import Controller
-from outdraft.control.costs import Costs
+from outdraft.control import Controller, Costs
 
 
 @dataclass(frozen=True)

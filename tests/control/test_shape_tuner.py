@@ -1,4 +1,4 @@
-"""Trees by the machine: which shapes there are, what each is believed to bring, and that the best is found and kept."""
+"""The shape tuner: which shapes there are, what each is believed to bring, and that the best is found and kept."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from statistics import fmean
 
 import pytest
 
-from outdraft.control import Costs
-from outdraft.control.by_machine import Chooser, ShapePacer
-from outdraft.control.menu import FIRST_CHANCE, PLAIN, Menu, levels_of
+from outdraft.control import ControlSettings, Costs, Pacer
+from outdraft.control.tuner import FIRST_CHANCE, PLAIN, ShapeGrid, ShapeTuner, levels_of
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_TREE, TreeShape
 
 TREES = CPU_TREE.doubled()
@@ -54,83 +53,83 @@ class Machine:
         return rows * self.tokens(shape) / self.mean(shape, rows)
 
 
-def run(chooser: Chooser, machine: Machine, rows: int, rounds: int, start: int = 0) -> tuple[list[TreeShape], float]:
+def run(tuner: ShapeTuner, machine: Machine, rows: int, rounds: int, start: int = 0) -> tuple[list[TreeShape], float]:
     """The shapes chosen, and tokens a second: those expected, so that luck is no part of it."""
-    shapes, seconds, tokens, intake = [], 0.0, 0.0, 40  # at first the drafter has a prompt to take in
+    shapes, seconds, tokens, pending = [], 0.0, 0.0, 40  # at first the drafter has a prompt to take in
     for _ in range(rounds):
-        choice = chooser.choose(rows, intake)
+        choice = tuner.choose(rows, pending)
         took = machine.seconds(choice.shape, rows)
         if choice.shape != PLAIN:
-            took, intake = took + 0.0005 * intake, 0
+            took, pending = took + 0.0005 * pending, 0
         accepted = [machine.accepted(choice.shape) for _ in range(rows)]
         choice.observe(accepted, took)
-        intake += 1 + max(accepted)
+        pending += 1 + max(accepted)
         shapes.append(choice.shape)
         seconds, tokens = seconds + machine.mean(choice.shape, rows), tokens + rows * machine.tokens(choice.shape)
     return shapes, tokens / seconds
 
 
-# --- the menu --------------------------------------------------------------------------------------------------------
+# --- the grid --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bounds", [TREES, CHAINS, GPU_TREE.doubled(), TreeShape(0, 3, 4), TreeShape.chain(1)], ids=str)
 def test_all_shapes_are_within_the_bounds_and_the_largest_is_among_them(bounds: TreeShape):
-    shapes = Menu(bounds).shapes
+    shapes = ShapeGrid(bounds).shapes
     assert shapes[0] == PLAIN and bounds in shapes and len(set(shapes)) == len(shapes)
     for shape in shapes[1:]:
         assert shape.depth <= bounds.depth and shape.top_k <= bounds.top_k and shape.size <= bounds.size
         assert shape.candidates == bounds.candidates
 
 
-def test_defaults_are_on_the_menu_of_their_doubles():
-    assert CPU_TREE in Menu(TREES).shapes and CPU_CHAIN in Menu(CHAINS).shapes
-    assert GPU_TREE in Menu(GPU_TREE.doubled()).shapes
+def test_defaults_are_in_the_grid_of_their_doubles():
+    assert CPU_TREE in ShapeGrid(TREES).shapes and CPU_CHAIN in ShapeGrid(CHAINS).shapes
+    assert GPU_TREE in ShapeGrid(GPU_TREE.doubled()).shapes
 
 
 def test_it_begins_with_the_length_of_the_default_and_in_batches_shorter():
-    assert Menu(CHAINS).start(1) == CPU_CHAIN and Menu(GPU_TREE.doubled()).start(1) == GPU_TREE
-    assert Menu(TREES).start(1) == TreeShape.chain(CPU_TREE.depth + 1)
-    assert Menu(TREES).start(8) == TreeShape.chain(2)
-    assert Menu(PLAIN).start(1) == PLAIN
+    assert ShapeGrid(CHAINS).start(1) == CPU_CHAIN and ShapeGrid(GPU_TREE.doubled()).start(1) == GPU_TREE
+    assert ShapeGrid(TREES).start(1) == TreeShape.chain(CPU_TREE.depth + 1)
+    assert ShapeGrid(TREES).start(8) == TreeShape.chain(2)
+    assert ShapeGrid(PLAIN).start(1) == PLAIN
 
 
 def test_every_shape_can_be_climbed_to():
     for bounds in (TREES, CHAINS, GPU_TREE.doubled()):
-        menu = Menu(bounds)
+        grid = ShapeGrid(bounds)
         reached, new = set(), [PLAIN]
         while new:
             reached |= set(new)
-            new = [other for shape in new for other in menu.beside(shape) if other not in reached]
-        assert reached == set(menu.shapes)
+            new = [other for shape in new for other in grid.beside(shape) if other not in reached]
+        assert reached == set(grid.shapes)
 
 
 def test_expected_tokens_are_those_of_the_levels_accepted():
-    menu = Menu(CHAINS, discount=1.0)
-    assert menu.tokens(PLAIN) == 1 and menu.tokens(menu.grid[0][0]) == pytest.approx(1 + FIRST_CHANCE)
+    grid = ShapeGrid(CHAINS, discount=1.0)
+    assert grid.tokens(PLAIN) == 1 and grid.tokens(grid.lines[0][0]) == pytest.approx(1 + FIRST_CHANCE)
     four = TreeShape.chain(4, candidates="sampled")
     for _ in range(2000):
-        menu.observe(four, [0, 1, 2, 4])
-    assert menu.chances(1)[:4] == pytest.approx([3 / 4, 2 / 3, 1 / 2, 1], rel=0.01)
-    assert menu.tokens(TreeShape.chain(2, candidates="sampled")) == pytest.approx(1 + 3 / 4 + 1 / 2, rel=0.01)
-    assert menu.tokens(four) == pytest.approx(1 + 3 / 4 + 1 / 2 + 1 / 4 + 1 / 4, rel=0.01)
+        grid.observe(four, [0, 1, 2, 4])
+    assert grid.chances(1)[:4] == pytest.approx([3 / 4, 2 / 3, 1 / 2, 1], rel=0.01)
+    assert grid.tokens(TreeShape.chain(2, candidates="sampled")) == pytest.approx(1 + 3 / 4 + 1 / 2, rel=0.01)
+    assert grid.tokens(four) == pytest.approx(1 + 3 / 4 + 1 / 2 + 1 / 4 + 1 / 4, rel=0.01)
 
 
 def test_what_is_not_known_of_a_width_is_taken_from_others_and_of_a_level_from_the_one_above():
-    menu = Menu(TREES)
+    grid = ShapeGrid(TREES)
     for _ in range(100):
-        menu.observe(TreeShape.chain(3), [3, 3])
-    assert min(menu.chances(1)[3:]) > 0.9 and min(menu.chances(3)) > 0.9
+        grid.observe(TreeShape.chain(3), [3, 3])
+    assert min(grid.chances(1)[3:]) > 0.9 and min(grid.chances(3)) > 0.9
     for _ in range(100):
-        menu.observe(TreeShape(2, 3, 8), [0, 0])
-    assert menu.chances(3)[0] < 0.1 < 0.9 < menu.chances(1)[0]
+        grid.observe(TreeShape(2, 3, 8), [0, 0])
+    assert grid.chances(3)[0] < 0.1 < 0.9 < grid.chances(1)[0]
 
 
 def test_old_verdicts_fade():
-    menu = Menu(CHAINS)
+    grid = ShapeGrid(CHAINS)
     for accepted in (8, 0):
         for _ in range(200):
-            menu.observe(CHAINS, [accepted])
-    assert menu.chances(1)[0] < 0.1
+            grid.observe(CHAINS, [accepted])
+    assert grid.chances(1)[0] < 0.1
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -142,10 +141,10 @@ def test_old_verdicts_fade():
 def test_it_comes_near_the_best_shape_on_a_noisy_machine(bounds: TreeShape, rows: int, node: float, chance: float):
     first, later = [], []
     for seed in range(4):
-        machine, chooser = Machine(chance, node, noise=0.2, seed=seed), Chooser(bounds, Costs())
-        best = max(machine.rate(shape, rows) for shape in chooser.menu.shapes)
-        first.append(run(chooser, machine, rows, 40)[1] / best)
-        later.append(run(chooser, machine, rows, 400)[1] / best)
+        machine, tuner = Machine(chance, node, noise=0.2, seed=seed), ShapeTuner(bounds, Costs())
+        best = max(machine.rate(shape, rows) for shape in tuner.grid.shapes)
+        first.append(run(tuner, machine, rows, 40)[1] / best)
+        later.append(run(tuner, machine, rows, 400)[1] / best)
     assert fmean(first) > 0.8
     assert fmean(later) > 0.92
 
@@ -154,65 +153,65 @@ def test_it_comes_near_the_best_shape_on_a_noisy_machine(bounds: TreeShape, rows
 @pytest.mark.parametrize("node", [0.002, 0.02, 0.06])
 def test_a_useless_drafter_costs_two_percent_in_the_long_run(rows: int, node: float):
     machine = Machine(0.0, node, noise=0.1)
-    chooser = Chooser(TREES, Costs())
+    tuner = ShapeTuner(TREES, Costs())
     plain = machine.rate(PLAIN, rows)
-    shapes, first = run(chooser, machine, rows, 128)
+    shapes, first = run(tuner, machine, rows, 128)
     assert first > 0.92 * plain
-    _, later = run(chooser, machine, rows, 1000)
+    _, later = run(tuner, machine, rows, 1000)
     assert later > 0.975 * plain
     assert shapes.count(PLAIN) > 0.7 * len(shapes)
 
 
 def test_a_prompt_that_the_drafter_takes_in_counts_for_no_shape():
     """Once it did, sixteen rows never drafted again: their first draft had taken in sixteen prompts."""
-    machine, chooser = Machine(0.8, 0.002), Chooser(CHAINS, Costs())
-    choice = chooser.choose(16, 500)
+    machine, tuner = Machine(0.8, 0.002), ShapeTuner(CHAINS, Costs())
+    choice = tuner.choose(16, 500)
     choice.observe([2] * 16, 1.0)
-    assert choice.shape != PLAIN and not chooser.rooms[4].of(choice.shape).seen
-    shapes, _ = run(chooser, machine, 16, 60)
+    assert choice.shape != PLAIN and not tuner.timings[4].of(choice.shape).seen
+    shapes, _ = run(tuner, machine, 16, 60)
     assert shapes.count(PLAIN) <= 3
 
 
 def test_a_first_round_that_compiled_something_is_forgotten():
-    chooser = Chooser(CHAINS, Costs())
+    tuner = ShapeTuner(CHAINS, Costs())
     for seconds in (30.0, 0.03):
-        choice = chooser.choose(1, 1)
+        choice = tuner.choose(1, 1)
         assert choice.shape == CPU_CHAIN, "until it was timed twice"
         choice.observe([4], seconds)
-    timing = chooser.rooms[0].of(CPU_CHAIN)
-    assert timing.seconds == 0.03
+    timing = tuner.timings[0].of(CPU_CHAIN)
+    assert timing.value == 0.03
     timing.observe(0.09)
-    assert 0.03 < timing.seconds < 0.06, "a stall counts twice at most"
+    assert 0.03 < timing.value < 0.06, "a stall counts twice at most"
     timing.observe(0.01)
-    assert timing.seconds == 0.01, "so much faster that what was there before is nothing to go by"
+    assert timing.value == 0.01, "so much faster that what was there before is nothing to go by"
 
 
 def test_a_machine_that_becomes_busier_changes_no_order():
     """Shapes that were timed while it was idle do not look fast for that."""
-    chooser = Chooser(TREES, Costs())
+    tuner = ShapeTuner(TREES, Costs())
     machine = Machine(0.8, 0.02)
-    before = Counter(run(chooser, machine, 8, 300)[0][100:])
+    before = Counter(run(tuner, machine, 8, 300)[0][100:])
     mean = machine.mean
     machine.mean = lambda shape, rows: 3 * mean(shape, rows)  # type: ignore[method-assign]
-    after = Counter(run(chooser, machine, 8, 60)[0])
+    after = Counter(run(tuner, machine, 8, 60)[0])
     assert sum(after[shape] for shape, _ in before.most_common(2)) > 40
 
 
 def test_text_that_becomes_hard_is_drafted_less_far():
-    chooser, machine = Chooser(CHAINS, Costs()), Machine(0.9, 0.03)
-    easy, _ = run(chooser, machine, 4, 200)
+    tuner, machine = ShapeTuner(CHAINS, Costs()), Machine(0.9, 0.03)
+    easy, _ = run(tuner, machine, 4, 200)
     machine.chance = 0.2
-    hard, _ = run(chooser, machine, 4, 200)
+    hard, _ = run(tuner, machine, 4, 200)
     assert sum(map(levels_of, easy[100:])) > 2 * sum(map(levels_of, hard[100:]))
 
 
 def test_numbers_of_rows_are_timed_apart_and_begin_where_others_got_to():
-    chooser = Chooser(CHAINS, Costs())
-    run(chooser, Machine(0.9, 0.002, step=0.01), 8, 300)
-    assert levels_of(chooser.best(8)) > 4
-    assert chooser.choose(16, 1).shape == chooser.best(8)
-    run(chooser, Machine(0.9, 0.5), 16, 200)
-    assert levels_of(chooser.best(16)) < levels_of(chooser.best(8))
+    tuner = ShapeTuner(CHAINS, Costs())
+    run(tuner, Machine(0.9, 0.002, step=0.01), 8, 300)
+    assert levels_of(tuner.best(8)) > 4
+    assert tuner.choose(16, 1).shape == tuner.best(8)
+    run(tuner, Machine(0.9, 0.5), 16, 200)
+    assert levels_of(tuner.best(16)) < levels_of(tuner.best(8))
 
 
 @pytest.mark.parametrize(
@@ -221,21 +220,21 @@ def test_numbers_of_rows_are_timed_apart_and_begin_where_others_got_to():
 )
 def test_a_batch_drafts_only_for_more_than_its_rows_ends_lie_apart(gain: float, rows: int, drafts: bool):
     """Chains of one level which bring, a second, so many times what plain rounds do."""
-    chooser = Chooser(TreeShape.chain(1), Costs.fixed(begin=0.0, step=0.0, verify_base=1.0, verify_per_node=0.0))
+    tuner = ShapeTuner(TreeShape.chain(1), Costs.fixed(begin=0.0, step=0.0, verify_base=1.0, verify_per_node=0.0))
     for _ in range(60):
-        choice = chooser.choose(rows, 1)
+        choice = tuner.choose(rows, 1)
         choice.observe([1] * rows, 1.0)
-    seconds = chooser.menu.tokens(TreeShape.chain(1)) / gain
-    chooser.costs = Costs.fixed(begin=seconds - 1, step=0.0, verify_base=1.0, verify_per_node=0.0)
-    assert (chooser.best(rows) != PLAIN) == drafts
+    seconds = tuner.grid.tokens(TreeShape.chain(1)) / gain
+    tuner.costs = Costs.fixed(begin=seconds - 1, step=0.0, verify_base=1.0, verify_per_node=0.0)
+    assert (tuner.best(rows) != PLAIN) == drafts
 
 
 def test_given_costs_make_choices_repeatable():
     def chosen(noise: Callable[[], float]) -> list[TreeShape]:
         costs = Costs.fixed(begin=0.1, step=0.1, verify_base=1.0, verify_per_node=0.02)
-        chooser, dice, shapes = ShapePacer(costs).chooser(TREES), random.Random(1), []
+        tuner, dice, shapes = ShapeTuner(TREES, costs), random.Random(1), []
         for _ in range(60):
-            choice = chooser.choose(4, 1)
+            choice = tuner.choose(4, 1)
             choice.observe([min(levels_of(choice.shape), dice.randrange(5)) for _ in range(4)], noise())
             shapes.append(choice.shape)
         return shapes
@@ -245,5 +244,21 @@ def test_given_costs_make_choices_repeatable():
 
 
 def test_a_pacer_keeps_what_was_found_and_bounds_have_their_own():
-    pacer = ShapePacer()
-    assert pacer.chooser(TREES) is pacer.chooser(TREES) is not pacer.chooser(CHAINS)
+    pacer = Pacer(ControlSettings("auto"))
+    assert pacer.tuner(TREES, 1) is pacer.tuner(TREES, 8) is not pacer.tuner(CHAINS, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "batched"),
+    [
+        ("fixed", False, False),
+        ("confidence", False, False),
+        ("beta", False, True),
+        ("calibrated", False, True),
+        ("auto", True, True),
+    ],
+)
+def test_whole_shapes_are_chosen_for_batches_of_those_who_weigh_tokens_against_seconds(name, alone, batched):
+    pacer = Pacer(ControlSettings(name))
+    assert (pacer.tuner(TREES, 1) is not None) == alone
+    assert (pacer.tuner(TREES, 2) is not None) == (pacer.tuner(CHAINS, 16) is not None) == batched

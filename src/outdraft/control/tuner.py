@@ -1,0 +1,295 @@
+"""Autotuning: every round of a batch has the shape that brings the most tokens a second, all rows alike.
+
+Whole rounds are timed, shape by shape and for every power of two of rows apart: what a level, a node or a row costs is
+never asked, so nothing is extrapolated from sizes that were measured to others. The choice climbs: the best shape so
+far is drafted, and from a small share of the time those beside it are tried. It is made before anything of the round
+is drawn and from earlier rounds alone, so it changes no row's distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import log2
+from operator import mul
+
+from outdraft.control.costs import OUTLIER, PLAIN_EVERY, Average, Costs, believable, bucket
+from outdraft.control.evidence import FIRST_PROBE, MOST, RATE
+from outdraft.core.shape import TreeShape
+
+PLAIN = TreeShape(0, 1, 1)
+"""Drafts nothing."""
+AGAIN = 12
+"""Rounds after which a shape beside the best one is tried again."""
+ENOUGH = 2
+"""Rounds of a shape that are timed before anything is concluded from them."""
+MEMORY = 10
+"""Rounds that a shape's average looks back on: those of single costs look back on more, which was 1% slower here."""
+APART = 0.06
+"""What drafting must promise beyond plain decoding, for every doubling of the rows: drafted rows end apart, and a batch
+takes as long as its slowest row, which the mean of its rows does not show."""
+BATCH = 4
+"""Rows from which on a batch begins with short chains: on two cores so many nodes cost (docs/trees.md)."""
+STEP_BY_STEP = 6
+"""Every number of levels up to this is in the grid; beyond, each is about a quarter larger than the last."""
+WIDE = 4
+"""Trees of more candidates a level have narrower ones between themselves and chains."""
+FIRST_CHANCE = 0.6
+"""Chance that a first level is accepted, before anything was seen."""
+FIRM = 4.0
+"""Observations that what is known of other widths, or of the level above, counts for in a level's chance."""
+
+
+class ShapeGrid:
+    """The shapes within some bounds, and how many tokens a round of each of them is expected to bring.
+
+    A grid has so many levels by so many candidates a level, from chains up to the bounds, and plain decoding beside it.
+    What is accepted is counted level by level, apart for every width, so that a round of one shape says something of
+    all shapes of its width.
+
+    Args:
+        bounds: the largest shape.
+        discount: what a round's verdict is worth after one more round of the same width, in (0, 1].
+    """
+
+    def __init__(self, bounds: TreeShape, discount: float = 0.98):
+        self.bounds, self.discount = bounds, discount
+        self.most = min(bounds.depth + 1, bounds.size - 1)
+        """Levels that a chain may have."""
+        self.widths = widths(bounds.top_k)
+        self.lines = [[self._shape(levels, width) for levels in lengths(self.most)] for width in self.widths]
+        places = {shape: (row, i) for row, line in enumerate(self.lines) for i, shape in enumerate(line)}
+        self.places = {shape: place for shape, place in places.items() if shape != PLAIN}
+        self.shapes = [PLAIN, *self.places]
+        self.accepted = {width: [0.0] * self.most for width in self.widths}
+        self.judged = {width: [0.0] * self.most for width in self.widths}
+        self._tokens: dict[TreeShape, float] = {}
+
+    def start(self, rows: int) -> TreeShape:
+        """The shape to begin with: half the bounds' levels, in batches a quarter; a chain, unless bounds are so wide
+        that they are meant for a device on which nodes cost little."""
+        if not self.places:
+            return PLAIN
+        wide = rows < BATCH and self.bounds.top_k > WIDE
+        line, most = self.lines[-1 if wide else 0], max(1, self.most // (4 if rows >= BATCH else 2))
+        return max((shape for shape in line if levels_of(shape) <= most), key=levels_of)
+
+    def beside(self, shape: TreeShape) -> list[TreeShape]:
+        """Those to try next to this one: a length more or less, a width more or less; next to plain, short chains."""
+        if shape == PLAIN:
+            return self.lines[0][:3] if self.places else []
+        row, place = self.places[shape]
+        around = [(row - 1, place), (row, place - 1), (row, place + 1), (row + 1, place)]
+        inside = [(r, i) for r, i in around if 0 <= r < len(self.lines) and 0 <= i < len(self.lines[r])]
+        return [self.lines[r][i] for r, i in inside] + [PLAIN] * (place == 0)
+
+    def tokens(self, shape: TreeShape) -> float:
+        """Expected of a row in a round."""
+        if not self._tokens:
+            self._tokens[PLAIN] = 1.0
+            for width, line in zip(self.widths, self.lines, strict=True):
+                expected = list(accumulate(accumulate(self.chances(width), mul), initial=1.0))
+                self._tokens |= {shape: expected[levels_of(shape)] for shape in line}
+        return self._tokens[shape]
+
+    def chances(self, width: int) -> list[float]:
+        """At index l, that level l + 1 of shapes of this width is accepted if all above it are.
+
+        What is not known of a level is taken from other widths, and beyond them from the level above.
+        """
+        chances, before = [], FIRST_CHANCE
+        others = [other for other in self.widths if other != width]
+        for level in range(self.most):
+            for known in (others, [width]):
+                accepted = sum(self.accepted[one][level] for one in known)
+                before = (accepted + FIRM * before) / (sum(self.judged[one][level] for one in known) + FIRM)
+            chances.append(before)
+        return chances
+
+    def observe(self, shape: TreeShape, accepted: Sequence[int]) -> None:
+        """A round's verdict: candidates accepted in each row."""
+        levels = levels_of(shape)
+        if not levels:
+            return
+        self._tokens.clear()
+        for sums in (self.accepted[shape.top_k], self.judged[shape.top_k]):
+            sums[:levels] = [self.discount * amount for amount in sums[:levels]]
+        for count in accepted:
+            for level in range(min(count + 1, levels)):
+                self.judged[shape.top_k][level] += 1
+                self.accepted[shape.top_k][level] += level < count
+
+    def _shape(self, levels: int, width: int) -> TreeShape:
+        bounds = self.bounds
+        if width == 1:
+            return TreeShape(levels - 1, 1, levels + 1, bounds.candidates)
+        share = (bounds.size - 1) / (bounds.depth + 1) * width / bounds.top_k
+        nodes = levels * width if bounds.candidates != "top-k" else max(levels, width, int(levels * share))
+        return TreeShape(levels - 1, width, min(bounds.size, 1 + nodes), bounds.candidates)
+
+
+@dataclass
+class Timings:
+    """What is known of batches of about so many rows: seconds of whole rounds by shape, and what trying may lose."""
+
+    seconds: dict[TreeShape, Average] = field(default_factory=dict)
+    drafted: dict[TreeShape, int] = field(default_factory=dict)
+    """The round in which each shape was drafted last."""
+    rounds: int = 0
+    credit: float = FIRST_PROBE
+    """Rounds that trying may lose, as in `Safeguard`."""
+    trying: TreeShape | None = None
+    """A shape that is drafted until it was timed."""
+
+    def of(self, shape: TreeShape) -> Average:
+        # The first round of a size may have compiled or allocated something.
+        return self.seconds.setdefault(shape, Average(ENOUGH, MEMORY))
+
+    def time(self, shape: TreeShape, seconds: float, common: bool) -> None:
+        """A round took so long.
+
+        Args:
+            common: whether what changed is taken to have changed for all shapes (a busier machine, a longer context):
+                so it is for the shape that is drafted all the time, or those not tried for a while would look fast.
+        """
+        # What is known of few rounds was chosen because they were fast: that others are not is no change.
+        before, steady = self.of(shape).value, self.of(shape).seen >= MEMORY
+        self.of(shape).observe(seconds)
+        if common and steady:
+            for other, average in self.seconds.items():
+                if other != shape:
+                    average.value *= self.of(shape).value / before
+
+
+@dataclass
+class Choice:
+    """One round's shape, which is told what came of it."""
+
+    shape: TreeShape
+    tuner: ShapeTuner
+    rows: int
+    pending: int
+
+    def observe(self, accepted: Sequence[int], seconds: float) -> None:
+        """The verdict.
+
+        Args:
+            accepted: candidates accepted in each row.
+            seconds: of the whole round.
+        """
+        self.tuner.observe(self, accepted, seconds)
+
+
+class ShapeTuner:
+    """Chooses among the shapes within some bounds.
+
+    Args:
+        bounds: the largest shape.
+        costs: given ones stand for the clock and make choices repeatable; others are not asked.
+    """
+
+    def __init__(self, bounds: TreeShape, costs: Costs):
+        self.grid, self.costs = ShapeGrid(bounds), costs
+        self.timings: dict[int, Timings] = {}
+
+    def choose(self, rows: int, pending: int) -> Choice:
+        """The shape of the next round.
+
+        Args:
+            rows: of the batch.
+            pending: tokens of a row, at most, that the drafter has not seen yet.
+        """
+        known = self.timings.setdefault(bucket(rows), Timings())
+        known.rounds += 1
+        known.trying = known.trying or self._to_try(known, rows)
+        shape = known.trying or self.best(rows)
+        known.drafted[shape] = known.rounds
+        return Choice(shape, self, rows, pending)
+
+    def best(self, rows: int) -> TreeShape:
+        """Of the shapes that were timed, the one that brings the most tokens a second."""
+        known = self.timings.get(bucket(rows), Timings())
+        timed = [shape for shape in self.grid.shapes if self._is_timed(known, shape)]
+        if not timed:
+            return self._elsewhere(rows)
+        apart = 1 + APART * log2(rows)
+
+        def rate(shape: TreeShape) -> float:
+            return self.grid.tokens(shape) * (apart if shape == PLAIN else 1) / self._seconds(known, shape, rows)
+
+        return max(timed, key=rate)
+
+    def observe(self, choice: Choice, accepted: Sequence[int], seconds: float) -> None:
+        """As `Choice.observe`."""
+        rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
+        known = self.timings[bucket(rows)]
+        known.credit = min(MOST, known.credit + RATE)
+        if self._is_timed(known, best) and shape != PLAIN:  # plain is timed when it is due, whatever that loses
+            most = self._seconds(known, best, rows)
+            spent = self._seconds(known, shape, rows) or believable(seconds, OUTLIER * most)
+            known.credit -= max(0.0, spent / most - self.grid.tokens(shape) / self.grid.tokens(best))
+        self.grid.observe(shape, accepted)
+        # A round in which the drafter takes in a prompt, or a stretch of plain rounds, does work of other rounds.
+        if levels_of(shape) == 0 or choice.pending <= self.grid.most + 2:
+            known.time(shape, seconds, shape == best)
+        if self._is_timed(known, shape):
+            known.trying = None
+
+    def _to_try(self, known: Timings, rows: int) -> TreeShape | None:
+        """Something else than the best, if that is due and affordable."""
+        best = self.best(rows)
+        if not self._is_timed(known, best):
+            return best
+        if not self._is_timed(known, PLAIN) or known.rounds - known.drafted.get(PLAIN, 0) >= PLAIN_EVERY:
+            return PLAIN
+        due = [
+            shape
+            for shape in self.grid.beside(best)
+            if not self._is_timed(known, shape) or known.rounds - known.drafted.get(shape, 0) >= AGAIN
+        ]
+        able = [shape for shape in due if self._loss(known, shape, best, rows) <= known.credit]
+        return min(able, key=lambda shape: (self._is_timed(known, shape), known.drafted.get(shape, 0)), default=None)
+
+    def _is_timed(self, known: Timings, shape: TreeShape) -> bool:
+        return self.costs.given or known.of(shape).seen >= ENOUGH
+
+    def _loss(self, known: Timings, shape: TreeShape, best: TreeShape, rows: int) -> float:
+        """What a round of this shape is believed to lose, in rounds of the best one."""
+        least, most = (self._seconds(known, one, rows) for one in (PLAIN, best))
+        node = max(0.0, most - least) / max(1, best.size - 1)
+        seconds = self._seconds(known, shape, rows) or least + node * (shape.size - 1)
+        return max(0.0, seconds / most - self.grid.tokens(shape) / self.grid.tokens(best))
+
+    def _seconds(self, known: Timings, shape: TreeShape, rows: int) -> float:
+        """Of a round; 0 if unknown."""
+        if self.costs.given:
+            return self.costs.round(levels_of(shape), shape.size, rows)
+        return known.of(shape).value
+
+    def _elsewhere(self, rows: int) -> TreeShape:
+        """Where to begin: what is best for the nearest other number of rows, else the grid's start."""
+        known = [key for key, one in self.timings.items() if any(self._is_timed(one, shape) for shape in one.drafted)]
+        if not known:
+            return self.grid.start(rows)
+        return self.best(1 << min(known, key=lambda key: (abs(key - bucket(rows)), key)))
+
+
+def levels_of(shape: TreeShape) -> int:
+    """That a draft of this shape has at most."""
+    return 0 if shape.size == 1 else shape.depth + 1
+
+
+def widths(most: int) -> list[int]:
+    """Candidates a level in the grid, chains first."""
+    if most == 1:
+        return [1]
+    return [1, round(most**0.5), most] if most > WIDE else [1, most]
+
+
+def lengths(most: int) -> list[int]:
+    """Numbers of levels in the grid."""
+    found = list(range(1, min(most, STEP_BY_STEP) + 1))
+    while found and found[-1] < most:
+        found.append(min(most, found[-1] * 5 // 4 + 1))
+    return found
