@@ -31,7 +31,7 @@ from outdraft.core.tree import Tree
 from outdraft.evaluation.bench.methods import WITH_LOOKUP
 from outdraft.reference import load_prompts
 from outdraft.target.backends import BACKENDS, CompiledForward
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
@@ -61,7 +61,7 @@ class Forwards:
     """A target with prompts behind it, and a tree to run again and again."""
 
     def __init__(self, target: Target, rows: int, nodes: int, context: int):
-        self.run = TargetRun(target, target.new_cache(rows, context + nodes))
+        self.run = ModelRunner(target, target.new_cache(rows, context + nodes))
         dice = torch.Generator().manual_seed(rows)
         with torch.inference_mode():
             lengths = [context - 3 * row for row in range(rows)]

@@ -27,7 +27,7 @@ from outdraft.core.tree import Tree
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.target.backends.tree_attention import tree_attention
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 LLAMA_8B = {
@@ -148,12 +148,12 @@ class Benchmark:
         )
         for rows, context, sizes in ((1, 512, (1, 8, 60, 128)), (1, 4096, (1, 60)), (8, 1024, (1, 8, 16, 30))):
             cache = target.new_cache(rows, context + 300)
-            run = TargetRun(target, cache)
+            run = ModelRunner(target, cache)
             run.prefill([torch.randint(5, 500, (context,)) for _ in range(rows)])
             for nodes in sizes:
                 tree = Tree.chains(torch.randint(5, 500, (rows, nodes), device=self.device), 1)
 
-                def once(run: TargetRun = run, tree: Tree = tree) -> Tensor:
+                def once(run: ModelRunner = run, tree: Tree = tree) -> Tensor:
                     logits = run.target.logits(run.tree(tree).features, tree.counts)
                     run.cache.rollback()
                     return logits

@@ -39,7 +39,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.masks import Sight
+from outdraft.drafting.masks import DraftMask
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model
@@ -55,7 +55,7 @@ from outdraft.methods.registry import without_model
 from outdraft.reference import load_prompts, reference_drafter_path
 from outdraft.target.backends import accelerate
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reader
 
@@ -150,12 +150,12 @@ class Spans:
             (SlotCache, "commit", "commit"),
             (decoding.Batch, "_commit", "commit"),
             (growth.RunAhead, "place", "masks"),
-            (TargetRun, "tree", "masks"),
+            (ModelRunner, "tree", "masks"),
             (decoding, "verify", "verification"),
             (prompt_lookup.Text, "match", "trees"),
             (prompt_lookup.Text, "extend", "trees"),
-            (Sight, "level", "masks"),
-            (feature_drafting, "causal_sight", "masks"),
+            (DraftMask, "level", "masks"),
+            (feature_drafting, "causal_mask", "masks"),
         ]
         # What a drafter's step does beside networks and masks runs inside `grow` and counts as trees.
         found += [

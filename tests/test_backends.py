@@ -33,7 +33,7 @@ from outdraft.target.backends import (
 )
 from outdraft.target.backends import opaque_attention as outside
 from outdraft.target.backends.tree_attention import has_triton
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -124,7 +124,7 @@ def test_prompts_are_read_as_stock_modules_read_them(family: str, monkeypatch: p
 
                 monkeypatch.setattr(fused.F, "scaled_dot_product_attention", recorded)
                 target = Target(model, backend=backend)
-                run = TargetRun(target, target.new_cache(2, 64))
+                run = ModelRunner(target, target.new_cache(2, 64))
                 out = Output.cat(list(run.prefill_in_pieces(prompts, pieces))).features
                 found.append([out[0], out[1, :20]])
             for ours, stock in zip(*found, strict=True):
@@ -239,7 +239,7 @@ def untranslated(monkeypatch: pytest.MonkeyPatch) -> None:
 def tree_features(target: Target, rows: int = 2, nodes: int = 5) -> torch.Tensor:
     """Features of random trees behind prompts of different lengths."""
     dice = torch.Generator().manual_seed(nodes)
-    run = TargetRun(target, target.new_cache(rows, 4))
+    run = ModelRunner(target, target.new_cache(rows, 4))
     run.prefill([torch.randint(32, (3 + 4 * row,), generator=dice) for row in range(rows)])
     parents = torch.tensor([-1, *((node - 1) // 2 for node in range(1, nodes))]).expand(rows, -1)
     tree = Tree(torch.randint(32, (rows, nodes), generator=dice), parents, [nodes] * rows)
@@ -304,7 +304,7 @@ def test_taps_run_compiled() -> None:
     seen = []
     for backend in ("compiled", "eager"):
         target = Target(model, backend=backend)
-        run = TargetRun(target, target.new_cache(1, 8), Reads(layers=(1, 3)))
+        run = ModelRunner(target, target.new_cache(1, 8), Reads(layers=(1, 3)))
         with torch.inference_mode():
             run.prefill([torch.tensor([1, 2, 3])])
             seen.append(run.tree(Tree(torch.tensor([[4, 5]]), torch.tensor([[-1, 0]]), [2])).taps)

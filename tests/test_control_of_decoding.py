@@ -145,11 +145,13 @@ class Peeking(Drafter):
 
         def peeking(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
             tree = propose(update, shape, rows)
-            assert tree.laws is not None and tree.rows == 1
+            assert tree.draft_probs is not None and tree.rows == 1
             kept = tree.counts[0]
-            while kept > 1 and tree.laws[0, kept - 2, tree.tokens[0, kept - 1]] < self.least:
+            while kept > 1 and tree.draft_probs[0, kept - 2, tree.tokens[0, kept - 1]] < self.least:
                 kept -= 1
-            return Tree(tree.tokens[:, :kept], tree.parents[:, :kept], [kept], tree.candidates, tree.laws[:, :kept])
+            return Tree(
+                tree.tokens[:, :kept], tree.parents[:, :kept], [kept], tree.candidates, tree.draft_probs[:, :kept]
+            )
 
         state.propose = peeking  # type: ignore[method-assign]
         return state
@@ -242,13 +244,20 @@ class PeekingBatch(Peeking):
 
         def peeking(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
             tree = propose(update, shape, rows)
-            assert tree.laws is not None
-            last = [tree.laws[row, kept - 2, tree.tokens[row, kept - 1]].item() for row, kept in enumerate(tree.counts)]
+            assert tree.draft_probs is not None
+            last = [
+                tree.draft_probs[row, kept - 2, tree.tokens[row, kept - 1]].item()
+                for row, kept in enumerate(tree.counts)
+            ]
             if sum(last) >= self.least * len(last):
                 return tree
             kept = max(tree.counts) - 1
             return Tree(
-                tree.tokens[:, :kept], tree.parents[:, :kept], [kept] * tree.rows, tree.candidates, tree.laws[:, :kept]
+                tree.tokens[:, :kept],
+                tree.parents[:, :kept],
+                [kept] * tree.rows,
+                tree.candidates,
+                tree.draft_probs[:, :kept],
             )
 
         state.propose = peeking  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from outdraft.errors import UserError
 from outdraft.target.backends import accelerate, fused, graphs, tree_attention
 from outdraft.target.backends.view import with_attention
 from outdraft.target.memory import slot_bytes
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 from test_backends import tree_features
 
@@ -73,7 +73,7 @@ def test_features_over_trees_are_those_of_stock_modules(family: str, dtype: torc
 def grown(target: Target, seed: int) -> list[Output]:
     """Rounds of larger, then smaller trees, fewer rows, other paths; what each of them gave."""
     dice = torch.Generator().manual_seed(seed)
-    run = TargetRun(target, target.new_cache(4, 4))
+    run = ModelRunner(target, target.new_cache(4, 4))
     run.prefill([torch.randint(32, (2 + 3 * row,), generator=dice) for row in range(4)])
     found = []
     for rows, nodes in ((4, 10), (4, 9), (3, 9), (3, 10), (1, 10), (1, 9), (1, 4), (1, 3)):
@@ -113,7 +113,7 @@ def test_a_forward_may_fill_its_buffers_to_the_last_slot(monkeypatch: pytest.Mon
     model = tiny("llama-gqa")
     found = []
     for target in (on_graphs(model), Target(model)):
-        run = TargetRun(target, target.new_cache(1, 12))
+        run = ModelRunner(target, target.new_cache(1, 12))
         run.prefill([torch.tensor([3, 1, 2])])
         found.append(run.tree(Tree.chains(torch.arange(9)[None], 1)).features)
         assert run.cache.capacity == 12
@@ -175,7 +175,7 @@ def test_one_token_is_too_little_to_compare_on(monkeypatch: pytest.MonkeyPatch) 
     model = tiny("phi3")
     found = []
     for target in (on_graphs(model), Target(model)):
-        run = TargetRun(target, target.new_cache(1, 8))
+        run = ModelRunner(target, target.new_cache(1, 8))
         run.prefill([torch.tensor([3])])
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")

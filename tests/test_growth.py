@@ -155,8 +155,8 @@ def test_rows_of_a_batch_grow_as_they_would_alone(candidates):
     for row in range(3):
         alone, _ = grown([row])
         assert paths_of(together, row) == paths_of(alone)
-        if alone.laws is not None:
-            assert torch.equal(together.laws[row, : alone.nodes], alone.laws[0])
+        if alone.draft_probs is not None:
+            assert torch.equal(together.draft_probs[row, : alone.nodes], alone.draft_probs[0])
     assert together.counts == ([7, 7, 7] if candidates != "sampled" else [7, 4, 7])
 
 
@@ -193,8 +193,8 @@ def test_declared_laws_are_those_of_the_nodes_own_prefix():
     tree = grow_sampled(torch.tensor([2]), stepper.roots, stepper, TreeShape(2, 2, 7, "sampled"), context)
     for node, path in enumerate([(), *paths_of(tree)]):
         if node in tree.children(0):
-            expected = warper.law(table(1)(path), torch.cat([prefix, torch.tensor(path, dtype=torch.long)]))
-            assert torch.allclose(tree.laws[0, node], expected, atol=1e-15)
+            expected = warper.probs_after(table(1)(path), torch.cat([prefix, torch.tensor(path, dtype=torch.long)]))
+            assert torch.allclose(tree.draft_probs[0, node], expected, atol=1e-15)
 
 
 def test_greedy_rows_get_the_dynamic_tree_whatever_was_asked_for():
@@ -281,11 +281,11 @@ class Levels:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_each_row_s_dynamic_tree_is_as_deep_as_its_pace_wants(top_k):
     models = [table(seed) for seed in range(4)]
-    stepper, pace = Stepper(models), Levels([2, 0, 4, 1])
+    stepper, budget = Stepper(models), Levels([2, 0, 4, 1])
     shape = TreeShape(4, top_k, 200)
-    tree = grow_dynamic(torch.arange(4), stepper.roots, stepper, shape, pace)
+    tree = grow_dynamic(torch.arange(4), stepper.roots, stepper, shape, budget)
     tree.validate()
-    for row, levels in enumerate(pace.levels):
+    for row, levels in enumerate(budget.levels):
         expected = eagle2(models[row], TreeShape(levels - 1, top_k, 200)) if levels else set()
         assert set(paths_of(tree, row)) == expected
     assert len(stepper.expanded) == 3, "no step for a level that nobody wants"
@@ -297,9 +297,9 @@ def probability_of(model: Model, path: Path) -> float:
 
 def test_what_a_pace_is_told_of_a_dynamic_tree():
     """Of every level its mass relative to the one above; the gains are whole paths' probabilities."""
-    model, pace = table(3), Levels([3])
+    model, budget = table(3), Levels([3])
     stepper = Stepper([model])
-    grow_dynamic(torch.tensor([0]), stepper.roots, stepper, TreeShape(2, 2, 200), pace)
+    grow_dynamic(torch.tensor([0]), stepper.roots, stepper, TreeShape(2, 2, 200), budget)
 
     def probability(path: Path) -> float:
         return probability_of(model, path)
@@ -309,22 +309,22 @@ def test_what_a_pace_is_told_of_a_dynamic_tree():
         children = [(*path, token) for path in level for token in model(path).topk(2).indices.tolist()]
         level = sorted(children, key=lambda path: -probability(path))[:2]
         masses.append(sum(probability(path) for path in level))
-    assert [told[0] for told in pace.told] == pytest.approx([masses[i + 1] / masses[i] for i in range(3)])
+    assert [told[0] for told in budget.told] == pytest.approx([masses[i + 1] / masses[i] for i in range(3)])
     everything = sorted((probability(path) for path in eagle2(model, TreeShape(2, 2, 200))), reverse=True)
-    assert pace.gains[0] == pytest.approx(everything)
+    assert budget.gains[0] == pytest.approx(everything)
     depths = {probability(path): len(path) - 1 for path in eagle2(model, TreeShape(2, 2, 200))}
-    assert pace.of[0] == [depths[min(depths, key=lambda p: abs(p - gain))] for gain in pace.gains[0]]
+    assert budget.of[0] == [depths[min(depths, key=lambda p: abs(p - gain))] for gain in budget.gains[0]]
 
 
 def test_a_pace_cuts_each_row_s_tree_to_its_size():
     models = [table(seed) for seed in range(3)]
-    stepper, pace = Stepper(models), Levels([3, 3, 3], sizes=[4, 0, 50])
-    tree = grow_dynamic(torch.arange(3), stepper.roots, stepper, TreeShape(2, 3, 10), pace)
+    stepper, budget = Stepper(models), Levels([3, 3, 3], sizes=[4, 0, 50])
+    tree = grow_dynamic(torch.arange(3), stepper.roots, stepper, TreeShape(2, 3, 10), budget)
     tree.validate()
     for row, size in enumerate([4, 0, 9]):
         assert tree.counts[row] == 1 + size
         assert set(paths_of(tree, row)) == eagle2(models[row], TreeShape(2, 3, 1 + size))
-    assert [len(gains) for gains in pace.gains] == [9, 9, 9], "no more than the shape allows is offered"
+    assert [len(gains) for gains in budget.gains] == [9, 9, 9], "no more than the shape allows is offered"
 
 
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
@@ -337,8 +337,8 @@ def test_drawn_chains_are_as_long_as_their_pace_wants_and_draw_no_more(candidate
 
     def grown(which: Sequence[int]) -> tuple[Tree, list[Dice]]:
         stepper, dice = Stepper([models[i] for i in which]), [Dice(i) for i in which]
-        pace = Levels([levels[i] for i in which])
-        context = RowContext([prefixes[i] for i in which], [warpers[i] for i in which], dice, pace)
+        budget = Levels([levels[i] for i in which])
+        context = RowContext([prefixes[i] for i in which], [warpers[i] for i in which], dice, budget)
         return grow_sampled(torch.tensor(which), stepper.roots, stepper, shape, context), dice
 
     together, dice = grown(range(4))
@@ -351,11 +351,11 @@ def test_drawn_chains_are_as_long_as_their_pace_wants_and_draw_no_more(candidate
 
 
 def test_confidence_in_a_drawn_chain_is_what_the_law_gave_its_token():
-    pace = Levels([3])
+    budget = Levels([3])
     stepper = Stepper([table(1)])
     warper = Warper(SamplingSettings(temperature=0.7), 1, VOCAB)
-    context = RowContext([torch.tensor([0])], [warper], [Dice(5)], pace)
+    context = RowContext([torch.tensor([0])], [warper], [Dice(5)], budget)
     tree = grow_sampled(torch.tensor([0]), stepper.roots, stepper, TreeShape.chain(3, candidates="sampled"), context)
-    assert tree.laws is not None
-    drawn = [tree.laws[0, node, tree.tokens[0, node + 1]].item() for node in range(3)]
-    assert [told[0] for told in pace.told] == pytest.approx(drawn)
+    assert tree.draft_probs is not None
+    drawn = [tree.draft_probs[0, node, tree.tokens[0, node + 1]].item() for node in range(3)]
+    assert [told[0] for told in budget.told] == pytest.approx(drawn)

@@ -41,7 +41,7 @@ from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 EXACT = 1e-10
@@ -170,7 +170,7 @@ def expected_law(
     @torch.inference_mode()
     def next_law(path: tuple[int, ...]) -> torch.Tensor:
         ids = torch.tensor(prompt + path)
-        return warper.law(model(ids[None], use_cache=False).logits[0, -1], ids)
+        return warper.probs_after(model(ids[None], use_cache=False).logits[0, -1], ids)
 
     return sequence_law(next_law, length, frozenset(ends))
 
@@ -466,13 +466,13 @@ class Recorded(Drafter):
         self.inner, self.method = inner, inner.method
         self.proposed: list[tuple[list[int], Tree]] = []
 
-    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+    def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         return self.inner.start(target, cache)
 
     def slots(self, shape: TreeShape) -> int:
         return self.inner.slots(shape)
 
-    def begin(self, prompts: Sequence[torch.Tensor], run: TargetRun) -> DraftState:
+    def begin(self, prompts: Sequence[torch.Tensor], run: ModelRunner) -> DraftState:
         state = self.inner.begin(prompts, run)
         propose = state.propose
 

@@ -43,7 +43,7 @@ def exact_cells(target: Target, prompt: list[int], settings: SamplingSettings, l
             with torch.inference_mode():
                 logits = target.head(target.features(ids)[:, -1])
             for cell, row, prefix in zip(batch, logits, ids, strict=True):
-                law = warper.law(row, prefix) * cells[cell]
+                law = warper.probs_after(row, prefix) * cells[cell]
                 for token in (law >= least).nonzero()[:, 0].tolist():
                     cells[(*cell, token)] = law[token].item()
                 cells[cell] -= law[law >= least].sum().item()

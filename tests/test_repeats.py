@@ -195,7 +195,7 @@ class Deaf(Drafter):
     def begin(self, prompts, run):
         state = self.inner.begin(prompts, run)
         propose = state.propose
-        state.propose = lambda update, shape, rows: propose(update, shape, replace(rows, pace=None))
+        state.propose = lambda update, shape, rows: propose(update, shape, replace(rows, budget=None))
         return state
 
 
@@ -218,9 +218,9 @@ def test_a_repetition_under_the_drafters_law_is_found_out(monkeypatch):
 
     def claiming(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
         made = right(tree, chains)
-        assert made.laws is not None and tree.laws is not None
-        claimed = made.laws.clone()
-        claimed[:, 0] = tree.laws[:, 0]
+        assert made.draft_probs is not None and tree.draft_probs is not None
+        claimed = made.draft_probs.clone()
+        claimed[:, 0] = tree.draft_probs[:, 0]
         return Tree(made.tokens, made.parents, made.counts, made.candidates, claimed, made.levels)
 
     model, near = small(3)
@@ -246,8 +246,8 @@ class Peeking(Drafter):
 
         def peeking(update: Update, shape: TreeShape, rows: RowContext) -> Tree:
             tree = propose(update, shape, rows)
-            assert tree.laws is not None and tree.rows == 1
-            if tree.laws[0, 0, tree.tokens[0, 1]] >= self.least:
+            assert tree.draft_probs is not None and tree.rows == 1
+            if tree.draft_probs[0, 0, tree.tokens[0, 1]] >= self.least:
                 return tree
             found = Repeats(1, 2).text(rows.prefixes[0].tolist())
             chain = Repeats(1, 2).candidates(found, 2)

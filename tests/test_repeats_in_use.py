@@ -118,11 +118,11 @@ def cut_to_roots(tree: Tree, rows: Sequence[int], drawn: bool) -> Tree:
 @given(trees(), CHAINS, st.booleans())
 def test_a_spliced_tree_has_the_chains_and_leaves_other_rows_bit_for_bit(tree, chains, drawn):
     tree = cut_to_roots(tree, [row for row, chain in enumerate(chains) if chain], drawn)
-    before = (tree.tokens.clone(), tree.parents.clone(), None if tree.laws is None else tree.laws.clone())
+    before = (tree.tokens.clone(), tree.parents.clone(), None if tree.draft_probs is None else tree.draft_probs.clone())
     made = spliced(tree, chains)
     made.validate()
     assert torch.equal(tree.tokens, before[0]) and torch.equal(tree.parents, before[1])
-    assert tree.laws is None or torch.equal(tree.laws, before[2])
+    assert tree.draft_probs is None or torch.equal(tree.draft_probs, before[2])
     assert made.nodes == max(made.counts) and made.candidates == tree.candidates
     for row, chain in enumerate(chains):
         own, count = made.counts[row], tree.counts[row]
@@ -136,16 +136,21 @@ def test_a_spliced_tree_has_the_chains_and_leaves_other_rows_bit_for_bit(tree, c
         else:
             assert torch.equal(made.tokens[row, :own], tree.tokens[row, :own])
             assert torch.equal(made.parents[row, :own], tree.parents[row, :own])
-        if made.laws is None or tree.laws is None:
+        if made.draft_probs is None or tree.draft_probs is None:
             continue
-        assert made.laws.dtype == tree.laws.dtype and made.laws.shape[1] == made.nodes
+        assert made.draft_probs.dtype == tree.draft_probs.dtype and made.draft_probs.shape[1] == made.nodes
         if chain:
-            assert made.laws[row, : own - 1].argmax(-1).tolist() == chain
-            assert (made.laws[row, : own - 1].sum(-1) == 1).all() and (made.laws[row] > 0).sum() == len(chain)
-            assert not made.laws[row, own - 1 :].any()
+            assert made.draft_probs[row, : own - 1].argmax(-1).tolist() == chain
+            assert (made.draft_probs[row, : own - 1].sum(-1) == 1).all() and (made.draft_probs[row] > 0).sum() == len(
+                chain
+            )
+            assert not made.draft_probs[row, own - 1 :].any()
         else:
             kept = min(made.nodes, tree.nodes)
-            assert torch.equal(made.laws[row, :kept], tree.laws[row, :kept]) and not made.laws[row, kept:].any()
+            assert (
+                torch.equal(made.draft_probs[row, :kept], tree.draft_probs[row, :kept])
+                and not made.draft_probs[row, kept:].any()
+            )
 
 
 @pytest.mark.parametrize("levels", [None, 1, 9])
@@ -161,7 +166,7 @@ def test_levels_of_a_spliced_tree_bound_its_depth(levels):
 def test_listed_chains_are_trees(chains):
     tree = Tree.listed(chains, torch.device("cpu"))
     tree.validate()
-    assert tree.counts == [len(chain) for chain in chains] and tree.laws is None
+    assert tree.counts == [len(chain) for chain in chains] and tree.draft_probs is None
     assert tree.deepest == [len(chain) - 1 for chain in chains]
     for row, chain in enumerate(chains):
         assert tree.tokens[row, : len(chain)].tolist() == chain

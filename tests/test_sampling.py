@@ -74,7 +74,7 @@ def test_the_law_is_that_of_transformers_generate(asked):
         )
         for place, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
             prefix = out.sequences[0, : len(PROMPT) + place]
-            law = warper.law(logits[0], prefix)
+            law = warper.probs_after(logits[0], prefix)
             assert torch.allclose(law, scores[0].to(law.dtype).softmax(-1), atol=1e-7, rtol=0)
 
 
@@ -86,7 +86,7 @@ def test_logit_bias_is_that_of_transformers_sequence_bias(bias):
     theirs = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
     expected = theirs(torch.tensor([PROMPT]), logits)[0].softmax(-1)
     warper = Warper(SamplingSettings(temperature=1, logit_bias=bias), len(PROMPT), VOCAB)
-    assert torch.allclose(warper.law(logits[0], torch.tensor(PROMPT)), expected, atol=1e-6)
+    assert torch.allclose(warper.probs_after(logits[0], torch.tensor(PROMPT)), expected, atol=1e-6)
     assert not warper.reads_prefix
 
 
@@ -100,7 +100,7 @@ def test_logit_bias_is_that_of_transformers_sequence_bias(bias):
 def test_presence_and_frequency_count_the_answer_only(prompt, answer, presence, frequency):
     logits = torch.linspace(-1, 2, 8, dtype=torch.float64)
     asked = SamplingSettings(temperature=1, presence_penalty=presence, frequency_penalty=frequency)
-    law = Warper(asked, len(prompt), 8).law(logits, torch.tensor(prompt + answer))
+    law = Warper(asked, len(prompt), 8).probs_after(logits, torch.tensor(prompt + answer))
     expected = logits.clone()
     for token, count in Counter(answer).items():
         expected[token] -= presence + frequency * count
@@ -122,7 +122,7 @@ def test_every_law_is_a_law(seed, temperature, top_k, top_p, min_p, prefix):
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.2, frequency_penalty=0.1
     )
     untouched = logits.clone()
-    law = Warper(asked, 1, 10).law(logits, torch.tensor(prefix))
+    law = Warper(asked, 1, 10).probs_after(logits, torch.tensor(prefix))
     assert torch.equal(logits, untouched), "the model's logits are left as they were"
     assert law.dtype == torch.float32 and (law >= 0).all() and abs(law.sum() - 1) < 1e-5
     if top_k:
@@ -131,17 +131,19 @@ def test_every_law_is_a_law(seed, temperature, top_k, top_p, min_p, prefix):
 
 def test_greedy_is_the_most_probable_token_after_the_penalties():
     logits = torch.tensor([1.0, 3.0, 2.5, 0.0])
-    assert Warper(SamplingSettings(), 1, 4).law(logits, torch.tensor([1])).tolist() == [0, 1, 0, 0]
+    assert Warper(SamplingSettings(), 1, 4).probs_after(logits, torch.tensor([1])).tolist() == [0, 1, 0, 0]
     punished = SamplingSettings(repetition_penalty=2.0)
-    assert Warper(punished, 1, 4).law(logits, torch.tensor([1])).tolist() == [0, 0, 1, 0]
+    assert Warper(punished, 1, 4).probs_after(logits, torch.tensor([1])).tolist() == [0, 0, 1, 0]
     held_back = SamplingSettings(min_new_tokens=1)
-    assert Warper(held_back, 1, 4, [1]).law(logits, torch.tensor([0])).tolist() == [0, 0, 1, 0]
-    assert Warper(held_back, 1, 4, [1]).law(logits, torch.tensor([0, 3])).tolist() == [0, 1, 0, 0]
+    assert Warper(held_back, 1, 4, [1]).probs_after(logits, torch.tensor([0])).tolist() == [0, 0, 1, 0]
+    assert Warper(held_back, 1, 4, [1]).probs_after(logits, torch.tensor([0, 3])).tolist() == [0, 1, 0, 0]
     assert Warper(SamplingSettings(top_k=2, top_p=0.1), 1, 4).greedy
 
 
 def test_half_precision_logits_give_a_law_in_float32():
-    law = Warper(SamplingSettings(temperature=1), 1, 8).law(torch.zeros(8, dtype=torch.bfloat16), torch.tensor([0]))
+    law = Warper(SamplingSettings(temperature=1), 1, 8).probs_after(
+        torch.zeros(8, dtype=torch.bfloat16), torch.tensor([0])
+    )
     assert law.dtype == torch.float32 and torch.allclose(law, torch.full((8,), 0.125))
 
 
@@ -163,7 +165,7 @@ def test_further_processors_are_applied_first():
     warper = Warper(SamplingSettings(temperature=0.5), 1, 4, extra=[lambda ids, scores: scores + ids.sum()])
     assert warper.reads_prefix
     only_third = Warper(SamplingSettings(), 1, 4, extra=[lambda ids, scores: scores.index_fill(1, ids[0, -1:], 99.0)])
-    assert only_third.law(torch.zeros(4), torch.tensor([0, 2])).tolist() == [0, 0, 1, 0]
+    assert only_third.probs_after(torch.zeros(4), torch.tensor([0, 2])).tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_tokens_outside_the_vocabulary_are_refused():
 
 def test_whole_numbers_are_as_good_as_fractions():
     asked = SamplingSettings(temperature=2, repetition_penalty=2, presence_penalty=1, min_p=0, logit_bias={1: 1})
-    law = Warper(asked, 1, 4).law(torch.tensor([2.0, 1.0, -1.0, 0.0]), torch.tensor([0, 2]))
+    law = Warper(asked, 1, 4).probs_after(torch.tensor([2.0, 1.0, -1.0, 0.0]), torch.tensor([0, 2]))
     assert torch.allclose(law, torch.tensor([1 / 2, 2 / 2, (-2 - 1) / 2, 0]).softmax(-1))
 
 

@@ -20,7 +20,7 @@ from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 TOLERANCE = {"gpt-neo": 1e-4}
@@ -68,7 +68,7 @@ def test_every_node_of_every_tree_says_what_its_own_path_says(family, attention)
     target = Target(model)
     tolerance = TOLERANCE.get(family, EAGER_TOLERANCE if attention == "eager" else 1e-9)
     cache = target.new_cache(len(PROMPTS), 4)
-    features = TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS]).features
+    features = ModelRunner(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS]).features
     texts = [list(prompt) for prompt in PROMPTS]
     for row, prompt in enumerate(PROMPTS):
         found = target.head(features[row, : len(prompt)])
@@ -76,7 +76,7 @@ def test_every_node_of_every_tree_says_what_its_own_path_says(family, attention)
     assert cache.lengths == [len(prompt) for prompt in PROMPTS]
     for round_ in range(4):
         tree = random_tree([11, 12, 13], 9, seed=round_)
-        logits = target.head(TargetRun(target, cache).tree(tree).features)
+        logits = target.head(ModelRunner(target, cache).tree(tree).features)
         paths = []
         for row, text in enumerate(texts):
             ways = [way_down(tree, row, node) for node in range(tree.counts[row])]
@@ -98,9 +98,9 @@ def test_further_families_verify_trees(family):
     model = tiny(family, dtype=torch.float32)
     target = Target(model)
     cache = target.new_cache(2, 4)
-    TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS[::2]])
+    ModelRunner(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS[::2]])
     tree = random_tree([11, 12], 9, seed=0)
-    logits = target.head(TargetRun(target, cache).tree(tree).features)
+    logits = target.head(ModelRunner(target, cache).tree(tree).features)
     for row, prompt in enumerate(PROMPTS[::2]):
         for node in range(tree.counts[row]):
             way = way_down(tree, row, node)
@@ -141,10 +141,10 @@ def test_long_prompts_are_run_in_pieces(family, monkeypatch):
     for chunk in (4, 7, 100):
         monkeypatch.setattr(run_module, "PREFILL_CHUNK", chunk)
         cache = target.new_cache(len(prompts), 8)
-        features = TargetRun(target, cache).prefill(prompts).features
+        features = ModelRunner(target, cache).prefill(prompts).features
         assert cache.lengths == [30, 7, 4, 1, 8] and cache.pending == 0
         tree = random_tree([1] * 5, 6, seed=chunk)
-        logits = target.head(TargetRun(target, cache).tree(tree).features)
+        logits = target.head(ModelRunner(target, cache).tree(tree).features)
         for row, prompt in enumerate(prompts):
             expected = stock_logits(model, prompt.tolist())
             assert (target.head(features[row, : len(prompt)]) - expected).abs().max() < TOLERANCE.get(family, 1e-9)
@@ -161,26 +161,28 @@ def test_a_row_does_not_see_its_neighbours():
     logits = {}
     for other in (5, 6):
         cache = target.new_cache(3, 32)
-        TargetRun(target, cache).prefill([torch.tensor(PROMPTS[0]), torch.full((4,), other), torch.full((11,), other)])
-        logits[other] = target.head(TargetRun(target, cache).tree(tree).features)
+        ModelRunner(target, cache).prefill(
+            [torch.tensor(PROMPTS[0]), torch.full((4,), other), torch.full((11,), other)]
+        )
+        logits[other] = target.head(ModelRunner(target, cache).tree(tree).features)
         cache.rollback()
     assert torch.equal(logits[5][0], logits[6][0]) and not torch.equal(logits[5][1], logits[6][1])
     cache.select_rows([0])
     alone = Tree(tree.tokens[:1], tree.parents[:1], tree.counts[:1])
-    assert (target.head(TargetRun(target, cache).tree(alone).features) - logits[5][:1]).abs().max() < 1e-12
+    assert (target.head(ModelRunner(target, cache).tree(alone).features) - logits[5][:1]).abs().max() < 1e-12
 
 
 @torch.inference_mode()
 def test_what_was_rolled_back_leaves_no_trace():
     target = Target(tiny("qwen2-sliding"))
     cache = target.new_cache(3, 4)
-    TargetRun(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS])
+    ModelRunner(target, cache).prefill([torch.tensor(prompt) for prompt in PROMPTS])
     tree = random_tree([1, 2, 3], 6, seed=0)
-    before = TargetRun(target, cache).tree(tree).features
+    before = ModelRunner(target, cache).tree(tree).features
     cache.rollback()
-    TargetRun(target, cache).tree(random_tree([4, 5, 6], 13, seed=1))
+    ModelRunner(target, cache).tree(random_tree([4, 5, 6], 13, seed=1))
     cache.rollback()
-    assert torch.equal(TargetRun(target, cache).tree(tree).features, before)
+    assert torch.equal(ModelRunner(target, cache).tree(tree).features, before)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gpt-neo"])
@@ -191,10 +193,10 @@ def test_candidates_beyond_the_context_disturb_nothing(family):
     target = Target(model)
     text = (list(range(VOCAB)) * 2)[: CONTEXT - 2]
     cache = target.new_cache(1, CONTEXT)
-    TargetRun(target, cache).prefill([torch.tensor(text)])
+    ModelRunner(target, cache).prefill([torch.tensor(text)])
     beyond = 1 if family == "gpt-neo" else 4  # GPT-Neo's table of slots ends: decoding keeps its trees small there
     tree = Tree(torch.arange(1 + beyond)[None], torch.arange(-1, beyond)[None], [1 + beyond])
-    logits = target.head(TargetRun(target, cache).tree(tree).features)
+    logits = target.head(ModelRunner(target, cache).tree(tree).features)
     expected = stock_logits(model, [*text, 0, 1])
     assert (logits[0, :2] - expected[-2:]).abs().max() < TOLERANCE.get(family, 1e-9)
     assert target.slot_limit == (CONTEXT if family == "gpt-neo" else None)
@@ -296,9 +298,9 @@ def test_longrope_is_used_up_to_its_switch_of_frequencies():
     assert target.context_length == 16
     text = list(range(13))
     cache = target.new_cache(1, 32)
-    TargetRun(target, cache).prefill([torch.tensor(text)])
+    ModelRunner(target, cache).prefill([torch.tensor(text)])
     tree = Tree(torch.arange(6)[None], torch.arange(-1, 5)[None], [6])
-    logits = target.head(TargetRun(target, cache).tree(tree).features)
+    logits = target.head(ModelRunner(target, cache).tree(tree).features)
     expected = stock_logits(model, [*text, 0, 1, 2])
     assert (logits[0, :3] - expected[-3:]).abs().max() < 1e-9
 

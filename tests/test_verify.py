@@ -91,7 +91,7 @@ def warper(settings: SamplingSettings, vocab: int = VOCAB) -> Warper:
 
 def target_law(settings: SamplingSettings) -> Callable[[tuple[int, ...]], Tensor]:
     warp = warper(settings)
-    return lambda path: warp.law(TARGET(path), torch.tensor(PROMPT + path))
+    return lambda path: warp.probs_after(TARGET(path), torch.tensor(PROMPT + path))
 
 
 def path_to(tree: Tree, row: int, node: int) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def test_a_branch_is_taken_up_after_its_sibling_was_rejected():
 def test_a_drawn_tree_declared_deterministic_is_lossless_too():
     """Whatever was drawn, given it the candidates are point masses; only their acceptance is lower."""
     grow = drafting(TreeShape(1, 2, 5, "sampled"), SETTINGS["plain"])
-    assert error(lambda chance: replace(grow(chance), candidates="point", laws=None), SETTINGS["plain"]) < EXACT
+    assert error(lambda chance: replace(grow(chance), candidates="point", draft_probs=None), SETTINGS["plain"]) < EXACT
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
@@ -314,7 +314,7 @@ def test_chains_at_once_are_what_the_rule_says_node_by_node(name: str, drawn: bo
         logits = 2 * torch.randn(3, 5, VOCAB, generator=generator, dtype=torch.float64)
         warpers = [warper(SETTINGS[name]) for _ in range(3)]
         prefixes = [torch.tensor(PROMPT)] * 3
-        found = rule.verify_chains(tree, warpers[0].laws(logits), [Dice(seed + row) for row in range(3)])
+        found = rule.verify_chains(tree, warpers[0].probs(logits), [Dice(seed + row) for row in range(3)])
         assert found == verify(tree, logits, warpers, prefixes, [Dice(seed + row) for row in range(3)])
         expected = rule.verify_sampled(tree, logits, warpers, prefixes, [Dice(seed + row) for row in range(3)])
         assert found == expected
@@ -334,7 +334,7 @@ def test_greedy_rows_beside_others_or_with_drawn_guesses_go_by_the_rule():
         assert [verdict.path for verdict in verdicts] == [[0, 1], [0]]
         assert [verdict.tokens for verdict in verdicts] == [[1, 1], [1]]
     laws = torch.full((2, 2, VOCAB), 1 / VOCAB)
-    drawn = replace(tree, candidates="with_replacement", laws=laws)
+    drawn = replace(tree, candidates="with_replacement", draft_probs=laws)
     verdicts = verify(drawn, logits, [Warper(SamplingSettings(), 1, VOCAB)] * 2, prefixes, [Dice(0), Dice(1)])
     assert [verdict.tokens for verdict in verdicts] == [[1, 1], [1]]
 
@@ -387,8 +387,8 @@ def test_a_declared_law_that_was_not_drawn_from_is_caught():
 
     def declare_another(chance: ScriptedChance) -> Tree:
         tree = grow(chance)
-        assert tree.laws is not None
-        return replace(tree, laws=(tree.laws + 1e-300).pow(0.5))
+        assert tree.draft_probs is not None
+        return replace(tree, draft_probs=(tree.draft_probs + 1e-300).pow(0.5))
 
     assert_caught(declare_another, SETTINGS["plain"])
 
@@ -403,8 +403,8 @@ def test_pruning_a_drawn_candidate_for_its_probability_is_caught():
 
     def pruned(chance: ScriptedChance) -> Tree:
         tree = grow(chance)
-        assert tree.laws is not None
-        improbable = tree.laws[0, 0, tree.tokens[0, 1]] < 0.3
+        assert tree.draft_probs is not None
+        improbable = tree.draft_probs[0, 0, tree.tokens[0, 1]] < 0.3
         return Tree.roots(tree.tokens[:, 0]) if improbable else tree
 
     assert_caught(pruned, SETTINGS["plain"])

@@ -15,7 +15,7 @@ from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict, acceptance
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 
 # --- verification ----------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def bonus_from_the_parent(verify: Callable[..., list[Verdict]]) -> Callable[...,
         verdicts = verify(tree, logits, warpers, prefixes, chances)
         for row, verdict in enumerate(verdicts):
             if len(verdict.path) == tree.counts[row] > 1:
-                law = warpers[row].law(logits[row, verdict.path[-2]], prefixes[row])
+                law = warpers[row].probs_after(logits[row, verdict.path[-2]], prefixes[row])
                 verdict.tokens[-1] = chances[row].draw(law)
         return verdicts
 
@@ -55,13 +55,13 @@ def bonus_from_the_parent(verify: Callable[..., list[Verdict]]) -> Callable[...,
 # --- the target's forward over trees ---------------------------------------------------------------------------------
 
 
-def late_positions(self: TargetRun, tree: Tree) -> Tensor:
+def late_positions(self: ModelRunner, tree: Tree) -> Tensor:
     """Candidates stand one position too far on."""
     lengths = torch.tensor(self.cache.lengths, device=self.target.device)
     return (lengths[:, None] + tree.depths + (tree.depths > 0)).clamp(max=self.target.context_length - 1)
 
 
-def blind_tree(self: TargetRun, tree: Tree) -> Output:
+def blind_tree(self: ModelRunner, tree: Tree) -> Output:
     """Candidates do not see the root."""
     slots = self.cache.reserve(tree.nodes, self.target.device)
     seen = tree.ancestors.clone()
@@ -69,10 +69,10 @@ def blind_tree(self: TargetRun, tree: Tree) -> Output:
     return self.forward(tree.tokens, self.positions(tree), seen, slots)
 
 
-def shifted_features(run_tree: Callable[[TargetRun, Tree], Output]) -> Callable[[TargetRun, Tree], Output]:
+def shifted_features(run_tree: Callable[[ModelRunner, Tree], Output]) -> Callable[[ModelRunner, Tree], Output]:
     """The deepest candidate's features are those of the node before it."""
 
-    def wrong(self: TargetRun, tree: Tree) -> Output:
+    def wrong(self: ModelRunner, tree: Tree) -> Output:
         output = run_tree(self, tree)
         if tree.nodes > 1:
             features = output.features.clone()
@@ -92,7 +92,7 @@ class Wrong(Drafter):
     def __init__(self, inner: Drafter):
         self.inner, self.method, self.limits = inner, inner.method, inner.limits
 
-    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+    def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         return self.inner.start(target, cache)
 
     def slots(self, shape: TreeShape) -> int:
@@ -101,7 +101,7 @@ class Wrong(Drafter):
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return self.inner.default_shape(device, sampling)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DraftState:
         state = self.inner.begin(prompts, run)
         propose = state.propose
 
@@ -126,12 +126,12 @@ class Peeking(Wrong):
         self.least = least
 
     def after(self, tree: Tree) -> Tree:
-        assert tree.laws is not None
+        assert tree.draft_probs is not None
         counts = list(tree.counts)
         for row, tokens in enumerate(tree.tokens.tolist()):
-            while counts[row] > 1 and tree.laws[row, counts[row] - 2, tokens[counts[row] - 1]] < self.least:
+            while counts[row] > 1 and tree.draft_probs[row, counts[row] - 2, tokens[counts[row] - 1]] < self.least:
                 counts[row] -= 1
-        return Tree(tree.tokens, tree.parents, counts, tree.candidates, tree.laws)
+        return Tree(tree.tokens, tree.parents, counts, tree.candidates, tree.draft_probs)
 
 
 class Sharpened(Chance):

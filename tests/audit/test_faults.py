@@ -12,7 +12,7 @@ import outdraft.engine.round
 import outdraft.target.runner
 from audit import faults
 from audit.conftest import SAMPLED, Run
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 
 TREE = {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7}
 GREEDY = {"num_speculative_tokens": 3}
@@ -85,10 +85,10 @@ def test_a_wrong_forward_over_trees_is_found(
 ) -> None:
     """And is no noise, in low precision either."""
     if fault == "positions":
-        monkeypatch.setattr(TargetRun, "positions", faults.late_positions)
+        monkeypatch.setattr(ModelRunner, "positions", faults.late_positions)
     else:
-        broken = faults.blind_tree if fault == "mask" else faults.shifted_features(TargetRun.tree)
-        monkeypatch.setattr(TargetRun, "tree", broken)
+        broken = faults.blind_tree if fault == "mask" else faults.shifted_features(ModelRunner.tree)
+        monkeypatch.setattr(ModelRunner, "tree", broken)
     found = audit(generation, greedy=False, dtype=dtype, total_variation=0.2)
     assert not found.kept and "forwards" in failed(found)
     if generation is GREEDY and dtype is torch.float32:
@@ -97,8 +97,8 @@ def test_a_wrong_forward_over_trees_is_found(
 
 def test_wrong_plain_decoding_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafted and plain texts agree, for both are wrong."""
-    positions = TargetRun.positions
-    monkeypatch.setattr(TargetRun, "positions", lambda self, tree: positions(self, tree) + 1)
+    positions = ModelRunner.positions
+    monkeypatch.setattr(ModelRunner, "positions", lambda self, tree: positions(self, tree) + 1)
     assert "plain" in failed(audit(TREE, max_new_tokens=20))
 
 

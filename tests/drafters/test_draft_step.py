@@ -14,7 +14,7 @@ from torch import Tensor
 from models import tiny
 from outdraft.core.tree import attention_mask
 from outdraft.drafting.expand import RunAhead
-from outdraft.drafting.masks import HIDDEN, Sight, causal_sight
+from outdraft.drafting.masks import HIDDEN, DraftMask, causal_mask
 from outdraft.methods.fspad import draft_step, layer_step
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter
@@ -65,13 +65,13 @@ def both_ways(head: FeatureHead, on: FeatureHead, dtype: torch.dtype, lengths: S
         slots = stock_cache.reserve(total, "cpu")
         angles = step.angles(own_cache.lengths, total)
         own_cache.reserve(total, "cpu")
-        mask = causal_sight(own_cache, total, step.dtype, step.device)
+        mask = causal_mask(own_cache, total, step.dtype, step.device)
         seen = torch.ones(total, total, dtype=torch.bool).tril().expand(rows, -1, -1)
         compare(total, seen, slots, slots, angles, mask, True)
         kept = [range(n) for n in lengths] if not stock_cache.lengths[0] else [range(1)] * rows
         stock_cache.commit(kept)
         own_cache.commit(kept)
-    ahead, sight = RunAhead(stock_cache, POSITIONS - 1), Sight(own_cache, step.dtype, step.device)
+    ahead, sight = RunAhead(stock_cache, POSITIONS - 1), DraftMask(own_cache, step.dtype, step.device)
     for level, parents in enumerate(([[0, 0, 0]] * rows, [[2, 0, 2]] * rows)):
         above = torch.tensor(parents)
         positions, seen, slots = ahead.place(above, above)
@@ -153,7 +153,7 @@ def test_masks_are_those_of_the_whole_tree(lengths, widths):
     rows, generator = len(lengths), torch.Generator().manual_seed(0)
     one, other = SlotCache(rows, 1, 32), SlotCache(rows, 1, 32)
     one.lengths, other.lengths = list(lengths), list(lengths)
-    ahead, sight = RunAhead(one, 31), Sight(other, torch.float32, torch.device("cpu"))
+    ahead, sight = RunAhead(one, 31), DraftMask(other, torch.float32, torch.device("cpu"))
     above, hidden_any = 1, False
     for width in widths:
         parents = torch.randint(0, above, (rows, width), generator=generator)

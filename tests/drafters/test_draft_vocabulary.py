@@ -75,8 +75,8 @@ def test_a_law_that_forgets_what_was_kept_would_be_seen(kind, monkeypatch):
 
     def forgetting(self, *args):
         tree = growing(self, *args)
-        if tree.laws is not None:
-            tree.laws = (tree.laws + 1) / (tree.laws + 1).sum(-1, keepdim=True)
+        if tree.draft_probs is not None:
+            tree.draft_probs = (tree.draft_probs + 1) / (tree.draft_probs + 1).sum(-1, keepdim=True)
         return tree
 
     monkeypatch.setattr(DraftVocabulary, "grow", forgetting)

@@ -21,7 +21,7 @@ from outdraft.drafting import intake
 from outdraft.drafting.base import RowContext, Update
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 SHAPE = Shape(vocab_size=13, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
@@ -72,7 +72,7 @@ class Rounds:
         self.naive = [NaiveDrafting(w, SHAPE, embeddings, HEAD) for _ in prompt_lengths]
         prompts = [torch.tensor(self.rng.integers(0, 13, n)) for n in prompt_lengths]
         drafter = FeatureDrafter(head, target())
-        self.state: FeatureDraftState = drafter.begin(prompts, TargetRun(target(), SlotCache(len(prompts), 1, 8)))
+        self.state: FeatureDraftState = drafter.begin(prompts, ModelRunner(target(), SlotCache(len(prompts), 1, 8)))
         self.decide([[*prompt[1:].tolist(), int(self.rng.integers(13))] for prompt in prompts])
 
     def decide(self, tokens: list[list[int]]) -> None:

@@ -20,7 +20,7 @@ from outdraft.errors import UserError
 from outdraft.methods.eesd.drafter import EarlyExit, EarlyExitState
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
 from outdraft.target.backends import accelerate
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads, exit_view, layers_of, shortcut_view
 from test_losslessness import exit_drafter, rows_of
@@ -176,7 +176,7 @@ def test_slots_of_a_round_are_enough_for_what_runs_ahead() -> None:
     rows = rows_of(target, [[5, 9, 9, 3], [1, 2]], SamplingSettings(), 20, [Dice(0), Dice(1)])
     begin, caches = drafter.begin, []
 
-    def noting(prompts: object, run: TargetRun) -> object:
+    def noting(prompts: object, run: ModelRunner) -> object:
         state = begin(prompts, run)
         caches.extend([(run.cache, run.cache.capacity), (state.cache, state.cache.capacity)])
         return state

@@ -107,7 +107,7 @@ def test_every_random_outcome_keeps_the_targets_distribution(kind: str, shape: T
     @torch.inference_mode()
     def next_law(path: tuple[int, ...]) -> torch.Tensor:
         ids = torch.tensor([*PROMPT, *path])
-        return warper(target, settings).law(target.model(ids[None], use_cache=False).logits[0, -1], ids)
+        return warper(target, settings).probs_after(target.model(ids[None], use_cache=False).logits[0, -1], ids)
 
     assert distance(found, sequence_law(next_law, length)) < 1e-10
     assert 0 < accepted < drafted

@@ -15,7 +15,7 @@ from outdraft.evaluation.bench import divergences as judging
 from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences, divergences_by_method, last_place
 from outdraft.evaluation.bench.measure import Answer, Run
 from outdraft.methods.draft_model.drafter import DraftModel
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 from training.tiny import tiny_target
 
@@ -125,13 +125,13 @@ def test_a_broken_tree_cannot_pass_for_noise(monkeypatch: pytest.MonkeyPatch) ->
     """The noise is measured without the code that is under suspicion."""
     target = tiny_target(torch.float32)
     plain = SpeculativeModel(target).generate(PROMPTS, max_new_tokens=14).tokens
-    whole = TargetRun.tree
+    whole = ModelRunner.tree
 
-    def broken(self: TargetRun, tree: Tree) -> Output:
+    def broken(self: ModelRunner, tree: Tree) -> Output:
         output = whole(self, tree)
         return output if tree.nodes == 1 else Output(output.features.roll(1, dims=-1), output.taps)
 
-    monkeypatch.setattr(TargetRun, "tree", broken)
+    monkeypatch.setattr(ModelRunner, "tree", broken)
     wrong = SpeculativeModel(target, DraftModel(tiny_target(torch.float32), target)).generate(
         PROMPTS, max_new_tokens=14
     )

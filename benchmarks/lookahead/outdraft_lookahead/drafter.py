@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, Limits, Pace, RowContext, Update
+from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowContext, Update
 from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 
 
@@ -64,7 +64,7 @@ class Lookahead(Drafter):
     def start(self, target: Target, cache: SlotCache) -> WindowRun:
         return WindowRun(target, cache)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> LookaheadState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> LookaheadState:
         assert isinstance(run, WindowRun)  # `start` made it
         return LookaheadState(self, prompts, run)
 
@@ -77,7 +77,7 @@ class Lookahead(Drafter):
         return TreeShape(length - 1, self.pool, 1 + self.pool * length)
 
 
-class WindowRun(TargetRun):
+class WindowRun(ModelRunner):
     """The target, whose next tree may have windows beside it.
 
     A caller sets `windows` before a tree and finds in `said`, until it takes it, what the target says after each newest
@@ -90,7 +90,7 @@ class WindowRun(TargetRun):
     """For every row, one guess more a column; nothing of meaning where a row had no window."""
 
     def tree(self, tree: Tree) -> Output:
-        """As `TargetRun.tree`; the windows run in the same forward and are pending only as long as the tree is."""
+        """As `ModelRunner.tree`; the windows run in the same forward and are pending only as long as the tree is."""
         windows, self.windows = self.windows, None
         steps = max(map(len, windows)) if windows else 0
         if windows is None or steps == 0:
@@ -169,12 +169,12 @@ class LookaheadState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         self._take_in()
-        pace = rows.pace
-        self.waiting = list(pace.going) if pace is not None else [True] * len(self.rows)
+        budget = rows.budget
+        self.waiting = list(budget.going) if budget is not None else [True] * len(self.rows)
         roots = update.roots
         paths = [row.candidates(root, shape) for row, root in zip(self.rows, roots.tolist(), strict=True)]
-        if pace is not None:
-            paths = paced(paths, min(shape.top_k, self.drafter.pool), pace)
+        if budget is not None:
+            paths = paced(paths, min(shape.top_k, self.drafter.pool), budget)
         self.run.windows = [row.steps if runs else [] for row, runs in zip(self.rows, self.waiting, strict=True)]
         return merged(roots, paths, shape.size)
 
@@ -201,21 +201,21 @@ def cycled(prompt: list[int], count: int) -> list[int]:
     return [prompt[place % len(prompt)] for place in range(count)]
 
 
-def paced(paths: list[list[tuple[int, ...]]], width: int, pace: Pace) -> list[list[tuple[int, ...]]]:
+def paced(paths: list[list[tuple[int, ...]]], width: int, budget: Budget) -> list[list[tuple[int, ...]]]:
     """What the pace wants of paths that are there already; the more n-grams a row has, the surer is one of them.
 
     `width` is what a level may have, whatever other rows of the batch find.
     """
     sure = [len(row) / (len(row) + 1) for row in paths]
-    lengths, wanted, level = [0] * len(paths), pace.going, 0
+    lengths, wanted, level = [0] * len(paths), budget.going, 0
     while any(wanted):
         level += 1
         there = [going and any(len(path) >= level for path in row) for going, row in zip(wanted, paths, strict=True)]
         lengths = [level if grown else length for length, grown in zip(lengths, there, strict=True)]
-        pace.drafted([one if grown else None for one, grown in zip(sure, there, strict=True)])
+        budget.drafted([one if grown else None for one, grown in zip(sure, there, strict=True)])
         if not any(there):
             break
-        wanted = pace.wants(width)
+        wanted = budget.wants(width)
     return [[path[:length] for path in row] for row, length in zip(paths, lengths, strict=True)]
 
 

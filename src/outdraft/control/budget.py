@@ -11,7 +11,7 @@ from outdraft.control.costs import Costs
 
 
 class DraftBudget:
-    """How far each row of a batch drafts in one round (a `Pace`, as drafters know it).
+    """How far each row of a batch drafts in one round (a `Budget`, as drafters know it).
 
     Args:
         controllers: of the rows; each decides for its own.
@@ -43,7 +43,7 @@ class DraftBudget:
         self.wants(nodes)
 
     def wants(self, nodes: int) -> list[bool]:
-        """As `Pace.wants`; the first level was asked for when this was made."""
+        """As `Budget.wants`; the first level was asked for when this was made."""
         rows = zip(self.going, self.confidences, self.controllers, strict=True)
         self.going = [
             going and len(kept) < self.levels and controller.decide(kept, nodes) for going, kept, controller in rows
@@ -51,7 +51,7 @@ class DraftBudget:
         return self.going
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
-        """As `Pace.drafted`; the time since the last level is this one's."""
+        """As `Budget.drafted`; the time since the last level is this one's."""
         for row, confidence in enumerate(confidences):
             if self.going[row] and confidence is not None:
                 self.confidences[row].append(confidence)
@@ -61,7 +61,7 @@ class DraftBudget:
         self._last = now
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
-        """As `Pace.sizes`."""
+        """As `Budget.sizes`."""
         rows = zip(self.controllers, self.confidences, gains, levels, strict=True)
         return [controller.size(kept, row, own[: len(row)]) if len(row) else 0 for controller, kept, row, own in rows]
 

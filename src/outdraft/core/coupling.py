@@ -93,9 +93,9 @@ class Coupled:
     def accept(self, probability: float) -> bool:
         raise NotImplementedError("coupled rows compare choices, they throw no dice")
 
-    def draw(self, law: Tensor) -> int:
+    def draw(self, dist: Tensor) -> int:
         """The next token of the row."""
-        return int(under(law, self.at(0)))
+        return int(under(dist, self.at(0)))
 
 
 class Still(Coupled):
@@ -159,11 +159,11 @@ def chance_of(
     return Coupled(Noise(1, vocab_size, device, secrets.randbits(63) if seed is None else seed), 0, decided)
 
 
-def under(laws: Tensor, noise: Tensor) -> Tensor:
+def under(probs: Tensor, noise: Tensor) -> Tensor:
     """`(...)` the tokens chosen of `(..., vocab)` probabilities under noise that broadcasts to them; one past the
     vocabulary where those are NaN, as in `draw_each`."""
-    chosen, best = with_greatest(laws / noise)
-    return torch.where(best.isnan(), laws.shape[-1], chosen)
+    chosen, best = with_greatest(probs / noise)
+    return torch.where(best.isnan(), probs.shape[-1], chosen)
 
 
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:

@@ -23,12 +23,13 @@ class Chance(Protocol):
     def accept(self, probability: float) -> bool:
         """True with this probability."""
 
-    def draw(self, law: Tensor) -> int:
+    def draw(self, dist: Tensor) -> int:
         """An index drawn from `(vocab,)` probabilities, which need not be normalised."""
 
 
 class Dice:
-    """Chance from a seeded generator, which is on the CPU wherever the laws are: nobody waits for a device's numbers.
+    """Chance from a seeded generator, which is on the CPU wherever the distributions are: nobody waits for a device's
+    numbers.
 
     Args:
         seed: of this row's generator; a fresh one from the system when None.
@@ -50,8 +51,8 @@ class Dice:
             return probability >= 1
         return self.uniform() < probability
 
-    def draw(self, law: Tensor) -> int:
-        return int(draw_each([self], law[None]))
+    def draw(self, dist: Tensor) -> int:
+        return int(draw_each([self], dist[None]))
 
 
 class Thrown:
@@ -72,49 +73,49 @@ class Thrown:
     def accept(self, probability: float) -> bool:
         raise NotImplementedError("what was thrown ahead only draws")
 
-    def draw(self, law: Tensor) -> int:
-        return int(draw_each([self], law[None]))
+    def draw(self, dist: Tensor) -> int:
+        return int(draw_each([self], dist[None]))
 
 
-def draw_each(chances: Sequence[Chance], laws: Tensor) -> Tensor:
-    """`(rows,)` one token of each of the `(rows, vocab)` laws, by each row's own chance.
+def draw_each(chances: Sequence[Chance], probs: Tensor) -> Tensor:
+    """`(rows,)` one token of each of the `(rows, vocab)` distributions, by each row's own chance.
 
-    Of a law that is NaN, which is what becomes of logits that are no numbers, one past the vocabulary: whoever draws
-    finds out with the token itself, by no further transfer from a device.
+    Of a distribution that is NaN, which is what becomes of logits that are no numbers, one past the vocabulary: whoever
+    draws finds out with the token itself, by no further transfer from a device.
     """
     if all(isinstance(chance, Thrown) for chance in chances):
-        return at_shares(torch.stack([thrown.share() for thrown in chances]), laws)  # type: ignore[attr-defined]
+        return at_shares(torch.stack([thrown.share() for thrown in chances]), probs)  # type: ignore[attr-defined]
     if not all(isinstance(chance, Dice) for chance in chances):
-        drawn = [chance.draw(law) for chance, law in zip(chances, laws, strict=True)]
-        return torch.tensor(drawn, device=laws.device)
+        drawn = [chance.draw(dist) for chance, dist in zip(chances, probs, strict=True)]
+        return torch.tensor(drawn, device=probs.device)
     thrown = [dice.uniform() for dice in chances]  # type: ignore[attr-defined]
-    return at_shares(sent(thrown, laws.device, torch.float64), laws)
+    return at_shares(sent(thrown, probs.device, torch.float64), probs)
 
 
-def at_shares(shares: Tensor, laws: Tensor) -> Tensor:
-    """`(rows,)` of each of the `(rows, vocab)` laws the first token up to which more than a `(rows,)` share of it lies:
-    in float64, so that no token of positive probability is lost, and below the whole of it, which rounding could else
-    bring a share up to."""
-    if laws.device.type != "cpu":
-        return at_shares_by_blocks(shares, laws)
-    upto = laws.cumsum(-1, dtype=torch.float64)
+def at_shares(shares: Tensor, probs: Tensor) -> Tensor:
+    """`(rows,)` of each of the `(rows, vocab)` distributions the first token up to which more than a `(rows,)` share of
+    it lies: in float64, so that no token of positive probability is lost, and below the whole of it, which rounding
+    could else bring a share up to."""
+    if probs.device.type != "cpu":
+        return at_shares_by_blocks(shares, probs)
+    upto = probs.cumsum(-1, dtype=torch.float64)
     return _reached(upto, shares[:, None] * upto[:, -1:])[0][:, 0]
 
 
-def at_shares_by_blocks(shares: Tensor, laws: Tensor) -> Tensor:
+def at_shares_by_blocks(shares: Tensor, probs: Tensor) -> Tensor:
     """The same, the block of tokens first and then the token in it: a GPU adds side by side, but makes running sums one
-    after the other, which took it 1.4 ms over 8 laws of 128,256 tokens."""
-    rows, vocab = laws.shape
+    after the other, which took it 1.4 ms over 8 distributions of 128,256 tokens."""
+    rows, vocab = probs.shape
     full = vocab // BLOCK * BLOCK
-    sums = laws[:, :full].reshape(rows, -1, BLOCK).sum(-1, dtype=torch.float64)
+    sums = probs[:, :full].reshape(rows, -1, BLOCK).sum(-1, dtype=torch.float64)
     if full < vocab:
-        sums = torch.cat([sums, laws[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
+        sums = torch.cat([sums, probs[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
     upto = sums.cumsum(-1)
     block, wanted = _reached(upto, shares[:, None] * upto[:, -1:])
-    block = block.clamp(max=sums.shape[1] - 1)  # of a law that is NaN it is none
+    block = block.clamp(max=sums.shape[1] - 1)  # of a distribution that is NaN it is none
     before = (upto - sums).gather(1, block)
-    places = block * BLOCK + torch.arange(BLOCK, device=laws.device)
-    inside = laws.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)
+    places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)
     token, _ = _reached(inside.cumsum(-1, dtype=torch.float64), (wanted - before).clamp(min=0))
     return (block * BLOCK + token)[:, 0]
 

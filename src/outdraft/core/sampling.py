@@ -54,7 +54,7 @@ def _sequence_bias(given: Any, vocab_size: int) -> hf.LogitsProcessor:
 
 
 class Warper:
-    """Logits of one node to the law its token is drawn from.
+    """Logits of one node to the distribution its token is drawn from.
 
     Args:
         settings: what the user asked for.
@@ -75,7 +75,7 @@ class Warper:
         device: torch.device | str = "cpu",
     ):
         self.error: Exception | None = None
-        """What a processor has raised, where a law was asked of it in company (`laws_of`)."""
+        """What a processor has raised, where a distribution was asked of it in company (`probs_of`)."""
         self.greedy = settings.temperature == 0
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
@@ -108,9 +108,9 @@ class Warper:
         self.scoring: Hashable = (*shape, bias, tuple(s.suppress_tokens))
         """Warpers that have it in common make the same `scores` of the same logits."""
         self.kind: Hashable = None if self.reads_prefix else self.scoring
-        """Warpers of one kind make the same law of the same logits; None where it depends on the prefix."""
+        """Warpers of one kind make the same distribution of the same logits; None where it depends on the prefix."""
         self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1 or s.typical_p < 1)
-        """Whether a law costs a search through the vocabulary, so that none should be made in vain."""
+        """Whether a distribution costs a search through the vocabulary, so that none should be made in vain."""
         self.names_tokens = bool(s.logit_bias)
         """Whether it looks tokens up by their ids, beside what reads the prefix."""
         self._processors, self._reading = [*reading], len(reading)
@@ -140,7 +140,7 @@ class Warper:
             warpers.append(hf.EtaLogitsWarper(s.eta_cutoff, device=str(device)))
         return warpers
 
-    def law(self, logits: Tensor, prefix: Tensor) -> Tensor:
+    def probs_after(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Probabilities `(vocab,)`, at least float32, of the token after `prefix`.
 
         Args:
@@ -149,20 +149,20 @@ class Warper:
         """
         return self._laws(logits[None], prefix[None])[0]
 
-    def laws(self, logits: Tensor) -> Tensor:
-        """`law` of `(..., vocab)` logits at once, as many probabilities; not where it `reads_prefix`."""
+    def probs(self, logits: Tensor) -> Tensor:
+        """`probs_after` of `(..., vocab)` logits at once, as many probabilities; not where it `reads_prefix`."""
         flat = logits.reshape(-1, logits.shape[-1])
         return self._laws(flat, _NO_PREFIX).view_as(logits)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """`(..., vocab)` logarithms of those laws up to a constant, without what reads the prefix."""
+        """`(..., vocab)` logarithms of those distributions up to a constant, without what reads the prefix."""
         flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
         for processor in self._processors[self._reading :]:
             flat = processor(_NO_PREFIX, flat)
         return flat.view_as(logits)
 
     def choices(self, logits: Tensor) -> Tensor:
-        """`(...)` the only tokens of those laws; only where it is `greedy`, too.
+        """`(...)` the only tokens of those distributions; only where it is `greedy`, too.
 
         One past the vocabulary, as `draw_each` has it, where the logits leave none.
         """
@@ -190,32 +190,32 @@ class Warper:
 _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
 
 
-def laws_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
+def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
     """`(rows, vocab)` of each row's own warper, from as many logits; rows of one kind are computed together.
 
-    A law is NaN where the logits are no numbers or a processor fails, which then is the warper's `error`.
+    A distribution is NaN where the logits are no numbers or a processor fails, which then is the warper's `error`.
 
     Args:
         warpers: of the rows.
         logits: `(rows, vocab)` of the model.
-        prefixes: of the rows, as `Warper.law` takes them; only looked at where a warper reads them.
+        prefixes: of the rows, as `Warper.probs_after` takes them; only looked at where a warper reads them.
     """
     kind = warpers[0].kind
     if kind is not None and all(warper.kind == kind for warper in warpers):
-        return warpers[0].laws(logits)
+        return warpers[0].probs(logits)
     found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     groups: dict[Hashable, list[int]] = {}
     for row, warper in enumerate(warpers):
         if warper.kind is None:
             try:
-                found[row] = warper.law(logits[row], prefixes[row])
+                found[row] = warper.probs_after(logits[row], prefixes[row])
             except Exception as error:  # processors are the user's and raise what they like: the other rows go on
                 warper.error, found[row] = error.with_traceback(None), torch.nan
         else:
             groups.setdefault(warper.kind, []).append(row)
     for rows in groups.values():
         index = torch.tensor(rows, device=logits.device)
-        found[index] = warpers[rows[0]].laws(logits[index])
+        found[index] = warpers[rows[0]].probs(logits[index])
     return found
 
 

@@ -15,7 +15,7 @@ class SamplingSettings:
     """How the next token is chosen; names and meaning as in Hugging Face `generate` where it has them."""
 
     temperature: float = 0.0
-    """Softness of the law; 0 is greedy decoding."""
+    """Softness of the distribution; 0 is greedy decoding."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0

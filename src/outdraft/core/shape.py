@@ -21,7 +21,7 @@ class TreeShape:
     size: int
     """Nodes that the target verifies, the root included."""
     candidates: Choice = "top-k"
-    """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's law."""
+    """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's distribution."""
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("top_k", 1), ("size", 1)):
@@ -57,7 +57,8 @@ GREEDY_CHAIN, BATCH_CHAIN, BATCH = TreeShape.chain(4), TreeShape.chain(3), 4
 shipped drafters were faster with chains once the target's layers took less time (docs/measurements/draft-shapes.md)."""
 
 CPU_CHAIN = TreeShape.chain(4, candidates="sampled")
-"""At temperature 1 a chain sampled from the drafter's law was accepted twice as far as a tree of its best guesses."""
+"""At temperature 1 a chain sampled from the drafter's distribution was accepted twice as far as a tree of its best
+guesses."""
 
 GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
 """EAGLE-2's tree for targets of 7B and 8B."""

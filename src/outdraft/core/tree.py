@@ -1,7 +1,7 @@
 """Candidate trees, one for every row of a batch, and what attention needs to know of them.
 
 Node 0 of every row is its root: the last token already decided, whose keys and values the target has not computed
-yet. Parents come before children. Rows are padded to one number of nodes. A tree also says under which law its
+yet. Parents come before children. Rows are padded to one number of nodes. A tree also says under which distribution its
 candidates were drawn, which is all that verification has to know of the drafter.
 
 It does not know who grew the tree, or what the target makes of it.
@@ -32,8 +32,9 @@ class Tree:
         parents: `(rows, nodes)` index of the parent, -1 for the root; padding points to the root.
         counts: nodes that each row really has, the root included; the rest is padding.
         candidates: how a node's children were chosen: `point` (deterministically, by whatever rule) or drawn from
-            `laws`, independently or without replacement, in the order of their indices.
-        laws: `(rows, nodes, vocab)` the exact law each node's children were drawn from; None for `point`.
+            `draft_probs`, independently or without replacement, in the order of their indices.
+        draft_probs: `(rows, nodes, vocab)` the exact distribution each node's children were drawn from; None for
+            `point`.
         levels: no node lies deeper than this; None where nobody knows.
         chain: whether every node is known to be the child of the one before it.
     """
@@ -42,7 +43,7 @@ class Tree:
     parents: Tensor
     counts: list[int]
     candidates: Candidates = "point"
-    laws: Tensor | None = None
+    draft_probs: Tensor | None = None
     levels: int | None = None
     chain: bool = False
     _depths: Tensor | None = field(default=None, repr=False)
@@ -51,8 +52,10 @@ class Tree:
     _lists: tuple[list[list[int]], list[list[int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if (self.laws is None) != (self.candidates == "point"):
-            raise ValueError("a tree of sampled candidates needs the laws they were drawn from, and only such a tree")
+        if (self.draft_probs is None) != (self.candidates == "point"):
+            raise ValueError(
+                "a tree of sampled candidates needs the distributions they were drawn from, and only such a tree"
+            )
 
     @classmethod
     def roots(cls, tokens: Tensor) -> Tree:
@@ -60,11 +63,13 @@ class Tree:
         return cls(tokens[:, None], torch.full_like(tokens[:, None], -1), [1] * len(tokens), levels=0)
 
     @classmethod
-    def chains(cls, tokens: Tensor, width: int, candidates: Candidates = "point", laws: Tensor | None = None) -> Tree:
+    def chains(
+        cls, tokens: Tensor, width: int, candidates: Candidates = "point", draft_probs: Tensor | None = None
+    ) -> Tree:
         """Trees of `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens, none padding."""
         rows, nodes = tokens.shape
         parents, ancestors, depths = _chains(width, nodes, tokens.device)
-        tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, laws, (nodes - 1) // width)
+        tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, draft_probs, (nodes - 1) // width)
         tree.chain = width == 1
         tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
         return tree

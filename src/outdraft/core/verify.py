@@ -1,17 +1,20 @@
 """The lossless rule: a tree of guesses, the target's logits, and what may be kept.
 
-For every row: stand at the root, with p the target's law of the next token there. Try the node's children x_1, x_2, ...
-in order, where q is the law that the child was drawn from (a point mass for deterministic candidates):
+For every row: stand at the root, with p the target's distribution of the next token there. Try the node's children
+x_1, x_2, ... in order, where q is the distribution that the child was drawn from (a point mass for deterministic
+candidates):
 
     accept x with probability min(1, p(x) / q(x));
     if rejected, what is left of p:  p <- (p - q)+ / |(p - q)+|       the residual,
     and, for candidates without replacement, of q:  q(x) <- 0, renormalised.
 
 Accepted: step down to x and go on. None accepted: the next token is drawn from what is left of p. By induction over
-the children the token after the node has exactly the target's law, whatever q is: P(x) = q(x) min(1, p(x)/q(x)) +
-P(reject) residual(x) = p(x) (Leviathan et al. 2023, theorem 1, applied once a child; SpecInfer's multi-round rule).
-For a point mass on x this reads: accept with probability p(x), else p(x) <- 0.
-Greedy decoding is the same rule, with p a point mass: accept x where it is the target's most probable token. Nothing is
+the children the token after the node has exactly the target's distribution, whatever q is:
+
+    P(x) = q(x) min(1, p(x)/q(x)) + P(reject) residual(x) = p(x)
+
+(Leviathan et al. 2023, theorem 1, applied once a child; SpecInfer's multi-round rule). For a point mass on x this
+reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same rule, with p a point mass: accept x where it is the target's most probable token. Nothing is
 left to chance then, so `verify_greedy` compares all nodes of all rows at once; a test holds it against `decide`.
 
 Knows nothing of models, caches or how the guesses were made. No randomness but the dice that it is handed.
@@ -28,16 +31,17 @@ from torch import Tensor
 
 from outdraft.core.coupling import Coupled, under
 from outdraft.core.dice import Chance, draw_each
-from outdraft.core.sampling import Warper, laws_of
+from outdraft.core.sampling import Warper, probs_of
 from outdraft.core.tensors import sent
 from outdraft.core.tree import Tree
 
 AT_ONCE = 2**25
-"""Probabilities, of all nodes of all rows, up to which the laws of chains are made at once."""
+"""Probabilities, of all nodes of all rows, up to which the distributions of chains are made at once."""
 
 
 WALKING = ("cpu",)
-"""Devices on which laws are made level by level, of the nodes that are reached only: asking costs nothing there."""
+"""Devices on which distributions are made level by level, of the nodes that are reached only: asking costs nothing
+there."""
 
 
 @dataclass
@@ -56,25 +60,25 @@ class Verdict:
 def verify(
     tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
 ) -> list[Verdict]:
-    """Accept a path of every row's tree and draw the token after it, with exactly the target's law.
+    """Accept a path of every row's tree and draw the token after it, with exactly the target's distribution.
 
     Args:
         tree: the guesses.
         logits: `(rows, nodes, vocab)` of the target after every node; those after padding are not looked at.
-        warpers: for every row, logits and prefix to law.
+        warpers: for every row, logits and prefix to distribution.
         prefixes: for every row, `(tokens,)` everything decided so far, the root's token last; only looked at where
             a warper reads them.
         chances: for every row, its dice.
     """
     kind = warpers[0].kind
-    if tree.laws is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
+    if tree.draft_probs is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
     coupled = [chance for chance in chances if isinstance(chance, Coupled)]
     if len(coupled) == len(chances):
         return verify_coupled(tree, logits, warpers, prefixes, coupled)
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
     if alike and logits.numel() <= AT_ONCE and _is_chains(tree):
-        return verify_chains(tree, warpers[0].laws(logits), chances)
+        return verify_chains(tree, warpers[0].probs(logits), chances)
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 
 
@@ -92,9 +96,9 @@ def walk(
     while walking:
         nodes = [verdicts[row].path[-1] for row in walking]
         own = [_after(warpers[row], prefixes, row, verdicts[row].tokens) for row in walking]
-        laws = laws_of([warpers[row] for row in walking], logits[walking, nodes], own)
+        probs = probs_of([warpers[row] for row in walking], logits[walking, nodes], own)
         accepted = []
-        for row, (child, token) in zip(walking, choose(walking, nodes, depth, laws), strict=True):
+        for row, (child, token) in zip(walking, choose(walking, nodes, depth, probs), strict=True):
             verdicts[row].tokens.append(token)
             if child is not None:
                 verdicts[row].path.append(child)
@@ -109,12 +113,12 @@ def verify_sampled(
     """`verify` by the rule, node by node."""
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
 
-    def choose(rows: list[int], nodes: list[int], depth: int, laws: Tensor) -> list[tuple[int | None, int]]:
+    def choose(rows: list[int], nodes: list[int], depth: int, probs: Tensor) -> list[tuple[int | None, int]]:
         chosen: list[tuple[int | None, int]] = [(None, 0)] * len(rows)
         ended, left = [], []
-        for i, (row, node, p) in enumerate(zip(rows, nodes, laws, strict=True)):
+        for i, (row, node, p) in enumerate(zip(rows, nodes, probs, strict=True)):
             guesses = children[row].get(node, [])
-            q = tree.laws[row, node].to(p.dtype) if tree.laws is not None else None
+            q = tree.draft_probs[row, node].to(p.dtype) if tree.draft_probs is not None else None
             without_replacement = tree.candidates == "without_replacement"
             place, p = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
             if place is None:
@@ -134,11 +138,11 @@ def verify_sampled(
 def decide(
     p: Tensor, q: Tensor | None, guesses: Sequence[int], without_replacement: bool, chance: Chance
 ) -> tuple[int | None, Tensor]:
-    """The token after one node: one of the guesses, or else to be drawn from what is left of the target's law.
+    """The token after one node: one of the guesses, or else to be drawn from what is left of the target's distribution.
 
     Args:
-        p: `(vocab,)` the target's law after the node.
-        q: `(vocab,)` the law that the guesses were drawn from, None where they were chosen by rule.
+        p: `(vocab,)` the target's distribution after the node.
+        q: `(vocab,)` the distribution that the guesses were drawn from, None where they were chosen by rule.
         guesses: tokens of the node's children, in their order.
         without_replacement: whether no guess could be drawn twice.
         chance: of the row.
@@ -163,11 +167,11 @@ def verify_coupled(
         levels = tree.nodes if tree.levels is None else tree.levels + 1
         noise = torch.stack([torch.stack([chance.at(depth) for depth in range(levels)]) for chance in chances])
         index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])
-        return verify_greedy(tree, under(warpers[0].laws(logits), noise.gather(1, index)))
+        return verify_greedy(tree, under(warpers[0].probs(logits), noise.gather(1, index)))
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
 
-    def choose(rows: list[int], nodes: list[int], depth: int, laws: Tensor) -> list[tuple[int | None, int]]:
-        chosen = under(laws, torch.stack([chances[row].at(depth) for row in rows])).tolist()
+    def choose(rows: list[int], nodes: list[int], depth: int, probs: Tensor) -> list[tuple[int | None, int]]:
+        chosen = under(probs, torch.stack([chances[row].at(depth) for row in rows])).tolist()
         below = (children[row].get(node, []) for row, node in zip(rows, nodes, strict=True))
         return [
             (next((child for child in own if tokens[row][child] == token), None), token)
@@ -194,22 +198,23 @@ def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
     return verdicts
 
 
-def verify_chains(tree: Tree, laws: Tensor, chances: Sequence[Chance]) -> list[Verdict]:
-    """`verify` where every node has at most one child, from the target's `(rows, nodes, vocab)` laws after all nodes.
+def verify_chains(tree: Tree, probs: Tensor, chances: Sequence[Chance]) -> list[Verdict]:
+    """`verify` where every node has at most one child, from the target's `(rows, nodes, vocab)` distributions after all
+    nodes.
 
     The rule at all nodes at once: nothing but the dice has to be asked one after the other.
     """
     rows = tree.rows
-    q = None if tree.laws is None else tree.laws[:, :-1].to(laws.dtype)
-    odds = acceptance(laws[:, :-1], q, tree.tokens[:, 1:]).tolist()
+    q = None if tree.draft_probs is None else tree.draft_probs[:, :-1].to(probs.dtype)
+    odds = acceptance(probs[:, :-1], q, tree.tokens[:, 1:]).tolist()
     ends = []
     for row, count in enumerate(tree.counts):
         accepted = 0
         while accepted < count - 1 and chances[row].accept(odds[row][accepted]):
             accepted += 1
         ends.append(accepted)
-    at = torch.arange(rows, device=laws.device), sent(ends, laws.device)
-    left = laws[at]
+    at = torch.arange(rows, device=probs.device), sent(ends, probs.device)
+    left = probs[at]
     refused = [row for row, (end, count) in enumerate(zip(ends, tree.counts, strict=True)) if end < count - 1]
     for row in refused:
         drawn_from = None if q is None else q[row, ends[row]]
@@ -229,7 +234,7 @@ def _is_chains(tree: Tree) -> bool:
 
 
 def acceptance(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
-    """`(...)` min(1, p(x) / q(x)) of `(..., vocab)` laws and `(...)` tokens; q None is the point mass on x."""
+    """`(...)` min(1, p(x) / q(x)) of `(..., vocab)` distributions and `(...)` tokens; q None is the point mass on x."""
     odds = p.gather(-1, x[..., None])[..., 0]
     if q is not None:
         odds = odds / q.gather(-1, x[..., None])[..., 0]
@@ -237,16 +242,16 @@ def acceptance(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> tuple[Tensor, Tensor | None]:
-    """Both laws `(vocab,)`, normalised, after the candidate x was rejected."""
+    """Both distributions `(vocab,)`, normalised, after the candidate x was rejected."""
     if q is None:
         return normalised(without(p, x), p), None
     rest = normalised((p - q).clamp_(min=0), p)
     return rest, normalised(without(q, x), q) if without_replacement else q
 
 
-def without(law: Tensor, x: int) -> Tensor:
-    """The law with nothing at x."""
-    rest = law.clone()
+def without(dist: Tensor, x: int) -> Tensor:
+    """The distribution with nothing at x."""
+    rest = dist.clone()
     rest[x] = 0.0
     return rest
 

@@ -24,7 +24,7 @@ from outdraft.core.tensors import integers
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -81,7 +81,7 @@ class Update:
         return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
 
 
-class Pace(Protocol):
+class Budget(Protocol):
     """How far to draft, row by row: asked before anything of a level is drawn, told how sure the drafter is after."""
 
     going: list[bool]
@@ -113,13 +113,14 @@ class Pace(Protocol):
 
 @dataclass
 class RowContext:
-    """What a drafter may know of the sampling of each row, to draw its candidates from a law like the target's."""
+    """What a drafter may know of the sampling of each row, to draw its candidates from a distribution like the
+    target's."""
 
     prefixes: Sequence[Tensor]
     """`(tokens,)` everything decided so far, the root's token last."""
     warpers: Sequence[Warper]
     chances: Sequence[Chance]
-    pace: Pace | None = None
+    budget: Budget | None = None
     """None: as far as the shape allows."""
 
     @property
@@ -177,12 +178,12 @@ class Drafter(ABC):
     limits = Limits()
     """What it can do."""
 
-    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+    def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         """The target at work on a batch of rows, telling what is read."""
         return target.runner(cache, self.reads)
 
     @abstractmethod
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DraftState:
         """A state for these `(tokens,)` prompts, over which `run` has gone; its cache says how many slots to expect."""
 
     def slots(self, shape: TreeShape) -> int:

@@ -2,7 +2,7 @@
 
 `grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): expand the nodes with the largest cumulative draft
 probability, then keep the best of all candidates. `grow_sampled` (`drawing.py`) draws candidates from the drafter's own
-law. Both work for any drafter that can answer `step`; neither knows what is behind it.
+distribution. Both work for any drafter that can answer `step`; neither knows what is behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from outdraft.core.sampling import greatest
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers, itself
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Pace, RowContext
+from outdraft.drafting.base import Budget, RowContext
 from outdraft.drafting.sample import Step, grow_sampled
 from outdraft.target.cache import SlotCache
 
@@ -33,30 +33,30 @@ def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowC
     if rows.coupled:
         return _grow_coupled(roots, logits, step, shape, rows)
     if shape.candidates == "top-k" or rows.greedy:
-        return grow_dynamic(roots, logits, step, shape, rows.pace)
+        return grow_dynamic(roots, logits, step, shape, rows.budget)
     return grow_sampled(roots, logits, step, shape, rows)
 
 
-def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pace: Pace | None = None) -> Tree:
+def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, budget: Budget | None = None) -> Tree:
     """EAGLE-2's tree: every level expands the `top_k` nodes of largest cumulative probability; the `size - 1` best of
     all candidates stay, or as many as the pace says. Deterministic, so the candidates count as point masses."""
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
-    if k == 1 and pace is None:
+    if k == 1 and budget is None:
         return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
     nodes = counting(1, k, logits.device).expand(batch, k)  # of the level to expand, the root being 0
     above = torch.zeros_like(nodes)  # their parents' places in the level before
     wanted = [True] * batch
-    if pace is not None:
-        wanted = pace.going
+    if budget is not None:
+        wanted = budget.going
         levels[0].drop([not going for going in wanted])
-        pace.drafted(scores.exp().sum(1).tolist())
+        budget.drafted(scores.exp().sum(1).tolist())
     count = k
     for _ in range(shape.depth):
-        if pace is not None:
-            wanted = pace.wants(min(most, count + k) - min(most, count))
+        if budget is not None:
+            wanted = budget.wants(min(most, count + k) - min(most, count))
             if not any(wanted):
                 break
             mass = scores.exp()
@@ -65,10 +65,10 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, pa
         first, count = 1 + count, count + levels[-1].tokens.shape[1]
         scores, best = levels[-1].scores.topk(k)
         tokens, above, nodes = levels[-1].tokens.gather(1, best), best // k, first + best
-        if pace is not None:
+        if budget is not None:
             levels[-1].drop([not going for going in wanted])
-            pace.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
-    return _best(roots, levels, most, pace)
+            budget.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
+    return _best(roots, levels, most, budget)
 
 
 def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
@@ -85,7 +85,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
         depth += 1
         return scores - (noise if scores.dim() == 2 else noise[:, None])
 
-    return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.pace)
+    return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.budget)
 
 
 def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
@@ -117,7 +117,7 @@ class _Level:
             self.scores = self.scores.masked_fill(gone, -torch.inf)
 
 
-def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None) -> Tree:
+def _best(roots: Tensor, levels: Sequence[_Level], most: int, budget: Budget | None) -> Tree:
     """The trees of the most probable candidates, at most so many a row."""
     tokens = torch.cat([level.tokens for level in levels], dim=1)
     scores = torch.cat([level.scores for level in levels], dim=1)
@@ -125,12 +125,12 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, pace: Pace | None)
     # A stable sort keeps a parent before a child of equal probability, so that no kept node loses its parent.
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
-    if pace is not None:
+    if budget is not None:
         kept_scores = scores[:, :most]
         drafted = kept_scores.isfinite().sum(1).tolist()
         gains = [row[:count] for row, count in zip(kept_scores.exp().tolist(), drafted, strict=True)]
         own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
-        counts = pace.sizes(gains, own.gather(1, order).tolist())
+        counts = budget.sizes(gains, own.gather(1, order).tolist())
         order = order[:, : max(counts)]
         beyond = counting(0, order.shape[1], order.device) >= integers(counts, order.device)[:, None]
         order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root

@@ -16,7 +16,7 @@ from outdraft.target.cache import SlotCache
 HIDDEN = -torch.inf
 
 
-def causal_sight(cache: SlotCache, count: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def causal_mask(cache: SlotCache, count: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """The mask `(rows or 1, 1, count, extent)` of `count` tokens a row, reserved right after the committed ones, each
     of which sees what is before it; None where that is everything."""
     lengths, even = cache.lengths, len(set(cache.lengths)) == 1
@@ -28,7 +28,7 @@ def causal_sight(cache: SlotCache, count: int, dtype: torch.dtype, device: torch
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, HIDDEN)
 
 
-class Sight:
+class DraftMask:
     """Masks of the levels of one tree after the committed tokens, level by level.
 
     Args:

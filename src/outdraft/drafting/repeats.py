@@ -52,7 +52,7 @@ class Repeats:
 
 
 class Others:
-    """The pace of rows that have their candidates already: the others draft to their full length (a `Pace`).
+    """The pace of rows that have their candidates already: the others draft to their full length (a `Budget`).
 
     Args:
         drafting: of every row, whether it is one of the others.
@@ -83,21 +83,22 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
     more = max(0, max(counts) - tree.nodes)
     tokens, parents = (F.pad(part, (0, more)) for part in (tree.tokens, tree.parents))
     tokens, parents = tokens[:, : max(counts)].clone(), parents[:, : max(counts)].clone()
-    laws = None if tree.laws is None else F.pad(tree.laws, (0, 0, 0, more))[:, : max(counts)].clone()
+    probs = None if tree.draft_probs is None else F.pad(tree.draft_probs, (0, 0, 0, more))[:, : max(counts)].clone()
     for row, chain in enumerate(chains):
         if chain:
             below = torch.tensor(chain, device=device)
             tokens[row, 1:] = parents[row, 1:] = 0
             tokens[row, 1 : own[row]] = below
             parents[row, 1 : own[row]] = torch.arange(len(chain), device=device)
-            if laws is not None:
-                laws[row] = point_masses(below, *laws.shape[1:]).to(laws)
+            if probs is not None:
+                probs[row] = point_masses(below, *probs.shape[1:]).to(probs)
     levels = None if tree.levels is None else max(tree.levels, max(own) - 1)
-    return Tree(tokens, parents, counts, tree.candidates, laws, levels)
+    return Tree(tokens, parents, counts, tree.candidates, probs, levels)
 
 
 def point_masses(tokens: Tensor, nodes: int, vocab: int) -> Tensor:
-    """`(nodes, vocab)` laws under which a chain of these tokens was certain, the root's first; zeros after its last."""
-    laws = torch.zeros(nodes, vocab, device=tokens.device)
-    laws[torch.arange(len(tokens), device=tokens.device), tokens] = 1.0
-    return laws
+    """`(nodes, vocab)` distributions under which a chain of these tokens was certain, the root's first; zeros after its
+    last."""
+    probs = torch.zeros(nodes, vocab, device=tokens.device)
+    probs[torch.arange(len(tokens), device=tokens.device), tokens] = 1.0
+    return probs

@@ -1,4 +1,5 @@
-"""Candidates drawn from a drafter's own law, level by level, for all rows at once; the laws are handed over.
+"""Candidates drawn from a drafter's own distribution, level by level, for all rows at once; the distributions are
+handed over.
 
 Works for any drafter that can answer `Step` and does not know what is behind it, nor what becomes of the candidates.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.dice import draw_each
-from outdraft.core.sampling import laws_of
+from outdraft.core.sampling import probs_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Candidates, Tree
@@ -45,31 +46,31 @@ class Block:
 
 
 def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """`top_k` first tokens drawn from the draft law, each continued by a chain drawn token by token.
+    """`top_k` first tokens drawn from the draft distribution, each continued by a chain drawn token by token.
 
     How far is settled before anything is drawn: no candidate is dropped for what it turned out to be.
     """
-    replacing, pace = shape.candidates == "sampled-with-replacement", rows.pace
+    replacing, budget = shape.candidates == "sampled-with-replacement", rows.budget
     width = min(shape.top_k, shape.size - 1)
     length = min(shape.depth + 1, (shape.size - 1) // width)
-    chains = _Chains(logits, width, replacing, rows, [True] * len(roots) if pace is None else pace.going)
-    if pace is not None:
-        pace.drafted(chains.confidences())
+    chains = _Chains(logits, width, replacing, rows, [True] * len(roots) if budget is None else budget.going)
+    if budget is not None:
+        budget.drafted(chains.confidences())
     above = counting(0, width, logits.device).expand(len(roots), width)
     for level in range(1, length):
-        if pace is not None:
-            wanted = pace.wants(width)
+        if budget is not None:
+            wanted = budget.wants(width)
             if not any(wanted):
                 break
             chains.stop([not going for going in wanted])
         chains.extend(step(chains.tokens[-1], above if level > 1 else torch.zeros_like(above)))
-        if pace is not None:
-            pace.drafted(chains.confidences())
+        if budget is not None:
+            budget.drafted(chains.confidences())
     return chains.tree(roots)
 
 
 class _Chains:
-    """The chains of all rows while they are drawn, level by level, and the laws that they were drawn from.
+    """The chains of all rows while they are drawn, level by level, and the distributions that they were drawn from.
 
     Args:
         logits: `(rows, vocab)` of the drafter after the roots.
@@ -81,7 +82,7 @@ class _Chains:
 
     def __init__(self, logits: Tensor, width: int, replacing: bool, rows: RowContext, wanted: Sequence[bool]):
         self.rows, self.width, self.replacing = rows, width, replacing
-        root = laws_of(rows.warpers, logits, rows.prefixes)
+        root = probs_of(rows.warpers, logits, rows.prefixes)
         self.chains = [width if going else 0 for going in wanted]  # of every row
         if not replacing and width > 1:
             # There are no more candidates than tokens of positive probability.
@@ -93,7 +94,7 @@ class _Chains:
             if left is not root:
                 left.scatter_(1, tokens[-1], 0.0)
         self.tokens = [torch.cat(tokens, dim=1)]  # of every level, (rows, width)
-        self.laws = [root[:, None]]  # that each level was drawn from, (rows, 1 or width, vocab)
+        self.probs = [root[:, None]]  # that each level was drawn from, (rows, 1 or width, vocab)
         self.going = [chains > 0 for chains in self.chains]
 
     def stop(self, rows: Sequence[bool]) -> None:
@@ -105,32 +106,32 @@ class _Chains:
         warpers = self.rows.warpers
         self.lengths = [length + going for length, going in zip(self.lengths, self.going, strict=True)]
         prefixes = [self._before(row, chain) for row in range(len(warpers)) for chain in range(self.width)]
-        laws = laws_of([warper for warper in warpers for _ in range(self.width)], logits.flatten(0, 1), prefixes)
-        laws = laws.view(*logits.shape)
+        probs = probs_of([warper for warper in warpers for _ in range(self.width)], logits.flatten(0, 1), prefixes)
+        probs = probs.view(*logits.shape)
         self.tokens.append(
-            self._draw(laws, [chains if self.going[row] else 0 for row, chains in enumerate(self.chains)])
+            self._draw(probs, [chains if self.going[row] else 0 for row, chains in enumerate(self.chains)])
         )
-        self.laws.append(laws)
+        self.probs.append(probs)
 
     def confidences(self) -> list[float]:
         """Of every row in its newest level: of first tokens all together, of later ones the mean of the chains."""
-        laws, tokens = self.laws[-1], self.tokens[-1]
+        probs, tokens = self.probs[-1], self.tokens[-1]
         real = counting(0, self.width, tokens.device) < integers(self.chains, tokens.device)[:, None]
-        if len(self.laws) == 1:
-            chosen = torch.zeros_like(laws[:, 0]).scatter_reduce_(1, tokens, real.to(laws.dtype), "amax")
-            return (laws[:, 0] * chosen).sum(1).tolist()
-        shares = (laws.gather(2, tokens[..., None])[..., 0] * real).sum(1).tolist()
+        if len(self.probs) == 1:
+            chosen = torch.zeros_like(probs[:, 0]).scatter_reduce_(1, tokens, real.to(probs.dtype), "amax")
+            return (probs[:, 0] * chosen).sum(1).tolist()
+        shares = (probs.gather(2, tokens[..., None])[..., 0] * real).sum(1).tolist()
         return [share / max(1, chains) for share, chains in zip(shares, self.chains, strict=True)]
 
     def tree(self, roots: Tensor) -> Tree:
-        """What was drawn, with its laws; after the last candidates there are none."""
+        """What was drawn, with its distributions; after the last candidates there are none."""
         candidates: Candidates = "with_replacement" if self.replacing else "without_replacement"
         tokens = torch.cat([roots[:, None], *self.tokens], dim=1)
-        laws = torch.cat(self.laws, dim=1)
+        probs = torch.cat(self.probs, dim=1)
         nodes = 1 + self.width * len(self.tokens)
-        laws = torch.cat([laws, laws.new_zeros(len(roots), nodes - laws.shape[1], laws.shape[2])], dim=1)
+        probs = torch.cat([probs, probs.new_zeros(len(roots), nodes - probs.shape[1], probs.shape[2])], dim=1)
         if set(self.chains) == {self.width} and set(self.lengths) == {len(self.tokens)}:
-            return Tree.chains(tokens, self.width, candidates, laws)
+            return Tree.chains(tokens, self.width, candidates, probs)
         # Rows of fewer or shorter chains: what they have comes first, what the batch drew beside it is padding.
         kept, parents = [], []
         counts = [1 + chains * length for chains, length in zip(self.chains, self.lengths, strict=True)]
@@ -148,22 +149,22 @@ class _Chains:
             torch.tensor(parents, device=roots.device),
             counts,
             candidates,
-            laws[index, order] * declared[..., None],
+            probs[index, order] * declared[..., None],
             levels=len(self.tokens),
         )
 
-    def _draw(self, laws: Tensor, counts: Sequence[int]) -> Tensor:
-        """`(rows, chains)` tokens of the first `counts` laws of every row, of `(rows, chains, vocab)`; no dice are
-        thrown for the others, where 0 stands."""
-        (rows, chains), flat, chances = laws.shape[:2], laws.flatten(0, 1), self.rows.chances
-        last = flat.shape[-1] - 1  # which stands for what is drawn of a law that is NaN, and is never accepted
+    def _draw(self, probs: Tensor, counts: Sequence[int]) -> Tensor:
+        """`(rows, chains)` tokens of the first `counts` distributions of every row, of `(rows, chains, vocab)`; no dice
+        are thrown for the others, where 0 stands."""
+        (rows, chains), flat, chances = probs.shape[:2], probs.flatten(0, 1), self.rows.chances
+        last = flat.shape[-1] - 1  # which stands for what is drawn of a distribution that is NaN, and is never accepted
         if min(counts) == chains:
             drawn = draw_each([chance for chance in chances for _ in range(chains)], flat)
             return drawn.clamp(max=last).view(rows, chains)
-        drawn = torch.zeros(rows * chains, dtype=torch.long, device=laws.device)
+        drawn = torch.zeros(rows * chains, dtype=torch.long, device=probs.device)
         places = [row * chains + chain for row, count in enumerate(counts) for chain in range(count)]
         if places:
-            index = torch.tensor(places, device=laws.device)
+            index = torch.tensor(places, device=probs.device)
             drawn[index] = draw_each([chances[place // chains] for place in places], flat[index]).clamp(max=last)
         return drawn.view(rows, chains)
 

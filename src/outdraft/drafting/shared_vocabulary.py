@@ -1,7 +1,8 @@
 """Tokens that a draft model has in common with its target, where their tables were padded or tokens added to one.
 
 Drafts are made of the common tokens alone, under the target's own ids. What is drafted changes, what is decided does
-not: the law that candidates are declared with has nothing at other tokens. Knows vocabularies; not how trees grow.
+not: the distribution that candidates are declared with has nothing at other tokens. Knows vocabularies; not how trees
+grow.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Where the vocabulary is large, its head is most of a draft step, while nearly all tokens of a text are of its most
 frequent ones (FR-Spec, arXiv 2502.14856; EAGLE-3 does the same). What is drafted changes, what is decided does not:
-candidates have the target's own ids, and the law that drawn ones are declared with has nothing at tokens that are not
-kept, so that verification gives those their whole probability. Knows the target's head and how trees are asked for; not
-how tokens were chosen.
+candidates have the target's own ids, and the distribution that drawn ones are declared with has nothing at tokens that
+are not kept, so that verification gives those their whole probability. Knows the target's head and how trees are asked
+for; not how tokens were chosen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outdraft.target.backends.packed import plain_linear
 from outdraft.target.target import Target
 
 NEVER = -3e4
-"""Logit of a token that is not kept. Finite: where a user bans all kept tokens there is still a law."""
+"""Logit of a token that is not kept. Finite: where a user bans all kept tokens there is still a distribution."""
 
 
 class DraftVocabulary:
@@ -73,7 +73,7 @@ class DraftVocabulary:
         if rows.coupled and not any(warper.names_tokens for warper in rows.warpers):
             rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
         elif rows.coupled or (shape.candidates != "top-k" and not rows.greedy):
-            # Warpers look tokens up by their ids, and verification needs the law of all.
+            # Warpers look tokens up by their ids, and verification needs the distribution of all.
             return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
         tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)
         drafted = self.tokens[tree.tokens[:, 1:]]

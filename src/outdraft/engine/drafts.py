@@ -13,7 +13,7 @@ from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.repeats import Others, spliced
 from outdraft.engine.plan import Plan
 from outdraft.engine.rows import Prefixes, Row
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 
 
 class Drafts:
@@ -44,7 +44,7 @@ class Drafts:
         """Slots of the target's cache that a round of this shape takes."""
         return shape.size if self.drafter is None else self.drafter.slots(shape)
 
-    def begin(self, prompts: Sequence[Tensor], firsts: Sequence[int], taps: Tensor, run: TargetRun) -> None:
+    def begin(self, prompts: Sequence[Tensor], firsts: Sequence[int], taps: Tensor, run: ModelRunner) -> None:
         """Start from prompts over which the target has gone.
 
         Args:
@@ -85,8 +85,8 @@ class Drafts:
         if self.state is None or not plan.asks_drafter:
             return Tree.roots(roots)
         mixed = plan.budget is None and any(plan.ngrams)
-        pace = Others([not chain for chain in plan.ngrams]) if mixed else plan.budget
-        context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], pace)
+        budget = Others([not chain for chain in plan.ngrams]) if mixed else plan.budget
+        context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], budget)
         update, self.updates, self.asked = Update.join(self.updates), [], True
         tree = self.state.propose(update, plan.shape, context)
         return spliced(tree, plan.ngrams) if mixed else tree

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outdraft.control.costs import Costs
 from outdraft.core.dice import Chance, draw_each
-from outdraft.core.sampling import Warper, laws_of
+from outdraft.core.sampling import Warper, probs_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import integers, sent
 from outdraft.core.tree import Tree
@@ -128,7 +128,7 @@ class Batch:
         counts = [len(prompt) for prompt in prompts]
         index = torch.arange(len(counts), device=features.device)
         logits = self.target.head(features[index, integers([n - 1 for n in counts], features.device)])
-        drawn = draw_each(self._chances, laws_of(self._warpers, logits, Prefixes(self.histories)))
+        drawn = draw_each(self._chances, probs_of(self._warpers, logits, Prefixes(self.histories)))
         last = logits.shape[-1] - 1
         self.roots = drawn.clamp(max=last)
         lost = [token > last for token in drawn.tolist()]

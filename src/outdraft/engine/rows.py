@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         prompt: token ids.
-        warper: logits to law.
+        warper: logits to distribution.
         chance: its dice, which drafting and verification share.
         max_new_tokens: decided tokens at most.
         stop_token_ids: a token of these ends the row and is part of it.

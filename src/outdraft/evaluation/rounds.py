@@ -22,7 +22,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.engine.round import decode
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 NOTHING = TreeShape(0, 1, 1)
@@ -88,7 +88,7 @@ class Guesses(Drafter):
     method = "guesses"
     limits = Limits(stepwise=False, probs=False)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _GuessState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _GuessState:
         return _GuessState()
 
 

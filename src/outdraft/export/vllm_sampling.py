@@ -2,8 +2,8 @@
 
 In vLLM 0.32.0 `rejection_sampler.expand_batch_to_tokens` writes into a converted copy of its result and returns the
 uninitialised original wherever that is not int64, as temperatures and top-p are not (vllm-project/vllm#55005). Samples
-then follow a wrong law without any error. The guard puts a function there that does what the docstring of vLLM's says.
-Knows nothing of drafters.
+then follow a wrong distribution without any error. The guard puts a function there that does what the docstring of
+vLLM's says. Knows nothing of drafters.
 """
 
 from __future__ import annotations

@@ -82,10 +82,11 @@ def stored_teacher(batch: Mapping[str, Tensor], first: int = 0) -> TopProbs | No
 
 
 def teacher_of(config: Any) -> int:
-    """The target's tokens that EESD and Medusa learn from at every position; 0 where its law is not asked for."""
+    """The target's tokens that EESD and Medusa learn from at every position; 0 where its distribution is not asked
+    for."""
     return 0 if weight_of_tokens(config) == 1 else config.teacher_top_k
 
 
 def weight_of_tokens(config: Any) -> float:
-    """Of the responses' tokens in the cross-entropy; the target's law has the rest."""
+    """Of the responses' tokens in the cross-entropy; the target's distribution has the rest."""
     return {"soft": 0.0, "hard": 1.0, "mixed": config.hard_weight}[config.loss]

@@ -7,7 +7,7 @@ import os
 import torch
 
 from outdraft.errors import UserError
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 SHARE = 0.4
@@ -18,7 +18,7 @@ SHARE = 0.4
 def slot_bytes(target: Target) -> int:
     """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
     cache = target.new_cache(1, 8)
-    TargetRun(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
+    ModelRunner(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
     return max(1, cache.nbytes // (cache.room * cache.capacity))
 
 

@@ -43,7 +43,7 @@ class Output(NamedTuple):
         return cls(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True)))
 
 
-class TargetRun:
+class ModelRunner:
     """The target with the cache of the rows that it is decoding.
 
     Args:

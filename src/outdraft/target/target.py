@@ -24,7 +24,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
 from outdraft.target.cache import BufferPool, SlotCache
 from outdraft.target.reach import context_of, windows_of
-from outdraft.target.runner import PLAIN, TargetRun
+from outdraft.target.runner import PLAIN, ModelRunner
 from outdraft.target.views import Reader, Reads
 
 MASK_READING = {"sdpa", "eager"}
@@ -164,9 +164,9 @@ class Target:
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         return SlotCache(rows, self.num_layers, capacity, self.pool)
 
-    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> TargetRun:
+    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:
         """The target at work on the rows of an empty cache; what is read comes beside the features."""
-        return TargetRun(self, cache, reads)
+        return ModelRunner(self, cache, reads)
 
     def reader(self, reads: Reads) -> Reader:
         """A view of the layers that tells what is read; the same one for the same reads.

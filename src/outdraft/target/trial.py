@@ -19,7 +19,7 @@ from outdraft.core.tree import Tree
 from outdraft.errors import UserError, first_line
 from outdraft.target.cache import SlotCache
 from outdraft.target.reach import windows_of
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import layers_of, view_of
 
@@ -108,7 +108,7 @@ class _Model:
         trial.__dict__.update(self.target.__dict__, windows=windows)
         trial._inner = self.inner or self.target.model.base_model
         trial._run = trial._whole
-        run = TargetRun(trial, SlotCache(1, trial.num_layers, 4))
+        run = ModelRunner(trial, SlotCache(1, trial.num_layers, 4))
         first, second = (
             run.tree(Tree(tokens[None], torch.tensor([parents], device=tokens.device), [len(parents)])).features[0]
             for tokens, parents in _committing(run, trees)
@@ -119,7 +119,7 @@ class _Model:
         return torch.stack([kept, torch.cat([first[:2], torch.zeros_like(kept[2:])])])
 
 
-def _committing(run: TargetRun, trees: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+def _committing(run: ModelRunner, trees: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
     """Each tree and its parents; before the second, a path of the first is kept that skips over a node."""
     yield trees[0], FIRST
     run.cache.commit([[0, 2, 3]])

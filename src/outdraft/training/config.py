@@ -85,9 +85,10 @@ class DrafterConfig(BaseModel):
 
     # --- the loss
     loss: Literal["soft", "hard", "mixed"] = "soft"
-    """What EESD and Medusa are trained against: the target's law (soft), the responses' tokens (hard), or both."""
+    """What EESD and Medusa are trained against: the target's distribution (soft), the responses' tokens (hard), or
+    both."""
     hard_weight: float = Field(0.5, ge=0, le=1)
-    """Weight of the tokens in the mixed loss; the law has the rest."""
+    """Weight of the tokens in the mixed loss; the distribution has the rest."""
     w_reg: float = Field(1.0, ge=0)
     """Weight of the feature loss (SmoothL1)."""
     w_reg_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -95,8 +96,8 @@ class DrafterConfig(BaseModel):
     w_cls: float = Field(0.1, ge=0)
     """Weight of the token loss."""
     token_loss: Literal["soft", "top-k", "total-variation", "log-acceptance"] = "soft"
-    """The token loss: cross-entropy against the target's law (soft, the paper's), the same with the target's most
-    probable tokens counted again (top-k), 1 less the probability that a sampled candidate is accepted
+    """The token loss: cross-entropy against the target's distribution (soft, the paper's), the same with the target's
+    most probable tokens counted again (top-k), 1 less the probability that a sampled candidate is accepted
     (total-variation), or the negative logarithm of that probability (log-acceptance)."""
     token_top_k: int = Field(10, ge=1)
     """The target's most probable tokens that the top-k loss counts again."""

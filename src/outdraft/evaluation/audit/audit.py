@@ -24,7 +24,7 @@ from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
 from outdraft.evaluation.audit.greedy import greedy_finding, plain_finding, texts
 from outdraft.evaluation.audit.proposals import Draws, draws_findings, twice_finding
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import Laws, Noise, measured_noise
+from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise
 from outdraft.evaluation.audit.texts import sampled_texts, samples_finding, token_ranks, tokens_finding
 from outdraft.evaluation.audit.watch import Recorder, Watch
 from outdraft.evaluation.environment import environment
@@ -105,7 +105,7 @@ class _Running:
         if self.samples:
             scipy_stats()  # where it is missing, that is said before anything runs
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
-        self.unwarped = Laws(model.target, greedy, warped=False)
+        self.unwarped = StockProbs(model.target, greedy, warped=False)
         self.trees = Trees(settings.trees, model.target.context_length, settings.seed)
         self.findings: list[Finding] = []
         self.noise = Noise()
@@ -187,7 +187,7 @@ class _Running:
 
     def check_sampled(self) -> None:
         settings, target = self.settings, self.model.target
-        laws = Laws(target, settings.sampling)
+        probs = StockProbs(target, settings.sampling)
         level = settings.alpha / progress.TESTS
         drafted_generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
         self.check_twice("candidates", drafted_generation, progress.TWICE_SAMPLED)
@@ -204,16 +204,16 @@ class _Running:
             self.findings += draws_findings(draws, settings, level)
             self.findings.append(samples_finding(plain, drafted, target.vocab_size, settings))
         with self.stage(progress.LAWS, len(prompts)) as advance:
-            ranks = token_ranks(laws, prompts, drafted, settings.seed + 6, advance)
+            ranks = token_ranks(probs, prompts, drafted, settings.seed + 6, advance)
             exact = target.dtype.itemsize >= 4
             self.findings.append(tokens_finding(ranks, statistics, settings, level, exact))
-        self.check_beginnings(laws, plain, level)
+        self.check_beginnings(probs, plain, level)
 
-    def check_beginnings(self, laws: Laws, plain: Sequence[list[list[int]]], level: float) -> None:
+    def check_beginnings(self, probs: StockProbs, plain: Sequence[list[list[int]]], level: float) -> None:
         settings = self.settings
         candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
         with self.stage(progress.CELLS, len(candidates)) as advance:
-            prefixes = chosen_prefixes(laws, candidates, settings, advance)
+            prefixes = chosen_prefixes(probs, candidates, settings, advance)
         planned = plan(prefixes, settings, level)
         with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
             self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))

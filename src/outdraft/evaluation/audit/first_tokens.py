@@ -19,7 +19,7 @@ from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.goodness_of_fit import Fit, fit, found_distance, needed_samples, pooled
 from outdraft.evaluation.audit.greedy import drafting
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import SEVERAL, Laws
+from outdraft.evaluation.audit.stock import SEVERAL, StockProbs
 from outdraft.evaluation.audit.watch import Watch
 
 Cells = dict[tuple[int, ...], float]
@@ -56,16 +56,16 @@ class Prefix:
 
 
 @torch.inference_mode()
-def exact_cells(laws: Laws, prefix: list[int], tokens: int, most: int) -> Cells:
+def exact_cells(probs: StockProbs, prefix: list[int], tokens: int, most: int) -> Cells:
     """Split the most probable beginning again and again, until there are `most` cells or nothing is left to split."""
-    ends = set(laws.target.eos_token_ids)
+    ends = set(probs.target.eos_token_ids)
     cells: Cells = {(): 1.0}
     open_cells: Cells = {(): 1.0}
     while open_cells and len(cells) < most:
         beginning = max(open_cells, key=open_cells.__getitem__)
         mass = open_cells.pop(beginning)
-        law = laws.after(prefix, [beginning])[0].double()
-        best = law.topk(min(CHILDREN, most - len(cells), len(law)))
+        dist = probs.after(prefix, [beginning])[0].double()
+        best = dist.topk(min(CHILDREN, most - len(cells), len(dist)))
         for share, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if mass * share >= LEAST:
                 longer = (*beginning, token)
@@ -77,27 +77,27 @@ def exact_cells(laws: Laws, prefix: list[int], tokens: int, most: int) -> Cells:
 
 
 @torch.inference_mode()
-def same_cells(laws: Laws, prefix: list[int], like: Cells, piece: int | None) -> Cells:
+def same_cells(probs: StockProbs, prefix: list[int], like: Cells, piece: int | None) -> Cells:
     """The probabilities of the same cells by forwards over several tokens."""
     cells: Cells = {(): 1.0}
     parents = {cell[:-1] for cell in like if cell}
     for length in range(max(map(len, parents), default=-1) + 1):
         level = [parent for parent in like if parent in parents and len(parent) == length]
-        for parent, law in zip(level, laws.after(prefix, level, piece), strict=True):
+        for parent, dist in zip(level, probs.after(prefix, level, piece), strict=True):
             whole = cells[parent]
             for child in (cell for cell in like if cell and cell[:-1] == parent):
-                cells[child] = whole * float(law[child[-1]])
+                cells[child] = whole * float(dist[child[-1]])
                 cells[parent] -= cells[child]
     return {cell: max(0.0, cells[cell]) for cell in like}
 
 
-def tested_prefix(laws: Laws, prefix: list[int], settings: AuditSettings) -> Prefix:
+def tested_prefix(probs: StockProbs, prefix: list[int], settings: AuditSettings) -> Prefix:
     """Cells after one prefix, and what rounding does to them: the sum over both kinds of many-token forward, as the
     decoder's own rounding is a third."""
-    cells = exact_cells(laws, prefix, settings.first_tokens, settings.cells)
+    cells = exact_cells(probs, prefix, settings.first_tokens, settings.cells)
     found = Prefix(prefix, cells)
     for piece in (SEVERAL, None):
-        other = same_cells(laws, prefix, cells, piece)
+        other = same_cells(probs, prefix, cells, piece)
         moved = {cell: other[cell] - p for cell, p in cells.items()}
         found.rounding += sum(moved[cell] ** 2 / p for cell, p in cells.items() if p > 1e-9)
         found.variation = max(found.variation, sum(map(abs, moved.values())) / 2)
@@ -105,12 +105,12 @@ def tested_prefix(laws: Laws, prefix: list[int], settings: AuditSettings) -> Pre
 
 
 def chosen_prefixes(
-    laws: Laws, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
+    probs: StockProbs, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
 ) -> list[Prefix]:
     """The prefixes with the most to see; first those where rounding (a filter's edge, say) hides little of it."""
     found = []
     for prefix in candidates:
-        found.append(tested_prefix(laws, prefix, settings))
+        found.append(tested_prefix(probs, prefix, settings))
         advance(1)
     hides = settings.total_variation / 4
     return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]

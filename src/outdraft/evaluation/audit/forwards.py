@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.stock import Laws, Noise, total_variation
+from outdraft.evaluation.audit.stock import Noise, StockProbs, total_variation
 from outdraft.evaluation.audit.watch import Round
 
 LARGEST, MEAN = 3.0, 3.0
@@ -72,32 +72,32 @@ def seen_tree(seen: Round, row: int) -> SeenTree:
 
 
 @torch.inference_mode()
-def node_variations(laws: Laws, tree: SeenTree) -> list[float]:
+def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
     """The total variation of the target's output distribution after every node from that of one-token forwards."""
     leaves = [path for path in tree.paths if not any(other[: len(path)] == path != other for other in tree.paths)]
     texts = [[*tree.text, *path] for path in leaves]
     prefix = torch.tensor([*tree.prompt, *tree.text], device=tree.features.device)
-    warper = laws.warper(tree.prompt)
+    warper = probs.warper(tree.prompt)
     found: dict[tuple[int, ...], Tensor] = {}
     # One token more than the longest, so that every node has a next one.
-    for place, step in enumerate(laws.along(tree.prompt, [[*text, 0] for text in texts])):
+    for place, step in enumerate(probs.along(tree.prompt, [[*text, 0] for text in texts])):
         depth = place - len(tree.text)
         if depth >= 0:
-            for leaf, law in zip(leaves, step, strict=True):
-                if law is not None:
-                    found.setdefault(tuple(leaf[:depth]), law)
-    logits = laws.target.head(tree.features)
+            for leaf, dist in zip(leaves, step, strict=True):
+                if dist is not None:
+                    found.setdefault(tuple(leaf[:depth]), dist)
+    logits = probs.target.head(tree.features)
     return [
-        total_variation(found[tuple(path)], warper.law(row, torch.cat([prefix, prefix.new_tensor(path)])))
+        total_variation(found[tuple(path)], warper.probs_after(row, torch.cat([prefix, prefix.new_tensor(path)])))
         for path, row in zip(tree.paths, logits, strict=True)
     ]
 
 
-def forwards_finding(laws: Laws, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
+def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
     """Compare every node of the kept trees.
 
     Args:
-        laws: unwarped.
+        probs: unwarped.
         trees: that passed by.
         noise: measured on the stock model.
         advance: called with 1 a tree.
@@ -105,7 +105,7 @@ def forwards_finding(laws: Laws, trees: Trees, noise: Noise, advance: Callable[[
     variations: list[float] = []
     worst = (0.0, "")
     for tree in trees.kept:
-        own = node_variations(laws, tree)
+        own = node_variations(probs, tree)
         place = max(range(len(own)), key=own.__getitem__)
         if own[place] >= worst[0]:
             where = f"after {len(tree.text)} new tokens and the candidates {tree.paths[place]}"

@@ -16,7 +16,7 @@ import torch
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.stock import Laws, Noise, log_ratio
+from outdraft.evaluation.audit.stock import Noise, StockProbs, log_ratio
 
 BATCH = 8
 """Prompts decoded together: rows of different lengths are part of what is checked."""
@@ -81,19 +81,19 @@ def texts(
 
 @torch.inference_mode()
 def token_divergences(
-    laws: Laws, prompt: list[int], text: list[int], number: int, noise: Noise
+    probs: StockProbs, prompt: list[int], text: list[int], number: int, noise: Noise
 ) -> list[TokenDivergence]:
     """Every token of the text that the stock model would not have chosen after the text up to there."""
     found = []
-    for place, (law,) in enumerate(laws.along(prompt, [text])):
-        if law is not None and (best := int(law.argmax())) != text[place]:
-            gap = log_ratio(law, best, text[place])
+    for place, (dist,) in enumerate(probs.along(prompt, [text])):
+        if dist is not None and (best := int(dist.argmax())) != text[place]:
+            gap = log_ratio(dist, best, text[place])
             found.append(TokenDivergence(number, place, best, text[place], gap, noise.gap))
     return found
 
 
 def first_difference(
-    laws: Laws, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
+    probs: StockProbs, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
 ) -> TokenDivergence:
     """The first place where two texts differ, whichever of them left the stock model's choice."""
     shorter = min(len(plain), len(other))
@@ -102,7 +102,7 @@ def first_difference(
     found = other[place] if place < len(other) else None
     gap = math.nan
     if expected is not None and found is not None:
-        gap = abs(log_ratio(laws.after(prompt, [plain[:place]])[0], expected, found))
+        gap = abs(log_ratio(probs.after(prompt, [plain[:place]])[0], expected, found))
     return TokenDivergence(number, place, expected, found, gap, noise.gap)
 
 
@@ -116,7 +116,7 @@ def too_many(ties: int, tokens: int, flips: int, compared: int) -> float:
 
 
 def greedy_finding(
-    laws: Laws,
+    probs: StockProbs,
     prompts: Sequence[list[int]],
     plain: Sequence[list[int]],
     drafted: Sequence[list[int]],
@@ -128,7 +128,7 @@ def greedy_finding(
     """Compare all texts.
 
     Args:
-        laws: unwarped, of the greedy settings.
+        probs: unwarped, of the greedy settings.
         prompts: token ids.
         plain, drafted: new tokens of every prompt.
         statistics: of the drafted decoding.
@@ -141,8 +141,8 @@ def greedy_finding(
     for number, (prompt, own, other) in enumerate(zip(prompts, plain, drafted, strict=True)):
         if own != other:
             differing += 1
-            first = first_difference(laws, prompt, own, other, number, noise)
-            later = token_divergences(laws, prompt, other, number, noise)
+            first = first_difference(probs, prompt, own, other, number, noise)
+            later = token_divergences(probs, prompt, other, number, noise)
             found += [first, *(one for one in later if one.position != first.position)]
         advance(1)
     bugs = [one for one in found if not one.tie]
@@ -175,7 +175,7 @@ def greedy_finding(
 
 
 def plain_finding(
-    laws: Laws,
+    probs: StockProbs,
     prompts: Sequence[list[int]],
     plain: Sequence[list[int]],
     noise: Noise,
@@ -184,7 +184,7 @@ def plain_finding(
     """Check that plain decoding, which all else is compared with, is the stock model's."""
     found = []
     for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
-        found += token_divergences(laws, prompt, text, number, noise)
+        found += token_divergences(probs, prompt, text, number, noise)
         advance(1)
     tokens = sum(len(text) for text in plain)
     bugs = [one for one in found if not one.tie]

@@ -49,39 +49,39 @@ class Draws:
 
     def __call__(self, seen: Round) -> None:
         self.rounds += 1
-        if seen.tree.laws is None:
+        if seen.tree.draft_probs is None:
             self.point += 1
             return
         for row in range(seen.tree.rows):
-            nodes, laws = declared(seen.tree, row)
+            nodes, probs = declared(seen.tree, row)
             draws = seen.draws[row]
             self.drawn, self.proposed = self.drawn + len(draws), self.proposed + len(nodes)
             if not nodes:
                 continue
             tokens = seen.tree.tokens[row, nodes]
-            self.ranks.add(laws, tokens)
+            self.ranks.add(probs, tokens)
             if [draw.token for draw in draws] != tokens.tolist():
                 self.unmatched += 1
                 continue
-            for law, draw in zip(laws, draws, strict=True):
-                handed = draw.law.double()
-                self.difference = max(self.difference, total_variation(law / law.sum(), handed / handed.sum()))
+            for dist, draw in zip(probs, draws, strict=True):
+                handed = draw.dist.double()
+                self.difference = max(self.difference, total_variation(dist / dist.sum(), handed / handed.sum()))
 
 
 def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
     """The row's candidates, in order, and the `(candidates, vocab)` probabilities that each was drawn from."""
-    assert tree.laws is not None
+    assert tree.draft_probs is not None
     tokens = tree.tokens[row].tolist()
-    laws: dict[int, Tensor] = {}
+    probs: dict[int, Tensor] = {}
     for parent, children in tree.children(row).items():
-        left = tree.laws[row, parent].double()
+        left = tree.draft_probs[row, parent].double()
         for child in children:
-            laws[child] = left
+            probs[child] = left
             if tree.candidates == "without_replacement":
                 left = left.clone()
                 left[tokens[child]] = 0
-    nodes = sorted(laws)
-    return nodes, torch.stack([laws[node] for node in nodes]) if nodes else torch.empty(0)
+    nodes = sorted(probs)
+    return nodes, torch.stack([probs[node] for node in nodes]) if nodes else torch.empty(0)
 
 
 def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[Finding]:
@@ -152,7 +152,7 @@ def proposals(
     def listen(seen: Round) -> None:
         nonlocal drawn
         for row, count in enumerate(seen.tree.counts):
-            if seen.tree.laws is not None:
+            if seen.tree.draft_probs is not None:
                 drawn += 1
                 continue
             tree = (seen.tree.tokens[row, :count].tolist(), seen.tree.parents[row, :count].tolist())

@@ -61,7 +61,7 @@ UNWARPED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p
 """Temperature 1 and no filter."""
 
 
-class Laws:
+class StockProbs:
     """Exact probabilities of next tokens under one audit's settings.
 
     Args:
@@ -87,7 +87,7 @@ class Laws:
         ids = [torch.tensor([*prompt, *text], device=target.device) for text in texts]
         for place, logits in enumerate(stock_logits(target, prompt, texts, piece)):
             yield [
-                warper.law(row, own[: len(prompt) + place]) if place < len(text) else None
+                warper.probs_after(row, own[: len(prompt) + place]) if place < len(text) else None
                 for row, own, text in zip(logits, ids, texts, strict=True)
             ]
 
@@ -98,7 +98,7 @@ class Laws:
         device = self.target.device
         return torch.stack(
             [
-                warper.law(row, torch.tensor([*prompt, *text], device=device))
+                warper.probs_after(row, torch.tensor([*prompt, *text], device=device))
                 for row, text in zip(logits, texts, strict=True)
             ]
         )
@@ -144,29 +144,29 @@ class Noise:
 
 @torch.inference_mode()
 def measured_noise(
-    laws: Laws, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[], None]
+    probs: StockProbs, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[], None]
 ) -> Noise:
     """The noise over every position of these greedy texts."""
     noise = Noise()
     for prompt, text in zip(prompts, texts, strict=True):
-        single = [step[0] for step in laws.along(prompt, [text])]
+        single = [step[0] for step in probs.along(prompt, [text])]
         for piece in (SEVERAL, None):
-            for one, (other,) in zip(single, laws.along(prompt, [text], piece), strict=True):
+            for one, (other,) in zip(single, probs.along(prompt, [text], piece), strict=True):
                 if one is not None and other is not None:
                     noise.add(one, other)
         advance()
     return noise
 
 
-def best_two(law: Tensor) -> tuple[int, int]:
-    first, second = law.topk(2).indices.tolist()
+def best_two(dist: Tensor) -> tuple[int, int]:
+    first, second = dist.topk(2).indices.tolist()
     return first, second
 
 
-def log_ratio(law: Tensor, one: int, other: int) -> float:
+def log_ratio(dist: Tensor, one: int, other: int) -> float:
     """log p(one) / p(other): the gap of their processed logits; infinite where `other` is ruled out."""
-    law = law.double()
-    return float(law[one].log() - law[other].log())
+    dist = dist.double()
+    return float(dist[one].log() - dist[other].log())
 
 
 def total_variation(one: Tensor, other: Tensor) -> float:

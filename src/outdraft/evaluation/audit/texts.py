@@ -18,7 +18,7 @@ from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.goodness_of_fit import Ranks, found_distance
 from outdraft.evaluation.audit.greedy import drafting
 from outdraft.evaluation.audit.settings import AuditSettings
-from outdraft.evaluation.audit.stock import Laws
+from outdraft.evaluation.audit.stock import StockProbs
 
 SEGMENTS, WIDTH = 4, 16
 """Parts of a text, and random features of a part's tokens."""
@@ -50,7 +50,7 @@ def sampled_texts(
 
 @torch.inference_mode()
 def token_ranks(
-    laws: Laws,
+    probs: StockProbs,
     prompts: Sequence[list[int]],
     texts: Sequence[list[list[int]]],
     seed: int,
@@ -59,11 +59,11 @@ def token_ranks(
     """The rank of every token but each text's first, which no drafter has touched."""
     ranks = Ranks(seed)
     for prompt, own in zip(prompts, texts, strict=True):
-        for place, step in enumerate(laws.along(prompt, own)):
-            rows = [row for row, law in enumerate(step) if law is not None]
+        for place, step in enumerate(probs.along(prompt, own)):
+            rows = [row for row, dist in enumerate(step) if dist is not None]
             if place > 0 and rows:
                 ranks.add(
-                    torch.stack([law for law in step if law is not None]),
+                    torch.stack([dist for dist in step if dist is not None]),
                     torch.tensor([own[row][place] for row in rows]),
                 )
         advance(1)

@@ -18,7 +18,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import Output, TargetRun
+from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 
 
@@ -26,7 +26,7 @@ from outdraft.target.target import Target
 class Drawn:
     """One draw: the probabilities that were handed to the dice, and the token that came."""
 
-    law: Tensor
+    dist: Tensor
     token: int
 
 
@@ -40,9 +40,9 @@ class Recorder:
     def accept(self, probability: float) -> bool:
         return self.inner.accept(probability)
 
-    def draw(self, law: Tensor) -> int:
-        handed = law.clone()  # drafters go on working in theirs
-        token = self.inner.draw(law)
+    def draw(self, dist: Tensor) -> int:
+        handed = dist.clone()  # drafters go on working in theirs
+        token = self.inner.draw(dist)
         self.draws.append(Drawn(handed, token))
         return token
 
@@ -93,17 +93,17 @@ class Watch(Drafter):
             return object.__getattribute__(self, name)
         return getattr(self.inner, name)
 
-    def start(self, target: Target, cache: SlotCache) -> TargetRun:
+    def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         self.newest = None
         return _WatchedRun(self.inner.start(target, cache), self)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> DraftState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DraftState:
         assert isinstance(run, _WatchedRun)
         return _WatchedState(self.inner.begin(prompts, run.inner), self, [len(prompt) for prompt in prompts])
 
 
-class _WatchedRun(TargetRun):
-    def __init__(self, inner: TargetRun, watch: Watch):
+class _WatchedRun(ModelRunner):
+    def __init__(self, inner: ModelRunner, watch: Watch):
         super().__init__(inner.target, inner.cache)
         self.inner, self.watch = inner, watch
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outdraft.evaluation.audit.stock import Laws, Noise, measured_noise, stock_logits
+from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise, stock_logits
 from outdraft.evaluation.bench.measure import Run, Script, script_of
 from outdraft.target.target import Target
 
@@ -93,8 +93,8 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
         leaving[one.prompt, one.turn].append(place)
     left = [differences[places[0]] for places in leaving.values()]
     few = left[:NOISE_TEXTS]
-    laws = Laws(target, {}, warped=False)
-    noise = measured_noise(laws, [one.ids for one in few], [one.plain for one in few], lambda: None)
+    probs = StockProbs(target, {}, warped=False)
+    noise = measured_noise(probs, [one.ids for one in few], [one.plain for one in few], lambda: None)
     found: dict[int, Divergence] = {}
     for text, places in zip(left, leaving.values(), strict=True):
         positions = {differences[place].position for place in places}

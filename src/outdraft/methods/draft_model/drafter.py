@@ -19,7 +19,7 @@ from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.expand import RunAhead, grow
 from outdraft.drafting.shared_vocabulary import SharedVocabulary
 from outdraft.errors import UserError
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
@@ -47,7 +47,7 @@ class DraftModel(Drafter):
             )
         self.model = model
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _DraftModelState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _DraftModelState:
         return _DraftModelState(self.model, self.shared, prompts, run.cache.capacity)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
@@ -64,7 +64,7 @@ class _DraftModelState(DraftState):
     def __init__(self, model: Target, shared: SharedVocabulary, prompts: Sequence[Tensor], capacity: int):
         self.model, self.shared = model, shared
         self.cache = model.new_cache(len(prompts), capacity)
-        self.run = TargetRun(model, self.cache)
+        self.run = ModelRunner(model, self.cache)
         self.run.prefill([shared.known(prompt) for prompt in prompts])
         # Targets' updates after the prefill begin with the prompt's second token; those are known here already.
         self.known = [len(prompt) - 1 for prompt in prompts]

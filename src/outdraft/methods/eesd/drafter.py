@@ -1,8 +1,8 @@
 """Decoding with EESD (arXiv 2406.03853): the target's own first layers and a trained exit layer draft.
 
 A candidate runs through the first layers once, in the target's own cache; verification takes that over
-(`TargetRun.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those of
-the target's cache, so that both parts run in one forward over one mask (`shortcut_view`); what it has computed for
+(`ModelRunner.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those
+of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`); what it has computed for
 accepted candidates stays.
 """
 
@@ -23,7 +23,7 @@ from outdraft.drafting.intake import take_in
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads, shortcut_view
 
@@ -49,7 +49,7 @@ class EarlyExit(Drafter):
         self.exit = exit_layer.bind(target)
         self.shortcut = shortcut_view(target.model, split, exit_layer.layer)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> EarlyExitState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> EarlyExitState:
         return EarlyExitState(self, run)
 
     def slots(self, shape: TreeShape) -> int:
@@ -64,7 +64,7 @@ class EarlyExit(Drafter):
 class EarlyExitState(DraftState):
     """The exit layer's cache: all decided tokens up to the last tree's root, then what was expanded of that tree."""
 
-    def __init__(self, drafter: EarlyExit, run: TargetRun):
+    def __init__(self, drafter: EarlyExit, run: ModelRunner):
         self.drafter, self.run = drafter, run
         self.cache = SlotCache(run.cache.rows, 1, run.cache.capacity, drafter.target.pool)
         self.last_position = drafter.target.context_length - 1

@@ -1,7 +1,8 @@
 """EESD's self-distillation loss (arXiv 2406.03853, section 3.1).
 
 Position t reads the hidden state after the target's first N layers and predicts x_{t+1}, of which the target's own
-features f_t give the law. A sequence of L tokens has L-1 such positions; t counts when x_{t+1} is a response token.
+features f_t give the distribution. A sequence of L tokens has L-1 such positions; t counts when x_{t+1} is a response
+token.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ExitSums(NamedTuple):
     """Sums over the counted positions; divide by `positions` for means."""
 
     cross_entropy: Tensor
-    """Against the target's law, its token, or both."""
+    """Against the target's distribution, its token, or both."""
     agreed: Tensor
     """Positions where the exit and the target have the same argmax."""
     positions: Tensor
@@ -44,7 +45,7 @@ class ExitLoss(nn.Module):
         drafter: the only parameters here.
         target: lends final norm and head.
         chunk_size: positions whose logits are held at once.
-        hard_weight: of the response's own token; the target's law has the rest up to 1.
+        hard_weight: of the response's own token; the target's distribution has the rest up to 1.
     """
 
     def __init__(self, drafter: ExitLayer, target: Target, chunk_size: int = 512, hard_weight: float = 0.0):

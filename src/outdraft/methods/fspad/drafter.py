@@ -18,7 +18,7 @@ from outdraft.core.tensors import chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.expand import grow
-from outdraft.drafting.masks import Sight, causal_sight
+from outdraft.drafting.masks import DraftMask, causal_mask
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
 from outdraft.methods.fspad.draft_step import DraftStep
@@ -27,7 +27,7 @@ from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 from outdraft.methods.fspad.recorded import RecordedDrafts
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, TargetRun
+from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -59,7 +59,7 @@ class FeatureDrafter(Drafter):
         self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
         self.recorded = None if target.pool is None else RecordedDrafts(self)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> FeatureDraftState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> FeatureDraftState:
         return FeatureDraftState(self, len(prompts), run.cache.capacity)
 
     @property
@@ -104,7 +104,7 @@ class FeatureDraftState(DraftState):
         newest = self._take_in(update)
         roots = update.roots
         starts = list(self.cache.lengths)
-        sight = Sight(self.cache, self.network.dtype, self.network.device)
+        sight = DraftMask(self.cache, self.network.dtype, self.network.device)
         levels = 0
         r = newest.r
 
@@ -138,7 +138,7 @@ class FeatureDraftState(DraftState):
             count = min(PREFILL_CHUNK, max(counts) - start)
             angles = self.network.angles(self.cache.lengths, count)
             self.cache.reserve(count, update.tokens.device)
-            mask = causal_sight(self.cache, count, self.network.dtype, self.network.device)
+            mask = causal_mask(self.cache, count, self.network.dtype, self.network.device)
             piece = slice(start, start + count)
             out = self.network(update.tokens[:, piece], update.taps[:, piece], angles, mask, self.cache)
             self.cache.commit([range(max(0, min(count, total - start))) for total in counts])

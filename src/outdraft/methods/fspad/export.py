@@ -262,8 +262,8 @@ def read_forward(
     v = projected("v", kv_heads).repeat_interleave(heads // kv_heads, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
     later = torch.ones(len(h), len(h), dtype=torch.bool).triu(1)
-    law = scores.masked_fill(later, -torch.inf).softmax(-1)
-    read = torch.einsum("hqk,khd->qhd", law, v).reshape(len(h), heads * size)
+    dist = scores.masked_fill(later, -torch.inf).softmax(-1)
+    read = torch.einsum("hqk,khd->qhd", dist, v).reshape(len(h), heads * size)
     a = h + read @ w["layers.0.self_attn.o_proj.weight"].T
     u = norm(a, "layers.0.post_attention_layernorm.weight")
     out = gated(u, u, "layers.0.mlp.")

@@ -29,7 +29,7 @@ class LossSums(NamedTuple):
     regression: Tensor
     """SmoothL1(r_t, f_{t+1}), each position the mean over d."""
     token: Tensor
-    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of the two laws."""
+    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of the two distributions."""
     agreed: Tensor
     """Positions where head(p_t) and head(f_{t+1}) have the same argmax."""
     positions: Tensor

@@ -3,7 +3,7 @@
 From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
 the best candidates chosen by the same functions as elsewhere (`expand.py` and `sample.py` of `drafting/`), over lengths
 that lie on the device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes
-as long to issue as a target of 8B takes to run. Prompts, paces and laws that depend on the prefix are drafted
+as long to issue as a target of 8B takes to run. Prompts, paces and distributions that depend on the prefix are drafted
 unrecorded.
 """
 
@@ -64,12 +64,12 @@ class RecordedDrafts:
         return (
             self.records
             and shape.size > 1
-            and rows.pace is None
+            and rows.budget is None
             and max(update.counts) <= MOST_NEW
             and min(cache.lengths) > 0
             and (not rows.coupled or len(scorings) == 1)
             and (not drawn or (len(kinds) == 1 and None not in kinds))
-            # Chains without replacement are as many as the law has tokens, which the host would have to ask.
+            # Chains without replacement are as many as the distribution has tokens, which the host would have to ask.
             and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
             and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
         )
@@ -242,7 +242,7 @@ class _Draft:
         self._made = (tree.candidates, tree.counts[0], tree.levels)
         if self.chains is None:
             return tree.tokens, tree.parents, tree.depths, tree.ancestors
-        return (tree.tokens,) if tree.laws is None else (tree.tokens, tree.laws)
+        return (tree.tokens,) if tree.draft_probs is None else (tree.tokens, tree.draft_probs)
 
     def _pending(self, lengths: Tensor, seen: Tensor, positions: Tensor) -> Pending:
         return Pending(lengths, seen, positions.long(), (None,), self.cache)

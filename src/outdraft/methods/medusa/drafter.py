@@ -25,7 +25,7 @@ from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
 from outdraft.target.backends import count_parameters
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
@@ -133,7 +133,7 @@ class Medusa(Drafter):
         self.limits = Limits(depth=heads.config.num_heads, stepwise=False)
         self.heads, self.target, self.speaking = heads, target, heads.speaking(target)
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> MedusaState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> MedusaState:
         return MedusaState(self)
 
     @property

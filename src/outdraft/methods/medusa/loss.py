@@ -1,7 +1,7 @@
-"""Medusa-1's loss (arXiv 2401.10774, section 2.2.1), against the frozen target's law or its tokens.
+"""Medusa-1's loss (arXiv 2401.10774, section 2.2.1), against the frozen target's distribution or its tokens.
 
-Head k reads f_t and predicts x_{t+1+k}, of which the target's own feature f_{t+k} gives the law. A sequence of L tokens
-has L-1-k such positions; t counts when x_{t+1+k} is a response token.
+Head k reads f_t and predicts x_{t+1+k}, of which the target's own feature f_{t+k} gives the distribution. A sequence of
+L tokens has L-1-k such positions; t counts when x_{t+1+k} is a response token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MedusaLoss(nn.Module):
         drafter: the only parameters here.
         target: lends its output layer, or the way through the heads' own ones.
         chunk_size: positions whose logits are held at once.
-        hard_weight: of the response's own token; the target's law has the rest up to 1. The paper's loss is 1.
+        hard_weight: of the response's own token; the target's distribution has the rest up to 1. The paper's loss is 1.
     """
 
     def __init__(self, drafter: MedusaHeads, target: Target, chunk_size: int = 512, hard_weight: float = 0.0):

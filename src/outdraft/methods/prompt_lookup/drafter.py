@@ -13,9 +13,9 @@ from torch import Tensor
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, Limits, Pace, RowContext, Update
+from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.ngrams import Text
-from outdraft.target.runner import TargetRun
+from outdraft.target.runner import ModelRunner
 
 
 class PromptLookup(Drafter):
@@ -32,7 +32,7 @@ class PromptLookup(Drafter):
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
 
-    def begin(self, prompts: Sequence[Tensor], run: TargetRun) -> _Lookup:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _Lookup:
         return _Lookup(self, prompts)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
@@ -67,8 +67,8 @@ class _Lookup(DraftState):
             n, end = text.match()
             chains.append([text.tokens[-1], *text.after(end, most)])
             sure.append(n / (n + 1))
-        if rows.pace is not None:
-            chains = paced(chains, sure, rows.pace)
+        if rows.budget is not None:
+            chains = paced(chains, sure, rows.budget)
         return Tree.listed(chains, update.tokens.device)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -80,17 +80,17 @@ class _Lookup(DraftState):
         self.known += other.known
 
 
-def paced(chains: Sequence[list[int]], confidences: Sequence[float], pace: Pace) -> list[list[int]]:
+def paced(chains: Sequence[list[int]], confidences: Sequence[float], budget: Budget) -> list[list[int]]:
     """What the pace wants of chains that are there already, each beginning with its root; the longer the n-gram that
     was found, the surer is the whole chain."""
-    levels, wanted = 0, pace.going
+    levels, wanted = 0, budget.going
     lengths = [1] * len(chains)
     while any(wanted):
         levels += 1
         there = [going and len(chain) > levels for going, chain in zip(wanted, chains, strict=True)]
         lengths = [length + grown for length, grown in zip(lengths, there, strict=True)]
-        pace.drafted([sure if grown else None for sure, grown in zip(confidences, there, strict=True)])
+        budget.drafted([sure if grown else None for sure, grown in zip(confidences, there, strict=True)])
         if not any(there):
             break
-        wanted = pace.wants(1)
+        wanted = budget.wants(1)
     return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]

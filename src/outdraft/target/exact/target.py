@@ -32,7 +32,7 @@ from outdraft.target.backends.packed import quantised_part
 from outdraft.target.cache import SlotCache
 from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
 from outdraft.target.exact.invariance import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
-from outdraft.target.runner import PLAIN, Output, TargetRun
+from outdraft.target.runner import PLAIN, ModelRunner, Output
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
 
@@ -115,7 +115,7 @@ class ExactTarget(Target):
     def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ExactRun:
         return ExactRun(self, cache, reads)
 
-    def vouch(self, run: TargetRun) -> None:
+    def vouch(self, run: ModelRunner) -> None:
         """Raise UserError for a run that a drafter made in a way of its own."""
         if not isinstance(run, ExactRun):
             raise UserError(
@@ -247,7 +247,7 @@ class _Kept(SlotCache):
         return self.held[layer_idx]
 
 
-class ExactRun(TargetRun):
+class ExactRun(ModelRunner):
     """The target with the cache of its rows, every row as if alone."""
 
     target: ExactTarget
