@@ -30,6 +30,7 @@ from outdraft.methods.fspad import recorded as recorded_drafts
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.target.backends.fused import FusedAttention
 from outdraft.target.target import Target
+from outdraft.target.views import Reads
 from test_joining import LENGTHS, SETTINGS, alone, in_company
 from test_joining import rows_of as joining_rows
 from test_losslessness import (
@@ -85,9 +86,12 @@ def recorded(model: SpeculativeModel) -> dict[str, int]:
     drafter: Any = model.drafter
     runs: dict[str, Any] = {"target": model.target._run}
     if isinstance(drafter, FeatureDrafter):
-        runs = {"target": runs["target"] if drafter.tapped is None else drafter.tapped._run, "drafts": drafter.recorded}
+        alone = drafter.reads == Reads()
+        read = runs["target"] if alone else model.target.reader(drafter.reads)._last._run
+        runs = {"target": read, "drafts": drafter.recorded}
     if isinstance(drafter, EarlyExit):
-        runs = {"lower": drafter.cut._run_lower, "upper": drafter.cut._run_upper, "levels": drafter.shortcut._run}
+        reader: Any = model.target.reader(drafter.reads)
+        runs = {"lower": reader._first._run, "upper": reader._last._run, "levels": drafter.shortcut._run}
     if isinstance(drafter, DraftModel):
         runs["draft model"] = drafter.model._run
     return {name: len(run.recordings) for name, run in runs.items()}
@@ -220,7 +224,7 @@ def test_recorded_drafts_are_drawn_as_others_are(shape: TreeShape, monkeypatch: 
     assert same == [after, lengths]
     for one, other in zip(ours, others, strict=True):
         assert (one.counts, one.candidates, one.levels) == (other.counts, other.candidates, other.levels)
-        for name in ("tokens", "parents", "depths", "ancestors", "laws"):
+        for name in ("tokens", "parents", "depths", "ancestors", "draft_probs"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 

@@ -115,7 +115,7 @@ def test_a_broken_tree_is_named(parents, counts, reason):
 
 def test_sampled_candidates_and_laws_come_together():
     tokens, parents = torch.tensor([[0, 1]]), torch.tensor([[-1, 0]])
-    with pytest.raises(ValueError, match="laws"):
+    with pytest.raises(ValueError, match="distributions"):
         Tree(tokens, parents, [2], "with_replacement")
-    with pytest.raises(ValueError, match="laws"):
+    with pytest.raises(ValueError, match="distributions"):
         Tree(tokens, parents, [2], "point", torch.ones(1, 2, 3))

@@ -21,7 +21,7 @@ from outdraft.evaluation.audit.goodness_of_fit import (
     power_of,
 )
 from outdraft.evaluation.audit.greedy import too_many
-from outdraft.evaluation.audit.stock import Laws, stock_logits
+from outdraft.evaluation.audit.stock import StockProbs, stock_logits
 from outdraft.evaluation.audit.texts import energy_p_value
 
 LEAST = 1e-3
@@ -159,7 +159,7 @@ def test_stock_forwards_of_any_piece_say_the_same(piece: int | None) -> None:
 
 def test_cells_have_the_products_of_the_laws() -> None:
     target, _ = pair(torch.float64)
-    laws = Laws(target, {"temperature": 0.8})
+    laws = StockProbs(target, {"temperature": 0.8})
     cells = exact_cells(laws, PROMPTS[0], 3, 10)
     assert len(cells) == 10 and sum(cells.values()) == pytest.approx(1) and max(map(len, cells)) > 1
     for piece in (4, None):

@@ -14,8 +14,9 @@ the children the token after the node has exactly the target's distribution, wha
     P(x) = q(x) min(1, p(x)/q(x)) + P(reject) residual(x) = p(x)
 
 (Leviathan et al. 2023, theorem 1, applied once a child; SpecInfer's multi-round rule). For a point mass on x this
-reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same rule, with p a point mass: accept x where it is the target's most probable token. Nothing is
-left to chance then, so `verify_greedy` compares all nodes of all rows at once; a test holds it against `decide`.
+reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same rule, with p a point mass: accept x
+where it is the target's most probable token. Nothing is left to chance then, so `verify_greedy` compares all nodes of
+all rows at once; a test holds it against `decide`.
 
 Knows nothing of models, caches or how the guesses were made. No randomness but the dice that it is handed.
 """
