@@ -80,70 +80,56 @@ class Plan:
             self.budget.observe(depths, accepted, emitted, tree.counts, *laps[1:])
 
 
-class Planner:
-    """Plans the rounds of a batch.
+def plan_round(batch: Batch) -> Plan:
+    """The plan of a batch's next round, by the order of precedence above."""
+    nothing: list[list[int]] = [[]] * len(batch.rows)
+    ngrams = _ngrams(batch)
+    if all(ngrams) or not batch.drafts.able:
+        return Plan(batch.shape, ngrams)
+    shape = _fitting(batch, batch.shape)
+    controllers = [row.controller for row in batch.rows if row.controller is not None]
+    pacer = controllers[0].pacer if controllers else None
+    tuner = None if pacer is None else pacer.tuner(batch.shape, len(batch.rows))
+    if tuner is not None:
+        choice = tuner.choose(len(batch.rows), batch.drafts.pending)
+        shape = _fitting(batch, choice.shape)
+        if shape == choice.shape:
+            return Plan(shape, nothing, choice=choice)
+    if tuner is None and controllers:
+        levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
+        budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
+        return Plan(shape, nothing, budget)
+    return Plan(shape, ngrams)
 
-    Args:
-        batch: whose rounds.
+
+def _ngrams(batch: Batch) -> list[list[int]]:
+    """Of every row, the candidates that its own text gives, none where it repeats nothing.
+
+    In company a greedy row waits for all others to repeat themselves, too: all pay for the longest, and padding the
+    drafter's trees to it was slower in every batch. Rows that draw do not wait, and have no more candidates than
+    the tree, for a seed's text is to be the same in any company. The first round is the drafter's, which then has
+    read the prompts before these rows join others.
     """
+    drafts = batch.drafts
+    if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
+        return [[]] * len(batch.rows)
+    greedy = [row.warper.greedy for row in batch.rows]
+    limit = max(1, MOST_NODES // len(greedy) - 1) if all(greedy) else batch.shape.size - 1
+    if batch.target.slot_limit is not None:
+        left = batch.target.slot_limit - max(batch.cache.lengths) - drafts.slots(batch.shape) - drafts.pending
+        limit = max(0, min(limit, left))
+    found = [history.repeated(limit) for history in batch.histories]
+    if all(found):
+        return found
+    return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
 
-    def __init__(self, batch: Batch):
-        self.batch = batch
 
-    def plan(self) -> Plan:
-        """The next round's, by the order of precedence above."""
-        batch = self.batch
-        nothing: list[list[int]] = [[]] * len(batch.rows)
-        ngrams = self._ngrams()
-        if all(ngrams) or not batch.drafts.able:
-            return Plan(batch.shape, ngrams)
-        shape = self._fitting(batch.shape)
-        controllers = [row.controller for row in batch.rows if row.controller is not None]
-        pacer = controllers[0].pacer if controllers else None
-        tuner = None if pacer is None else pacer.tuner(batch.shape, len(batch.rows))
-        if tuner is not None:
-            choice = tuner.choose(len(batch.rows), batch.drafts.pending)
-            shape = self._fitting(choice.shape)
-            if shape == choice.shape:
-                return Plan(shape, nothing, choice=choice)
-        if tuner is None and controllers:
-            levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
-            budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
-            return Plan(shape, nothing, budget)
-        return Plan(shape, ngrams)
-
-    def _ngrams(self) -> list[list[int]]:
-        """Of every row, the candidates that its own text gives, none where it repeats nothing.
-
-        In company a greedy row waits for all others to repeat themselves, too: all pay for the longest, and padding the
-        drafter's trees to it was slower in every batch. Rows that draw do not wait, and have no more candidates than
-        the tree, for a seed's text is to be the same in any company. The first round is the drafter's, which then has
-        read the prompts before these rows join others.
-        """
-        batch, drafts = self.batch, self.batch.drafts
-        if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
-            return [[]] * len(batch.rows)
-        greedy = [row.warper.greedy for row in batch.rows]
-        limit = max(1, MOST_NODES // len(greedy) - 1) if all(greedy) else batch.shape.size - 1
-        if batch.target.slot_limit is not None:
-            left = (
-                batch.target.slot_limit
-                - max(batch.cache.lengths)
-                - batch.drafts.slots(batch.shape)
-                - batch.drafts.pending
-            )
-            limit = max(0, min(limit, left))
-        found = [history.repeated(limit) for history in batch.histories]
-        if all(found):
-            return found
-        return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
-
-    def _fitting(self, shape: TreeShape) -> TreeShape:
-        """As much of the shape as still fits where a family's attention limits the slots."""
-        limit = self.batch.target.slot_limit
-        if limit is None:
-            return shape
-        left = limit - max(self.batch.cache.lengths)
-        while shape.size > 1 and self.batch.drafts.slots(shape) > left:
-            shape = shape.at_most(max(1, shape.depth), shape.size - 1)
+def _fitting(batch: Batch, shape: TreeShape) -> TreeShape:
+    """As much of the shape as still fits where a family's attention limits the slots."""
+    limit = batch.target.slot_limit
+    if limit is None:
         return shape
+    left = limit - max(batch.cache.lengths)
+    while shape.size > 1 and batch.drafts.slots(shape) > left:
+        shape = shape.at_most(max(1, shape.depth), shape.size - 1)
+    return shape

@@ -22,7 +22,7 @@ from outdraft.core.verify import Verdict, verify
 from outdraft.drafting.base import Drafter
 from outdraft.engine.clock import Clock
 from outdraft.engine.drafts import Drafts
-from outdraft.engine.plan import Plan, Planner
+from outdraft.engine.plan import Plan, plan_round
 from outdraft.engine.rows import History, Prefixes, Row, compacted
 from outdraft.target.exact.target import ExactTarget
 from outdraft.target.runner import Output
@@ -79,7 +79,7 @@ class Batch:
     ):
         self.target, self.drafts, self.rows, self.shape = target, Drafts(drafter), list(rows), shape
         self.costs = costs or Costs()
-        self.clock, self.planner = Clock(target.device), Planner(self)
+        self.clock = Clock(target.device)
         self._unsettled: tuple[list[Any], list[Row]] | None = None  # marks of the last round, and its rows
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
         repeated = max((row.repeats.most for row in rows if row.repeats is not None), default=0)
@@ -160,7 +160,7 @@ class Batch:
     def round(self) -> list[Row]:
         """Draft, verify, commit once for all running rows; the rows that gained tokens."""
         self.clock.start()
-        plan = self.planner.plan()
+        plan = plan_round(self)
         tree = self.drafts.trees(plan, self.roots, self.rows, Prefixes(self.histories))
         self.clock.mark()
         features, taps = self.runner.tree(tree)
