@@ -137,7 +137,8 @@ class NaiveDFlash(NaiveDrafting):
         table = w.get("embed_tokens.weight", embedding) * (shape.input_embedding_scale or 1)
         block = table[[anchor] + [shape.mask_token_id] * (shape.block_size - 1)]
         states = block_states(w, shape, block, taps)
-        logits = states[0 if shape.anchor_first else 1 :] @ w.get("lm_head.weight", head).T
+        output = w.get("lm_head.weight", head if shape.kept is None else head[list(shape.kept)])
+        logits = states[0 if shape.anchor_first else 1 :] @ output.T
         logits = logits * (shape.output_multiplier or 1)
         cap = shape.final_logit_softcapping
         self.levels: Array = np.tanh(logits / cap) * cap if cap else logits
