@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from models import tiny
 from outdraft import UserError, load
 from outdraft.api.loading import load_drafter_for
+from outdraft.api.settings import tree_shape
 from outdraft.console.facts import describe
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
@@ -170,7 +171,8 @@ def test_no_draft_is_longer_than_the_block(tmp_path: Path, variant: str, proposa
 def test_gpus_draft_as_deep_as_the_block(tmp_path: Path) -> None:
     drafter = bound(folder_of(tmp_path / "drafter", "z-lab")[0], model_of())
     assert drafter.default_shape(torch.device("cuda"), sampling=True) == TreeShape.chain(3, candidates="sampled")
-    assert drafter.default_shape(torch.device("cuda")).depth == 2
+    alone, many = (tree_shape(drafter, torch.device("cuda"), {}, rows=rows) for rows in (1, 8))
+    assert (alone.depth, alone.size) == (2, 60) and (many.depth, many.size) == (2, 16)
 
 
 def test_embeddings_are_the_targets_own_or_scaled_as_the_config_says(tmp_path: Path) -> None:

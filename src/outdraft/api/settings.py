@@ -179,8 +179,8 @@ def tree_shape(
             base = base.doubled()
         elif base == CPU_TREE and drafter.limits.stepwise and not sizes:
             base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
-        elif base == GPU_TREE and not sizes:
-            base = gpu_tree(rows)
+        elif base.size == GPU_TREE.size and not sizes:
+            base = gpu_tree(rows, base)
     return replace(base, **sizes, candidates=asked.get("candidates", base.candidates))
 
 
