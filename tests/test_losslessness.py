@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from outdraft.drafting.expand import grow_dynamic
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.methods.dflash.drafter import DFlash
+from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eagle3.drafter import Eagle3Drafter
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
@@ -81,6 +84,24 @@ def eagle3_drafter(target: Target, kept: bool = True, **switches: bool) -> Eagle
     return Eagle3Drafter(head.to(target.dtype).eval(), target)
 
 
+def block_drafter(target: Target, **switches: Any) -> DFlash:
+    """Two layers of random weights, the second one with a window, over two layers of the target; three candidates."""
+    shapes = (target.hidden_size, 24, 2, 2, 1, 8, target.vocab_size, target.hidden_size)
+    more: dict[str, Any] = {"block_size": 4, "tap_ids": (1, target.num_layers - 1), "tap_unit": "input", "num_taps": 2}
+    config = DFlashConfig(*shapes, mask_token_id=1, causal=(False, True), windows=(0, 4), **{**more, **switches})
+    torch.manual_seed(9)
+    network = DFlashNetwork(config)
+    if network.draft_tokens is not None:
+        network.draft_tokens += 1
+    return DFlash(network.to(target.dtype).eval(), target)
+
+
+def anchor_first_drafter(target: Target) -> DFlash:
+    """DSpark's: a Markov head, a head of its own over all tokens but the first."""
+    own: dict[str, Any] = {"own_head": True, "own_embedding": True, "draft_vocab_size": target.vocab_size - 1}
+    return block_drafter(target, kind="dspark", anchor_first=True, block_size=3, markov_rank=4, **own)
+
+
 def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
     """Half of the target's layers, at least one, and a copy of its last layer a little off."""
     config = ExitLayerConfig(max(1, target.num_layers // 2), own_head)
@@ -113,6 +134,8 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "fspad-beyond": lambda target, _: feature_drafter(target, True, True, tuple(range(1, target.num_layers)), True),
     "eagle3": lambda target, _: eagle3_drafter(target),
     "eagle3.1": lambda target, _: eagle3_drafter(target, False, tap_norms=True, norm_output=True, head_norms=True),
+    "dflash": lambda target, _: block_drafter(target),
+    "dspark": lambda target, _: anchor_first_drafter(target),
     "prompt-lookup": lambda *_: PromptLookup(longest=2),
     "draft-model": lambda target, near: DraftModel(Target(near), target),
     "eesd": lambda target, _: exit_drafter(target),
@@ -221,6 +244,8 @@ PROMPT = (0, 2, 1, 0, 2)
         "eagle",
         "eagle3",
         "eagle3.1",
+        "dflash",
+        "dspark",
         "prompt-lookup",
         "draft-model",
         "eesd",
@@ -238,7 +263,8 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 @pytest.mark.parametrize("settings", [NARROW, SHAPED], ids=["top-k", "shaped"])
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
 @pytest.mark.parametrize(
-    "kind", ["fspad", "fspad-beyond", "eagle", "eagle3", "eagle3.1", "draft-model", "eesd", "medusa"]
+    "kind",
+    ["fspad", "fspad-beyond", "eagle", "eagle3", "eagle3.1", "dflash", "dspark", "draft-model", "eesd", "medusa"],
 )
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
@@ -246,7 +272,7 @@ def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     assert 0 < statistics.accepted < statistics.drafted
 
 
-@pytest.mark.parametrize("kind", ["fspad", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize("kind", ["fspad", "dspark", "draft-model", "eesd", "medusa"])
 @pytest.mark.parametrize("width", [1, 2])
 def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
     shape = TreeShape(0, width, width + 1, "sampled")
@@ -265,7 +291,9 @@ def test_plain_decoding_keeps_the_law():
     assert statistics.drafted == 0
 
 
-@pytest.mark.parametrize("kind", ["fspad", "fspad-beyond", "eagle3", "prompt-lookup", "draft-model", "eesd", "medusa"])
+@pytest.mark.parametrize(
+    "kind", ["fspad", "fspad-beyond", "eagle3", "dflash", "dspark", "draft-model", "eesd", "medusa", "prompt-lookup"]
+)
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""
     model, near = small(3)

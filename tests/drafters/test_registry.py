@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import outdraft.methods
 from cli_fixtures import Folders, make_folders
+from drafters.dflash_reference import BlockShape, block_folder
 from drafters.eagle3_reference import Eagle3Shape, eagle3_folder
 from models import tiny
 from outdraft.api.loading import load_drafter_for
@@ -98,6 +99,9 @@ def saved(name: str, target: Target, folder: Path) -> Path:
     """A drafter of the method in its folder, with the weights that it begins with."""
     if name == "eagle3":
         return eagle3_folder(folder, "specforge", Eagle3Shape())
+    if name in ("dflash", "dspark"):
+        own = {"anchor_first": True, "markov_rank": 4} if name == "dspark" else {}
+        return block_folder(folder, "speculators", BlockShape(**own), (1, 2, 3))
     more = {"exit_layer": 1} if name == "eesd" else {}
     network = new_drafter(target, DrafterConfig(output_dir=folder, method=name, **more).with_preset(10**6))
     return save_drafter(folder, network, target_id="tiny", target=target_facts(target.model))

@@ -56,10 +56,10 @@ def load(
     Args:
         model: folder, GGUF file, hub id, an adapter's folder, a loaded `transformers` model (also in torch.compile or
             PEFT), `smollm2` for SmolLM2-135M-Instruct, or `reference` for the small one that is shipped.
-        draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3), a smaller language model, `reference`
-            or `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `eagle3`, `prompt-lookup`, `draft-model` or `none`; by default what `draft_model` is,
-            and `prompt-lookup`, which needs no training, without one.
+        draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3, DFlash, DSpark), a smaller language
+            model, `reference` or `smollm2` for the drafters that ship for these, or None.
+        method: `fspad`, `eagle`, `eagle3`, `dflash`, `dspark`, `prompt-lookup`, `draft-model` or `none`; by default
+            what `draft_model` is, and `prompt-lookup`, which needs no training, without one.
         tokenizer: where the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.

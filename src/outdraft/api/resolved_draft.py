@@ -149,8 +149,8 @@ def _shape(
         base = base.doubled()
     elif base == CPU_TREE and drafter.limits.stepwise and not sizes:
         base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
-    elif base == GPU_TREE and not sizes:
-        base = gpu_tree(rows)
+    elif base.size == GPU_TREE.size and not sizes:
+        base = gpu_tree(rows, base)
     shape = replace(base, **sizes, candidates=asked.candidates or base.candidates)
     return shape if drafter.limits.depth is None else shape.at_most(drafter.limits.depth, shape.size)
 

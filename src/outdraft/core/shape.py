@@ -71,9 +71,9 @@ GPU_NODES = 128
 60 and 8.3 over 128 on an H200, and from there on in proportion (docs/measurements/gpu.md)."""
 
 
-def gpu_tree(rows: int) -> TreeShape:
-    """`GPU_TREE`, or as much of it as so many rows decoded together can verify at that price."""
-    size = min(GPU_TREE.size, GPU_NODES // rows)
-    if size > GPU_TREE.top_k:
-        return replace(GPU_TREE, size=size)
-    return TreeShape.chain(max(1, min(GPU_TREE.depth, size - 1)))
+def gpu_tree(rows: int, tree: TreeShape = GPU_TREE) -> TreeShape:
+    """A tree of `GPU_TREE`'s size, or as much of it as so many rows decoded together can verify at that price."""
+    size = min(tree.size, GPU_NODES // rows)
+    if size > tree.top_k:
+        return replace(tree, size=size)
+    return TreeShape.chain(max(1, min(tree.depth, size - 1)))

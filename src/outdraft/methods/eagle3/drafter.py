@@ -7,6 +7,7 @@ at rotary position t; the residual is g, so that what the layer gives can stand 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.network import Eagle3Head
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.layer_step import LayerStep, turning
 from outdraft.methods.fspad.network import DraftOutput
@@ -23,6 +24,16 @@ from outdraft.target.cache import SlotCache
 MOST_POSITIONS = 2**17
 """Positions up to which there are rotary tables, where the target's context is longer. Published configs name less than
 the drafters are used for."""
+
+
+class RotaryConfig(Protocol):
+    """What a drafter's config says of its rotary positions."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    rope: dict[str, Any]
+    max_position_embeddings: int
 
 
 class Eagle3Step(LayerStep):
@@ -96,7 +107,7 @@ class Eagle3Drafter(FeatureDrafter):
         return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
 
 
-def rotary_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
+def rotary_frequencies(config: RotaryConfig) -> tuple[Tensor, float]:
     """`(head_dim / 2,)` angles by which a position turns, and the factor of cosines and sines.
 
     Raises:

@@ -35,7 +35,7 @@ from outdraft.drafting.folder import (
 )
 from outdraft.errors import UserError, first_line
 from outdraft.methods.eagle3 import is_eagle3
-from outdraft.methods.eagle3.drafter import rotary_frequencies
+from outdraft.methods.eagle3.drafter import RotaryConfig, rotary_frequencies
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head, TapUnit
 
 TAP_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -85,7 +85,7 @@ def load_eagle3(
         raise UserError(f"{file} holds {names[more[0]]}; only EAGLE-3 drafters of one layer load")
     found = {ours: tensors[theirs] for ours, theirs in names.items()}
     settings = _settings(config, found, folder)
-    kept = _draft_tokens(config, found, settings.vocab_size, file)
+    kept = draft_tokens_of(config, found, settings.vocab_size, file)
     settings.draft_vocab_size = 0 if kept is None else len(kept)
     head = _build(settings, found, kept, file, "layers.0." if layout == "speculators" else "midlayer.")
     known = head.state_dict()
@@ -105,7 +105,7 @@ def _layout(config: Mapping[str, Any]) -> str:
     return "specforge" if any("Eagle3" in str(name) for name in classes) or "eagle_config" in config else "eagle3"
 
 
-def _section(config: Mapping[str, Any]) -> dict[str, Any]:
+def layer_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Where the decoder layer's own settings stand."""
     inner = config.get("transformer_layer_config")
     return dict(inner if isinstance(inner, dict) else config)
@@ -115,7 +115,7 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Eagle3Config:
-    layer, eagle = _section(config), config.get("eagle_config") or {}
+    layer, eagle = layer_section(config), config.get("eagle_config") or {}
     flags = {name: config.get(name, eagle.get(name)) or False for name in ("fc_norm", "norm_before_fc", "norm_output")}
     flags["norm_before_residual"] = _norm_before_residual(config, eagle, folder)
     for name, value in flags.items():
@@ -126,7 +126,7 @@ def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Pat
         raise UserError(f"'{folder}' has hidden_act '{layer['hidden_act']}'; only drafters with silu can be loaded")
     if (layer.get("layer_types") or [])[:1] == ["sliding_attention"]:
         raise UserError(f"'{folder}' looks back over a window only, which is not supported; choose another drafter")
-    shape = _filled(layer, folder)
+    shape = filled(layer, folder)
     query, fc = tensors.get("self_attn.q_proj.weight"), tensors.get("fc.weight")
     heads, head_dim = shape.num_attention_heads, shape.head_dim or shape.hidden_size // shape.num_attention_heads
     if query is not None and query.shape[0] % heads == 0:
@@ -163,7 +163,7 @@ def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Pat
             f"'{folder}' is {found.hidden_size} wide, its target {width}, so it needs {borrowed[0]}.weight of its "
             "own, which is not there; copy or download it again"
         )
-    _check_rope(found, folder)
+    check_rope(found, folder)
     return found
 
 
@@ -179,7 +179,7 @@ def _norm_before_residual(config: Mapping[str, Any], eagle: Mapping[str, Any], f
     return found or False
 
 
-def _filled(layer: Mapping[str, Any], folder: Path) -> Any:
+def filled(layer: Mapping[str, Any], folder: Path) -> Any:
     """The decoder layer's settings with the family's defaults: speculators' configs leave those out."""
     kind = Qwen3Config if layer.get("model_type") == "qwen3" else LlamaConfig
     values = {name: layer[name] for name in READ if layer.get(name) is not None}
@@ -204,7 +204,7 @@ def _tap_ids(config: Mapping[str, Any], eagle: Mapping[str, Any], folder: Path) 
     return tuple(ids), unit
 
 
-def _check_rope(config: Eagle3Config, folder: Path) -> None:
+def check_rope(config: RotaryConfig, folder: Path) -> None:
     kind = config.rope.get("rope_type")
     try:
         if kind in ROPES:
@@ -220,7 +220,7 @@ def _check_rope(config: Eagle3Config, folder: Path) -> None:
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _draft_tokens(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocab: int, file: str) -> Tensor | None:
+def draft_tokens_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocab: int, file: str) -> Tensor | None:
     """Ids of the tokens that may be drafted, in the order of the output layer; None where it is the whole vocabulary.
 
     `d2t` holds offsets: what is to be added to the place in the output layer.

@@ -1,0 +1,106 @@
+"""DFlash (arXiv 2602.06036) and DSpark (arXiv 2607.05147): drafters that others have trained, which draft a whole block
+in one forward, from their folders as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outdraft.methods.registry import DrafterFacts, Method
+
+if TYPE_CHECKING:
+    import torch
+
+    from outdraft.methods.dflash.drafter import DFlash
+    from outdraft.methods.dflash.network import DFlashNetwork
+    from outdraft.target.target import Target
+
+OTHERS = {
+    "DFlash2": ("dflash2", "selector_rank", "selector_top_k", "conv_kernel_size"),
+    "Domino": ("domino",),
+    "DSpine": ("dspine",),
+    "TreeFlash": ("treeflash",),
+    "DFlare": ("dflare",),
+    "LiLiCorr": ("lilicorr",),
+}
+"""Drafters of the same family that do not load, and what their configs hold of them."""
+
+
+class DFlashMethod(Method):
+    """The methods of this folder."""
+
+    no_export = "'{folder}' is a folder of {method} already, which engines read as it is (vLLM: method {method})"
+
+    def __init__(self, name: str, summary: str):
+        self.name, self.summary = name, summary
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return kind_of(config) == self.name
+
+    def load(
+        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
+    ) -> DFlashNetwork:
+        from outdraft.methods.dflash.folder import load_dflash
+
+        return load_dflash(source, dtype=dtype, device=device).network
+
+    def bind(self, network: Any, target: Target) -> DFlash:
+        from outdraft.methods.dflash.drafter import DFlash
+
+        return DFlash(network, target)
+
+    def describe(self, folder: Path) -> DrafterFacts:
+        from outdraft.methods.checkpoint import count
+        from outdraft.methods.dflash.folder import load_dflash
+
+        loaded = load_dflash(folder)
+        network, config = loaded.network, loaded.network.config
+        ids = ", ".join(map(str, config.tap_ids))
+        more = {
+            "reads": f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "equally spaced layers",
+            "block_size": config.block_size,
+            "proposals": f"{config.proposals}, {loaded.slots}",
+            "causal_layers": sum(config.causal),
+            "windows": max(config.windows, default=0) or None,
+            "draft_vocab_size": config.draft_vocab_size or None,
+            "markov_rank": config.markov_rank or None,
+            "unused": ", ".join(loaded.unused),
+            "own_head": config.own_head,
+            "own_embedding": config.own_embedding,
+            "context": config.max_position_embeddings,
+        }
+        parameters = count(network.parameters())
+        return DrafterFacts(self.name, loaded.layout, parameters, loaded.target_id, network.fits, more=more)
+
+
+METHODS = (
+    DFlashMethod("dflash", "DFlash drafters that others have trained"),
+    DFlashMethod("dspark", "DSpark drafters that others have trained"),
+)
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """The method of this folder that a config.json is for, whoever wrote it; the family's `OTHERS` are given to DFlash,
+    whose loader refuses them by name."""
+    if "outdraft_version" in config:
+        return None
+    words = _words(config)
+    if "dspark" in words:
+        return "dspark"
+    return "dflash" if "dflash" in words or other_kind(config) else None
+
+
+def other_kind(config: Mapping[str, Any]) -> str | None:
+    """Which of `OTHERS` it is; None for none of them."""
+    inner = config.get("dflash_config")
+    more = [*inner, inner.get("projector_type")] if isinstance(inner, dict) else []
+    words = " ".join(map(str, [_words(config), *more])).lower()
+    return next((name for name, signs in OTHERS.items() if any(sign in words for sign in signs)), None)
+
+
+def _words(config: Mapping[str, Any]) -> str:
+    """Where a config names its kind: classes, speculators' type, and keys."""
+    classes = config.get("architectures")
+    named = [*(classes if isinstance(classes, list) else []), config.get("speculators_model_type", "")]
+    return " ".join(map(str, [*named, *config])).lower()

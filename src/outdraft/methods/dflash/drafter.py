@@ -1,0 +1,178 @@
+"""Drafting with a `DFlashNetwork`: one forward gives the logits of all levels, from which chains and trees grow.
+
+The drafter's cache keeps keys and values of the context rows, one for every decided token but the anchor, at the slots
+of their positions. A block is written behind them and forgotten after its forward: the next round has the target's true
+outputs for what was accepted of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from outdraft.core.shape import GPU_TREE, TreeShape
+from outdraft.core.tensors import causal
+from outdraft.core.tree import Tree, attention_mask
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
+from outdraft.drafting.expand import grow
+from outdraft.drafting.sample import Block
+from outdraft.drafting.vocabulary import DraftVocabulary
+from outdraft.errors import UserError
+from outdraft.methods.dflash.network import Angles, DFlashNetwork
+from outdraft.methods.eagle3.drafter import rotary_frequencies
+from outdraft.target.backends import count_parameters
+from outdraft.target.cache import SlotCache
+from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
+from outdraft.target.target import Target
+from outdraft.target.views import Reads
+
+
+class DFlash(Drafter):
+    """A trained `DFlashNetwork` bound to its target's layers, and to its embedding and head where it has none.
+
+    Args:
+        network: on the target's device and in its precision.
+        target: the model it was trained for.
+
+    Raises:
+        UserError: the shapes say that it is another model's drafter, or the target has no such layers.
+    """
+
+    def __init__(self, network: DFlashNetwork, target: Target):
+        for name, own in network.fits.items():
+            others = getattr(target, name)
+            if own != others:
+                raise UserError(
+                    f"the drafter was trained for a target with {name} {own}, this one has {others}; "
+                    "choose its own drafter or train one (outdraft train)"
+                )
+        self.network, self.target, self.method, config = network, target, network.method, network.config
+        self.reads = Reads(features=False, layers=config.taps(target.num_layers))
+        target.reader(self.reads)  # a layer that the target lacks is told now
+        self.limits = Limits(depth=config.proposals, stepwise=False)
+        frequencies, self._turn_scale = rotary_frequencies(config)
+        self._frequencies = frequencies.to(target.device)
+        kept = network.draft_tokens
+        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, network.lm_head)
+        self._head = self._output()
+
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DFlashState:
+        return DFlashState(self, len(prompts), run.cache.capacity)
+
+    def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
+        """Levels cost nothing, so on a GPU, where verifying costs little, drafts are as deep as the block."""
+        if device.type == "cpu":
+            return super().default_shape(device, sampling)
+        if sampling:
+            return TreeShape.chain(self.network.config.proposals, candidates="sampled")
+        return TreeShape(self.network.config.proposals - 1, GPU_TREE.top_k, GPU_TREE.size)
+
+    @property
+    def num_parameters(self) -> int:
+        return count_parameters(self.network)
+
+    @property
+    def grow(self) -> Callable[..., Tree]:
+        """`expand.grow`, over the tokens that may be drafted."""
+        return grow if self.vocabulary is None else self.vocabulary.grow
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Of `(rows, tokens)` positions."""
+        turns = positions[:, None, :, None] * self._frequencies
+        dtype = self.network.norm.weight.dtype
+        return (turns.cos() * self._turn_scale).to(dtype), (turns.sin() * self._turn_scale).to(dtype)
+
+    def levels(self, roots: Tensor, cache: SlotCache, count: int) -> Tensor:
+        """`(rows, count, vocab)` logits of the first slots that propose, before the Markov head's bias.
+
+        Args:
+            roots: `(rows,)` the anchors.
+            cache: with the context rows of all tokens before them, nothing pending.
+            count: levels, at most as many as the block proposes.
+        """
+        config = self.network.config
+        first = 0 if config.anchor_first else 1
+        # Rows of a block that is causal everywhere do not depend on those behind them.
+        size = first + count if all(causal for causal, _ in config.sights) else config.block_size
+        block = F.pad(roots[:, None], (0, size - 1), value=config.mask_token_id)
+        slots = cache.reserve(size, roots.device)
+        masks = {sight: self._mask(sight, slots, cache) for sight in set(config.sights)}
+        x = self._embed(block).to(self.network.norm.weight.dtype)
+        states = self.network(x, self.angles(slots), [masks[sight] for sight in config.sights], cache)
+        cache.rollback()
+        logits = self._head(states[:, first : first + count].to(self.target.dtype))
+        if config.output_multiplier != 1:
+            logits = logits * config.output_multiplier
+        cap = config.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _mask(self, sight: tuple[bool, int], slots: Tensor, cache: SlotCache) -> Tensor | None:
+        """`(rows, 1, B, extent)` what a layer's block rows see; None for everything."""
+        (is_causal, window), (rows, size), lengths = sight, slots.shape, cache.lengths
+        if not is_causal and len(set(lengths)) == 1 and (not window or window >= cache.extent):
+            return None
+        seen = causal(rows, size, slots.device)
+        if not is_causal:
+            seen = torch.ones_like(seen)
+        return attention_mask(seen, slots, lengths, cache.extent, slots, window or None)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        scale, own = self.network.config.input_embedding_scale, self.network.embed_tokens
+        if own is None and not scale:
+            return self.target.embed(tokens)
+        table = (own or self.target.model.get_input_embeddings()).weight
+        return F.embedding(tokens, table) * (scale or 1.0)  # type: ignore[arg-type]
+
+    def _output(self) -> Callable[[Tensor], Tensor]:
+        """From normed states to the logits of the tokens that may be drafted."""
+        config = self.network.config
+        if self.vocabulary is not None:
+            return self.vocabulary.head
+        if self.network.lm_head is not None:
+            return self.network.lm_head
+        if (
+            config.final_logit_softcapping or config.output_multiplier != 1
+        ):  # it says itself what the target's head does
+            return self.target.model.get_output_embeddings()
+        return self.target.head
+
+
+class DFlashState(DraftState):
+    """Keys and values of the context rows."""
+
+    def __init__(self, drafter: DFlash, rows: int, capacity: int):
+        self.drafter = drafter
+        config = drafter.network.config
+        layers, room = config.num_hidden_layers, capacity + config.block_size
+        self.cache = SlotCache(rows, layers, room, drafter.target.pool)
+
+    def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        self._take_in(update)
+        drafter, roots, markov = self.drafter, update.roots, self.drafter.network.markov_head
+        shape = shape.at_most(drafter.network.config.proposals, shape.size)
+        levels = drafter.levels(roots, self.cache, shape.depth + 1)
+        if markov is None:
+            block = Block(levels)
+        else:
+            levels[:, 0] += markov(roots)
+            block = Block(levels, lambda _, tokens, logits: logits + markov(tokens))
+        return drafter.grow(roots, block.first, block, shape, rows)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.cache.select_rows(rows)
+
+    def join(self, other: DFlashState) -> None:
+        self.cache.join(other.cache)
+
+    def _take_in(self, update: Update) -> None:
+        """Keep the context rows of what was decided since the last draft."""
+        counts, device = update.counts, update.tokens.device
+        for start in range(0, max(counts), PREFILL_CHUNK):
+            count = min(PREFILL_CHUNK, max(counts) - start)
+            slots = self.cache.reserve(count, device)
+            piece = update.taps[:, start : start + count]
+            self.drafter.network.take_in(piece, self.drafter.angles(slots), self.cache)
+            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])

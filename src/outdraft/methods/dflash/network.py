@@ -1,0 +1,247 @@
+"""DFlash's network (arXiv 2602.06036) and DSpark's (arXiv 2607.05147): shapes, weights and the forward of a block.
+
+Outputs of several layers of the target, the taps, become one context row c = hidden_norm(fc(taps)) per decided token.
+A block of B rows, the anchor (the newest token) and B - 1 mask tokens, runs through N decoder layers; each layer's
+queries come from the block, its keys and values from the context rows and the block. Context rows are the same for
+every layer and have no queries, so all that a cache keeps of them are keys and values. DFlash's slot j >= 1 predicts
+itself; DSpark's slot j predicts the token after it, with a bias that the token before it sets (the Markov head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.fspad.network import RMSNorm
+from outdraft.target.cache import SlotCache
+
+Kind = Literal["dflash", "dspark"]
+TapUnit = Literal["none given", "output", "input"]
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
+
+
+@dataclass
+class DFlashConfig:
+    """Shapes and switches; the defaults of the switches are those of DFlash's first release."""
+
+    hidden_size: int
+    """Width d of the drafter."""
+    intermediate_size: int
+    num_hidden_layers: int
+    """Draft layers N."""
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    """Entries of the target's embedding."""
+    target_hidden_size: int
+    """Width of the taps."""
+    block_size: int
+    """Rows B of a block, the anchor's included."""
+    mask_token_id: int
+    kind: Kind = "dflash"
+    tap_ids: tuple[int, ...] = ()
+    """Layers of the target as the folder gives them, counted from 0; none for DFlash's equal spacing."""
+    tap_unit: TapUnit = "none given"
+    """Whether what is read is what these layers give or what goes into them."""
+    num_taps: int = 5
+    num_target_layers: int = 0
+    """Layers of the target that it was trained for; 0 where the folder does not say."""
+    anchor_first: bool = False
+    """The anchor's slot predicts the next token, so B are proposed; off: slot j >= 1 predicts itself, B - 1 are."""
+    causal: tuple[bool, ...] = ()
+    """By layer, whether a block row sees only those before it in the block; empty for none."""
+    windows: tuple[int, ...] = ()
+    """By layer, how many positions back are seen, its own included; 0 for all, empty for all everywhere."""
+    draft_vocab_size: int = 0
+    """Tokens that may be drafted; 0 is the whole vocabulary."""
+    own_head: bool = False
+    """An output layer of its own; off is the target's."""
+    own_embedding: bool = False
+    head_norms: bool = True
+    """RMSNorm on every query and key head, as in Qwen3."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    markov_rank: int = 0
+    """Width of DSpark's Markov head; 0 for none."""
+    input_embedding_scale: float = 0.0
+    """Factor of the embedding's bare rows; 0: what the target's own embedding module gives."""
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float = 0.0
+    rms_norm_eps: float = 1e-6
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    """Rotary positions, in the words of `transformers`."""
+    max_position_embeddings: int = 2048
+
+    @property
+    def proposals(self) -> int:
+        """Tokens that a block proposes."""
+        return self.block_size - (not self.anchor_first)
+
+    @property
+    def sights(self) -> list[tuple[bool, int]]:
+        """By layer, whether it is causal in the block and its window, 0 for none."""
+        layers = self.num_hidden_layers
+        return list(zip(self.causal or [False] * layers, self.windows or [0] * layers, strict=True))
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """The layers of a target of so many whose outputs are read, counted from 1: `hidden_states[k]` of
+        `transformers`, which is the one unit used here.
+
+        Raises:
+            UserError: they are not as many as the network reads.
+        """
+        found = tuple(layer + (self.tap_unit == "output") for layer in self.tap_ids) or spaced(self.num_taps, layers)
+        if len(found) != self.num_taps:
+            raise UserError(
+                f"the drafter reads {self.num_taps} layers of its target and its config.json names {len(found)}; "
+                "put the config.json beside it that belongs to it"
+            )
+        return found
+
+
+def spaced(count: int, layers: int) -> tuple[int, ...]:
+    """DFlash's own choice of layers to read, counted from 1: equally spaced outputs of layers 1 to L - 3 counted
+    from 0."""
+    if count == 1:
+        return (layers // 2 + 1,)
+    return tuple(round(1 + place * (layers - 4) / (count - 1)) + 1 for place in range(count))
+
+
+class BlockAttention(nn.Module):
+    """Attention of block rows over the context rows in a cache and over each other."""
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        d, size, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.size, self.shared = size, config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(d, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, d, bias=False)
+        norms = config.head_norms
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
+
+    def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Both `(rows, kv_heads, tokens, head_dim)`, of `(rows, tokens, d)` context or block rows."""
+        return turned(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
+
+    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int) -> Tensor:
+        """`(rows, B, d)` of the block's normed states; the block's keys and values stay pending in the cache.
+
+        Args:
+            x: `(rows, B, d)`.
+            angles: of the block's positions.
+            mask: `(rows, 1, B, extent)` which slots each row sees; None for all.
+            cache: of this many layers, the block's slots reserved.
+            layer: this one's place in the cache.
+        """
+        keys, values = cache.update(*self.keys_and_values(x, angles), layer)
+        q = turned(self._heads(self.q_proj(x), self.q_norm), angles)
+        rows, heads, nodes, size = q.shape
+        # Heads that share keys are further queries of one head, so that the keys are read once.
+        q = q.reshape(rows, heads // self.shared, self.shared * nodes, size)
+        seen = None if mask is None else mask.repeat(1, 1, self.shared, 1)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+        return self.o_proj(out.reshape(rows, heads, nodes, size).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        x = x.unflatten(-1, (-1, self.size))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+class GatedMLP(nn.Module):
+    """down(SiLU(gate x) * up x)."""
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        d, i = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(d, i, bias=False), nn.Linear(d, i, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(i, d, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BlockLayer(nn.Module):
+    """One decoder layer over the block."""
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(d, eps), RMSNorm(d, eps)
+        self.self_attn, self.mlp = BlockAttention(config), GatedMLP(config)
+
+    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MarkovHead(nn.Module):
+    """A bias of the logits that the token before sets: W2 W1[token]."""
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size or config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.markov_w2(self.markov_w1(tokens))
+
+
+class DFlashNetwork(Network):
+    """The weights, under the names that they have in published folders.
+
+    Args:
+        config: shapes and switches.
+    """
+
+    draft_tokens: Tensor | None
+    """Ids of the tokens that may be drafted; all where there is none."""
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__()
+        self.config, self.method = config, config.kind
+        d, kept = config.hidden_size, config.draft_vocab_size
+        self.fc = nn.Linear(config.num_taps * config.target_hidden_size, d, bias=False)
+        self.hidden_norm, self.norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = nn.Embedding(config.vocab_size, d) if config.own_embedding else None
+        self.lm_head = nn.Linear(d, kept or config.vocab_size, bias=False) if config.own_head else None
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
+
+    @property
+    def fits(self) -> dict[str, int]:
+        own = self.config
+        facts = {"hidden_size": own.target_hidden_size, "vocab_size": own.vocab_size}
+        return facts | ({"num_layers": own.num_target_layers} if own.num_target_layers else {})
+
+    def take_in(self, taps: Tensor, angles: Angles, cache: SlotCache) -> None:
+        """Write the context rows of `(rows, tokens, taps * target width)` into reserved slots of every layer."""
+        context = self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype)))
+        for layer, block in enumerate(self.layers):
+            attention: Any = block.self_attn
+            cache.update(*attention.keys_and_values(context, angles), layer)
+
+    def forward(self, x: Tensor, angles: Angles, masks: Sequence[Tensor | None], cache: SlotCache) -> Tensor:
+        """`(rows, B, d)` normed states of the `(rows, B, d)` embeddings of a block; a mask for every layer."""
+        for layer, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
+            x = block(x, angles, mask, cache, layer)
+        return self.norm(x)
+
+
+def turned(x: Tensor, angles: Angles) -> Tensor:
+    """`(rows, heads, tokens, head_dim)` rotated, channel j with channel j + head_dim / 2."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = angles
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
