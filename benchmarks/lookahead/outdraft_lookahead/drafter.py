@@ -14,7 +14,7 @@ Guesses are the target's most probable tokens at any temperature, as in the pape
 When several tokens are accepted at once the window moves with the root as it stands, so its guesses are then some
 places off, which costs a few good n-grams; the paper leaves this open. It starts with one step, tokens of the prompt in
 turn where the paper draws at random. Not here: the paper's option to fill the pool from the prompt (that is
-`prompt_lookup.py`) and its parallelism over devices.
+`methods/prompt_lookup/`) and its parallelism over devices.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class SpeculativeModel:
                 take precedence. None of them changes the distribution of the answers.
                 When to stop: `eos_token_id` and `stop_strings`, in place of and beside the model's own ends.
                 `seed`: makes sampling repeatable; row i of several has the text of `seed + i` alone, and unless
-                `coupling="dice"`, that of stock `generate` after `torch.manual_seed(seed + i)` (docs/seeds.md).
+                `coupling="dice"`, that of stock `generate` after `torch.manual_seed(seed + i)` (docs/guides/seeds.md).
                 `logits_processor`: of `transformers`, beside those that the settings make.
                 `chat_template_kwargs`: what the chat template itself is told.
 

@@ -1,7 +1,7 @@
 """Drafting from inside a stock model's own `generate`: `model.generate(..., custom_generate=custom_generate(drafter))`.
 
 Takes the processors, stopping criteria and settings that `transformers` has prepared, padding and all, and hands rows
-to `decoding.py`. What transformers could not be given back faithfully is refused.
+to `engine/round.py`. What transformers could not be given back faithfully is refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Growing a tree from a drafter that gives logits, one level a step.
 
 `grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): expand the nodes with the largest cumulative draft
-probability, then keep the best of all candidates. `grow_sampled` (`drawing.py`) draws candidates from the drafter's own
+probability, then keep the best of all candidates. `grow_sampled` (`sample.py`) draws candidates from the drafter's own
 distribution. Both work for any drafter that can answer `step`; neither knows what is behind it.
 """
 

@@ -6,7 +6,7 @@ part at near-ties. Here the forward itself is made the same, and with it the cac
 - Attention runs node by node: each query sees its own path only, contiguously and in order, in a kernel call of the
   shape that plain decoding makes. Keys and values of committed tokens are not copied.
 - Everything else treats rows alone by its mathematics; whether its kernel does so too is measured on this machine for
-  every kind of layer and number of rows (`kernels.py`). Layers that fail are run row by row.
+  every kind of layer and number of rows (`invariance.py`). Layers that fail are run row by row.
 - Before a number of rows is first used, a whole forward over random trees is compared with one-token forwards, bit
   for bit: features, logits, keys, values. A difference is an error, never a warning.
 - Prompts run one at a time, so a row of a batch is decoded as plain decoding would decode it alone.
