@@ -30,7 +30,8 @@ APART = 0.06
 """What drafting must promise beyond plain decoding, for every doubling of the rows: drafted rows end apart, and a batch
 takes as long as its slowest row, which the mean of its rows does not show."""
 BATCH = 4
-"""Rows from which on a batch begins with short chains: on two cores so many nodes cost (docs/reference/draft-shapes.md)."""
+"""Rows from which on a batch begins with short chains: on two cores so many nodes cost
+(docs/reference/draft-shapes.md)."""
 STEP_BY_STEP = 6
 """Every number of levels up to this is in the grid; beyond, each is about a quarter larger than the last."""
 WIDE = 4

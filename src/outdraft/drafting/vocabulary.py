@@ -69,7 +69,7 @@ class DraftVocabulary:
         return target.head_through(reduced)
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-        """`growth.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
+        """`expand.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
         if rows.coupled and not any(warper.names_tokens for warper in rows.warpers):
             rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
         elif rows.coupled or (shape.candidates != "top-k" and not rows.greedy):

@@ -51,7 +51,7 @@ class Target:
     """Whether the sampling settings and bans of the model's own generation config are left alone; its ends are not."""
 
     exact: Any = None
-    """The same target in exact mode, once it was asked for (`exact.py`)."""
+    """The same target in exact mode, once it was asked for (`exact/`)."""
 
     def __init__(
         self,

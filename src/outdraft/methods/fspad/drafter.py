@@ -79,7 +79,7 @@ class FeatureDrafter(Drafter):
 
     @property
     def grow(self) -> Callable[..., Tree]:
-        """`growth.grow`, over the tokens that may be drafted."""
+        """`expand.grow`, over the tokens that may be drafted."""
         return grow if self.vocabulary is None else self.vocabulary.grow
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Forwards over trees through torch.compile; those over prompts as if there were no compiler.
 
 A forward is compiled twice: for one token, and for any number of them up to `MOST_TOKENS`, all rows in one line
-(`opaque_attention.py`). Weights are frozen into the graphs, which lets the compiler pack them and fuse what stands around them.
-A graph is compared with the model itself when it is first used; if it cannot be made, or computes something else, the
-model runs uncompiled from then on, with one warning. For CPUs; GPUs have `graphs.py`.
+(`opaque_attention.py`). Weights are frozen into the graphs, which lets the compiler pack them and fuse what stands
+around them. A graph is compared with the model itself when it is first used; if it cannot be made, or computes
+something else, the model runs uncompiled from then on, with one warning. For CPUs; GPUs have `graphs.py`.
 
 Knows how inner models are called and how their linear layers look; nothing of trees or drafters.
 """
