@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from models import tiny
-from outdraft.api.generation import load
+from outdraft.api.generation import SpeculativeModel, load
 from outdraft.console.options import whole_or_auto
-from outdraft.control import ControlSettings
+from outdraft.control import ControlSettings, Costs, Pacer
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter, DraftState, Limits
 from outdraft.errors import UserError
+from outdraft.target.target import Target
 
 
 def test_the_flag_takes_a_number_or_auto():
@@ -40,3 +43,34 @@ def test_a_batch_is_tuned_and_a_row_is_not_and_options_come_with_the_name():
     assert tuner.timings[2].rounds > 1 and 0 not in tuner.timings
     with pytest.raises(UserError, match="did you mean 'memory'"):
         model.generate(prompts, controller="calibrated,memry=0")
+
+
+class Deaf(Drafter):
+    """Drafts to the shape's limit, always the same token, and asks no budget."""
+
+    method = "deaf"
+    limits = Limits(probs=False)
+
+    def begin(self, prompts, run):
+        return DeafState()
+
+
+class DeafState(DraftState):
+    def propose(self, update, shape, rows):
+        return Tree.listed([[root, *[0] * (shape.size - 1)] for root in update.roots.tolist()], update.tokens.device)
+
+    def select_rows(self, rows):
+        pass
+
+
+def test_a_drafter_that_asks_no_budget_is_given_whole_shapes():
+    """Controllers cannot stop it level by level, so the tuner decides for it, and hardly asks it where it is no use."""
+    target = Target(tiny("llama-gqa"))
+    pacer = Pacer(ControlSettings("calibrated"), Costs.fixed(0.2, 0.2, 1.0, 0.05))
+    model = SpeculativeModel(target, Deaf())
+    settings = {"max_new_tokens": 50, "prompt_lookup_min": 0}
+    out = model.generate([1, 2, 3], controller=pacer, **settings)
+    assert out.tokens == model.with_drafter(None).generate([1, 2, 3], max_new_tokens=50).tokens
+    fixed = model.generate([1, 2, 3], controller="fixed", **settings)
+    assert out.statistics.drafted < fixed.statistics.drafted / 4
+    assert sum(depth > 0 for depth in out.statistics.depths) >= 1, "the first round drafted and showed it"

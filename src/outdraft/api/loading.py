@@ -141,7 +141,10 @@ def load_drafter_for(
     if method == NONE or (method is None and draft_model is None):
         return None
     if asked is not None and not asked.needs_model:
-        return asked.bind(None, target)
+        drafter = asked.bind(None, target)
+        if drafter.method != asked.name:  # or reports would not find it by the name that it was asked for
+            raise UserError(f"method '{asked.name}' binds a drafter of method '{drafter.method}'; give both one name")
+        return drafter
     if draft_model is None:
         raise UserError(f"method '{method}' needs a drafter; give its folder with --draft-model")
     if named(draft_model) is not None:

@@ -79,7 +79,7 @@ Dtype = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="eager, packed or compiled; packed by default on a CPU, else eager."),
+    typer.Option("--backend", help="eager, packed, compiled or graphs; packed by default on a CPU, graphs on a GPU."),
 ]
 GenerationConfig = Annotated[
     str,

@@ -42,6 +42,11 @@ class DraftBudget:
         self._last = now()
         self.wants(nodes)
 
+    @property
+    def asked(self) -> bool:
+        """Whether the drafter told it of any level that it drafted."""
+        return bool(self._laps)
+
     def wants(self, nodes: int) -> list[bool]:
         """As `Budget.wants`; the first level was asked for when this was made."""
         rows = zip(self.going, self.confidences, self.controllers, strict=True)

@@ -29,6 +29,8 @@ class Drafts:
         self.updates: list[Update] = []  # what the drafter has not been told yet
         self.asked = False
         """Whether the drafter ever drafted."""
+        self.heeds_budget = True
+        """Whether the drafter asks the budget that it is given before each level."""
 
     @property
     def able(self) -> bool:
@@ -89,6 +91,8 @@ class Drafts:
         context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], budget)
         update, self.updates, self.asked = Update.join(self.updates), [], True
         tree = self.state.propose(update, plan.shape, context)
+        if plan.budget is not None and max(tree.counts) > 1:
+            self.heeds_budget = plan.budget.asked
         return spliced(tree, plan.ngrams) if mixed else tree
 
     def join(self, other: Drafts) -> None:

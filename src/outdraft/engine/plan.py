@@ -89,7 +89,9 @@ def plan_round(batch: Batch) -> Plan:
     shape = _fitting(batch, batch.shape)
     controllers = [row.controller for row in batch.rows if row.controller is not None]
     pacer = controllers[0].pacer if controllers else None
-    tuner = None if pacer is None else pacer.tuner(batch.shape, len(batch.rows))
+    # A drafter that asks no budget is not stopped by one: only whole shapes can be chosen for it, as for a batch.
+    rows = len(batch.rows) if batch.drafts.heeds_budget else max(2, len(batch.rows))
+    tuner = None if pacer is None else pacer.tuner(batch.shape, rows)
     if tuner is not None:
         choice = tuner.choose(len(batch.rows), batch.drafts.pending)
         shape = _fitting(batch, choice.shape)
