@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from outdraft.api.guided import guides
 from outdraft.api.inputs import plain_prompts, whole_numbers
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.settings import (
@@ -208,7 +209,8 @@ class SpeculativeModel:
             **settings: `max_new_tokens` (256), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `bad_words_ids`,
                 `min_new_tokens` and the other fields of `SamplingSettings`; `eos_token_id`, `stop_strings`, `seed`,
-                `logits_processor`, `streamer`; `chat_template_kwargs`, which the chat template itself is told;
+                `logits_processor`, `streamer`; `response_format`, which every answer's text then follows (JSON, a
+                schema, ...: docs/guides/guided.md); `chat_template_kwargs`, which the chat template itself is told;
                 `tree_depth`, `tree_top_k`, `tree_size`, `candidates`, or `num_speculative_tokens` for chains;
                 `controller`: `fixed` drafts to that shape, `confidence`, `beta`, `calibrated` and `ucb` decide how
                 far, that shape being the most (or `ControlSettings`, or a `Pacer` of one's own). By default it is
@@ -306,6 +308,7 @@ class SpeculativeModel:
         ends = self.target.eos_token_ids
         if eos is not None:
             ends = [whole("eos_token_id", token) for token in whole_numbers(eos)]
+        guided = guides(settings.pop("response_format", None), encoded, self.tokenizer, ends, self.target.eos_token_ids)
         strings = settings.pop("stop_strings", None) or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         if strings and self.tokenizer is None:
@@ -334,7 +337,8 @@ class SpeculativeModel:
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
-            warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, self.target.device)
+            processors = [*extra, *guided[i]]
+            warper = Warper(sampling, len(ids), self.target.vocab_size, ends, processors, self.target.device)
             own_seed = None if seed is None else seed + i
             dice = Dice(own_seed)
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None

@@ -44,6 +44,7 @@ OTHER_SETTINGS = (
     "stop_strings",
     "seed",
     "logits_processor",
+    "response_format",
     "streamer",
     "controller",
     "exact",
