@@ -77,7 +77,7 @@ def source_of(response_format: Any) -> str | None:
         return None
     matcher = _library().LLMatcher
     if hasattr(response_format, "model_json_schema"):
-        return str(matcher.grammar_from_json_schema(response_format.model_json_schema(), JSON_OPTIONS))
+        response_format = {"type": "json_schema", "json_schema": {"schema": response_format.model_json_schema()}}
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind not in FORMATS:
         raise UserError(f"response_format must be a dictionary whose type is one of {', '.join(FORMATS)}")
@@ -93,8 +93,8 @@ def source_of(response_format: Any) -> str | None:
         given = _schema(given)
     if kind.startswith("json"):
         try:
-            return str(matcher.grammar_from_json_schema(given, JSON_OPTIONS))
-        except ValueError as error:
+            return str(matcher.grammar_from_json_schema({"x-guidance": JSON_OPTIONS, **given}))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the JSON schema cannot be read: {first_line(error)}") from error
     if kind == "choice":
         if not isinstance(given, list | tuple) or not given or not all(isinstance(one, str) and one for one in given):
@@ -213,8 +213,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         for tokens in input_ids[:, self.prompt_length :].tolist():
             allowed = np.ones(vocab_size, dtype=bool) if (found := self.mask(tokens)) is None else found[:vocab_size]
             masks.append(np.pad(allowed, (0, vocab_size - len(allowed))))
-        allowed = torch.from_numpy(np.stack(masks)).to(scores.device)
-        return scores.masked_fill(~allowed, -torch.inf)
+        ruled_out = ~torch.from_numpy(np.stack(masks)).to(scores.device)
+        return scores.masked_fill(ruled_out, -torch.inf)
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
         """Whether each token of the vocabulary may follow those of the text; None where nothing is decided."""
