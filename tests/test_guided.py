@@ -22,9 +22,13 @@ import outdraft
 from enumeration import ScriptedChance, distance, law_of, sequence_law
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.guided import Grammar, GuidedLogitsProcessor, guides
+from outdraft.core.coupling import chance_of
+from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
+from outdraft.drafting.base import RowContext
+from outdraft.drafting.expand import grow
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.target.target import Target
@@ -112,10 +116,12 @@ def row(name: str, settings: SamplingSettings, chance: Any, prompt: Sequence[int
 @pytest.mark.parametrize("settings", [SamplingSettings(), SAMPLED, SHAPED], ids=["greedy", "plain", "shaped"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("kind", ["draft-model", "fspad", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["draft-model", "fspad", "eagle3", "prompt-lookup"])
 def test_texts_have_the_law_of_plain_decoding_under_the_masks(kind, name, shape, settings):
     if kind == "prompt-lookup" and shape.candidates != "top-k":
         pytest.skip("it draws no candidates")
+    if kind == "eagle3" and shape.candidates != "top-k":
+        pytest.skip("it stands for a vocabulary of its own, which only chosen candidates see")
     if shape.candidates == "sampled-with-replacement" and settings is SAMPLED:
         pytest.skip("minutes of branches; the other settings walk fewer")
     model, near = small(VOCAB)
@@ -264,6 +270,29 @@ def test_rows_of_a_batch_of_prefixes_are_masked_each():
     masked = walker(ids, torch.zeros(2, 261))
     assert masked[0].isfinite().sum() == 1 and masked[0, 260] == -torch.inf
     assert masked[1].isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [SamplingSettings(), SAMPLED], ids=["greedy", "noise"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_drafts_keep_to_the_grammar(name, settings):
+    """A chain of a drafter that would say anything else; below the end token it may."""
+    walker = processor(name)
+    warper = Warper(settings, len(PROMPT), VOCAB, [END], [walker])
+    texts = set()
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        chance = Dice(seed) if settings.temperature == 0 else chance_of(warper, VOCAB, torch.device("cpu"), seed, [])
+        rows = RowContext([torch.tensor(PROMPT)], [warper], [chance])
+
+        def step(tokens: torch.Tensor, above: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*tokens.shape, VOCAB, generator=generator)
+
+        logits = torch.randn(1, VOCAB, generator=generator)
+        tree = grow(torch.tensor(PROMPT[-1:]), logits, step, TreeShape.chain(6), rows)
+        drafted = tree.tokens[0, 1:].tolist()
+        assert END in drafted, "the texts are short"
+        texts.add("".join(str(TEXTS[token]) for token in drafted[: drafted.index(END)]))
+    assert texts <= set(CHOICES[name]) and (len(texts) > 1 or name == "one")
 
 
 # --- in use ----------------------------------------------------------------------------------------------------------

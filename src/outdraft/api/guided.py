@@ -202,6 +202,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         prompt_length: tokens before the text.
     """
 
+    guides_drafts = True
+
     def __init__(self, grammar: Grammar, prompt_length: int):
         self.grammar, self.prompt_length = grammar, prompt_length
         self._matcher = grammar.matcher()
@@ -233,7 +235,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
             self._matcher.rollback(len(path) - common)
             del path[common:]
         rest = tokens[common:]
-        text = rest[: next((i for i, token in enumerate(rest) if token in self.grammar.vocabulary.ends), len(rest))]
+        ends, size = self.grammar.vocabulary.ends, self.grammar.vocabulary.tokens.vocab_size
+        # The library takes no end where nothing else may follow, and a token that only the model has is an error to it.
+        text = rest[: next((i for i, token in enumerate(rest) if token in ends or token >= size), len(rest))]
         taken = self._matcher.try_consume_tokens(text) if text else 0
         path += text[:taken]
         self._check()
