@@ -5,6 +5,7 @@ What a grammar allows is expected from a list of all its texts, never from the l
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sys
@@ -31,6 +32,7 @@ from outdraft.drafting.base import RowContext
 from outdraft.drafting.expand import grow
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.target import named
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS, EXACT, finish, small
 from tokens import byte_tokenizer, speaking
@@ -319,6 +321,8 @@ def test_whatever_a_random_model_says_follows_the_schema(speaker, settings):
             assert thing["kind"] in ("new", "old") and len(thing["name"]) <= 6
         else:
             assert reason == "length" and text.lstrip().startswith("{")
+    told = speaker.generate("x", response_format={"type": "choice", "choice": ['né "e"', "日本"]}, **settings)
+    assert told.text in ('né "e"', "日本")
     (digits,) = speaker.generate("x", response_format={"type": "regex", "regex": "[0-9]{3}"}, **settings).texts
     assert len(digits) == 3 and digits.isdigit()
 
@@ -369,3 +373,26 @@ def test_what_is_missing_is_named(speaker, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'outdraft\[guided\]'"):
         speaker.generate("x", response_format=JSON)
     speaker.generate("x", max_new_tokens=2)  # which needs nothing of it
+
+
+def test_every_answer_of_a_real_model_parses():
+    if importlib.util.find_spec(named.PACKAGE) is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip(f"SmolLM2 needs {named.PACKAGE} and gguf")
+    model = outdraft.load("smollm2", "smollm2", dtype="float32")
+    chats = [[{"role": "user", "content": f"Describe a {what} as JSON."}] for what in ("dog", "town", "song")]
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "kind": {"enum": ["big", "small"]}},
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_pattern": " "},
+    }
+    response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
+    for settings in ({}, {"temperature": 1.0, "seed": 1, "coupling": "dice"}):
+        said = model.generate(chats, response_format=response_format, max_new_tokens=60, **settings)
+        for text in said.texts:
+            thing = json.loads(text)
+            assert thing.keys() == {"name", "kind"} and len(thing["name"]) <= 12 and thing["kind"] in ("big", "small")
+        assert said.statistics.accepted > 0
+    plain = model.with_drafter(None).generate(chats, response_format=response_format, max_new_tokens=60)
+    assert plain.tokens == model.generate(chats, response_format=response_format, max_new_tokens=60).tokens

@@ -75,7 +75,6 @@ def source_of(response_format: Any) -> str | None:
     """
     if response_format is None:
         return None
-    matcher = _library().LLMatcher
     if hasattr(response_format, "model_json_schema"):
         response_format = {"type": "json_schema", "json_schema": {"schema": response_format.model_json_schema()}}
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
@@ -84,9 +83,9 @@ def source_of(response_format: Any) -> str | None:
     unknown = sorted(set(response_format) - {"type", kind})
     if unknown:
         raise UserError(f"response_format of type {kind} has no '{unknown[0]}'")
-    given = response_format.get(kind)
     if kind == "text":
         return None
+    given, matcher = response_format.get(kind), _library().LLMatcher
     if kind == "json_object":
         given = {"type": "object"}
     elif kind == "json_schema":
@@ -111,7 +110,7 @@ def _schema(given: Any) -> dict[str, Any]:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the JSON schema is no JSON: {error}") from error
     if not isinstance(schema, Mapping):
         raise UserError('response_format of type json_schema needs json_schema: {"name": ..., "schema": {...}}')
@@ -211,12 +210,13 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask `(rows, vocab)` scores after `(rows, tokens)` prefixes, the prompt's tokens included."""
-        vocab_size, masks = scores.shape[-1], []
-        for tokens in input_ids[:, self.prompt_length :].tolist():
-            allowed = np.ones(vocab_size, dtype=bool) if (found := self.mask(tokens)) is None else found[:vocab_size]
-            masks.append(np.pad(allowed, (0, vocab_size - len(allowed))))
-        ruled_out = ~torch.from_numpy(np.stack(masks)).to(scores.device)
-        return scores.masked_fill(ruled_out, -torch.inf)
+        allowed = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, tokens in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            if (found := self.mask(tokens)) is None:
+                allowed[row] = True
+            else:
+                allowed[row, : len(found)] = torch.from_numpy(found[: scores.shape[-1]])
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
         """Whether each token of the vocabulary may follow those of the text; None where nothing is decided."""
@@ -224,7 +224,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        return np.unpackbits(bits, bitorder="little").astype(bool)
+        return np.unpackbits(bits, bitorder="little").view(bool)
 
     def go_to(self, tokens: Sequence[int]) -> bool:
         """Move the matcher behind these tokens of the text; returns whether the grammar allows them all."""
