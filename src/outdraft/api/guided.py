@@ -228,14 +228,12 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     def go_to(self, tokens: Sequence[int]) -> bool:
         """Move the matcher behind these tokens of the text; returns whether the grammar allows them all."""
-        tokens, path = list(tokens), self._path
-        common = len(path)
+        tokens, path, common = list(tokens), self._path, len(self._path)
         if tokens[:common] != path:
             common = next((i for i, (a, b) in enumerate(zip(path, tokens, strict=False)) if a != b), len(tokens))
             self._matcher.rollback(len(path) - common)
             del path[common:]
-        rest = tokens[common:]
-        ends, size = self.grammar.vocabulary.ends, self.grammar.vocabulary.tokens.vocab_size
+        rest, ends, size = tokens[common:], self.grammar.vocabulary.ends, self.grammar.vocabulary.tokens.vocab_size
         # The library takes no end where nothing else may follow, and a token that only the model has is an error to it.
         text = rest[: next((i for i, token in enumerate(rest) if token in ends or token >= size), len(rest))]
         taken = self._matcher.try_consume_tokens(text) if text else 0
