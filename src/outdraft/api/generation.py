@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.guided import guides
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.output import GenerationOutput, Piece, short
 from outdraft.api.prompts import check_prompt, encode_prompts, plain_prompts, whole_numbers
@@ -143,6 +144,7 @@ class SpeculativeModel:
                 `coupling="dice"`, that of stock `generate` after `torch.manual_seed(seed + i)` (docs/guides/seeds.md).
                 `logits_processor`: of `transformers`, beside those that the settings make.
                 `chat_template_kwargs`: what the chat template itself is told.
+                `response_format`: what every answer's text then follows, JSON or a schema (docs/guides/guided.md).
 
         Returns:
             Tokens, texts and statistics, row by row in the order of the prompts.
@@ -216,6 +218,7 @@ class SpeculativeModel:
         ends = self.target.eos_token_ids
         if eos is not None:
             ends = [whole("eos_token_id", token) for token in whole_numbers(eos)]
+        guided = guides(settings.pop("response_format", None), encoded, self.tokenizer, ends, self.target.eos_token_ids)
         strings = settings.pop("stop_strings", None) or []
         strings = [strings] if isinstance(strings, str) else list(strings)
         if strings and self.tokenizer is None:
@@ -241,7 +244,8 @@ class SpeculativeModel:
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
-            warper = Warper(sampling, len(ids), self.target.vocab_size, ends, extra, device)
+            processors = [*extra, *guided[i]]
+            warper = Warper(sampling, len(ids), self.target.vocab_size, ends, processors, device)
             own_seed = None if seed is None else seed + i
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, Dice(own_seed), max_new_tokens, frozenset(ends), should_stop, repeats=draft.repeats)

@@ -61,7 +61,10 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Ma
 
 
 def encode_chat(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, Any] | None = None
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    switches: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
 
@@ -69,6 +72,7 @@ def encode_chat(
         messages: the conversation.
         tokenizer: with the template.
         switches: what the template itself can be told (`chat_template_kwargs`), such as `enable_thinking`.
+        tools: functions that the answer may call, in OpenAI's format.
 
     Raises:
         UserError: the tokenizer has no chat template, or refuses the roles; or switches that are not the template's.
@@ -79,7 +83,12 @@ def encode_chat(
     begun = messages[-1].get("role") == "assistant"
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=not begun, continue_final_message=begun, return_dict=True, **switches
+            [dict(message) for message in messages],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            return_dict=True,
+            **switches,
         )
     except Exception as error:  # templates raise what they like
         raise UserError(f"the chat template refuses this conversation: {error}") from error

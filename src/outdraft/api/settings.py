@@ -58,6 +58,7 @@ class GenerateSettings(SamplingKeywords, DraftKeywords, total=False):
     stop_strings: str | Sequence[str] | None
     seed: int | None
     logits_processor: Sequence[LogitsProcessor] | None
+    response_format: Mapping[str, Any] | None
     chat_template_kwargs: Mapping[str, Any] | None
     draft: DraftSettings | None
 

@@ -76,6 +76,8 @@ class Warper:
     ):
         self.error: Exception | None = None
         """What a processor has raised, where a distribution was asked of it in company (`probs_of`)."""
+        self.guides = [processor for processor in extra if getattr(processor, "guides_drafts", False)]
+        """Those of `extra` that rule tokens out, cheaply enough to be asked of drafts, too."""
         self.greedy = settings.temperature == 0
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node

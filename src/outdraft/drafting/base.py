@@ -127,6 +127,10 @@ class RowContext:
     def greedy(self) -> bool:
         return all(warper.greedy for warper in self.warpers)
 
+    def guided(self, device: torch.device) -> bool:
+        """Whether drafts on this device are masked: masks are the host's, so that elsewhere they cost a transfer."""
+        return device.type == "cpu" and any(warper.guides for warper in self.warpers)
+
     @property
     def coupled(self) -> bool:
         """Whether noise decides that drafter and target share, not dice (`coupling.py`)."""

@@ -8,6 +8,7 @@ distribution. Both work for any drafter that can answer `step`; neither knows wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,42 @@ def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowC
     """
     if shape.size == 1:
         return Tree.roots(roots)
+    chosen = shape.candidates == "top-k" or rows.greedy
+    if (rows.coupled or chosen) and rows.guided(logits.device):  # where candidates are drawn, their warpers mask them
+        logits, step = _guided(logits, step, rows)
     if rows.coupled:
         return _grow_coupled(roots, logits, step, shape, rows)
-    if shape.candidates == "top-k" or rows.greedy:
+    if chosen:
         return grow_dynamic(roots, logits, step, shape, rows.budget)
     return grow_sampled(roots, logits, step, shape, rows)
+
+
+def _guided(logits: Tensor, step: Step, rows: RowContext) -> tuple[Tensor, Step]:
+    """The drafter's first logits and its step without the tokens that rows' guides rule out: those are never accepted.
+
+    Where a guide leaves nothing that the drafter knows, or fails, its logits stay as they are.
+    """
+    paths: list[list[list[int]]] = [[[]] for _ in rows.warpers]  # of every row's newest nodes, below the root
+
+    def masked(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        for row, warper in enumerate(rows.warpers):
+            for node, path in enumerate(paths[row] if warper.guides else []):
+                prefix = torch.cat([rows.prefixes[row], rows.prefixes[row].new_tensor(path)])[None]
+                for guide in warper.guides:
+                    with suppress(Exception):  # verification asks again, and then it ends this row alone
+                        found = guide(prefix, logits[row, node][None])[0]
+                        if found.max() > -torch.inf:
+                            logits[row, node] = found
+        return logits
+
+    def guided_step(tokens: Tensor, above: Tensor) -> Tensor:
+        nonlocal paths
+        pairs = zip(paths, tokens.tolist(), above.tolist(), strict=True)
+        paths = [[[*own[place], token] for token, place in zip(*level, strict=True)] for own, *level in pairs]
+        return masked(step(tokens, above))
+
+    return masked(logits[:, None])[:, 0], guided_step
 
 
 def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, budget: Budget | None = None) -> Tree:

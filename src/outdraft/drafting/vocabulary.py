@@ -70,11 +70,12 @@ class DraftVocabulary:
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
         """`expand.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
-        if rows.coupled and not any(warper.names_tokens for warper in rows.warpers):
-            rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
-        elif rows.coupled or (shape.candidates != "top-k" and not rows.greedy):
+        named = rows.guided(logits.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
+        if named or (shape.candidates != "top-k" and not rows.greedy and not rows.coupled):
             # Warpers look tokens up by their ids, and verification needs the distribution of all.
             return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
+        if rows.coupled:
+            rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
         tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)
         drafted = self.tokens[tree.tokens[:, 1:]]
         return replace(tree, tokens=torch.cat([roots[:, None], drafted], dim=1), _lists=None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from outdraft.api.guided import Grammar
 from outdraft.api.text import Detokenizer, Stops
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
@@ -22,6 +23,7 @@ from outdraft.core.statistics import Statistics
 from outdraft.engine.rows import Row
 from outdraft.output import number
 from outdraft.serving.errors import ApiError
+from outdraft.serving.tools import Tools
 from outdraft.target.target import Target
 
 CANCELLED = "cancelled"
@@ -45,6 +47,8 @@ class GenerationParams:
         prompt_logprobs: as `logprobs`, for the prompts' own tokens.
         echo: answers begin with their prompts, whose tokens are then among the `logprobs`.
         prompt_only: the client wants the prompt scored, and is not told the one token that is decided after it.
+        grammar: of the answers' text; None leaves it free.
+        tools: what the answers may call.
     """
 
     prompts: list[list[int]]
@@ -59,6 +63,8 @@ class GenerationParams:
     prompt_logprobs: int | None = None
     echo: bool = False
     prompt_only: bool = False
+    grammar: Grammar | None = None
+    tools: Tools | None = None
 
 
 class Piece(NamedTuple):
@@ -242,7 +248,8 @@ class Job:
         self.answers: list[Answer] = []
         for index, prompt in enumerate(prompt for prompt in params.prompts for _ in range(params.choices)):
             text = AnswerText(tokenizer, params.stops, prompt)
-            warper = Warper(params.sampling, len(prompt), target.vocab_size, sorted(params.ends), (), target.device)
+            guided = [] if params.grammar is None else [params.grammar.processor(len(prompt))]
+            warper = Warper(params.sampling, len(prompt), target.vocab_size, sorted(params.ends), guided, target.device)
             dice = Dice(None if params.seed is None else params.seed + index)
             row = Row(prompt, warper, dice, params.max_new_tokens, params.ends)
             if params.stops:

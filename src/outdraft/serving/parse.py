@@ -5,11 +5,13 @@ Everything that can be wrong with a request is found here, before it waits for a
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from outdraft.api.guided import Grammar, Vocabulary, source_of
 from outdraft.api.prompts import check_prompt, check_switches, encode_chat
 from outdraft.api.settings import model_settings
 from outdraft.api.text import decode_text
@@ -27,6 +29,7 @@ from outdraft.serving.protocol import (
     TokenizeRequest,
 )
 from outdraft.serving.settings import ServeSettings
+from outdraft.serving.tools import Tools, check_calls, tools_of
 from outdraft.target.target import Target
 
 COMPLETION_TOKENS = 16
@@ -62,27 +65,31 @@ class RequestParser:
         Raises:
             ApiError: it cannot be answered; the error names the parameter.
         """
-        prompt = self._encode_chat(request.messages, request.chat_template_kwargs)
+        tools = tools_of(request, self.tokenizer)
+        prompt = self._encode_chat(request.messages, request.chat_template_kwargs, tools)
         if request.top_logprobs is not None and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         if request.max_tokens is not None and request.max_completion_tokens is not None:
             raise bad_request("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
         most = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._params(request, [prompt], most, self.context_length, logprobs, "messages")
+        return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
 
-    def _encode_chat(self, given: list[Message], switches: dict[str, Any] | None) -> list[int]:
+    def _encode_chat(
+        self, given: list[Message], switches: dict[str, Any] | None, tools: Tools | None = None
+    ) -> list[int]:
         messages = [message.plain() for message in given]
-        for message in messages:
-            for part in message.values():
-                _check_text(part, "messages")
+        _check_text(messages, "messages")
+        check_calls(messages, self.tokenizer)
+        if tools is not None:
+            _check_text(tools.offered, "tools")
         try:
             switches = self.switches | check_switches(switches)
         except UserError as error:
             raise bad_request(str(error), "chat_template_kwargs") from error
         try:
             with self._encoding:
-                return encode_chat(messages, self.tokenizer, switches)
+                return encode_chat(messages, self.tokenizer, switches, None if tools is None else tools.offered)
         except UserError as error:
             raise bad_request(str(error), "messages") from error
 
@@ -147,6 +154,7 @@ class RequestParser:
         default: int,
         logprobs: int | None,
         param: str,
+        tools: Tools | None = None,
     ) -> GenerationParams:
         """Parse what chats and completions have in common."""
         self.check_model(request.model)
@@ -181,7 +189,31 @@ class RequestParser:
             prompt_logprobs=request.prompt_logprobs,
             echo=bool(getattr(request, "echo", None)),
             prompt_only=most == 0,
+            grammar=self._grammar(request, tools, ends),
+            tools=tools,
         )
+
+    def _grammar(self, request: GenerationRequest, tools: Tools | None, ends: set[int]) -> Grammar | None:
+        """What the answers' text must be."""
+        given = request.response_format
+        if request.structured_outputs is not None:
+            if given is not None:
+                raise bad_request("response_format and structured_outputs are the same; give one", "response_format")
+            given = request.structured_outputs.response_format()
+        if tools is not None and given is not None and given.get("type") != "text":
+            raise bad_request("an answer that may call tools has no response_format; leave one out", "response_format")
+        called = None if tools is None else tools.response_format()
+        param = "tools" if called is not None else "response_format"
+        _check_text(given, param)
+        try:
+            source = source_of(called or given)
+            if source is None:
+                return None
+            with self._encoding:
+                vocabulary = Vocabulary(self.tokenizer, ends, self.target.eos_token_ids)
+            return Grammar(source, vocabulary)
+        except UserError as error:
+            raise bad_request(str(error), param) from error
 
     def check_model(self, name: str | None) -> None:
         """Raise an ApiError if `name` is another model's; None asks for any."""
@@ -219,9 +251,9 @@ class RequestParser:
         return settings
 
 
-def _check_text(text: str, param: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can spell and no text contains."""
+def _check_text(given: Any, param: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and no text contains, in a text or anywhere in a value."""
     try:
-        text.encode()
+        (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         raise bad_request("the text holds half of a surrogate pair, which is no character", param) from None

@@ -6,6 +6,8 @@ field of `NEUTRAL` unless its value asks for nothing.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -54,6 +56,30 @@ class TextPart(_Strict):
     text: StrictStr
 
 
+class CalledFunction(_Strict):
+    """Of a call that an assistant made."""
+
+    name: StrictStr
+    arguments: StrictStr = "{}"
+    """JSON."""
+
+
+class ToolCall(_Strict):
+    """A call that an assistant made."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: StrictInt | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The call as chat templates take it: its arguments as an object, which they write as JSON."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class Message(_Strict):
     """One turn of a conversation."""
 
@@ -61,6 +87,8 @@ class Message(_Strict):
     content: StrictStr | list[TextPart] | None = None
     """Null is an assistant's message of no text."""
     name: StrictStr | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: StrictStr | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -78,13 +106,66 @@ class Message(_Strict):
                 raise bad_request("a message has no content; only an assistant's may have none", "messages")
         return given
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """The message as chat templates take it."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **named}
+        beside: dict[str, Any] = {"name": self.name, "tool_call_id": self.tool_call_id}
+        beside["tool_calls"] = [call.plain() for call in self.tool_calls or []] or None
+        return {"role": self.role, "content": content, **{name: it for name, it in beside.items() if it is not None}}
+
+
+class Function(_Strict):
+    """A function that the answer may call."""
+
+    name: Annotated[str, Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    """The JSON schema of its arguments."""
+    strict: StrictBool | None = None
+
+
+class Tool(_Strict):
+    """Something that the answer may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    """The name of a function."""
+
+    name: StrictStr
+
+
+class NamedTool(_Strict):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StructuredOutputs(_Strict):
+    """What an answer's text must be, by vLLM's names; one of these."""
+
+    json_: Annotated[dict[str, Any] | StrictStr | None, Field(alias="json")] = None
+    json_object: Literal[True] | None = None
+    regex: StrictStr | None = None
+    choice: list[StrictStr] | None = None
+    grammar: StrictStr | None = None
+
+    def response_format(self) -> dict[str, Any]:
+        """The same as a `response_format`."""
+        given = [(name, value) for name, value in self if value is not None]
+        if len(given) != 1:
+            raise bad_request(
+                "structured_outputs needs one of json, json_object, regex, choice, grammar", "structured_outputs"
+            )
+        ((name, value),) = given
+        if name == "json_":
+            return {"type": "json_schema", "json_schema": {"schema": value}}
+        return {"type": name} if name == "json_object" else {"type": name, name: value}
 
 
 class GenerationRequest(_Strict):
@@ -112,6 +193,9 @@ class GenerationRequest(_Strict):
     """Report the logprobs of the prompt's tokens, with so many alternatives each, in vLLM's format."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
+    response_format: dict[str, Any] | None = None
+    """What the answer's text must be: JSON, JSON of a schema, and by our own names what `structured_outputs` has."""
+    structured_outputs: StructuredOutputs | None = None
     speculative: StrictBool | None = None
     """False decodes without the drafter, for comparison."""
     return_pieces: StrictBool | None = None
@@ -148,6 +232,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """The chat template's own switches, such as `enable_thinking`."""
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    """False keeps an answer's first call only."""
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -195,7 +283,8 @@ class DetokenizeRequest(_Strict):
     tokens: list[TokenId]
 
 
-_TOOLS = "the server answers with text only"
+_TEXT = "the server answers with text only"
+_TOOLS = "tools are for chats, as tools and tool_choice"
 _STORE = "nothing is stored here"
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -204,9 +293,8 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": ((None, []), _TOOLS),
     "function_call": ((None, "none"), _TOOLS),
     "parallel_tool_calls": ((None, True, False), _TOOLS),
-    "response_format": ((None, {"type": "text"}), "text is not constrained to a format"),
-    "modalities": ((None, ["text"]), _TOOLS),
-    "audio": ((None,), _TOOLS),
+    "modalities": ((None, ["text"]), _TEXT),
+    "audio": ((None,), _TEXT),
     "prediction": ((None,), "drafts come from the server's drafter"),
     "web_search_options": ((None,), "the server reaches nothing outside"),
     "reasoning_effort": ((None,), "models here have no such setting"),

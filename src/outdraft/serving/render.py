@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.text import Detokenizer, bytes_of
 from outdraft.serving.jobs import Delta, Job, TokenLogprob
+from outdraft.serving.tools import CallReader
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -44,6 +45,8 @@ class Renderer:
         self._deltas: list[list[Delta]] = [[] for _ in job.answers]
         self._begun: set[int] = set()
         self._names: dict[int, _TokenNames] = {}
+        tools = job.params.tools
+        self._readers = [] if tools is None else [CallReader(tools) for _ in job.answers]
 
     # --- whole -------------------------------------------------------------------------------------------------
 
@@ -64,12 +67,15 @@ class Renderer:
         text = begin + "".join(delta.text for delta in deltas)
         logprobs = [one for delta in deltas for one in delta.logprobs]
         starts = [start for delta in deltas for start in delta.starts]
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        text, calls, reason = self._called(index, text, deltas[-1].finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
         choice: dict[str, Any] = {
             "index": index,
-            **said,
+            **({"message": message} if self.chat else {"text": text}),
             "logprobs": self._logprobs(index, logprobs, starts),
-            "finish_reason": deltas[-1].finish_reason,
+            "finish_reason": reason,
         }
         if not self.chat and self.job.params.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._of_prompt(index)
@@ -90,13 +96,15 @@ class Renderer:
             if self.chat:
                 chunks.append(self._chunk(delta.index, {"delta": {"role": "assistant", "content": ""}}))
         if delta.text or begin or delta.logprobs or delta.finish_reason is not None:
-            text = begin + delta.text
-            said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+            text, calls, reason = self._called(delta.index, begin + delta.text, delta.finish_reason)
+            part = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+            said: dict[str, Any] = {"delta": part} if self.chat else {"text": text}
             logprobs = self._logprobs(delta.index, delta.logprobs, delta.starts)
             if self.pieces:
                 said["pieces"] = [list(piece) for piece in delta.pieces]
                 said["speculation"] = {"tokens": delta.tokens, "tau": delta.tau}
-            chunks.append(self._chunk(delta.index, said, logprobs, delta.finish_reason))
+            if not self._readers or part or logprobs or reason is not None:
+                chunks.append(self._chunk(delta.index, said, logprobs, reason))
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -132,6 +140,14 @@ class Renderer:
                 "tau": round(did.tau, 4) if did.rounds else None,
             },
         }
+
+    def _called(self, index: int, text: str, reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """An answer's next text without its calls of tools, those, and the reason for which it ended, if it did."""
+        if not self._readers:
+            return text, [], reason
+        reader = self._readers[index]
+        text, calls = reader.add(text, last=reason is not None)
+        return text, calls, "tool_calls" if reader.calls and reason == "stop" else reason
 
     def _beginning(self, index: int) -> str:
         return self.echo[index // self.job.params.choices] if self.echo else ""
