@@ -279,6 +279,13 @@ def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
     assert_same_law(kind, 4, (0, 2, 1, 3), NARROW, 3, shape, ends=(1,))
 
 
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_drawn_blocks_keep_the_law_to_their_end(kind):
+    """All candidates that a block proposes; those of the last round reach past `max_new_tokens`."""
+    statistics = assert_same_law(kind, 3, PROMPT, NARROW, 3, TreeShape.chain(3, candidates="sampled"))
+    assert 0 < statistics.accepted < statistics.drafted
+
+
 def test_six_tokens_three_deep():
     settings = SamplingSettings(temperature=1, top_k=4)
     statistics = assert_same_law("draft-model", 6, (5, 0, 3), settings, 3, TreeShape(1, 2, 4), ends=(5,))
