@@ -97,6 +97,15 @@ def test_a_broken_law_is_exit_code_1(
     assert "NOT KEPT" in Text(report.read_text()).said
 
 
+@pytest.mark.clocked
+@pytest.mark.parametrize("setting", [(), ("--tree-size", "auto"), ("--controller", "calibrated")], ids=str)
+def test_drafts_that_follow_the_clock_are_audited(folders: Folders, prompts: Path, setting: tuple[object, ...]) -> None:
+    """How far to draft differs from run to run then, and that is no finding."""
+    result = verify(folders, prompts, *setting, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["checks"]["candidates_greedy"]["trees"] > 0
+
+
 def test_greedy_is_what_is_checked_without_a_temperature(folders: Folders, prompts: Path) -> None:
     result = verify(folders, prompts, "--tree-depth", 2, "--tree-top-k", 2, "--tree-size", 6)
     assert result.exit_code == 0, result.output

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outdraft.api.draft_settings import AUTO
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.dice import Dice
 from outdraft.core.tree import Tree
@@ -179,9 +180,12 @@ def twice_finding(
 ) -> Finding | None:
     """Draft twice; None where no candidates are declared a point mass.
 
-    Controllers are left out: they may weigh seconds, which differ, and what they cut is cut before it is drawn.
+    No controller and no tuner decides here: they weigh seconds, which differ, and what they cut is cut before it is
+    drawn.
     """
-    generation = {key: value for key, value in generation.items() if key != "controller"}
+    generation = {**generation, "controller": "fixed"}
+    if generation.get("tree_size") == AUTO:
+        del generation["tree_size"]
     both = []
     for drafting_seed in (seed + 1, seed + 2_000_000):
         both.append(proposals(model, prompts, {**generation, "seed": seed}, drafting_seed))
