@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings of sampling, checked. Imports no torch, so that help texts are quick."""
+"""The checked settings of sampling. This module imports no torch, so that help texts are quick."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ _NUMBERS = (
 
 
 def whole(name: str, value: Any) -> int:
-    """The value as an int, or the UserError that names the setting."""
+    """Return the value as an int, or raise the UserError that names the setting."""
     try:
         return operator.index(value)
     except TypeError:
@@ -99,7 +99,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """The value as a float, or the UserError that names the setting."""
+    """Return the value as a float, or raise the UserError that names the setting."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -115,8 +115,7 @@ class Batch:
         yield self._begin(prompts, Output.cat(pieces))
 
     def join(self, other: Batch) -> None:
-        """Append the rows of another batch of the same target and drafter, between rounds. The other batch is unusable
-        after."""
+        """Append the rows of another batch of the same target and drafter, between rounds; drop that batch after."""
         self.cache.join(other.cache)
         self.drafts.join(other.drafts)
         self.roots = torch.cat([self.roots, other.roots])
@@ -200,8 +199,7 @@ class Batch:
                 row.statistics.add_seconds(*self.clock.laps(marks))
 
     def _commit(self, tree: Tree, taps: Tensor, logits: Tensor, verdicts: list[Verdict], plan: Plan) -> None:
-        """Keep the accepted paths in the cache; hand the decided tokens to the rows and to the drafter's next
-        update."""
+        """Keep accepted paths in the cache; hand decided tokens to the rows and to the drafter's next update."""
         self._settle()
         self.cache.commit([verdict.path for verdict in verdicts])
         lost = [verdict.tokens[-1] >= logits.shape[-1] for verdict in verdicts]
