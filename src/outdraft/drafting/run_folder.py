@@ -72,7 +72,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def publish(output_dir: str | Path, name: str, keep: int) -> None:
-    """Rename `.partial/<name>` to `<name>`, then delete all but the newest `keep` checkpoints and what kills left."""
+    """Rename `.partial/<name>` to `<name>`, then delete all but the newest `keep` checkpoints and any partial ones."""
     folder = Path(output_dir)
     final = folder / name
     if final.exists():  # the same step, e.g. saved again on Ctrl-C, or a folder that was damaged by hand
