@@ -25,7 +25,7 @@ Coupling = Literal["noise", "dice"]
 
 @dataclass
 class DraftSettings:
-    """How a drafter is used. A setting that is None follows from the drafter, the device and the sampling settings."""
+    """The settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
 
     tree_depth: int | None = None
     """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""

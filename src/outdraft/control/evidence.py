@@ -1,4 +1,4 @@
-"""What controllers learn: fading sums that start from a prior, experience of finished rows, and a limit of losses.
+"""Evidence of controllers: fading sums that start from a prior, experience of finished rows, and a limit of losses.
 
 Everything learned is a short vector of sums (successes and failures, or the moments of a fit), so rows are combined by
 adding sums.

@@ -32,7 +32,7 @@ WEIGHING = ("beta", "calibrated")
 
 @dataclass
 class ControlSettings:
-    """How the length of a draft is decided; options of other controllers than the named one are ignored."""
+    """The kind of controller and its options; options of other controllers than the named one are ignored."""
 
     name: str = "fixed"
     """`fixed` drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by

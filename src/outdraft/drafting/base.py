@@ -173,10 +173,10 @@ class Drafter(ABC):
     """Name of the method on the command line and in reports."""
 
     reads = Reads()
-    """What the drafter reads of the target for every decided token."""
+    """Hidden states that the drafter reads of the target for every decided token."""
 
     limits = Limits()
-    """What the drafter can do."""
+    """The drafter's abilities."""
 
     def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         """Return a runner of the target for a batch of rows, which gives what the drafter reads."""
