@@ -37,7 +37,7 @@ ARGUMENTS = ("line", "positions")
 
 Model = TypeVar("Model", bound=nn.Module)
 Forward = Callable[..., tuple[Tensor, ...]]
-"""An inner model's forward, of `Target.inputs` and `input_ids` or `inputs_embeds`; results are `(rows, tokens, ...)`."""
+"""An inner model's forward on `Target.inputs` and `input_ids` or `inputs_embeds`; returns `(rows, tokens, ...)`."""
 
 
 def why_not_compiled(model: Any) -> str | None:

@@ -67,7 +67,7 @@ class Pending:
         return self.windows[0 if mask is None else mask.shape[-1] - 1]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """Return `(rows, tokens, heads * width)` results of `(rows, heads, tokens, width)` queries on a layer's cache."""
+        """Return `(rows, tokens, heads * width)` attention of `(rows, heads, tokens, width)` queries on a cache."""
         window = self.window(mask)
         return tree_attention(query, keys, values, self.lengths, self.seen, self.positions, scale, window)
 
