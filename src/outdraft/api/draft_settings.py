@@ -25,7 +25,7 @@ Coupling = Literal["noise", "dice"]
 
 @dataclass
 class DraftSettings:
-    """The settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
+    """Settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
 
     tree_depth: int | None = None
     """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
@@ -45,9 +45,9 @@ class DraftSettings:
     """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; no longer than other
     drafts if a temperature is set.  [20]"""
     controller: str | ControlSettings | Pacer | None = None
-    """How far to draft; by default as far as it pays (CPU). `fixed` drafts to the limit; `confidence` while the drafter
-    is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the drafter's confidence too;
-    `ucb` chooses among lengths by UCB1."""
+    """Controller of draft lengths; by default drafts are as long as they pay (CPU). `fixed` drafts to the limit; `confidence`
+    while the drafter is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the drafter's
+    confidence too; `ucb` chooses among lengths by UCB1."""
     coupling: Coupling | None = None
     """Randomness with a temperature: `noise`, by which a seed gives the tokens that transformers samples, or `dice`.
     [noise]"""

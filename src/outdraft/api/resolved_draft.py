@@ -21,7 +21,7 @@ from outdraft.drafting.repeats import Repeats
 from outdraft.errors import UserError
 
 ADAPTIVE = "calibrated"
-"""The default controller where the clock decides how far to draft."""
+"""The default controller if measured time decides how far to draft."""
 
 EXACT_CHAIN = DraftSettings(num_speculative_tokens=3)
 """The default shape of exact mode: its attention costs by the node, so short chains win."""

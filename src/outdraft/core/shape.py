@@ -17,7 +17,7 @@ class TreeShape:
     depth: int
     """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
     top_k: int
-    """Nodes expanded a level, and children considered of each; 1 is a chain."""
+    """Nodes expanded per level, and children considered of each; 1 is a chain."""
     size: int
     """Nodes that the target verifies, the root included."""
     candidates: Choice = "top-k"
