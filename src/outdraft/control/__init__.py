@@ -1,5 +1,4 @@
-"""Draft lengths: one controller per row, asked before every level, or a tuner that chooses every round's whole
-shape."""
+"""Draft lengths: one controller per row, asked before every level, or a tuner that chooses every round's shape."""
 
 from __future__ import annotations
 

@@ -121,8 +121,7 @@ class Adaptive(Controller):
         """Return True if another level is wanted, regardless of safeguard and probing; arguments as in `decide`."""
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        """Learn from a round after older evidence has faded, as `observe`; `nodes` and `levels` are still this
-        round's."""
+        """Learn from a round as `observe`, after older evidence has faded; `nodes` and `levels` are this round's."""
 
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         levels = len(confidences)

@@ -24,8 +24,7 @@ DRAFT_SHARE = 0.08
 NODE_SHARE = 0.02
 """Seconds of a further node relative to a one-node pass, before passes of several sizes were measured."""
 PLAIN_EVERY = 100
-"""Rounds after which a plain round is due, so that drafting is compared with a measured time, not an extrapolated
-one."""
+"""Rounds after which a plain round is due, so that drafting is compared with a measured, not extrapolated, time."""
 NODE_WEIGHT = 8.0
 """Weight of the prior NODE_SHARE: as observations whose squared distances from their mean add up to this."""
 

@@ -33,8 +33,7 @@ BATCH = 4
 """Rows from which a batch begins with short chains: on two cores so many nodes cost
 (docs/reference/draft-shapes.md)."""
 STEP_BY_STEP = 6
-"""Largest number of levels up to which the grid has every number; beyond, each is about a quarter larger than the
-last."""
+"""Number of levels up to which the grid has every number; beyond, each is about a quarter larger than the last."""
 WIDE = 4
 """Candidates per level above which trees have narrower ones between themselves and chains."""
 FIRST_CHANCE = 0.6

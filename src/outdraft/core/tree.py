@@ -64,8 +64,7 @@ class Tree:
     def chains(
         cls, tokens: Tensor, width: int, candidates: Candidates = "point", draft_probs: Tensor | None = None
     ) -> Tree:
-        """Make `width` chains from the root, level by level, from `(rows, 1 + width * length)` tokens without
-        padding."""
+        """Make `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens without padding."""
         rows, nodes = tokens.shape
         parents, ancestors, depths = _chains(width, nodes, tokens.device)
         tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, draft_probs, (nodes - 1) // width)

@@ -191,8 +191,7 @@ class Drafter(ABC):
         return shape.size
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
-        """Return the drafter's tree for this device: verifying is nearly free on a GPU, draft steps are not on a
-        CPU."""
+        """Return the default tree for a device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
         if device.type != "cpu":
             return GPU_CHAIN if sampling else GPU_TREE
         return CPU_CHAIN if sampling else CPU_TREE

@@ -30,8 +30,7 @@ class Text:
             self.tokens.append(token)
 
     def match(self) -> tuple[int, int]:
-        """Return the length of the longest n-gram at the end that occurred before (0: none), and where it last
-        ended."""
+        """Return the length of the longest n-gram at the end that occurred before (0: none), and its last end."""
         count = len(self.tokens)
         for n in range(min(self.longest, count - 1), self.shortest - 1, -1):
             end = self._ends.get(tuple(self.tokens[count - n :]))

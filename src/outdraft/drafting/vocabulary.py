@@ -25,8 +25,7 @@ from outdraft.target.backends.packed import plain_linear
 from outdraft.target.target import Target
 
 NEVER = -3e4
-"""Logit of a token that is not kept. It is finite, so that a distribution exists even if a user bans all kept
-tokens."""
+"""Logit of a token that is not kept; finite, so that a distribution exists even if a user bans all kept tokens."""
 
 
 class DraftVocabulary:
@@ -44,8 +43,8 @@ class DraftVocabulary:
     def __init__(self, tokens: Tensor, target: Target, head: nn.Module | None = None):
         self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
         self.head: Callable[[Tensor], Tensor] = self._reduced(target) if head is None else head
-        """Maps `(..., hidden)` to `(..., kept)` logits; the target's head keeps its own path from features to
-        logits."""
+        """Maps `(..., hidden)` to `(..., kept)` logits, by the target's own path from features to logits if it is its
+        head."""
 
     def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
         """Return the target's head on the kept tokens."""

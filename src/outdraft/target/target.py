@@ -157,8 +157,7 @@ class Target:
         return output_layer if isinstance(self._head, nn.Module) else _HeadView(self.model, output_layer)
 
     def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return `(batch, tokens, hidden)` features of a plain causal forward without cache; `mask` as in
-        transformers."""
+        """Return `(batch, tokens, hidden)` features of a causal forward without cache; `mask` as in transformers."""
         return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     # --- forwards over the cache -------------------------------------------------------------------------------
@@ -254,8 +253,7 @@ def refuse_unfit(model: PreTrainedModel) -> None:
 
 
 def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
-    """Return the output layer itself if the model does nothing more to its logits, else the model's own path to
-    them."""
+    """Return the output layer if the model does nothing more to its logits, else the model's own path to them."""
     head, view = model.get_output_embeddings(), _HeadView(model)
     weight: Any = model.get_input_embeddings().weight
     probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[

@@ -16,8 +16,7 @@ SPLIT = 256
 """Fewest keys that are worth a program of their own."""
 
 PROGRAMS = 264
-"""Programs that fill a large GPU twice; keys are split until there are as many, or further splits are not
-worthwhile."""
+"""Programs that fill a large GPU twice; keys are split until there are as many, or more is not worthwhile."""
 
 
 def attend(
@@ -330,8 +329,7 @@ def _gate(both, out, width, BLOCK: tl.constexpr):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Apply root mean square normalisation to contiguous `(..., width)`, in single precision, times `(width,)`
-    weights."""
+    """Normalise contiguous `(..., width)` by the root mean square, in single precision, times `(width,)` weights."""
     width = x.shape[-1]
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)

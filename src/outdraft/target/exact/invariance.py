@@ -34,8 +34,7 @@ COPYING = (nn.Embedding, nn.Dropout, nn.Identity)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Return True if the module computes by itself: its parts, if any, have no weights (experts and their
-    activation)."""
+    """Return True if the module computes by itself: its parts have no weights (experts and their activation)."""
     children = [child for child in module._modules.values() if child is not None]
     if isinstance(module, COPYING) or any(_weights(child) for child in children):
         return False
