@@ -49,8 +49,7 @@ class DraftSettings:
     `confidence` while the drafter is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the
     drafter's confidence too; `ucb` chooses among lengths by UCB1."""
     coupling: Coupling | None = None
-    """Randomness with a temperature: by `noise` a seed gives the tokens that transformers samples, or `dice`. 
-    [noise]"""
+    """Randomness with a temperature: `noise` (a seed gives the tokens that transformers samples) or `dice`.  [noise]"""
     exact: bool = False
     """Make greedy text equal to plain decoding's even at near-ties; this is slower."""
 

@@ -43,8 +43,7 @@ class DraftVocabulary:
     def __init__(self, tokens: Tensor, target: Target, head: nn.Module | None = None):
         self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
         self.head: Callable[[Tensor], Tensor] = self._reduced(target) if head is None else head
-        """Maps `(..., hidden)` to `(..., kept)` logits, by the target's own path from features to logits if it is its
-        head."""
+        """Maps `(..., hidden)` to `(..., kept)` logits; the target's head keeps its own path from features on."""
 
     def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
         """Return the target's head on the kept tokens."""
