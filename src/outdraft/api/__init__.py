@@ -1,1 +1,1 @@
-"""From what a user gives to rows that are decoded, and back."""
+"""The Python interface: turns a user's models, prompts and settings into decoded rows, and rows into outputs."""

@@ -1,6 +1,7 @@
-"""What shall be drafted: the settings, by the names that users give them, checked without a drafter or a device.
+"""The settings of drafting, by the names that users give them, checked without a drafter or a device.
 
-`resolved_draft.py` decides what is left open. Imports no torch, so that the command line's help is the docstrings here.
+`resolved_draft.py` fills in what a user leaves open. This module imports no torch, because the command line's help is
+made of the docstrings here.
 """
 
 from __future__ import annotations
@@ -17,41 +18,40 @@ if TYPE_CHECKING:
     from outdraft.control.settings import ControlSettings
 
 AUTO = "auto"
-"""The `tree_size` with which every round has the shape that brings the most tokens a second on this machine."""
+"""The `tree_size` that autotunes: every round has the shape that brings the most tokens per second on this machine."""
 
 Coupling = Literal["noise", "dice"]
 
 
 @dataclass
 class DraftSettings:
-    """How a drafter is used. A setting that is None follows from the drafter, the device and the sampling settings."""
+    """Settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
 
     tree_depth: int | None = None
     """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
     tree_top_k: int | None = None
-    """Nodes expanded a level, and children considered of each; 1 is a chain."""
+    """Nodes expanded per level, and children considered of each; 1 is a chain."""
     tree_size: int | Literal["auto"] | None = None
-    """Nodes that the target verifies, the root included. `auto` lets depth, width and size follow from what they cost
-    on this machine."""
+    """Nodes that the target verifies, the root included. `auto` chooses depth, width and size by their measured cost on
+    this machine."""
     num_speculative_tokens: int | None = None
-    """Draft a chain of so many tokens in place of a tree."""
+    """Draft a chain of so many tokens instead of a tree."""
     candidates: Choice | None = None
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
     draft `tree_top_k` chains sampled from the drafter's probabilities."""
     prompt_lookup_min: int | None = None
-    """Tokens at the end of a text that must have stood there before, for what followed then to be drafted. Takes the
-    drafter's place there; 0 never does.  [4]"""
+    """N-gram drafts override the drafter if so many tokens at the end of the text occurred before; 0 is off.  [4]"""
     prompt_lookup_num_tokens: int | None = None
-    """Candidates of such a draft, and at most twice as many as tokens were found again; no more than of other drafts
-    where a temperature is set.  [20]"""
+    """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; no longer than other
+    drafts if a temperature is set.  [20]"""
     controller: str | ControlSettings | Pacer | None = None
-    """How far to draft; by default as far as it pays (CPU). `fixed` drafts to the limit; `confidence` while the drafter
-    is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the drafter's confidence too;
-    `ucb` chooses among lengths by UCB1."""
+    """Controller of draft lengths; by default drafts are as long as they pay (CPU). `fixed` drafts to the limit;
+    `confidence` while the drafter is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the
+    drafter's confidence too; `ucb` chooses among lengths by UCB1."""
     coupling: Coupling | None = None
-    """With a temperature: noise, so that a seed gives the tokens that transformers samples, or dice.  [noise]"""
+    """Randomness with a temperature: `noise` (a seed gives the tokens that transformers samples) or `dice`.  [noise]"""
     exact: bool = False
-    """Greedy text equal to plain decoding's even at near-ties; slower than without."""
+    """Make greedy text equal to plain decoding's even at near-ties; this is slower."""
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -69,10 +69,10 @@ class DraftSettings:
 
     @classmethod
     def taken(cls, settings: dict[str, Any], beside: DraftSettings | None = None) -> DraftSettings:
-        """Those of `settings` that say what to draft, which are taken out of it.
+        """Take the settings of drafting out of `settings`.
 
         Args:
-            settings: keywords as `generate` takes them; None is as good as absent.
+            settings: keywords as `generate` takes them; None counts as absent.
             beside: settings that hold where the keywords say nothing.
 
         Raises:
@@ -84,17 +84,17 @@ class DraftSettings:
         return replace(beside or cls(), **{name: value for name, value in found.items() if value is not None})
 
     def asked(self, *names: str) -> bool:
-        """Whether any of these was given."""
+        """Return True if any of these settings was given."""
         return any(getattr(self, name) is not None for name in names)
 
     @property
     def shaped(self) -> bool:
-        """Whether anything is said about the shape of drafts."""
+        """True if any setting of the shape of drafts was given."""
         return self.asked("tree_depth", "tree_top_k", "tree_size", "num_speculative_tokens", "candidates")
 
     @property
     def drawn(self) -> bool:
-        """Whether candidates are drawn from the drafter's probabilities."""
+        """True if candidates are drawn from the drafter's probabilities."""
         return self.candidates not in (None, "top-k")
 
 

@@ -1,7 +1,7 @@
-"""The public ways in: `load`, `.generate` and `.stream` (`hugging_face.py` has the way in from a stock model).
+"""The public entry points `load`, `.generate` and `.stream`; `hugging_face.py` is the entry from a stock model.
 
-Argument names are Hugging Face's. Turns settings into rows for `engine/round.py` and what comes back into an output
-that carries all statistics.
+Argument names are Hugging Face's. This module turns settings into rows for `engine/round.py`, and decoded rows into an
+output with all statistics.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def load(
     generation_config: str = "auto",
     **unknown: Any,
 ) -> SpeculativeModel:
-    """A target and its drafter, ready to generate.
+    """Load a target and its drafter.
 
     Args:
         model: folder, GGUF file, hub id, an adapter's folder, a loaded `transformers` model (also in torch.compile or
             PEFT), `smollm2` for SmolLM2-135M-Instruct, or `reference` for the small one that is shipped.
         draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3, DFlash, DSpark), a smaller language
             model, `reference` or `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `eagle3`, `dflash`, `dspark`, `prompt-lookup`, `draft-model` or `none`; by default
-            what `draft_model` is, and `prompt-lookup`, which needs no training, without one.
-        tokenizer: where the model's folder has none.
-        dtype: `bfloat16`, `float32`, ...; by default what the device is fastest in.
+        method: `fspad`, `eagle`, `eagle3`, `dflash`, `dspark`, `prompt-lookup`, `draft-model` or `none`. By default it
+            follows from `draft_model`; without one it is `prompt-lookup`, which needs no training.
+        tokenizer: tokenizer to use if the model's folder has none.
+        dtype: `bfloat16`, `float32`, ...; by default the dtype that is fastest on the device.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
         backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
         trust_remote_code: run code from the model's repository.
@@ -89,15 +89,15 @@ def load(
 
 
 class SpeculativeModel:
-    """A target with a drafter. `generate` answers as the target alone would, faster."""
+    """A target with a drafter. `generate` gives the same answers as the target alone, faster."""
 
     def __init__(self, target: Target, drafter: Drafter | None = None):
         self.target, self.drafter = target, drafter
-        self._pacers: dict[Any, Pacer] = {}  # what they learn and measure serves later calls
-        self._said = False  # that the model's own settings are in effect
+        self._pacers: dict[Any, Pacer] = {}  # kept, so that later calls use what they learned
+        self._said = False  # True once the user was told of the model's own settings
 
     def __repr__(self) -> str:
-        """Target, drafter and what they run on, in a line."""
+        """Describe target, drafter, device, dtype and backend in one line."""
         target, drafter = self.target, self.drafter
         name = getattr(target.model.config, "_name_or_path", "") or type(target.model).__name__
         drafting = "no drafter" if drafter is None else f"drafter {drafter.method}"
@@ -116,12 +116,12 @@ class SpeculativeModel:
 
     @property
     def plain_seconds(self) -> float | None:
-        """Seconds a token without drafting, where a controller has measured that lately; None where none has."""
+        """Seconds per token without drafting, as a controller measured them recently; None if none has."""
         known = (pacer.costs for pacer in self._pacers.values())
         return next((costs.plain() for costs in known if not costs.plain_is_due()), None)
 
     def with_drafter(self, drafter: Drafter | None) -> SpeculativeModel:
-        """The same target with another drafter, or with none: plain decoding."""
+        """Return the same target with another drafter, or with none for plain decoding."""
         other = SpeculativeModel(self.target, drafter)
         other._said = self._said
         return other
@@ -129,29 +129,32 @@ class SpeculativeModel:
     def generate(
         self, prompts: Any, *, max_new_tokens: int = 256, streamer: Any = None, **settings: Unpack[GenerateSettings]
     ) -> GenerationOutput:
-        """Answer one prompt or several at once; greedily, unless `do_sample` or a `temperature` is given or the model's
-        own generation config samples, whose settings hold wherever none are given.
+        """Answer one prompt or several at once.
+
+        Decoding is greedy unless `do_sample` or a `temperature` is given or the model's own generation config samples.
+        The settings of that config hold wherever none are given.
 
         Args:
             prompts: a text, a conversation, token ids (a list, array or tensor), or a list of any of these.
-            max_new_tokens: of every answer, at most.
-            streamer: one of `transformers`, told every token of a single prompt's answer.
-            **settings: how to sample: `do_sample` and the fields of `outdraft.core.sampling.SamplingSettings`.
-                What to draft: the fields of `outdraft.DraftSettings` one by one, or as `draft`; keywords beside `draft`
-                take precedence. None of them changes the distribution of the answers.
-                When to stop: `eos_token_id` and `stop_strings`, in place of and beside the model's own ends.
-                `seed`: makes sampling repeatable; row i of several has the text of `seed + i` alone, and unless
-                `coupling="dice"`, that of stock `generate` after `torch.manual_seed(seed + i)` (docs/guides/seeds.md).
-                `logits_processor`: of `transformers`, beside those that the settings make.
-                `chat_template_kwargs`: what the chat template itself is told.
-                `response_format`: what every answer's text then follows, JSON or a schema (docs/guides/guided.md).
+            max_new_tokens: largest number of new tokens per answer.
+            streamer: a streamer of `transformers`, which gets every token of a single prompt's answer.
+            **settings: sampling: `do_sample` and the fields of `outdraft.core.sampling.SamplingSettings`. Drafting: the
+                fields of `outdraft.DraftSettings` one by one, or as `draft`; keywords beside `draft` take precedence.
+                None of them changes the distribution of the answers. Stopping: `eos_token_id` and `stop_strings`, in
+                place of and beside the model's own ends. `seed`: makes sampling repeatable. Row i of several has the
+                text that `seed + i` gives a single prompt. Unless `coupling="dice"`, that is the text of stock
+                `generate` after `torch.manual_seed(seed + i)` (docs/guides/seeds.md). `logits_processor`: processors of
+                `transformers`, beside those that the settings make. `chat_template_kwargs`: variables of the chat
+                template. `response_format`: a grammar that every answer follows, JSON or a schema
+                (docs/guides/guided.md).
 
         Returns:
             Tokens, texts and statistics, row by row in the order of the prompts.
 
         Raises:
-            UserError: an unknown or impossible setting, or a prompt beyond the context; or in every row logits that are
-                no numbers or a processor that fails. One such row in company ends alone, with a warning.
+            UserError: an unknown or impossible setting, or a prompt beyond the context; or every row ended with logits
+                that are not finite or a processor that failed. If only some rows end so, the others go on, with a
+                warning.
         """
         start = time.perf_counter()
         rows, draft = self._rows(prompts, {"max_new_tokens": max_new_tokens, **settings})
@@ -186,7 +189,7 @@ class SpeculativeModel:
     def stream(
         self, prompts: Any, *, max_new_tokens: int = 256, **settings: Unpack[GenerateSettings]
     ) -> Iterator[Piece]:
-        """The same as `generate`, token by token as they are decided."""
+        """Run `generate` and yield tokens as they are decided."""
         rows, draft = self._rows(prompts, {"max_new_tokens": max_new_tokens, **settings})
         target = exactly(self.target) if draft.exact else self.target
         if self.tokenizer is None:
@@ -203,7 +206,7 @@ class SpeculativeModel:
         say_failures(rows)
 
     def _rows(self, prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Row], ResolvedDraft]:
-        """Settings checked and turned into rows and what is drafted for them, before anything runs."""
+        """Check settings, and turn them into rows and resolved draft settings before anything runs."""
         settings = dict(settings)
         for name, reason in LOSSY.items():
             if settings.pop(name, None) not in (None, 1, 1.0):
@@ -257,7 +260,7 @@ class SpeculativeModel:
         return rows, draft
 
     def _say(self, own: dict[str, Any]) -> None:
-        """That the model's own settings decide, once."""
+        """Tell the user once that the model's own settings are in effect."""
         if own and not self._said:
             what = ", ".join(f"{name}={value}"[:80] for name, value in own.items())
             warnings.warn(
@@ -268,7 +271,7 @@ class SpeculativeModel:
 
 
 def say_failures(rows: Sequence[Row]) -> None:
-    """Raise UserError if no row could be decoded to its end; warn of some that could not."""
+    """Raise UserError if every row failed; warn if only some did."""
     failed = {place: row.error for place, row in enumerate(rows) if row.error is not None}
     for place, error in failed.items():
         if len(failed) == len(rows):

@@ -1,7 +1,7 @@
-"""Drafting from inside a stock model's own `generate`: `model.generate(..., custom_generate=custom_generate(drafter))`.
+"""Drafting inside a stock model's own `generate`: `model.generate(..., custom_generate=custom_generate(drafter))`.
 
-Takes the processors, stopping criteria and settings that `transformers` has prepared, padding and all, and hands rows
-to `engine/round.py`. What transformers could not be given back faithfully is refused.
+It takes the processors, stopping criteria and settings that `transformers` has prepared, padding included, and hands
+rows to `engine/round.py`. Requests whose results cannot be returned faithfully are refused.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ def custom_generate(
     draft: DraftSettings | None = None,
     **settings: Unpack[DraftKeywords],
 ) -> Callable:
-    """What a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
+    """Make the callable that a stock model's `generate(..., custom_generate=...)` takes, to decode with a drafter.
 
-    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. Chance comes from
-    torch's global generator, and with `torch.manual_seed` a sampled text is that of the stock model token for token (in
-    16 bits up to near-ties). transformers 5 hands neither a tokenizer nor a streamer on to a custom generate: for stop
-    strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, to stream use `load(...).stream(...)`.
+    Processors and stopping criteria are those that `transformers` has prepared, applied node by node. Randomness comes
+    from torch's global generator. With `torch.manual_seed` a sampled text is that of the stock model token for token
+    (in 16 bits up to near-ties). transformers 5 hands neither a tokenizer nor a streamer on to a custom generate. For
+    stop strings give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`; to stream use
+    `load(...).stream(...)`.
 
     Args:
         draft_model: as in `load`.
-        method: likewise.
-        backend: likewise; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two more.
-        draft: what to draft.
+        method: as in `load`.
+        backend: as in `load`; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two
+            more.
+        draft: settings of drafting.
         **settings: the fields of `DraftSettings`, which take precedence over those of `draft`; all but `exact`.
 
     Raises:
@@ -74,7 +76,7 @@ def custom_generate(
         **model_kwargs: Any,
     ) -> Any:
         _refuse_lossy(generation_config, logits_processor or [], input_ids)
-        key = (id(model), model.device, model.dtype)  # a model that was moved gets a drafter beside it
+        key = (id(model), model.device, model.dtype)  # if the model is moved, a new drafter is loaded there
         if key not in bound:
             target = load_target(model, backend=backend)
             loaded = load_drafter_for(target, draft_model, method=method, backend=backend)
@@ -123,7 +125,7 @@ def custom_generate(
 
 
 def _refuse_lossy(config: Any, processors: Sequence[LogitsProcessor], input_ids: Tensor) -> None:
-    """Raise UserError for what cannot be kept, or not be returned, when a tree is decoded."""
+    """Raise UserError for requests that cannot be kept, or not be returned, when a tree is decoded."""
     if config.num_beams > 1:
         raise UserError(LOSSY["num_beams"])
     if not input_ids.shape[1]:
@@ -140,12 +142,12 @@ def _refuse_lossy(config: Any, processors: Sequence[LogitsProcessor], input_ids:
 
 
 class _WithPadding(LogitsProcessor):
-    """transformers' processors on a row as transformers has it: with its padding, which some of them count.
+    """Applies transformers' processors to a row with its padding, which some of them count.
 
     Args:
-        processors: as prepared for the padded batch.
+        processors: processors prepared for the padded batch.
         given: `(padded tokens,)` the row's prompt with its padding.
-        prompt_length: tokens of the prompt without it.
+        prompt_length: tokens of the prompt without padding.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor], given: Tensor, prompt_length: int):
@@ -158,7 +160,7 @@ class _WithPadding(LogitsProcessor):
 
 
 def _criteria(before: list[int], criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
-    """transformers' stopping criteria as a test after every token; `before` is the prompt with its padding."""
+    """Turn transformers' stopping criteria into a test after every token; `before` is the prompt with its padding."""
     if not criteria:
         return None
 

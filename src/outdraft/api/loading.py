@@ -1,6 +1,6 @@
-"""From a folder, GGUF file, name or hub id to a target and a drafter, with errors that name the fix.
+"""Loads a target and a drafter from a folder, GGUF file, name or hub id, with errors that name the fix.
 
-A drafter's folder is told from a language model's here; the registry knows which method reads it.
+This module tells a drafter's folder from a language model's; the registry knows which method reads it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES = {
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else the first GPU, else the CPU."""
+    """Return the given device, else the first GPU, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -50,7 +50,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """A dtype from its name; None or `auto` is what the device is fastest in."""
+    """Return the dtype of this name; None or `auto` gives the dtype that is fastest on the device."""
     if dtype is None or dtype == "auto":
         return default_dtype(device)
     if isinstance(dtype, torch.dtype):
@@ -69,8 +69,10 @@ def load_target(
     backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
-    """A target from a folder (an adapter's, too), a GGUF file, a hub id, `smollm2`, `reference`, or a loaded model,
-    which stays as it is and may be wrapped by torch.compile or PEFT.
+    """Load a target from a folder (an adapter's, too), a GGUF file, a hub id, `smollm2`, `reference`, or a loaded
+    model.
+
+    A loaded model stays as it is and may be wrapped by torch.compile or PEFT.
 
     Raises:
         UserError: it cannot be loaded or cannot be a target, with the reason.
@@ -88,7 +90,7 @@ def load_target(
     else:
         where = resolve_device(device)
         loaded, path, shown_as = _load_place(model, resolve_dtype(dtype, where), where, trust_remote_code)
-        if shown_as is not None:  # else records would name a folder of this machine
+        if shown_as is not None:  # otherwise records would name a local folder
             loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
     if words is None and folder is not None:
@@ -105,7 +107,7 @@ def load_target(
 def _load_place(
     model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> tuple[Any, str, str | None]:
-    """The model of a name, folder or file, where its tokenizer lies, and what records call it if not that."""
+    """Load a model by name, folder or file; return it, its tokenizer's location, and its name in records if set."""
     if (base := base_of(model)) is not None:
         loaded, path, _ = _load_place(base, dtype, device, trust_remote_code)
         loaded = merged(loaded, model).eval()
@@ -124,13 +126,13 @@ def load_drafter_for(
     backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> Drafter | None:
-    """A drafter bound to its target; None for plain decoding.
+    """Load a drafter bound to its target; None for plain decoding.
 
     Args:
-        target: what it drafts for; the drafter takes its device and precision.
+        target: the target; the drafter takes its device and precision.
         draft_model: a drafter's folder, a smaller language model, `reference` or `smollm2` for the drafters that ship
-            for these, or one already loaded.
-        method: what it must be; by default whatever the folder holds.
+            for these, or a loaded drafter.
+        method: required method; by default whatever the folder holds.
 
     Raises:
         UserError: nothing loadable there, another method than asked for, or another target's drafter.
@@ -174,14 +176,14 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
 
 
 def _smaller(model: Target, target: Target) -> Drafter:
-    """The drafter that a smaller language model is."""
+    """Make a drafter of a smaller language model."""
     return method_called("draft-model").bind(model, target)
 
 
 def load_network(
     source: str | Path, target: Target, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Network:
-    """The network in a drafter's folder or hub repository; arguments as in `Method.load`.
+    """Load the network in a drafter's folder or hub repository; arguments as in `Method.load`.
 
     Raises:
         UserError: no drafter there, or a damaged one.
@@ -190,10 +192,10 @@ def load_network(
 
 
 def _is_language_model(folder: Path) -> bool:
-    """Whether the folder's config names a causal language model with a tokenizer of its own beside it.
+    """Return True if the folder's config names a causal language model and the folder has a tokenizer.
 
-    Drafters' folders may name a Llama class too: those of FSPAD and EAGLE hold no tokenizer, and where a method
-    recognises the config it is none, whatever lies beside it.
+    Drafters' configs may name a Llama class too. FSPAD and EAGLE folders hold no tokenizer, and a config that a method
+    recognises is a drafter's, whatever else the folder holds.
     """
     if not (folder / "config.json").is_file():
         return False
@@ -219,7 +221,7 @@ def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remot
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model; None when there is none, in which case only token ids can be decoded."""
+    """Load the tokenizer beside the model; None if there is none, so that only token ids can be decoded."""
     if Path(path).is_dir() and not _has_words(Path(path)):
         return None
     try:
@@ -229,12 +231,12 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
 
 def _has_words(folder: Path) -> bool:
-    """Whether a tokenizer lies in it."""
+    """Return True if the folder holds a tokenizer."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 
 def _model_folder(folder: Path) -> Path:
-    """The folder itself, or the UserError that says why it is no model's."""
+    """Return the folder itself, or raise the UserError that says why it is no model's."""
     if not folder.is_dir():
         raise UserError(f"no model folder at '{folder}'; check the path")
     if not (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""What `generate` and `stream` give back, and how it looks when it is printed."""
+"""The results of `generate` and `stream`, and how they are printed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from outdraft.errors import UserError
 from outdraft.target.exact.target import Exactness
 
 SHOWN_TEXT = 300
-"""Characters of an answer that are shown."""
+"""Largest number of characters of an answer that are printed."""
 
 
 @dataclass(repr=False)
 class GenerationOutput:
-    """What `generate` returns, row by row in the order of the prompts.
+    """The result of `generate`, row by row in the order of the prompts.
 
     Attributes:
         tokens: new token ids, an end-of-sequence token included.
-        texts: the same as text after the prompt's, special tokens left out; None without a tokenizer.
+        texts: text of the new tokens after the prompt's text, without special tokens; None without a tokenizer.
         prompts: token ids of the prompts.
-        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string), `context` (the model's limit),
-            or `error`.
-        errors: for every row why it could not go on, where it ended so; the others went on.
-        accepted: for every new token, whether a drafter had guessed it.
-        statistics: of all rows together.
-        row_statistics: of each row.
-        seconds: wall-clock time of the whole call.
-        exactness: with `exact=True`, by what the tokens are those of plain decoding; None without.
+        finish_reasons: `eos`, `length` (max_new_tokens), `stop` (a stop string), `context` (the model's limit), or
+            `error`.
+        errors: for every row the error that ended it, or None; other rows went on.
+        accepted: for every new token, True if a drafter had guessed it.
+        statistics: statistics of all rows together.
+        row_statistics: statistics of each row.
+        seconds: wall-clock seconds of the whole call.
+        exactness: with `exact=True`, why the tokens are those of plain decoding; None otherwise.
     """
 
     tokens: list[list[int]]
@@ -59,16 +59,16 @@ class GenerationOutput:
 
     @property
     def tau(self) -> float:
-        """Tokens a target forward, the bonus token included."""
+        """Tokens emitted per target forward, the bonus token included."""
         return self.statistics.tau
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over the wall-clock time, prefill included."""
+        """New tokens of all rows per wall-clock second, prefill included."""
         return sum(len(row) for row in self.tokens) / self.seconds
 
     def __repr__(self) -> str:
-        """The figures in a line, then each answer, the long ones cut."""
+        """Print the figures in one line, then each answer, long ones cut."""
         count, drafted = sum(map(len, self.tokens)), sum(map(sum, self.accepted))
         rows = "" if len(self.tokens) == 1 else f"{len(self.tokens)} answers, "
         share = f" ({drafted / count:.0%} from drafts)" if drafted else ""
@@ -82,24 +82,24 @@ class GenerationOutput:
 
 @dataclass
 class Piece:
-    """A bit of streamed text: one decided token's worth."""
+    """Streamed text of one decided token."""
 
     row: int
     token: int
     text: str
     accepted: bool
-    """Whether a drafter had guessed the token."""
+    """True if a drafter had guessed the token."""
     finish_reason: str | None
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """`(rows, longest)`, right-padded."""
+    """Stack sequences to `(rows, longest)`, right-padded with `value`."""
     longest = max(len(sequence) for sequence in sequences)
     return torch.tensor([list(sequence) + [value] * (longest - len(sequence)) for sequence in sequences])
 
 
 def short(count: int) -> str:
-    """`134515008` as `135M`."""
+    """Format a count: `134515008` as `135M`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{letter}"

@@ -1,6 +1,6 @@
-"""Prompts in whatever they are held, as the token ids that are decoded: texts, conversations, arrays and tensors.
+"""Converts prompts of any kind to token ids: texts, conversations, arrays and tensors.
 
-Arrays and tensors are known by what they can do, so that NumPy's, torch's and others' serve alike.
+Arrays and tensors are recognised by their methods, so those of NumPy, torch and others work alike.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Prompt = str | list[int] | list[Message] | torch.Tensor
 def encode_prompts(
     prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
 ) -> tuple[list[list[int]], bool]:
-    """One prompt or a list of them to token ids.
+    """Convert one prompt or a list of prompts to token ids.
 
     A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
-    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own.
+    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own variables.
 
     Returns:
-        The ids, and whether a single prompt was given.
+        The ids, and True if a single prompt was given.
     """
     if isinstance(prompts, torch.Tensor):
         rows = list(prompts) if prompts.dim() == 2 else [prompts]
         return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
-    if isinstance(prompts, Mapping):  # its keys would pass for prompts
+    if isinstance(prompts, Mapping):  # otherwise its keys would count as prompts
         raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
     single = isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
@@ -66,12 +66,13 @@ def encode_chat(
     switches: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """A conversation through the chat template, ready for the assistant's turn, or for the rest of one it ends with.
+    """Render a conversation by the chat template, ready for the assistant's turn, or for the rest of a turn it ends
+    with.
 
     Args:
         messages: the conversation.
-        tokenizer: with the template.
-        switches: what the template itself can be told (`chat_template_kwargs`), such as `enable_thinking`.
+        tokenizer: the tokenizer, which has the template.
+        switches: variables of the template (`chat_template_kwargs`), such as `enable_thinking`.
         tools: functions that the answer may call, in OpenAI's format.
 
     Raises:
@@ -96,10 +97,10 @@ def encode_chat(
 
 
 def check_switches(switches: Any) -> dict[str, Any]:
-    """What a chat template is told beside the conversation; an empty dictionary for None.
+    """Check the variables for a chat template; None gives an empty dictionary.
 
     Raises:
-        UserError: no dictionary, or names that are how a conversation is rendered and not the template's own.
+        UserError: not a dictionary, or names that control rendering and are not the template's own.
     """
     if switches is None:
         return {}
@@ -130,12 +131,12 @@ def check_prompt(ids: Sequence[int], target: Target) -> None:
 
 
 def plain_prompts(prompts: Any) -> Any:
-    """Prompts as `encode_prompts` takes them: a text, a conversation, token ids, or a list of any of these.
+    """Convert prompts to what `encode_prompts` takes: a text, a conversation, token ids, or a list of any of these.
 
     An array or tensor of one dimension is a prompt's token ids, one of two is a batch.
 
     Raises:
-        UserError: token ids that are no whole numbers, too many dimensions, or a text that is none.
+        UserError: token ids that are not whole numbers, too many dimensions, or a text that is not one.
     """
     if hasattr(prompts, "tolist"):
         if (count := _dimensions(prompts)) not in (1, 2):
@@ -149,13 +150,13 @@ def plain_prompts(prompts: Any) -> Any:
 
 
 def whole_numbers(value: Any) -> list[Any]:
-    """One number or several, of any kind, as a list."""
+    """Return one number or several, of any kind, as a list."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def _entry(one: Any) -> Any:
-    """Of a list of prompts, or of one prompt: a text, a message, a token, or a list of either."""
+    """Convert an entry of a list of prompts, or of one prompt: a text, a message, a token, or a list of either."""
     if isinstance(one, str | Mapping):
         return _checked(one)
     if _dimensions(one) == 2:
@@ -169,7 +170,7 @@ def _entry(one: Any) -> Any:
 
 
 def _dimensions(value: Any) -> int | None:
-    """Of an array or tensor; None of anything else."""
+    """Return the number of dimensions of an array or tensor; None for anything else."""
     return len(value.shape) if hasattr(value, "shape") else None
 
 
@@ -181,7 +182,7 @@ def _whole(token: Any) -> int:
 
 
 def _checked(said: Any) -> Any:
-    """A text, or a message's, if it is one."""
+    """Check that a text, or a message's text, has no half surrogate pair."""
     text = said.get("content") if isinstance(said, Mapping) else said
     if isinstance(text, str) and (half := HALF.search(text)) is not None:
         raise UserError(f"a prompt holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no text; take it out")

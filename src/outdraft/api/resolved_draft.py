@@ -1,7 +1,7 @@
-"""What `DraftSettings` come to for a drafter on a device: the one place where defaults of drafting are decided.
+"""Resolves `DraftSettings` for a drafter on a device: the one place where defaults of drafting are decided.
 
-The default shape is the drafter's own, cut to what pays on the device; the default controller and coupling stand in
-`_controller` and `resolve`. `generate`, `custom_generate`, the server, the audit and training ask here alone.
+The default shape is the drafter's own, cut to what pays on the device. `_controller` and `resolve` hold the default
+controller and coupling. `generate`, `custom_generate`, the server, the audit and training all use this module.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from outdraft.drafting.repeats import Repeats
 from outdraft.errors import UserError
 
 ADAPTIVE = "calibrated"
-"""The default controller where the clock decides how far to draft."""
+"""The default controller if measured time decides how far to draft."""
 
 EXACT_CHAIN = DraftSettings(num_speculative_tokens=3)
 """The default shape of exact mode: its attention costs by the node, so short chains win."""
 
 Pacers = MutableMapping[Any, Pacer]
-"""Pacers by their settings, so that a later call goes on with what an earlier one has learned and measured."""
+"""Pacers by their settings, so that a later call continues with what an earlier one learned and measured."""
 
 
 @dataclass(frozen=True)
 class ResolvedDraft:
-    """Everything that decoding is told about drafting."""
+    """The complete settings of drafting that decoding needs."""
 
     shape: TreeShape
-    """Of the trees, at most."""
+    """Largest shape of the trees."""
     repeats: Repeats | None
-    """When n-grams of the text are drafted in the drafter's place; None never."""
+    """When n-gram drafts override the drafter; None for never."""
     pacer: Pacer | None
     """Makes a controller for every row; None drafts as far as the shape goes."""
     dice: bool
-    """Whether rows that sample throw dice for drafts and verification; otherwise they share noise with the target."""
+    """True if sampled rows use dice for drafts and verification; otherwise they share noise with the target."""
     exact: bool
 
     @property
@@ -51,7 +51,7 @@ class ResolvedDraft:
 
     @property
     def costs(self) -> Costs | None:
-        """What the rounds cost, where anybody wants to know."""
+        """The measured costs of rounds; None without a pacer."""
         return None if self.pacer is None else self.pacer.costs
 
 
@@ -69,15 +69,15 @@ def resolve(
     """Decide what the settings leave open.
 
     Args:
-        settings: of the user.
-        drafter: None drafts nothing.
-        device: of the target.
-        sampling: whether the temperature is above 0. With dice, default chains are then sampled from the drafter's
+        settings: settings of the user.
+        drafter: the drafter; None drafts nothing.
+        device: device of the target.
+        sampling: True if the temperature is above 0. With dice, default chains are then sampled from the drafter's
             probabilities: the target accepts them far more often than the most probable tokens.
-        rows: that are decoded together. Only greedy shapes depend on them: a seed's text does not.
-        seeded: whether the rows' randomness has a seed.
-        served: whether other rows come and go meanwhile, as in a server; no clock decides there unless asked to.
-        pacers: looked up and added to.
+        rows: number of rows decoded together. Only greedy shapes depend on it: a seed's text does not.
+        seeded: True if the rows' randomness has a seed.
+        served: True if other rows come and go meanwhile, as in a server; measured time then decides only on request.
+        pacers: pacers of earlier calls; new ones are added.
 
     Raises:
         UserError: settings that contradict each other or that this drafter cannot do.
@@ -95,11 +95,11 @@ def resolve(
 def _controller(
     settings: DraftSettings, asked: DraftSettings, drafter: Drafter | None, device: torch.device, timed: bool
 ) -> ControlSettings | Pacer:
-    """The controller that was given, else the default.
+    """Return the controller that was given, else the default.
 
-    On a CPU a draft step costs so much of a pass that a fixed length loses where a drafter is weak, so drafts are as
-    long as they pay, and none is drafted that does not. Where somebody asks for a shape, or drafts and texts share
-    dice that must fall the same way again, no clock decides. On a GPU whole drafts are recorded, of a fixed shape.
+    On a CPU a draft step costs so much of a pass that a fixed length loses with a weak drafter, so drafts are only as
+    long as they pay. If a shape was asked for, or drafts and texts share dice that must repeat, measured time does not
+    decide. On a GPU whole drafts of a fixed shape are recorded.
     """
     given = settings.controller
     if given is None:
@@ -116,7 +116,7 @@ def _controller(
 
 
 def _pacer(wanted: ControlSettings | Pacer, auto: bool, known: Pacers) -> Pacer | None:
-    """The same one for the same settings."""
+    """Return the pacer of these settings, the same one for the same settings."""
     if isinstance(wanted, Pacer):
         return wanted
     wanted = ControlSettings(AUTO) if auto else wanted
@@ -126,15 +126,15 @@ def _pacer(wanted: ControlSettings | Pacer, auto: bool, known: Pacers) -> Pacer 
 def _shape(
     asked: DraftSettings, drafter: Drafter | None, device: torch.device, thrown: bool, controlled: bool, rows: int
 ) -> TreeShape:
-    """The shape that was asked for, else the one that suits drafter and device.
+    """Return the shape that was asked for, else the one that suits drafter and device.
 
     Args:
-        asked: with `tree_size` `auto` or a controller the numbers are bounds.
-        drafter: None drafts nothing.
-        device: of the target.
-        thrown: whether drafts are drawn by dice; trees that are asked for stay EAGLE-2's.
-        controlled: whether the length of drafts varies; a default is then the most that it may be.
-        rows: decoded together.
+        asked: settings of the user; with `tree_size` `auto` or a controller the numbers are bounds.
+        drafter: the drafter; None drafts nothing.
+        device: device of the target.
+        thrown: True if drafts are drawn by dice; trees that are asked for stay EAGLE-2's.
+        controlled: True if the length of drafts varies; a default is then the upper bound.
+        rows: number of rows decoded together.
     """
     if drafter is None:
         return TreeShape(0, 1, 1)
@@ -156,10 +156,10 @@ def _shape(
 
 
 def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape) -> Repeats | None:
-    """When rows draft what their texts repeat in the drafter's place; None for never.
+    """Return when n-gram drafts override the drafter; None for never.
 
     Raises:
-        UserError: impossible numbers, or a drafter that leaves no place: one that looks back itself, or none.
+        UserError: impossible numbers, or there is nothing to override: no drafter, or one that drafts n-grams itself.
     """
     least, most = settings.prompt_lookup_min, settings.prompt_lookup_num_tokens
     if drafter is None or drafter.limits.looks_back:
@@ -175,5 +175,5 @@ def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape)
     if least == 0:
         return None
     repeats = Repeats(Repeats.least if least is None else least, Repeats.most if most is None else most)
-    # In exact mode every node costs, so repetitions may be no larger than other drafts.
+    # In exact mode every node costs, so n-gram drafts may be no larger than other drafts.
     return replace(repeats, most=max(1, min(repeats.most, shape.size - 1))) if settings.exact else repeats

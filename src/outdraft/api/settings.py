@@ -1,6 +1,6 @@
-"""The keywords of `generate`: how to sample, by Hugging Face's names, checked before anything runs.
+"""The keywords of `generate`, with Hugging Face's names for sampling, checked before anything runs.
 
-What shall be drafted stands in `draft_settings.py`.
+The settings of drafting are in `draft_settings.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOSSY = {
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """`do_sample` and the fields of `SamplingSettings`, which say what they mean."""
+    """`do_sample` and the fields of `SamplingSettings`, which document their meaning."""
 
     do_sample: bool | None
     temperature: float | None
@@ -52,7 +52,7 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 class GenerateSettings(SamplingKeywords, DraftKeywords, total=False):
-    """Every keyword of `generate` and `stream`: when to stop, how to sample, what to draft."""
+    """Every keyword of `generate` and `stream`: stopping, sampling, drafting."""
 
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None
@@ -76,14 +76,14 @@ NOT_KEPT = {
     **{"forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None},
     **{"remove_invalid_values": False, "top_h": None, "dola_layers": None, "force_words_ids": None},
 }
-"""Those that are refused, with the value that asks for nothing."""
+"""Settings of a model's generation config that are refused, with the value that asks for nothing."""
 
 
 def model_settings(target: Target) -> dict[str, Any]:
-    """The sampling settings and bans of the model's own generation config, where it has any.
+    """Return the sampling settings and bans of the model's own generation config, if it has any.
 
     Raises:
-        UserError: one of them that is not kept when drafting.
+        UserError: a setting that drafting cannot keep.
     """
     config = target.model.generation_config
     if target.ignores_generation_config or config is None:
@@ -101,7 +101,7 @@ def model_settings(target: Target) -> dict[str, Any]:
 
 
 def in_effect(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the model's own settings that decide something beside what was given."""
+    """Return those of the model's own settings that have an effect beside what was given."""
     drawn = sampling_settings(dict(given), own).temperature > 0
     filters = () if drawn else KEPT[1:8]
     return {
@@ -112,14 +112,14 @@ def in_effect(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def sampling_settings(settings: dict[str, Any], own: Mapping[str, Any] | None = None) -> SamplingSettings:
-    """Hugging Face's sampling arguments as ours; greedy unless `do_sample` or a temperature above 0 is given.
+    """Convert Hugging Face's sampling arguments; greedy unless `do_sample` or a temperature above 0 is given.
 
     Args:
-        settings: as `generate` takes them.
-        own: of the model (`model_settings`), where `settings` says nothing.
+        settings: keywords as `generate` takes them.
+        own: settings of the model (`model_settings`), used where `settings` says nothing.
 
     Raises:
-        UserError: a name that is not known here.
+        UserError: an unknown name.
     """
     known = [field.name for field in fields(SamplingSettings)]
     refuse_unknown(
@@ -139,7 +139,7 @@ def sampling_settings(settings: dict[str, Any], own: Mapping[str, Any] | None = 
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise UserError for a name that is not known, with the one that was meant."""
+    """Raise UserError for an unknown name, with the one that was meant."""
     known = sorted(known)
     for name in sorted(names):
         said = meant(name, known) or f"; known are {', '.join(known)}"

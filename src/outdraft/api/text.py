@@ -1,4 +1,4 @@
-"""Token ids to text as they come, and the stop strings that end it.
+"""Incremental detokenization, and the stop strings that end an answer.
 
 One detokenizer serves whole answers, streams, the command line, the server, stop strings and the names of tokens.
 """
@@ -15,20 +15,20 @@ from outdraft.errors import UserError
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """The text of one list of tokens."""
+    """Decode one list of tokens to text."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, handed out as soon as no later token can change it.
+    """Text of a growing list of tokens, given out as soon as no later token can change it.
 
-    All that is handed out together is what the tokenizer makes of the prompt and the tokens, less the prompt's text; so
-    an answer keeps the space before its first word where the tokenizer marks words by one.
+    The pieces add up to the tokenizer's text of prompt and tokens, without the prompt's text. So an answer keeps the
+    space before its first word, if the tokenizer marks words by one.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         skip_special_tokens: leave the text of special tokens out.
-        prompt: tokens that stand before the first one. Their own text is never handed out.
+        prompt: tokens that stand before the first one. Their own text is never given out.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Detokenizer:
         self.tokens: list[int] = []
         self.special = special_ids(tokenizer)
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._window = self._context(prompt)  # tokens whose text is not settled, and some before them
-        # What the prompt leaves of a character is the answer's, which completes it.
-        self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # characters of it handed out
-        self._seen = self._given  # characters of it that stood there, certain or not
-        self._chunk = 0  # place in the window after which the newest text began
+        self._window = self._context(prompt)  # tokens with unsettled text, and some before them
+        # An unfinished character at the prompt's end belongs to the answer, which completes it.
+        self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # its characters given out
+        self._seen = self._given  # its characters, certain or not
+        self._chunk = 0  # index in the window where the newest text began
         self.pending = ""
-        """Text that stands there by now and is not certain; empty while a character is unfinished."""
+        """Text of the tokens so far that later tokens may change; empty while a character is unfinished."""
 
     def add(self, token: int) -> str:
-        """The new text that this token makes certain; empty while a character is still in the making."""
+        """Return the new text that this token makes certain; empty while a character is unfinished."""
         self.tokens.append(token)
         if self.skip and token in self.special:
             return ""
@@ -63,13 +63,13 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """What is still held back, when no token will complete it."""
+        """Return the text that is still held back, when no token will follow."""
         text = self._text() if self._window else ""
         new, self._given, self.pending = text[self._given :], len(text), ""
         return new
 
     def peek(self, token: int) -> str:
-        """What a token would add to the text and to `pending`, but for a character that it leaves unfinished."""
+        """Return the text that a token would add after the pending text, without an unfinished character."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
         text = decode_text(self.tokenizer, [*self._window, token], self.skip)
@@ -84,29 +84,28 @@ class Detokenizer:
         return byte_of(self.tokenizer, token) is not None
 
     def _uncertain(self, text: str) -> int:
-        """Characters at the end that further tokens may change."""
-        if text.endswith("\ufffd"):  # of a character's bytes that are not complete there is never more than one
+        """Count the characters at the end that further tokens may change."""
+        if text.endswith("\ufffd"):  # incomplete bytes give at most one such character
             return 1
         if not self._cleans:
             return 0
         return max((n for end in _CLEANED for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
 
     def _shorten(self, text: str, new: str) -> None:
-        """Let go of tokens that are settled, but for those that gave the newest text: decoders drop a leading space at
-        the start of what they are given."""
+        """Drop settled tokens but those of the newest text: decoders drop a leading space of their input."""
         if new and self._given == len(text):
             if self._chunk and len(self._window) > WINDOW:
                 self._window = self._window[self._chunk :]
                 self._given = self._seen = len(self._text())
             self._chunk = len(self._window)
-        elif len(self._window) > 4 * WINDOW and not self._is_byte(self._window[-1]):  # bytes without end, no text
+        elif len(self._window) > 4 * WINDOW and not self._is_byte(self._window[-1]):  # endless bytes that give no text
             held = len(text) - self._given
             self._window = self._window[-WINDOW:]
             self._given, self._chunk = max(0, len(self._text()) - held), 0
             self._seen = self._given
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The end of the prompt that the answer's text may depend on: nothing before a special token."""
+        """Return the end of the prompt that the answer's text may depend on: nothing before a special token."""
         start = len(prompt)
         while start > max(0, len(prompt) - WINDOW) and prompt[start - 1] not in self.special:
             start -= 1
@@ -116,12 +115,12 @@ class Detokenizer:
 
 
 class Stops:
-    """Where stop strings end an answer: looked for in its text with special tokens spelled out, so that those can be
-    stop strings, too.
+    """Finds where stop strings end an answer, in its text with special tokens spelled out, so that those can be stop
+    strings.
 
     Args:
-        strings: any of which ends the answer.
-        tokenizer: of the model.
+        strings: stop strings, any of which ends the answer.
+        tokenizer: the model's tokenizer.
 
     Raises:
         UserError: a string is empty, which every text contains.
@@ -132,15 +131,15 @@ class Stops:
             raise UserError("a stop string is empty; leave it out")
         self.strings, self._tokenizer, self._special = list(strings), tokenizer, special_ids(tokenizer)
         self._spelled = ""
-        self._hidden: list[tuple[int, int]] = []  # of that, (place, characters) which are not shown
+        self._hidden: list[tuple[int, int]] = []  # (index, characters) of its parts that are not shown
 
     def add(self, token: int, new: str, pending: str) -> int | None:
-        """Where the text that is shown ends, if this token completes a stop string.
+        """Return where the shown text ends, if this token completes a stop string; else None.
 
         Args:
-            token: the newest.
-            new: text that it made certain.
-            pending: text that stands there and is not certain.
+            token: the newest token.
+            new: text that the token made certain.
+            pending: text after that, not certain yet.
         """
         if not self.strings:
             return None
@@ -156,7 +155,7 @@ class Stops:
         return self._shown(min(found)) if found else None
 
     def uncertain(self) -> int:
-        """Characters at the end of what is shown that may be the beginning of a stop string."""
+        """Count the characters at the end of the shown text that may begin a stop string."""
         longest = max((len(one) for one in self.strings), default=1) - 1
         for length in range(min(longest, len(self._spelled)), 0, -1):
             if any(one.startswith(self._spelled[-length:]) for one in self.strings):
@@ -164,14 +163,14 @@ class Stops:
         return 0
 
     def _shown(self, place: int) -> int:
-        """The same place in the text without special tokens."""
+        """Convert an index to one in the text without special tokens."""
         return place - sum(min(length, max(0, place - start)) for start, length in self._hidden)
 
 
 def stops_at(
     strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()
 ) -> Callable[[list[int]], bool]:
-    """A test whether the newest token completes one of the strings, told of each token in turn.
+    """Make a test of whether the newest token completes one of the strings; call it with each token in turn.
 
     Raises:
         UserError: a string is empty, which every text contains.
@@ -189,17 +188,17 @@ def stops_at(
 
 
 WINDOW = 16
-"""Tokens that are decoded again with each new one, at most, once their text is settled."""
+"""Most settled tokens that are decoded again with each new one."""
 
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " n ' t", " 'm", " 's", " 've", " 're")
-"""Texts out of which `clean_up_tokenization_spaces` takes spaces."""
+"""Texts that lose spaces by `clean_up_tokenization_spaces`."""
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _special: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that `skip_special_tokens` leaves out."""
+    """Return the ids of the tokens that `skip_special_tokens` leaves out."""
     known = _special.get(tokenizer)
     if known is None or known[0] != len(tokenizer):
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -209,25 +208,25 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def byte_of(tokenizer: PreTrainedTokenizerBase, token: int) -> int | None:
-    """The byte that a token of byte fallback stands for; None for every other token."""
+    """Return the byte that a byte-fallback token stands for; None for other tokens."""
     spelled = _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token)))
     return None if spelled is None else int(spelled[1], 16)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of a whole answer after its prompt: what a stream of it adds up to."""
+    """Return the text of a whole answer after its prompt, the same as a stream of it adds up to."""
     detokenizer = Detokenizer(tokenizer, prompt=prompt)
     detokenizer._window += tokens
     return detokenizer.finish()
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes:
-    """A token's own bytes, which may be a part of a character.
+    """Return a token's own bytes, which may be a part of a character.
 
     Args:
-        tokenizer: of the model.
-        token: whose.
-        name: the text that it adds where it stands, which has its bytes where it is no part of a character.
+        tokenizer: the model's tokenizer.
+        token: id of the token.
+        name: text that the token adds at its place; gives the bytes if they are not a part of a character.
     """
     spelled = decode_text(tokenizer, [token], skip_special_tokens=False)
     piece = str(tokenizer.convert_ids_to_tokens(token))
@@ -236,7 +235,7 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes
         return bytes([byte])
     if token not in special_ids(tokenizer) and all(letter in _BYTE_LEVEL for letter in piece):
         own = bytes(_BYTE_LEVEL[letter] for letter in piece)
-        if own.decode("utf-8", "replace") == spelled:  # else its letters are what they look like
+        if own.decode("utf-8", "replace") == spelled:  # otherwise its letters are plain text
             return own
     return name.lstrip("\ufffd").encode("utf-8", "replace")
 
@@ -245,4 +244,4 @@ _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTED} | {
     chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
 }
-"""The letters that byte-level tokenizers write for bytes."""
+"""Maps the letters that byte-level tokenizers write to the bytes that they stand for."""

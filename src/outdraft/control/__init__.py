@@ -1,4 +1,4 @@
-"""How far to draft: a controller a row, asked before every level, or a tuner that picks every round's whole shape."""
+"""Draft lengths: one controller per row, asked before every level, or a tuner that chooses every round's shape."""
 
 from __future__ import annotations
 

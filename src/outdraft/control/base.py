@@ -1,8 +1,8 @@
 """The protocol of controllers, which decide how far to draft for one row, and the two that learn nothing.
 
 A controller sees confidences, counts and seconds, never tokens. It decides on a level before anything of that level is
-drawn, so it cannot change the distribution of the output. Its own random decisions come from the generator that it was
-handed.
+drawn, so it cannot change the distribution of the output. Its own random decisions come from the generator that callers
+pass.
 """
 
 from __future__ import annotations
@@ -22,60 +22,61 @@ if TYPE_CHECKING:
 
 
 class Controller(ABC):
-    """How far to draft, for one row.
+    """Decides how far to draft for one row.
 
     Args:
-        costs: of drafting and verifying, shared with other rows.
-        limit: levels that a draft may have at most.
-        generator: on the CPU; the row's own.
+        costs: costs of drafting and verifying, shared with other rows.
+        limit: largest number of levels of a draft.
+        generator: the row's own random generator, on the CPU.
     """
 
     pacer: Pacer | None = None
-    """The one that made it, which may have a tuner for the whole batch; None for a controller made by hand."""
+    """The pacer that made the controller, which may have a tuner for the whole batch; None if it was made by hand."""
 
     def __init__(self, costs: Costs, limit: int, generator: torch.Generator):
         self.costs, self.limit, self.generator = costs, limit, generator
         self.rows = 1
-        """Rows decoded together; the caller sets it, and costs are asked for that many."""
+        """Number of rows decoded together; the caller sets it, and costs are asked for that many."""
 
     @abstractmethod
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
-        """Whether to draft another level, asked before anything of it is drawn.
+        """Return True to draft another level; called before anything of it is drawn.
 
         Args:
-            confidences: at index i, the drafter's confidence in level i + 1, which is drafted and kept. A chain: the
-                probability it gave its token. A tree: the probability of the level's candidates relative to that of
-                the level above. Empty: whether to draft in this round at all.
-            nodes: that the target will verify beyond the present ones if the level is drafted; a chain: 1.
+            confidences: at index i, the drafter's confidence in level i + 1, which is drafted and kept. For a chain it
+                is the probability of the chain's token. For a tree it is the probability of the level's candidates
+                relative to that of the level above. With no entry, the question is whether to draft in this round at
+                all.
+            nodes: nodes that the level adds to the target's verification; 1 for a chain.
         """
 
     def size(self, confidences: Sequence[float], gains: Sequence[float], levels: Sequence[int]) -> int:
-        """How many candidates to verify, for trees of deterministic candidates; all of them unless overridden.
+        """Return how many candidates to verify, for trees of deterministic candidates; all of them unless overridden.
 
         Args:
-            confidences: of the levels that were drafted, as in `decide`.
-            gains: of every candidate, the drafter's own estimate that its whole path is accepted, largest first.
-            levels: at which level each of them stands, the first being 0.
+            confidences: confidences of the drafted levels, as in `decide`.
+            gains: for every candidate, the drafter's own estimate that its whole path is accepted, largest first.
+            levels: the level of each candidate, from 0.
         """
         return len(gains)
 
     @abstractmethod
     def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        """The verdict of a round.
+        """Learn from a finished round.
 
         Args:
-            confidences: of the levels that were drafted; empty if none was.
-            accepted: how many levels were.
-            tokens: emitted, the bonus token included.
-            seconds: of the whole round.
+            confidences: confidences of the drafted levels; empty if none was drafted.
+            accepted: number of levels accepted.
+            tokens: tokens emitted, the bonus token included.
+            seconds: seconds of the whole round.
         """
 
     def finish(self) -> None:  # noqa: B027
-        """The row has ended: hand on what was learned, where something was."""
+        """Pass on what was learned, if anything, after the row has ended."""
 
 
 class FixedController(Controller):
-    """The baseline: drafts `limit` levels, whatever comes of it."""
+    """The baseline: always drafts `limit` levels."""
 
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         return len(confidences) < self.limit
@@ -85,15 +86,15 @@ class FixedController(Controller):
 
 
 class Adaptive(Controller):
-    """A controller that drafts while it wants to and can afford to, and probes now and then while it does not want to.
+    """A controller that drafts while it wants to and can afford to, and sometimes probes while it does not want to.
 
-    Subclasses say what they want and how they learn.
+    Subclasses define what they want and how they learn.
 
     Args:
         costs, limit, generator: as for every controller.
-        discount: what an observation is worth after a further round; 1 forgets nothing.
-        experience: of finished rows, to start from and to add to.
-        memory: rounds that such experience counts for at most; 0 uses none.
+        discount: weight of an observation after one more round; 1 forgets nothing.
+        experience: experience of finished rows, to start from and to add to.
+        memory: largest number of rounds that this experience counts for; 0 uses none.
     """
 
     def __init__(
@@ -109,18 +110,18 @@ class Adaptive(Controller):
         self.discount, self.experience, self.memory = discount, experience, memory
         self.safeguard = Safeguard()
         self.nodes = 0.0
-        """Drafted nodes of this round that the target's pass is over, the expected ones while levels are decided on."""
+        """Drafted nodes in this round's target pass; the expected number while levels are decided."""
         self.levels = 0
-        """Levels of this round that were drafted, those included of which no candidate is verified."""
+        """Drafted levels of this round, including those of which no candidate is verified."""
         self._learned: dict[str, Evidence] = {}
-        self._rounds = 0.0  # drafted, fading as the evidence does
+        self._rounds = 0.0  # drafted rounds, which fade as the evidence does
 
     @abstractmethod
     def wants(self, confidences: Sequence[float], nodes: float) -> bool:
-        """As `decide`, safeguard and probing aside."""
+        """Return True if another level is wanted, regardless of safeguard and probing; arguments as in `decide`."""
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
-        """As `observe`, once everything seen before has faded; `nodes` and `levels` are still this round's."""
+        """Learn from a round as `observe`, after older evidence has faded; `nodes` and `levels` are this round's."""
 
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         levels = len(confidences)
@@ -149,7 +150,7 @@ class Adaptive(Controller):
         self.nodes, self.levels = 0.0, 0
 
     def expected_nodes(self, nodes: int) -> float:
-        """How many of the nodes that a level offers will be verified."""
+        """Return how many of the nodes that a level offers will be verified."""
         return nodes
 
     def finish(self) -> None:
@@ -158,18 +159,18 @@ class Adaptive(Controller):
             self.experience = None
 
     def evidence(self, name: str, prior: Sequence[float]) -> Evidence:
-        """Sums that fade with the rounds, start from experience and end there."""
+        """Make sums that fade with the rounds, start from experience and are added to it at the end."""
         inherited = self.experience.inherit(name, self.memory) if self.experience is not None else None
         self._learned[name] = Evidence(prior, inherited)
         return self._learned[name]
 
     def loss(self, levels: int, nodes: float) -> float:
-        """What a round costs beyond a plain one if nothing is accepted, in plain rounds."""
+        """Return what a round costs beyond a plain one if nothing is accepted, in plain rounds."""
         return self.costs.drafted(levels, nodes, self.rows) / self.costs.plain(self.rows)
 
 
 class ConfidenceController(Adaptive):
-    """Drafts on while the product of the confidences so far is at least `threshold`; learns only in its safeguard.
+    """Drafts while the product of confidences is at least `threshold`; learns only in its safeguard.
 
     Args:
         threshold: 0 always drafts on.

@@ -1,5 +1,5 @@
-"""One round of one batch under its rows' controllers: asks each of them, times the levels as they come, and tells costs
-and controllers the verdict."""
+"""The draft budget of one round of a batch: it asks every row's controller, times the levels, and reports the
+result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from outdraft.control.costs import Costs
 
 
 class DraftBudget:
-    """How far each row of a batch drafts in one round (a `Budget`, as drafters know it).
+    """Decides how far each row of a batch drafts in one round, by the rows' controllers (a `Budget` for drafters).
 
     Args:
-        controllers: of the rows; each decides for its own.
-        costs: to be told what the round cost.
-        levels: that a draft can have in this round.
-        nodes: of its first level.
-        pending: tokens of a row, at most, that the drafter takes in before it.
+        controllers: one controller per row.
+        costs: learns what the round cost.
+        levels: largest number of levels in this round.
+        nodes: nodes of the first level.
+        pending: largest number of tokens per row that the drafter catches up on first.
         now: a clock in seconds that has waited for the device.
     """
 
@@ -37,7 +37,7 @@ class DraftBudget:
         self.confidences: list[list[float]] = [[] for _ in controllers]
         self.going = [levels > 0 and not costs.plain_is_due(len(controllers))] * len(controllers)
         self._laps: list[float] = []
-        # A round in which the drafter takes in a prompt, or a stretch of plain rounds, does work of other rounds.
+        # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
         self._usual = pending <= levels + 1
         self._last = now()
         self.wants(nodes)
@@ -48,7 +48,7 @@ class DraftBudget:
         return bool(self._laps)
 
     def wants(self, nodes: int) -> list[bool]:
-        """As `Budget.wants`; the first level was asked for when this was made."""
+        """Implement `Budget.wants`; the constructor asks for the first level."""
         rows = zip(self.going, self.confidences, self.controllers, strict=True)
         self.going = [
             going and len(kept) < self.levels and controller.decide(kept, nodes) for going, kept, controller in rows
@@ -56,7 +56,7 @@ class DraftBudget:
         return self.going
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
-        """As `Budget.drafted`; the time since the last level is this one's."""
+        """Implement `Budget.drafted`; the seconds since the last level count for this one."""
         for row, confidence in enumerate(confidences):
             if self.going[row] and confidence is not None:
                 self.confidences[row].append(confidence)
@@ -66,7 +66,7 @@ class DraftBudget:
         self._last = now
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
-        """As `Budget.sizes`."""
+        """Implement `Budget.sizes`."""
         rows = zip(self.controllers, self.confidences, gains, levels, strict=True)
         return [controller.size(kept, row, own[: len(row)]) if len(row) else 0 for controller, kept, row, own in rows]
 
@@ -79,15 +79,15 @@ class DraftBudget:
         verify_seconds: float,
         rest_seconds: float,
     ) -> None:
-        """Tell costs and controllers what became of the round.
+        """Report the round to costs and controllers.
 
         Args:
-            depths: levels that each row's tree had in the end.
+            depths: final number of levels of each row's tree.
             accepted: candidates accepted in each row.
             emitted: tokens that each row gained.
-            nodes: of each row's tree, the root included.
-            verify_seconds: of the target's pass over the trees.
-            rest_seconds: of everything but drafting and that pass.
+            nodes: nodes of each row's tree, the root included.
+            verify_seconds: seconds of the target's pass over the trees.
+            rest_seconds: seconds of everything but drafting and that pass.
         """
         rows = len(self.controllers)
         if self._laps:
@@ -96,6 +96,6 @@ class DraftBudget:
         measured = sum(self._laps) + verify_seconds + rest_seconds
         for row, controller in enumerate(self.controllers):
             kept = self.confidences[row]
-            # Given costs know no other rows, so that the row decides as it would alone.
+            # Given costs ignore other rows, so that the row decides as if it were not batched.
             seconds = self.costs.round(len(kept), nodes[row], rows) if self.costs.given else measured
             controller.observe(kept[: depths[row]], accepted[row], emitted[row], seconds)

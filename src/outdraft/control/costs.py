@@ -1,8 +1,8 @@
-"""What drafting and verifying cost on this machine, in seconds, learned from timed rounds.
+"""Seconds of drafting and verifying on this machine, learned from timed rounds.
 
-One `Costs` for a target and its drafter, shared by all rows and calls. What a pass costs depends on all nodes that go
-through it together, padding included: rows x nodes of the largest tree. Numbers of rows fall into power-of-two buckets
-that learn apart and lend what they know.
+A target and its drafter share one `Costs` for all rows and calls. A pass costs by all nodes that go through it
+together, padding included: rows x nodes of the largest tree. Numbers of rows fall into power-of-two buckets that learn
+separately and lend each other estimates.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 OUTLIER = 2.0
-"""An observation counts as at most so many times what was expected: a machine may stall for once."""
+"""Factor by which an observation may exceed the expected value before it is clipped: a machine may stall once."""
 AFRESH = 3.0
-"""An observation so many times below what was expected shows that the expectation came from an outlier."""
+"""Factor by which an observation must fall below the expected value to show that the expectation was an outlier."""
 MEMORY = 20
-"""Observations that an average looks back on."""
+"""Number of observations that an average covers."""
 VERIFY = 0.02
-"""Seconds of a one-node pass before any was seen. Only ratios matter then."""
+"""Seconds of a one-node pass before any was measured; only ratios matter then."""
 DRAFT_SHARE = 0.08
-"""Begin and step as a share of a one-node pass, before any was seen."""
+"""Seconds of begin and step relative to a one-node pass, before any was measured."""
 NODE_SHARE = 0.02
-"""What a further node adds to a pass, as a share of a one-node pass, before passes of several sizes were seen."""
+"""Seconds of a further node relative to a one-node pass, before passes of several sizes were measured."""
 PLAIN_EVERY = 100
-"""Rounds after which a plain one is due, so that what drafting is compared with is measured, not extrapolated."""
+"""Rounds after which a plain round is due, so that drafting is compared with a measured, not extrapolated, time."""
 NODE_WEIGHT = 8.0
-"""How firmly NODE_SHARE is believed: like observations whose squared distances from their mean add up to this."""
+"""Weight of the prior NODE_SHARE: as observations whose squared distances from their mean add up to this."""
 
 
 def believable(value: float, expected: float) -> float:
-    """The value, or the most of it that an outlier counts for."""
+    """Return the value, clipped where it exceeds the expected value as an outlier."""
     return min(value, OUTLIER * expected)
 
 
 class Average:
-    """An exponential average that outliers cannot carry away.
+    """An exponential average that is robust to outliers.
 
-    Seconds have a floor and no ceiling: an observation far above the average is clipped, one far below it shows that
-    the average began with an outlier (compilation, cold caches), and starts it afresh.
+    Seconds have a floor and no ceiling. An observation far above the average is clipped. One far below it shows that
+    the average began with an outlier (compilation, cold caches), and restarts it.
 
     Args:
-        settling: of so many first observations the least counts, where first ones are often too large.
-        memory: observations that it looks back on.
+        settling: number of first observations of which the smallest counts, as first ones are often too large.
+        memory: number of observations that the average covers.
     """
 
     def __init__(self, settling: int = 1, memory: int = MEMORY) -> None:
@@ -62,11 +62,11 @@ class Average:
 class Line:
     """Exponentially weighted least squares of a pass's seconds on its nodes, with a weak prior slope.
 
-    Means and spreads are kept apart, and the spreads fade only as far as an observation brings something new about the
-    slope: a long stretch of one-node passes moves the level and leaves the slope as it was.
+    Means and spreads are kept separately. Spreads fade only as far as an observation brings news about the slope, so a
+    long stretch of one-node passes moves the level and keeps the slope.
 
     Args:
-        unit: nodes are counted in so many: the rows of a bucket, so that priors mean the same in all of them.
+        unit: nodes that count as one: the rows of a bucket, so that priors mean the same in all buckets.
     """
 
     def __init__(self, unit: int = 1) -> None:
@@ -75,7 +75,7 @@ class Line:
         self.spread = self.product = 0.0  # of nodes; of nodes with seconds
 
     def observe(self, total: int, seconds: float) -> None:
-        """A pass over so many nodes in all."""
+        """Learn from a pass over `total` nodes."""
         nodes = total / self.unit
         if self.seconds <= 0 or seconds < self.at(total) / AFRESH:
             self.seen, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
@@ -100,14 +100,14 @@ class Line:
         return max(0.0, (self.product + weight * prior) / (self.spread + weight))
 
     def at(self, total: float) -> float:
-        """Seconds of a pass over so many nodes in all."""
+        """Return the seconds of a pass over `total` nodes."""
         # Never less than half the mean: a slope that is too steep must not make small passes free.
         return max(self.seconds / 2, self.seconds + self.slope * (total / self.unit - self.nodes))
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Costs that were given and never change, in seconds."""
+    """Given costs, in seconds, which never change."""
 
     begin: float
     step: float
@@ -136,7 +136,7 @@ class Costs:
         verify_per_node: float,
         rest: float = 0.0,
     ) -> Costs:
-        """Costs that observations do not change: for tests, simulation and reproducible draft lengths.
+        """Make costs that observations do not change: for tests, simulation and reproducible draft lengths.
 
         Args:
             begin: seconds until the first level is drafted.
@@ -150,12 +150,12 @@ class Costs:
         return costs
 
     def observe_draft(self, begin_seconds: float | None, step_seconds: Sequence[float], rows: int = 1) -> None:
-        """A draft was made.
+        """Learn from a draft.
 
         Args:
-            begin_seconds: taking in what was decided, and the first level; None if other rounds' work was among it.
-            step_seconds: of each further level.
-            rows: drafted for together.
+            begin_seconds: seconds to catch up and draft the first level; None if they include work of other rounds.
+            step_seconds: seconds of each further level.
+            rows: number of rows drafted for together.
         """
         if self._fixed is not None:
             return
@@ -166,7 +166,7 @@ class Costs:
             self._step.setdefault(key, Average()).observe(seconds)
 
     def observe_round(self, nodes: int, verify_seconds: float, rest_seconds: float, rows: int = 1) -> None:
-        """A round ended: the target ran over so many nodes a row (the root included), and the rest was done."""
+        """Learn from a round in which the target ran over `nodes` nodes per row, the root included."""
         if self._fixed is not None:
             return
         key = bucket(rows)
@@ -175,18 +175,18 @@ class Costs:
         self._plain[key] = 0 if nodes == 1 else self._plain.get(key, PLAIN_EVERY) + 1
 
     def plain_is_due(self, rows: int = 1) -> bool:
-        """Whether it is long ago, or never was, that so many rows did a plain round."""
+        """Return True if the last plain round of so many rows is long ago, or never was."""
         return self._fixed is None and self._plain.get(bucket(rows), PLAIN_EVERY) >= PLAIN_EVERY
 
     def begin(self, rows: int = 1) -> float:
-        """Seconds until a draft's first level is there."""
+        """Return the seconds until a draft's first level is there."""
         if self._fixed is not None:
             return self._fixed.begin
         known = nearest(self._begin, rows)
         return known.value if known else self._first_step(rows)
 
     def step(self, rows: int = 1) -> float:
-        """Seconds of each further level."""
+        """Return the seconds of each further level."""
         if self._fixed is not None:
             return self._fixed.step
         known = nearest(self._step, rows)
@@ -198,14 +198,14 @@ class Costs:
         return known.value if known else DRAFT_SHARE * self.verify(1, rows)
 
     def verify(self, nodes: float, rows: int = 1) -> float:
-        """Seconds of the target's pass over so many nodes a row, the root included."""
+        """Return the seconds of the target's pass over so many nodes per row, the root included."""
         if self._fixed is not None:
             return self._fixed.verify_base + self._fixed.verify_per_node * (nodes - 1)
         known = nearest(self._verify, rows)
         return known.at(rows * nodes) if known else VERIFY * (1 + NODE_SHARE * (rows * nodes - 1))
 
     def rest(self, rows: int = 1) -> float:
-        """Seconds of everything else in a round."""
+        """Return the seconds of everything else in a round."""
         if self._fixed is not None:
             return self._fixed.rest
         known = nearest(self._rest, rows)
@@ -213,29 +213,29 @@ class Costs:
 
     @property
     def given(self) -> bool:
-        """Whether these are fixed, so that whoever decides by them decides the same again."""
+        """True if these costs are fixed, so that decisions by them are repeatable."""
         return self._fixed is not None
 
     def round(self, levels: int, nodes: float, rows: int = 1) -> float:
-        """Seconds of a round that drafts so many levels and verifies so many nodes a row, the root included."""
+        """Return the seconds of a round with so many levels and so many nodes per row, the root included."""
         drafting = self.begin(rows) + (levels - 1) * self.step(rows) if levels else 0.0
         return drafting + self.verify(nodes, rows) + self.rest(rows)
 
     def plain(self, rows: int = 1) -> float:
-        """Seconds of a round that drafts nothing: what a token costs without drafting."""
+        """Return the seconds of a round that drafts nothing, which is the cost of a token without drafting."""
         return self.verify(1, rows) + self.rest(rows)
 
     def drafted(self, levels: int, nodes: float, rows: int = 1) -> float:
-        """Seconds of a round beyond a plain one's: of so many levels (at least one) and of verifying so many nodes."""
+        """Return the seconds beyond a plain round for drafting `levels` (at least one) and verifying `nodes`."""
         return self.begin(rows) + (levels - 1) * self.step(rows) + self.added(nodes, rows)
 
     def added(self, nodes: float, rows: int = 1) -> float:
-        """Seconds that so many drafted nodes add to the target's pass."""
+        """Return the seconds that so many drafted nodes add to the target's pass."""
         return self.verify(1 + nodes, rows) - self.verify(1, rows)
 
 
 def bucket(rows: int) -> int:
-    """Which power of two holds so many rows: 1, 2, 3-4, 5-8, ..."""
+    """Return the power-of-two bucket that holds so many rows: 1, 2, 3-4, 5-8, ..."""
     return max(0, rows - 1).bit_length()
 
 
@@ -243,7 +243,7 @@ Part = TypeVar("Part")
 
 
 def nearest(parts: dict[int, Part], rows: int) -> Part | None:
-    """What is known for so many rows, else for the nearest other number, else nothing."""
+    """Return the part learned for so many rows, else for the nearest other number, else None."""
     key = bucket(rows)
     if not parts:
         return None

@@ -1,4 +1,4 @@
-"""What belongs to a target and a drafter and outlives their rows: measured costs, experience, and the tuners."""
+"""The state of draft control that outlives rows: measured costs, experience, and tuners of a target and a drafter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from outdraft.core.shape import TreeShape
 
 
 class Pacer:
-    """Makes the controllers of a target's and a drafter's rows, and the tuners of their batches.
+    """Makes controllers for rows, and tuners for batches, of one target and one drafter.
 
     Args:
-        settings: which controller.
-        costs: given ones make the lengths of drafts repeatable; measured from here on when None.
+        settings: the kind of controller and its options.
+        costs: given costs make draft lengths repeatable; None measures them.
     """
 
     def __init__(self, settings: ControlSettings, costs: Costs | None = None):
@@ -25,11 +25,11 @@ class Pacer:
         self._tuners: dict[TreeShape, ShapeTuner] = {}
 
     def controller(self, limit: int, seed: int | None = None) -> Controller:
-        """For one row.
+        """Make the controller of one row.
 
         Args:
-            limit: levels that its drafts may have.
-            seed: of its own draws; a fresh one from the system when None.
+            limit: largest number of levels of the row's drafts.
+            seed: seed of the controller's own draws; None takes a fresh one from the system.
         """
         generator = torch.Generator()
         if seed is None:
@@ -41,15 +41,15 @@ class Pacer:
         return controller
 
     def tuner(self, bounds: TreeShape, rows: int) -> ShapeTuner | None:
-        """The tuner of these bounds, where a round's whole shape is chosen; None where the rows' controllers decide.
+        """Return the tuner of these bounds if whole shapes are chosen; None if the rows' controllers decide.
 
-        A draft step and the target's pass run over all rows of a batch at once, padded to the largest tree, so what a
-        level costs is no single row's. Controllers that weigh tokens against seconds therefore give way to whole shapes
-        as soon as there is a second row (measured: docs/reference/controllers.md).
+        A draft step and the target's pass run over all rows of a batch at once, padded to the largest tree, so no
+        single row causes a level's cost. Controllers that weigh tokens against seconds therefore give way to whole
+        shapes as soon as there is a second row (measured: docs/reference/controllers.md).
 
         Args:
             bounds: the largest shape.
-            rows: decoded together.
+            rows: number of rows decoded together.
         """
         if self.settings.name != AUTO and (rows == 1 or self.settings.name not in WEIGHING):
             return None

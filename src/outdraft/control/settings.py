@@ -1,4 +1,4 @@
-"""Which controller, with what options: checked once, then made for every row."""
+"""The kind of controller and its options, checked once, then used to make a controller for every row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outdraft.control.thompson import BetaController, CalibratedController
 from outdraft.errors import UserError, meant
 
 AUTO = "auto"
-"""The tuner chooses every round's whole shape, whatever the number of rows."""
+"""The kind that autotunes: the tuner chooses every round's whole shape, whatever the number of rows."""
 LEARNED = ("prior_accepted", "prior_rejected", "discount", "memory")
 KINDS: dict[str, tuple[type[Controller], tuple[str, ...]]] = {
     "fixed": (FixedController, ()),
@@ -27,12 +27,12 @@ KINDS: dict[str, tuple[type[Controller], tuple[str, ...]]] = {
 """Name -> the class of a row's controller, and the settings that it reads."""
 CONTROLLERS = tuple(name for name in KINDS if name != AUTO)
 WEIGHING = ("beta", "calibrated")
-"""Those that weigh tokens against seconds."""
+"""Names of controllers that weigh tokens against seconds."""
 
 
 @dataclass
 class ControlSettings:
-    """How the length of a draft is decided; options of other controllers than the named one are ignored."""
+    """The kind of controller and its options; options of other controllers than the named one are ignored."""
 
     name: str = "fixed"
     """`fixed` drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by
@@ -45,11 +45,11 @@ class ControlSettings:
     prior_rejected: float = 1.0
     """beta, calibrated: b of the Beta prior, imagined rejected levels."""
     confidence_weight: float = 4.0
-    """calibrated: k, levels that the drafter's calibrated confidence counts for beside those observed."""
+    """calibrated: k, how many observed levels the drafter's calibrated confidence counts for."""
     discount: float = 0.98
-    """beta, calibrated: what an observation is worth after one more drafted round, in (0, 1]; 1 forgets nothing."""
+    """beta, calibrated: weight of an observation after one more drafted round, in (0, 1]; 1 forgets nothing."""
     memory: float = 32.0
-    """beta, calibrated: rounds that experience of finished rows counts for at most; 0 starts every row afresh."""
+    """beta, calibrated: most rounds that experience of finished rows counts for; 0 starts every row afresh."""
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -70,7 +70,7 @@ class ControlSettings:
 
     @classmethod
     def parse(cls, text: str) -> ControlSettings:
-        """Settings from `NAME` or `NAME,option=value,...`, as `--controller` takes them.
+        """Parse `NAME` or `NAME,option=value,...`, as `--controller` takes them.
 
         Raises:
             UserError: no such controller, an option that it does not read, or an impossible value.
@@ -96,14 +96,14 @@ class ControlSettings:
         experience: Experience | None = None,
         kind: type[Controller] | None = None,
     ) -> Controller:
-        """A controller for one row.
+        """Make a controller for one row.
 
         Args:
-            costs: of this target and drafter on this machine, shared by all rows.
-            limit: levels that a draft may have at most.
-            generator: on the CPU; the row's own.
-            experience: of finished rows of the same model and settings.
-            kind: a class of one's own that takes the named controller's options.
+            costs: costs of this target and drafter on this machine, shared by all rows.
+            limit: largest number of levels of a draft.
+            generator: the row's own random generator, on the CPU.
+            experience: experience of finished rows of the same model and settings.
+            kind: a class of your own that takes the named controller's options.
         """
         if limit < 0:
             raise UserError(f"the limit of a draft must be 0 (draft nothing) or more levels, not {limit}")
@@ -116,7 +116,7 @@ class ControlSettings:
 
 
 def _finite(name: str, value: object) -> float:
-    """The value as a float, or the UserError that names the setting."""
+    """Return the value as a float, or raise the UserError that names the setting."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

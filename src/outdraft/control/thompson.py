@@ -1,7 +1,7 @@
-"""Thompson sampling: controllers that draft a level if a draw of its chance says that it earns more than it costs.
+"""Thompson sampling: a controller drafts a level if a draw of its acceptance probability makes it worth its cost.
 
-The aim is the fewest seconds per token over many rounds, a ratio. As in Dinkelbach's method the ratio now achieved
-prices a token: what adds tokens for fewer seconds each lowers the ratio, what costs more raises it.
+The aim is the fewest seconds per token over many rounds, a ratio. As in Dinkelbach's method the current ratio prices a
+token. Tokens that cost fewer seconds each lower the ratio; tokens that cost more raise it.
 """
 
 from __future__ import annotations
@@ -18,41 +18,40 @@ from outdraft.control.costs import Costs, believable
 from outdraft.control.evidence import Evidence
 
 TINY = 1e-300
-"""Gamma draws of very small counts are cut off here."""
+"""Lower bound of Gamma draws of very small counts."""
 LEAST = 0.01
-"""Confidences and probabilities stay this far from 0 and 1."""
+"""Smallest distance of confidences and probabilities from 0 and 1."""
 
 
 class ThompsonController(Adaptive):
     """Treats the acceptance of a level as a Bernoulli trial whose probability theta it learns and draws.
 
     Args:
-        prior_accepted: a of the Beta distribution of theta.
-        prior_rejected: b of it.
+        prior_accepted: a of the Beta prior of theta.
+        prior_rejected: b of the Beta prior of theta.
     """
 
     def __init__(self, *given: Any, prior_accepted: float, prior_rejected: float, **adaptive: Any):
         super().__init__(*given, **adaptive)
         self.counts = self.evidence("beta", (prior_accepted, prior_rejected))
-        self.spent = self.evidence("spent", (1.0, 1.0))  # plain rounds, and the tokens that they brought
+        self.spent = self.evidence("spent", (1.0, 1.0))  # plain rounds spent, and the tokens that they brought
         self.verified = self.evidence("verified", (1.0, 1.0))  # candidates, and the levels that offered them
         self.kept = self.evidence("kept", (1.0, 1.0))  # last levels of which a candidate was verified, and all
-        self.theta = 0.0  # the last one drawn
+        self.theta = 0.0  # the last draw of theta
 
     @abstractmethod
     def draw_theta(self, confidences: Sequence[float]) -> float:
-        """A draw of the probability that the next level is accepted if these were."""
+        """Draw the probability that the next level is accepted if these were."""
 
     @abstractmethod
     def survivals(self, confidences: Sequence[float]) -> Sequence[float]:
-        """At index i, the probability that the first i of these levels are all accepted."""
+        """Return, at index i, the probability that the first i of these levels are all accepted."""
 
     @property
     def price(self) -> float:
-        """Of a token, in seconds: what tokens take now.
+        """Price of a token, in seconds: the current seconds per token, at most those of plain decoding.
 
-        Never more than plain decoding's, which is there for the taking: without that bound a bad stretch would make
-        tokens dear and so drafting worthwhile, and prolong itself.
+        Without that bound a bad stretch would make tokens dear, hence drafting worthwhile, and so prolong itself.
         """
         return self.costs.plain(self.rows) * min(1.0, self.spent[0] / self.spent[1])
 
@@ -62,7 +61,7 @@ class ThompsonController(Adaptive):
             chances = [self.theta ** (level + 1) for level in range(self.limit)]
             return worth_starting(self.price, chances, nodes, self.costs, self.rows)
         survival = self.survivals(confidences)[len(confidences)]
-        # What is cut from a tree before it is verified earns nothing.
+        # Candidates cut from a tree before verification earn nothing.
         chance = survival * self.theta * (self.kept[0] / self.kept[1])
         return worth_going_on(self.price, chance, nodes, self.costs, self.rows)
 
@@ -98,7 +97,7 @@ class ThompsonController(Adaptive):
 
 
 class BetaController(ThompsonController):
-    """Learns from verdicts alone: one draw of theta ~ Beta(a, b) a round, and every level survives with it."""
+    """Learns from verdicts alone: it draws theta ~ Beta(a, b) once per round, and every level survives with it."""
 
     def draw_theta(self, confidences: Sequence[float]) -> float:
         return self.theta if confidences else draw_beta(self.counts[0], self.counts[1], self.generator)
@@ -108,20 +107,20 @@ class BetaController(ThompsonController):
 
 
 class CalibratedController(ThompsonController):
-    """Listens to the drafter: its confidence c is mapped to m(c), what such confidence was worth.
+    """Uses the drafter's confidence c, mapped to m(c), the acceptance rate that such confidence had.
 
-    The survival so far is the product of m over the levels kept. For the next level, of which nothing is known yet,
-    theta ~ Beta(a + k m(c), b + k (1 - m(c))), where c is the confidence in the last one kept.
+    The survival so far is the product of m over the levels kept. For the next level, whose confidence is unknown, theta
+    ~ Beta(a + k m(c), b + k (1 - m(c))), where c is the confidence in the last one kept.
 
     Args:
-        confidence_weight: k, observations that the calibrated confidence counts for in theta.
+        confidence_weight: k, how many observations the calibrated confidence counts for in theta.
     """
 
     def __init__(self, *given: Any, confidence_weight: float, **thompson: Any):
         super().__init__(*given, **thompson)
         self.calibration = Platt(self.evidence("platt", Platt.PRIOR))
         self.weight = confidence_weight
-        self._survival = [1.0]  # of this round's levels, one after another
+        self._survival = [1.0]  # survival of this round's levels, one after another
 
     def draw_theta(self, confidences: Sequence[float]) -> float:
         a, b = self.counts[0], self.counts[1]
@@ -139,15 +138,16 @@ class CalibratedController(ThompsonController):
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         super().learn(confidences, accepted, tokens, seconds)
         del self._survival[1:]
-        for level, confidence in enumerate(confidences[: accepted + 1]):  # nothing below a rejection is known
+        for level, confidence in enumerate(confidences[: accepted + 1]):  # levels below a rejection are not judged
             self.calibration.observe(confidence, level < accepted)
 
 
 class Platt:
-    """From a drafter's confidence to the probability of acceptance, by Platt's line, fitted while decoding.
+    """Platt scaling from a drafter's confidence to the probability of acceptance, fitted while decoding.
 
-    logit p = intercept + slope * logit(confidence), with a Gaussian prior around (0, 1). Kept as the precision matrix
-    and the precision-weighted mean, to which every observation adds one step of iteratively reweighted least squares.
+    logit p = intercept + slope * logit(confidence), with a Gaussian prior around (0, 1). The fit is kept as the
+    precision matrix and the precision-weighted mean, to which every observation adds one step of iteratively reweighted
+    least squares.
 
     Args:
         evidence: precision (intercept, both, slope), then precision times mean (intercept, slope); `PRIOR` at first.
@@ -156,13 +156,13 @@ class Platt:
     INTERCEPT_PRECISION, SLOPE_PRECISION = 0.25, 4.0
     PRIOR = (INTERCEPT_PRECISION, 0.0, SLOPE_PRECISION, 0.0, SLOPE_PRECISION)
     LEAST_WEIGHT = 0.1
-    """Of an observation; with less, a surprise at the far end would throw the line over."""
+    """Smallest weight of an observation; with less, a surprise at the far end would overturn the line."""
 
     def __init__(self, evidence: Evidence):
         self.evidence = evidence
 
     def line(self) -> tuple[float, float]:
-        """Intercept and slope; the slope is never negative."""
+        """Return intercept and slope; the slope is never negative."""
         p11, p12, p22, h1, h2 = (self.evidence[index] for index in range(5))
         determinant = p11 * p22 - p12 * p12
         slope = (p11 * h2 - p12 * h1) / determinant
@@ -171,12 +171,12 @@ class Platt:
         return (p22 * h1 - p12 * h2) / determinant, slope
 
     def probability(self, confidence: float) -> float:
-        """That what the drafter was so confident in is accepted."""
+        """Return the probability that a candidate of this confidence is accepted."""
         intercept, slope = self.line()
         return expit(intercept + slope * logit(confidence))
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        """What the drafter was so confident in was accepted, or not."""
+        """Learn whether a candidate of this confidence was accepted."""
         intercept, slope = self.line()
         x = logit(confidence)
         score = intercept + slope * x
@@ -188,14 +188,14 @@ class Platt:
 
 
 def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: Costs, rows: int) -> bool:
-    """Whether some draft earns more than it costs; it looks ahead, for later levels may pay for the beginning.
+    """Return True if some draft earns more than it costs; later levels may pay for the beginning.
 
     Args:
-        price: of a token, in seconds.
+        price: price of a token, in seconds.
         chances: at index i, the probability that level i + 1 and all above it are accepted.
-        nodes: that each level adds to the target's pass.
-        costs: of drafting and verifying.
-        rows: decoded together.
+        nodes: nodes that each level adds to the target's pass.
+        costs: costs of drafting and verifying.
+        rows: number of rows decoded together.
     """
     begin, step = costs.begin(rows), costs.step(rows)
     earned = spent = 0.0
@@ -208,13 +208,12 @@ def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: 
 
 
 def worth_going_on(price: float, chance: float, nodes: float, costs: Costs, rows: int) -> bool:
-    """Whether one more level, accepted with this probability, earns more than it costs; the rest as above."""
+    """Return True if one more level, accepted with probability `chance`, earns more than it costs."""
     return price * chance > costs.step(rows) + costs.added(nodes, rows)
 
 
 def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
-    """How many of the candidates to verify, given the chances of acceptance in the order in which they are offered; at
-    least one."""
+    """Return how many candidates to verify, at least one, given their acceptance probabilities in the order offered."""
     earned, best, size = 0.0, float("-inf"), 1
     for nodes, gain in enumerate(gains, start=1):
         earned += price * gain
@@ -225,7 +224,7 @@ def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: in
 
 
 def draw_beta(a: float, b: float, generator: torch.Generator) -> float:
-    """A draw from Beta(a, b), as a ratio of Gamma draws."""
+    """Draw from Beta(a, b), as a ratio of Gamma draws."""
     x, y = torch._standard_gamma(torch.tensor([a, b], dtype=torch.float64), generator=generator).tolist()
     if x + y > TINY:
         return x / (x + y)

@@ -1,9 +1,9 @@
-"""Autotuning: every round of a batch has the shape that brings the most tokens a second, all rows alike.
+"""Autotuning: every round of a batch has the shape that brings the most tokens per second, the same for all rows.
 
-Whole rounds are timed, shape by shape and for every power of two of rows apart: what a level, a node or a row costs is
-never asked, so nothing is extrapolated from sizes that were measured to others. The choice climbs: the best shape so
-far is drafted, and from a small share of the time those beside it are tried. It is made before anything of the round
-is drawn and from earlier rounds alone, so it changes no row's distribution.
+Whole rounds are timed by shape, separately for every power of two of rows. Costs of levels, nodes or rows are not
+modelled, so nothing is extrapolated from one size to another. The search is a hill climb: the best shape so far is
+drafted, and a small share of the time goes to its neighbours. A choice depends only on earlier rounds and is made
+before anything of its round is drawn, so it changes no row's distribution.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from outdraft.control.evidence import FIRST_PROBE, MOST, RATE
 from outdraft.core.shape import TreeShape
 
 PLAIN = TreeShape(0, 1, 1)
-"""Drafts nothing."""
+"""The shape that drafts nothing."""
 AGAIN = 12
-"""Rounds after which a shape beside the best one is tried again."""
+"""Rounds after which a neighbour of the best shape is tried again."""
 ENOUGH = 2
-"""Rounds of a shape that are timed before anything is concluded from them."""
+"""Timed rounds of a shape before they are used."""
 MEMORY = 10
-"""Rounds that a shape's average looks back on: those of single costs look back on more, which was 1% slower here."""
+"""Rounds that a shape's average covers; averages of single costs cover more, which was 1% slower here."""
 APART = 0.06
-"""What drafting must promise beyond plain decoding, for every doubling of the rows: drafted rows end apart, and a batch
-takes as long as its slowest row, which the mean of its rows does not show."""
+"""Relative gain over plain decoding that drafting must promise, for every doubling of the rows. Drafted rows end at
+different times, and a batch takes as long as its slowest row, which the mean over rows does not show."""
 BATCH = 4
-"""Rows from which on a batch begins with short chains: on two cores so many nodes cost
+"""Rows from which a batch begins with short chains: on two cores so many nodes cost
 (docs/reference/draft-shapes.md)."""
 STEP_BY_STEP = 6
-"""Every number of levels up to this is in the grid; beyond, each is about a quarter larger than the last."""
+"""Number of levels up to which the grid has every number; beyond, each is about a quarter larger than the last."""
 WIDE = 4
-"""Trees of more candidates a level have narrower ones between themselves and chains."""
+"""Candidates per level above which trees have narrower ones between themselves and chains."""
 FIRST_CHANCE = 0.6
-"""Chance that a first level is accepted, before anything was seen."""
+"""Prior probability that a first level is accepted."""
 FIRM = 4.0
-"""Observations that what is known of other widths, or of the level above, counts for in a level's chance."""
+"""Weight, in observations, of a level's prior, which comes from other widths or from the level above."""
 
 
 class ShapeGrid:
-    """The shapes within some bounds, and how many tokens a round of each of them is expected to bring.
+    """The shapes within some bounds, and the expected tokens per round of each.
 
-    A grid has so many levels by so many candidates a level, from chains up to the bounds, and plain decoding beside it.
-    What is accepted is counted level by level, apart for every width, so that a round of one shape says something of
-    all shapes of its width.
+    A grid has shapes by number of levels and candidates per level, from chains up to the bounds, and plain decoding.
+    Acceptance is counted level by level, separately for every width, so that a round of one shape informs about all
+    shapes of its width.
 
     Args:
         bounds: the largest shape.
-        discount: what a round's verdict is worth after one more round of the same width, in (0, 1].
+        discount: weight of a round's verdict after one more round of the same width, in (0, 1].
     """
 
     def __init__(self, bounds: TreeShape, discount: float = 0.98):
         self.bounds, self.discount = bounds, discount
         self.most = min(bounds.depth + 1, bounds.size - 1)
-        """Levels that a chain may have."""
+        """Largest number of levels of a chain."""
         self.widths = widths(bounds.top_k)
         self.lines = [[self._shape(levels, width) for levels in lengths(self.most)] for width in self.widths]
         places = {shape: (row, i) for row, line in enumerate(self.lines) for i, shape in enumerate(line)}
@@ -68,8 +68,10 @@ class ShapeGrid:
         self._tokens: dict[TreeShape, float] = {}
 
     def start(self, rows: int) -> TreeShape:
-        """The shape to begin with: half the bounds' levels, in batches a quarter; a chain, unless bounds are so wide
-        that they are meant for a device on which nodes cost little."""
+        """Return the shape to begin with: a chain of half the bounds' levels, in batches a quarter.
+
+        It is a tree only if bounds are so wide that they are meant for a device on which nodes cost little.
+        """
         if not self.places:
             return PLAIN
         wide = rows < BATCH and self.bounds.top_k > WIDE
@@ -77,7 +79,7 @@ class ShapeGrid:
         return max((shape for shape in line if levels_of(shape) <= most), key=levels_of)
 
     def beside(self, shape: TreeShape) -> list[TreeShape]:
-        """Those to try next to this one: a length more or less, a width more or less; next to plain, short chains."""
+        """Return the neighbours to try: a length or a width more or less; next to plain, short chains."""
         if shape == PLAIN:
             return self.lines[0][:3] if self.places else []
         row, place = self.places[shape]
@@ -86,7 +88,7 @@ class ShapeGrid:
         return [self.lines[r][i] for r, i in inside] + [PLAIN] * (place == 0)
 
     def tokens(self, shape: TreeShape) -> float:
-        """Expected of a row in a round."""
+        """Return the expected tokens of a row in a round."""
         if not self._tokens:
             self._tokens[PLAIN] = 1.0
             for width, line in zip(self.widths, self.lines, strict=True):
@@ -95,9 +97,9 @@ class ShapeGrid:
         return self._tokens[shape]
 
     def chances(self, width: int) -> list[float]:
-        """At index l, that level l + 1 of shapes of this width is accepted if all above it are.
+        """Return, at index l, the probability that level l + 1 of this width is accepted if all above it are.
 
-        What is not known of a level is taken from other widths, and beyond them from the level above.
+        Missing evidence of a level is taken from other widths, and beyond them from the level above.
         """
         chances, before = [], FIRST_CHANCE
         others = [other for other in self.widths if other != width]
@@ -109,7 +111,7 @@ class ShapeGrid:
         return chances
 
     def observe(self, shape: TreeShape, accepted: Sequence[int]) -> None:
-        """A round's verdict: candidates accepted in each row."""
+        """Learn from a round: candidates accepted in each row."""
         levels = levels_of(shape)
         if not levels:
             return
@@ -132,29 +134,29 @@ class ShapeGrid:
 
 @dataclass
 class Timings:
-    """What is known of batches of about so many rows: seconds of whole rounds by shape, and what trying may lose."""
+    """Measurements of batches of about so many rows: seconds of rounds by shape, and the credit for trials."""
 
     seconds: dict[TreeShape, Average] = field(default_factory=dict)
     drafted: dict[TreeShape, int] = field(default_factory=dict)
     """The round in which each shape was drafted last."""
     rounds: int = 0
     credit: float = FIRST_PROBE
-    """Rounds that trying may lose, as in `Safeguard`."""
+    """Rounds that trials may lose, as in `Safeguard`."""
     trying: TreeShape | None = None
-    """A shape that is drafted until it was timed."""
+    """A shape that is drafted until it is timed."""
 
     def of(self, shape: TreeShape) -> Average:
         # The first round of a size may have compiled or allocated something.
         return self.seconds.setdefault(shape, Average(ENOUGH, MEMORY))
 
     def time(self, shape: TreeShape, seconds: float, common: bool) -> None:
-        """A round took so long.
+        """Record the seconds of a round.
 
         Args:
-            common: whether what changed is taken to have changed for all shapes (a busier machine, a longer context):
-                so it is for the shape that is drafted all the time, or those not tried for a while would look fast.
+            common: True if a change is taken to hold for all shapes (a busier machine, a longer context). It must be
+                True for the shape that is drafted all the time, or shapes not tried for a while would look fast.
         """
-        # What is known of few rounds was chosen because they were fast: that others are not is no change.
+        # Few rounds are a biased sample, chosen because they were fast: slower ones after them are no change.
         before, steady = self.of(shape).value, self.of(shape).seen >= MEMORY
         self.of(shape).observe(seconds)
         if common and steady:
@@ -165,7 +167,7 @@ class Timings:
 
 @dataclass
 class Choice:
-    """One round's shape, which is told what came of it."""
+    """The shape chosen for one round, which passes the round's result to the tuner."""
 
     shape: TreeShape
     tuner: ShapeTuner
@@ -173,11 +175,11 @@ class Choice:
     pending: int
 
     def observe(self, accepted: Sequence[int], seconds: float) -> None:
-        """The verdict.
+        """Report the round to the tuner.
 
         Args:
             accepted: candidates accepted in each row.
-            seconds: of the whole round.
+            seconds: seconds of the whole round.
         """
         self.tuner.observe(self, accepted, seconds)
 
@@ -187,7 +189,7 @@ class ShapeTuner:
 
     Args:
         bounds: the largest shape.
-        costs: given ones stand for the clock and make choices repeatable; others are not asked.
+        costs: given costs replace the clock and make choices repeatable; other costs are not used.
     """
 
     def __init__(self, bounds: TreeShape, costs: Costs):
@@ -195,11 +197,11 @@ class ShapeTuner:
         self.timings: dict[int, Timings] = {}
 
     def choose(self, rows: int, pending: int) -> Choice:
-        """The shape of the next round.
+        """Choose the shape of the next round.
 
         Args:
-            rows: of the batch.
-            pending: tokens of a row, at most, that the drafter has not seen yet.
+            rows: number of rows of the batch.
+            pending: largest number of tokens per row that the drafter has not seen.
         """
         known = self.timings.setdefault(bucket(rows), Timings())
         known.rounds += 1
@@ -209,7 +211,7 @@ class ShapeTuner:
         return Choice(shape, self, rows, pending)
 
     def best(self, rows: int) -> TreeShape:
-        """Of the shapes that were timed, the one that brings the most tokens a second."""
+        """Return the timed shape that brings the most tokens per second."""
         known = self.timings.get(bucket(rows), Timings())
         timed = [shape for shape in self.grid.shapes if self._is_timed(known, shape)]
         if not timed:
@@ -222,7 +224,7 @@ class ShapeTuner:
         return max(timed, key=rate)
 
     def observe(self, choice: Choice, accepted: Sequence[int], seconds: float) -> None:
-        """As `Choice.observe`."""
+        """Learn from a round, as in `Choice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
         known = self.timings[bucket(rows)]
         known.credit = min(MOST, known.credit + RATE)
@@ -231,14 +233,14 @@ class ShapeTuner:
             spent = self._seconds(known, shape, rows) or believable(seconds, OUTLIER * most)
             known.credit -= max(0.0, spent / most - self.grid.tokens(shape) / self.grid.tokens(best))
         self.grid.observe(shape, accepted)
-        # A round in which the drafter takes in a prompt, or a stretch of plain rounds, does work of other rounds.
+        # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
         if levels_of(shape) == 0 or choice.pending <= self.grid.most + 2:
             known.time(shape, seconds, shape == best)
         if self._is_timed(known, shape):
             known.trying = None
 
     def _to_try(self, known: Timings, rows: int) -> TreeShape | None:
-        """Something else than the best, if that is due and affordable."""
+        """Return a shape other than the best, if a trial is due and affordable; else None."""
         best = self.best(rows)
         if not self._is_timed(known, best):
             return best
@@ -256,20 +258,20 @@ class ShapeTuner:
         return self.costs.given or known.of(shape).seen >= ENOUGH
 
     def _loss(self, known: Timings, shape: TreeShape, best: TreeShape, rows: int) -> float:
-        """What a round of this shape is believed to lose, in rounds of the best one."""
+        """Return the expected loss of a round of this shape, in rounds of the best one."""
         least, most = (self._seconds(known, one, rows) for one in (PLAIN, best))
         node = max(0.0, most - least) / max(1, best.size - 1)
         seconds = self._seconds(known, shape, rows) or least + node * (shape.size - 1)
         return max(0.0, seconds / most - self.grid.tokens(shape) / self.grid.tokens(best))
 
     def _seconds(self, known: Timings, shape: TreeShape, rows: int) -> float:
-        """Of a round; 0 if unknown."""
+        """Return the seconds of a round of this shape; 0 if unknown."""
         if self.costs.given:
             return self.costs.round(levels_of(shape), shape.size, rows)
         return known.of(shape).value
 
     def _elsewhere(self, rows: int) -> TreeShape:
-        """Where to begin: what is best for the nearest other number of rows, else the grid's start."""
+        """Return the shape to begin with: the best one for the nearest other number of rows, else the grid's start."""
         known = [key for key, one in self.timings.items() if any(self._is_timed(one, shape) for shape in one.drafted)]
         if not known:
             return self.grid.start(rows)
@@ -277,19 +279,19 @@ class ShapeTuner:
 
 
 def levels_of(shape: TreeShape) -> int:
-    """That a draft of this shape has at most."""
+    """Return the largest number of levels of a draft of this shape."""
     return 0 if shape.size == 1 else shape.depth + 1
 
 
 def widths(most: int) -> list[int]:
-    """Candidates a level in the grid, chains first."""
+    """Return the grid's numbers of candidates per level, chains first."""
     if most == 1:
         return [1]
     return [1, round(most**0.5), most] if most > WIDE else [1, most]
 
 
 def lengths(most: int) -> list[int]:
-    """Numbers of levels in the grid."""
+    """Return the grid's numbers of levels."""
     found = list(range(1, min(most, STEP_BY_STEP) + 1))
     while found and found[-1] < most:
         found.append(min(most, found[-1] * 5 // 4 + 1))

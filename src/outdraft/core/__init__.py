@@ -1,1 +1,1 @@
-"""The mathematics of speculative decoding: trees, sampling, verification. Knows no model and no drafter."""
+"""The mathematics of speculative decoding: trees, sampling, verification, without models or drafters."""

@@ -1,13 +1,13 @@
 """Sampling by noise that drafter and target share, so that a seed gives the text of stock `generate` token for token.
 
-`torch.multinomial` draws one token as the arg max of p / e, with e a vector of exponential noise of the generator's.
-The noise of a position depends on the seed, the position and the batch, not on the text. So it can be known ahead: the
-target's choice at a tree's node is the arg max under the noise of that node's position, a draft is the drafter's own
-arg max under the same noise, and a candidate is accepted where both agree, as in greedy decoding. For every value of
-the noise what comes out is what plain decoding gives, whatever was drafted; over the noise it has the target's
-distribution (the Gumbel-max trick).
+`torch.multinomial` draws a token as the arg max of p / e, with e a vector of exponential noise from the generator. The
+noise of a position depends on the seed, the position and the batch, not on the text, so it can be known ahead. The
+target's choice at a tree node is the arg max under the noise of that node's position. A draft is the drafter's own arg
+max under the same noise. A candidate is accepted where both agree, as in greedy decoding. For every value of the noise
+the output is that of plain decoding, whatever was drafted. Over the noise it has the target's distribution (the
+Gumbel-max trick).
 
-Knows generators and probabilities; nothing of trees, drafters or how verdicts are reached.
+This module handles generators and probabilities; trees and verdicts are elsewhere.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch import Tensor
 from outdraft.core.sampling import Warper, with_greatest
 
 KEPT_BYTES = 256 * 2**20
-"""Of noise that is kept; older steps are made again from the generator's state when a row that lags behind asks."""
+"""Bytes of noise that are kept. If a lagging row asks for older steps, the generator's state makes them again."""
 
 
 class Noise:
-    """What `torch.multinomial` would draw for a batch of `rows` rows, step by step.
+    """The noise that `torch.multinomial` would draw for a batch of `rows` rows, step by step.
 
     Args:
-        rows: of the batch that stock `generate` would decode together.
-        vocab_size: tokens.
-        device: of the probabilities.
-        seed: as for `torch.manual_seed`; None goes on with torch's own generator of the device.
+        rows: number of rows that stock `generate` would decode together.
+        vocab_size: number of tokens.
+        device: device of the probabilities.
+        seed: as for `torch.manual_seed`; None continues torch's own generator of the device.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device, seed: int | None = None):
@@ -49,7 +49,7 @@ class Noise:
         self._most = max(8, KEPT_BYTES // (4 * rows * vocab_size))
 
     def step(self, index: int) -> Tensor:
-        """`(rows, vocab)` of the step that decides every row's new token of this index."""
+        """Return the `(rows, vocab)` noise of the step that decides every row's new token `index`."""
         while len(self._states) <= index + 1:
             self._make(len(self._states) - 1)
         if index not in self._steps:
@@ -58,7 +58,7 @@ class Noise:
         return self._steps[index]
 
     def leave(self, steps: int) -> None:
-        """Put torch's own generator, where the noise is from it, to where stock `generate` leaves it after so many."""
+        """Set torch's own generator, if the noise is from it, to its state after `steps` steps of `generate`."""
         if self._own is not None:
             if steps:
                 self.step(steps - 1)
@@ -75,35 +75,35 @@ class Noise:
 
 
 class Coupled:
-    """One row's share of the noise (a `Chance` that accepts nothing by itself), `at` any node of its trees.
+    """One row's share of the noise: a `Chance` with noise for every node, which accepts nothing itself.
 
     Args:
-        noise: of its batch.
-        row: its place there.
-        decided: its new tokens, a list that grows while it is decoded.
+        noise: noise of the row's batch.
+        row: index of the row in that batch.
+        decided: new tokens of the row, a list that grows while the row is decoded.
     """
 
     def __init__(self, noise: Noise, row: int, decided: Sequence[int]):
         self.noise, self._row, self._decided = noise, row, decided
 
     def at(self, depth: int) -> Tensor:
-        """`(vocab,)` noise under which the token after a node this deep below the root is chosen."""
+        """Return the `(vocab,)` noise that chooses the token after a node `depth` levels below the root."""
         return self.noise.step(len(self._decided) + depth)[self._row]
 
     def accept(self, probability: float) -> bool:
         raise NotImplementedError("coupled rows compare choices, they throw no dice")
 
     def draw(self, dist: Tensor) -> int:
-        """The next token of the row."""
+        """Choose the next token of the row from `(vocab,)` probabilities."""
         return int(under(dist, self.at(0)))
 
 
 class Still(Coupled):
-    """For greedy rows among coupled ones: a point mass is the same under any noise.
+    """Noise of greedy rows among coupled ones: all ones, because a point mass is the same under any noise.
 
     Args:
-        vocab_size: tokens.
-        device: of the probabilities.
+        vocab_size: number of tokens.
+        device: device of the probabilities.
     """
 
     def __init__(self, vocab_size: int, device: torch.device):
@@ -114,10 +114,10 @@ class Still(Coupled):
 
 
 class Shown(Coupled):
-    """Noise that lies ready, one vector for every depth.
+    """Noise computed beforehand, one vector for every depth.
 
     Args:
-        noise: `(depths, vocab)`, or of some tokens only.
+        noise: `(depths, vocab)`, or `(depths, kept)` for some tokens only.
     """
 
     def __init__(self, noise: Tensor):
@@ -128,11 +128,11 @@ class Shown(Coupled):
 
 
 class Narrowed(Coupled):
-    """Another's noise of some tokens only.
+    """Another row's noise, restricted to some tokens.
 
     Args:
-        other: of all tokens.
-        tokens: `(kept,)` those.
+        other: noise of all tokens.
+        tokens: `(kept,)` ids of those tokens.
     """
 
     def __init__(self, other: Coupled, tokens: Tensor):
@@ -145,14 +145,14 @@ class Narrowed(Coupled):
 def chance_of(
     warper: Warper, vocab_size: int, device: torch.device, seed: int | None, decided: Sequence[int]
 ) -> Coupled:
-    """A row's share of noise of its own; its text is the same in any company.
+    """Make noise for one row, so that its text does not depend on the batch.
 
     Args:
-        warper: of the row.
-        vocab_size: tokens.
-        device: of the probabilities.
-        seed: of the row; a fresh one from the system when None.
-        decided: its new tokens, a list that grows while it is decoded.
+        warper: the row's warper.
+        vocab_size: number of tokens.
+        device: device of the probabilities.
+        seed: seed of the row; None takes a fresh one from the system.
+        decided: new tokens of the row, a list that grows while the row is decoded.
     """
     if warper.greedy:
         return Still(vocab_size, device)
@@ -160,25 +160,25 @@ def chance_of(
 
 
 def under(probs: Tensor, noise: Tensor) -> Tensor:
-    """`(...)` the tokens chosen of `(..., vocab)` probabilities under noise that broadcasts to them; one past the
-    vocabulary where those are NaN, as in `draw_each`."""
+    """Return the `(...)` tokens that noise chooses of `(..., vocab)` probabilities; the noise broadcasts to them. Where
+    the probabilities are NaN, the result is one past the vocabulary, as in `draw_each`."""
     chosen, best = with_greatest(probs / noise)
     return torch.where(best.isnan(), probs.shape[-1], chosen)
 
 
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
-    """`Noise.leave` of a batch that was decoded, where its rows are coupled.
+    """Call `Noise.leave` for a batch that was decoded, if its rows are coupled.
 
     Args:
-        chances: of the rows.
-        tokens: their new ones.
+        chances: sources of random numbers of the rows.
+        tokens: new tokens of each row.
     """
     if chances and isinstance(chances[0], Coupled):
         chances[0].noise.leave(max(map(len, tokens)))
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Torch's own of the device."""
+    """Return torch's own generator of the device."""
     if device.type == "cpu":
         return torch.default_generator
     return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]

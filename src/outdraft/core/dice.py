@@ -1,6 +1,7 @@
-"""Every random decision of drafting and verification, handed in: dice, and how they draw a token.
+"""The sources of all random decisions in drafting and verification, and how they draw a token.
 
-A test can put an exhaustive enumeration in their place, which is how losslessness is proved rather than observed.
+Callers pass them in, so a test can replace them by an exhaustive enumeration. That proves losslessness where random
+trials would only observe it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ from torch import Tensor
 from outdraft.core.tensors import sent
 
 BLOCK = 512
-"""Tokens that are summed at once where one is drawn."""
+"""Tokens whose probabilities are summed at once when a token is drawn."""
 
 
 class Chance(Protocol):
-    """Every random decision that drafting and verification make for one row."""
+    """The source of all random decisions in drafting and verification of one row."""
 
     def accept(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
 
     def draw(self, dist: Tensor) -> int:
-        """An index drawn from `(vocab,)` probabilities, which need not be normalised."""
+        """Draw an index from `(vocab,)` probabilities, which need not be normalised."""
 
 
 class Dice:
-    """Chance from a seeded generator, which is on the CPU wherever the distributions are: nobody waits for a device's
-    numbers.
+    """Random decisions from a seeded generator. It is always on the CPU, so that no draw waits for a device's numbers.
 
     Args:
-        seed: of this row's generator; a fresh one from the system when None.
+        seed: seed of this row's generator; None takes a fresh one from the system.
     """
 
     def __init__(self, seed: int | None = None):
@@ -43,7 +43,7 @@ class Dice:
             self.generator.manual_seed(seed)
 
     def uniform(self) -> float:
-        """The next number in [0, 1)."""
+        """Return the next number in [0, 1)."""
         return torch.rand((), dtype=torch.float64, generator=self.generator).item()
 
     def accept(self, probability: float) -> bool:
@@ -56,7 +56,7 @@ class Dice:
 
 
 class Thrown:
-    """Dice that were thrown ahead, in the order in which `Dice` would throw them, and lie on the device.
+    """Random numbers drawn ahead, in the order in which `Dice` would draw them, and kept on the device.
 
     Args:
         shares: `(throws,)` numbers in [0, 1), float64.
@@ -66,7 +66,7 @@ class Thrown:
         self.shares, self._next = shares, 0
 
     def share(self) -> Tensor:
-        """The next one."""
+        """Return the next number, as a scalar tensor."""
         self._next += 1
         return self.shares[self._next - 1]
 
@@ -78,10 +78,10 @@ class Thrown:
 
 
 def draw_each(chances: Sequence[Chance], probs: Tensor) -> Tensor:
-    """`(rows,)` one token of each of the `(rows, vocab)` distributions, by each row's own chance.
+    """Draw one token from each of the `(rows, vocab)` distributions, with each row's own random numbers; `(rows,)`.
 
-    Of a distribution that is NaN, which is what becomes of logits that are no numbers, one past the vocabulary: whoever
-    draws finds out with the token itself, by no further transfer from a device.
+    A distribution is NaN if its logits were not finite. Its token is one past the vocabulary, so that the caller learns
+    of it from the token, with no further transfer from a device.
     """
     if all(isinstance(chance, Thrown) for chance in chances):
         return at_shares(torch.stack([thrown.share() for thrown in chances]), probs)  # type: ignore[attr-defined]
@@ -93,9 +93,11 @@ def draw_each(chances: Sequence[Chance], probs: Tensor) -> Tensor:
 
 
 def at_shares(shares: Tensor, probs: Tensor) -> Tensor:
-    """`(rows,)` of each of the `(rows, vocab)` distributions the first token up to which more than a `(rows,)` share of
-    it lies: in float64, so that no token of positive probability is lost, and below the whole of it, which rounding
-    could else bring a share up to."""
+    """Return the `(rows,)` first tokens where cumulative `(rows, vocab)` probabilities exceed `(rows,)` shares.
+
+    Sums are float64, so that no token of positive probability is lost. The share is kept below the whole sum, which
+    rounding could otherwise reach.
+    """
     if probs.device.type != "cpu":
         return at_shares_by_blocks(shares, probs)
     upto = probs.cumsum(-1, dtype=torch.float64)
@@ -103,8 +105,8 @@ def at_shares(shares: Tensor, probs: Tensor) -> Tensor:
 
 
 def at_shares_by_blocks(shares: Tensor, probs: Tensor) -> Tensor:
-    """The same, the block of tokens first and then the token in it: a GPU adds side by side, but makes running sums one
-    after the other, which took it 1.4 ms over 8 distributions of 128,256 tokens."""
+    """Compute `at_shares` in two steps: find the block of tokens, then the token in it. A GPU adds in parallel but
+    makes running sums serially, which took 1.4 ms over 8 distributions of 128,256 tokens."""
     rows, vocab = probs.shape
     full = vocab // BLOCK * BLOCK
     sums = probs[:, :full].reshape(rows, -1, BLOCK).sum(-1, dtype=torch.float64)
@@ -112,7 +114,7 @@ def at_shares_by_blocks(shares: Tensor, probs: Tensor) -> Tensor:
         sums = torch.cat([sums, probs[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
     upto = sums.cumsum(-1)
     block, wanted = _reached(upto, shares[:, None] * upto[:, -1:])
-    block = block.clamp(max=sums.shape[1] - 1)  # of a distribution that is NaN it is none
+    block = block.clamp(max=sums.shape[1] - 1)  # the index of a NaN distribution is past the last block
     before = (upto - sums).gather(1, block)
     places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)
@@ -121,8 +123,7 @@ def at_shares_by_blocks(shares: Tensor, probs: Tensor) -> Tensor:
 
 
 def _reached(upto: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """`(rows, 1)` first place where running sums `(rows, n)` lie above what is wanted, and what was wanted, kept below
-    their last."""
+    """Return the `(rows, 1)` first index whose running sum `(rows, n)` exceeds `wanted`, and the clipped `wanted`."""
     whole = upto[:, -1:]
     wanted = torch.minimum(wanted, whole.nextafter(torch.zeros_like(whole)))
     return torch.searchsorted(upto, wanted, right=True), wanted

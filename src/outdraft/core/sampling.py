@@ -1,7 +1,7 @@
-"""From logits to the probabilities that a token is drawn from.
+"""Logits to the probabilities that a token is drawn from.
 
-`Warper` turns one node's logits, given the tokens before it, into probabilities: the processors of `transformers`
-wherever it has one.
+`Warper` turns one node's logits, given the tokens before it, into probabilities. It uses the processors of
+`transformers` wherever one exists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OccurrencePenalty(hf.LogitsProcessor):
 
 
 class LogitBias(hf.LogitsProcessor):
-    """A constant added to chosen tokens' logits."""
+    """Adds a constant to the logits of chosen tokens."""
 
     def __init__(self, bias: dict[int, float], vocab_size: int):
         outside = [token for token in bias if not 0 <= token < vocab_size]
@@ -54,15 +54,15 @@ def _sequence_bias(given: Any, vocab_size: int) -> hf.LogitsProcessor:
 
 
 class Warper:
-    """Logits of one node to the distribution its token is drawn from.
+    """Turns one node's logits into the distribution that its token is drawn from.
 
     Args:
-        settings: what the user asked for.
+        settings: sampling settings of the user.
         prompt_length: tokens of the prompt, which some processors leave out of their counting.
-        vocab_size: to check token ids.
-        eos_token_ids: ends of sequence, held back until `min_new_tokens`.
+        vocab_size: number of tokens, to check token ids.
+        eos_token_ids: end-of-sequence tokens, held back until `min_new_tokens`.
         extra: further `transformers` processors, pure functions of (prefix, logits), applied first.
-        device: of the logits.
+        device: device of the logits.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Warper:
         device: torch.device | str = "cpu",
     ):
         self.error: Exception | None = None
-        """What a processor has raised, where a distribution was asked of it in company (`probs_of`)."""
+        """The error that a processor raised while a batch was computed (`probs_of`)."""
         self.guides = [processor for processor in extra if getattr(processor, "guides_drafts", False)]
         """Those of `extra` that rule tokens out, cheaply enough to be asked of drafts, too."""
         self.greedy = settings.temperature == 0
@@ -108,13 +108,13 @@ class Warper:
         rare = (s.typical_p, s.epsilon_cutoff, s.eta_cutoff)
         shape = (0,) if self.greedy else (s.temperature, s.top_k, s.top_p, s.min_p, *rare)
         self.scoring: Hashable = (*shape, bias, tuple(s.suppress_tokens))
-        """Warpers that have it in common make the same `scores` of the same logits."""
+        """Equal for warpers that make the same `scores` of the same logits."""
         self.kind: Hashable = None if self.reads_prefix else self.scoring
-        """Warpers of one kind make the same distribution of the same logits; None where it depends on the prefix."""
+        """Equal for warpers that make the same distribution of the same logits; None if it depends on the prefix."""
         self.sorts = not self.greedy and bool(s.top_k or s.top_p < 1 or s.typical_p < 1)
-        """Whether a distribution costs a search through the vocabulary, so that none should be made in vain."""
+        """True if a distribution costs a search through the vocabulary, so that none should be made in vain."""
         self.names_tokens = bool(s.logit_bias)
-        """Whether it looks tokens up by their ids, beside what reads the prefix."""
+        """True if the warper looks tokens up by their ids, not counting processors that read the prefix."""
         self._processors, self._reading = [*reading], len(reading)
         if s.logit_bias:
             self._processors.append(LogitBias(s.logit_bias, vocab_size))
@@ -143,30 +143,30 @@ class Warper:
         return warpers
 
     def probs_after(self, logits: Tensor, prefix: Tensor) -> Tensor:
-        """Probabilities `(vocab,)`, at least float32, of the token after `prefix`.
+        """Return the probabilities `(vocab,)`, at least float32, of the token after `prefix`.
 
         Args:
-            logits: `(vocab,)` of the model.
-            prefix: `(tokens,)` prompt and all tokens up to the node; only read when `reads_prefix`.
+            logits: `(vocab,)` logits of the model.
+            prefix: `(tokens,)` prompt and all tokens up to the node; read only when `reads_prefix`.
         """
         return self._laws(logits[None], prefix[None])[0]
 
     def probs(self, logits: Tensor) -> Tensor:
-        """`probs_after` of `(..., vocab)` logits at once, as many probabilities; not where it `reads_prefix`."""
+        """Return `(..., vocab)` probabilities of `(..., vocab)` logits at once; not defined when `reads_prefix`."""
         flat = logits.reshape(-1, logits.shape[-1])
         return self._laws(flat, _NO_PREFIX).view_as(logits)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """`(..., vocab)` logarithms of those distributions up to a constant, without what reads the prefix."""
+        """Return the `(..., vocab)` log-probabilities up to a constant, without the processors that read the prefix."""
         flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
         for processor in self._processors[self._reading :]:
             flat = processor(_NO_PREFIX, flat)
         return flat.view_as(logits)
 
     def choices(self, logits: Tensor) -> Tensor:
-        """`(...)` the only tokens of those distributions; only where it is `greedy`, too.
+        """Return the `(...)` only tokens of the distributions; defined only when `greedy` and not `reads_prefix`.
 
-        One past the vocabulary, as `draw_each` has it, where the logits leave none.
+        The token is one past the vocabulary, as in `draw_each`, where the logits leave none.
         """
         scores = logits
         if self._processors:
@@ -193,14 +193,14 @@ _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
 
 
 def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
-    """`(rows, vocab)` of each row's own warper, from as many logits; rows of one kind are computed together.
+    """Return `(rows, vocab)` probabilities, each row by its own warper; rows of one kind are computed together.
 
-    A distribution is NaN where the logits are no numbers or a processor fails, which then is the warper's `error`.
+    A distribution is NaN if the logits are not finite or a processor fails, which then sets the warper's `error`.
 
     Args:
-        warpers: of the rows.
-        logits: `(rows, vocab)` of the model.
-        prefixes: of the rows, as `Warper.probs_after` takes them; only looked at where a warper reads them.
+        warpers: one warper per row.
+        logits: `(rows, vocab)` logits of the model.
+        prefixes: one prefix per row, as in `Warper.probs_after`; read only where a warper needs them.
     """
     kind = warpers[0].kind
     if kind is not None and all(warper.kind == kind for warper in warpers):
@@ -222,14 +222,13 @@ def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tenso
 
 
 def with_greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`(...)` `greatest`, and what stands there, which is no finite number where any is NaN or infinite or all are
-    ruled out."""
+    """Return `greatest` and the value there, not finite if any score is NaN or infinite or all are ruled out."""
     chosen = greatest(scores)
     return chosen, scores.gather(-1, chosen[..., None])[..., 0]
 
 
 def greatest(scores: Tensor) -> Tensor:
-    """`(...)` index of the largest of `(..., vocab)`, the first of equals."""
+    """Return the `(...)` index of the largest of `(..., vocab)` scores, the first of equal ones."""
     if scores.device.type != "cpu":
         return scores.argmax(-1)
     # NumPy's search is vectorised: over 4096 to 128,000 tokens it takes a third to a twelfth of torch's time on a CPU.

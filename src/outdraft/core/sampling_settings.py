@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings of sampling, checked. Imports no torch, so that help texts are quick."""
+"""The checked settings of sampling. This module imports no torch, so that help texts are quick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outdraft.errors import UserError
 
 @dataclass
 class SamplingSettings:
-    """How the next token is chosen; names and meaning as in Hugging Face `generate` where it has them."""
+    """The settings of sampling; names and meaning as in Hugging Face `generate` where it has them."""
 
     temperature: float = 0.0
     """Softness of the distribution; 0 is greedy decoding."""
@@ -29,7 +29,7 @@ class SamplingSettings:
     frequency_penalty: float = 0.0
     """Subtract this times the number of times a token was generated before (prompt not counted)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids, which may be text, as JSON has them."""
+    """Bias added to the logits of these token ids, which may be text, as JSON has them."""
     bad_words_ids: list[list[int]] = field(default_factory=list)
     """Token sequences that are never completed."""
     min_new_tokens: int = 0
@@ -43,13 +43,13 @@ class SamplingSettings:
     no_repeat_ngram_size: int = 0
     """No sequence of so many tokens twice, prompt included; 0 is off."""
     sequence_bias: Any = None
-    """Added to the logits of tokens that complete sequences: `[[token ids], bias]` pairs."""
+    """Bias added to the logits of tokens that complete sequences: `[[token ids], bias]` pairs."""
     typical_p: float = 1.0
     """Keep the most typical tokens up to this probability; 1 keeps all."""
     epsilon_cutoff: float = 0.0
     """Drop tokens less probable than this; 0 keeps all."""
     eta_cutoff: float = 0.0
-    """Likewise, less strictly where many tokens are probable."""
+    """Drop improbable tokens as epsilon_cutoff does, fewer where many tokens are probable; 0 keeps all."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "min_new_tokens", "min_length", "no_repeat_ngram_size"):
@@ -91,7 +91,7 @@ _NUMBERS = (
 
 
 def whole(name: str, value: Any) -> int:
-    """The value as an int, or the UserError that names the setting."""
+    """Return the value as an int, or raise the UserError that names the setting."""
     try:
         return operator.index(value)
     except TypeError:
@@ -99,7 +99,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """The value as a float, or the UserError that names the setting."""
+    """Return the value as a float, or raise the UserError that names the setting."""
     try:
         return float(value)
     except (TypeError, ValueError):

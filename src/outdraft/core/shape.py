@@ -1,4 +1,4 @@
-"""How large a draft may get: EAGLE-2's depth, top-k and size, and what suits which device."""
+"""The largest size of a draft: EAGLE-2's depth, top-k and size, with defaults per device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Choice = Literal["top-k", "sampled", "sampled-with-replacement"]
 
 @dataclass(frozen=True)
 class TreeShape:
-    """How large a tree may get; EAGLE's depth, top_k and total_token."""
+    """The largest size of a tree: EAGLE's depth, top_k and total_token."""
 
     depth: int
     """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
     top_k: int
-    """Nodes expanded a level, and children considered of each; 1 is a chain."""
+    """Nodes expanded per level, and children considered of each; 1 is a chain."""
     size: int
     """Nodes that the target verifies, the root included."""
     candidates: Choice = "top-k"
@@ -32,7 +32,7 @@ class TreeShape:
 
     @classmethod
     def chain(cls, num_speculative_tokens: int, **settings: object) -> TreeShape:
-        """A chain of so many candidates."""
+        """Make a chain of `num_speculative_tokens` candidates."""
         if num_speculative_tokens < 1:
             raise UserError(
                 f"num_speculative_tokens must be at least 1, not {num_speculative_tokens}; --method none drafts nothing"
@@ -40,39 +40,40 @@ class TreeShape:
         return cls(num_speculative_tokens - 1, 1, num_speculative_tokens + 1, **settings)  # type: ignore[arg-type]
 
     def at_most(self, path: int, size: int) -> TreeShape:
-        """The same shape with paths of at most `path` candidates and at most `size` nodes (both at least 1)."""
+        """Limit the shape to paths of `path` candidates and to `size` nodes (both at least 1)."""
         return replace(self, depth=min(self.depth, path - 1), size=min(self.size, size))
 
     def doubled(self) -> TreeShape:
-        """Paths twice as long: where a controller decides how far, this is how far it may go."""
+        """Double the length of paths: a controller that decides how far to draft may go this far."""
         longer = 2 * self.depth + 1
         return replace(self, depth=longer, size=longer + 2 if self.top_k == 1 else 2 * self.size)
 
 
 CPU_TREE = TreeShape(depth=3, top_k=3, size=10)
-"""Few draft steps, few nodes: measured on two cores (docs/measurements/draft-shapes.md)."""
+"""Default tree on a CPU: few draft steps, few nodes, measured on two cores (docs/measurements/draft-shapes.md)."""
 
 GREEDY_CHAIN, BATCH_CHAIN, BATCH = TreeShape.chain(4), TreeShape.chain(3), 4
-"""In place of that tree where nobody asks for one and every level costs a step; the second from `BATCH` rows on. All
-shipped drafters were faster with chains once the target's layers took less time (docs/measurements/draft-shapes.md)."""
+"""Greedy defaults on a CPU instead of `CPU_TREE`, for drafters whose levels each cost a step. `BATCH_CHAIN` holds from
+`BATCH` rows on. All shipped drafters were faster with chains once the target's layers took less time
+(docs/measurements/draft-shapes.md)."""
 
 CPU_CHAIN = TreeShape.chain(4, candidates="sampled")
-"""At temperature 1 a chain sampled from the drafter's distribution was accepted twice as far as a tree of its best
-guesses."""
+"""Sampled default on a CPU. At temperature 1 a chain drawn from the drafter's distribution was accepted twice as far as
+a tree of the drafter's most probable tokens."""
 
 GPU_TREE = TreeShape(depth=5, top_k=10, size=60)
 """EAGLE-2's tree for targets of 7B and 8B."""
 
 GPU_CHAIN = TreeShape.chain(5, candidates="sampled")
-"""At temperature 1, as on a CPU."""
+"""Sampled default on a GPU, for the reason given at `CPU_CHAIN`."""
 
 GPU_NODES = 128
-"""Nodes of all rows that a GPU verifies in little more time than one token: an 8B target took 5.3 ms over one, 6.7 over
-60 and 8.3 over 128 on an H200, and from there on in proportion (docs/measurements/gpu.md)."""
+"""Nodes of all rows that a GPU verifies in little more time than one token. On an H200 an 8B target took 5.3 ms over
+one, 6.7 over 60, 8.3 over 128, and proportionally more beyond (docs/measurements/gpu.md)."""
 
 
 def gpu_tree(rows: int, tree: TreeShape = GPU_TREE) -> TreeShape:
-    """A tree of `GPU_TREE`'s size, or as much of it as so many rows decoded together can verify at that price."""
+    """Return a tree of `GPU_TREE`'s size, or as much of it as `rows` rows together can verify within `GPU_NODES`."""
     size = min(tree.size, GPU_NODES // rows)
     if size > tree.top_k:
         return replace(tree, size=size)

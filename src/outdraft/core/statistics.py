@@ -1,5 +1,5 @@
-"""What a decoding did: rounds, drafted and accepted tokens, seconds. Words as in the field: tau counts the bonus
-token, the acceptance rate does not. Knows nothing of how decoding works."""
+"""Statistics of decoding: rounds, drafted and accepted tokens, seconds. As in the literature, tau counts the bonus
+token and the acceptance rate does not."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Statistics:
-    """Counts of one row, or of several added up.
+    """Counts of one row, or sums over several rows.
 
     Attributes:
         rounds: target forwards after the prefill.
-        emitted: tokens that those rounds added (the prefill's own token is not among them).
+        emitted: tokens that those rounds added (without the prefill's own token).
         drafted: candidates verified.
         accepted: candidates accepted, those cut off by an end of sequence included.
         reached: at index d, rounds whose tree had candidates at depth d + 1.
         accepted_at: at index d, rounds that accepted a candidate at depth d + 1.
-        lengths: for every round, how many candidates were accepted.
-        repeats: rounds whose candidates were what the text repeats, in the drafter's place.
-        depths: for every round, how deep its tree went, 0 where nothing was drafted.
-        prefill_seconds, draft_seconds, verify_seconds, rest_seconds: where the time went; a batch's seconds stand
-            in each of its rows.
+        lengths: candidates accepted in every round.
+        repeats: rounds in which an n-gram draft overrode the drafter.
+        depths: depth of every round's tree, 0 where nothing was drafted.
+        prefill_seconds, draft_seconds, verify_seconds, rest_seconds: seconds by phase; each row of a batch holds the
+            whole batch's seconds.
     """
 
     rounds: int = 0
@@ -41,27 +41,27 @@ class Statistics:
 
     @property
     def tau(self) -> float:
-        """Tokens emitted a target forward, the bonus token included."""
+        """Tokens emitted per target forward, the bonus token included."""
         return self.emitted / self.rounds if self.rounds else float("nan")
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted of drafted candidates."""
+        """Accepted candidates divided by drafted candidates."""
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Of the rounds that drafted to a depth, the share that accepted there; index 0 is the first candidate."""
+        """At index d, the share of rounds with candidates at depth d + 1 that accepted one there."""
         return [accepted / reached for accepted, reached in zip(self.accepted_at, self.reached, strict=True)]
 
     @property
     def draft_lengths(self) -> list[int]:
-        """At index n, the rounds that drafted n levels (a chain's candidates)."""
+        """At index n, the number of rounds that drafted n levels (a chain's candidates)."""
         return [self.depths.count(depth) for depth in range(max(self.depths, default=-1) + 1)]
 
     @property
     def decode_seconds(self) -> float:
-        """Seconds of all rounds, the prefill not counted."""
+        """Seconds of all rounds, without the prefill."""
         return self.draft_seconds + self.verify_seconds + self.rest_seconds
 
     def add_seconds(self, draft: float, verify: float, rest: float) -> None:
@@ -70,7 +70,7 @@ class Statistics:
         self.rest_seconds += rest
 
     def add_round(self, drafted: int, depth: int, accepted: int, emitted: int) -> None:
-        """One round that drafted so many candidates to this depth, accepted and emitted so many."""
+        """Count one round: candidates drafted, depth of the tree, candidates accepted, tokens emitted."""
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -87,7 +87,7 @@ class Statistics:
 
     @classmethod
     def sum(cls, parts: Iterable[Statistics], together: bool = False) -> Statistics:
-        """Added up; rows that were decoded `together` share their seconds, of which the longest counts."""
+        """Add statistics up; rows that were decoded `together` share their seconds, so the longest counts."""
         total = cls()
         for part in parts:
             for name in ("rounds", "emitted", "drafted", "accepted", "repeats"):
@@ -104,7 +104,7 @@ class Statistics:
         return total
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON, the derived figures included."""
+        """Return the counts and the derived figures for JSON."""
         return {
             "tau": self.tau,
             "rounds": self.rounds,

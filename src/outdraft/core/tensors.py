@@ -1,6 +1,6 @@
-"""Small tensors that many forwards share: lengths on the device, counting, who sees whom in plain order.
+"""Small tensors that many forwards share: lengths on the device, ranges, and plain attention masks.
 
-Made once and only read: whoever changes one changes it for everybody. Knows nothing of caches, trees or models.
+They are made once and must only be read: a change would reach every user of the tensor.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import torch
 from torch import Tensor
 
 LEAST = 64
-"""Entries of the smallest table; larger ones double, so that few are ever made."""
+"""Entries of the smallest table; larger tables double, so that few are ever made."""
 
 
 def sent(numbers: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """Numbers of the host's as a tensor on the device, without waiting for what that has yet to do."""
+    """Copy host numbers to a tensor on the device, without waiting for the device's queued work."""
     made = torch.tensor(numbers, dtype=dtype)
     return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """`(count,)` these integers on the device; the lengths of rows are asked for many times a round."""
+    """Return the `(count,)` integers on the device; cached, because rows' lengths are asked for many times a round."""
     return _integers(tuple(values), device)
 
 
 def counting(first: int, count: int, device: torch.device) -> Tensor:
-    """`(count,)` first, first + 1, ..."""
+    """Return the `(count,)` range first, first + 1, ..."""
     return _counting(_size(first + count), device)[first : first + count]
 
 
 def causal(rows: int, count: int, device: torch.device) -> Tensor:
-    """`(rows, count, count)` each token sees itself and those before it."""
+    """Return the `(rows, count, count)` mask in which each token sees itself and those before it."""
     return _causal(_size(count), device)[:count, :count].expand(rows, -1, -1)
 
 
 def itself(rows: int, count: int, device: torch.device) -> Tensor:
-    """`(rows, count, count)` each token sees itself only."""
+    """Return the `(rows, count, count)` mask in which each token sees only itself."""
     return _itself(_size(count), device)[:count, :count].expand(rows, -1, -1)
 
 
 def chosen(x: Tensor, nodes: Tensor) -> Tensor:
-    """Of `(rows, n, width)` the entries at these `(rows, m)` nodes."""
+    """Gather the entries of `(rows, n, width)` at `(rows, m)` node indices."""
     return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
 
 

@@ -1,10 +1,8 @@
-"""Candidate trees, one for every row of a batch, and what attention needs to know of them.
+"""Candidate trees, one for every row of a batch, and the ancestor masks that attention needs.
 
-Node 0 of every row is its root: the last token already decided, whose keys and values the target has not computed
-yet. Parents come before children. Rows are padded to one number of nodes. A tree also says under which distribution its
-candidates were drawn, which is all that verification has to know of the drafter.
-
-It does not know who grew the tree, or what the target makes of it.
+Node 0 of every row is its root: the last token already decided, whose keys and values the target has not computed yet.
+Parents come before children. Rows are padded to one number of nodes. A tree also holds the distribution that its
+candidates were drawn from, which is all that verification must know of the drafter.
 """
 
 from __future__ import annotations
@@ -28,15 +26,15 @@ class Tree:
     """Trees of `rows` sequences, each of at most `nodes` nodes.
 
     Attributes:
-        tokens: `(rows, nodes)`; column 0 the roots.
+        tokens: `(rows, nodes)` token ids; column 0 holds the roots.
         parents: `(rows, nodes)` index of the parent, -1 for the root; padding points to the root.
-        counts: nodes that each row really has, the root included; the rest is padding.
+        counts: real nodes of each row, the root included; the rest is padding.
         candidates: how a node's children were chosen: `point` (deterministically, by whatever rule) or drawn from
             `draft_probs`, independently or without replacement, in the order of their indices.
         draft_probs: `(rows, nodes, vocab)` the exact distribution each node's children were drawn from; None for
             `point`.
-        levels: no node lies deeper than this; None where nobody knows.
-        chain: whether every node is known to be the child of the one before it.
+        levels: upper bound of the nodes' depth; None if unknown.
+        chain: True if every node is known to be the child of the one before it.
     """
 
     tokens: Tensor
@@ -59,14 +57,14 @@ class Tree:
 
     @classmethod
     def roots(cls, tokens: Tensor) -> Tree:
-        """Trees of nothing but their roots, from `(rows,)` tokens: what plain decoding verifies."""
+        """Make trees that hold only roots, from `(rows,)` tokens: what plain decoding verifies."""
         return cls(tokens[:, None], torch.full_like(tokens[:, None], -1), [1] * len(tokens), levels=0)
 
     @classmethod
     def chains(
         cls, tokens: Tensor, width: int, candidates: Candidates = "point", draft_probs: Tensor | None = None
     ) -> Tree:
-        """Trees of `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens, none padding."""
+        """Make `width` chains from the root, level by level; `(rows, 1 + width * length)` tokens without padding."""
         rows, nodes = tokens.shape
         parents, ancestors, depths = _chains(width, nodes, tokens.device)
         tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, draft_probs, (nodes - 1) // width)
@@ -76,7 +74,7 @@ class Tree:
 
     @classmethod
     def listed(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Tree:
-        """Trees of one chain each, of point masses, from lists of tokens that begin with the root; any lengths."""
+        """Make one chain per row, with point masses, from token lists of any length that begin with the root."""
         counts = [len(chain) for chain in chains]
         nodes = max(counts)
         tokens = sent([[*chain, *[0] * (nodes - len(chain))] for chain in chains], device)
@@ -95,20 +93,20 @@ class Tree:
 
     @property
     def depths(self) -> Tensor:
-        """`(rows, nodes)` edges between node and root."""
+        """`(rows, nodes)` number of edges between node and root."""
         if self._depths is None:
             self._depths = self.ancestors.sum(-1) - 1
         return self._depths
 
     @property
     def ancestors(self) -> Tensor:
-        """`(rows, nodes, nodes)` True where the column is the row's node itself or one of its ancestors."""
+        """`(rows, nodes, nodes)` ancestor mask: True if the column is the node itself or one of its ancestors."""
         if self._ancestors is None:
             self._ancestors = self._climb()
         return self._ancestors
 
     def _climb(self) -> Tensor:
-        """Node and parent, then by squaring all within 2, 4, 8 ... steps."""
+        """Compute the ancestor mask from node and parent, then by squaring for 2, 4, 8 ... steps."""
         levels = self.nodes - 1 if self.levels is None else self.levels
         seen = itself(self.rows, self.nodes, self.tokens.device)
         if levels < 1:
@@ -123,7 +121,7 @@ class Tree:
 
     @property
     def deepest(self) -> list[int]:
-        """Of every row, how deep its deepest node lies."""
+        """Depth of the deepest node of every row."""
         if self._deepest is None:
             # Padding lies right below the root, so that it counts only where there is nothing else.
             found = [0] * self.rows if self.nodes == 1 else self._deepest_of_lists() or self.depths.amax(1).tolist()
@@ -131,7 +129,7 @@ class Tree:
         return self._deepest
 
     def _deepest_of_lists(self) -> list[int] | None:
-        """The same on the host, where parents have come over already."""
+        """Compute `deepest` on the host, if the parents are there already."""
         if self._lists is None:
             return None
         found = []
@@ -151,14 +149,14 @@ class Tree:
         return self._lists
 
     def children(self, row: int) -> dict[int, list[int]]:
-        """Children of every node of a row that has some, in the order in which they were proposed."""
+        """Return the children of every node of a row that has some, in the order in which they were proposed."""
         result: dict[int, list[int]] = {}
         for node, parent in enumerate(self.lists[1][row][1 : self.counts[row]], start=1):
             result.setdefault(parent, []).append(node)
         return result
 
     def validate(self) -> None:
-        """Raise ValueError where the tree breaks the promises of this class."""
+        """Raise ValueError if the tree violates the invariants of this class."""
         order = torch.arange(self.nodes, device=self.tokens.device)
         if not ((self.parents[:, 1:] >= 0) & (self.parents[:, 1:] < order[1:])).all():
             raise ValueError("every parent comes before its children")
@@ -168,7 +166,7 @@ class Tree:
 
 @lru_cache(maxsize=128)
 def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Parents, ancestors and depths of one row of `Tree.chains`, which are the same every round."""
+    """Return parents, ancestors and depths of one row of `Tree.chains`, which are the same every round."""
     with torch.inference_mode(False):
         parents = torch.tensor([[-1] + [max(0, node - width) for node in range(1, nodes)]], device=device)
         tree = Tree(torch.zeros_like(parents), parents, [nodes])
@@ -178,11 +176,11 @@ def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tenso
 def attention_mask(
     seen: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
 ) -> Tensor:
-    """Which cached slots each new token may look at.
+    """Compute which cached slots each new token attends to.
 
     Args:
-        seen: `(rows, tokens, m)` which of the `m` pending tokens each token sees, itself included.
-        slots: `(rows, m)` where those lie in the cache: in order, right after the committed ones.
+        seen: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each token sees, itself included.
+        slots: `(rows, m)` cache slots of the pending tokens: in order, right after the committed ones.
         lengths: committed tokens of every row, all of which are seen.
         extent: slots that the forward reads, the longest row's `lengths + m`.
         positions: `(rows, tokens + ...)` positions of the `m` tokens; the last `tokens` of them are the new ones'.

@@ -1,24 +1,23 @@
-"""The lossless rule: a tree of guesses, the target's logits, and what may be kept.
+"""The lossless rule: given a tree of candidates and the target's logits, which tokens are kept.
 
-For every row: stand at the root, with p the target's distribution of the next token there. Try the node's children
-x_1, x_2, ... in order, where q is the distribution that the child was drawn from (a point mass for deterministic
-candidates):
+For every row, start at the root, with p the target's distribution of the next token there. Try the node's children x_1,
+x_2, ... in order. q is the distribution that the child was drawn from (a point mass for deterministic candidates):
 
     accept x with probability min(1, p(x) / q(x));
     if rejected, what is left of p:  p <- (p - q)+ / |(p - q)+|       the residual,
     and, for candidates without replacement, of q:  q(x) <- 0, renormalised.
 
-Accepted: step down to x and go on. None accepted: the next token is drawn from what is left of p. By induction over
-the children the token after the node has exactly the target's distribution, whatever q is:
+If x is accepted, go down to x and repeat. If no child is accepted, the next token is drawn from what is left of p. By
+induction over the children the token after the node has exactly the target's distribution, whatever q is:
 
     P(x) = q(x) min(1, p(x)/q(x)) + P(reject) residual(x) = p(x)
 
 (Leviathan et al. 2023, theorem 1, applied once a child; SpecInfer's multi-round rule). For a point mass on x this
-reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same rule, with p a point mass: accept x
-where it is the target's most probable token. Nothing is left to chance then, so `verify_greedy` compares all nodes of
-all rows at once; a test holds it against `decide`.
+reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same rule with p a point mass: accept x if
+it is the target's most probable token. No decision is random then, so `verify_greedy` compares all nodes of all rows at
+once; a test compares it with `decide`.
 
-Knows nothing of models, caches or how the guesses were made. No randomness but the dice that it is handed.
+All randomness comes from the `Chance` objects that callers pass.
 """
 
 from __future__ import annotations
@@ -37,21 +36,20 @@ from outdraft.core.tensors import sent
 from outdraft.core.tree import Tree
 
 AT_ONCE = 2**25
-"""Probabilities, of all nodes of all rows, up to which the distributions of chains are made at once."""
+"""Largest number of probabilities, over all nodes and rows, for which the distributions of chains are made at once."""
 
 
 WALKING = ("cpu",)
-"""Devices on which distributions are made level by level, of the nodes that are reached only: asking costs nothing
-there."""
+"""Devices on which distributions are made level by level, for reached nodes only; reading them is free."""
 
 
 @dataclass
 class Verdict:
-    """What one row keeps of its tree.
+    """The part of its tree that one row keeps.
 
     Attributes:
         path: node indices from the root to the last accepted node, the root included.
-        tokens: tokens decided: those of the accepted nodes and the bonus token after them.
+        tokens: decided tokens: those of the accepted nodes and the bonus token after them.
     """
 
     path: list[int]
@@ -64,12 +62,12 @@ def verify(
     """Accept a path of every row's tree and draw the token after it, with exactly the target's distribution.
 
     Args:
-        tree: the guesses.
-        logits: `(rows, nodes, vocab)` of the target after every node; those after padding are not looked at.
-        warpers: for every row, logits and prefix to distribution.
-        prefixes: for every row, `(tokens,)` everything decided so far, the root's token last; only looked at where
-            a warper reads them.
-        chances: for every row, its dice.
+        tree: trees of candidates.
+        logits: `(rows, nodes, vocab)` logits of the target after every node; those of padding are not read.
+        warpers: one per row: logits and prefix to distribution.
+        prefixes: one per row: `(tokens,)` everything decided so far, the root's token last; read only where a warper
+            needs it.
+        chances: one source of random numbers per row.
     """
     kind = warpers[0].kind
     if tree.draft_probs is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
@@ -84,14 +82,14 @@ def verify(
 
 
 Choose = Callable[[list[int], list[int], int, Tensor], list[tuple[int | None, int]]]
-"""(rows, the node at which each stands, its depth, `(rows, vocab)` probabilities after it) -> of every row the child
-that is accepted, None for none, and the token after the node."""
+"""Maps (rows, the current node of each, its depth, `(rows, vocab)` probabilities after it) to pairs, one per row: the
+accepted child (None if none), and the token after the node."""
 
 
 def walk(
     tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], choose: Choose
 ) -> list[Verdict]:
-    """Step down the trees of all rows together, so that the target's probabilities are made together."""
+    """Go down the trees of all rows together, so that the target's probabilities are computed together."""
     verdicts = [Verdict([0], []) for _ in range(tree.rows)]
     walking, depth = list(range(tree.rows)), 0
     while walking:
@@ -111,7 +109,7 @@ def walk(
 def verify_sampled(
     tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Chance]
 ) -> list[Verdict]:
-    """`verify` by the rule, node by node."""
+    """Run `verify` by the rule, node by node."""
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
 
     def choose(rows: list[int], nodes: list[int], depth: int, probs: Tensor) -> list[tuple[int | None, int]]:
@@ -139,17 +137,17 @@ def verify_sampled(
 def decide(
     p: Tensor, q: Tensor | None, guesses: Sequence[int], without_replacement: bool, chance: Chance
 ) -> tuple[int | None, Tensor]:
-    """The token after one node: one of the guesses, or else to be drawn from what is left of the target's distribution.
+    """Decide the token after one node: one of the guesses, or a draw from what is left of the target's distribution.
 
     Args:
         p: `(vocab,)` the target's distribution after the node.
-        q: `(vocab,)` the distribution that the guesses were drawn from, None where they were chosen by rule.
-        guesses: tokens of the node's children, in their order.
-        without_replacement: whether no guess could be drawn twice.
-        chance: of the row.
+        q: `(vocab,)` the distribution that the guesses were drawn from; None if they were chosen deterministically.
+        guesses: tokens of the node's children, in order.
+        without_replacement: True if no guess could be drawn twice.
+        chance: the row's source of random numbers.
 
     Returns:
-        Which of the guesses was accepted, None if none was; and what is left of p.
+        The index of the accepted guess (None if none was), and what is left of p.
     """
     for place, x in enumerate(guesses):
         if chance.accept(acceptance(p, q, torch.tensor(x, device=p.device)).item()):
@@ -161,7 +159,7 @@ def decide(
 def verify_coupled(
     tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Coupled]
 ) -> list[Verdict]:
-    """`verify` where noise decides (`coupling.py`): a candidate is accepted where it is what the noise makes of p."""
+    """Run `verify` for coupled rows (`coupling.py`): a candidate is accepted if noise chooses it of p."""
     kind = warpers[0].kind
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
     if alike and logits.numel() <= AT_ONCE and logits.device.type not in WALKING:
@@ -183,7 +181,7 @@ def verify_coupled(
 
 
 def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
-    """`verify` of candidates chosen by rule where p is the point mass on `(rows, nodes)` choices after every node."""
+    """Run `verify` for deterministic candidates; p is the point mass on the `(rows, nodes)` choices after nodes."""
     said = choices.gather(1, tree.parents.clamp(min=0))  # the choice after each node's parent
     # The one transfer; with it the tree is on the host, too.
     right, chosen, tokens, parents = torch.stack([tree.tokens == said, choices, tree.tokens, tree.parents]).tolist()
@@ -200,10 +198,9 @@ def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
 
 
 def verify_chains(tree: Tree, probs: Tensor, chances: Sequence[Chance]) -> list[Verdict]:
-    """`verify` where every node has at most one child, from the target's `(rows, nodes, vocab)` distributions after all
-    nodes.
+    """Run `verify` for trees of single chains, from the target's `(rows, nodes, vocab)` distributions after all nodes.
 
-    The rule at all nodes at once: nothing but the dice has to be asked one after the other.
+    The rule is computed at all nodes at once; only the random decisions are made one by one.
     """
     rows = tree.rows
     q = None if tree.draft_probs is None else tree.draft_probs[:, :-1].to(probs.dtype)
@@ -227,7 +224,7 @@ def verify_chains(tree: Tree, probs: Tensor, chances: Sequence[Chance]) -> list[
 
 
 def _is_chains(tree: Tree) -> bool:
-    """Whether every node is the child of the one before it."""
+    """Return True if every node is the child of the one before it."""
     if tree.chain:  # the host need not look
         return True
     parents = tree.lists[1]
@@ -235,7 +232,7 @@ def _is_chains(tree: Tree) -> bool:
 
 
 def acceptance(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
-    """`(...)` min(1, p(x) / q(x)) of `(..., vocab)` distributions and `(...)` tokens; q None is the point mass on x."""
+    """Return `(...)` min(1, p(x) / q(x)) of `(..., vocab)` distributions at `(...)` tokens; q None: point mass on x."""
     odds = p.gather(-1, x[..., None])[..., 0]
     if q is not None:
         odds = odds / q.gather(-1, x[..., None])[..., 0]
@@ -243,7 +240,7 @@ def acceptance(p: Tensor, q: Tensor | None, x: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> tuple[Tensor, Tensor | None]:
-    """Both distributions `(vocab,)`, normalised, after the candidate x was rejected."""
+    """Return both distributions `(vocab,)`, normalised, after candidate x was rejected."""
     if q is None:
         return normalised(without(p, x), p), None
     rest = normalised((p - q).clamp_(min=0), p)
@@ -251,20 +248,20 @@ def residual(p: Tensor, q: Tensor | None, x: int, without_replacement: bool) -> 
 
 
 def without(dist: Tensor, x: int) -> Tensor:
-    """The distribution with nothing at x."""
+    """Return a copy of the distribution with 0 at x."""
     rest = dist.clone()
     rest[x] = 0.0
     return rest
 
 
 def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
-    """`weights` summing to one; `otherwise` where nothing is left, which only rounding can bring about."""
+    """Return `weights` scaled to sum to one, or `otherwise` if nothing is left, which only rounding can cause."""
     total = weights.sum()
     return torch.where(total > 0, weights / total, otherwise)
 
 
 def _after(warper: Warper, prefixes: Sequence[Tensor], row: int, tokens: list[int]) -> Tensor:
-    """Everything before a node, for a warper that reads it."""
+    """Return the prefix of a node if the warper reads it, else an empty tensor."""
     if not warper.reads_prefix:
         return _UNREAD
     prefix = prefixes[row]

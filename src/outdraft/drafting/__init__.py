@@ -1,1 +1,1 @@
-"""The protocol that every drafter keeps, and the tools that drafters share."""
+"""The drafter protocol, and the tools that drafters share."""

@@ -1,7 +1,7 @@
-"""The protocol that every drafter keeps.
+"""The protocol that every drafter implements.
 
-A `Drafter` is a loaded model or rule; `begin` gives it a `DraftState` for a batch of rows. In every round that drafts
-the state is told what was decided since (`Update`) and answers with a tree. It never sees the target's logits and never
+A `Drafter` is a loaded model or rule; `begin` gives it a `DraftState` for a batch of rows. In every round that drafts,
+the state gets the tokens decided since (`Update`) and returns a tree. It never sees the target's logits and never
 decides what is kept.
 """
 
@@ -31,13 +31,13 @@ from outdraft.target.views import Reads
 
 @dataclass
 class Update:
-    """What was decided since the drafter was last asked, for every row.
+    """The tokens decided since the drafter was last asked, for every row.
 
     Attributes:
         tokens: `(rows, m)` newly decided tokens, the last one the root of the next tree; right-padded.
-        taps: `(rows, m, hidden)` what the drafter reads of the target at the position before each of them: its feature,
-            or what the run that its `start` makes gives instead.
-        counts: how many are real.
+        taps: `(rows, m, hidden)` what the drafter reads of the target at the position before each token: the target's
+            hidden states, or what the runner made by `start` gives instead.
+        counts: number of real tokens per row.
     """
 
     tokens: Tensor
@@ -46,13 +46,13 @@ class Update:
 
     @property
     def roots(self) -> Tensor:
-        """`(rows,)` the last token of each."""
+        """`(rows,)` the last token of each row."""
         last = integers(self.counts, self.tokens.device) - 1
         return self.tokens.gather(1, last[:, None])[:, 0]
 
     @classmethod
     def join(cls, updates: Sequence[Update]) -> Update:
-        """Several, one after the other, as one."""
+        """Concatenate updates of the same rows, in order of time."""
         if len(updates) == 1:
             return updates[0]
         rows = range(len(updates[0].counts))
@@ -68,7 +68,7 @@ class Update:
 
     @classmethod
     def beside(cls, first: Update, second: Update) -> Update:
-        """Those of other rows after one's own."""
+        """Append the rows of `second` to those of `first`."""
 
         def joined(name: str) -> Tensor:
             return pad_sequence([*getattr(first, name), *getattr(second, name)], batch_first=True)
@@ -76,44 +76,44 @@ class Update:
         return cls(joined("tokens"), joined("taps"), first.counts + second.counts)
 
     def select_rows(self, rows: Sequence[int]) -> Update:
-        """Only these rows, in this order."""
+        """Keep only these rows, in this order."""
         index = torch.tensor(list(rows), device=self.tokens.device)
         return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
 
 
 class Budget(Protocol):
-    """How far to draft, row by row: asked before anything of a level is drawn, told how sure the drafter is after."""
+    """Decides how far each row drafts. Drafters ask before a level is drawn, and report their confidence after it."""
 
     going: list[bool]
-    """Of every row, whether it drafts the present level; before the first one, whether it drafts at all."""
+    """For every row, True if it drafts the current level; before the first level, True if it drafts at all."""
 
     def wants(self, nodes: int) -> list[bool]:
-        """Of every row, whether it drafts the next level; a row that once did not gets no more in this round.
+        """Return for every row whether it drafts the next level; a row that stopped stays stopped for the round.
 
         Args:
-            nodes: that verification will have to look at beyond the present ones of a row.
+            nodes: nodes per row that the level adds to verification.
         """
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
-        """A level is there, and kept, in the rows that wanted it.
+        """Report that the rows that wanted a level have drafted it.
 
         Args:
-            confidences: of every row; the probability of the level's candidates relative to that of the level above.
-                None in a row that found nothing to draft. What stands at rows that did not want it is not read.
+            confidences: one per row: probability of the level's candidates relative to that of the level above. None
+                means that the row found nothing to draft. Entries of rows that did not want the level are not read.
         """
 
     def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
-        """How many candidates of each row to verify, where they were chosen by rule.
+        """Return how many candidates of each row to verify, for deterministic candidates.
 
         Args:
-            gains: of every row, draft probabilities of its candidates' whole paths, largest first.
-            levels: at which level each of them stands, the first being 0.
+            gains: for every row, the draft probabilities of its candidates' whole paths, largest first.
+            levels: for every row, the level of each of these candidates, from 0.
         """
 
 
 @dataclass
 class RowContext:
-    """What a drafter may know of the sampling of each row, to draw its candidates from a distribution like the
+    """Sampling settings and random numbers of each row, so that candidates come from a distribution like the
     target's."""
 
     prefixes: Sequence[Tensor]
@@ -121,7 +121,7 @@ class RowContext:
     warpers: Sequence[Warper]
     chances: Sequence[Chance]
     budget: Budget | None = None
-    """None: as far as the shape allows."""
+    """None drafts as far as the shape allows."""
 
     @property
     def greedy(self) -> bool:
@@ -133,74 +133,74 @@ class RowContext:
 
     @property
     def coupled(self) -> bool:
-        """Whether noise decides that drafter and target share, not dice (`coupling.py`)."""
+        """True if rows draw by noise shared with the target (`coupling.py`) rather than by dice."""
         return bool(self.chances) and not self.greedy and all(isinstance(chance, Coupled) for chance in self.chances)
 
 
 class DraftState(ABC):
-    """A drafter's memory of the rows that it drafts for."""
+    """A drafter's state for the rows that it drafts for."""
 
     @abstractmethod
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        """Take in what was decided since the last call and grow a tree of at most `shape` for every row."""
+        """Take in the tokens decided since the last call, and build a tree of at most `shape` for every row."""
 
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
 
     def join(self, other: Any) -> None:
-        """Take in the rows of another state of the same drafter after one's own, between rounds.
+        """Append the rows of another state of the same drafter, between rounds.
 
-        Only serving needs it: rows join others that are being decoded.
+        Only serving needs this: rows join others that are being decoded.
         """
         raise UserError(f"{type(self).__name__} takes no further rows in, which serving needs; give it a `join`")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a drafter can do; a wrapper passes the whole of it on."""
+    """The abilities of a drafter; a wrapper passes them on unchanged."""
 
     depth: int | None = None
-    """Candidates that a path may have at most; None for any number."""
+    """Largest number of candidates on a path; None for any number."""
     stepwise: bool = True
-    """Whether every level of a draft costs a step of its own."""
+    """True if every level of a draft costs a step of its own."""
     probs: bool = True
-    """Whether it has probabilities to sample candidates from."""
+    """True if the drafter has probabilities to sample candidates from."""
     looks_back: bool = False
-    """Whether it drafts n-grams of the text by itself."""
+    """True if the drafter itself drafts n-grams of the text."""
 
 
 class Drafter(ABC):
-    """Something that proposes trees."""
+    """A model or rule that proposes trees."""
 
     method: str
-    """Its name on the command line and in reports."""
+    """Name of the method on the command line and in reports."""
 
     reads = Reads()
-    """What it reads of the target for every decided token."""
+    """Hidden states that the drafter reads of the target for every decided token."""
 
     limits = Limits()
-    """What it can do."""
+    """The drafter's abilities."""
 
     def start(self, target: Target, cache: SlotCache) -> ModelRunner:
-        """The target at work on a batch of rows, telling what is read."""
+        """Return a runner of the target for a batch of rows, which gives what the drafter reads."""
         return target.runner(cache, self.reads)
 
     @abstractmethod
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DraftState:
-        """A state for these `(tokens,)` prompts, over which `run` has gone; its cache says how many slots to expect."""
+        """Start a state for `(tokens,)` prompts that `run` has run; its cache says how many slots to expect."""
 
     def slots(self, shape: TreeShape) -> int:
-        """Slots of the target's cache that a round takes."""
+        """Return the slots of the target's cache that a round takes."""
         return shape.size
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
-        """The tree that suits it on this device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
+        """Return the default tree for a device: verifying is nearly free on a GPU, draft steps are not on a CPU."""
         if device.type != "cpu":
             return GPU_CHAIN if sampling else GPU_TREE
         return CPU_CHAIN if sampling else CPU_TREE
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of its own, those of the target not counted."""
+        """Number of the drafter's own parameters, without those of the target."""
         return 0

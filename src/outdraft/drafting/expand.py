@@ -1,8 +1,8 @@
-"""Growing a tree from a drafter that gives logits, one level a step.
+"""Tree expansion for a drafter that gives logits one level per step.
 
-`grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): expand the nodes with the largest cumulative draft
-probability, then keep the best of all candidates. `grow_sampled` (`sample.py`) draws candidates from the drafter's own
-distribution. Both work for any drafter that can answer `step`; neither knows what is behind it.
+`grow_dynamic` is EAGLE-2 (arXiv 2406.16858, section 4): it expands the nodes with the largest cumulative draft
+probability, then keeps the best of all candidates. `grow_sampled` (`sample.py`) draws candidates from the drafter's own
+distribution. Both work for any drafter that implements `Step`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from outdraft.target.cache import SlotCache
 
 
 def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """A tree of at most `shape` below each of the `(rows,)` root tokens, whose draft logits are `(rows, vocab)`.
+    """Build trees of at most `shape` below the `(rows,)` root tokens, whose draft logits are `(rows, vocab)`.
 
-    Where the context has a pace, rows draft no further than it wants; the caller has asked it for the first level.
+    If the context has a budget, rows draft no further than it allows; the caller has asked it for the first level.
     """
     if shape.size == 1:
         return Tree.roots(roots)
@@ -70,16 +70,16 @@ def _guided(logits: Tensor, step: Step, rows: RowContext) -> tuple[Tensor, Step]
 
 
 def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, budget: Budget | None = None) -> Tree:
-    """EAGLE-2's tree: every level expands the `top_k` nodes of largest cumulative probability; the `size - 1` best of
-    all candidates stay, or as many as the pace says. Deterministic, so the candidates count as point masses."""
+    """Build EAGLE-2's tree. Every level expands the `top_k` nodes of largest cumulative probability. The `size - 1`
+    best of all candidates stay, or as many as the budget says. It is deterministic, so candidates are point masses."""
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
     if k == 1 and budget is None:
         return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
-    nodes = counting(1, k, logits.device).expand(batch, k)  # of the level to expand, the root being 0
-    above = torch.zeros_like(nodes)  # their parents' places in the level before
+    nodes = counting(1, k, logits.device).expand(batch, k)  # nodes of the level to expand; the root is 0
+    above = torch.zeros_like(nodes)  # indices of their parents in the level before
     wanted = [True] * batch
     if budget is not None:
         wanted = budget.going
@@ -104,7 +104,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
 
 
 def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """`grow_dynamic` where noise decides: it ranks what the drafter would choose under the target's noise."""
+    """Run `grow_dynamic` for coupled rows: it ranks what the drafter would choose under the target's noise."""
     depth = 0
 
     def choosing(logits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
 
 
 def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
-    """`grow_dynamic` with one candidate a level: there is nothing to rank, so none is drafted that would not stay."""
+    """Run `grow_dynamic` with one candidate per level: no ranking is needed, and every drafted candidate stays."""
     chain = [roots, greatest(logits)]
     above = torch.zeros_like(roots)[:, None]
     for _ in range(length - 1):
@@ -130,27 +130,27 @@ def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
 
 
 def _each(nodes: Tensor, times: int) -> Tensor:
-    """`(rows, nodes * times)` every node so many times in a row."""
+    """Repeat every node `times` times in a row: `(rows, nodes * times)`."""
     return nodes[..., None].expand(*nodes.shape, times).flatten(1)
 
 
 @dataclass
 class _Level:
-    """Candidates of one level, each `(rows, candidates)`; parents index those of all levels, the root being 0."""
+    """The candidates of one level, each tensor `(rows, candidates)`; parents index all levels' nodes, root 0."""
 
     tokens: Tensor
     scores: Tensor
     parents: Tensor
 
     def drop(self, rows: Sequence[bool]) -> None:
-        """Take the level out of these rows."""
+        """Remove the level from the rows marked True."""
         if any(rows):
             gone = torch.tensor(rows, device=self.scores.device)[:, None]
             self.scores = self.scores.masked_fill(gone, -torch.inf)
 
 
 def _best(roots: Tensor, levels: Sequence[_Level], most: int, budget: Budget | None) -> Tree:
-    """The trees of the most probable candidates, at most so many a row."""
+    """Build the trees of the most probable candidates, at most `most` per row."""
     tokens = torch.cat([level.tokens for level in levels], dim=1)
     scores = torch.cat([level.scores for level in levels], dim=1)
     parents = torch.cat([level.parents for level in levels], dim=1)
@@ -180,11 +180,11 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, budget: Budget | N
 
 
 class RunAhead:
-    """Where the levels of one tree lie in a drafter's cache, and what each node of the newest level sees of them.
+    """Slots and ancestor masks of one tree's levels in a drafter's cache.
 
     Args:
-        cache: of the drafter; its committed tokens end with each row's root. The caller rolls it back at the end.
-        last_position: where positions stop growing; what is drafted beyond the context is never used.
+        cache: the drafter's cache; its committed tokens end with each row's root. The caller rolls it back at the end.
+        last_position: largest position; drafts beyond the context are never used.
     """
 
     def __init__(self, cache: SlotCache, last_position: int):
@@ -196,7 +196,7 @@ class RunAhead:
         """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.
 
         Returns:
-            positions, sight and slots of all levels so far, as `attention_mask` takes them.
+            Positions, ancestor mask and slots of all levels so far, as `attention_mask` takes them.
         """
         (rows, nodes), device = tokens.shape, tokens.device
         before = self.cache.pending
@@ -217,5 +217,5 @@ class RunAhead:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, whatever the drafter computes in."""
+    """Return log-probabilities in float32 at least, whatever precision the drafter has."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

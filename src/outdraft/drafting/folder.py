@@ -1,8 +1,8 @@
-"""The files of a drafter's folder: where it is, its config, its tensors, and one-line errors where they cannot be read.
+"""The files of a drafter's folder: its location, config and tensors, with one-line errors if they cannot be read.
 
-Read are safetensors, pickled state dictionaries and sharded weights, here or on the hub. Our own layout is the same for
-every kind of network: it is written whole or not at all, its settings are read back into the network's dataclass, and
-its tensors are compared with what the network asks for.
+It reads safetensors, pickled state dictionaries and sharded weights, from local folders or the hub. Our own layout is
+the same for every kind of network. It is written whole or not at all, its settings are read back into the network's
+dataclass, and its tensors are compared with what the network asks for.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from outdraft.errors import UserError, first_line
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", PACKED)
-"""Where weights may lie, best first."""
+"""Names of weight files, the preferred one first."""
 
 AROUND = {"method", "outdraft_version", "target", "training"}
-"""Keys of every config that are no setting of the network."""
+"""Keys of every config that are not settings of the network."""
 
 Settings = TypeVar("Settings")
 
 
 def find_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder itself, or the local copy of a hub repository."""
+    """Return the folder itself, or the local copy of a hub repository."""
     path = Path(source).expanduser()
     if path.exists():
         return local_folder(path)
@@ -59,14 +59,14 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether nothing lies there and it reads as a hub repository, `name` or `owner/name`."""
+    """Return True if the source is no local path and reads as a hub repository, `name` or `owner/name`."""
     if isinstance(source, Path) or Path(source).expanduser().exists():
         return False
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
 
 
 def not_on_hub(hub_id: str, error: Exception) -> UserError:
-    """What to say of a hub id that the hub, or the network, has refused."""
+    """Make the error for a hub id that the hub, or the network, has refused."""
     return UserError(
         f"'{hub_id}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
         "check the name and the network, or give a folder"
@@ -74,7 +74,7 @@ def not_on_hub(hub_id: str, error: Exception) -> UserError:
 
 
 def local_folder(path: Path) -> Path:
-    """The folder as it is, or the UserError that says why it is none."""
+    """Return the folder as it is, or raise the UserError that says why it is none."""
     if not path.exists():
         raise UserError(f"there is no folder '{path}'; check the path of the drafter")
     if not path.is_dir():
@@ -83,7 +83,7 @@ def local_folder(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What its config.json holds, or the UserError that says what is wrong with it."""
+    """Return the contents of config.json, or raise the UserError that says what is wrong with it."""
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(
@@ -104,7 +104,7 @@ def _read_json(file: Path) -> Any:
 
 
 def read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """The file that says where the weights are, for messages, and all tensors."""
+    """Return the name of the file that locates the weights (for messages), and all tensors."""
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"'{folder}' has no weights ({WEIGHTS} or pytorch_model.bin); copy or train the drafter again")
@@ -140,12 +140,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def is_own(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json is one of ours."""
+    """Return True if this config.json has our layout."""
     return "outdraft_version" in config and "method" in config
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`target` or `training` of one of our configs; empty where it is missing."""
+    """Return the section `target` or `training` of a config of ours; empty if it is missing."""
     value = config.get(name) if is_own(config) else None
     return value if isinstance(value, dict) else {}
 
@@ -182,10 +182,10 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[s
 
 
 def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path) -> Settings:
-    """The network's dataclass from one of our configs.
+    """Read the network's dataclass from a config of ours.
 
     Raises:
-        UserError: a setting that is missing or cannot be.
+        UserError: a setting is missing or impossible.
     """
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(config) - set(known) - AROUND):
@@ -211,7 +211,7 @@ def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path)
 
 
 def _layers(name: str, value: Any, folder: Path) -> tuple[int, ...]:
-    """A list of layers, which JSON has no tuple for."""
+    """Convert a list of layers to a tuple, which JSON does not have."""
     if not isinstance(value, list):
         raise UserError(f"'{folder / CONFIG}': {name} must be a list, not {value!r}; copy or train the drafter again")
     for one in value:
@@ -227,18 +227,18 @@ def fitting(
     fix: str = "put the config.json beside it that belongs to it",
     shown: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """Copies of the tensors that the network wants, all in the precision of the first.
+    """Copy the tensors that the network wants, all in the precision of the first.
 
     Args:
-        tensors: what was read.
+        tensors: the tensors that were read.
         wanted: the network's own state dictionary, its weights on any device.
-        file: where they were read, for messages.
+        file: the file that they were read from, for messages.
         asked_by: what the wanted shapes follow from, for messages.
         fix: what to do about a shape that does not fit.
-        shown: names in the file where they are not the network's own.
+        shown: names in the file that differ from the network's own.
 
     Raises:
-        UserError: one is missing, of another shape, or quantised.
+        UserError: a tensor is missing, of another shape, or quantised.
     """
     names = shown or {}
     if missing := [names.get(name, name) for name in wanted if name not in tensors]:
@@ -257,7 +257,7 @@ def fitting(
 
 
 def warn_of_unknown(unknown: list[str], file: str) -> None:
-    """Say which tensors of `file` have no place; silent where there is none."""
+    """Warn of the tensors of `file` that have no place in the network, if any."""
     if unknown:
         warnings.warn(
             f"{file} holds {some(unknown)}, which this drafter has no place for; left out, so drafts may be poor "
@@ -279,12 +279,12 @@ def check_value(name: str, value: Any, kinds: tuple[type, ...], folder: Path) ->
 
 
 def some(names: Iterable[str]) -> str:
-    """At most four names."""
+    """Join at most four names for a message."""
     names = list(names)
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
 
 def shape_of(tensor: Tensor) -> str:
-    """`2x3` for a tensor of two rows and three columns."""
+    """Format a tensor's shape: `2x3` for two rows and three columns."""
     return "x".join(str(size) for size in tensor.shape) or "a single number"

@@ -1,7 +1,5 @@
-"""Taking in decided tokens: rows of different lengths through a drafter's own network and cache, piece by piece.
-
-Knows slots and positions; nothing of what the network computes.
-"""
+"""Catching up a drafter: runs decided tokens of rows of different lengths through its own network and cache, in
+pieces."""
 
 from __future__ import annotations
 
@@ -24,14 +22,14 @@ def take_in(
     """Run the first `counts` tokens of every row and commit them.
 
     Args:
-        cache: of the drafter.
-        counts: tokens that each row has, at least one.
-        last_position: where positions stop growing.
-        device: of the cache.
+        cache: the drafter's cache.
+        counts: number of tokens of each row, at least one.
+        last_position: largest position.
+        device: device of the cache.
         forward: runs a piece of all rows, padding included, over reserved slots.
 
     Returns:
-        `(rows, width)` of every output at each row's last token.
+        `(rows, width)` of every output, at each row's last token.
     """
     row = counting(0, len(counts), device)
     last: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""What drafted nodes may look at in a drafter's own cache, as a mask that is added to attention scores.
+"""Additive attention masks for drafted nodes in a drafter's own cache.
 
-Masks grow with the tree: a level's is its parents' with the level's own nodes beside it, so nothing is built twice, and
-where every node sees every key, as in a chain of one row, there is none at all. `attention_mask` in `tree.py` says the
-same for any tree at once. Knows slots and parents, nothing of networks or candidates.
+Masks grow with the tree: a level's mask is its parents' mask plus the level's own nodes, so nothing is built twice.
+There is no mask if every node sees every key, as in a chain of one row. `attention_mask` in `tree.py` computes the same
+for any tree at once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ HIDDEN = -torch.inf
 
 
 def causal_mask(cache: SlotCache, count: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The mask `(rows or 1, 1, count, extent)` of `count` tokens a row, reserved right after the committed ones, each
-    of which sees what is before it; None where that is everything."""
+    """Return the causal mask `(rows or 1, 1, count, extent)` of `count` tokens per row, reserved right after the
+    committed ones; None if every token sees everything."""
     lengths, even = cache.lengths, len(set(cache.lengths)) == 1
     if count == 1 and even:
         return None
@@ -32,21 +32,21 @@ class DraftMask:
     """Masks of the levels of one tree after the committed tokens, level by level.
 
     Args:
-        cache: of the drafter; its committed tokens end with each row's root. The caller rolls it back at the end.
-        dtype: of the masks.
-        device: of the masks.
+        cache: the drafter's cache; its committed tokens end with each row's root. The caller rolls it back at the end.
+        dtype: dtype of the masks.
+        device: device of the masks.
     """
 
     def __init__(self, cache: SlotCache, dtype: torch.dtype, device: torch.device):
         self.cache, self.dtype, self.device = cache, dtype, device
         self._even = len(set(cache.lengths)) == 1
-        self._mask: Tensor | None = None  # None: everything so far
+        self._mask: Tensor | None = None  # None: all slots so far are seen
 
     def level(self, parents: Tensor) -> Tensor | None:
-        """Reserve a level of `(rows, nodes)` nodes, whose parents these are in the level before.
+        """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.
 
         Returns:
-            `(rows or 1, 1, nodes, extent)`, or None where every node sees all.
+            `(rows or 1, 1, nodes, extent)`, or None if every node sees all.
         """
         rows, nodes = parents.shape
         before = self.cache.extent
@@ -69,7 +69,7 @@ class DraftMask:
         return self._mask
 
     def _committed(self, extent: int) -> Tensor:
-        """`(rows or 1, 1, 1, extent)` every row's committed tokens."""
+        """Return the mask of every row's committed tokens, `(rows or 1, 1, 1, extent)`."""
         if self._even:
             return torch.zeros(1, 1, 1, extent, dtype=self.dtype, device=self.device)
         lengths = sent(self.cache.lengths, self.device)[:, None, None, None]

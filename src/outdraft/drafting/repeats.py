@@ -1,10 +1,9 @@
-"""Drafting from repetition beside a drafter: where the end of a row's text stood in it before, what followed then is
-the draft, and the drafter is not asked.
+"""N-gram drafts that override a drafter: if the end of a row's text occurred before, what followed then is the draft.
 
-A long match is right more often than any drafter, goes further and costs nothing to draft; everywhere else the drafter
-drafts as ever. Whether a text repeats itself is seen in what is decided alone, so the candidates are point masses
-and the choice between the two loses nothing. Choosing by the length of the match is SAM-Decoding's idea (arXiv
-2411.10666), with one table of n-grams in place of its automaton. Knows rows' texts and trees; not who drafts otherwise.
+A long match is right more often than any drafter, goes further and costs nothing to draft. Elsewhere the drafter drafts
+as usual. Repetition is a property of decided tokens alone, so the candidates are point masses and the choice between
+the two is lossless. Choosing by the length of the match is SAM-Decoding's idea (arXiv 2411.10666), with one table of
+n-grams instead of its automaton.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from outdraft.errors import UserError
 
 @dataclass(frozen=True)
 class Repeats:
-    """When to draft a repetition, and how much of it."""
+    """When to draft n-grams of the text, and how many tokens of them."""
 
     least: int = 4
-    """Tokens at the end of a text that must have stood there before, for what followed then to be drafted."""
+    """Tokens at the end of a text that must have occurred before, so that the tokens after that are drafted."""
     most: int = 20
-    """Candidates of such a draft, and at most twice as many as tokens were found again; no more than of other drafts
-    where a temperature is set."""
+    """Most candidates of an n-gram draft, which also has at most twice as many as tokens matched. With a temperature,
+    it is no longer than other drafts."""
 
     def __post_init__(self) -> None:
         if self.least < 1:
@@ -40,11 +39,11 @@ class Repeats:
             )
 
     def text(self, tokens: Sequence[int]) -> Text:
-        """A row's text, of so many tokens as yet."""
+        """Make the n-gram index of a row that has these tokens so far."""
         return Text(tokens, self.least, self.least)
 
     def candidates(self, text: Text, limit: int) -> list[int]:
-        """What the text is believed to go on with, of at most `limit` tokens; none where it repeats nothing."""
+        """Return at most `limit` tokens that are expected to continue the text; none if it repeats nothing."""
         found, end = text.match()
         if not found:
             return []
@@ -52,10 +51,10 @@ class Repeats:
 
 
 class Others:
-    """The pace of rows that have their candidates already: the others draft to their full length (a `Budget`).
+    """A `Budget` for rows without n-gram drafts: they draft to their full length, and the others draft nothing.
 
     Args:
-        drafting: of every row, whether it is one of the others.
+        drafting: for every row, True if the drafter drafts for it.
     """
 
     def __init__(self, drafting: Sequence[bool]):
@@ -72,11 +71,12 @@ class Others:
 
 
 def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
-    """The tree with these chains in its rows that have one.
+    """Override the tree by these chains, in the rows that have one.
 
     Args:
-        tree: of the drafter; what it drafted for a row that has a chain gives way to that.
-        chains: of every row, candidates below its root, one below the other; none leaves the row as it is.
+        tree: the drafter's tree; in rows with a chain, the chain replaces what it drafted.
+        chains: for every row, candidates below its root, each the child of the one before; an empty chain changes
+            nothing.
     """
     device, own = tree.tokens.device, [1 + len(chain) for chain in chains]
     counts = [mine if mine > 1 else count for count, mine in zip(tree.counts, own, strict=True)]
@@ -97,8 +97,7 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
 
 
 def point_masses(tokens: Tensor, nodes: int, vocab: int) -> Tensor:
-    """`(nodes, vocab)` distributions under which a chain of these tokens was certain, the root's first; zeros after its
-    last."""
+    """Return `(nodes, vocab)` distributions under which the chain is certain, from the root on; zeros after it."""
     probs = torch.zeros(nodes, vocab, device=tokens.device)
     probs[torch.arange(len(tokens), device=tokens.device), tokens] = 1.0
     return probs

@@ -1,7 +1,6 @@
-"""The folder of a training run: its checkpoints, written aside and renamed, so that a folder named `checkpoint-N` is
-always whole, and the record of what the run was begun with.
+"""The folder of a training run: its checkpoints, and the record of the settings that it began with.
 
-Knows files only.
+Checkpoints are written aside and renamed, so that a folder named `checkpoint-N` is always whole.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 RUN = "training_run.json"
-"""What the run is, for as long as it may be resumed."""
+"""Name of the file that describes the run, kept as long as the run may be resumed."""
 
 BEGUN_WITH = "begun_with"
-"""In it, the settings that the run was given."""
+"""Key in that file for the settings that the run was given."""
 
 PARTIAL = ".partial"
 NAME = re.compile(r"checkpoint-(\d+)$")
@@ -25,7 +24,7 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetenso
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """All whole checkpoints of a run, oldest step first; folders that lack a file are passed over."""
+    """Return all whole checkpoints of a run, oldest step first; folders that lack a file are skipped."""
     found = []
     folder = Path(output_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -36,24 +35,24 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint, None when there is none."""
+    """Return the newest whole checkpoint, None if there is none."""
     found = complete_checkpoints(output_dir)
     return found[-1] if found else None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """Return the step after which the checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def begun_with(output_dir: str | Path) -> dict[str, Any] | None:
-    """The settings that a run was given, so that it goes on with nothing but its folder; None where none are kept."""
+    """Return the settings that a run was given, so that it resumes from its folder alone; None if none were kept."""
     found = _record(Path(output_dir)).get(BEGUN_WITH)
     return found if isinstance(found, dict) else None
 
 
 def unfinished(folder: str | Path) -> str | None:
-    """What to say of the folder of a run that has not come to its end; None where there is none."""
+    """Return a message about the folder of a run that has not ended; None if there is no such run."""
     folder = Path(folder)
     if not (folder / RUN).is_file() or (folder / "config.json").is_file():
         return None
@@ -73,7 +72,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def publish(output_dir: str | Path, name: str, keep: int) -> None:
-    """Rename `.partial/<name>` to `<name>`, then delete all but the newest `keep` checkpoints and what kills left."""
+    """Rename `.partial/<name>` to `<name>`, then delete all but the newest `keep` checkpoints and any partial ones."""
     folder = Path(output_dir)
     final = folder / name
     if final.exists():  # the same step, e.g. saved again on Ctrl-C, or a folder that was damaged by hand

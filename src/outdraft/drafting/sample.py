@@ -1,7 +1,6 @@
-"""Candidates drawn from a drafter's own distribution, level by level, for all rows at once; the distributions are
-handed over.
+"""Candidates drawn from a drafter's own distribution, level by level, for all rows at once.
 
-Works for any drafter that can answer `Step` and does not know what is behind it, nor what becomes of the candidates.
+The trees hold the distributions that candidates were drawn from. Any drafter that implements `Step` can use this.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class Block:
-    """The logits of several levels at once, as a `Step`: of a drafter that needs one forward a draft.
+    """A `Step` for drafters that compute the logits of all levels in one forward.
 
     Args:
         levels: `(rows, levels, vocab)` draft logits; those of the first level are `first`.
-        adjust: what a level's candidates change in the logits after them: (level, tokens `(rows, nodes)`, logits
-            `(rows, nodes, vocab)`) -> logits. None: nothing, every node of a level has the same.
+        adjust: adjusts a level's logits for the candidates before it: (level, tokens `(rows, nodes)`, logits `(rows,
+            nodes, vocab)`) -> logits. With None, every node of a level has the same logits.
     """
 
     def __init__(self, levels: Tensor, adjust: Callable[[int, Tensor, Tensor], Tensor] | None = None):
@@ -36,7 +35,7 @@ class Block:
 
     @property
     def first(self) -> Tensor:
-        """`(rows, vocab)` after the root."""
+        """`(rows, vocab)` logits after the root."""
         return self._levels[:, 0]
 
     def __call__(self, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -46,9 +45,9 @@ class Block:
 
 
 def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-    """`top_k` first tokens drawn from the draft distribution, each continued by a chain drawn token by token.
+    """Draw `top_k` first tokens from the draft distribution, and continue each by a chain drawn token by token.
 
-    How far is settled before anything is drawn: no candidate is dropped for what it turned out to be.
+    Lengths are decided before tokens are drawn, so no candidate is dropped because of its token.
     """
     replacing, budget = shape.candidates == "sampled-with-replacement", rows.budget
     width = min(shape.top_k, shape.size - 1)
@@ -70,35 +69,35 @@ def grow_sampled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, ro
 
 
 class _Chains:
-    """The chains of all rows while they are drawn, level by level, and the distributions that they were drawn from.
+    """The chains of all rows while they are drawn, and the distributions that they are drawn from.
 
     Args:
-        logits: `(rows, vocab)` of the drafter after the roots.
-        width: chains of a row.
-        replacing: whether several may begin with the same token.
-        rows: whose dice and settings.
-        wanted: rows that draft at all.
+        logits: `(rows, vocab)` logits of the drafter after the roots.
+        width: chains per row.
+        replacing: True if several chains may begin with the same token.
+        rows: random numbers and settings of the rows.
+        wanted: for every row, True if it drafts at all.
     """
 
     def __init__(self, logits: Tensor, width: int, replacing: bool, rows: RowContext, wanted: Sequence[bool]):
         self.rows, self.width, self.replacing = rows, width, replacing
         root = probs_of(rows.warpers, logits, rows.prefixes)
-        self.chains = [width if going else 0 for going in wanted]  # of every row
+        self.chains = [width if going else 0 for going in wanted]  # chains per row
         if not replacing and width > 1:
             # There are no more candidates than tokens of positive probability.
             self.chains = [min(most, own) for most, own in zip(self.chains, (root > 0).sum(1).tolist(), strict=True)]
-        self.lengths = [int(chains > 0) for chains in self.chains]  # candidates of each of its chains
+        self.lengths = [int(chains > 0) for chains in self.chains]  # candidates in each chain of the row
         left, tokens = root.clone() if not replacing and width > 1 else root, []
         for chain in range(width):
             tokens.append(self._draw(left[:, None], [int(chain < chains) for chains in self.chains]))
             if left is not root:
                 left.scatter_(1, tokens[-1], 0.0)
-        self.tokens = [torch.cat(tokens, dim=1)]  # of every level, (rows, width)
-        self.probs = [root[:, None]]  # that each level was drawn from, (rows, 1 or width, vocab)
+        self.tokens = [torch.cat(tokens, dim=1)]  # tokens of each level, (rows, width)
+        self.probs = [root[:, None]]  # distributions of each level, (rows, 1 or width, vocab)
         self.going = [chains > 0 for chains in self.chains]
 
     def stop(self, rows: Sequence[bool]) -> None:
-        """These rows draw no further."""
+        """Stop the rows marked True: they draw no further."""
         self.going = [going and not stops for going, stops in zip(self.going, rows, strict=True)]
 
     def extend(self, logits: Tensor) -> None:
@@ -114,7 +113,7 @@ class _Chains:
         self.probs.append(probs)
 
     def confidences(self) -> list[float]:
-        """Of every row in its newest level: of first tokens all together, of later ones the mean of the chains."""
+        """Return every row's confidence in its newest level: a sum over first tokens, later a mean over chains."""
         probs, tokens = self.probs[-1], self.tokens[-1]
         real = counting(0, self.width, tokens.device) < integers(self.chains, tokens.device)[:, None]
         if len(self.probs) == 1:
@@ -124,7 +123,7 @@ class _Chains:
         return [share / max(1, chains) for share, chains in zip(shares, self.chains, strict=True)]
 
     def tree(self, roots: Tensor) -> Tree:
-        """What was drawn, with its distributions; after the last candidates there are none."""
+        """Build the tree of what was drawn, with its distributions; the last candidates have none after them."""
         candidates: Candidates = "with_replacement" if self.replacing else "without_replacement"
         tokens = torch.cat([roots[:, None], *self.tokens], dim=1)
         probs = torch.cat(self.probs, dim=1)
@@ -154,10 +153,10 @@ class _Chains:
         )
 
     def _draw(self, probs: Tensor, counts: Sequence[int]) -> Tensor:
-        """`(rows, chains)` tokens of the first `counts` distributions of every row, of `(rows, chains, vocab)`; no dice
-        are thrown for the others, where 0 stands."""
+        """Draw `(rows, chains)` tokens from the first `counts` distributions of every row of `(rows, chains, vocab)`.
+        The others get token 0 and use no random number."""
         (rows, chains), flat, chances = probs.shape[:2], probs.flatten(0, 1), self.rows.chances
-        last = flat.shape[-1] - 1  # which stands for what is drawn of a distribution that is NaN, and is never accepted
+        last = flat.shape[-1] - 1  # stands for a draw from a NaN distribution; never accepted
         if min(counts) == chains:
             drawn = draw_each([chance for chance in chances for _ in range(chains)], flat)
             return drawn.clamp(max=last).view(rows, chains)
@@ -169,7 +168,7 @@ class _Chains:
         return drawn.view(rows, chains)
 
     def _before(self, row: int, chain: int) -> Tensor:
-        """Everything before the newest token's successor in a chain, for a warper that reads it."""
+        """Return the tokens up to a chain's newest one if the warper reads them, else an empty tensor."""
         if not self.rows.warpers[row].reads_prefix:
             return _UNREAD
         return torch.cat([self.rows.prefixes[row], torch.stack([level[row, chain] for level in self.tokens])])

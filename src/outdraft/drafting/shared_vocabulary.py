@@ -1,8 +1,7 @@
-"""Tokens that a draft model has in common with its target, where their tables were padded or tokens added to one.
+"""The tokens that a draft model shares with its target, if tables were padded or tokens were added to one of them.
 
-Drafts are made of the common tokens alone, under the target's own ids. What is drafted changes, what is decided does
-not: the distribution that candidates are declared with has nothing at other tokens. Knows vocabularies; not how trees
-grow.
+Drafts consist of shared tokens only, under the target's own ids. This changes what is drafted, not what is decided: the
+draft distribution of the candidates is zero at all other tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from outdraft.errors import UserError
 from outdraft.target.target import Target
 
 SAME = 0.5
-"""Of the smaller tokenizer's tokens, the share that must have the same ids in both."""
+"""Smallest share of the smaller tokenizer's tokens that must have the same ids in both."""
 
 PADDED = 0.75
-"""Of the tokens that one tokenizer has, or of the larger table, the share that the smaller table must hold, where the
-tokenizers cannot be compared."""
+"""Smallest share of one tokenizer's tokens, or of the larger table, that the smaller table must hold, if the tokenizers
+cannot be compared."""
 
 
 class SharedVocabulary:
-    """From the target's ids to those that the draft model knows, and from its logits to the target's.
+    """Maps the target's ids to the draft model's, and the draft model's logits to the target's.
 
     Args:
         model: the draft model.
@@ -48,11 +47,11 @@ class SharedVocabulary:
         self._known = known.to(target.device)
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Any of the target's tokens as ones that the draft model knows, which for others is its unknown one."""
+        """Map the target's tokens to ones that the draft model knows; others become its unknown token."""
         return tokens if self.same else self._known[tokens]
 
     def logits(self, logits: Tensor) -> Tensor:
-        """`(..., vocab)` of the draft model to `(..., vocab)` of the target."""
+        """Map `(..., vocab)` logits of the draft model to `(..., vocab)` of the target."""
         if self.same:
             return logits
         common = logits[..., : self._least].masked_fill(self._others, NEVER)
@@ -60,7 +59,7 @@ class SharedVocabulary:
 
 
 def _shared(model: Target, target: Target) -> Tensor:
-    """`(tokens,)` of the smaller table, which of them are the same in both."""
+    """Return the `(tokens,)` mask of the smaller table: True for tokens that are the same in both."""
     least, most = sorted((model.vocab_size, target.vocab_size))
     words = [_words(one) for one in (model, target)]
     if all(words):
@@ -84,7 +83,7 @@ def _shared(model: Target, target: Target) -> Tensor:
 
 
 def _words(one: Target) -> dict[int, str]:
-    """The tokens of a tokenizer by their ids; none without one."""
+    """Return the tokens of a tokenizer by their ids; empty if there is no tokenizer."""
     return {} if one.tokenizer is None else {token: word for word, token in one.tokenizer.get_vocab().items()}
 
 

@@ -1,10 +1,9 @@
-"""A reduced draft vocabulary: the target's head on the tokens that a drafter may propose, and nothing but those.
+"""A reduced draft vocabulary: the target's head on only the tokens that a drafter may propose.
 
-Where the vocabulary is large, its head is most of a draft step, while nearly all tokens of a text are of its most
-frequent ones (FR-Spec, arXiv 2502.14856; EAGLE-3 does the same). What is drafted changes, what is decided does not:
-candidates have the target's own ids, and the distribution that drawn ones are declared with has nothing at tokens that
-are not kept, so that verification gives those their whole probability. Knows the target's head and how trees are asked
-for; not how tokens were chosen.
+With a large vocabulary, its head is most of a draft step, while nearly all tokens of a text are among the most frequent
+(FR-Spec, arXiv 2502.14856; EAGLE-3 does the same). This changes what is drafted, not what is decided. Candidates have
+the target's own ids. The draft distribution is zero at other tokens, so verification gives those their whole
+probability.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from outdraft.target.backends.packed import plain_linear
 from outdraft.target.target import Target
 
 NEVER = -3e4
-"""Logit of a token that is not kept. Finite: where a user bans all kept tokens there is still a distribution."""
+"""Logit of a token that is not kept; finite, so that a distribution exists even if a user bans all kept tokens."""
 
 
 class DraftVocabulary:
     """The tokens that may be drafted.
 
     Args:
-        tokens: `(kept,)` their ids.
-        target: whose head is read on them; its weights are copied for these tokens.
-        head: an output layer over nothing but them, in place of the target's.
+        tokens: `(kept,)` ids of the tokens.
+        target: the target, whose head's weights are copied for these tokens.
+        head: an output layer over only these tokens, instead of the target's.
 
     Raises:
-        UserError: the target's head is no plain linear layer.
+        UserError: the target's head is not a plain linear layer.
     """
 
     def __init__(self, tokens: Tensor, target: Target, head: nn.Module | None = None):
         self.tokens, self.vocab_size = tokens.to(target.device), target.vocab_size
         self.head: Callable[[Tensor], Tensor] = self._reduced(target) if head is None else head
-        """`(..., hidden)` to `(..., kept)` logits; of the target's head, on its own way from features to logits."""
+        """Maps `(..., hidden)` to `(..., kept)` logits; the target's head keeps its own path from features on."""
 
     def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
-        """The target's head on the kept tokens."""
+        """Return the target's head on the kept tokens."""
         output = target.model.get_output_embeddings()
         if not isinstance(output, nn.Linear | PackedLinear):
             raise UserError(
@@ -69,7 +68,7 @@ class DraftVocabulary:
         return target.head_through(reduced)
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
-        """`expand.grow` where logits are those of the kept tokens; `step` and the tree have the target's ids."""
+        """Run `expand.grow` on logits of the kept tokens; `step` and the tree use the target's ids."""
         named = rows.guided(logits.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
         if named or (shape.candidates != "top-k" and not rows.greedy and not rows.coupled):
             # Warpers look tokens up by their ids, and verification needs the distribution of all.
@@ -81,6 +80,6 @@ class DraftVocabulary:
         return replace(tree, tokens=torch.cat([roots[:, None], drafted], dim=1), _lists=None)
 
     def everywhere(self, logits: Tensor) -> Tensor:
-        """`(..., kept)` to `(..., vocab)`, `NEVER` at all other tokens."""
+        """Map `(..., kept)` logits to `(..., vocab)`, with `NEVER` at all other tokens."""
         whole = logits.new_full((*logits.shape[:-1], self.vocab_size), NEVER)
         return whole.index_copy_(-1, self.tokens, logits)

@@ -1,1 +1,1 @@
-"""The round and the batches that it runs over."""
+"""The decoding round, and the batches that run it."""

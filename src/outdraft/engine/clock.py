@@ -1,4 +1,4 @@
-"""Seconds between marks, kept by the device where work is asynchronous, so that no mark waits for it."""
+"""A clock that reads the device's own marks where work is asynchronous, so that no mark waits for the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Clock:
-    """Marks in the course of a round, and the laps between them.
+    """The marks set during one round, and the seconds between them.
 
     Args:
-        device: that the work is on.
+        device: the device that does the work.
     """
 
     def __init__(self, device: torch.device):
@@ -21,7 +21,7 @@ class Clock:
         self.marks: list[Any] = []
 
     def now(self) -> float:
-        """A time of the host's, once all work is done."""
+        """Return the host's time in seconds, once all of the device's work is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -40,7 +40,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def laps(self, marks: list[Any] | None = None) -> list[float]:
-        """Seconds from each mark to the next, of those set since the start or of earlier ones; waits for the last."""
+        """Return the seconds between consecutive marks (default: since the start), once the last one is reached."""
         marks = self.marks if marks is None else marks
         pairs = list(pairwise(marks))
         if self.device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Rows that come while others are being decoded, and go when they like: one running batch, newcomers beside it.
+"""Continuous batching: rows enter and leave while others are being decoded.
 
-Newcomers run their prompts piece by piece in a batch of their own, make one round there, in which the drafter reads the
-prompt, and then join the running rows. So a running row never waits for more than a piece, and no row is ever padded to
-another one's prompt. Knows rows and batches; nothing of requests or of who may come in.
+Admitted rows run their prompts piece by piece in a batch of their own. They make one round there, in which the drafter
+reads the prompt, and then join the running batch. So a running row never waits for more than one piece, and no row is
+padded to another row's prompt. This module decodes rows; it does not decide which requests are admitted.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from outdraft.target.target import Target
 
 
 class Decoder:
-    """Decodes rows that are added at any time.
+    """Decodes rows that may be added at any time.
 
     Args:
-        target: decides.
-        drafter: proposes; None is plain decoding.
+        target: the model that decides tokens.
+        drafter: the model that proposes tokens; None is plain decoding.
         shape: the tree that takes the most slots of all that will be asked for.
-        costs: told what rounds cost, where rows have controllers (all of them, then).
+        costs: records what rounds cost; used where rows have controllers (then all rows have one).
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, shape: TreeShape, costs: Costs | None = None):
         self.target, self.drafter, self.costs = target, drafter, costs or Costs()
         self.shape = shape
-        """Of the next rounds' trees."""
+        """The shape of the next rounds' trees."""
         self._largest = shape
         self._running: Batch | None = None
         self._coming: deque[_Newcomers] = deque()
 
     @property
     def rows(self) -> list[Row]:
-        """All that are here, newcomers included."""
+        """All rows in decoding, including those that still run their prompts."""
         running = self._running.rows if self._running is not None else []
         return [*running, *(row for newcomers in self._coming for row in newcomers.batch.rows)]
 
     @property
     def prefilling(self) -> bool:
-        """Whether newcomers have not joined yet."""
+        """True while some rows have not joined the running batch."""
         return bool(self._coming)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """These come in together, each of at least one new token; their prompts run side by side."""
+        """Admit rows together; each wants at least one new token, and their prompts run side by side."""
         batch = Batch(self.target, self.drafter, rows, self._largest, self.costs)
         self._coming.append(_Newcomers(batch))
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> list[Row]:
-        """A piece of about so many tokens of the first newcomers' prompts, or their own first round.
+        """Run about `tokens` prompt tokens of the rows admitted first, or the first round of those rows.
 
         Returns:
-            The rows that gained tokens by it.
+            The rows that gained tokens.
         """
         if not self._coming:
             return []
@@ -77,7 +77,7 @@ class Decoder:
 
     @torch.inference_mode()
     def round(self) -> list[Row]:
-        """One round of the running rows; those that gained tokens."""
+        """Run one round of the running batch and return the rows that gained tokens."""
         if self._running is None:
             return []
         self._running.shape = self.shape
@@ -86,13 +86,13 @@ class Decoder:
         return gained
 
     def _let_go(self) -> None:
-        """Of an empty batch and its cache."""
+        """Drop the running batch and its cache if it has no rows left."""
         if self._running is not None and not self._running.rows:
             self._running = None
 
     @torch.inference_mode()
     def remove(self, row: Row, reason: str) -> None:
-        """Take a row out before the next round, whatever it has got to."""
+        """Take a row out before the next round, whatever state it is in."""
         row.finish_reason = reason
         if self._running is not None and any(one is row for one in self._running.rows):
             self._running.leave()
@@ -105,7 +105,7 @@ class Decoder:
 
 
 class _Newcomers:
-    """A batch on its way in."""
+    """An admitted batch that has not joined the running one."""
 
     def __init__(self, batch: Batch):
         self.batch = batch
@@ -114,7 +114,7 @@ class _Newcomers:
         self._begun = False
 
     def step(self, tokens: int) -> list[Row]:
-        """The next piece, or the round that follows the last one."""
+        """Run the next prompt piece, or the round that follows the last piece."""
         if self._begun:
             self.ready = True
             return self.batch.round()
@@ -127,6 +127,6 @@ class _Newcomers:
         return gained
 
     def leave(self) -> None:
-        """Let finished rows go; amid their prompts rows stay until the last piece, unless all of them have finished."""
+        """Remove finished rows; during the prompts, rows stay until the last piece unless all have finished."""
         if self._begun or all(row.finish_reason is not None for row in self.batch.rows):
             self.batch.leave()

@@ -1,4 +1,4 @@
-"""The drafter of a batch: what it has not been told yet of what was decided, and the trees that a plan asks of it."""
+"""The drafter of one batch: its pending updates, and the trees that a plan asks for."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from outdraft.target.runner import ModelRunner
 
 
 class Drafts:
-    """Trees for the rows of a batch, from their own texts and from a drafter.
+    """Trees for the rows of a batch, from n-grams of their own texts and from a drafter.
 
     Args:
-        drafter: proposes; None is plain decoding.
+        drafter: the model that proposes tokens; None is plain decoding.
     """
 
     def __init__(self, drafter: Drafter | None):
         self.drafter = drafter
         self.state: DraftState | None = None
-        self.updates: list[Update] = []  # what the drafter has not been told yet
+        self.updates: list[Update] = []  # pending: decided tokens that the drafter has not seen
         self.asked = False
-        """Whether the drafter ever drafted."""
+        """True once the drafter has drafted."""
         self.heeds_budget = True
         """Whether the drafter asks the budget that it is given before each level."""
 
     @property
     def able(self) -> bool:
-        """Whether there is a drafter to ask."""
+        """True if there is a drafter with a state."""
         return self.state is not None
 
     @property
     def pending(self) -> int:
-        """Tokens of a row, at most, that the drafter was not told yet."""
+        """The largest number of decided tokens per row that the drafter has not seen."""
         return sum(max(update.counts) for update in self.updates)
 
     def slots(self, shape: TreeShape) -> int:
-        """Slots of the target's cache that a round of this shape takes."""
+        """Return the slots of the target's cache that a round of this shape takes."""
         return shape.size if self.drafter is None else self.drafter.slots(shape)
 
     def begin(self, prompts: Sequence[Tensor], firsts: Sequence[int], taps: Tensor, run: ModelRunner) -> None:
-        """Start from prompts over which the target has gone.
+        """Start the drafter's state after the target has run the prompts.
 
         Args:
-            prompts: `(tokens,)` of every row, on the host.
-            firsts: the token decided after each.
-            taps: `(rows, tokens, width)` what is read of the target.
-            run: over those prompts.
+            prompts: `(tokens,)` token ids of every row, on the host.
+            firsts: the token decided after each prompt.
+            taps: `(rows, tokens, width)` hidden states that the drafter reads of the target.
+            run: the target's runner, which has run these prompts.
         """
         if self.drafter is None:
             return
@@ -67,20 +67,20 @@ class Drafts:
         self.state = self.drafter.begin([prompt.to(taps.device) for prompt in prompts], run)
 
     def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, counts: list[int]) -> None:
-        """Note what was decided in a round.
+        """Queue the tokens that a round decided, for the drafter's next update.
 
         Args:
-            tokens: `(rows, m)` decided, right-padded.
-            taps: `(rows, nodes, width)` of the tree.
-            paths: `(rows, m)` node before each token.
-            counts: how many are real.
+            tokens: `(rows, m)` decided tokens, right-padded.
+            taps: `(rows, nodes, width)` hidden states of the tree's nodes.
+            paths: `(rows, m)` index of the node before each token.
+            counts: number of real tokens per row.
         """
         if self.state is not None:
             index = paths[..., None].expand(-1, -1, taps.shape[-1])
             self.updates.append(Update(tokens, taps.gather(1, index), counts))
 
     def trees(self, plan: Plan, roots: Tensor, rows: Sequence[Row], prefixes: Prefixes) -> Tree:
-        """The trees of a plan below the `(rows,)` roots."""
+        """Build the trees of a plan below the `(rows,)` root tokens."""
         if all(plan.ngrams):
             chains = [[root, *chain] for root, chain in zip(roots.tolist(), plan.ngrams, strict=True)]
             return Tree.listed(chains, roots.device)
@@ -96,7 +96,7 @@ class Drafts:
         return spliced(tree, plan.ngrams) if mixed else tree
 
     def join(self, other: Drafts) -> None:
-        """Take in the rows of another batch of the same drafter."""
+        """Append the rows of another batch that has the same drafter."""
         if self.state is not None and other.state is not None:
             self.state.join(other.state)
             self.updates = [Update.beside(Update.join(self.updates), Update.join(other.updates))]

@@ -1,15 +1,15 @@
-"""One plan a round: who drafts how much, and who is told what came of it.
+"""The plan of one round: which rows draft how much, from which source, and who observes the result.
 
-Three things can decide on a draft, in this order:
+The first rule that applies decides:
 
-1. Where every row's text goes on as it did before, those n-grams are the drafts, and the drafter is not asked.
-2. Where a tuner chooses whole shapes, or rows have controllers that decide level by level, the drafter alone drafts as
-   far as they say: they weigh what its rounds bring.
-3. Else the drafter drafts trees of the batch's shape, and rows whose text repeats itself have their n-grams in their
-   tree's place.
+1. If every row's text continues a repetition, the n-grams are the drafts, and the drafter is not asked.
+2. If a tuner chooses whole shapes, or rows have controllers that decide level by level, only the drafter drafts, as far
+   as they say. They measure what the drafter's rounds bring.
+3. Otherwise the drafter drafts trees of the batch's shape. In rows whose text repeats itself, n-gram drafts override
+   those trees.
 
-A plan is made from what was decided in earlier rounds, before anything of its own round is drawn, so it changes no
-row's output distribution.
+A plan depends only on earlier rounds, and is made before anything of its own round is drawn. So it changes no row's
+output distribution.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ if TYPE_CHECKING:
     from outdraft.engine.round import Batch
 
 MOST_NODES = 256
-"""Nodes of all rows up to which they are padded to the longest n-gram draft: what a compiled forward takes."""
+"""Largest sum of nodes over all rows that n-gram drafts may be padded to; compiled forwards take no more."""
 
 MOST_PENDING = 64
-"""Tokens of a row that the drafter may be behind before it is asked again, whatever repeats: it takes them in at once,
-in all rows as many as in the one that has most."""
+"""Most pending tokens per row before the drafter is asked again, even if texts repeat. The drafter reads pending tokens
+in
+one go, padded to the row that has most."""
 
 
 @dataclass
 class Plan:
-    """What is drafted in one round.
+    """The drafts of one round.
 
     Attributes:
-        shape: of the drafter's trees, at most.
-        ngrams: of every row, the candidates that its own text gives; none where the drafter drafts for it.
-        budget: decides level by level how far each row drafts; None as far as the shape allows.
-        choice: the tuner's, which is told what its shape brought.
+        shape: largest shape of the drafter's trees.
+        ngrams: n-gram candidates of every row; empty where the drafter drafts for the row.
+        budget: decides level by level how far each row drafts; None drafts as far as the shape allows.
+        choice: the tuner's choice, which observes what its shape brought.
     """
 
     shape: TreeShape
@@ -54,22 +55,22 @@ class Plan:
 
     @property
     def asks_drafter(self) -> bool:
-        """Whether the drafter drafts for any row."""
+        """True if the drafter drafts for at least one row."""
         return not all(self.ngrams) and self.shape.size > 1 and (self.budget is None or any(self.budget.going))
 
     @property
     def weighed(self) -> bool:
-        """Whether somebody waits for the seconds of the round."""
+        """True if a budget or a tuner needs the seconds of this round."""
         return self.budget is not None or self.choice is not None
 
     def observe(self, rows: Sequence[Row], tree: Tree, verdicts: Sequence[Verdict], laps: Sequence[float]) -> None:
-        """Tell those who weigh what the round brought and cost.
+        """Report what the round brought and cost to the tuner's choice and the budget.
 
         Args:
-            rows: of the round, their statistics counted.
-            tree: that was verified.
-            verdicts: on each row.
-            laps: seconds of drafting, verifying and the rest.
+            rows: the rows of the round, after their statistics were counted.
+            tree: the tree that was verified.
+            verdicts: one verdict per row.
+            laps: seconds of drafting, of verifying and of the rest.
         """
         accepted = [len(verdict.path) - 1 for verdict in verdicts]
         if self.choice is not None:
@@ -81,7 +82,7 @@ class Plan:
 
 
 def plan_round(batch: Batch) -> Plan:
-    """The plan of a batch's next round, by the order of precedence above."""
+    """Make the plan of a batch's next round, by the rules above."""
     nothing: list[list[int]] = [[]] * len(batch.rows)
     ngrams = _ngrams(batch)
     if all(ngrams) or not batch.drafts.able:
@@ -105,12 +106,14 @@ def plan_round(batch: Batch) -> Plan:
 
 
 def _ngrams(batch: Batch) -> list[list[int]]:
-    """Of every row, the candidates that its own text gives, none where it repeats nothing.
+    """Return the n-gram candidates of every row, empty where its text repeats nothing.
 
-    In company a greedy row waits for all others to repeat themselves, too: all pay for the longest, and padding the
-    drafter's trees to it was slower in every batch. Rows that draw do not wait, and have no more candidates than
-    the tree, for a seed's text is to be the same in any company. The first round is the drafter's, which then has
-    read the prompts before these rows join others.
+    In a batch, greedy rows wait until all rows repeat themselves: all pay for the longest draft, and padding the
+    drafter's
+    trees to it was slower in every batch. Sampled rows do not wait, and have no more candidates than the tree, so that
+    a
+    seed's text does not depend on the batch. The drafter drafts the first round, so that it has read the prompts before
+    these rows join others.
     """
     drafts = batch.drafts
     if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
@@ -127,7 +130,7 @@ def _ngrams(batch: Batch) -> list[list[int]]:
 
 
 def _fitting(batch: Batch, shape: TreeShape) -> TreeShape:
-    """As much of the shape as still fits where a family's attention limits the slots."""
+    """Shrink the shape until it fits, where a model family's attention limits the slots."""
     limit = batch.target.slot_limit
     if limit is None:
         return shape

@@ -1,7 +1,7 @@
-"""The round: draft a tree, run the target over it once, verify, commit.
+"""The decoding round: draft a tree, run the target over it once, verify, commit.
 
-For a batch of rows, each with its own length, sampling settings and dice. Plain decoding is the same loop with trees of
-nothing but their roots, so both are measured on the same code.
+A round serves a batch of rows, each with its own length, sampling settings and random numbers. Plain decoding is the
+same loop with trees of roots only, so both are measured on the same code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outdraft.target.runner import Output
 from outdraft.target.target import Target
 
 PIECE = 256
-"""Tokens of a prompt whose logits are made at once, where somebody watches them."""
+"""Prompt tokens whose logits are computed at once, where a row watches its prompt."""
 
 
 @torch.inference_mode()
@@ -43,11 +43,11 @@ def decode(
     """Decode all rows to their ends; yields the rows that gained tokens after every round.
 
     Args:
-        target: decides; an `ExactTarget` with the bits of plain decoding.
-        drafter: proposes; None is plain decoding.
-        rows: filled in place.
-        shape: of the trees, at most.
-        costs: told what rounds cost, where rows have controllers (all of them, then).
+        target: the model that decides tokens; an `ExactTarget` gives the bits of plain decoding.
+        drafter: the model that proposes tokens; None is plain decoding.
+        rows: the rows to decode, filled in place.
+        shape: largest shape of the trees.
+        costs: records what rounds cost; used where rows have controllers (then all rows have one).
     """
     batch = Batch(target, drafter, [row for row in rows if row.max_new_tokens > 0], shape, costs)
     for row in rows:
@@ -59,13 +59,13 @@ def decode(
 
 
 class Batch:
-    """The rows still running, the target's cache and the drafter's state for them.
+    """The rows still running, with the target's cache and the drafter's state for them.
 
     Args:
-        target: decides.
-        drafter: proposes; None is plain decoding.
-        rows: filled in place, each of at least one new token.
-        shape: of the trees, at most; may be another one in every round.
+        target: the model that decides tokens.
+        drafter: the model that proposes tokens; None is plain decoding.
+        rows: rows to decode, filled in place; each wants at least one new token.
+        shape: largest shape of the trees; it may change every round.
         costs: as for `decode`.
     """
 
@@ -100,10 +100,10 @@ class Batch:
         return self._begin(prompts, self.runner.prefill(prompts))
 
     def prefill_in_pieces(self, tokens: int) -> Iterator[list[Row]]:
-        """The same, giving the word back after every piece; the last one yields the rows.
+        """Run the prompts as `prefill` does, yielding after every piece; the last yield holds the rows.
 
         Args:
-            tokens: of each row that a piece has at most.
+            tokens: most tokens per row in a piece.
         """
         prompts, pieces = [torch.tensor(row.prompt) for row in self.rows], list[Output]()
         self.clock.start()
@@ -115,7 +115,7 @@ class Batch:
         yield self._begin(prompts, Output.cat(pieces))
 
     def join(self, other: Batch) -> None:
-        """Take in the rows of another batch of the same target and drafter, between rounds; it is of no use after."""
+        """Append the rows of another batch of the same target and drafter, between rounds; drop that batch after."""
         self.cache.join(other.cache)
         self.drafts.join(other.drafts)
         self.roots = torch.cat([self.roots, other.roots])
@@ -135,7 +135,7 @@ class Batch:
         firsts = self.roots.tolist()
         for i, (row, history) in enumerate(zip(self.rows, self.histories, strict=True)):
             history.append([firsts[i]])
-            if row.finish_reason is not None:  # taken out amid its prompt
+            if row.finish_reason is not None:  # removed during its prompt
                 continue
             if row.watch_prompt is not None:
                 for start in range(0, counts[i] - 1, PIECE):
@@ -151,14 +151,14 @@ class Batch:
         return self.leave()
 
     def _spend(self) -> None:
-        """The time since the clock was started went into prompts."""
+        """Add the seconds since the clock started to the rows' prefill time."""
         self.clock.mark()
         (seconds,) = self.clock.laps()
         for row in self.rows:
             row.statistics.prefill_seconds += seconds
 
     def round(self) -> list[Row]:
-        """Draft, verify, commit once for all running rows; the rows that gained tokens."""
+        """Draft, verify and commit once for all running rows; return the rows that gained tokens."""
         self.clock.start()
         plan = plan_round(self)
         tree = self.drafts.trees(plan, self.roots, self.rows, Prefixes(self.histories))
@@ -181,7 +181,7 @@ class Batch:
         return [row.chance for row in self.rows]
 
     def _account(self, plan: Plan, tree: Tree, verdicts: Sequence[Verdict]) -> None:
-        """Count the seconds of a round: now where somebody weighs them, else once its device has spent them."""
+        """Count the seconds of a round: at once if the plan needs them, otherwise after the device has finished."""
         if not plan.weighed:
             self._unsettled = self.clock.marks, list(self.rows)
             return
@@ -191,7 +191,7 @@ class Batch:
             row.statistics.add_seconds(*laps)
 
     def _settle(self) -> None:
-        """Count the last round's time, which its device has spent by now."""
+        """Count the seconds of the last round, which the device has finished by now."""
         if self._unsettled is not None:
             marks, rows = self._unsettled
             self._unsettled = None
@@ -199,13 +199,13 @@ class Batch:
                 row.statistics.add_seconds(*self.clock.laps(marks))
 
     def _commit(self, tree: Tree, taps: Tensor, logits: Tensor, verdicts: list[Verdict], plan: Plan) -> None:
-        """Keep the accepted paths in the cache, hand the decided tokens to the rows and to the next update."""
+        """Keep accepted paths in the cache; hand decided tokens to the rows and to the drafter's next update."""
         self._settle()
         self.cache.commit([verdict.path for verdict in verdicts])
         lost = [verdict.tokens[-1] >= logits.shape[-1] for verdict in verdicts]
         for verdict, is_lost in zip(verdicts, lost, strict=True):
             if is_lost:
-                verdict.tokens[-1] = 0  # in its place until the row leaves
+                verdict.tokens[-1] = 0  # a placeholder until the row leaves
         counts = [len(verdict.path) for verdict in verdicts]
         longest = max(counts)
         padding = [[0] * (longest - count) for count in counts]
@@ -230,7 +230,7 @@ class Batch:
             row.statistics.repeats += bool(plan.ngrams[i]) and tree.counts[i] > 1
 
     def leave(self) -> list[Row]:
-        """Let finished rows go; all that were there."""
+        """Remove finished rows; return all rows that the batch had before."""
         gained = list(self.rows)
         if any(row.finish_reason is not None for row in self.rows):
             self._settle()

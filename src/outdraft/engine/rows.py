@@ -1,4 +1,4 @@
-"""A sequence that is being decoded: what was asked for, and what has been decided."""
+"""The sequences being decoded: what each was asked for, and what was decided for it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Row:
 
     Attributes:
         prompt: token ids.
-        warper: logits to distribution.
-        chance: its dice, which drafting and verification share.
-        max_new_tokens: decided tokens at most.
-        stop_token_ids: a token of these ends the row and is part of it.
+        warper: turns logits into the distribution of the next token.
+        chance: source of random numbers, shared by drafting and verification.
+        max_new_tokens: largest number of decided tokens.
+        stop_token_ids: tokens that end the row; the row keeps the one that ended it.
         should_stop: called with the new tokens after each of them; True ends the row there (stop strings).
-        tokens: decided so far, the prompt not included.
+        tokens: tokens decided so far, without the prompt.
         finish_reason: `eos`, `length`, `stop`, `context` or `error`; None while the row is running.
-        error: why it could not go on, where that is how it ended.
-        accepted: for every decided token, whether it was drafted.
-        controller: says how far to draft for it; None drafts as far as the shape allows.
-        repeats: when what the text repeats is drafted in the drafter's place; None asks the drafter always.
+        error: message, if the row ended with an error.
+        accepted: for every decided token, True if it was drafted.
+        controller: decides how far to draft for the row; None drafts as far as the shape allows.
+        repeats: when n-gram drafts override the drafter; None always asks the drafter.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
-        watch_prompt: called with those of the prompt's tokens but the first, some at a time.
+        watch_prompt: called with the logits of the prompt's tokens but the first, a piece at a time.
     """
 
     prompt: list[int]
@@ -55,10 +55,11 @@ class Row:
     watch_prompt: Callable[[Tensor], None] | None = None
 
     def extend(self, tokens: Sequence[int], context_length: int, drafted: int) -> int:
-        """Append decided tokens one by one, the first of them drafted, ending exactly where plain decoding would.
+        """Append decided tokens one by one, the first `drafted` of them drafted, and end exactly where plain decoding
+        would.
 
         Returns:
-            How many were taken.
+            The number of tokens that were appended.
         """
         for taken, token in enumerate(tokens, start=1):
             self.tokens.append(token)
@@ -78,7 +79,7 @@ class Row:
         return len(tokens)
 
     def fail(self, error: Exception | None = None) -> None:
-        """End here, alone: the row's logits are no numbers, or what was given to it raised an error."""
+        """End this row only: its logits are not finite, or a callback of the user's raised `error`."""
         self.finish_reason = "error"
         self.error = (
             f"after {len(self.tokens)} new tokens the logits are not finite (NaN, infinite, or every token ruled out): "
@@ -88,7 +89,7 @@ class Row:
         )
 
     def tell(self, watch: Callable[[Tensor], None] | None, logits: Tensor) -> None:
-        """Call one of those who watch the row; an error of theirs ends this row alone."""
+        """Call a watcher of the row with logits; an error of the watcher's ends this row only."""
         try:
             if watch is not None:
                 watch(logits)
@@ -104,13 +105,13 @@ class Row:
 
 
 class History:
-    """Everything decided of one row, prompt included; as a tensor once somebody asks, in a buffer that grows in place.
+    """The tokens of one row, prompt included. A tensor of them is made on request, in a buffer that grows in place.
 
     Args:
         prompt: token ids.
-        capacity: tokens to come, at most.
-        device: of the tensor.
-        repeats: when to draft what the row repeats; None never does.
+        capacity: largest number of tokens to come.
+        device: device of the tensor.
+        repeats: when to draft n-grams of the row; None never does.
     """
 
     def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device, repeats: Repeats | None = None):
@@ -122,7 +123,7 @@ class History:
 
     @property
     def tokens(self) -> Tensor:
-        """`(tokens,)` of the row."""
+        """`(tokens,)` all tokens of the row so far."""
         if self.buffer is None:
             self.buffer = torch.zeros(self.size, dtype=torch.long, device=self.device)
         if self.written < len(self.known):
@@ -131,20 +132,20 @@ class History:
         return self.buffer[: self.written]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Take in newly decided tokens."""
+        """Append newly decided tokens."""
         self.known += tokens
         if self._text is not None:
             self._text.extend(tokens)
 
     def repeated(self, limit: int) -> list[int]:
-        """Candidates that the row's own text gives; at most `limit`, none where it repeats nothing."""
+        """Return at most `limit` n-gram candidates from the row's own text; none if it repeats nothing."""
         if self.repeats is None or self._text is None:
             return []
         return self.repeats.candidates(self._text, limit)
 
 
 class Prefixes(Sequence[Tensor]):
-    """The rows' histories as tensors for those who read them, which most drafters and settings do not."""
+    """The rows' histories as tensors, made only when read, which most drafters and settings never do."""
 
     def __init__(self, histories: Sequence[History]):
         self.histories = histories
@@ -157,7 +158,7 @@ class Prefixes(Sequence[Tensor]):
 
 
 def compacted(staying: Sequence[bool]) -> list[int]:
-    """The places of those that stay, the last ones in the gaps that others leave, so that few are moved."""
+    """Return the indices of the rows that stay; the last ones fill the gaps, so that few rows are moved."""
     order = list(range(sum(staying)))
     behind = [place for place in range(len(order), len(staying)) if staying[place]]
     for place in order:

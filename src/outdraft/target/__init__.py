@@ -1,4 +1,4 @@
-"""The language model that decides: a stock `transformers` model, its cache, and how it is run."""
+"""The target: a stock `transformers` model that decides tokens, its cache, and how it is run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`outdraft.target.Target`, imported when it is first asked for, as it brings torch and transformers."""
+    """Import `outdraft.target.Target` on first access, as it needs torch and transformers."""
     if name == "Target":
         from outdraft.target.target import Target
 

@@ -1,10 +1,10 @@
 """A KV cache addressed by slot: every row of the batch has its own length.
 
-Row `b` keeps its committed tokens in slots `0 .. lengths[b]-1`. A forward writes its tokens into the slots after that
-(`reserve` says where), and only `commit` makes some of them part of the row; the rest is forgotten by not being
-counted. Nothing is ever re-padded. Which slots a token may look at is the attention mask's business (`tree.py`).
+Row `b` keeps its committed tokens in slots `0 .. lengths[b]-1`. A forward writes its tokens into the slots after that,
+which `reserve` returns. Only `commit` makes some of them part of the row; the others no longer count. Nothing is ever
+re-padded. The attention mask (`tree.py`) decides which slots a token sees.
 
-It is a `transformers` Cache, so stock models write to it. It does not know what a tree, a token or a drafter is.
+It is a `transformers` Cache, so stock models write to it. It does not depend on trees, tokens or drafters.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class SlotCache(Cache):
     """Keys and values of all layers for `rows` sequences of different lengths.
 
     Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
-    accepted path in all of them at once. Buffers may have more rows than are held: rows that leave make room for others
-    to join, and only rows that change their place are copied.
+    accepted path in all of them at once. Buffers may have more rows than the cache: rows that leave make room for
+    others to join, and only rows that change their index are copied.
 
     Args:
-        rows: sequences held.
+        rows: number of sequences.
         num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
-        capacity: slots a row, grown by doubling when a forward needs more.
-        pool: lends buffers, of rounded sizes; without one they are made as large as asked for.
+        capacity: slots per row, doubled when a forward needs more.
+        pool: lends buffers of rounded sizes; None makes them as large as asked for.
     """
 
     def __init__(self, rows: int, num_layers: int, capacity: int, pool: BufferPool | None = None):
@@ -39,16 +39,16 @@ class SlotCache(Cache):
         self.lengths: list[int] = [0] * rows
         self.pending = 0  # slots written after the committed ones, the same number in every row
         self.capacity = max(1, capacity)
-        self._room = rows  # rows that buffers have
+        self._room = rows  # rows of the buffers
         self._pool = pool
         if pool is not None:
             self._room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
         self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
-        self._writing = 0  # tokens a row of the forward that was reserved last
+        self._writing = 0  # tokens per row of the last reserved forward
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
-        self._rows = torch.empty(0)  # (rows, 1) beside them
+        self._rows = torch.empty(0)  # (rows, 1) row indices for these slots
         self._views: dict[int, _Views] = {}  # buffer -> what this forward reads and writes of it
         if pool is not None:
             weakref.finalize(self, pool.give_back, self._buffers)
@@ -65,10 +65,10 @@ class SlotCache(Cache):
     # --- one forward -------------------------------------------------------------------------------------------
 
     def reserve(self, count: int, device: torch.device | str) -> Tensor:
-        """Announce a forward of `count` tokens a row.
+        """Announce a forward of `count` tokens per row.
 
         Returns:
-            `(rows, count)` the slots its keys and values go to.
+            `(rows, count)` slots of the forward's keys and values.
         """
         slots = self.pending_slots(self.pending, count, device)
         self._write(slots)
@@ -78,12 +78,12 @@ class SlotCache(Cache):
         return slots
 
     def pending_slots(self, first: int, count: int, device: torch.device | str) -> Tensor:
-        """`(rows, count)` slots of pending tokens, from the `first` on."""
+        """Return the `(rows, count)` slots of pending tokens, from the `first` on."""
         device = torch.device(device)
         return integers(self.lengths, device)[:, None] + counting(first, count, device)
 
     def _write(self, slots: Tensor) -> None:
-        """The next update goes to these slots."""
+        """Set the slots of the next update."""
         self._writing = slots.shape[1]
         self._slots = None if len(set(self.lengths)) <= 1 else slots
         self._rows = counting(0, self.rows, slots.device)[:, None]
@@ -92,7 +92,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write `(rows, kv_heads, tokens, head_dim)` into the reserved slots; return all that are visible."""
+        """Write `(rows, kv_heads, tokens, head_dim)` into the reserved slots; return all visible keys and values."""
         count = key_states.shape[2]
         if count != self._writing:
             raise RuntimeError(f"{count} tokens written, {self._writing} reserved")
@@ -115,10 +115,10 @@ class SlotCache(Cache):
         return keys, values
 
     def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Where a layer keeps all its keys and all its values, `(room, kv_heads, capacity, width)`.
+        """Return a layer's whole buffers of keys and of values, `(room, kv_heads, capacity, width)`.
 
         Args:
-            key_states, value_states: of that layer, any number of tokens; only their shapes are looked at.
+            key_states, value_states: states of that layer, any number of tokens; only their shapes are read.
             layer_idx: the layer.
         """
         buffer, place = self._place(key_states, value_states, layer_idx)
@@ -127,16 +127,16 @@ class SlotCache(Cache):
 
     @property
     def room(self) -> int:
-        """Rows that the buffers have."""
+        """Number of rows of the buffers."""
         return self._room
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where the buffers lie; while these stay the same, a recorded forward finds what it recorded."""
+        """Return the addresses of the buffers; while they stay the same, a recorded forward remains valid."""
         return (self._room, self.capacity, *(buffer.data_ptr() for buffer in self._buffers))
 
     def _open(self, buffer: int, count: int) -> _Views:
-        """Views of all layers at once, which many small ones for every layer would take longer to make."""
+        """Make the views of all layers at once, which is faster than many small views per layer."""
         extent = self.extent
         held = self._buffers[buffer].flatten(0, 1)[:, : self.rows]
         self._views[buffer] = views = _Views(
@@ -145,29 +145,29 @@ class SlotCache(Cache):
         return views
 
     def arrange(self, places: Sequence[Sequence[int]]) -> None:
-        """Make these pending tokens of every row, as many in each, the ones being written, and forget the others.
+        """Reorder the pending tokens of every row to those given, mark them as being written, and forget the others.
 
         Another forward through further layers may then write beside them.
 
         Args:
-            places: of every row, offsets among its pending tokens, in the order that they shall have.
+            places: for every row, offsets among its pending tokens, in their new order; the same number in every row.
         """
         self._move(places)
         self.pending = len(places[0])
         self._write(self.pending_slots(0, self.pending, self._rows.device))
 
     def room_for(self, pending: int) -> None:
-        """Make the buffers hold so many tokens a row beyond the committed ones, which a forward writes by itself."""
+        """Make room for `pending` tokens per row beyond the committed ones, which a forward writes by itself."""
         self._fit(self.rows, max(self.lengths, default=0) + pending)
 
     def advance(self, counts: Sequence[int]) -> None:
-        """So many tokens of every row, written right after the committed ones, are committed, too."""
+        """Commit `counts` tokens of every row that were written right after the committed ones."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     # --- after the verdict -------------------------------------------------------------------------------------
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keep, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
+        """Commit, for every row, the pending tokens named by `paths` (ascending offsets) and forget the others."""
         self._move(paths)
         self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
         self.rollback()
@@ -189,7 +189,7 @@ class SlotCache(Cache):
         self.lengths = [self.lengths[row] for row in rows]
 
     def join(self, other: SlotCache) -> None:
-        """Take in the other's rows after one's own; nothing may be pending in either."""
+        """Append the rows of another cache; nothing may be pending in either."""
         if self.pending or other.pending:
             raise RuntimeError("rows join between rounds, when nothing is pending")
         first, rows, extent = self.rows, self.rows + other.rows, other.extent
@@ -231,7 +231,7 @@ class SlotCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in buffers."""
+        """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     # --- storage -----------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class SlotCache(Cache):
         return self._places[layer_idx]
 
     def _move(self, places: Sequence[Sequence[int]]) -> None:
-        """Put pending tokens of every row, named by their offsets, at the beginning of its pending slots."""
+        """Move pending tokens of every row, named by their offsets, to the beginning of its pending slots."""
         moves = [
             (row, start + to, start + place)
             for row, (start, order) in enumerate(zip(self.lengths, places, strict=True))
@@ -268,7 +268,7 @@ class SlotCache(Cache):
             buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
 
     def _fit(self, rows: int, capacity: int) -> None:
-        """Buffers of at least so many rows and slots a row."""
+        """Make the buffers hold at least so many rows and slots per row."""
         if rows <= self._room and capacity <= self.capacity:
             return
         room, slots, extent = max(rows, self._room), max(capacity, self.capacity), min(self.extent, self.capacity)
@@ -284,17 +284,17 @@ class SlotCache(Cache):
         self._room, self.capacity = room, slots
 
     def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A buffer; of zeros, so that nothing that is not a number stands where nothing was written yet."""
+        """Make a buffer of zeros, or take one of the pool, so that unwritten slots hold no NaN."""
         if self._pool is not None:
             return self._pool.take(shape, like)
         return like.new_zeros(shape)
 
 
 class BufferPool:
-    """Buffers that outlive the caches that they were lent to, so that a recorded forward can serve many of them.
+    """Buffers that outlive the caches that borrow them, so that a recorded forward can serve many caches.
 
     Args:
-        most: buffers that are kept while nobody uses them.
+        most: largest number of unused buffers that are kept.
     """
 
     def __init__(self, most: int = 4):
@@ -302,7 +302,7 @@ class BufferPool:
         self._free: list[Tensor] = []
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A buffer of this shape, and of the other's precision and device; what it holds are numbers."""
+        """Return a buffer of this shape, with the dtype and device of `like`; it holds numbers, never NaN."""
         for i, buffer in enumerate(self._free):
             if buffer.shape == shape and buffer.dtype == like.dtype and buffer.device == like.device:
                 return self._free.pop(i)
@@ -310,25 +310,25 @@ class BufferPool:
         return like.new_zeros(shape)
 
     def give_back(self, buffers: list[Tensor]) -> None:
-        """Nobody uses them any more."""
+        """Take buffers back that no cache uses any more."""
         self._free = [*self._free, *buffers][-self.most :]
 
 
 def rounded_rows(rows: int) -> int:
-    """Up to a power of two."""
+    """Round up to a power of two."""
     return 1 << (rows - 1).bit_length() if rows else 0
 
 
 def rounded_slots(slots: int) -> int:
-    """Up to a power of two or one and a half of one, 512 at least."""
+    """Round up to a power of two or one and a half of one, at least 512."""
     whole = max(512, 1 << (slots - 1).bit_length())
     return whole * 3 // 4 if whole > 512 and slots <= whole * 3 // 4 else whole
 
 
 class _Views(NamedTuple):
-    """Of one buffer, keys and values of every layer in turn, each `(rows, kv_heads, slots, width)`."""
+    """Views of one buffer: keys and values of every layer in turn, each `(rows, kv_heads, slots, width)`."""
 
     seen: tuple[Tensor, ...]
     """All slots that the forward reads."""
     written: tuple[Tensor, ...]
-    """Those that it writes, where they are the same in all rows."""
+    """Slots that the forward writes, if they are the same in all rows."""

@@ -1,8 +1,9 @@
-"""A GGUF file as an ordinary Hugging Face folder, written once per user and loaded like any other model afterwards.
+"""Converts a GGUF file to an ordinary Hugging Face folder, once per user, which is loaded like any other model
+afterwards.
 
-The target that a file stands for is defined here: `transformers` dequantises the weights in float32, and they are
-rounded once to bfloat16, so that the bfloat16 and the float32 target are the same weights. Tokenizer, chat template,
-first and last tokens are the file's. Knows neither targets nor drafters.
+This module defines the target that a file stands for. `transformers` dequantises the weights in float32, and they are
+rounded once to bfloat16, so that the bfloat16 and the float32 target have the same weights. Tokenizer, chat template,
+first and last tokens are the file's.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from outdraft.user_cache import cache_folder, made_once
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"
-"""What the folder says of the file it was made from."""
+"""Name of the record in the folder of the file that it was made from."""
 LAYOUT = "1"
-"""Part of the folders' names; to be raised when the same file becomes another folder."""
+"""Part of the folders' names; increase it when the same file becomes another folder."""
 PACKAGES = ("gguf", "accelerate")
-"""What `transformers` reads such files with."""
+"""Packages with which `transformers` reads GGUF files."""
 ENDS_OF_TURN = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-"""Tokens that end an answer beside the end-of-sequence token."""
+"""Fields of tokens that end an answer beside the end-of-sequence token."""
 
 
 def gguf_in(source: str | Path) -> Path | None:
-    """The GGUF file that a path names, or that is the only one in a folder without a config; None for anything else.
+    """Return the GGUF file that a path names, or the only one in a folder without a config; None for anything else.
 
     Raises:
         UserError: no such file, or a folder of several.
@@ -59,7 +60,7 @@ def gguf_in(source: str | Path) -> Path | None:
 
 
 def unpacked(file: Path) -> Path:
-    """The ordinary folder of a GGUF file: the first call writes it, later calls find it by the file's contents.
+    """Return the ordinary folder of a GGUF file: the first call writes it, later calls find it by the file's contents.
 
     Raises:
         UserError: the file is damaged or of a kind that `transformers` does not read, or a package is missing.
@@ -69,7 +70,7 @@ def unpacked(file: Path) -> Path:
 
 
 def record_in(folder: str | Path) -> dict[str, Any] | None:
-    """Of a folder made from a GGUF file: its `file` name and the kinds of its `weights`."""
+    """Return the record of a folder made from a GGUF file: its `file` name and the kinds of its `weights`."""
     try:
         record: dict[str, Any] = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +116,7 @@ def _unpack(file: Path, folder: Path) -> None:
 
 
 def _read(file: Path) -> tuple[Metadata, str]:
-    """What the file says of itself, and the kinds of its weights, the commonest first."""
+    """Return the file's metadata, and the kinds of its weights, the commonest first."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -135,7 +136,7 @@ def _read(file: Path) -> tuple[Metadata, str]:
 
 
 def _dequantised(file: Path, config: Any) -> PreTrainedModel:
-    """The model in bfloat16, with nothing left that says it was quantised."""
+    """Load the model in bfloat16, without any sign that it was quantised."""
     options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # versions that can compute on packed weights must not do so
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -161,15 +162,15 @@ def _dequantised(file: Path, config: Any) -> PreTrainedModel:
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """Keeps the libraries' progress bars to themselves where no terminal shows them."""
+    """Hide the libraries' progress bars if no terminal shows them."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def _reading(file: Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives.
+    """Return the result of `read`.
 
     Raises:
-        UserError: in place of whatever the libraries raise at a file that they cannot read.
+        UserError: for any error of the libraries at a file that they cannot read.
     """
     try:
         with _quiet():

@@ -1,7 +1,7 @@
-"""The tokenizer that a GGUF file describes, where `transformers` builds one from it that differs from the description.
+"""The tokenizer that a GGUF file describes, where the one that `transformers` builds from it differs.
 
-What is mended: how text is split before merging (for kinds that `transformers` does not know it splits as GPT-2
-does), and whether a first or last token is added to plain text. Knows nothing of weights.
+Two things are mended: how text is split before merging (`transformers` splits kinds that it does not know as GPT-2
+does), and whether a first or last token is added to plain text.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Metadata = dict[str, Any]
 """A GGUF file's fields by key."""
 
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-"""Kinds of splitting (`tokenizer.ggml.pre`) where every digit stands alone and the rest is split as GPT-2 does."""
+"""Kinds of splitting (`tokenizer.ggml.pre`) in which every digit is separate and the rest is split as GPT-2 does."""
 AS_GPT2 = {
     *("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "mellum", "modern-bert"),
     *("mpt", "olmo", "jais", "trillion"),
 }
-"""Kinds that are GPT-2's, which is what `transformers` does with all that it does not know."""
+"""Kinds that split as GPT-2, which `transformers` does with all kinds that it does not know."""
 
 
 def tokenizer_of(file: Path, metadata: Metadata) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer with its chat template, and what must be said of it.
+    """Return the tokenizer with its chat template, and warnings about it.
 
     Args:
         file: the GGUF file.

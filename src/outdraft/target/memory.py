@@ -1,4 +1,4 @@
-"""How many tokens the cache may hold: what one takes, measured, and what is free. Knows nothing of requests."""
+"""The number of tokens that the cache may hold, from the measured size of a token and the free memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 SHARE = 0.4
-"""Of the free memory; rows are copied when buffers grow, and forwards need some, too."""
+"""Share of the free memory for the cache; growing buffers are copied, and forwards need memory, too."""
 
 
 @torch.inference_mode()
 def slot_bytes(target: Target) -> int:
-    """Bytes of the target's cache that a token takes, whatever the family's layers look like."""
+    """Measure the bytes of the target's cache that a token takes, whatever the family's layers look like."""
     cache = target.new_cache(1, 8)
     ModelRunner(target, cache).prefill([torch.zeros(1, dtype=torch.long)])
     return max(1, cache.nbytes // (cache.room * cache.capacity))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing uses, on the device or on this machine."""
+    """Return the unused memory of the device or of this machine, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _group_bytes() -> int | None:
-    """What this process's control group may still take, where it is bounded."""
+    """Return the bytes that this process's control group may still take, None if it is unbounded."""
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as most:
             limit = most.read().strip()
@@ -47,14 +47,14 @@ def _group_bytes() -> int | None:
 
 
 def cache_slots(target: Target, rows: int, context_length: int, extra: int, asked: int | None = None) -> int:
-    """Slots for all rows together.
+    """Return the number of cache slots for all rows together.
 
     Args:
-        target: whose cache it is.
-        rows: decoded at once, at most.
-        context_length: tokens of a row at most.
-        extra: slots a row that a round needs beside its tokens.
-        asked: so many, whatever is free.
+        target: target of the cache.
+        rows: largest number of rows decoded at once.
+        context_length: largest number of tokens per row.
+        extra: slots per row that a round needs beside its tokens.
+        asked: a given number of slots, whatever memory is free.
 
     Raises:
         UserError: not even one row fits.

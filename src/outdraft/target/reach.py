@@ -1,6 +1,6 @@
-"""How far a model sees, by its configuration: the context that its positions reach over, and its layers' windows.
+"""The reach of a model by its configuration: the context of its positions, and its layers' windows.
 
-What a family makes of its configuration, `trial.py` tries.
+`trial.py` tests what a family makes of its configuration.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def context_of(config: Any) -> int:
-    """Tokens that a text may have, by the shortest of the layers' kinds."""
+    """Return the largest number of tokens of a text, by the shortest of the layers' kinds."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     written = next((int(found) for name in names if (found := getattr(config, name, None))), 1 << 30)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -18,7 +18,7 @@ def context_of(config: Any) -> int:
 
 
 def windows_of(config: Any) -> dict[str, int | None]:
-    """Sliding windows by kind of layer; models with several kinds take a dictionary of masks."""
+    """Return the sliding window of each kind of layer; models with several kinds take a dictionary of masks."""
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
@@ -29,17 +29,17 @@ def windows_of(config: Any) -> dict[str, int | None]:
 
 
 def _reach(rope: dict[str, Any], config: Any, written: int) -> int:
-    """Tokens that rotations reach over, of one kind of layers; `written` is the configuration's own limit.
+    """Return the tokens that rotations reach over, for one kind of layers; `written` is the configuration's own limit.
 
-    Extended rotations reach `factor` times as far as the original ones. Some configurations write that already, others
+    Extended rotations reach `factor` times as far as the original ones. Some configurations contain the product, others
     the original length alone, which the larger of the two tells apart.
     """
     kind, factor = rope.get("rope_type", "default"), float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings")
     if kind == "longrope":
-        # Past this a forward turns all of its positions by other frequencies, so a tree that reaches over it would
+        # Past this a forward rotates all of its positions by other frequencies, so a tree that crosses it would
         # change what its root sees.
         return int(original or config.original_max_position_embeddings)
     if kind in ("yarn", "llama3", "linear"):
         return max(written, int(factor * (original or written)))
-    return written  # `dynamic`, too: past it every further token turns by frequencies of its own length, as above
+    return written  # `dynamic`, too: past it every further token rotates by frequencies of its own length

@@ -1,7 +1,7 @@
-"""The target at work on the rows of one batch: their prompts, then a tree a round, over one cache.
+"""The runner of the target for the rows of one batch: their prompts, then one tree per round, over one cache.
 
-Where a drafter is made of the target's own first layers, those may run ahead over candidates: what they have computed
-is taken over when the tree is verified, so that they run once a token.
+If a drafter consists of the target's own first layers, those may run ahead over candidates. Verification of the tree
+then reuses their results, so that they run once per token.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from outdraft.target.target import Target
 
 PREFILL_CHUNK = 1024
-"""Prompt tokens a forward: bounds the mask and the attention scores of long prompts."""
+"""Prompt tokens per forward, which bounds the mask and the attention scores of long prompts."""
 
 PLAIN = Reads()
-"""The features alone."""
+"""Reads of the features alone."""
 
 
 class Output(NamedTuple):
-    """What a forward of the target gives for every token."""
+    """The output of a forward of the target for every token."""
 
     features: Tensor
     """`(rows, tokens, hidden)` the last hidden state after the final norm, which the head reads."""
@@ -37,31 +37,31 @@ class Output(NamedTuple):
 
     @classmethod
     def cat(cls, pieces: Sequence[Output]) -> Output:
-        """Of pieces that follow each other."""
+        """Concatenate pieces that follow each other."""
         if len(pieces) == 1:
             return pieces[0]
         return cls(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True)))
 
 
 class ModelRunner:
-    """The target with the cache of the rows that it is decoding.
+    """Runs the target with the cache of the rows that it decodes.
 
     Args:
         target: the model.
-        cache: of these rows, empty.
+        cache: an empty cache for these rows.
         reads: what is read of the target for every token.
     """
 
     def __init__(self, target: Target, cache: SlotCache, reads: Reads = PLAIN):
         self.target, self.cache, self.reads = target, cache, reads
-        self._levels: list[_Level] = []  # what ran ahead since the last tree, in the order of its slots
+        self._levels: list[_Level] = []  # levels that ran ahead since the last tree, in slot order
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
-        """Run `(tokens,)` prompts of any lengths and commit them; what is given after a row's own end means nothing."""
+        """Run `(tokens,)` prompts of any lengths and commit them; outputs after a row's own end are meaningless."""
         return Output.cat(list(self.prefill_in_pieces(prompts)))
 
     def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
-        """The same, at most so many tokens of every row at a time."""
+        """Run prompts as `prefill` does, in pieces of at most `most` tokens of every row."""
         most = most or PREFILL_CHUNK
         target, cache = self.target, self.cache
         longest = max(len(prompt) for prompt in prompts)
@@ -91,7 +91,7 @@ class ModelRunner:
         return self.forward(tree.tokens, self.positions(tree), tree.ancestors, slots)
 
     def positions(self, tree: Tree) -> Tensor:
-        """`(rows, nodes)` of a tree after the committed tokens.
+        """Return the `(rows, nodes)` positions of a tree after the committed tokens.
 
         Candidates past the context's end are verified at its last position and then cut: their verdict is never used.
         """
@@ -109,15 +109,15 @@ class ModelRunner:
         return Output(*self.target.reader(self.reads)(input_ids=tokens, **inputs))
 
     def ahead(self, tokens: Tensor, parents: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
-        """Run the first part over a level of `(rows, nodes)` candidates, or first of all over the roots.
+        """Run the first part over a level of `(rows, nodes)` candidates; the first call runs it over the roots.
 
         Args:
             tokens: the candidates.
-            parents: their places in the level before.
+            parents: indices of their parents in the level before.
             positions, seen, slots: as in `attention_mask`, of all levels so far.
 
         Returns:
-            `(rows, nodes, hidden)` what the first part gives.
+            `(rows, nodes, hidden)` output of the first part.
         """
         inputs = self.target.inputs(positions, seen, slots, self.cache)
         carried = self.target.reader(self.reads).lower(input_ids=tokens, **inputs)
@@ -125,7 +125,7 @@ class ModelRunner:
         return carried[..., : self.target.hidden_size]
 
     def passed(self, tokens: Tensor, parents: Tensor, carried: Tensor) -> None:
-        """A level has run through the first part, and this is what it gives; arguments as in `ahead`."""
+        """Record a level that has run through the first part, and its output; arguments as in `ahead`."""
         self._levels.append(_Level(tokens, parents, carried))
 
     def _tree_after_running_ahead(self, tree: Tree) -> Output:
@@ -143,9 +143,9 @@ class ModelRunner:
         return Output(*self.target.reader(self.reads).upper(carried, **inputs))
 
     def _find(self, tree: Tree) -> tuple[list[list[int]], list[list[int]]]:
-        """For every node its place among the pending slots, and the nodes whose places are still to be filled.
+        """Return every node's index among the pending slots, and the nodes that did not run ahead.
 
-        A node is the candidate that ran ahead with its token after its parent; padding stands for the root.
+        A node matches the candidate that ran ahead with its token after its parent; padding stands for the root.
         """
         levels = [torch.stack([level.tokens, level.parents]).tolist() for level in self._levels]
         places: list[list[int]] = []
@@ -169,14 +169,14 @@ class ModelRunner:
         return places, missing
 
     def _run_missing(self, tree: Tree, places: Tensor, missing: list[list[int]]) -> Tensor:
-        """The first part over the nodes that it has not seen, most of them leaves; padded with roots."""
+        """Run the first part over the nodes that did not run ahead, most of them leaves; padded with roots."""
         count, device = max(len(new) for new in missing), tree.tokens.device
         nodes = torch.tensor([new + [0] * (count - len(new)) for new in missing], device=device)
         pending = self.cache.pending
         self.cache.reserve(count, device)
         slots = self.cache.pending_slots(0, pending + count, device)
         rows = counting(0, len(missing), device)[:, None]
-        # Several nodes may have one place (padding has the root's): seen if any of them is.
+        # Several nodes may share an index (padding has the root's), which is seen if any of them is.
         seen = torch.zeros(len(missing), count, pending + count, dtype=torch.int, device=device)
         seen.scatter_add_(2, places[:, None].expand(-1, count, -1), tree.ancestors[rows, nodes].int())
         positions = self.positions(tree)
@@ -187,7 +187,7 @@ class ModelRunner:
 
 
 class _Level(NamedTuple):
-    """Candidates that the first part ran over at once, each tensor `(rows, nodes, ...)`."""
+    """Candidates of one run of the first part, each tensor `(rows, nodes, ...)`."""
 
     tokens: Tensor
     parents: Tensor

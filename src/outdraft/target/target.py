@@ -1,10 +1,10 @@
 """A stock `transformers` causal language model as drafters and verification see it.
 
-One forward over reserved slots of our cache (4-D mask, a position for every token), the features after the final norm,
-the head and the embedding as functions of their own. The model is used as it is: no modeling file is copied, nothing
-is patched. What differs between families or versions of transformers is dealt with here and nowhere else.
+It offers one forward over reserved slots of our cache (4-D mask, a position for every token), which returns features
+after the final norm. The head and the embedding are separate functions. The model is used as it is: no modeling file is
+copied, nothing is patched. Differences between families and between versions of transformers are handled only here.
 
-Does not know of trees, of rows that come and go, or of what will be accepted.
+This module does not depend on trees, on rows that come and go, or on what is accepted.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ MASK_READING = {"sdpa", "eager"}
 
 
 class Target:
-    """A causal language model with its cache, mask and head laid open.
+    """A causal language model with access to its cache, mask and head.
 
     Args:
         model: a stock model, in evaluation mode; it stays as it is.
-        tokenizer: its tokenizer, where text comes in or goes out.
-        backend: what its forward runs on (`backends/`).
-        windows: that its layers have, by their kinds; by default what its configuration says.
+        tokenizer: its tokenizer, if texts are to be encoded or decoded.
+        backend: the backend of its forwards (`backends/`).
+        windows: sliding windows by kind of layer; by default those of its configuration.
 
     Raises:
         UserError: the family cannot verify trees, with the reason.
     """
 
     ragged = True
-    """Whether the head may run over any number of nodes, or only over as many in every row."""
+    """True if the head may run over any nodes; False if every row must have the same number."""
 
     ignores_generation_config = False
-    """Whether the sampling settings and bans of the model's own generation config are left alone; its ends are not."""
+    """True ignores the sampling settings and bans of the model's own generation config, but not its end tokens."""
 
     exact: Any = None
     """The same target in exact mode, once it was asked for (`exact/`)."""
@@ -85,7 +85,7 @@ class Target:
 
     @property
     def backend(self) -> str:
-        """What its forward runs on: what was asked for, or what stands in for it."""
+        """The backend of its forwards: the one that was asked for, or the one that replaces it."""
         return backend_of(self._accelerated)
 
     @property
@@ -106,19 +106,19 @@ class Target:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Largest number of tokens of prompt and answer together."""
         reach = context_of(self.config)
-        # A window that the model's own cache knows of and its forward does not: they say the same up to it.
+        # If the model's cache has a window and its forward does not, the two agree up to its length.
         return min([reach, *self._ignored])
 
     @property
     def slot_limit(self) -> int | None:
-        """Cache slots that a forward may read, where the family's attention has a table of that size."""
+        """Largest number of cache slots that a forward may read, if the family's attention has a table of that size."""
         return self.context_length if self.config.model_type in ("gpt_neo",) else None
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Ends of sequence by the model's generation config, else the tokenizer's."""
+        """End-of-sequence tokens of the model's generation config, else the tokenizer's."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
         if ids is None and self.tokenizer is not None:
             ids = self.tokenizer.eos_token_id
@@ -131,17 +131,18 @@ class Target:
     # --- parts -------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`(..., )` ids to `(..., hidden)` what the model's own embedding module gives (Gemma's scales)."""
+        """Embed `(...,)` ids to `(..., hidden)` by the model's own embedding module (Gemma's scales)."""
         return self._embedding(ids)
 
     def head(self, features: Tensor) -> Tensor:
-        """`(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself makes them."""
+        """Map `(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself does."""
         return self._head(features)
 
     def logits(self, features: Tensor, counts: Sequence[int]) -> Tensor:
-        """`(rows, nodes, vocab)` after the first `counts` nodes of every row; what stands after padding is no logit.
+        """Return `(rows, nodes, vocab)` logits after the first `counts` nodes of every row; entries of padding are
+        undefined.
 
-        One run of the head over all nodes: over those that verification walks by it would be a run for every level.
+        The head runs once over all nodes. Verification would otherwise run it once per level.
         """
         rows, nodes, _ = features.shape
         if not self.ragged or sum(counts) == rows * nodes:
@@ -152,11 +153,11 @@ class Target:
         return own.new_empty(rows * nodes, own.shape[-1]).index_copy_(0, index, own).view(rows, nodes, -1)
 
     def head_through(self, output_layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The same way from features to logits through an output layer of one's own."""
+        """Return the map from features to logits through another output layer."""
         return output_layer if isinstance(self._head, nn.Module) else _HeadView(self.model, output_layer)
 
     def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`(batch, tokens, hidden)` features of a plain causal forward without cache; `mask` as in transformers."""
+        """Return `(batch, tokens, hidden)` features of a causal forward without cache; `mask` as in transformers."""
         return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     # --- forwards over the cache -------------------------------------------------------------------------------
@@ -165,11 +166,11 @@ class Target:
         return SlotCache(rows, self.num_layers, capacity, self.pool)
 
     def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:
-        """The target at work on the rows of an empty cache; what is read comes beside the features."""
+        """Return a runner for the rows of an empty cache; it gives what is read beside the features."""
         return ModelRunner(self, cache, reads)
 
     def reader(self, reads: Reads) -> Reader:
-        """A view of the layers that tells what is read; the same one for the same reads.
+        """Return a view of the layers that gives what is read; the same one for the same reads.
 
         Raises:
             UserError: no such layer, or the model's layers cannot be found.
@@ -191,7 +192,7 @@ class Target:
         return (self._inner(**inputs).last_hidden_state,)
 
     def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        """What the inner model, whole or cut, takes beside tokens; positions, seen and slots as in `attention_mask`."""
+        """Return the inner model's inputs beside tokens; positions, seen and slots as in `attention_mask`."""
         lengths, extent = cache.lengths, cache.extent
 
         def masks() -> Any:
@@ -210,7 +211,7 @@ class Target:
         }
 
     def _mask(self, seen: Tensor) -> Tensor:
-        """What the model's attention reads: boolean keeps SDPA on its fast kernels, `eager` adds to the scores."""
+        """Convert a mask for the model's attention: boolean for SDPA's fast kernels, additive for `eager`."""
         if self.config._attn_implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
@@ -220,7 +221,7 @@ class Target:
 
 
 def refuse_unfit(model: PreTrainedModel) -> None:
-    """Raise UserError with the reason where trees cannot be verified."""
+    """Raise UserError with the reason if the model cannot verify trees."""
     config, name = model.config.get_text_config(), type(model).__name__
     recurrent = {"linear_attention", "mamba", "conv", "recurrent"} & set(getattr(config, "layer_types", None) or [])
     if recurrent or getattr(model, "_is_stateful", False):
@@ -252,7 +253,7 @@ def refuse_unfit(model: PreTrainedModel) -> None:
 
 
 def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
-    """The output layer itself where the model does nothing more to its logits, else the model's own way to them."""
+    """Return the output layer if the model does nothing more to its logits, else the model's own path to them."""
     head, view = model.get_output_embeddings(), _HeadView(model)
     weight: Any = model.get_input_embeddings().weight
     probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[
@@ -268,15 +269,15 @@ def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
             ) from error
         try:
             return head if torch.equal(head(probe), through) else view
-        except RuntimeError:  # there is more than this layer between features and logits
+        except RuntimeError:  # features pass through more than this layer
             return view
 
 
 class _HeadView:
     """The model's own path from final features to logits (scaling, soft capping and all).
 
-    A shallow copy of the model whose inner model hands back what it is given; every weight is shared, but for another
-    output layer where one is given.
+    It is a shallow copy of the model whose inner model returns its input. Every weight is shared, except another output
+    layer if one is given.
     """
 
     def __init__(self, model: PreTrainedModel, output_layer: nn.Module | None = None):
@@ -297,7 +298,7 @@ class _HeadView:
 class _HandBack(nn.Module):
     @property
     def decoder(self) -> _HandBack:
-        """OPT's language model calls the part inside its inner model."""
+        """Return itself: OPT's language model calls the part inside its inner model."""
         return self
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _FeaturesOnly:
@@ -305,7 +306,7 @@ class _HandBack(nn.Module):
 
 
 class _FeaturesOnly(BaseModelOutputWithPast):
-    """Whatever else a family looks for in its inner model's output (cross attentions, router logits) is None."""
+    """An output with features only; whatever else a family looks up (cross attentions, router logits) is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -1,8 +1,8 @@
-"""A trial of a model that is being loaded: a small tree over our cache, against what the model itself says.
+"""A trial of a model at loading: it compares a small tree over our cache with the model's own outputs.
 
-Which families keep more than keys and values, look at what follows, or ignore a window that they are configured with,
-changes with every version of `transformers`; no list of names could tell. So a branching tree is run, one of its paths
-kept and a further tree run after it, in three forwards over a few tokens. The model stays as it is.
+Which families keep more than keys and values, look at what follows, or ignore a configured window changes with every
+version of `transformers`, so no list of names would be right. The trial runs a branching tree, keeps one of its paths,
+and runs another tree after it, in three forwards over a few tokens. The model stays as it is.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from outdraft.target.target import Target
 from outdraft.target.views import layers_of, view_of
 
 FIRST, SECOND = [-1, 0, 0, 2], [-1, 0, 0]
-"""Parents of two trees' nodes; of the first, its nodes 0, 2 and 3 are kept."""
+"""Parents of the two trees' nodes; nodes 0, 2 and 3 of the first are kept."""
 
 WINDOW = 2
-"""In place of a longer one, so that a few tokens reach past it."""
+"""Window that replaces a longer one, so that a few tokens reach past it."""
 
 LARGE = 2 << 30
-"""Bytes of weights from which on a layer of each kind is tried in place of all."""
+"""Bytes of weights from which one layer of each kind is tried instead of all."""
 
 TOLERANCE, ROUGH = {torch.float64: 1e-6, torch.float32: 1e-4}, 0.1
-"""By how much trees may differ from plain text, relative to its length; the second in 16 bits."""
+"""Largest difference of trees from plain text, relative to its norm; `ROUGH` in 16 bits."""
 
 NOISE, MOST_NOISE = 4.0, 0.2
-"""By how much more the tree may differ than plain decoding with a cache does, and by how much at all, where rounding
-alone is past the tolerance (products of quantised numbers, experts that are nearly tied)."""
+"""Limits where rounding alone exceeds the tolerance (products of quantised numbers, experts that are nearly tied): the
+tree's difference relative to plain decoding's with a cache, and the largest of all."""
 
 
 @torch.no_grad()  # not inference mode, whose tensors a model may keep and then not be trained with
@@ -45,10 +45,10 @@ def tried(target: Target) -> dict[str, int | None]:
     """Run trees over the target, which is on backend `eager`.
 
     Returns:
-        the windows that its layers really have, by their kinds.
+        The windows that its layers really have, by kind of layer.
 
     Raises:
-        UserError: it says something else, or nothing, over trees.
+        UserError: its outputs over trees differ, or it fails.
     """
     name = type(target.model).__name__
     a, b, c, d, e, f, g = (
@@ -60,7 +60,7 @@ def tried(target: Target) -> dict[str, int | None]:
         model = _Model(target)
         try:
             expected = model.plain(texts, use_cache=False)[0]
-        except Exception as error:  # families raise what they like
+        except Exception as error:  # families raise any exception
             raise UserError(f"{name} cannot run over plain token ids ({first_line(error)}); choose another") from error
         windows = windows_of(config)
         if not expected.isfinite().all():  # nothing to compare with: decoding ends its rows with the reason
@@ -70,7 +70,7 @@ def tried(target: Target) -> dict[str, int | None]:
         for kinds in tries:
             try:
                 found = model.over_trees(kinds, [torch.stack([a, b, c, d]), torch.stack([e, f, g])])
-            except Exception as error:  # families raise what they like
+            except Exception as error:  # families raise any exception
                 reasons.append(f"it fails with '{first_line(error)}'")
                 continue
             if _close(found, expected, model, texts):
@@ -85,17 +85,17 @@ def tried(target: Target) -> dict[str, int | None]:
 
 
 class _Model:
-    """The model as it is, or a smaller one of the same layers, whose features stand for what it says.
+    """The model itself, or a smaller one of the same layers, whose features replace the logits.
 
     Args:
-        target: of the whole.
+        target: target of the whole model.
     """
 
     def __init__(self, target: Target):
         self.target, self.inner = target, _smaller(target)
 
     def plain(self, tokens: Tensor, **settings: Any) -> tuple[Tensor, Any]:
-        """`(rows, tokens, ...)` what it says in a forward of its own, and its cache."""
+        """Return the `(rows, tokens, ...)` outputs of a forward of its own, and its cache."""
         if self.inner is None:
             output = self.target.model(input_ids=tokens, **settings)
             return output.logits, output.get("past_key_values")
@@ -103,7 +103,7 @@ class _Model:
         return output.last_hidden_state, output.get("past_key_values")
 
     def over_trees(self, windows: dict[str, int | None], trees: list[Tensor]) -> Tensor:
-        """`(2, 5, ...)` what it says at the trees' nodes, where the two texts have them; zeros elsewhere."""
+        """Return the `(2, 5, ...)` outputs at the trees' nodes, where the two texts have them; zeros elsewhere."""
         trial = Target.__new__(Target)
         trial.__dict__.update(self.target.__dict__, windows=windows)
         trial._inner = self.inner or self.target.model.base_model
@@ -120,7 +120,7 @@ class _Model:
 
 
 def _committing(run: ModelRunner, trees: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Each tree and its parents; before the second, a path of the first is kept that skips over a node."""
+    """Yield each tree and its parents; between the two, commit a path of the first that skips a node."""
     yield trees[0], FIRST
     run.cache.commit([[0, 2, 3]])
     yield trees[1], SECOND
@@ -149,14 +149,14 @@ def _close(found: Tensor, expected: Tensor, model: _Model, texts: Tensor) -> boo
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
-    """How far apart they are, relative to what is expected; infinite where there are no numbers."""
+    """Return the difference relative to the expected norm; infinite if it is not finite."""
     apart = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
     return apart if apart == apart else float("inf")
 
 
 @contextmanager
 def _narrow(config: Any) -> Iterator[None]:
-    """With a window that a few tokens reach past, where there is one."""
+    """Replace the configuration's window, if any, by one that a few tokens reach past."""
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or window <= WINDOW:
         yield
@@ -169,7 +169,7 @@ def _narrow(config: Any) -> Iterator[None]:
 
 
 def _smaller(target: Target) -> Any:
-    """Of a large model the inner one with a layer of every kind; None where the whole is no more."""
+    """Return an inner model with one layer of every kind, if the model is large; None if the whole is no larger."""
     model: Any = target.model
     if sum(weight.numel() * weight.element_size() for weight in model.parameters()) < LARGE:
         return None

@@ -1,9 +1,9 @@
-"""Views of a stock model's layers, without a copy: whole or in two parts, telling what some of its layers give.
+"""Views of a stock model's layers, without a copy: whole or in two parts, with outputs of chosen layers.
 
 A view is a shallow copy of the inner model whose list of layers is a slice of the same modules. The layers keep their
-place in the cache, so both parts write to one `SlotCache`. A part's last layer notes what it gives, and the next part's
-first layer is handed that in place of its input, so what a family does to its embeddings (scaling, learned positions)
-does not matter.
+index in the cache, so both parts write to one `SlotCache`. A part's last layer records its output, and the next part's
+first layer gets that instead of its input. So what a family does to its embeddings (scaling, learned positions) does
+not matter.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from outdraft.target.backends import forward_of
 
 @dataclass(frozen=True)
 class Reads:
-    """What somebody reads of the target for every token; the states lie side by side in this order."""
+    """The states that are read of the target for every token; they are concatenated in this order."""
 
     features: bool = True
     """The last hidden state after the final norm."""
     layers: tuple[int, ...] = ()
-    """The outputs of these layers, counted from 1, the last one not among them."""
+    """The outputs of these layers, counted from 1, except the last layer."""
     split: int | None = None
-    """After this layer the target runs in two parts, so that the first part may run ahead over candidates."""
+    """The target runs in two parts, split after this layer, so that the first part may run ahead over candidates."""
 
 
 class View:
@@ -39,10 +39,10 @@ class View:
     Args:
         model: a causal language model, on any backend.
         modules: the layers, the model's own or others like them.
-        places: of each in the model's list, by which families look up its kind of attention.
-        what: the view is, for messages.
-        notes: indices of modules whose outputs are told.
-        handed: whether hidden states come in, in place of tokens.
+        places: index of each in the model's list, by which families look up its kind of attention.
+        what: description of the view, for messages.
+        notes: indices of modules whose outputs are returned.
+        handed: True if the input is hidden states instead of tokens.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class View:
         """Run the layers.
 
         Args:
-            hidden: `(rows, tokens, hidden)` what the first layer is handed; others take `input_ids`.
-            **inputs: as the inner model takes them.
+            hidden: `(rows, tokens, hidden)` input of the first layer; without it, pass `input_ids`.
+            **inputs: arguments of the inner model.
 
         Returns:
-            `(rows, tokens, hidden)` features after the final norm, then what each noted module gave.
+            `(rows, tokens, hidden)` features after the final norm, then the output of each noted module.
         """
         return self._run(**inputs) if hidden is None else self._run(inputs_embeds=hidden, **inputs)
 
@@ -83,7 +83,7 @@ class View:
 
 
 class Reader:
-    """A model that tells what is read of it, whole or in two parts.
+    """A model, whole or in two parts, that returns what is read of it.
 
     Args:
         model: a causal language model, on any backend.
@@ -114,7 +114,7 @@ class Reader:
             self._first = View(model, modules[:split], range(split), "the first layers", notes)
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run all layers; `(rows, tokens, hidden)` features and `(rows, tokens, width)` what is read."""
+        """Run all layers; return `(rows, tokens, hidden)` features and `(rows, tokens, width)` states that are read."""
         if self._first is None:
             features, *noted = self._last(**inputs)
             return features, self._read(features, noted)
@@ -122,14 +122,16 @@ class Reader:
         return self.upper(carried, **{name: value for name, value in inputs.items() if name != "input_ids"})
 
     def lower(self, **inputs: Any) -> Tensor:
-        """Run the first part as the model would be run; `(rows, tokens, carried)` what `upper` needs of it, which
-        begins with the hidden state."""
+        """Run the first part on the model's arguments; return `(rows, tokens, carried)` states for `upper`.
+
+        These begin with the hidden state.
+        """
         assert self._first is not None, "reads no split"
         _, *noted = self._first(**inputs)
         return _beside(noted)
 
     def upper(self, carried: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run the second part on that; features and what is read, as `__call__`."""
+        """Run the second part on these states; return features and what is read, as `__call__`."""
         below = list(carried.chunk(self._below, dim=-1)) if self._below > 1 else [carried]
         features, *above = self._last(below[0], **inputs)
         return features, self._read(features, below + above)
@@ -144,19 +146,19 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
 
 
 def exit_view(model: PreTrainedModel, layer: nn.Module) -> View:
-    """A layer of one's own on hidden states that are handed in, with the model's final norm after it."""
+    """Return a view of one given layer on hidden states, with the model's final norm after it."""
     return View(model, [layer], [len(layers_of(model)) - 1], "the exit layer", handed=True)
 
 
 def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module) -> View:
-    """The model's first layers and one's own layer right after them, in one run that notes what goes over between."""
+    """Return a view of the model's first layers and a given layer, which also returns the state in between."""
     modules = list(layers_of(model))
     places = [*range(layers), len(modules) - 1]
     return View(model, [*modules[:layers], layer], places, "the first layers and the exit layer", [layers - 1])
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's own list of layers.
+    """Return the model's own list of layers.
 
     Raises:
         UserError: there is no such list.
@@ -165,7 +167,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """From the inner model down to its list of layers, each with its name in the one before."""
+    """Return the modules from the inner model down to its list of layers, each with its name in the one before."""
     count = model.config.get_text_config().num_hidden_layers
 
     def search(module: nn.Module, path: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]] | None:
@@ -188,7 +190,7 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
-    """A shallow copy of the inner model with these layers, which stand for those at these places of its list."""
+    """Return a shallow copy of the inner model with these layers, in place of those at `places` of its list."""
     path = _path_to_layers(model)
     child: nn.Module = nn.ModuleList()
     child._modules = {str(i): layer for i, layer in enumerate(layers)}
@@ -202,7 +204,7 @@ def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[in
 
 
 def _cut_kinds(view: Any, places: Sequence[int]) -> None:
-    """Families with several kinds of attention look a layer's kind up by its place in the list."""
+    """Cut lists of attention kinds to the layers, for families that look a layer's kind up by its index."""
     config: Any = getattr(view, "config", None)
     if getattr(config, "layer_types", None):
         view.config = copy.copy(config)
@@ -211,7 +213,7 @@ def _cut_kinds(view: Any, places: Sequence[int]) -> None:
 
 
 class _Stand(nn.Module):
-    """In place of a layer, whose attributes it shows; it holds no weight of its own."""
+    """Replaces a layer and shows its attributes; it holds no weight of its own."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -231,7 +233,7 @@ class _Stand(nn.Module):
 
 
 class _Noting(_Stand):
-    """Notes what the layer gives."""
+    """Records the layer's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.layer(*args, **kwargs)
@@ -240,7 +242,7 @@ class _Noting(_Stand):
 
 
 class _Handed(_Stand):
-    """Gives the layer the hidden state that was handed in, whatever comes to it."""
+    """Gives the layer a hidden state from outside instead of its input."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.layer(self.take(), *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Models in what others wrap around them: torch.compile, data parallelism, PEFT's adapters, and folders of those.
+"""Unwraps models: torch.compile, data parallelism, PEFT's adapters, and folders of those.
 
-Decoding needs the stock model itself, whose cache and layers it reaches into. A wrapper is known by how the model is
-had from it, so that no package has to be there that is not used.
+Decoding needs the stock model itself, whose cache and layers it uses. A wrapper is recognised by its attributes, so
+that no unused package has to be installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ADAPTER = "adapter_config.json"
 
 
 def unwrapped(model: Any) -> Any:
-    """The stock model in its wrappers; anything that is no wrapper is its own.
+    """Return the stock model inside its wrappers; an unwrapped model is returned as it is.
 
     Raises:
         UserError: the wrapper does more than the model in it, as prompt tuning does.
@@ -38,10 +38,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def base_of(folder: str | Path) -> str | None:
-    """The model that an adapter's folder says it is for; None for any other folder.
+    """Return the base model that an adapter's folder names; None for any other folder.
 
     Raises:
-        UserError: it does not say.
+        UserError: the folder names none.
     """
     file = Path(folder).expanduser() / ADAPTER
     if not file.is_file():
@@ -56,10 +56,10 @@ def base_of(folder: str | Path) -> str | None:
 
 
 def merged(model: PreTrainedModel, folder: str | Path) -> Any:
-    """The model with an adapter of PEFT's worked into its weights.
+    """Return the model with a PEFT adapter merged into its weights.
 
     Raises:
-        UserError: `peft` is missing, or the adapter is of a kind that cannot be.
+        UserError: `peft` is missing, or the adapter is of a kind that cannot be merged.
     """
     try:
         from peft import PeftModel
@@ -74,7 +74,7 @@ def merged(model: PreTrainedModel, folder: str | Path) -> Any:
 
 
 def _adapted(wrapper: Any) -> Any:
-    """The model in a wrapper of PEFT's, with its adapters, once both were seen to say the same."""
+    """Return the model in a PEFT wrapper, with its adapters, once both were seen to give the same outputs."""
     model = wrapper.get_base_model()
     if not isinstance(model, PreTrainedModel):
         return model

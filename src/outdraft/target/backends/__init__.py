@@ -1,10 +1,10 @@
-"""Accelerations of the same forward, by name.
+"""Backends that run the same forward faster, by name.
 
 `eager` is the model as it is. `graphs` (CUDA) replays forwards over trees as CUDA graphs, with kernels of our own
-around the model's products. `packed` (CPU) keeps every linear layer's weight in oneDNN's own blocked layout, which
-makes a pass over few tokens several times cheaper than reading plain rows; stock modules stay around it. `compiled`
-(CPU) runs forwards over few tokens through torch.compile, and others as `packed` or `eager` would. The choice never
-changes what is computed, only how; plain decoding is always timed on the same backend. Knows nothing of drafting.
+around the model's products. `packed` (CPU) keeps every linear layer's weight in oneDNN's own blocked layout, around
+stock modules. That makes a pass over few tokens several times cheaper than reading plain rows. `compiled` (CPU) runs
+forwards over few tokens through torch.compile, and others as `packed` or `eager`. The choice never changes what is
+computed, only how; plain decoding is always timed on the same backend.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, backend: str) -> Model:
-    """The model on this backend: itself, or a view that shares everything but what the backend replaces.
+    """Return the model on this backend: itself, or a view that shares everything but what the backend replaces.
 
-    A backend that cannot serve the model gives way to the next simpler one, with one warning that says why.
+    If a backend cannot serve the model, the next simpler one does, with one warning that says why.
 
     Raises:
         UserError: no such backend.
@@ -87,12 +87,12 @@ def accelerate(model: Model, backend: str) -> Model:
 
 
 def forward_of(model: Any, forward: Forward, what: str) -> Forward:
-    """The forward on the backend that the model is a view for.
+    """Return the forward on the backend that the model is a view for.
 
     Args:
-        model: whose layers the forward runs.
+        model: model whose layers the forward runs.
         forward: takes the inputs of an inner model by name.
-        what: it is, for messages.
+        what: description of the forward, for messages.
     """
     found = marked_as(model)
     if found == "graphs":
@@ -101,7 +101,7 @@ def forward_of(model: Any, forward: Forward, what: str) -> Forward:
 
 
 def best_backend(model: nn.Module) -> Backend:
-    """What serves this model best where it lies."""
+    """Return the backend that serves this model best on its device."""
     place = next(model.parameters())
     found = default_backend(place.device, place.dtype)
     refused = {"packed": why_not_packed, "graphs": why_not_graphs}
@@ -109,20 +109,20 @@ def best_backend(model: nn.Module) -> Backend:
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """`graphs` on a GPU and `packed` on a CPU where they can serve, else `eager`."""
+    """Return `graphs` on a GPU and `packed` on a CPU if they can serve, else `eager`."""
     if device.type == "cuda":
         return "graphs" if has_triton() else "eager"
     return "packed" if device.type == "cpu" and dtype in PACKABLE and packs(dtype) else "eager"
 
 
 def avoid_plans() -> None:
-    """Keep torch's attention off cuDNN, for the whole process: it makes a plan for every new length, which took 41 to
+    """Keep torch's attention off cuDNN, for the whole process. It makes a plan for every new length, which took 41 to
     58 ms on an H200, and in decoding every length is new."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    """Return bfloat16 if the processor multiplies it in hardware, else float32."""
     if device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -1,11 +1,9 @@
-"""Forwards over trees through torch.compile; those over prompts as if there were no compiler.
+"""Forwards over trees through torch.compile; forwards over prompts stay uncompiled.
 
 A forward is compiled twice: for one token, and for any number of them up to `MOST_TOKENS`, all rows in one line
-(`opaque_attention.py`). Weights are frozen into the graphs, which lets the compiler pack them and fuse what stands
-around them. A graph is compared with the model itself when it is first used; if it cannot be made, or computes
-something else, the model runs uncompiled from then on, with one warning. For CPUs; GPUs have `graphs.py`.
-
-Knows how inner models are called and how their linear layers look; nothing of trees or drafters.
+(`opaque_attention.py`). Weights are frozen into the graphs, so the compiler can pack them and fuse the operations
+around them. A graph is compared with the model itself when it is first used. If it cannot be made, or computes
+something else, the model runs uncompiled from then on, with one warning. This is for CPUs; GPUs have `graphs.py`.
 """
 
 from __future__ import annotations
@@ -29,21 +27,21 @@ from outdraft.target.backends.packed import PackedLinear, packed_view, why_not_r
 from outdraft.target.backends.view import alike, backend_of, mark, marked_as, why_not_renamed, with_attention
 
 MOST_TOKENS = 256
-"""Tokens of all rows up to which a forward is compiled."""
+"""Largest number of tokens of all rows for which a forward is compiled."""
 
 FROZEN: dict[str, Any] = {"freezing": True}
-"""The compiler's settings: weights become constants."""
+"""Settings of the compiler: weights become constants."""
 
 ARGUMENTS = ("line", "positions")
-"""What a graph is called with."""
+"""Names of a graph's arguments."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Forward = Callable[..., tuple[Tensor, ...]]
-"""An inner model's, of our `Target.inputs` and `input_ids` or `inputs_embeds`; results are `(rows, tokens, ...)`."""
+"""An inner model's forward on `Target.inputs` and `input_ids` or `inputs_embeds`; returns `(rows, tokens, ...)`."""
 
 
 def why_not_compiled(model: Any) -> str | None:
-    """What stands in the way of compiling this model here, None if nothing does."""
+    """Return why this model cannot be compiled here, None if it can."""
     device = next(model.parameters()).device.type
     if device != "cpu":
         return f"it lies on {device}; backend 'graphs' is for GPUs"
@@ -61,11 +59,11 @@ def _no_cpp() -> str | None:
 
 
 def compilable_view(model: Model, pack: bool) -> Model:
-    """A shallow copy of the module tree that can be compiled, and that runs as packed or plain modules otherwise.
+    """Return a shallow copy of the module tree that can be compiled, and otherwise runs as packed or plain modules.
 
     Args:
-        model: it stays as it is.
-        pack: whether linear layers are packed where the view runs uncompiled.
+        model: the model, which stays as it is.
+        pack: True packs linear layers for calls that run uncompiled.
     """
     view: Any = packed_view(model, _Compilable) if pack else copy.copy(model)
     with_attention(view, ATTENTION)
@@ -73,7 +71,7 @@ def compilable_view(model: Model, pack: bool) -> Model:
 
 
 class _Compilable(PackedLinear):
-    """A packed layer which the compiler sees as a plain one, and packs in its own way."""
+    """A packed layer that the compiler sees as a plain one, and packs in its own way."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
@@ -89,15 +87,15 @@ class CompiledForward:
     """A forward whose calls over few tokens run through graphs, made when first needed.
 
     Args:
-        model: of `compilable_view`; graphs are given up for all of its forwards together.
-        forward: what is compiled.
-        what: it is, for messages.
+        model: a model of `compilable_view`; graphs are given up for all of its forwards together.
+        forward: the forward to compile.
+        what: description of the forward, for messages.
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):
         self.model, self.forward, self.what = model, forward, what
         self.seconds: dict[str, float] = {}
-        """What making each graph took."""
+        """Seconds that each graph took to make."""
         self._graphs: dict[tuple[bool, str], Callable[..., tuple[Tensor, ...]]] = {}
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
@@ -111,8 +109,8 @@ class CompiledForward:
         return self._first(key, given, inputs)
 
     def _compiles(self, given: Tensor, cache: Any) -> bool:
-        """Whether a forward is one of those that graphs are for: over a cache of slots (or several as one), and not
-        over prompts, which are rows with nothing behind them."""
+        """Return True if graphs serve this call: over a cache of slots (or several as one), and not over prompts,
+        whose rows have nothing committed."""
         few = given.shape[0] * given.shape[1] <= MOST_TOKENS
         return few and marked_as(self.model) == "compiled" and min(getattr(cache, "lengths", [0])) > 0
 
@@ -169,9 +167,9 @@ class CompiledForward:
 
 @contextmanager
 def translating() -> Iterator[None]:
-    """Around a graph's first call, in which it is made: weights become constants of it.
+    """Context of a graph's first call, which makes it: weights become its constants.
 
-    `options` reach the compiler too late for this: whether weights are constants is settled when the model is traced.
+    `options` reach the compiler too late for this: tracing the model settles whether weights are constants.
     """
     from torch._inductor import config
 
@@ -180,21 +178,21 @@ def translating() -> Iterator[None]:
 
 
 def through_compiler(graph: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    """The function compiled when it is first called.
+    """Return the function, compiled when it is first called.
 
     Args:
-        graph: of a line of tokens and their positions.
-        dynamic: for lines of any length from 2 on; else of the length that comes first.
+        graph: function of a line of tokens and their positions.
+        dynamic: True for lines of any length from 2 on; False for the length that comes first.
     """
     options: dict[str, Any] = {"guard_filter_fn": _of_lengths} | FROZEN
     more: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        more["isolate_recompiles"] = True  # else the graphs of all models count towards one limit
+        more["isolate_recompiles"] = True  # otherwise the graphs of all models count towards one limit
     return torch.compile(graph, dynamic=dynamic, fullgraph=True, options=options, **more)
 
 
 def _of_lengths(guards: Any) -> list[bool]:
-    """Which of the compiler's checks before every call are kept: nothing but the length of the line ever changes."""
+    """Select the compiler's checks to keep before every call: only the length of the line ever changes."""
     return [
         guard.guard_type == "SHAPE_ENV" or (guard.guard_type == "TENSOR_MATCH" and guard.name in ARGUMENTS)
         for guard in guards

@@ -1,11 +1,9 @@
-"""Doubles of a model's norms, MLPs and attentions that compute the same with fewer and larger operations.
+"""Fused replacements of a model's norms, MLPs and attentions, which compute the same with fewer and larger operations.
 
-A layer of a small model is some sixty operations of a few microseconds each, and at one token most of its time is
-spent on calling them. A double joins products that read the same input, rotates queries and keys at once, and lets
-attention share heads in place. Modules are known by what they hold, not by their family, and a double is used only
-where it gave what the module gives, on inputs small and large; any other module stays as it is.
-
-Knows how modules of `transformers` are called; nothing of whole models, caches or trees.
+A layer of a small model is some sixty operations of a few microseconds each, and at one token most of its time goes to
+calling them. A replacement joins products that read the same input, rotates queries and keys at once, and lets
+attention share heads in place. Modules are recognised by their parts, not by their family. A replacement is used only
+if it gave the module's results, on inputs small and large; any other module stays as it is.
 """
 
 from __future__ import annotations
@@ -28,31 +26,31 @@ Join = Callable[[Tensor, Tensor | None], nn.Module]
 """Makes a linear layer of a weight `(out, in)` and a bias."""
 
 MAGNITUDES = (1e-3, 1.0, 1e3)
-"""Of the inputs on which a double is compared with its module: clipping, capping and the norm's epsilon show."""
+"""Input magnitudes on which a replacement is compared with its module; they show clipping, capping and epsilon."""
 
 TOLERANCE = 1e-4
-"""By how much a double may differ in single precision, relative to the largest number."""
+"""Largest difference of a replacement in single precision, relative to the largest number."""
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
-"""Parts of an attention; the norms are of single heads, and may be absent."""
+"""Parts of an attention that are norms of single heads, and may be absent."""
 
 DIRECT = ("sdpa", ATTENTION, tree_attention.ATTENTION)
-"""Names of attentions that a double calls itself; others are looked up."""
+"""Names of attentions that a replacement calls itself; others are looked up."""
 
 LONG = 64
-"""Tokens from which on it is worth to look whether a mask is causal."""
+"""Tokens from which a check for a causal mask is worthwhile."""
 
 FOLDED = 16
-"""Tokens up to which heads that share keys are queries of one head on a CPU: it reads the keys once, where the grouped
+"""Tokens up to which heads that share keys become queries of one head on a CPU. That reads the keys once; the grouped
 way takes up to seven times as long at one token (24 rows of 400 tokens, 9 heads on 3)."""
 
 TRIED = 5
-"""Tokens of an input to compare on."""
+"""Tokens of an input of the comparison."""
 
 
 class Doubles:
-    """What makes doubles for one model; remembers which kinds of modules have one.
+    """Makes fused replacements for one model, and remembers which kinds of modules have one.
 
     Args:
         join: makes their linear layers.
@@ -63,7 +61,7 @@ class Doubles:
         self._verdicts: dict[Any, bool] = {}
 
     def double(self, module: nn.Module) -> nn.Module | None:
-        """A module of the same function, None where none is known."""
+        """Return a fused replacement of the module, None if there is none."""
         make = self._maker(module)
         if make is None or any(hooked(part) for part in module.modules()):
             return None
@@ -89,7 +87,7 @@ class Doubles:
 
 
 class FusedNorm(nn.Module):
-    """RMSNorm as the layer norm of `[x, -x]`, which has no mean: one fused operation in place of eight.
+    """RMSNorm as the layer norm of `[x, -x]`, whose mean is zero: one fused operation instead of eight.
 
     Args:
         norm: a module with a weight `(width,)` and an epsilon.
@@ -114,10 +112,10 @@ class FusedNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP whose two products of one input are one.
+    """A gated MLP that joins its two products of one input.
 
     Args:
-        mlp: with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
+        mlp: a module with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
         join: makes the linear layers.
     """
 
@@ -142,7 +140,7 @@ class FusedAttention(nn.Module):
     Args:
         attention: the module, called as `transformers` calls it.
         join: makes the linear layers.
-        rotation: shared by the layers of a model.
+        rotation: tables and masks shared by the layers of a model.
     """
 
     head_dim: int
@@ -211,9 +209,9 @@ class FusedAttention(nn.Module):
 
 
 class Rotation:
-    """What the layers of one forward share, made once for all of them: whoever asks next with the same tensors gets it.
+    """Tables and masks that the layers of one forward share; later layers with the same tensors reuse them.
 
-    Held by identity, with the tensors themselves, so that no other ones can take their place.
+    They are keyed by identity, together with the tensors themselves, so that no other tensors can match.
     """
 
     def __init__(self) -> None:
@@ -222,7 +220,7 @@ class Rotation:
         self._repeated: tuple[Any, ...] = (None, None)
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """`(rows, tokens, size)` to `(rows, tokens, 1, 2, size / 2)`, sines signed as halves are mixed."""
+        """Convert `(rows, tokens, size)` tables to `(rows, tokens, 1, 2, size / 2)`, sines signed for mixed halves."""
         if torch.compiler.is_compiling():
             return _halves(cos, sin)
         known, *tables = self._tables
@@ -232,8 +230,8 @@ class Rotation:
         return tables[0], tables[1]
 
     def added(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """A boolean mask as what is added to scores, which every layer would make of it otherwise; None for a prompt's
-        where every token sees all before it, for which attention has a kernel that leaves out the other half."""
+        """Convert a boolean mask to one that is added to scores, once for all layers. A prompt's causal mask becomes
+        None, for which attention has a kernel that skips the other half."""
         if mask.dtype != torch.bool:
             return mask
         known, added = self._mask
@@ -246,7 +244,7 @@ class Rotation:
         return added
 
     def repeated(self, added: Tensor, times: int) -> Tensor:
-        """A mask for so many times the queries, one set of them after the other."""
+        """Repeat a mask for `times` as many queries, one set of them after the other."""
         known, repeated = self._repeated
         if known is not added:
             repeated = added.repeat(1, 1, times, 1)
@@ -262,7 +260,7 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def _norm(norm: Any) -> nn.Module | None:
-    """The norm or its double; None as it is."""
+    """Return the norm's fused replacement, or the norm itself if it has none; None for None."""
     if norm is None:
         return None
     return FusedNorm(norm) if Doubles(plain_layer).double(norm) is not None else norm
@@ -274,18 +272,18 @@ def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling it also runs something that others have put there, which what takes its place would leave out."""
+    """Return True if calls of the module also run hooks, which a replacement would leave out."""
     return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def epsilon(norm: Any) -> float | None:
-    """Of an RMSNorm, under either of its names."""
+    """Return the epsilon of an RMSNorm, under either of its names."""
     found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return found if isinstance(found, float) else None
 
 
 def _linear(module: Any, *names: str) -> bool:
-    """Whether these parts are plain linear layers, all with a bias or all without where they are to be joined."""
+    """Return True if these parts are plain linear layers; if they are to be joined, all or none must have a bias."""
     parts = [module._modules[name] for name in names]
     joined = [part for name, part in zip(names, parts, strict=True) if name not in ("o_proj", "down_proj")]
     return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in joined}) == 1
@@ -312,7 +310,7 @@ def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """All as one tensor: a view where they lie so already, as another view of the model may have left them."""
+    """Join the parts to one tensor; if another view of the model made them adjacent already, it is a view."""
     whole, place = parts[0], parts[0].data_ptr()
     for part in parts:
         same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -323,7 +321,7 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def _kind(module: Any) -> tuple[Any, ...]:
-    """Modules of one kind differ in nothing but weights and their place."""
+    """Return a key of the module's kind: modules of one kind differ only in weights and position."""
     settings = tuple(
         (name, repr(value))
         for name, value in sorted(vars(module).items())
@@ -335,13 +333,13 @@ def _kind(module: Any) -> tuple[Any, ...]:
 
 @torch.inference_mode()
 def _alike(module: Any, make: Callable[[Any, Join], nn.Module]) -> bool:
-    """Whether a double of plain single-precision layers gives what the module gives."""
+    """Return True if a replacement with plain single-precision layers gives the module's results."""
     own = copy.deepcopy(module).float().eval()
     try:
         double = make(own, plain_layer)
         return all(_same(own(**given), double(**given)) for given in _inputs(own)) and not _turns_a_part(own)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-        return False  # it is called otherwise than it looks
+        return False  # its signature differs from its looks
 
 
 def _inputs(module: Any) -> list[dict[str, Any]]:
@@ -360,8 +358,8 @@ def _inputs(module: Any) -> list[dict[str, Any]]:
 
 
 def _turns_a_part(module: Any) -> bool:
-    """Whether it is an attention that rotates as much of a head as the tables are wide, where a double rotates all:
-    what a model's tables are like only its forward shows."""
+    """Return True if the module is an attention that rotates only as much of a head as the tables are wide. A
+    replacement rotates all of it, and only a model's forward shows its tables."""
     *_, given = _inputs(module)
     if "position_embeddings" not in given:
         return False

@@ -1,15 +1,13 @@
 """Forwards over trees on a GPU, each recorded once as a CUDA graph and then replayed.
 
-A target of 8B is some 1,500 launches a forward, which take a host longer to issue than the GPU needs to read the
-weights. A recording is issued as one. It serves every length: attention reads the rows' lengths on the device
-(`tree_attention.py`), and buffers of keys and values stay where they are (`cache.BufferPool`). Rows and tokens are
-filled up to few sizes, so that few recordings are made. Norms, MLPs and attentions of known form have doubles of fewer
+An 8B target has some 1,500 launches per forward, which a host takes longer to issue than the GPU needs to read the
+weights. A recording is issued as one launch. It serves every length: attention reads the rows' lengths on the device
+(`tree_attention.py`), and buffers of keys and values stay in place (`cache.BufferPool`). Rows and tokens are padded to
+few sizes, so that few recordings are made. Norms, MLPs and attentions of known form have fused replacements with fewer
 launches (`fused.py`).
 
-When a forward first runs this way it is compared with the model's own attention; if it computes something else, or
+When a forward first runs this way it is compared with the model's own attention. If it computes something else, or
 cannot be recorded, the model runs without, with one warning. On a CPU the same functions run unrecorded.
-
-Knows how inner models are called; nothing of trees or drafters.
 """
 
 from __future__ import annotations
@@ -31,21 +29,21 @@ from outdraft.target.backends.tree_attention import ATTENTION, Pending, Storing,
 from outdraft.target.backends.view import alike, why_not_renamed, with_attention
 
 MOST_TOKENS = 512
-"""Tokens of all rows up to which a forward is recorded; beyond, launches are not what takes time."""
+"""Largest number of tokens of all rows for which a forward is recorded; beyond, launches are not what takes time."""
 
 SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)
-"""Tokens of a row that forwards are recorded for; others are filled up to the next."""
+"""Tokens per row that forwards are recorded for; other numbers are padded to the next."""
 
 MOST_RECORDINGS = 64
-"""Recordings of a forward that are kept."""
+"""Largest number of recordings kept per forward."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Forward = Callable[..., tuple[Tensor, ...]]
-"""An inner model's, as in `compiled.py`."""
+"""An inner model's forward, as in `compiled.py`."""
 
 
 def why_not_graphs(model: Any) -> str | None:
-    """What stands in the way of recording this model's forwards, None if nothing does."""
+    """Return why this model's forwards cannot be recorded, None if they can."""
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda"):
         return "it lies on " + device
@@ -55,10 +53,10 @@ def why_not_graphs(model: Any) -> str | None:
 
 
 def graphs_view(model: Model) -> Model:
-    """A shallow copy of the module tree with doubles and our attention in it; weights are shared.
+    """Return a shallow copy of the module tree with fused replacements and our attention; weights are shared.
 
-    Weights that a double reads as one are moved to lie side by side, so that they take no more memory: the model's own
-    modules then hold parts of the whole.
+    Weights that a replacement reads as one tensor are moved next to each other, so that they take no more memory: the
+    model's own modules then hold parts of the whole.
     """
     view = _doubled(model, Doubles(plain_layer))
     with_attention(view, ATTENTION)
@@ -83,7 +81,7 @@ def _double(module: Any, doubles: Doubles) -> Any:
 
 
 def _lie_in(whole: Any, *parts: Any) -> None:
-    """The parts' weights become views of the whole, which holds the same numbers."""
+    """Turn the parts' weights into views of the whole, which holds the same numbers."""
     start = 0
     for part in parts:
         end = start + len(part.weight)
@@ -95,13 +93,13 @@ def _lie_in(whole: Any, *parts: Any) -> None:
 
 @dataclass
 class Sight:
-    """What a forward's tokens see, before anybody makes masks of it; `Target.inputs` hands it over as the mask.
+    """The ancestor mask and positions of a forward, before a mask is made; `Target.inputs` passes it as the mask.
 
     Attributes:
         seen, slots, positions: as in `tree.attention_mask`, of all `m` pending tokens.
         lengths: committed tokens of every row.
-        windows: by kind of layer.
-        masks: makes what `transformers` takes.
+        windows: sliding windows by kind of layer.
+        masks: makes the masks that `transformers` takes.
     """
 
     seen: Tensor
@@ -113,25 +111,25 @@ class Sight:
 
     @property
     def alone(self) -> bool:
-        """Whether every token sees nothing but itself, which no attention could get wrong."""
+        """True if every token sees only itself, which no attention could get wrong."""
         return self.seen.shape[2] == 1 and max(self.lengths) == 0
 
 
 class GraphedForward:
-    """A forward over pending tokens, recorded where they are few.
+    """A forward over pending tokens, recorded if they are few.
 
     Args:
-        model: of `graphs_view`.
+        model: a model of `graphs_view`.
         forward: takes the inputs of an inner model by name.
-        what: it is, for messages.
+        what: description of the forward, for messages.
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):
         self.model, self.forward, self.what = model, forward, what
         self.serves = True
-        """Whether it computes what the model computes."""
+        """True while the forward computes what the model computes."""
         self.records = True
-        """Whether it can be recorded."""
+        """True while the forward can be recorded."""
         self.recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._compared = False
         self._memory: Any = None
@@ -167,7 +165,7 @@ class GraphedForward:
             return self.forward(**{name: given}, **around)
 
     def _first(self, name: str, given: Tensor, sight: Sight, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Run it both ways."""
+        """Run the first call both ways and compare."""
         self._compared, reason = True, None
         try:
             found = self._run(name, given, self._pending(sight, inputs["past_key_values"]))
@@ -216,19 +214,19 @@ class GraphedForward:
 
 
 class Recording:
-    """A forward over so many rows and tokens, on inputs and results that stay where they are.
+    """A forward over so many rows and tokens, with inputs and results at fixed addresses.
 
     Args:
-        given: `(rows, tokens, ...)` what the forward runs over, for its kind.
-        cache: of the rows; rows are filled up to those that its buffers have.
-        tokens, pending: of every row, filled up.
+        given: `(rows, tokens, ...)` an input of the forward, for its dtype and shape.
+        cache: cache of the rows; rows are padded to those of its buffers.
+        tokens, pending: padded numbers of tokens per row.
         windows: as in `Pending`.
     """
 
     def __init__(self, given: Tensor, cache: Any, tokens: int, pending: int, windows: tuple[int | None, ...]):
         device, rows = given.device, cache.room
         self.line = torch.zeros((rows, tokens, *given.shape[2:]), dtype=given.dtype, device=device)
-        # What only fills up sees itself, so that no token sees nothing.
+        # Padding sees itself, so that no token sees nothing.
         self._alone = torch.eye(pending, dtype=torch.bool, device=device)[pending - tokens :].expand(rows, -1, -1)
         self.pending = Pending(
             torch.zeros(rows, dtype=torch.int32, device=device),
@@ -240,7 +238,7 @@ class Recording:
         self._shape: tuple[int, ...] = ()
 
     def fill(self, given: Tensor, sight: Sight, cache: Any) -> None:
-        """Put in what the forward is to run over next, once."""
+        """Copy in the inputs of the next run."""
         rows, tokens = given.shape[:2]
         pending, own = sight.seen.shape[2], self.pending
         shape = (rows, tokens, pending)
@@ -256,23 +254,23 @@ class Recording:
         own.cache = cache
 
     def make(self, run: Callable[[], tuple[Tensor, ...]], memory: Any) -> None:
-        """Record what this runs."""
+        """Record what `run` does."""
         self._replayed = Replayed(run, self.line.device, memory)
 
     def replay(self) -> tuple[Tensor, ...]:
-        """Run it, and give results that later runs leave as they are."""
+        """Run the recording, and return results that later runs do not overwrite."""
         results = self._replayed()
-        self.pending.cache = None  # it may end, and a recording knows its buffers
+        self.pending.cache = None  # the cache may be freed; the recording knows its buffers
         return results
 
 
 class Replayed:
-    """A function of tensors that stay where they are, recorded on a GPU; elsewhere it is simply called.
+    """A function of tensors at fixed addresses, recorded on a GPU; elsewhere it is simply called.
 
     Args:
-        run: what is recorded, once it ran unrecorded: libraries and compilers make what they need only once.
-        device: where it runs.
-        memory: of `torch.cuda.graph_pool_handle`, for what it needs in between.
+        run: the function; it runs once unrecorded, as libraries and compilers make what they need on the first call.
+        device: device that it runs on.
+        memory: a pool of `torch.cuda.graph_pool_handle` for intermediate results.
     """
 
     def __init__(self, run: Callable[[], tuple[Tensor, ...]], device: torch.device, memory: Any):
@@ -287,7 +285,7 @@ class Replayed:
         self._run = None  # type: ignore[assignment]  # what it holds may end
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Its results, as tensors that later runs leave as they are."""
+        """Return the results, as tensors that later runs do not overwrite."""
         if self._graph is None:
             return self._run()
         self._graph.replay()
@@ -295,7 +293,7 @@ class Replayed:
 
 
 def put(to: Tensor, numbers: Any) -> None:
-    """Copy numbers of the host's into the beginning of a tensor, without waiting for the device."""
+    """Copy host numbers to the beginning of a tensor, without waiting for the device."""
     given = torch.tensor(numbers, dtype=to.dtype)
     if to.is_cuda:
         given = given.pin_memory()

@@ -1,11 +1,11 @@
 """Attention and the cache of a compiled forward, which stay outside of its graphs.
 
-A graph sees one line of tokens, whichever rows they belong to, and one opaque operation for each attention. What the
-operation does with queries, keys and values (write to the cache, attend under the rows' masks) is looked up when it
-runs. So a graph knows nothing of rows, of lengths or of the cache's size: none of them makes torch compile again, and
-tokens that only fill up a graph's shape never reach the cache.
+A graph sees one line of tokens, whichever rows they belong to, and one opaque operation for each attention. The
+operation looks up at run time what to do: write keys and values to the cache, attend under the rows' masks. So a graph
+does not depend on rows, lengths or the cache's size, and none of them makes torch compile again. Tokens that only pad a
+graph's shape never reach the cache.
 
-`transformers` finds the attention by name. Knows where a cache takes keys and values; nothing of models.
+`transformers` finds the attention by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ATTENTION = "outdraft_outside"
 
 
 class _Now(threading.local):
-    """What the forward that is running in this thread looks at."""
+    """The rows, masks and cache of the forward that runs in this thread."""
 
     def __init__(self) -> None:
         self.rows = self.tokens = self.calls = 0
@@ -41,7 +41,7 @@ _now = _Now()
 
 @contextmanager
 def looking_at(rows: int, tokens: int, masks: Sequence[Tensor], cache: Cache) -> Iterator[_Now]:
-    """Attention in this thread is of so many rows of so many tokens, under these masks, over this cache."""
+    """Set the number of rows and tokens, the masks and the cache of attention in this thread."""
     _now.rows, _now.tokens, _now.masks, _now.cache, _now.calls = rows, tokens, list(masks), cache, 0
     try:
         yield _now
@@ -50,7 +50,7 @@ def looking_at(rows: int, tokens: int, masks: Sequence[Tensor], cache: Cache) ->
 
 
 class Outside(Cache):
-    """What a graph's layers take for their cache: it hands back what it is given."""
+    """The cache that a graph's layers get: it returns what it is given."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -66,7 +66,7 @@ class Outside(Cache):
 
 
 def stand_in_masks(count: int, device: torch.device) -> list[Tensor]:
-    """Masks that a graph hands on in place of the real ones; the width of each says which one it stands for."""
+    """Make the masks that a graph gets instead of the real ones; the width of each tells which one it stands for."""
     return [torch.ones(1, 1, 1, 1 + place, dtype=torch.bool, device=device) for place in range(count)]
 
 
@@ -79,7 +79,7 @@ _operators.define(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, mask: int, scaling: float | None) -> Tensor:
-    """`(1, tokens, heads, width)` what `(1, heads, tokens, width)` queries read; tokens of padding read zeros."""
+    """Return the `(1, tokens, heads, width)` results of `(1, heads, tokens, width)` queries; zeros for padding."""
     rows, tokens, cache = _now.rows, _now.tokens, _now.cache
     assert cache is not None  # graphs are run by `CompiledForward`
     count, padded = rows * tokens, query.shape[2]
@@ -118,7 +118,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`transformers`' SDPA attention; in a graph that is being made, one operation whose inside stays out of it."""
+    """Run `transformers`' SDPA attention; in a graph that is being made, one operation whose inside is not traced."""
     if not torch.compiler.is_compiling():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

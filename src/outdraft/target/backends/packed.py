@@ -1,7 +1,7 @@
-"""Linear layers on a CPU whose weights lie in oneDNN's own layout.
+"""Linear layers on a CPU whose weights have oneDNN's own layout.
 
-Makes shallow views of models in which they stand in place of plain ones, and doubles of fewer operations (`fused.py`)
-in place of the modules around them; the original stays as it is. Knows nothing of what the models are for.
+Shallow views of models hold them instead of plain layers, and fused replacements (`fused.py`) instead of the modules
+around them; the original stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "d
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's layout; inference only.
+    """A linear layer whose weight has oneDNN's layout; inference only.
 
     Args:
         weight: `(out, in)`.
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model on any backend; packed weights are counted like any other, and once."""
+    """Count the parameters of a model on any backend; packed weights count like any other, and once."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     beside = {id(parameter) for module in packed for name, parameter in module._parameters.items() if name != "bias"}
     kept = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in beside)
@@ -54,7 +54,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """What stands in the way of packing, None if nothing does."""
+    """Return why this model cannot be packed, None if it can."""
     weight = next(model.parameters())
     if weight.device.type != "cpu":
         return "it lies on " + weight.device.type
@@ -66,7 +66,7 @@ def why_not_packed(model: nn.Module) -> str | None:
 
 
 def why_not_replaced(model: nn.Module) -> str | None:
-    """What forbids to put other modules in place of a model's own, None if nothing does."""
+    """Return why a model's modules cannot be replaced, None if they can."""
     if hasattr(model, "_hf_hook"):
         return "it is spread over devices"
     if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
@@ -81,7 +81,7 @@ def why_not_replaced(model: nn.Module) -> str | None:
 
 
 def quantised_part(model: nn.Module) -> str | None:
-    """The name of a module whose weights are no plain floating-point numbers, whatever made them so; None if none."""
+    """Return the name of a module whose weights are not plain floating-point numbers, None if there is none."""
     for name, module in model.named_modules():
         own = [tensor for tensor in module._parameters.values() if tensor is not None]
         # Layers that keep their weight in a form of their own still say what shape it stands for.
@@ -99,19 +99,20 @@ def _plain(weight: Any) -> bool:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN and, for bfloat16, the processor what its kernels need."""
+    """Return True if this build of torch has oneDNN and, for bfloat16, the processor supports its kernels."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
-    """A shallow copy of the module tree in which linear layers without hooks are packed; the original stays as it is.
+    """Return a shallow copy of the module tree in which linear layers without hooks are packed; the original stays as
+    it is.
 
-    Norms, MLPs and attentions that have a double (`fused.py`) have that in their place.
+    Norms, MLPs and attentions that have a fused replacement (`fused.py`) are replaced by it.
 
     Args:
-        model: whose layers are shared.
+        model: model whose layers are shared.
         linear: makes a packed layer of `(out, in)` weight and bias.
     """
     return _view(model, linear, Doubles(linear))
@@ -135,7 +136,7 @@ def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubl
 
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight `(out, in)` and bias of a linear layer on any backend."""
+    """Return weight `(out, in)` and bias of a linear layer on any backend."""
     bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
     if isinstance(module, PackedLinear):
         return module._packed.to_dense(), bias

@@ -1,10 +1,8 @@
-"""Attention of trees over a cache, from lengths on the device: what a recorded forward may do.
+"""Tree attention over a cache, with lengths read on the device, as a recorded forward needs it.
 
-Every pending token sees all that its row has committed and, of the pending tokens, those that it is told. No mask over
-the whole cache is ever made, and no number of the host's is needed, so that one recording serves every length. On a GPU
-one Triton kernel does it (`tree_kernels.py`); elsewhere plain operations, which say what the kernel computes.
-
-Knows where keys and values lie; nothing of models, trees or who reads the result.
+Every pending token sees all committed tokens of its row and, of the pending tokens, those in its ancestor mask. No mask
+over the whole cache is made and no host number is needed, so one recording serves every length. On a GPU one Triton
+kernel does it (`tree_kernels.py`); elsewhere plain operations, which define what the kernel computes.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ ATTENTION = "outdraft_tree"
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Return True if Triton is installed."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -40,14 +38,15 @@ def has_triton() -> bool:
 
 @dataclass
 class Pending:
-    """The tokens that a forward runs over, for its attentions; all tensors on the device.
+    """The pending tokens of a forward, for its attentions; all tensors on the device.
 
     Attributes:
         lengths: `(rows,)` committed tokens of every row; pending ones lie in the slots after them, in order.
-        seen: `(rows, tokens, m)` which of the `m` pending tokens each of the forward's own sees, which are the last.
-        positions: `(rows, m)` of the pending tokens.
-        windows: of every kind of layer, how far back it sees, None for everything.
-        cache: has `whole`.
+        seen: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each of the forward's own, the last
+            ones, sees.
+        positions: `(rows, m)` positions of the pending tokens.
+        windows: sliding window of every kind of layer, None for everything.
+        cache: a cache that has `whole`.
     """
 
     lengths: Tensor
@@ -58,22 +57,22 @@ class Pending:
 
     @property
     def slots(self) -> Tensor:
-        """`(rows, tokens)` where the forward's tokens go."""
+        """`(rows, tokens)` slots of the forward's tokens."""
         tokens, pending = self.seen.shape[1:]
         own = torch.arange(pending - tokens, pending, device=self.lengths.device)
         return self.lengths[:, None].long() + own
 
     def window(self, mask: Tensor | None) -> int | None:
-        """Of the kind of layer that was handed this stand-in for a mask."""
+        """Return the window of the kind of layer that got this stand-in for a mask."""
         return self.windows[0 if mask is None else mask.shape[-1] - 1]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """`(rows, tokens, heads * width)` what `(rows, heads, tokens, width)` queries read of a layer's cache."""
+        """Return `(rows, tokens, heads * width)` attention of `(rows, heads, tokens, width)` queries on a cache."""
         window = self.window(mask)
         return tree_attention(query, keys, values, self.lengths, self.seen, self.positions, scale, window)
 
     def held(self, key_states: Tensor, value_states: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """`(rows, kv_heads, capacity, width)` where a layer keeps all keys, and all values, of these rows."""
+        """Return a layer's buffers of keys and of values, each `(rows, kv_heads, capacity, width)`."""
         keys, values = self.cache.whole(key_states, value_states, layer)
         return keys[: len(self.lengths)], values[: len(self.lengths)]
 
@@ -88,15 +87,15 @@ def tree_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """What the last of the pending tokens read of what is committed and of the pending tokens that they see.
+    """Compute attention of the last pending tokens over committed tokens and the pending tokens that they see.
 
     Args:
         query: `(rows, heads, tokens, width)`.
         keys, values: `(rows, kv_heads, capacity, width)`; a row's pending tokens lie after its committed ones.
         lengths: `(rows,)` committed tokens, int32.
         seen: `(rows, tokens, m)` bool.
-        positions: `(rows, m)` of the pending tokens; those of committed ones are their slots.
-        scale: of the scores.
+        positions: `(rows, m)` positions of the pending tokens; those of committed ones are their slots.
+        scale: scale of the scores.
         window: only positions less than this far back are seen.
 
     Returns:
@@ -127,7 +126,7 @@ def tree_attention(
 def rotated_and_stored(
     mixed: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, pending: Pending
 ) -> Tensor:
-    """Queries turned by their positions; keys, turned alike, and values go to the cache.
+    """Rotate queries and keys by their positions; write keys and values to the cache.
 
     Args:
         mixed: `(rows, tokens, heads + 2 * kv_heads, width)` queries, keys and values.
@@ -136,7 +135,7 @@ def rotated_and_stored(
         pending: the tokens.
 
     Returns:
-        `(rows, heads, tokens, width)`.
+        `(rows, heads, tokens, width)` rotated queries.
     """
     if mixed.is_cuda:
         from outdraft.target.backends import tree_kernels
@@ -154,14 +153,14 @@ def rotated_and_stored(
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square normalisation over the last dimension; on a GPU only."""
+    """Apply root mean square normalisation over the last dimension; on a GPU only."""
     from outdraft.target.backends import tree_kernels
 
     return tree_kernels.rms_norm(x.contiguous(), weight, eps)
 
 
 def gated(both: Tensor) -> Tensor:
-    """`(..., 2 * width)` gates and what they let through, side by side, to `(..., width)`; on a GPU only."""
+    """Map `(..., 2 * width)` gates and gated values, side by side, to `(..., width)`; on a GPU only."""
     from outdraft.target.backends import tree_kernels
 
     return tree_kernels.gate(both)
@@ -178,7 +177,7 @@ def _store(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, s
 
 
 class _Now(threading.local):
-    """What the forward that is running in this thread runs over."""
+    """The pending tokens of the forward that runs in this thread."""
 
     pending: Pending | None = None
 
@@ -187,13 +186,13 @@ _now = _Now()
 
 
 def running() -> Pending | None:
-    """The pending tokens of this thread's forward; None where attention is as `transformers` has it."""
+    """Return the pending tokens of this thread's forward; None if attention is that of `transformers`."""
     return _now.pending
 
 
 @contextmanager
 def running_over(pending: Pending) -> Iterator[None]:
-    """Attention in this thread is of these tokens."""
+    """Set the pending tokens of attention in this thread."""
     before, _now.pending = _now.pending, pending
     try:
         yield
@@ -202,7 +201,7 @@ def running_over(pending: Pending) -> Iterator[None]:
 
 
 class Storing(Cache):
-    """What layers take for their cache: it puts keys and values where the pending tokens' belong."""
+    """The cache that layers get: it writes keys and values to the pending tokens' slots."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -233,7 +232,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`transformers`' SDPA attention; over pending tokens, ours."""
+    """Run `transformers`' SDPA attention; over pending tokens, tree attention."""
     pending = running()
     if pending is None:
         return sdpa_attention_forward(

@@ -1,6 +1,6 @@
-"""Triton kernels of a forward over trees on a GPU; `tree_attention.py` says what they compute and calls them.
+"""Triton kernels of a forward over trees on a GPU; `tree_attention.py` defines what they compute and calls them.
 
-A row's length is read on the device, so one recorded launch serves every length. Knows nothing of models.
+A row's length is read on the device, so one recorded launch serves every length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SPLIT = 256
 """Fewest keys that are worth a program of their own."""
 
 PROGRAMS = 264
-"""Programs that fill a large GPU twice; keys are split until there are as many, or no more is worth it."""
+"""Programs that fill a large GPU twice; keys are split until there are as many, or more is not worthwhile."""
 
 
 def attend(
@@ -29,7 +29,7 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """As `tree_attention`, on tensors whose last dimension is contiguous."""
+    """Compute `tree_attention` on tensors whose last dimension is contiguous."""
     rows, heads, tokens, width = query.shape
     kv_heads, pending = keys.shape[1], seen.shape[2]
     folded = heads // kv_heads * tokens
@@ -81,7 +81,7 @@ def _block(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """What the queries found so far, with one more block of keys; every one of it committed unless NEWEST."""
+    """Update the queries' running results with one more block of keys; all keys are committed unless NEWEST."""
     slot = base + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     k_at = k_base + slot[:, None] * k_slot + d[None, :]
@@ -161,7 +161,7 @@ def _attend(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One share of one row's keys for the queries, of all heads that share them, of one block."""
+    """Compute one block of queries, of all heads that share keys, over one share of one row's keys."""
     kv_heads: tl.constexpr = HEADS // GROUPS
     row = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
@@ -215,7 +215,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["count"])
 def _merge(parts, sums, out, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    """What the shares of one query's keys found, weighted by what each share holds of the whole."""
+    """Merge the results of the shares of one query's keys, weighted by the softmax sum of each share."""
     place = tl.program_id(0)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -231,7 +231,7 @@ def _merge(parts, sums, out, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_
 def rotate_and_store(
     mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, pending: int
 ) -> Tensor:
-    """As `rotated_and_stored`, on contiguous `mixed`."""
+    """Compute `rotated_and_stored` on contiguous `mixed`."""
     rows, tokens, total, width = mixed.shape
     kv_heads = keys.shape[1]
     heads = total - 2 * kv_heads
@@ -281,7 +281,7 @@ def _rotate_and_store(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One head of one token: turned by its position where it is a query or a key, and put where it is read."""
+    """Rotate one head of one token if it is a query or a key, and write it to its place."""
     row = tl.program_id(0) // tokens
     token = tl.program_id(0) % tokens
     head = tl.program_id(1)
@@ -309,7 +309,7 @@ def _rotate_and_store(
 
 
 def gate(both: Tensor) -> Tensor:
-    """`(..., 2 * width)` gates and what they let through, side by side, to `(..., width)` SiLU(gate) * rest."""
+    """Map `(..., 2 * width)` gates and gated values, side by side, to `(..., width)` SiLU(gate) * value."""
     width = both.shape[-1] // 2
     out = both.new_empty((*both.shape[:-1], width))
     block = 1024
@@ -329,7 +329,7 @@ def _gate(both, out, width, BLOCK: tl.constexpr):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square normalisation of contiguous `(..., width)`, in single precision, times `(width,)` weights."""
+    """Normalise contiguous `(..., width)` by the root mean square, in single precision, times `(width,)` weights."""
     width = x.shape[-1]
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)

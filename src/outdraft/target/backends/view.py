@@ -1,5 +1,4 @@
-"""What views of models on several backends share: their mark, attention by another name, and the comparison with the
-model."""
+"""Tools for views of models on several backends: their mark, renamed attention, and the comparison with the model."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from outdraft.target.backends.packed import PackedLinear
 MARK = "_outdraft_backend"
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""By how much a result may differ from the model's own, relative to its length."""
+"""Largest difference of a result from the model's own, relative to its norm."""
 
 ROUGH = 0.1
-"""The same in 16 bits."""
+"""Largest relative difference in 16 bits."""
 
 
 def why_not_renamed(model: Any) -> str | None:
-    """What forbids to let a model ask for its attention by another name (`with_attention`), None if nothing does."""
+    """Return why the model cannot use an attention of another name (`with_attention`), None if it can."""
     if getattr(model.config.get_text_config(), "_attn_implementation", None) != "sdpa":
         return "its attention is not 'sdpa'"
     # Families of an older make look at the name themselves, and take one that they do not know for 'eager'.
@@ -29,16 +28,16 @@ def why_not_renamed(model: Any) -> str | None:
 
 
 def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) -> None:
-    """Let every module of a view ask for the attention of this name, by configs and modules of its own.
+    """Make every module of a view use the attention of this name, by configs and modules of its own.
 
     Args:
         view: a copy, whose own tables may be changed.
-        name: under which `transformers` finds the attention.
-        configs: by the original's id, those made so far.
+        name: name under which `transformers` finds the attention.
+        configs: configs made so far, by the original's id.
     """
     configs = {} if configs is None else configs
     config = view.__dict__.get("config")
-    if getattr(config, "_attn_implementation", None) == "sdpa":  # others know of more than masks, as of sinks
+    if getattr(config, "_attn_implementation", None) == "sdpa":  # other attentions take more than masks, such as sinks
         if id(config) not in configs:
             configs[id(config)] = own = copy.deepcopy(config)
             own._attn_implementation = name
@@ -51,7 +50,7 @@ def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) 
 
 
 def alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    """Whether two results differ by no more than rounding."""
+    """Return True if two results differ by no more than rounding."""
     for one, other in zip(some, others, strict=True):
         least = TOLERANCE.get(other.dtype, ROUGH)
         one, other = one.double(), other.double()
@@ -61,17 +60,17 @@ def alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
 
 
 def mark(view: Any, backend: str | None) -> None:
-    """Say what a view's forwards run on, for `forward_of`; None: as its modules are."""
+    """Mark a view with the backend of its forwards, for `forward_of`; None: as its modules are."""
     view.__dict__[MARK] = backend
 
 
 def marked_as(model: Any) -> str | None:
-    """What `mark` said."""
+    """Return the backend that `mark` set, or None."""
     return getattr(model, MARK, None)
 
 
 def backend_of(model: nn.Module) -> str:
-    """The backend that `accelerate` found for this model."""
+    """Return the backend that `accelerate` chose for this model."""
     if (found := marked_as(model)) is not None:
         return found
     return "packed" if any(isinstance(module, PackedLinear) for module in model.modules()) else "eager"

@@ -1,7 +1,7 @@
-"""Attention in exact mode: each query alone over its own path, contiguously and in order, in a kernel call of the shape
-that plain decoding makes.
+"""Attention in exact mode: one query at a time over its own path, contiguous and in order, in the same kernel call as
+plain decoding.
 
-`transformers` finds it by name. Knows the cache's layout and which candidates see which; nothing of models or layers.
+`transformers` finds it by name.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ ATTENTION = "outdraft_exact"
 """The name under which `transformers` finds our attention."""
 
 ALIGNMENT = 32
-"""Bytes that a token's keys (of one head) must be a multiple of: kernels sum unaligned ones in another order."""
+"""Alignment of a token's keys (of one head) in bytes: kernels sum unaligned ones in another order."""
 
 
 LENGTHS = (1, 2, 7, 16, 33, 100, 255, 511, 512, 513, 777, 1024, 1100, 2051)
-"""Numbers of keys over which the layout of attention is tried."""
+"""Numbers of keys on which the layout of attention is tried."""
 
 
 class Now(threading.local):
-    """What the forward that is running in this thread looks at."""
+    """The paths of the forward that runs in this thread."""
 
     def __init__(self) -> None:
         self.paths: Paths | None = None
@@ -38,14 +38,14 @@ class Now(threading.local):
 
 
 class Paths:
-    """For every row the order in which its queries are answered, and what is put in place of what before each.
+    """The order in which each row's queries are answered, and the keys that are moved before each query.
 
-    The keys of committed tokens lie in order already. A query's path follows them: its `j`-th pending token is brought
-    to the `j`-th place after them unless it is there. Queries are taken so that little has to be moved.
+    The keys of committed tokens are in order already. A query's path follows them: its `j`-th pending token is moved to
+    the `j`-th slot after them unless it is there. The order of queries keeps moves few.
 
     Args:
         seen: `(rows, tokens, m)` as in `attention_mask`.
-        slots: `(rows, m)` likewise.
+        slots: `(rows, m)` as in `attention_mask`.
         lengths: committed tokens of every row.
     """
 
@@ -72,7 +72,7 @@ class Paths:
         self._masks: list[tuple[Tensor, dict[tuple[int, int], Tensor]]] = []
 
     def masks(self, given: Tensor) -> dict[tuple[int, int], Tensor]:
-        """What plain decoding's mask `(1, 1, keys)` is for each (row, query); sliding windows hide some keys."""
+        """Return plain decoding's mask `(1, 1, keys)` for each (row, query); sliding windows hide some keys."""
         for known, masks in self._masks:
             if known is given:
                 return masks
@@ -94,17 +94,17 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`transformers`' SDPA attention for each query alone, over just the keys that plain decoding would have.
+    """Run `transformers`' SDPA attention for one query at a time, over only the keys that plain decoding would have.
 
     Args:
-        module: the attention layer; names what the forward looks at.
+        module: the attention layer, which holds the forward's paths.
         query: `(rows, heads, tokens, width)`.
         key: `(rows, kv_heads, slots, width)` of our cache itself, not a copy.
-        value: likewise.
+        value: as `key`.
         attention_mask: `(rows, 1, tokens, slots)` bool.
         dropout: 0, as the model is in evaluation mode.
-        scaling: of the scores.
-        **kwargs: what families hand on; a position bias would be one too many.
+        scaling: scale of the scores.
+        **kwargs: further arguments of model families; a position bias is refused.
     """
     now: Now = module._outdraft_now
     if now.paths is None or kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
@@ -152,10 +152,10 @@ AttentionInterface.register(ATTENTION, attend)
 
 
 def reads_in_place(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype, most: int) -> bool:
-    """Whether one query over keys in a wider buffer, shared by heads, has the bits of one over a copy for every head.
+    """Return True if a query over shared keys in a wider buffer has the bits of one over a copy per head.
 
-    Plain decoding makes that copy. Tried over lengths on either side of the kernel's blocks, in this precision and, as
-    16 bits hide much, in single precision.
+    Plain decoding makes that copy. The trial covers lengths on either side of the kernel's blocks, in this precision
+    and, as 16 bits hide much, in single precision.
     """
     dice, groups = torch.Generator().manual_seed(0), heads // kv_heads
     for length in (length for length in LENGTHS if length <= most):

@@ -1,15 +1,14 @@
-"""Whether a layer gives each of its rows the same bits in company as alone, measured on this machine.
+"""Measures on this machine whether a layer is batch-invariant: whether each row has the same bits batched as single.
 
-A matrix product, a norm or an activation treats rows alone by its mathematics, but kernels choose blocking, vector
-lanes and threads by the number of rows, and the order of a sum decides its last bits. What a kernel does depends on
-shapes and precision, not on the numbers, so numbers are chosen here that make every difference visible:
+By its mathematics a matrix product, norm or activation treats rows separately. But kernels choose blocking, vector
+lanes and threads by the number of rows, and the order of a sum decides its last bits. Kernels depend on shapes and
+precision, not on the numbers, so the numbers here make every difference visible:
 
-- for matrix products, sums that cancel: the result is nothing but rounding error, of which another order leaves
-  another;
-- for norms and rotary embeddings, the same in single precision and with a large offset, where errors grow;
-- for activations in 16 bits, all 65,536 numbers, in whole vectors and in remainders of vectors.
+- for matrix products, sums that cancel: the result is only rounding error, which differs with the order; - for norms
+and rotary embeddings, the same in single precision and with a large offset, where errors grow; - for activations in 16
+bits, all 65,536 numbers, in whole vectors and in remainders of vectors.
 
-Modules of any other kind are never run in company. Knows nothing of trees, targets or decoding.
+Modules of any other kind are always run per row.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from transformers.pytorch_utils import Conv1D
 from outdraft.target.backends import PackedLinear
 
 TRIALS = 4
-"""Random inputs tried where no single one is sure to show a difference."""
+"""Number of random inputs tried where no single one is sure to show a difference."""
 
 PIECE = 7
-"""Numbers in a remainder: less than any vector register holds."""
+"""Numbers in a remainder: fewer than any vector register holds."""
 
 COPYING = (nn.Embedding, nn.Dropout, nn.Identity)
 """Modules that only copy numbers (scaled embeddings multiply each by one, which every kernel rounds alike)."""
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether it computes by itself: what it holds, if anything, has no weights (experts and their activation)."""
+    """Return True if the module computes by itself: its parts have no weights (experts and their activation)."""
     children = [child for child in module._modules.values() if child is not None]
     if isinstance(module, COPYING) or any(_weights(child) for child in children):
         return False
@@ -48,12 +47,12 @@ def _weights(module: nn.Module) -> bool:
 
 
 def mixes(module: nn.Module) -> bool:
-    """Whether it computes with weights of its own beside what its parts compute, which then cannot be told apart."""
+    """Return True if the module computes with weights of its own beside its parts, inseparably from them."""
     return not is_leaf(module) and not isinstance(module, COPYING) and bool(module._parameters)
 
 
 def kind_of(leaf: Any) -> tuple[Any, ...]:
-    """What decides which kernels a leaf calls; leaves of one kind behave alike."""
+    """Return what decides which kernels a leaf calls; leaves of one kind behave alike."""
     if isinstance(leaf, PackedLinear):
         return type(leaf), leaf.in_features, leaf.out_features, leaf.bias is not None
     tensors = {**dict(leaf.named_parameters(recurse=False)), **dict(leaf.named_buffers(recurse=False))}
@@ -62,12 +61,13 @@ def kind_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def one_by_one(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call it for every token alone, as a forward over one token would, and put the results together.
+    """Call the function for one token at a time, as a forward over one token would, and join the results.
 
     Args:
-        function: of tensors `(rows, tokens, ...)`, or `(tokens, ...)`; what has not that many is handed on whole.
-        *args: the first tensor among them says which.
-        **kwargs: likewise.
+        function: takes tensors `(rows, tokens, ...)` or `(tokens, ...)`; tensors of other leading sizes are passed
+            whole.
+        *args: arguments; the first tensor sets the leading sizes.
+        **kwargs: keyword arguments, treated alike.
     """
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     batched = first.dim() > 2
@@ -94,15 +94,15 @@ def _joined(results: list[Any], dim: int) -> Any:
 
 
 class OneByOne(nn.Module):
-    """Another module (or function), for every token alone.
+    """Runs another module (or function) for one token at a time.
 
     Args:
-        inner: it is shared, not copied.
+        inner: the module, which is shared, not copied.
     """
 
     def __init__(self, inner: Callable[..., Any]):
         super().__init__()
-        self._inner = [inner]  # in a list, so that it is not taken for a part
+        self._inner = [inner]  # in a list, so that it is not registered as a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return one_by_one(self._inner[0], *args, **kwargs)
@@ -115,11 +115,11 @@ class OneByOne(nn.Module):
 
 
 class Probe(OneByOne):
-    """A leaf that is tried, for every shape that comes to it, in company and alone.
+    """Runs a leaf batched and single, for every shape that it gets, and compares.
 
     Attributes:
-        kind: of the leaf.
-        stacks: whether all rows had the same bits either way, as far as it was called.
+        kind: kind of the leaf.
+        stacks: True while all rows have had the same bits either way.
     """
 
     def __init__(self, leaf: nn.Module):
@@ -136,7 +136,7 @@ _known: dict[Any, bool] = {}
 
 
 def _stacks(kind: tuple[Any, ...], leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """The verdict for this kind of leaf and these shapes, measured once a process and number of threads."""
+    """Measure if this kind of leaf is batch-invariant for these shapes, once per process and number of threads."""
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     shapes = tuple((tuple(value.shape), value.dtype) for value in given)
     key = (kind, shapes, torch.get_num_threads())
@@ -165,13 +165,15 @@ def _try(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def same_alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether every token has the same bits in company and alone."""
+    """Return True if every token has the same bits batched as single."""
     return _equal(function(*args, **kwargs), one_by_one(function, *args, **kwargs))
 
 
 def cancelling(leaf: Any, like: Tensor, dice: torch.Generator) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """A layer of the same kind and an input of the same shape whose exact products are all zero, so that what comes
-    out is rounding error alone."""
+    """Make a layer of the same kind and an input of the same shape whose exact products are all zero.
+
+    Their output is rounding error alone.
+    """
     inputs, outputs = leaf.weight.shape if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
     order, half = torch.randperm(inputs, generator=dice), inputs // 2
     one, other = order[:half], order[half : 2 * half]
@@ -206,7 +208,7 @@ def _activation_stacks(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _same_in_remainders(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> bool:
-    """Whether every number of 16 bits gives the same in whole vectors and in what is left beside them."""
+    """Return True if every 16-bit number gives the same result in whole vectors and in remainders of vectors."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     numbers = numbers[numbers.isfinite()]
     whole = function(numbers)
@@ -215,7 +217,7 @@ def _same_in_remainders(function: Callable[[Tensor], Tensor], dtype: torch.dtype
 
 
 def _random(args: tuple[Any, ...], dice: torch.Generator, offset: float, dtype: torch.dtype | None = None) -> list[Any]:
-    """Numbers of many magnitudes in place of the given ones."""
+    """Replace tensors by random numbers of many magnitudes."""
 
     def other(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():

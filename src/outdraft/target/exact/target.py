@@ -1,17 +1,17 @@
 """Exact mode: a forward over many candidates whose every row has the bits of a one-token forward.
 
-In low precision a forward over several tokens rounds differently from as many one-token forwards, so greedy texts can
-part at near-ties. Here the forward itself is made the same, and with it the cache and all that follows:
+In low precision a forward over several tokens rounds differently from one-token forwards, so greedy texts can diverge
+at near-ties. Exact mode makes the forward itself the same, and with it the cache and all that follows:
 
-- Attention runs node by node: each query sees its own path only, contiguously and in order, in a kernel call of the
-  shape that plain decoding makes. Keys and values of committed tokens are not copied.
-- Everything else treats rows alone by its mathematics; whether its kernel does so too is measured on this machine for
-  every kind of layer and number of rows (`invariance.py`). Layers that fail are run row by row.
-- Before a number of rows is first used, a whole forward over random trees is compared with one-token forwards, bit
-  for bit: features, logits, keys, values. A difference is an error, never a warning.
-- Prompts run one at a time, so a row of a batch is decoded as plain decoding would decode it alone.
+- Attention runs node by node: each query sees its own path only, contiguous and in order, in the same kernel call as
+  plain decoding. Keys and values of committed tokens are not copied. - All other modules treat rows separately by their
+  mathematics. `invariance.py` measures, for every kind of layer and
+  number of rows, whether their kernels do so on this machine. Layers that fail are run per row. - Before a number of
+  rows is first used, a whole forward over random trees is compared with one-token forwards, bit
+  for bit: features, logits, keys, values. A difference is an error, never a warning. - Prompts run one at a time, so a
+  row of a batch is decoded as plain decoding would decode it alone.
 
-The model is neither copied nor patched: `ExactTarget` works on a view of it. Knows nothing of drafters or verification.
+The model is neither copied nor patched: `ExactTarget` works on a view of it.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from outdraft.target.views import Reader, Reads
 
 @dataclass
 class Exactness:
-    """By what the text of an exact decoding equals the plain one, and what that took since the model was loaded."""
+    """Why exact text equals plain text, and the number of layers and checks since the model was loaded."""
 
     guarantee: str = "by construction"
     """All rows of all forwards have the bits of one-token forwards."""
     stacked: int = 0
-    """Layers (and other modules that compute) that run over all candidates at once."""
+    """Number of layers (and other modules that compute) that run over all candidates at once."""
     one_by_one: int = 0
-    """Those that run row by row, as their kernels here give a row other bits in company."""
+    """Number of layers that run per row, because their kernels here are not batch-invariant."""
     checks: int = 0
-    """Comparisons of whole forwards with one-token forwards: one for every new number of rows and candidates."""
+    """Number of comparisons of whole forwards with one-token forwards: one per new number of rows and candidates."""
     check_seconds: float = 0.0
-    """What they took; the seconds of the rounds in which they fell contain them."""
+    """Seconds of these checks; the rounds in which they ran include them."""
 
     def __str__(self) -> str:
         return self.guarantee
 
 
 def exactly(target: Target) -> ExactTarget:
-    """The target in exact mode; the same one for the same target, so that nothing is checked twice.
+    """Return the target in exact mode; the same one for the same target, so that nothing is checked twice.
 
     Raises:
         UserError: there is no guarantee for this model or device, with the reason.
@@ -71,7 +71,7 @@ class ExactTarget(Target):
     """A target whose forward over trees gives every node the bits of plain decoding.
 
     Args:
-        plain: the target as it is.
+        plain: the stock target.
 
     Raises:
         UserError: there is no guarantee for this model or device, with the reason.
@@ -83,12 +83,12 @@ class ExactTarget(Target):
         refuse(plain)
         self.__dict__.update(plain.__dict__)
         self.plain = plain
-        self._run = self._whole  # of this view, not of the plain target's
+        self._run = self._whole  # for this view, not for the plain target's
         self.exactness = Exactness()
         self._now = Now()
         self._alone: set[Any] = set()  # kinds of modules that run row by row
         self._checked: set[tuple[int, ...]] = set()
-        self._readers: dict[Reads, Reader] = {}  # of this view, not of the plain target's
+        self._readers: dict[Reads, Reader] = {}  # for this view, not for the plain target's
         self._layouts: set[tuple[int, int, int, int, torch.dtype]] = set()
         self._rebuild()
         self._check(1, 4)  # most models that are to be refused are refused here, before anything is decided
@@ -96,7 +96,7 @@ class ExactTarget(Target):
     # --- what a Target does ------------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        self._check(*seen.shape[:2])  # before the inner model is looked up, as this may put another in its place
+        self._check(*seen.shape[:2])  # before the inner model is looked up, as the check may replace it
         return super().forward(tokens, positions, seen, slots, cache)
 
     def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class ExactTarget(Target):
         return inputs
 
     def head(self, features: Tensor) -> Tensor:
-        """As ever; `(rows, hidden)` are rows of different sequences, `(rows, nodes, hidden)` those of a forward."""
+        """Return logits of `(rows, hidden)` for different sequences, or of `(rows, nodes, hidden)` for a forward."""
         if features.dim() == 2:
             return one_by_one(self.plain.head, features)
         self._check(*features.shape[:2])
@@ -116,7 +116,7 @@ class ExactTarget(Target):
         return ExactRun(self, cache, reads)
 
     def vouch(self, run: ModelRunner) -> None:
-        """Raise UserError for a run that a drafter made in a way of its own."""
+        """Raise UserError for a runner of a drafter's own making."""
         if not isinstance(run, ExactRun):
             raise UserError(
                 f"exact=True does not cover this method, whose {type(run).__name__} runs the target in a way of its own"
@@ -131,7 +131,7 @@ class ExactTarget(Target):
         self.exactness.stacked = len(leaves) - self.exactness.one_by_one
 
     def _use(self, wrap: Any) -> None:
-        """Look at the model through these wrappings of its leaves."""
+        """Set a view of the model with these wrappers around its leaves."""
         view = _View(wrap, self._now)
         self.model = view(self.plain.model)
         self._inner = self.model.base_model
@@ -144,12 +144,12 @@ class ExactTarget(Target):
 
     @torch.inference_mode()
     def _check(self, rows: int, nodes: int) -> None:
-        """Make sure of a forward over so many nodes in so many rows; measured once."""
+        """Compare a forward over so many rows and nodes with one-token forwards; measured once."""
         case_key = (rows, nodes, torch.get_num_threads())
         if case_key in self._checked:
             return
         start = time.perf_counter()
-        self._checked.add(case_key)  # the forwards of the check come by here
+        self._checked.add(case_key)  # the forwards of the check call this method, too
         try:
             case = _Case(self.plain, rows, nodes)
             probes: dict[Any, Probe] = {}
@@ -186,7 +186,7 @@ class ExactTarget(Target):
 
 
 def refuse(target: Target) -> None:
-    """Raise UserError where nothing can be promised, before anything runs."""
+    """Raise UserError if exactness cannot be guaranteed, before anything runs."""
     model: Any = target.model
     if target.device.type != "cpu":
         raise UserError(
@@ -234,7 +234,7 @@ class _View:
 
 
 class _Kept(SlotCache):
-    """A cache that shows what its layers hold."""
+    """A cache that exposes what its layers hold."""
 
     def __init__(self, target: Target, capacity: int, rows: int = 1):
         super().__init__(rows, target.num_layers, capacity)
@@ -248,12 +248,12 @@ class _Kept(SlotCache):
 
 
 class ExactRun(ModelRunner):
-    """The target with the cache of its rows, every row as if alone."""
+    """A runner that treats every row as if it were single."""
 
     target: ExactTarget
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
-        """Run each prompt by itself and put all of them into one cache."""
+        """Run each prompt by itself and join all of them in one cache."""
         plain = self.target.plain
         caches = [_Kept(plain, len(prompt)) for prompt in prompts]
         runs = [plain.runner(cache, self.reads) for cache in caches]
@@ -275,12 +275,12 @@ class ExactRun(ModelRunner):
 
 
 class _Case:
-    """Random trees after random prompts of different lengths, as many nodes in every row.
+    """Random trees after random prompts of different lengths, with the same number of nodes in every row.
 
     Args:
-        plain: the target as it is.
-        rows: trees.
-        nodes: of each.
+        plain: the stock target.
+        rows: number of trees.
+        nodes: nodes per tree.
     """
 
     def __init__(self, plain: Target, rows: int, nodes: int):
@@ -299,7 +299,7 @@ class _Case:
         self.trees = Tree(tokens(rows, nodes), torch.tensor(parents), [nodes] * rows)
 
     def tree(self, exact: ExactTarget) -> tuple[Tensor, Tensor, _Kept]:
-        """Features, logits and cache of one forward over all nodes."""
+        """Return features, logits and cache of one forward over all nodes."""
         cache = _Kept(self.plain, max(len(prompt) for prompt in self.prompts) + self.trees.nodes, len(self.prompts))
         run = exact.runner(cache)
         run.prefill(self.prompts)
@@ -307,7 +307,7 @@ class _Case:
         return features, exact.head(features), cache
 
     def difference(self, exact: ExactTarget) -> str | None:
-        """Where the forward over the trees differs from forwards over one token, None where it does not."""
+        """Describe where the forward over the trees differs from one-token forwards, None if it does not."""
         features, logits, cache = self.tree(exact)
         children: dict[int, list[int]]
         for row, prompt in enumerate(self.prompts):
