@@ -80,8 +80,8 @@ class Chat:
         model: the model, with its drafter if it has one.
         settings: settings of `generate` for every answer.
         tree: settings of the tree for answers with the drafter.
-        console: where answers go.
-        remarks: where prompts and figures go.
+        console: console of the answers.
+        remarks: console of prompts and figures.
         show_drafts: colour accepted draft tokens.
         system: a system message that every conversation begins with.
     """

@@ -38,7 +38,7 @@ PASSES = 5
 more 2.8."""
 
 SHARE_FOR_STEPS = 0.9
-"""The share of the time spent on features and steps; the rest is for saving, and for steps slower than the timed one."""
+"""The share of the time spent on features and steps; the rest is for saving and for slower steps than the timed one."""
 
 FEWEST = 10
 """The fewest steps, and the fewest conversations."""

@@ -193,7 +193,7 @@ def training_verdict(
         target: the target, on the backend that decodes.
         folder: folder of the finished run.
         tau: mean acceptance length at its end.
-        best_step: whose weights were saved.
+        best_step: the step whose weights were saved.
         rows: rows that were decoded together for tau, on which the trees depend.
     """
     if tau is None or not math.isfinite(tau):
@@ -217,7 +217,7 @@ def lifts(record: Mapping[str, Any], best_step: int, head_share: float | None) -
 
     Args:
         record: `provenance.json` of the run.
-        best_step: whose weights were saved.
+        best_step: the step whose weights were saved.
         head_share: share of a draft step in the target's output layer, where a draft vocabulary would reduce it.
     """
     examples, steps = record["examples"], record["steps"]

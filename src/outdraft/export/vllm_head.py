@@ -47,7 +47,7 @@ class FeatureHeadModel(nn.Module):
 
     Args:
         vllm_config: config of the engine; the drafter's own config is in its speculative part.
-        prefix: of module names.
+        prefix: prefix of module names.
         start_layer_id: number of the layer, past those of the target.
     """
 
@@ -113,8 +113,8 @@ class FeatureHeadForCausalLM(EagleLlamaForCausalLM):
     `compute_logits` uses the head that vLLM puts in.
 
     Args:
-        vllm_config: of the engine.
-        prefix: of module names.
+        vllm_config: config of the engine.
+        prefix: prefix of module names.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

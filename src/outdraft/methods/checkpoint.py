@@ -60,7 +60,7 @@ def save_drafter(
         folder: made when absent; other files in it stay.
         head: the drafter, in the precision in which it shall be stored.
         target_id: hub name or folder of its target.
-        training: a record that is kept with it, anything that JSON can say.
+        training: a record that is stored with it, any JSON value.
         target: further facts about the target, such as `target_facts` gives; an exit layer needs them.
 
     Returns:

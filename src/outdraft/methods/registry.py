@@ -36,8 +36,8 @@ NONE = "none"
 """The name that selects plain decoding in a method's place."""
 
 FALLBACK = "fspad"
-"""The method whose loader is given a folder that no method recognises: official FSPAD and EAGLE folders are told by
-their tensors, and that loader says what is wrong with any other folder."""
+"""The method whose loader is given a folder that no method recognises: it tells official FSPAD and EAGLE folders by
+their tensors, and names the error of any other folder."""
 
 COMPARED_TOKENS = 48
 """The number of tokens on which an export is compared with the drafter's own forward."""
@@ -52,7 +52,7 @@ class DrafterFacts:
     """The name of the folder's layout; `outdraft` for the package's own."""
     parameters: int
     trained_for: str | None
-    """The target's name, where the folder says it."""
+    """The target's name, where the folder has it."""
     fits: Mapping[str, Any]
     """The sizes that the target must have, by name."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Method:
 
         Args:
             source: the folder or repository.
-            target: what it drafts for.
+            target: the model that it drafts for.
             dtype: precision of the weights; as stored when None.
             device: device of the weights.
 
@@ -124,7 +124,7 @@ class Method:
 
         Args:
             network: the result of `load`, on its backend; None for a method that needs no model.
-            target: what it drafts for.
+            target: the model that it drafts for.
 
         Raises:
             UserError: the network is another target's.
@@ -159,7 +159,7 @@ class Method:
         """Build a network with initial float32 weights, on the target's device.
 
         Args:
-            target: what it will draft for.
+            target: the model that it will draft for.
             settings: a `DrafterConfig` with its preset filled in.
 
         Raises:
@@ -186,7 +186,7 @@ class Method:
 
         Args:
             source: the drafter's folder or hub repository.
-            target: what it drafts for.
+            target: the model that it drafts for.
             folder: an empty folder to write into.
             engine: `vllm` or `hf`.
             dtype: precision of the written weights; as stored when None.

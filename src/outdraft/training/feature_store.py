@@ -64,7 +64,7 @@ class FeatureStore:
         folder: holds all stores; this one gets a folder of its own, named by its key.
         target: the model whose features are stored.
         reading: the hidden states that are stored.
-        teacher_top_k: how many of the target's most probable tokens are kept at every position; 0 keeps none.
+        teacher_top_k: number of most probable target tokens to store at every position; 0 stores none.
     """
 
     def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):

@@ -86,7 +86,7 @@ class ReadingReport:
 
     Args:
         console: where it is shown.
-        examples: how many are to be read.
+        examples: number of examples to read.
         tokens: total tokens to read.
     """
 

@@ -100,9 +100,9 @@ def regenerate(
 
     A line is `{"id", "source", "temperature", "finished", "finish_reason", "messages"}`, or has `text` in place of
     `messages`. `id` and `source` are the prompt's own; one without an id gets a hash of it. `finished` says whether the
-    last answer ended by itself (`finish_reason` `stop`) or was cut (`length`); an earlier turn that was cut says so
-    itself. Turns that call tools stay as they are, for the tools' answers follow. `id` and `temperature` name a line
-    for good, with `sample` where a temperature is given several times: draws follow from these, the seed and the turn
+    last answer ended by itself (`finish_reason` `stop`) or was cut (`length`); an earlier turn that was cut has its own
+    mark. Turns that call tools stay as they are, for the tools' answers follow. `id` and `temperature` name a line for
+    good, with `sample` where a temperature is given several times: draws follow from these, the seed and the turn
     alone.
 
     Args:

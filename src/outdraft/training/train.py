@@ -93,7 +93,7 @@ def train(
         console: where progress goes; stderr when not given.
         held_out: conversations that are not trained on, with answers: top-1 agreement on them is measured beside tau,
             and the weights that did best on them are the ones that are saved.
-        callbacks: of `transformers`, told of every step and log entry.
+        callbacks: callbacks of `transformers`, called for every step and log entry.
         begun_with: settings that the run's folder keeps for whoever resumes it.
 
     Raises:

@@ -24,7 +24,7 @@ class Finding:
 
     Attributes:
         name: its key in reports.
-        question: what was checked, as a question that yes answers for a lossless decoder.
+        question: the check as a question, whose answer is yes for a lossless decoder.
         passed: True for yes; `judge` sets it for statistical tests.
         evidence: the result's figures in a sentence or two.
         p_value: p-value of a statistical test, before any correction.

@@ -135,10 +135,9 @@ def pooled(expected: Sequence[float]) -> list[list[int]]:
 def ranks(probs: Tensor, drawn: Tensor, uniform: Tensor) -> Tensor:
     """Compute the randomised probability-integral transform of every draw.
 
-    With the outcomes of a distribution in order of their probability, the largest first, u = P(more probable than x) +
-    V P(as probable as x), V uniform, is uniform if x was drawn from that distribution. Draws from any number of
-    different distributions so become one sample of a uniform number. Too soft a distribution, too sharp a one and
-    missing rare outcomes all show.
+    Order the outcomes of a distribution by falling probability. Then u = P(more probable than x) + V P(as probable as
+    x), V uniform, is uniform if x was drawn from that distribution. Draws from any number of different distributions so
+    become one sample of a uniform number. Too soft a distribution, too sharp a one and missing rare outcomes all show.
 
     Args:
         probs: `(draws, outcomes)`, which need not be normalised.

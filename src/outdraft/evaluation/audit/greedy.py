@@ -1,7 +1,7 @@
 """Greedy texts, token for token: drafted against plain, and every difference held against the measured noise.
 
 A difference is a tie only if the logit gap there, by one-token forwards of the stock model, lies within the noise of
-this model, precision and backend, and if such ties are no more frequent than that noise brings about.
+this model, precision and backend. Such ties must also be no more frequent than that noise causes.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def measured(
     Args:
         target: the model, which also judges divergences.
         rivals: the contenders.
-        prompts: as in `measure.compare`, like the arguments after it.
+        prompts: prompts as in `measure.compare`.
         temperature: 0 is greedy.
         repetitions: repetitions of every prompt.
         max_new_tokens: most tokens of every answer.
@@ -148,7 +148,7 @@ def measured(
         remarks: where progress goes.
         questions: the prompts' questions, where groups matter.
         store: keeps complete pairs, and knows those of earlier runs.
-        end: as in `measure.compare`; for single prompts without questions or a store.
+        end: deadline as in `measure.compare`; only for single prompts without questions or a store.
     """
     title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     known = store.known(temperature) if store is not None else {}

@@ -18,7 +18,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.target.target import Target
 
 PLAIN = "plain"
-"""The name of the contender that all others are compared with: the target alone, in the same loop."""
+"""The name of the contender that all others are compared with: the target without a drafter, in the same loop."""
 
 WARM_UP_TOKENS = 16
 

@@ -1,9 +1,9 @@
 """Writing and reading Spec-Bench's own answer files, and its own figures from them.
 
 The format and the arithmetic are those of its `evaluation/eval.py` and `evaluation/speed.py`
-(github.com/hemingkx/Spec-Bench): a method's rate is its `new_tokens` over its `wall_time`, the baseline's is the
-tokens that its texts have when tokenized anew, less one for the beginning of the text; the speed-up is the ratio of the
-mean rates over questions. `reread` gets the figures from answer files alone, with the target's tokenizer.
+(github.com/hemingkx/Spec-Bench): a method's rate is its `new_tokens` over its `wall_time`. The baseline's tokens are
+counted by tokenizing its texts anew, less one for the begin-of-text token. The speed-up is the ratio of the mean rates
+over questions. `reread` gets the figures from answer files only, with the target's tokenizer.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ where these show them.
 - Layers to read: `target_layer_ids` names the *output* of layer id, counted from 0; speculators'
   `aux_hidden_state_layer_ids` the *input* of layer id.
 - What the anchor's slot predicts: itself in z-lab's and in speculators' DFlash, the next token in DSpark and in
-  whatever DeepSpec has trained; `sample_from_anchor` or `shift_label` say so where they are there.
+  DeepSpec's drafters; `sample_from_anchor` or `shift_label` override that.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class BlockAttention(nn.Module):
 
         Args:
             x: `(rows, B, d)`.
-            angles: of the block's positions.
+            angles: rotary angles of the block's positions.
             mask: `(rows, 1, B, extent)` True at the slots that a row sees; None for all.
             cache: the draft cache, with the block's slots reserved.
             layer: this layer's index in the cache.

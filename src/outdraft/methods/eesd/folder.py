@@ -71,8 +71,8 @@ def load_exit_layer(
         folder_or_hub_id: a folder, else a hub id.
         model: the target that it was trained for, whose family the layer belongs to.
         dtype: precision of the weights; as stored when None.
-        device: where they go; the model's when None.
-        revision: of a hub repository.
+        device: device of the weights; the model's when None.
+        revision: revision of a hub repository.
 
     Raises:
         UserError: nothing is there, or the drafter is damaged or another target's; the message names the fix.

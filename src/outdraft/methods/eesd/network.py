@@ -37,7 +37,7 @@ class ExitLayer(Network):
     Args:
         config: its settings.
         layer: a layer of the target's family.
-        head: its own output layer where the config says so.
+        head: its own output layer, if `config.own_head`.
     """
 
     method, needs = "eesd", TARGET_FACTS

@@ -72,9 +72,9 @@ def begin_from(drafter: FeatureHead, source: str) -> None:
     """Copy another drafter's weights in place; its own embedding, if any, is left out for the target's.
 
     Args:
-        drafter: of the shape that the target and the settings ask for.
+        drafter: drafter of the shape for the target and the settings.
         source: folder, hub id, or `reference` or `smollm2` for the drafter of the same method that ships for these;
-            FSPAD's and EAGLE's official folders load as our own do.
+            FSPAD's and EAGLE's official folders load as outdraft's own do.
 
     Raises:
         UserError: nothing is there, or the drafter has another shape.

@@ -34,7 +34,7 @@ def export_head(
     """Write the drafter's folder for vLLM; arguments as in `Method.export`.
 
     Raises:
-        UserError: vLLM would run another drafter than ours, or none.
+        UserError: vLLM would run another drafter than outdraft, or none.
     """
     if engine == "hf":
         raise UserError(
@@ -77,7 +77,7 @@ def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
-    """Raise UserError where vLLM would run another drafter than ours, or none.
+    """Raise UserError where vLLM would run another drafter than outdraft, or none.
 
     Args:
         config: the drafter's.

@@ -78,8 +78,8 @@ def load_drafter(
     Args:
         folder_or_hub_id: a folder, else a hub id.
         dtype: precision of the weights; as stored when None.
-        device: where they go.
-        revision: of a hub repository.
+        device: device of the weights.
+        revision: revision of a hub repository.
 
     Raises:
         UserError: nothing is there, or it is no drafter or damaged; the message names the fix.

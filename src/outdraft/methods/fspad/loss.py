@@ -199,8 +199,8 @@ def feature_noise(
 ) -> Tensor:
     """Draw the published recipe's uniform noise (U(0,1) - 0.5) * 0.2 * 512 / L, zero on padding.
 
-    Every row is drawn from a generator of its own, so that it depends neither on the batch it stands in nor on the
-    process that computes it, and a resumed run draws what the uninterrupted one drew.
+    Every row has its own generator, so that it depends neither on its batch nor on the process that computes it. A
+    resumed run draws the same noise as an uninterrupted one.
 
     Args:
         lengths: the rows' true lengths L.
