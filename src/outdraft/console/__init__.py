@@ -1,1 +1,1 @@
-"""The command line's verbs, a file each, and what they share. Reading them imports no torch, so `--help` is quick."""
+"""The command line's verbs, a file each, and their shared options. Importing them loads no torch: `--help` is quick."""

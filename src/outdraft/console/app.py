@@ -1,4 +1,4 @@
-"""How the program ends: one line on stderr and exit code 2 for a user's mistake, 130 for Ctrl-C, never a traceback.
+"""The program's error policy: one line on stderr and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback.
 
 `--debug` or OUTDRAFT_DEBUG=1 shows tracebacks after all.
 """
@@ -30,11 +30,11 @@ OTHER_FLAGS = {
     "--speculative-model": "--draft-model",
     "--draft-model-path": "--draft-model",
 }
-"""A flag's name in other programs -> its name here."""
+"""The names of flags in other programs, mapped to their names here."""
 
 
 class Verbs(TyperGroup):
-    """The group of all verbs, with the error policy around whatever they do."""
+    """The group of all verbs, with the error policy around them."""
 
     def main(
         self,
@@ -45,7 +45,7 @@ class Verbs(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run and exit; mistakes in the options themselves are one line too."""
+        """Run and exit; errors in the options themselves are one line, too."""
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
             if not standalone_mode:
@@ -62,7 +62,7 @@ class Verbs(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run one verb, turning what it raises into a line and an exit code."""
+        """Run a verb, and turn its exceptions into a line and an exit code."""
         quiet_libraries()
         debug = bool(ctx.params.get("debug"))
         try:
@@ -89,7 +89,7 @@ class Verbs(TyperGroup):
 
 
 def quiet_libraries() -> None:
-    """No progress bars over loading weights, no warnings of theirs; best before they are imported."""
+    """Silence the libraries' loading bars and warnings; best before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -101,7 +101,7 @@ def quiet_libraries() -> None:
 
 
 def _unknown_flag(error: Any) -> str | None:
-    """The message for a flag that does not exist: the nearest flag, or ours for the name that others use."""
+    """Return the message for an unknown flag: the nearest flag, or outdraft's for another program's name."""
     flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if flag is None or context is None:
         return None

@@ -74,14 +74,14 @@ def chat(
 
 
 class Chat:
-    """One conversation with a model.
+    """A conversation with a model on the terminal.
 
     Args:
         model: the model, with its drafter if it has one.
         settings: settings of `generate` for every answer.
         tree: settings of the tree for answers with the drafter.
-        console: where answers go.
-        remarks: where prompts and figures go.
+        console: console of the answers.
+        remarks: console of prompts and figures.
         show_drafts: colour accepted draft tokens.
         system: a system message that every conversation begins with.
     """
@@ -120,7 +120,7 @@ class Chat:
                 self.answer(line)
 
     def command(self, line: str) -> None:
-        """Obey a line that begins with a slash."""
+        """Run a command line that begins with a slash."""
         if line == "/reset":
             self.history = list(self.beginning)
             self.remarks.print("the conversation begins anew")
@@ -134,7 +134,7 @@ class Chat:
             self.remarks.print(known + HELP, markup=False)
 
     def answer(self, question: str) -> None:
-        """Ask, stream the answer, and keep both; what does not fit the context is not kept."""
+        """Ask, stream the answer, and keep both; a turn that does not fit the context is not kept."""
         self.history.append({"role": "user", "content": question})
         model = self.model.with_drafter(None) if self.plain else self.model
         settings = self.settings if self.plain else {**self.settings, **self.tree}
@@ -155,7 +155,7 @@ class Chat:
             self.remarks.print("the conversation has filled the model's context; /reset begins anew")
 
     def _read(self) -> str | None:
-        """The next line; None at the end of the input."""
+        """Read the next line; None at the end of the input."""
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:

@@ -1,7 +1,7 @@
 """The demo: an answer streams without and with a drafter, then all ways of decoding answer held-out questions in turns.
 
-It runs on SmolLM2-135M-Instruct, or on the small reference target where that cannot be had or a drafter is trained
-first. Decoding, measuring and training are every user's; the demo chooses the questions, the methods, and how many
+It runs on SmolLM2-135M-Instruct, or on the small reference target if that is not available or a drafter is trained
+first. The demo uses the public decoding, measuring and training; it chooses the questions, the methods, and how many
 prompts the machine can afford.
 """
 
@@ -38,23 +38,23 @@ from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_d
 MODELS = (SMOLLM2, REFERENCE)
 
 TRAINED, SHIPPED = "fspad-demo", "fspad-shipped"
-"""Names of the two drafters where one is trained."""
+"""The names of the two drafters where one is trained."""
 
 ORDER = ("eagle", "fspad", "eesd")
-"""Order of the drafters in the table."""
+"""The order of the drafters in the table."""
 FAVOURITES = ("fspad", "eagle", "eesd")
-"""The first of these that ships drafts the streamed answer."""
+"""The methods whose first shipped drafter drafts the streamed answer."""
 
 TRAIN_SECONDS = 90.0
 
 DECODE_SECONDS = 105.0
-"""Time for all decoding; slow machines decode fewer prompts, and shorter answers, than asked for."""
+"""The time for all decoding; slow machines decode fewer prompts, and shorter answers, than requested."""
 
 FEWEST_PROMPTS, FEWEST_TOKENS = 7, 24
-"""One prompt of every task at least; before that, answers are not cut below so many tokens."""
+"""The fewest prompts, one of every task, and the length below which answers are not cut before that."""
 
 LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
-"""Explains the tint of drafted tokens."""
+"""The legend of the tint of drafted tokens."""
 
 
 @dataclass
@@ -62,15 +62,15 @@ class DemoSettings:
     """Settings of `outdraft demo`."""
 
     model: str | None = None
-    """One of `MODELS`; None is the first that is here."""
+    """The model, one of `MODELS`; None takes the first that is available."""
     train: bool = False
     """Train a drafter first, for the reference target."""
     train_seconds: float | None = None
     output_dir: Path | None = None
     prompts: int = 28
-    """Prompts in the table, at most."""
+    """The most prompts in the table."""
     max_new_tokens: int = 64
-    """Tokens of an answer in the table, at most; the streamed one may be twice as long."""
+    """The most tokens of an answer in the table; the streamed one may be twice as long."""
     dtype: str | None = None
     backend: str | None = None
 
@@ -90,23 +90,23 @@ class DemoSettings:
 
 @dataclass
 class Race:
-    """One question answered twice, by plain decoding and then with a drafter."""
+    """Two answers to one question, by plain decoding and then with a drafter."""
 
     question: str
     name: str
-    """Name of the way of drafting."""
+    """The name of the way of drafting."""
     plain: Streamed
     drafted: Streamed
     divergence: Divergence | None
-    """Where the texts differ; None if they are the same."""
+    """The divergence of the texts; None if they are the same."""
 
     @property
     def ratio(self) -> float:
-        """How much faster the drafted answer came, in tokens a second."""
+        """The ratio of the drafted answer's tokens per second to the plain one's."""
         return self.drafted.tokens_per_second / self.plain.tokens_per_second
 
     def line(self) -> str:
-        """Both rates, their ratio, and whether the text is the same, in one line."""
+        """Return both rates, their ratio, and whether the texts are equal, in one line."""
         rates = f"{number(self.plain.tokens_per_second, '.1f')} tokens/s, {self.name}"
         text = "the same text"
         if (found := self.divergence) is not None:
@@ -118,7 +118,7 @@ class Race:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return both answers for JSON."""
         return {
             "question": self.question,
             "method": self.name,
@@ -138,10 +138,10 @@ class DemoResult:
     comparison: Comparison
     environment: dict[str, Any]
     training: dict[str, Any] | None
-    """Figures of the drafter trained in the demo; None without training."""
+    """The figures of the drafter trained in the demo; None without training."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The headline figures by method; everything else beside them."""
+        """Return the headline figures by method, with everything else beside them."""
         summaries = self.comparison.summaries
         return {
             "model": self.model,
@@ -153,7 +153,7 @@ class DemoResult:
         }
 
     def show(self, console: Console) -> None:
-        """Print the table, what disturbs its figures, and what it comes to; the streamed answer was shown before."""
+        """Print the table, notes on disturbances, and the conclusion; the streamed answer was shown before."""
         summaries = self.comparison.summaries
         console.print()
         console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
@@ -171,11 +171,10 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
-    """Stream one answer, then compare; with training before, where asked. Two idle cores need less than three minutes,
-    training apart.
+    """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training.
 
     Args:
-        settings: how much of it.
+        settings: settings of the demo.
         console: where the answer is streamed.
         remarks: where progress goes.
 
@@ -259,10 +258,10 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
 
 
 def chosen(settings: DemoSettings, remarks: Console) -> str:
-    """Which of `MODELS` it is on; says so where the real one cannot be had.
+    """Choose the model among `MODELS`; print a remark where the real one is not available.
 
     Raises:
-        UserError: the one asked for cannot be had.
+        UserError: the requested model is not available.
     """
     if settings.train or settings.model is not None:
         return REFERENCE if settings.train else str(settings.model)
@@ -276,7 +275,7 @@ def chosen(settings: DemoSettings, remarks: Console) -> str:
 
 
 def methods_of(name: str) -> list[str]:
-    """Prompt lookup, and every drafter that ships for a named model; FSPAD's with repetitions too."""
+    """List prompt lookup and every drafter that ships for a named model; FSPAD's also with n-gram drafts."""
     there = [method for method in ORDER if method in shipped_drafters(name)]
     both = [(method, method + WITH_LOOKUP) if method == "fspad" else (method,) for method in there]
     return [LOOKUP, *(method for several in both for method in several)]
@@ -285,7 +284,7 @@ def methods_of(name: str) -> list[str]:
 def affordable(
     rivals: Sequence[Contender], prompt: list[int], prompts: int, max_new_tokens: int, end: float
 ) -> tuple[int, int]:
-    """How many prompts can be decoded by all, and how many tokens of each, until about `end` (of `perf_counter`)."""
+    """Return the prompts, and tokens of each, that all contenders can decode until about `end` (`perf_counter`)."""
     seconds = 0.0
     for rival in rivals:
         for _ in range(2):  # the first one warms up

@@ -20,7 +20,7 @@ from outdraft.training.regenerate import regenerate
 from outdraft.training.train import train
 
 CONVERSATIONS = DATA / "train_conversations.jsonl"
-"""Training prompts with the target's own answers."""
+"""The file of training prompts with the target's own answers."""
 
 BATCH = 8
 
@@ -31,23 +31,24 @@ RECIPE: dict[str, Any] = {
     "lr_schedule": "cosine",
     "features": "cached",
 }
-"""For a minute or two: a high peak rate, small batches, and the target, dearer than its drafter, run only once."""
+"""The settings for a minute or two: high peak rate, small batches, and a single run of the target, the costly part."""
 
 PASSES = 5
-"""Passes over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over more 2.8."""
+"""The number of passes over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over
+more 2.8."""
 
 SHARE_FOR_STEPS = 0.9
-"""Share of the time spent on features and steps; the rest is saving, and steps slower than the one that was timed."""
+"""The share of the time spent on features and steps; the rest is for saving and for slower steps than the timed one."""
 
 FEWEST = 10
-"""Steps, and conversations."""
+"""The fewest steps, and the fewest conversations."""
 
 
 def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
-    """Train an FSPAD drafter in about so many seconds; returns the run's figures.
+    """Train an FSPAD drafter in about `seconds`; return the run's figures.
 
     Args:
-        target: the target on the plain backend, for gradients go through its head.
+        target: the target on the plain backend, since gradients pass through its head.
         decoding: the same target, to write answers where none are shipped.
         folder: where the drafter is saved.
         seconds: time for it all.
@@ -78,7 +79,7 @@ def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float
 
 
 def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
-    """How many conversations, and steps over them, take about so many seconds.
+    """Return the conversations, and the steps over them, that take about `seconds`.
 
     Args:
         trial: plan of a run of one step over all conversations, with cached features.
@@ -91,7 +92,7 @@ def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
 
 
 def write_answers(target: Target, folder: Path, remarks: Console, count: int = 48) -> Path:
-    """The target's own answers to some training prompts, where none are shipped."""
+    """Write the target's own answers to some training prompts, where none are shipped."""
     questions = folder / "prompts.jsonl"
     records: list[Messages] = load_prompts("train")[:count]
     questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a model or drafter folder is and what it can do here, without loading a model's weights."""
+"""The facts of a model or drafter folder on this machine, without loading a model's weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
-    """Facts about a folder, GGUF file, name or hub id; of a drafter when it is one.
+    """Return facts about a folder, GGUF file, name or hub id of a model or drafter.
 
     Raises:
-        UserError: nothing there that can be read.
+        UserError: nothing readable is there.
     """
     asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
@@ -55,7 +55,7 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> Table:
-    """The same for people."""
+    """Make a table of the facts for the terminal."""
     built = Table(show_header=False)
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -86,7 +86,7 @@ def _check(folder: Path) -> None:
 
 
 def _is_drafter(folder: Path) -> bool:
-    """Our own folders and those that a method recognises; others are a one-layer config without a tokenizer."""
+    """Return True for outdraft's folders, those a method recognises, and one-layer configs without a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -147,7 +147,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
 
 
 def _memory(text: Any, parameters: int) -> str:
-    """Of decoding in 16 bits: the weights, and the cache where the config has the usual words for its shape."""
+    """Format the memory of decoding in 16 bits: weights, and the cache where the config has its usual keys."""
     said = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
@@ -158,7 +158,7 @@ def _memory(text: Any, parameters: int) -> str:
 
 
 def _check_weights(folder: Path) -> None:
-    """Open every weight file's header, which also compares its size."""
+    """Open every weight file's header, which also checks the file's size."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):

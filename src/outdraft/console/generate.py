@@ -99,7 +99,7 @@ def generate(
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The prompt from wherever it was given."""
+    """Return the prompt from the argument, the file or stdin."""
     if prompt is not None and file is not None:
         raise UserError("a prompt and --prompt-file are two prompts; give one")
     if file is not None and str(file) != "-":

@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @cache
 def field_help(file: str, class_name: str) -> dict[str, str]:
-    """Field -> docstring of a class in `file`, a path within the package."""
+    """Return the docstrings of a class's fields by name; `file` is a path within the package."""
     module = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     return {
@@ -43,7 +43,7 @@ TRAINING = field_help("training/config.py", "DrafterConfig")
 
 
 def training(name: str, *flags: str) -> Any:
-    """The option of one training setting."""
+    """Make the option of a training setting."""
     said = TRAINING[name]
     if name == "method":
         said += " " + "; ".join(f"{method}: {record.summary}" for method, record in trained().items()) + "."
@@ -51,7 +51,7 @@ def training(name: str, *flags: str) -> Any:
 
 
 def one_of(words: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Join words as `a, b or c`."""
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
@@ -92,10 +92,10 @@ GenerationConfig = Annotated[
 
 
 def mapping(text: str | None) -> dict[str, Any] | None:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is no JSON object.
     """
     if text is None:
         return None
@@ -130,10 +130,10 @@ TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=DRAFT["tree_t
 
 
 def whole_or_auto(text: str | None) -> int | str | None:
-    """A whole number, or `auto`.
+    """Parse a whole number, or `auto`.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is neither.
     """
     if text is None or text == "auto":
         return text
@@ -168,12 +168,12 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """The settings that were given."""
+    """Return the settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def sampling(**settings: Any) -> dict[str, Any]:
-    """Sampling settings as `generate` takes them; a filter without a temperature means temperature 1."""
+    """Return sampling settings as `generate` takes them; a filter without a temperature means temperature 1."""
     found = given(**settings)
     if "temperature" not in found and {"top_p", "top_k", "min_p"} & set(found):
         found["temperature"] = 1.0
@@ -181,10 +181,10 @@ def sampling(**settings: Any) -> dict[str, Any]:
 
 
 def tree(drafter: object, **settings: Any) -> dict[str, Any]:
-    """Settings of the tree.
+    """Return the settings of the tree.
 
     Raises:
-        UserError: there is nothing that could draft one.
+        UserError: no drafter can draft a tree.
     """
     found = given(**settings)
     if found and drafter is None:
@@ -196,12 +196,12 @@ def tree(drafter: object, **settings: Any) -> dict[str, Any]:
 
 
 def listed(text: str) -> list[str]:
-    """The parts between commas."""
+    """Split a text at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """The parts between commas, as numbers.
+    """Parse numbers between commas.
 
     Raises:
         UserError: a part is no number, or there is none.

@@ -1,4 +1,4 @@
-"""`outdraft serve`: its flags, and the way to a running server: listen, load, say where."""
+"""`outdraft serve`: its flags, and the start of the server: listen, load, print the address."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def run_serve(
     """Load and listen until told to stop.
 
     Raises:
-        UserError: the web libraries are missing, or anything that cannot be loaded, set or listened on.
+        UserError: the web libraries are missing, or something cannot be loaded, set or listened on.
     """
     try:
         from outdraft.serving.server import Service, listen
@@ -152,5 +152,5 @@ def run_serve(
 
 
 def name_of(model: str) -> str:
-    """What clients call it: a hub id or `reference` as it is, a folder by its last part."""
+    """Return the model's name for clients: a hub id or `reference` as it is, a folder's last part."""
     return Path(model).resolve().name if Path(model).exists() else model

@@ -1,4 +1,4 @@
-"""Streaming an answer to the terminal, accepted draft tokens coloured, and the figures of what was streamed."""
+"""Streaming an answer to the terminal with coloured accepted draft tokens, and its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Streamed:
-    """One streamed answer."""
+    """A streamed answer with its figures."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -25,21 +25,21 @@ class Streamed:
     finish_reason: str | None = None
     seconds: float = 0.0
     first_seconds: float = 0.0
-    """Seconds until the first token."""
+    """The seconds until the first token."""
 
     @property
     def tau(self) -> float:
-        """Tokens a round; every round ends with a token of the target's own, unless the answer was cut there."""
+        """The mean tokens a round; every round ends with a token of the target's own, unless cut there."""
         rounds = self.accepted.count(False) - 1 + (self.accepted[-1] if self.accepted else 0)
         return (len(self.accepted) - 1) / rounds if rounds > 0 else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
-        """Prefill included."""
+        """The tokens per second, prefill included."""
         return len(self.accepted) / self.seconds if self.seconds else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer and its figures, for JSON."""
+        """Return the answer and its figures for JSON."""
         return {
             "text": self.text,
             "tokens": len(self.tokens),
@@ -49,7 +49,7 @@ class Streamed:
         }
 
     def line(self, plain_seconds: float | None = None) -> str:
-        """The figures in a line.
+        """Return the figures in a line.
 
         Args:
             plain_seconds: seconds of a token without drafting, where known; the line then says how many times as fast
@@ -68,7 +68,7 @@ class Streamed:
 
 
 def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False) -> Streamed:
-    """Print the pieces of one row as they come."""
+    """Print the pieces of a row as they come."""
     streamed = Streamed()
     start = time.perf_counter()
     for piece in pieces:

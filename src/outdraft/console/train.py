@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
 
 AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}
-"""Settings of a run that are not `DrafterConfig`'s -> the trainer's arguments for them."""
+"""The settings of a run beyond `DrafterConfig`, mapped to the trainer's arguments."""
 
 
 def train(
@@ -92,15 +92,15 @@ def train(
 
 
 def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> DrafterTrainer:
-    """The trainer for the settings of a run.
+    """Make the trainer for the settings of a run.
 
     Args:
         settings: settings of `DrafterConfig` and of `AROUND`.
-        resume: take what is not set from the run's folder.
+        resume: take settings that are not given from the run's folder.
         remarks: where progress goes.
 
     Raises:
-        UserError: settings that cannot work.
+        UserError: the settings cannot work.
     """
     from outdraft.drafter_trainer import DrafterTrainer
     from outdraft.drafting.run_folder import begun_with
@@ -121,12 +121,12 @@ def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> Draf
 
 
 def read_settings(file: Path | None, overrides: Iterable[str], **flags: Any) -> dict[str, Any]:
-    """Settings from a YAML file, then from `key=value` arguments, then from flags; later ones win.
+    """Read settings from a YAML file, then `key=value` arguments, then flags; later ones win.
 
     Flags that are None or empty were not given.
 
     Raises:
-        UserError: no such file, no mapping in it, or an override that is not `key=value`.
+        UserError: the file is missing or holds no mapping, or an override is not `key=value`.
     """
     settings = _from_file(file) if file is not None else {}
     for override in overrides:

@@ -1,7 +1,7 @@
-"""Conversations from records of data: several shapes in, one shape out, every mistake named with its file and line.
+"""Conversations from records of data: several formats become one, and every error names file and line.
 
-It reads `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with or
-without an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`,
+The reader takes `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with
+or without an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`,
 Spec-Bench's `{"turns": [...]}`.
 """
 
@@ -23,32 +23,32 @@ SHAPES = '{"messages": [...]}, {"conversations": [...]}, {"prompt": "..."} or {"
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record of the data: either the turns of a chat or the text of a document."""
+    """A record of the data: either the turns of a chat or the text of a document."""
 
     source: str
-    """`file:line`, for messages to the user."""
+    """The record's `file:line`, for messages to the user."""
     messages: tuple[Message, ...] = ()
-    """`{"role", "content"}` and what calls of tools need, in the order of the data (`messages.py`). Spec-Bench's
-    `turns` are the user's alone."""
+    """The turns `{"role", "content"}` with the fields of tool calls, in the order of the data (`messages.py`).
+    Spec-Bench's `turns` are the user's only."""
     text: str | None = None
     """A plain document for base models; None for a chat."""
     bare: bool = False
     """True for a question without turns, which a model without a chat template can continue as it is."""
     cut: frozenset[int] = frozenset()
-    """Indices of assistant turns that were cut off, after which no end token belongs; 0 for a text."""
+    """The indices of assistant turns that were cut off and get no end token; 0 for a text."""
     id: int | str | None = None
-    """The record's own, where it has one."""
+    """The record's own id, where it has one."""
     origin: str | None = None
     """The record's `source`."""
     tools: tuple[Any, ...] = ()
-    """Tools that the assistant may call, as chat templates take them."""
+    """The tools that the assistant may call, as chat templates take them."""
 
     @property
     def asked(self) -> list[list[Message]]:
-        """The turns before each answer that a model can give in the assistant's place, the answer not included.
+        """Return the turns before each answer that a model can give in the assistant's place, without the answer.
 
-        Turns that call tools stay as they are, for their results follow, and so does a turn that answers nobody. Where
-        the assistant says nothing, every turn of the user is a question of its own.
+        Turns that call tools stay as they are, for their results follow, and so does a turn that answers nobody.
+        Without assistant turns, every turn of the user is a question.
         """
         silent = all(message["role"] != "assistant" for message in self.messages)
         found, said = list[list[Message]](), list[Message]()
@@ -72,7 +72,7 @@ class Conversation:
         return [message for message in self.messages if message["role"] != "assistant"]
 
     def record(self) -> dict[str, Any]:
-        """A record that reads as this conversation again."""
+        """Return a record that reads as this conversation again."""
         if self.text is not None:
             return {"text": self.text, **({"finished": False} if self.cut else {})}
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
@@ -84,17 +84,17 @@ class Conversation:
 
 
 def last_answer(messages: Sequence[Message]) -> int:
-    """The index of the last assistant turn; -1 where there is none."""
+    """Return the index of the last assistant turn; -1 where there is none."""
     return max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
 
 @dataclass
 class ConversationSet:
-    """Conversations in the order of the files and their lines."""
+    """The conversations in the order of the files and their lines."""
 
     conversations: list[Conversation] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """One line for every record that could not be used, with `on_bad_line="skip"`."""
+    """A line for every record that could not be used, with `on_bad_line="skip"`."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -168,7 +168,7 @@ def _conversation(source: str, record: Any) -> Conversation:
 
 
 def _asked(turns: Any) -> tuple[Message, ...]:
-    """Spec-Bench's turns, all of them the user's."""
+    """Convert Spec-Bench's turns, all of them the user's."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise BadRecord('"turns" must be a list of non-empty strings')
     return tuple({"role": "user", "content": turn} for turn in turns)

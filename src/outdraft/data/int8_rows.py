@@ -1,4 +1,4 @@
-"""Weights as int8 rows with a scale each: half the size of bfloat16, in files that ship inside a package."""
+"""Weights as int8 rows with a scale each, half the size of bfloat16, for files that ship inside the package."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 PACKED = "model.int8.safetensors"
-"""The file that holds them, in a folder of a model or a drafter."""
+"""The name of the file of packed weights in a folder of a model or a drafter."""
 
 SCALE = ".scale"
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 rows and their scales; of a few clipping points, each row keeps the one of least squared error."""
+    """Quantize to symmetric int8 rows with scales; of a few clipping points, each row takes that of least squared
+    error."""
     weight = weight.float()
     peak = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
     best, least = peak / 127, torch.full_like(peak, torch.inf)
@@ -25,12 +26,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """The bfloat16 matrix that packed rows stand for."""
+    """Return the bfloat16 matrix that packed rows stand for."""
     return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
 
 
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices become int8 rows and a scale vector, other numbers bfloat16; whole numbers stay."""
+    """Pack a state: matrices become int8 rows and a scale vector, other floats bfloat16; integers stay."""
     packed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if tensor.ndim == 2:
@@ -41,7 +42,7 @@ def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The bfloat16 state that a packed state stands for."""
+    """Return the bfloat16 state that a packed state stands for."""
     return {
         name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
         for name, tensor in packed.items()

@@ -1,7 +1,7 @@
-"""Turns of conversations: from the forms that data have to the one that chat templates take.
+"""Turns of conversations, converted from the formats of data to the one that chat templates take.
 
-This covers the names of roles, texts in parts, calls of tools and the reason for an answer's end. The template decides
-in which order roles may speak.
+The conversion covers names of roles, texts in parts, tool calls and finish reasons. The template decides in which order
+roles may speak.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from outdraft.data.records import BadRecord
 
 Message = dict[str, Any]
-"""`{"role", "content"}`, and of `KEPT` what the turn has."""
+"""A turn `{"role", "content"}`, with the fields of `KEPT` that it has."""
 
 ROLES = {
     "system": "system",
@@ -32,17 +32,17 @@ ROLES = {
 }
 
 KEPT = ("name", "tool_call_id", "reasoning_content")
-"""Other fields of a turn that a template may read."""
+"""The other fields of a turn that a template may read."""
 
 ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call", "tool_use"}
-"""Reasons for which a model itself ends an answer; after any other there is no end token."""
+"""The finish reasons of answers that the model ended itself; after any other there is no end token."""
 
 
 def turns_of(turns: Any, role_key: str = "role", content_key: str = "content") -> list[Message]:
     """Convert the turns of a list, one for one.
 
     Raises:
-        BadRecord: it is no list of turns, or one of them has no known role or no text.
+        BadRecord: the value is no list of turns, or a turn has no known role or no text.
     """
     if not isinstance(turns, list) or not turns:
         raise BadRecord("the list of turns is empty or no list")
@@ -53,16 +53,16 @@ def turns_of(turns: Any, role_key: str = "role", content_key: str = "content") -
 
 
 def was_cut(record: Mapping[str, Any]) -> bool:
-    """True if an answer did not end by itself, by `finished`, or by `finish_reason` as servers give it."""
+    """Return True if an answer was cut, by `finished`, or by `finish_reason` as servers give it."""
     reason = record.get("finish_reason") or record.get("stop_reason")
     return record.get("finished") is False or (isinstance(reason, str) and reason.lower() not in ENDED)
 
 
 def tools_of(record: Mapping[str, Any]) -> list[Any]:
-    """The tools that may be called by a record, which has a list or its JSON.
+    """Return the callable tools of a record, which has a list or its JSON.
 
     Raises:
-        BadRecord: it is something else.
+        BadRecord: the field is something else.
     """
     tools = record.get("tools") or []
     if isinstance(tools, str):
@@ -97,7 +97,7 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
 
 
 def _text(content: Any) -> str | None:
-    """A text, or the parts of one put together; None for anything else."""
+    """Return a text, or the joined parts of one; None for anything else."""
     if not isinstance(content, Sequence) or isinstance(content, str):
         return content if isinstance(content, str) else None
     texts = []
@@ -111,7 +111,7 @@ def _text(content: Any) -> str | None:
 
 
 def _calls(turn: Mapping[str, Any]) -> list[Any]:
-    """The calls of tools that a turn makes, their arguments as an object, which is what templates write as JSON."""
+    """Return a turn's tool calls with their arguments as an object, which templates write as JSON."""
     calls = turn.get("tool_calls")
     if not calls and isinstance(turn.get("function_call"), dict):  # OpenAI's first form
         calls = [{"type": "function", "function": turn["function_call"]}]
@@ -129,7 +129,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: Any, named: bool = True) -> dict[str, Any] | None:
-    """The object whose JSON a text is, if it has a name (as a call has) or needs none; else None."""
+    """Parse a JSON object; None for other texts and, with `named`, for objects without a name (which calls need)."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError):

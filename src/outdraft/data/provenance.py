@@ -1,4 +1,4 @@
-"""The record beside a trained drafter: what made it, from what, with which versions, at what cost."""
+"""The provenance record beside a trained drafter: settings, data, versions and cost."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def portable(record: Any, left_out: Collection[str] = ()) -> Any:
 
 
 def git_revision() -> str | None:
-    """The commit of the source tree this package runs from; None for an installed package."""
+    """Return the commit of the source tree this package runs from; None for an installed package."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
@@ -62,7 +62,7 @@ def git_revision() -> str | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes held so far by the GPU's allocator, or resident on a CPU; 0 where the system does not tell."""
+    """Return the peak bytes of the GPU's allocator, or resident on a CPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

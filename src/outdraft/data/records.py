@@ -1,6 +1,6 @@
-"""Records of data, wherever they are: JSON lines, JSON lists, Parquet, texts with a prompt a line, the hub.
+"""Records of data from JSON lines, JSON lists, Parquet, texts with a prompt a line, and the hub.
 
-All prompts and conversations are read through this, so that every verb takes the same files. `text_file.py` turns bytes
+All prompts and conversations are read here, so that every verb takes the same files. `text_file.py` turns bytes
 into lines of text; the readers of records decide what they mean.
 """
 
@@ -15,24 +15,24 @@ from outdraft.data.text_file import HALF, BadText, plain_suffix, text_lines, who
 from outdraft.errors import UserError, first_line
 
 HUB = "hf:"
-"""The prefix of names of data sets of the Hugging Face hub."""
+"""The prefix of names of Hugging Face hub data sets."""
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 FOLDER_SUFFIXES = (".jsonl", ".parquet")
-"""The files that a folder stands for."""
+"""The suffixes of the files that are read of a folder."""
 
 BARE = (("instruction", "input"), ("prompt", None), ("question", None))
-"""Fields with the question of a record without turns, each with an optional field that has more of it."""
+"""The question fields of a record without turns, each with an optional field that continues it."""
 
 ANSWERS = ("output", "completion", "response", "answer")
-"""Fields that may have the answer of such a record."""
+"""The fields that may have the answer of a record without turns."""
 
 Found = tuple[str, int, Any]
-"""`file:line`, the line's number and the record, or the `BadRecord` that says why it cannot be read."""
+"""A tuple of `file:line`, the line's number, and the record or the `BadRecord` with the reason it is unreadable."""
 
 
 class BadRecord(Exception):
-    """A record that cannot be used; carries the reason."""
+    """An error of a record that cannot be used, with the reason."""
 
 
 def read_records(source: str | Path) -> Iterator[Found]:
@@ -60,7 +60,7 @@ def data_files(path: str | Path) -> list[str | Path]:
     """List the sources that `path` stands for: itself, or the files of a folder by name.
 
     Raises:
-        UserError: there is none.
+        UserError: no such file exists.
     """
     if str(path).startswith(HUB):
         return [str(path)]
@@ -76,10 +76,10 @@ def data_files(path: str | Path) -> list[str | Path]:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any] | str]) -> str:
-    """Rows as the text of a file of records; a string among them is a text.
+    """Format rows as the text of a file of records; a string among them is a text.
 
     Raises:
-        UserError: one is neither a dictionary nor a string.
+        UserError: a row is neither a dictionary nor a string.
     """
     lines = []
     for number, row in enumerate(rows, start=1):
@@ -91,7 +91,7 @@ def json_lines(rows: Iterable[Mapping[str, Any] | str]) -> str:
 
 
 def bare_question(record: Mapping[str, Any]) -> str | None:
-    """The question of a record without turns, Alpaca's `input` after the `instruction`; None where there is none.
+    """Return the question of a record without turns, Alpaca's `input` after the `instruction`; None without one.
 
     Raises:
         BadRecord: the field holds no text.
@@ -136,7 +136,7 @@ def sound(record: Any) -> Any:
     """Return the record if all of its texts can be written as text.
 
     Raises:
-        BadRecord: one holds half a surrogate pair, as JSON can escape it: no text, and no tokenizer takes it.
+        BadRecord: a text holds half a surrogate pair, which JSON can escape and no tokenizer takes.
     """
     half = HALF.search(json.dumps(record, ensure_ascii=False, default=str))
     if half is not None:

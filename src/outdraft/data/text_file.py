@@ -23,37 +23,37 @@ from typing import Any
 from outdraft.errors import UserError, first_line
 
 PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
-"""Suffixes of compressed files, and the bytes at their beginning, by which they are recognised."""
+"""The suffixes of compressed files, with the first bytes by which they are recognised."""
 
 _ELSE = (UserError, FileNotFoundError, PermissionError, IsADirectoryError)
-"""Errors before a file is read, which say themselves what is wrong."""
+"""The errors before a file is read, whose own messages are clear."""
 
 AROUND = " \t\r\n\ufeff"
-"""Characters around a line that are no part of it; fewer than `str.strip` takes away."""
+"""The characters around a line that are no part of it; fewer than `str.strip` removes."""
 
 HALF = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair, which is no text, though strings of Python can hold it."""
+"""The pattern of half a surrogate pair, which is no text, though strings of Python can hold it."""
 
 
 class BadText(Exception):
-    """A line that is no text; carries the reason."""
+    """An error of a line that is no text, with the reason."""
 
 
 def plain_suffix(file: Path) -> str:
-    """The suffix of a file's name, compression apart: `.jsonl` of `a.jsonl.gz`."""
+    """Return a file's suffix without compression: `.jsonl` of `a.jsonl.gz`."""
     return (file.with_suffix("") if file.suffix in PACKED else file).suffix
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text that is there already, without their ends and without empty ones."""
+    """Split a text into lines, without their ends and without empty ones."""
     return [line for line in (line.strip(AROUND) for line in text.split("\n")) if line]
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str | BadText]]:
-    """Lines that are not empty and their numbers, or why one cannot be read; a damaged archive ends where it breaks.
+    """Yield non-empty lines with their numbers, or the reason one is unreadable; a damaged archive ends at the damage.
 
     Raises:
-        UserError: the file is compressed in a way that only a missing package knows.
+        UserError: the file's compression needs a missing package.
     """
     lines, number = _lines(file), 0
     while True:
@@ -74,10 +74,10 @@ def text_lines(file: Path) -> Iterator[tuple[int, str | BadText]]:
 
 
 def whole_text(file: Path) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
-        UserError: some of it is no text, or its archive is damaged.
+        UserError: a part is no text, or the archive is damaged.
     """
     try:
         lines = list(_lines(file))
@@ -114,7 +114,7 @@ def _lines(file: Path) -> Iterator[str | BadText]:
 
 
 def _opened(file: Path) -> io.BufferedReader:
-    """A stream of the content of a file that may be compressed."""
+    """Open a stream of the content of a file that may be compressed."""
     with file.open("rb") as raw:
         start = raw.read(6)
     kind = next((suffix for suffix, mark in PACKED.items() if start.startswith(mark)), "")

@@ -26,12 +26,12 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence."""
+    """A training sequence."""
 
     input_ids: Tensor
-    """`(tokens,)` int32."""
+    """The `(tokens,)` int32 token ids."""
     loss_mask: Tensor
-    """`(tokens,)` bool, True on the tokens of a response."""
+    """The `(tokens,)` mask, True on the tokens of a response."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -39,19 +39,19 @@ class Example:
 
 @dataclass
 class ExampleSet:
-    """Training sequences in the order of the data, and counts of what was left out."""
+    """The training sequences in the order of the data, and counts of omissions."""
 
     examples: list[Example] = field(default_factory=list)
     truncated: int = 0
-    """Examples cut to the maximum length."""
+    """The number of examples cut to the maximum length."""
     without_response: int = 0
-    """Conversations dropped because no predictable response token was left."""
+    """The number of conversations dropped because no predictable response token was left."""
     unmarked_turns: int = 0
-    """Assistant turns that carry no loss because the template renders them differently as the chat goes on."""
+    """The number of assistant turns without loss, since the template renders them differently as the chat goes on."""
     cut_answers: int = 0
-    """Answers that were cut off, after which no end token is learned."""
+    """The number of answers that were cut off, after which no end token is learned."""
     refused: list[str] = field(default_factory=list)
-    """One line for every conversation that the chat template does not take, and its reason."""
+    """A line for every conversation that the chat template does not take, with the reason."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -68,7 +68,7 @@ class ExampleSet:
         return sum(int(example.loss_mask.sum()) for example in self.examples)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all ids and masks: equal exactly when the training data are."""
+        """Return the SHA-256 over all ids and masks, which is equal exactly when the training data are."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(len(example).to_bytes(8, "little"))
@@ -78,7 +78,7 @@ class ExampleSet:
 
 
 class TemplateRefuses(UserError):
-    """A conversation that the chat template does not take; the message says why."""
+    """An error of a conversation that the chat template does not take; the message has the reason."""
 
 
 def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
@@ -142,7 +142,7 @@ def require_chat_template(tokenizer: Any, source: str) -> None:
 def render(
     tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] = ()
 ) -> str:
-    """The template's text of the messages.
+    """Render the messages with the chat template.
 
     Raises:
         TemplateRefuses: the template does not take them, e.g. because it knows no system turn.
@@ -166,7 +166,7 @@ def _templated(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], **
 
 
 def _until_last_response(messages: Sequence[Message]) -> list[Message]:
-    """The messages without questions at the end that nobody answers: there is nothing to learn after them."""
+    """Return the messages without unanswered questions at the end, which teach nothing."""
     kept = list(messages)
     while kept and kept[-1]["role"] != "assistant":
         kept.pop()
@@ -176,7 +176,7 @@ def _until_last_response(messages: Sequence[Message]) -> list[Message]:
 def _chat(
     messages: list[Message], tokenizer: Any, cut: Collection[int], tools: Sequence[Any]
 ) -> tuple[list[int], list[bool], int]:
-    """Ids, mask and the number of assistant turns that could be marked; turns at the indices `cut` have no end."""
+    """Return ids, mask and the number of assistant turns that were marked; turns at the indices `cut` have no end."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [], [], 0
@@ -204,7 +204,7 @@ def _chat(
 
 
 def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
-    """The end of a turn's content in `text`, before the template's end mark."""
+    """Return the end of a turn's content in `text`, before the template's end mark."""
     said = content.strip()  # as many templates have it
     place = text.rfind(said, *span) if said else -1
     if place >= 0:
@@ -216,7 +216,7 @@ def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) 
 def _without_ends(
     ids: list[int], mask: list[bool], answers: list[int], cut: Collection[int], tokenizer: Any
 ) -> list[bool]:
-    """The mask without the special tokens with which the template ends the turns at the indices `cut`."""
+    """Return the mask without the special tokens with which the template ends the turns at the indices `cut`."""
     begins = [i for i, marked in enumerate(mask) if marked and not (i and mask[i - 1])]
     if not cut or len(begins) != len(answers):  # which run is which turn cannot be told: none has an end
         chosen = begins if cut else []
@@ -237,7 +237,7 @@ def _without_ends(
 def _response_span(
     tokenizer: Any, messages: list[Message], turn: int, text: str, tools: Sequence[Any]
 ) -> tuple[int, int] | None:
-    """The assistant's turn in `text`, prompt marks before it excluded; None where it cannot be told."""
+    """Return the span of an assistant's turn in `text`, without prompt marks before it; None where it is ambiguous."""
     try:
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
         if not text.startswith(through):
@@ -254,7 +254,7 @@ def _response_span(
 
 
 def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
-    """The span of a turn that begins the conversation, before which templates may put a system turn of their own."""
+    """Return the span of a conversation's first turn, before which templates may put their own system turn."""
     begin = through.find(prompt + said) if prompt else -1
     return None if begin < 0 else (begin + len(prompt), len(through))
 
@@ -277,7 +277,7 @@ def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> 
 
 
 def _mask(ids: list[int], starts: list[int], spans: list[tuple[int, int]], eos: int | None) -> list[bool]:
-    """True on the tokens that begin inside a span, its end token included even where the next turn writes it."""
+    """Return the mask of tokens that begin inside a span, its end token included even where the next turn writes it."""
     mask = [False] * len(ids)
     for begin, end in spans:
         first = bisect_left(starts, begin)

@@ -1,6 +1,7 @@
-"""The findings of `outdraft advise` for one model on this machine, what follows from them, and their terminal output.
+"""The findings of `outdraft advise` for one model on this machine, the advice drawn from them, and their terminal
+output.
 
-The speed-up is that of `rounds.py`: tau / (1 + draft + verify). `advising.py` does the measuring.
+The speed-up is tau / (1 + draft + verify), as in `rounds.py`. `advising.py` does the measuring.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from outdraft.output import number
 from outdraft.target.named import named, shipped_drafters
 
 CHAIN = 4
-"""Candidates of the drafts that are timed."""
+"""The number of candidates of the drafts that are timed."""
 
 PASSES = (1, 1 + CHAIN, 16)
-"""Tokens of the target's passes that are timed."""
+"""The numbers of tokens of the target passes that are timed."""
 
 TAUS = (2.0, 2.5, 3.0)
-"""The speed-up is told for these."""
+"""The values of tau for which the speed-up is shown."""
 
 REACHABLE = 2.0
-"""A first drafter seldom has a larger tau (docs/measurements): training is advised where this one is enough."""
+"""The tau that a first drafter seldom exceeds (docs/measurements): training is advised where it is enough."""
 
 CONTROLLER = "calibrated"
 """The controller of a given drafter: it drafts as far as it pays."""
 
 UNLIKELY = 0.9
-"""A pass cannot take so much less than one over fewer tokens: then something else has had the processor."""
+"""The ratio below which a pass cannot be faster than one over fewer tokens: other load has disturbed the timing."""
 
 
 @dataclass
@@ -69,20 +70,20 @@ class AdviceSettings:
 
 @dataclass
 class Kind:
-    """A way of drafting, timed."""
+    """A way of drafting with its timings."""
 
     name: str
     cost: RoundCost
     parameters: int
     to_train: bool
-    """True if it would have to be trained: its weights are arbitrary."""
+    """True if the drafter is untrained, with arbitrary weights."""
     always: bool = True
-    """True if it drafts in every round; prompt lookup does only where the text repeats, so no tau is its bound."""
+    """True if it drafts in every round; prompt lookup drafts only where the text repeats, so no tau is its bound."""
 
 
 @dataclass
 class Step:
-    """A command to run next, and why."""
+    """A command to run next, with its reason."""
 
     why: str
     command: str
@@ -95,14 +96,14 @@ class Advice:
     settings: AdviceSettings
     environment: dict[str, Any]
     passes: dict[int, float]
-    """Tokens -> seconds of one pass of the target over them, its output layer included."""
+    """The seconds of one target pass, output layer included, by its number of tokens."""
     head_seconds: float
     kinds: list[Kind]
     left_out: dict[str, str]
-    """Kinds that could not be timed, and why."""
+    """The kinds that could not be timed, with the reason."""
     prompts: Comparison
     memory: dict[str, int]
-    """Bytes: of the target's weights, of its cache for 1,000 tokens, of each drafter, and the most held here."""
+    """The bytes of the target's weights, of its cache for 1,000 tokens, of each drafter, and the peak in use."""
     seconds: float
     next: list[Step] = field(default_factory=list)
 
@@ -115,7 +116,7 @@ class Advice:
 
     @property
     def contradiction(self) -> str | None:
-        """The part of the timings that cannot be, so that nothing follows from them; None where all is in order."""
+        """The impossible part of the timings, which makes them useless; None where all are plausible."""
         for fewer, more in pairwise(self.passes):
             if self.passes[more] < UNLIKELY * self.passes[fewer]:
                 return f"a pass over {more} tokens came out shorter than over {fewer}"
@@ -123,11 +124,11 @@ class Advice:
 
     @property
     def trainable(self) -> Kind | None:
-        """The kind to train that pays from the lowest tau on."""
+        """The trainable kind that pays from the lowest tau on."""
         return min((kind for kind in self.kinds if kind.to_train), key=lambda kind: kind.cost.tau_to_pay, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the advice for JSON."""
         best, trainable = self.best, self.trainable
         return {
             "model": self.settings.model,
@@ -157,7 +158,7 @@ class Advice:
 
 
 def next_steps(advice: Advice) -> list[Step]:
-    """The commands to run: what pays now first, then what would bring more."""
+    """Return the commands to run: first those that pay now, then those that would bring more."""
     settings, best, trainable = advice.settings, advice.best, advice.trainable
     model = f"--model {shlex.quote(settings.model)}"
     for name in ("dtype", "device", "backend"):
@@ -193,7 +194,7 @@ def next_steps(advice: Advice) -> list[Step]:
 
 
 def show(advice: Advice, console: Console) -> None:
-    """Print what was timed, what the prompts gave, and what follows."""
+    """Print the timings, the results on the prompts, and the advice."""
     facts = advice.environment
     console.print(
         f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} backend; "
@@ -219,7 +220,7 @@ def show(advice: Advice, console: Console) -> None:
 
 
 def drafts_table(advice: Advice) -> Table:
-    """One row a way of drafting: what it costs, the tau from which it pays, and the speed-up at larger ones."""
+    """Make a table of the ways of drafting: cost, the tau from which each pays, and speed-ups at larger values."""
     built = Table(
         title=f"drafts of {CHAIN} tokens: cost in plain rounds, speed-up = tau / (1 + draft + verify)",
         title_justify="left",
@@ -244,7 +245,7 @@ def drafts_table(advice: Advice) -> Table:
 
 
 def trained(advice: Advice) -> str:
-    """A sentence on the tau from which training pays, and on what it would bring."""
+    """Return a sentence on the tau from which training pays, and on its speed-up."""
     kind = advice.trainable
     if kind is None:
         return "none could be timed for this model."

@@ -1,8 +1,8 @@
-"""The measuring of `outdraft advise`: passes, drafts of each kind, and a few answers, in about two minutes.
+"""The measurements of `outdraft advise`: passes, drafts of each kind, and a few answers, in about two minutes.
 
-Passes of the target and drafts of the kinds that could be trained for it are timed with networks of the right sizes
-whose weights say nothing; what needs no training, and the drafter that is given, answer prompts in turns with plain
-decoding. `advice.py` says what follows from it.
+Target passes and drafts of the trainable kinds are timed with networks of the right sizes and arbitrary weights. Ways
+that need no training, and the given drafter, answer prompts in turns with plain decoding. `advice.py` draws the
+conclusions.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from outdraft.training.config import DrafterConfig
 from outdraft.training.objective import new_drafter
 
 PROMPT_TOKENS = 64
-"""Tokens of the text whose rounds are timed."""
+"""The number of tokens of the text whose rounds are timed."""
 
 ROUNDS = 4
-"""Rounds of each text that are timed."""
+"""The number of rounds of each text that are timed."""
 
 TIMING_SECONDS, ANSWER_SECONDS = 40.0, 75.0
 
 FEWEST_TOKENS = 16
-"""An answer has so many tokens, however slow the machine is."""
+"""The least number of tokens of an answer, however slow the machine is."""
 
 
 def advise(settings: AdviceSettings, remarks: Console) -> Advice:
-    """Load, time, try, and say what to do.
+    """Load the model, time it, try prompts, and give advice.
 
     Args:
-        settings: what to look at.
+        settings: the model and the sizes of the measurements.
         remarks: where progress goes.
 
     Raises:
-        UserError: something that cannot be loaded, read or decoded.
+        UserError: something cannot be loaded, read or decoded.
     """
     start = time.perf_counter()
     whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
@@ -86,7 +86,7 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
 
 
 def _prompts(settings: AdviceSettings, target: Target) -> list[list[int]]:
-    """Token ids of what is answered: the user's prompts, else the built-in ones."""
+    """Return the token ids of the prompts: the user's, else the built-in ones."""
     built_in = NAMED[settings.model if named(settings.model) is not None else SMOLLM2].prompts
     found = encode(read_prompts(settings.data or built_in, settings.limit), target)
     room = target.context_length - settings.max_new_tokens - max(PASSES)
@@ -100,7 +100,7 @@ def _prompts(settings: AdviceSettings, target: Target) -> list[list[int]]:
 
 
 def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict[str, Drafter], dict[str, str]]:
-    """Drafters as `train` would begin them for this target, and kinds that it has none of, with the reason."""
+    """Build untrained drafters as `train` would begin them; also return the impossible kinds, with the reason."""
     exit_layer = max(1, target.num_layers // 4)
     wanted: dict[str, dict[str, Any]] = {
         "fspad": {"method": "fspad"},
@@ -123,7 +123,7 @@ def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict
 def _costs(
     target: Target, kinds: dict[str, Drafter], prompt: list[int], remarks: Console
 ) -> tuple[dict[str, RoundCost], dict[int, float], float]:
-    """The costs of every kind, prompt lookup too; the seconds of the passes; the seconds of a plain round."""
+    """Time the costs of every kind, prompt lookup too, the seconds of the passes, and of a plain round."""
     lookup, shape = PromptLookup(), TreeShape.chain(CHAIN)
     ways: dict[str, Way] = {PLAIN: (None, NOTHING)}
     ways |= {str(tokens): (Guesses(), TreeShape.chain(tokens - 1)) for tokens in PASSES[1:]}
@@ -150,7 +150,7 @@ def _answers(
     each: float,
     remarks: Console,
 ) -> Comparison:
-    """Plain decoding, prompt lookup and the drafter that was given answer the prompts in turns."""
+    """Compare plain decoding, prompt lookup and the given drafter on the prompts, in turns."""
     rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
     if given is not None and not given.limits.looks_back:
         rivals += [

@@ -17,7 +17,7 @@ PACKAGES = ("outdraft", "torch", "transformers", "tokenizers", "safetensors", "n
 
 
 def environment(target: Any = None) -> dict[str, Any]:
-    """Facts for a report; of the target's device, precision and backend where one is given."""
+    """Return facts for a report, with the target's device, precision and backend where one is given."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -38,12 +38,12 @@ def environment(target: Any = None) -> dict[str, Any]:
 
 
 def usable_cores() -> int | None:
-    """Processor cores that this process may run on."""
+    """Count the processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def load_average() -> list[float] | None:
-    """Processes that wanted a core over the last 1, 5 and 15 minutes; more than the cores means a disturbed timing."""
+    """Return the load averages of 1, 5 and 15 minutes; more than the cores means a disturbed timing."""
     try:
         return [round(load, 2) for load in os.getloadavg()]
     except (OSError, AttributeError):  # Windows has none
@@ -51,7 +51,7 @@ def load_average() -> list[float] | None:
 
 
 def disturbed(loads: Iterable[Sequence[float] | None], cores: int) -> str | None:
-    """A note where more processes wanted a core than there are, by any of several load averages."""
+    """Return a note where any of several load averages exceeds the cores."""
     busiest = max((load[0] for load in loads if load), default=0.0)
     if busiest <= cores + 0.5:
         return None
@@ -59,14 +59,14 @@ def disturbed(loads: Iterable[Sequence[float] | None], cores: int) -> str | None
 
 
 def busy(facts: dict[str, Any]) -> str | None:
-    """The same from the facts of a report, with the load at the end and those of earlier sittings where there are."""
+    """Return the note of `disturbed` for a report's facts, with the final load and those of earlier sittings."""
     names = ("load_average", "load_average_at_the_end")
     loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
     return disturbed(loads, facts.get("cores") or facts["threads"])
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
+    """Return the versions of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """Return the processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Prompts to measure with, from files.
+"""Reading prompts to measure with from files.
 
-Records of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
+It takes records of `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
 `{"prompt"}`, Alpaca's `{"instruction", "input"}` or `{"text"}`; `data/records.py` reads the files.
 """
 
@@ -17,16 +17,16 @@ from outdraft.data.records import BadRecord as NoPrompt
 from outdraft.errors import UserError
 
 Prompt = str | list[Message]
-"""A text as it is, or a conversation that waits for the assistant."""
+"""A raw text, or a conversation that ends before the assistant's turn."""
 
 SHAPES = '{"messages": [...]}, {"turns": [...]}, {"prompt": "..."} or {"text": "..."}'
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """The first `limit` prompts of a file.
+    """Read the first `limit` prompts of a file.
 
     Raises:
-        UserError: no such file, a line that holds no prompt (with its number), or no prompt at all.
+        UserError: the file is missing, a line holds no prompt (with its number), or no line does.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}; leave it out for all prompts")
@@ -48,7 +48,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 
 def prompt_of(record: Any) -> Prompt:
-    """The prompt in one record; the answers that a conversation ends with are left out."""
+    """Return the prompt in a record; the answers that a conversation ends with are left out."""
     if not isinstance(record, dict):
         raise NoPrompt("a record must be an object")
     if "instruction" in record and (asked := bare_question(record)) is not None:
@@ -79,10 +79,10 @@ def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[Me
 
 
 def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
-    """Token ids of the prompts.
+    """Return the token ids of the prompts.
 
     Raises:
-        UserError: a prompt beyond the target's context, with its place in the list.
+        UserError: a prompt exceeds the target's context, with its number in the list.
     """
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
@@ -97,7 +97,7 @@ def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
 
 
 def encode_one(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Token ids of one prompt; without a chat template a conversation is its texts, an empty line between them."""
+    """Return a prompt's token ids; without a chat template a conversation is its texts, joined by empty lines."""
     if getattr(tokenizer, "chat_template", None) is None and not isinstance(prompt, str):
         if any(message["role"] == "system" for message in prompt):
             raise UserError("the tokenizer has no chat template for a system message; give plain text prompts")

@@ -1,9 +1,9 @@
-"""The cost of a round's parts on this machine, timed in the decoding loop itself, and the speed that follows.
+"""The cost of a round's parts on this machine, timed in the decoding loop itself, and the resulting speed.
 
-The model is the plain one. With the seconds of a plain round as the unit, a round that drafts costs 1 + draft + verify,
-where `draft` is the time of drafting and `verify` what checking the candidates adds to the pass. It brings tau tokens,
-so the speed-up over plain decoding is tau / (1 + draft + verify), and drafting pays where tau is above that sum. The
-prompt's own pass is left out.
+The unit of cost is a plain round's time. A round that drafts costs 1 + draft + verify, where `draft` is the time of
+drafting and `verify` the time that checking the candidates adds to the pass. It brings tau tokens, so the speed-up over
+plain decoding is tau / (1 + draft + verify), and drafting pays where tau is above that sum. The prompt's own pass is
+left out.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ NOTHING = TreeShape(0, 1, 1)
 """The shape of plain decoding."""
 
 WARM_UP = 2
-"""Rounds at the beginning of every text that do not count: the drafter takes in the prompt, caches are cold."""
+"""The number of first rounds of a text that do not count: the drafter takes in the prompt, caches are cold."""
 
 
 @dataclass
 class Lap:
-    """Seconds of one round's parts, or the medians of several rounds."""
+    """The seconds of a round's parts, or their medians over several rounds."""
 
     draft: float
     verify: float
-    """The target's pass, its output layer included."""
+    """The time of the target's pass, its output layer included."""
     rest: float
-    """Acceptance and bookkeeping."""
+    """The time of acceptance and bookkeeping."""
 
     @property
     def whole(self) -> float:
@@ -53,29 +53,29 @@ class Lap:
 
 @dataclass(frozen=True)
 class RoundCost:
-    """A way of drafting, its costs in plain rounds."""
+    """The costs of a way of drafting, in plain rounds."""
 
     draft: float
-    """Drafting, in plain rounds."""
+    """The time of drafting, in plain rounds."""
     verify: float
     """The time that checking the candidates adds to the pass, in plain rounds; negative where the draft has done a part
     of the pass (EESD)."""
     step_seconds: float
-    """One level's share of the drafting."""
+    """The seconds of drafting one level."""
 
     @classmethod
     def of(cls, plain: Lap, drafted: Lap, shape: TreeShape) -> RoundCost:
-        """The cost of a round that drafts trees of this shape, beside a plain one."""
+        """Return the cost of a round that drafts trees of this shape, relative to a plain one."""
         added = drafted.verify + drafted.rest - plain.whole
         return cls(drafted.draft / plain.whole, added / plain.whole, drafted.draft / (shape.depth + 1))
 
     @property
     def tau_to_pay(self) -> float:
-        """Tokens a round above which drafting is faster than plain decoding."""
+        """The tokens a round above which drafting is faster than plain decoding."""
         return 1 + self.draft + self.verify
 
     def speedup(self, tau: float) -> float:
-        """The speed-up over plain decoding at `tau` tokens a round."""
+        """Return the speed-up over plain decoding at `tau` tokens a round."""
         return tau / self.tau_to_pay
 
     def as_dict(self) -> dict[str, float]:
@@ -83,7 +83,7 @@ class RoundCost:
 
 
 class Guesses(Drafter):
-    """Chains of any tokens, at no cost: shows what a pass over so many tokens takes."""
+    """A drafter of arbitrary chains at no cost, which measures a pass over their tokens."""
 
     method = "guesses"
     limits = Limits(stepwise=False, probs=False)
@@ -115,16 +115,16 @@ def timed(
     end: float | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Lap]:
-    """The medians of every way's rounds. The ways take turns, each turn beginning with another one, so that whatever
-    slows the machine for a while slows all of them; a first turn and the first rounds of every text do not count.
+    """Return the median lap of every way. The ways take turns, each turn beginning with another one, so that a
+    temporary slow-down hits all of them. A first turn and the first rounds of every text do not count.
 
     Args:
         target: the model.
-        ways: by name.
-        prompt: token ids.
-        rounds: of a text that count.
-        turns: that count, at most.
-        end: by `time.perf_counter`; no turn but the first that counts is begun after it.
+        ways: ways of drafting by name.
+        prompt: token ids of the prompt.
+        rounds: counted rounds of a text.
+        turns: most turns that count.
+        end: deadline by `time.perf_counter`; no turn but the first that counts begins after it.
         progress: called after every text.
     """
     laps: dict[str, list[Lap]] = {name: [] for name in ways}
@@ -140,7 +140,7 @@ def timed(
 
 
 def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: list[int], rounds: int) -> list[Lap]:
-    """The laps of one text's rounds, those of the warm-up left out."""
+    """Time the laps of a text's rounds, those of the warm-up left out."""
     settings: dict[str, Any] = {"max_new_tokens": (shape.depth + 2) * rounds + 1, "eos_token_id": []}
     if drafter is not None:
         settings |= {"controller": "fixed"} | ({} if drafter.limits.looks_back else {"prompt_lookup_min": 0})
@@ -159,7 +159,7 @@ def _laps(target: Target, drafter: Drafter | None, shape: TreeShape, prompt: lis
 
 @torch.inference_mode()
 def head_seconds(target: Target, times: int = 9) -> float:
-    """Seconds of the output layer alone over one token: the median, the first calls left out."""
+    """Time the output layer over one token: the median seconds, the first calls left out."""
     features = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
     found = []
     for _ in range(WARM_UP + times):

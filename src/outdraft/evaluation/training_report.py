@@ -1,4 +1,4 @@
-"""The evaluation of a training: prompts kept out of it, tau on them as it goes, and the verdict at its end."""
+"""The evaluation of a training run: held-out prompts, tau on them during training, and the final verdict."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ from outdraft.target.target import Target
 from outdraft.training.preparation import ADVISED_EXAMPLES
 
 HELD_OUT = 32
-"""Conversations held out, unless said otherwise."""
+"""The default number of held-out conversations."""
 
 SMALLEST_SPLIT = 10
-"""Below so many conversations none is held out."""
+"""The fewest conversations of which some are held out."""
 
 LONGEST_BEGINNING = 64
-"""Tokens of a plain text that serve as its prompt, at most; a quarter of it otherwise."""
+"""The most tokens of a plain text that serve as its prompt; a quarter of a shorter text."""
 
 
 @dataclass
 class Split:
-    """A training set divided; nothing is written yet."""
+    """A divided training set, before anything is written."""
 
     data: Path
     """The file that was divided."""
     trained: list[Conversation]
     held_out: list[Conversation]
     notes: list[str]
-    """Remarks for the user, a line each."""
+    """The remarks for the user, a line each."""
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Prompts to measure tau on: what is held out, else some of what is trained on."""
+        """The prompts to measure tau on: held-out ones, else some of the training data."""
         return [prompt_of(conversation.record()) for conversation in self.held_out or self.trained[:HELD_OUT]]
 
     def write(self, folder: Path) -> Path:
-        """The data to train on: `folder/train.jsonl`, beside `held_out.jsonl`; what it came from if all is trained on.
+        """Write `train.jsonl` and `held_out.jsonl` to the folder, and return the file to train on; without held-out
+        data this is the original.
 
         Equal data give equal files.
         """
@@ -68,7 +69,7 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
 
     Raises:
-        UserError: data that cannot be used.
+        UserError: the data cannot be used.
     """
     found = read_conversations(data, on_bad_line)
     everything, notes = found.conversations, []
@@ -91,7 +92,7 @@ def _same_prompt(one: Conversation, other: Conversation) -> bool:
 
 
 def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
-    """Token ids of the prompts; of plain texts only a beginning, which leaves something to go on with."""
+    """Return the prompts' token ids; a plain text is cut to its first tokens, so that a continuation is left."""
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str) and target.tokenizer is not None:
@@ -105,7 +106,7 @@ def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
 def tau_meter(
     target: Target, prompts: Sequence[list[int]], max_new_tokens: int = 64
 ) -> Callable[[Network], dict[str, float]]:
-    """Build a function that decodes the prompts greedily, all at once, with a drafter as it is.
+    """Build a function that decodes the prompts greedily, in one batch, with the current drafter.
 
     The drafter is copied, in the target's precision: training goes on with the original untouched.
     """
@@ -132,13 +133,13 @@ def _write(path: Path, conversations: Sequence[Conversation]) -> None:
 
 
 MANY_PASSES, FEW_PASSES = 10, 4
-"""Passes over the data from which on more of them bring little, and below which they bring much."""
+"""The passes over the data above which more bring little, and below which more bring much."""
 
 LARGE_VOCABULARY = 32_000
-"""A vocabulary from this size on is worth cutting for the draft."""
+"""The size from which on a vocabulary is worth reducing for the draft."""
 
 SECONDS = 20.0
-"""Time limit of the timing."""
+"""The time limit of the timing."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ class TrainingVerdict:
     """The expected speed of a drafter here.
 
     Attributes:
-        tau: at the end of training, with the trees that are timed.
-        cost: of its rounds.
-        lifts: what would make it faster, a clause each, the most promising first.
+        tau: mean acceptance length at the end of training, with the timed trees.
+        cost: cost of its rounds.
+        lifts: changes that would make it faster, a clause each, the most promising first.
     """
 
     tau: float
@@ -157,11 +158,11 @@ class TrainingVerdict:
 
     @property
     def speedup(self) -> float:
-        """Expected, over plain decoding."""
+        """The expected speed-up over plain decoding."""
         return self.cost.speedup(self.tau)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the verdict for JSON."""
         return {
             "tau": self.tau,
             "expected_speedup": self.speedup,
@@ -189,11 +190,11 @@ def training_verdict(
     """Judge the drafter in `folder`; None where no tau was measured.
 
     Args:
-        target: on the backend that decodes.
-        folder: of the finished run.
-        tau: at its end.
-        best_step: whose weights were saved.
-        rows: that were decoded together for tau, on which the trees depend.
+        target: the target, on the backend that decodes.
+        folder: folder of the finished run.
+        tau: mean acceptance length at its end.
+        best_step: the step whose weights were saved.
+        rows: rows that were decoded together for tau, on which the trees depend.
     """
     if tau is None or not math.isfinite(tau):
         return None
@@ -212,12 +213,12 @@ def training_verdict(
 
 
 def lifts(record: Mapping[str, Any], best_step: int, head_share: float | None) -> list[str]:
-    """The changes that would make a drafter faster, a clause each.
+    """Return the changes that would make a drafter faster, a clause each.
 
     Args:
         record: `provenance.json` of the run.
-        best_step: whose weights were saved.
-        head_share: of a draft step that the target's whole output layer takes, where a draft vocabulary would cut it.
+        best_step: the step whose weights were saved.
+        head_share: share of a draft step in the target's output layer, where a draft vocabulary would reduce it.
     """
     examples, steps = record["examples"], record["steps"]
     passes = steps * record["config"]["batch_size"] * record.get("processes", 1) / examples

@@ -1,8 +1,8 @@
 """`outdraft export`: a trained drafter as a folder that an engine loads, written only after it was checked.
 
-Every tensor that the engine's loader asks for is compared by name and shape, and what the folder computes, read from
-its files, with the drafter's own forward in float32. What an engine cannot run as ours is refused with the reason. The
-folder appears whole or not at all. What goes into it is its method's business (`methods/*/export.py`).
+Every tensor that the engine's loader asks for is compared by name and shape, and the outputs of the written files with
+the drafter's own forward in float32. A drafter that an engine cannot run like outdraft is refused with the reason. The
+folder appears whole or not at all. The methods write its content (`methods/*/export.py`).
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from outdraft.target.target import Target
 ENGINES = ("vllm", "hf")
 
 TOLERANCE = 1e-3
-"""Largest difference in it, as a part of the largest value: float32 rounding stays a hundred times below."""
+"""The largest relative difference in that comparison; float32 rounding stays a hundred times below."""
 
 
 @dataclass
 class Exported:
-    """What was written and how to run it."""
+    """The facts of an export, and the command that runs it."""
 
     folder: str
     engine: str
     method: str
-    """The drafter's, in our words."""
+    """The drafter's method, as outdraft names it."""
     architecture: str
-    """What the engine runs it as."""
+    """The architecture as which the engine runs it."""
     target: str
     """The target's folder or hub id, as the engine takes it."""
     difference: float
     """The largest difference from the drafter's own forward, as a part of the largest value."""
     command: str
-    """What starts the engine with it."""
+    """The command that starts the engine with the drafter."""
     plugin: bool
-    """Whether the engine needs outdraft installed beside it."""
+    """True if the engine needs outdraft installed beside it."""
 
 
 def export_drafter(
@@ -70,17 +70,17 @@ def export_drafter(
     """Write a drafter for an engine.
 
     Args:
-        model: its target: a folder, a GGUF file, a hub id, `smollm2` or `reference`.
+        model: the target: a folder, a GGUF file, a hub id, `smollm2` or `reference`.
         draft_model: the drafter: a folder, a hub id, or `smollm2` or `reference` for those that ship.
         engine: `vllm`, or `hf` for `transformers`' assisted generation.
         output_dir: a folder that is new or empty.
-        method: which of the shipped drafters; of any other folder, what it must be.
-        target_dir: also write the target there, as an ordinary folder, where it is none: a shipped one or a GGUF file.
+        method: the method of the shipped drafter to take; for any other folder, the method that it must have.
+        target_dir: also write a shipped or GGUF target there, as an ordinary folder.
         dtype: precision of the written weights; as stored when None.
-        num_speculative_tokens: of the command.
+        num_speculative_tokens: draft tokens in the command.
 
     Raises:
-        UserError: it cannot run there as it runs here, or something cannot be read or written.
+        UserError: the engine cannot run the drafter as outdraft does, or something cannot be read or written.
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine '{engine}'; choose one of {', '.join(ENGINES)}")
@@ -144,10 +144,10 @@ class _Target:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest one, as a part of the largest value.
+    """Return the largest difference, relative to the largest value.
 
     Raises:
-        UserError: it is more than rounding.
+        UserError: the difference is more than rounding.
     """
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE:
@@ -160,7 +160,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 @contextmanager
 def _new_folder(place: str | Path) -> Iterator[Path]:
-    """A folder beside the place, which takes it in the end; nothing is left where something goes wrong."""
+    """Yield a folder beside the place, and move it there in the end; an error leaves nothing."""
     final = _absolute(place)
     if final.is_file() or (final.is_dir() and any(final.iterdir())):
         raise UserError(f"'{place}' is there already and not an empty folder; choose another --output-dir")
@@ -189,7 +189,7 @@ def _absolute(place: str | Path) -> Path:
 
 
 def _vllm_server(target: str, folder: str, method: str, tokens: int) -> str:
-    """A command line: vLLM's OpenAI server with the folder as its drafter, chains of so many tokens."""
+    """Return the command of vLLM's OpenAI server with the folder as its drafter and chains of `tokens` tokens."""
     speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
     words = [
         "python",
@@ -204,7 +204,7 @@ def _vllm_server(target: str, folder: str, method: str, tokens: int) -> str:
 
 
 def _assisted(target: str, folder: str, tokens: int) -> str:
-    """Statements that decode with the folder as `assistant_model`."""
+    """Return Python statements that decode with the folder as `assistant_model`."""
     return "\n".join(
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -1,9 +1,8 @@
-"""Our one-layer drafter in vLLM: FSPAD, and EAGLE's head with a bias in its fusion layer, as vLLM's method `eagle`.
+"""The one-layer drafter in vLLM: FSPAD, and EAGLE's head with a bias in its fusion layer, as vLLM's method `eagle`.
 
 The equations are those of `methods/fspad/network.py`, on vLLM's own layers: paged cache, tensor parallel, quantisation.
-What the config's `feature_sampling`, `partial_alignment` and `fc_bias` say decides which parts there are. The target's
-embedding and head are put in by vLLM where the folder brings none. Importing this needs vLLM; nothing else of outdraft
-does. Knows nothing of how vLLM drafts or verifies.
+The config's `feature_sampling`, `partial_alignment` and `fc_bias` decide which parts exist. vLLM puts in the target's
+embedding and head where the folder brings none. Importing this module needs vLLM; nothing else of outdraft does.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ FILE_NAMES = {
     "fc.mlp.up_proj.": "fusion_up.",
     "fc.mlp.down_proj.": "fusion_down.",
 }
-"""Beginnings of tensor names in a folder -> of ours, where they differ."""
+"""The prefixes of tensor names in a folder, mapped to this module's, where they differ."""
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
 class FeatureHeadModel(nn.Module):
-    """Fusion, one Llama layer without input norm, two outputs.
+    """The network: fusion, one Llama layer without input norm, two outputs.
 
     Args:
-        vllm_config: of the engine; the drafter's own config is in its speculative part.
-        prefix: of module names.
+        vllm_config: config of the engine; the drafter's own config is in its speculative part.
+        prefix: prefix of module names.
         start_layer_id: number of the layer, past those of the target.
     """
 
@@ -78,16 +77,16 @@ class FeatureHeadModel(nn.Module):
         self.layers = nn.ModuleList([layer])
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """`(tokens, hidden)`."""
+        """Return `(tokens, hidden)` embeddings."""
         return self.embed_tokens(input_ids)
 
     def forward(self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """One draft step for every row of vLLM's flat batch.
+        """Run one draft step for every row of vLLM's flat batch.
 
         Args:
             input_ids: `(tokens,)` x_{t+1}.
             positions: `(tokens,)` t.
-            hidden_states: `(tokens, hidden)` f_t of the target, or what the step before gave as second.
+            hidden_states: `(tokens, hidden)` f_t of the target, or the second output of the step before.
 
         Returns:
             `(tokens, hidden)` p for the logits, and r for the next step; the same twice without partial alignment.
@@ -105,17 +104,17 @@ class FeatureHeadModel(nn.Module):
         return out, out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load by name; query, key and value, and gate and up of the layer, go into vLLM's joint matrices."""
+        """Load weights by name; query, key and value, and gate and up, go into vLLM's joint matrices."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=LlamaModel.hf_to_vllm_mapper)
 
 
 class FeatureHeadForCausalLM(EagleLlamaForCausalLM):
-    """What vLLM's method `eagle` runs: `forward` gives (for the logits, for the next step), `compute_logits` reads the
-    head that vLLM puts in.
+    """The model that vLLM's method `eagle` runs: `forward` gives the states (for the logits, for the next step), and
+    `compute_logits` uses the head that vLLM puts in.
 
     Args:
-        vllm_config: of the engine.
-        prefix: of module names.
+        vllm_config: config of the engine.
+        prefix: prefix of module names.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -132,7 +131,7 @@ class FeatureHeadForCausalLM(EagleLlamaForCausalLM):
         """Load a folder that `outdraft export` wrote.
 
         Raises:
-            ValueError: it lacks a weight of this drafter; one that it has no place for is vLLM's own error.
+            ValueError: the folder lacks a weight of this drafter; an unknown weight is vLLM's own error.
         """
         loaded = AutoWeightsLoader(self).load_weights(self._named(name, weight) for name, weight in weights)
         # vLLM's loader takes what there is, and what is missing would stay as it was allocated.

@@ -1,7 +1,7 @@
-"""vLLM's general plug-in (entry point group `vllm.general_plugins`): tells vLLM of the drafters it does not know.
+"""vLLM's general plug-in (entry point group `vllm.general_plugins`): it registers the drafters that vLLM lacks.
 
-vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So no network is read
-then, and an untested version of vLLM is complained of only where one of our drafters is loaded (`vllm_head.py`). The
+vLLM calls `register` once or more in every process it starts, whatever it is about to serve. So it imports no drafter
+network, and an untested version of vLLM is an error only where one of these drafters is loaded (`vllm_head.py`). The
 guard against vLLM's defect on CPUs is in `vllm_sampling.py`.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 from outdraft.methods.fspad import EAGLE_WITH_BIAS, FSPAD
 
 TESTED = ((0, 32, 0), (0, 33, 0))
-"""Versions of vLLM from the first on, below the second."""
+"""The tested versions of vLLM: from the first on, below the second."""
 
 
 def register() -> None:
-    """Tell vLLM of our architectures and, on a CPU, mend its sampling; any number of times."""
+    """Register the architectures in vLLM and, on a CPU, mend its sampling; repeated calls are harmless."""
     registry: Any = import_module("vllm").ModelRegistry
     known = registry.get_supported_archs()
     for name in (FSPAD, EAGLE_WITH_BIAS):
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def vllm_version() -> tuple[int, int, int]:
-    """Of the vLLM that is installed; (0, 0, 0) where it does not say."""
+    """Return the version of the installed vLLM; (0, 0, 0) where it has none."""
     text = str(import_module("vllm").__version__)
     parts = text.split("+")[0].split(".")[:3]
     numbers = [int(digits) for part in parts if (digits := "".join(c for c in part if c.isdigit()))]
@@ -37,7 +37,7 @@ def vllm_version() -> tuple[int, int, int]:
 
 
 def require_tested(version: tuple[int, int, int]) -> None:
-    """Raise ImportError with what to do where vLLM is of a version that our classes were not tested with."""
+    """Raise ImportError with the fix where vLLM has an untested version."""
     first, end = TESTED
     if not first <= version < end:
         have, low, high = (".".join(map(str, numbers)) for numbers in (version, first, end))

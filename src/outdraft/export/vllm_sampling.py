@@ -2,8 +2,8 @@
 
 In vLLM 0.32.0 `rejection_sampler.expand_batch_to_tokens` writes into a converted copy of its result and returns the
 uninitialised original wherever that is not int64, as temperatures and top-p are not (vllm-project/vllm#55005). Samples
-then follow a wrong distribution without any error. The guard puts a function there that does what the docstring of
-vLLM's says. Knows nothing of drafters.
+then follow a wrong distribution without any error. The guard replaces it by a function that does what the docstring of
+vLLM's says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 UP_TO = (0, 33, 0)
-"""Versions below this one are guarded. The defect was seen in 0.32.0; in a 0.32 that has mended it the guard changes
+"""The first version that is not guarded. The defect was seen in 0.32.0; in a 0.32 that has mended it the guard changes
 nothing, and what comes after has to be tested anew."""
 
 
@@ -23,10 +23,10 @@ def guard(version: tuple[int, int, int]) -> bool:
     """Replace vLLM's function by ours, on a CPU and in affected versions only.
 
     Args:
-        version: of vLLM.
+        version: version of vLLM.
 
     Returns:
-        Whether ours stands there now.
+        True if outdraft's function is in place now.
     """
     if version >= UP_TO or not import_module("vllm.platforms").current_platform.is_cpu():
         return False
@@ -41,12 +41,12 @@ def guard(version: tuple[int, int, int]) -> bool:
 def expand_batch_to_tokens(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> Tensor:
-    """Every row's value once for each of its tokens; arguments are named as vLLM's.
+    """Repeat every row's value once for each of its tokens; arguments are named as vLLM's.
 
     Args:
         x: `(rows,)` values.
         cu_num_tokens: `(rows,)` how many tokens the rows up to and including this one have.
-        num_tokens: of all rows.
+        num_tokens: total tokens of all rows.
         replace_from: a value that gives way
         replace_to: to this one.
 

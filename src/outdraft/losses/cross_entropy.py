@@ -2,8 +2,8 @@
 chunk at a time.
 
 Several guesses at the same positions (the steps of an unrolled drafter, Medusa's heads) share the target's
-probabilities: all of them, made once a chunk by its head, or those of its most probable tokens (`teacher.py`), for
-which no head of the target runs.
+probabilities. The target's head makes all of them once a chunk; those of its most probable tokens (`teacher.py`) need
+no head.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from outdraft.losses.token_loss import SOFT, TokenLoss, losses_and_slope
 Head = Callable[[Tensor], Tensor]
 
 PRODUCT_ROWS = 32
-"""Positions whose products p log q are held at once (a batched dot product rounds worse and is slower)."""
+"""The number of positions whose products p log q are held at once; a batched dot product rounds worse and is slower."""
 
 
 class HardLabels(NamedTuple):
-    """Tokens that the cross-entropy is taken against, too."""
+    """The hard labels: tokens that the cross-entropy is also taken against."""
 
     tokens: Tensor
-    """`(positions,)`"""
+    """The `(positions,)` token ids."""
     weight: float
-    """The weight of this part; the target's probabilities have the rest up to 1."""
+    """The weight of the hard labels; the target's probabilities have the rest up to 1."""
 
 
 class Guess(NamedTuple):
     """A drafter's output at every position; several guesses may share their goals."""
 
     p: Tensor
-    """`(positions, hidden)` the input of the head."""
+    """The `(positions, hidden)` input of the head."""
     counted: Tensor | None = None
-    """`(positions,)` False where this guess carries no loss; it carries some everywhere when not given."""
+    """The `(positions,)` mask, False where this guess carries no loss; None counts every position."""
     own_head: nn.Module | None = None
     """The drafter's own output layer, whose weights are trained; it runs as the caller's autocast says."""
     through: Head | None = None
-    """The way from `p` to logits by that layer, itself when not given."""
+    """The function from `p` through the own head to logits; None is the own head itself."""
 
 
 def soft_cross_entropy(
@@ -58,7 +58,7 @@ def soft_cross_entropy(
     token_loss: TokenLoss = SOFT,
     precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`soft_cross_entropies` of a single guess that counts everywhere: two scalars."""
+    """Return `soft_cross_entropies` of a single guess that counts everywhere, as two scalars."""
     guesses = [Guess(p, None, own_head, through)]
     settings: dict[str, Any] = {"labels": labels, "token_loss": token_loss, "precision": precision}
     totals, agreed = soft_cross_entropies(guesses, goal, head, chunk_size, **settings)
@@ -78,14 +78,14 @@ def soft_cross_entropies(
     """Sum, for every guess, its cross-entropy against the target's probabilities over all positions.
 
     Args:
-        guesses: all at the same positions.
+        guesses: guesses at the same positions.
         goal: `(positions, hidden)` the target's features, without gradient, whose logits are head(goal); or the most
             probable tokens there, with ids of the head's vocabulary.
         head: the target's frozen head, or its rows of a draft vocabulary.
         chunk_size: positions whose logits are held at once, those of one guess and the target's probabilities.
-        labels: tokens to be hit beside, or in place of, the target's probabilities.
+        labels: hard labels beside, or in place of, the target's probabilities.
         token_loss: the loss to sum in place of cross-entropy; without labels.
-        precision: in which the head runs, as it does in decoding; that of the features in `goal` if not given.
+        precision: precision of the head, as in decoding; that of the features in `goal` if not given.
 
     Returns:
         Both `(guesses,)`: the sums in float32, differentiable in every `p` and the own heads' weights, and the counts
@@ -104,7 +104,8 @@ def _leaves(guess: Guess) -> list[Tensor]:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed chunk by chunk in the forward, so that logits live for one chunk only.
+    """A cross-entropy that computes its gradients chunk by chunk in the forward, so that logits live for one chunk
+    only.
 
     Keeping `(positions, hidden)` of gradient costs V/d times less than keeping logits, and the head runs once.
     """
@@ -165,8 +166,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _target_says(
     goal: Tensor | TopProbs, chunk: slice, head: Head, exact: torch.dtype, labels: HardLabels | None
 ) -> tuple[Tensor, Tensor | TopProbs]:
-    """The target's `(positions,)` best tokens, and its probabilities: those of its most probable tokens where these are
-    given, else `(positions, vocab)`, which is empty where only labels are asked."""
+    """Return the target's `(positions,)` best tokens and its probabilities: those of the given most probable tokens,
+    else `(positions, vocab)`, which is empty where only hard labels count."""
     if isinstance(goal, TopProbs):
         return goal.ids[chunk, 0], TopProbs(goal.ids[chunk], goal.probs[chunk].to(exact))
     with torch.no_grad(), torch.autocast(goal.device.type, enabled=False):
@@ -177,7 +178,7 @@ def _target_says(
 
 
 def _is_best(logits: Tensor, tokens: Tensor) -> Tensor:
-    """True where no logit is above this token's, -1 being no token; many times as fast as an argmax in bf16."""
+    """Return True where no logit is above the token's (-1 is no token); many times as fast as an argmax in bf16."""
     own = logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
     return (own == logits.amax(dim=-1)) & (tokens >= 0)
 
@@ -200,10 +201,10 @@ def _loss(
     exact: torch.dtype,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss's sum over the positions, and its gradient in the logits where wanted: the guess's probabilities less
-    the target's.
+    """Compute the loss's sum over the positions and, where wanted, its gradient in the logits: the guess's
+    probabilities less the target's.
 
-    It is written out because training's memory goes here: beside logits and target one tensor of their size is made.
+    The gradient is written out to save memory: beside logits and target only one tensor of their size is made.
     """
     with torch.autocast(logits.device.type, enabled=False):
         if token_loss.kind != "soft":
@@ -242,7 +243,7 @@ def _loss(
 
 
 def _spread(target: Tensor | TopProbs, logits: Tensor) -> Tensor:
-    """`(positions, vocab)` probabilities, 0 where no token is given; all probabilities as they are."""
+    """Scatter the most probable tokens to `(positions, vocab)` probabilities, 0 elsewhere; whole distributions pass."""
     if not isinstance(target, TopProbs):
         return target
     return target.probs.new_zeros(logits.shape).scatter_add_(1, target.ids.clamp(min=0), target.probs)

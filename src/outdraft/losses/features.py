@@ -1,7 +1,7 @@
 """The hidden states of the target that a drafter is trained on, and batches of them.
 
-Hidden states of earlier layers that are read beside the features go by the name of features here, too. The caller
-decides whether they are read in every step or once, from `feature_store.py`.
+Here the word features includes hidden states of earlier layers that are read beside them. The caller reads them in
+every step, or once and then from `feature_store.py`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from outdraft.target.views import Reader, Reads
 
 SAMPLED_VALUES = 1024
 COPIED_BYTES = 4e9
-"""Weights of a target up to which a packed copy is made of them for reading."""
+"""The largest size, in bytes, of a target's weights of which a packed copy is made for reading."""
 
 
 def pad(rows: Sequence[Tensor]) -> Tensor:
-    """`(tokens_i, ...)` rows -> `(batch, tokens, ...)`, zeros on the right."""
+    """Pad `(tokens_i, ...)` rows with zeros on the right to `(batch, tokens, ...)`."""
     return pad_sequence(list(rows), batch_first=True)
 
 
 class Reading:
-    """Reads a target at every token: its features after the final norm, alone or beside hidden states of its layers.
+    """A reader of a target's features after the final norm at every token, with or without hidden states of its layers.
 
     Args:
         target: the model that is read.
         layers: layers, counted from 1, whose outputs are read too; they stand after the features.
-        exit_layer: in place of `layers`, the one after which the model is cut; its output stands before the features.
+        exit_layer: in place of `layers`, the layer after which the model is cut; its output stands before the features.
 
     Attributes:
-        name: tells it from other readings of the same target; part of the key under which features are stored.
-        width: values of one token.
+        name: distinguishes readings of one target; part of the key under which features are stored.
+        width: number of values of one token.
 
     Raises:
         UserError: the target has no such layer.
@@ -69,7 +69,7 @@ class Reading:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Read a right-padded batch in the target's own precision; what stands on padding means nothing.
+        """Read a right-padded batch in the target's own precision; values on padding are meaningless.
 
         Args:
             input_ids: `(batch, tokens)`.
@@ -83,12 +83,12 @@ class Reading:
             return self._run(input_ids)
 
     def features(self, read: Tensor) -> Tensor:
-        """`(..., hidden)` the features after the final norm among what was read, `(..., width)`."""
+        """Return the `(..., hidden)` features after the final norm among the values read, `(..., width)`."""
         return read[..., self._features]
 
 
 def reader_of(target: TargetLike) -> TargetLike:
-    """The target for reading alone: with packed layers if it is on a CPU and a second copy of it is small."""
+    """Return the target for reading only, with packed layers if it is on a CPU and a second copy is small."""
     if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
         return target
     small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
@@ -96,7 +96,7 @@ def reader_of(target: TargetLike) -> TargetLike:
 
 
 def weights_fingerprint(target: TargetLike) -> str:
-    """A hash of names, shapes and evenly spaced values of all weights: fast at any size, other after any training."""
+    """Hash names, shapes and evenly spaced values of all weights; fast at any size, and any training changes it."""
     digest = hashlib.sha256()
     for name, weight in target.model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -106,7 +106,7 @@ def weights_fingerprint(target: TargetLike) -> str:
 
 
 class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
-    """A dataset of the examples, each with its index and with its stored features where there are any.
+    """A dataset of examples, each with its index and its stored features, if any.
 
     Args:
         examples: the data.

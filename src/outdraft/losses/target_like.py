@@ -1,4 +1,4 @@
-"""The protocol that a target keeps for training: `outdraft.target.Target` does, and so do the tests' stand-ins."""
+"""The protocol of a target in training, which `outdraft.target.Target` and the tests' stand-ins fulfil."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TargetLike(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The target's tokenizer."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -37,25 +37,25 @@ class TargetLike(Protocol):
     def device(self) -> torch.device: ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """`(batch, tokens)` ids -> `(batch, tokens, hidden)` input embeddings."""
+        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` input embeddings."""
 
     def head(self, features: Tensor) -> Tensor:
-        """`(..., hidden)` post-final-norm features -> `(..., vocab)` logits, differentiable in the features."""
+        """Map `(..., hidden)` features after the final norm to `(..., vocab)` logits, differentiably."""
 
     def features(self, input_ids: Tensor, mask: Tensor | None = None, /) -> Tensor:
-        """`(batch, tokens)` ids -> `(batch, tokens, hidden)` features after the final norm, one causal forward."""
+        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` features after the final norm, causally."""
 
 
 def parameter_count(target: TargetLike) -> int:
-    """Parameters of the target, tied ones once."""
+    """Count the parameters of the target, tied ones once."""
     return sum(parameter.numel() for parameter in target.model.parameters())
 
 
 def target_id(target: TargetLike) -> str:
-    """The hub name or folder the target was loaded from; its class name when it was built in memory."""
+    """Return the hub name or folder of the target; its class name when it was built in memory."""
     return str(getattr(target.model.config, "_name_or_path", "") or type(target.model).__name__)
 
 
 def shown_target(target: TargetLike) -> str:
-    """The target's id for files that are handed on: a folder elsewhere on this machine shows its name alone."""
+    """Return the target's id for published files: a folder elsewhere on this machine shows its name alone."""
     return str(portable(target_id(target)))

@@ -1,9 +1,9 @@
-"""Losses of a drafter's probabilities against the target's beyond cross-entropy, with gradients written out.
+"""Losses between draft and target probabilities beyond cross-entropy, with gradients written out.
 
 Top-k counts the target's most probable tokens again (HASS, arXiv 2408.15766, section 3.1). Total variation is the
 probability with which a sampled candidate is rejected: verification accepts with the sum of min(p, q). Its gradient
-vanishes where the two distributions hardly meet; the negative logarithm of the acceptance divides that by the
-acceptance, and so does not.
+vanishes where the two distributions hardly overlap. The gradient of the negative log acceptance is divided by the
+acceptance, and so does not vanish.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ Kind = Literal["soft", "top-k", "total-variation", "log-acceptance"]
 
 
 class TokenLoss(NamedTuple):
-    """One of the losses."""
+    """The choice of a token loss, with its settings."""
 
     kind: Kind = "soft"
-    """Cross-entropy alone, with the most probable tokens counted again, 1 - sum min(p, q), or - log sum min(p, q)."""
+    """The loss: cross-entropy, the same with top-k tokens counted again, 1 - sum min(p, q), or - log sum min(p, q)."""
     top_k: int = 10
-    """Tokens of the target that top-k counts again."""
+    """The number of the target's tokens that top-k counts again."""
     top_k_weight: float = 1.0
-    """How often it counts them."""
+    """The weight with which top-k counts them again."""
 
 
 SOFT = TokenLoss()
-"""Cross-entropy, as published."""
+"""The published cross-entropy."""
 
 
 @torch.no_grad()
@@ -36,13 +36,13 @@ def losses_and_slope(loss: TokenLoss, logits: Tensor, probs: Tensor, wanted: boo
     """Compute the loss of every position, and its gradient in the logits where wanted.
 
     Args:
-        loss: any but `soft`, which is `cross_entropy.py`'s own.
-        logits: `(positions, vocab)` the drafter's.
-        probs: `(positions, vocab)` the target's, in the precision to compute in.
+        loss: any loss but `soft`, which `cross_entropy.py` computes.
+        logits: `(positions, vocab)` draft logits.
+        probs: `(positions, vocab)` target probabilities, in the precision to compute in.
         wanted: True asks for the gradient.
 
     Returns:
-        `(positions,)` and `(positions, vocab)` or None.
+        `(positions,)` losses, and the `(positions, vocab)` gradient or None.
     """
     if loss.kind == "top-k":
         best = probs.topk(min(loss.top_k, probs.shape[-1]), dim=-1)

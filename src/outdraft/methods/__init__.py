@@ -1,1 +1,1 @@
-"""One folder or file a drafting method."""
+"""The drafting methods, each in a folder of its own."""

@@ -1,7 +1,7 @@
-"""Folders of every method's drafters: saved, uploaded, and told apart.
+"""The drafter folders of every method: saving, uploading, and recognising them.
 
-A folder is `config.json` and weights, written whole or not at all (`drafting/folder.py`). Each method reads its
-own.
+A folder holds `config.json` and weights and is written whole or not at all (`drafting/folder.py`). Each method reads
+its own folders.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from outdraft.errors import UserError, first_line
 from outdraft.methods.registry import FALLBACK, Method, methods
 
 UNFOLDED = "embedding_scale_to_fold"
-"""In the training record of a checkpoint: what its weights expect embeddings to be multiplied by."""
+"""The key of a checkpoint's training record with the factor that its weights expect embeddings to be scaled by."""
 
 
 TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-"""What a folder says of the target beside its name."""
+"""The facts about the target that a folder stores beside its name."""
 
 
 class Network(nn.Module):
-    """A drafter's weights: what is loaded, trained and saved."""
+    """The weights of a drafter, as they are loaded, trained and saved."""
 
     method: str
-    """The name of its method."""
+    """The name of the drafter's method."""
     config: Any
-    """Its shapes and switches, a dataclass; what a folder of our own holds beside the weights."""
+    """A dataclass of shapes and switches, which an outdraft folder stores beside the weights."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Facts about its target (`target_facts`) without which its folder cannot be read."""
+    """The facts about the target (`target_facts`) without which the folder cannot be read."""
 
     @property
     def fits(self) -> dict[str, int]:
-        """What its target must have, by name."""
+        """Return the sizes that the target must have, by name."""
         return {"hidden_size": self.config.hidden_size, "vocab_size": self.config.vocab_size}
 
 
@@ -60,7 +60,7 @@ def save_drafter(
         folder: made when absent; other files in it stay.
         head: the drafter, in the precision in which it shall be stored.
         target_id: hub name or folder of its target.
-        training: a record that is kept with it, anything that JSON can say.
+        training: a record that is stored with it, any JSON value.
         target: further facts about the target, such as `target_facts` gives; an exit layer needs them.
 
     Returns:
@@ -117,7 +117,7 @@ def push_to_hub(
 
 
 def target_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a drafter's folder says of its target beside its name."""
+    """Return the facts about a target that a drafter's folder stores beside its name."""
     config = model.config.get_text_config()
     return {name: getattr(config, name) for name in TARGET_FACTS}
 
@@ -126,10 +126,10 @@ def target_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Method:
-    """The method of a drafter's folder: the one that it names, else the one that recognises it, else FSPAD's.
+    """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD.
 
     Raises:
-        UserError: there is no drafter's folder at all.
+        UserError: the path is no drafter's folder at all.
     """
     config = read_config(find_folder(folder_or_hub_id, revision))
     known = methods()
@@ -139,12 +139,12 @@ def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Meth
 
 
 def recognised(config: Mapping[str, Any]) -> Method | None:
-    """The method that recognises a config.json which outdraft did not write; None for our own, and where none does."""
+    """Return the method that recognises a foreign config.json; None for outdraft's own, and where no method does."""
     if "outdraft_version" in config:
         return None
     return next((method for method in methods().values() if method.recognises(config)), None)
 
 
 def count(weights: Iterable[Tensor]) -> int:
-    """How many numbers they are."""
+    """Count the elements of these weights."""
     return sum(weight.numel() for weight in weights)

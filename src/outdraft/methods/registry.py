@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from outdraft.target.target import Target
 
 GROUP = "outdraft.methods"
-"""The entry-point group; its entries name a `Method`, or several."""
+"""The entry-point group for installed methods; its entries name a `Method`, or several."""
 
 NONE = "none"
-"""What stands in a method's place for plain decoding."""
+"""The name that selects plain decoding in a method's place."""
 
 FALLBACK = "fspad"
-"""The method whose loader is given a folder that no method recognises: official FSPAD and EAGLE folders are told by
-their tensors, and that loader says what is wrong with any other folder."""
+"""The method whose loader is given a folder that no method recognises: it tells official FSPAD and EAGLE folders by
+their tensors, and names the error of any other folder."""
 
 COMPARED_TOKENS = 48
-"""Tokens on which an export is compared with the drafter's own forward."""
+"""The number of tokens on which an export is compared with the drafter's own forward."""
 
 
 @dataclass
 class DrafterFacts:
-    """What a drafter's folder says, for `outdraft info`."""
+    """The facts in a drafter's folder, for `outdraft info`."""
 
     method: str
     layout: str
-    """Whose folder layout it is; `outdraft` for our own."""
+    """The name of the folder's layout; `outdraft` for the package's own."""
     parameters: int
     trained_for: str | None
-    """The target's name, where the folder says it."""
+    """The target's name, where the folder has it."""
     fits: Mapping[str, Any]
-    """What its target must have, by name."""
+    """The sizes that the target must have, by name."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """The training's own record."""
+    """The record of the training."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """What only this method says."""
+    """The facts that only this method has."""
 
 
 class ExportTarget(Protocol):
@@ -66,100 +66,100 @@ class ExportTarget(Protocol):
 
     @property
     def config(self) -> Any:
-        """Its text config."""
+        """The target's text config."""
 
     def load(self, dtype: torch.dtype | None) -> Target:
-        """The target itself, eager on the CPU; in the precision of its config when None."""
+        """Load the target, eager on the CPU; a `dtype` of None takes the precision of its config."""
 
 
 @dataclass
 class Written:
-    """What an export has written into its folder."""
+    """The content of an exported folder."""
 
     method: str
     architecture: str
-    """What the engine runs it as."""
+    """The architecture as which the engine runs it."""
     compared: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    """What the drafter computes, and what the written files do, which must be the same but for rounding."""
+    """Pairs of the drafter's outputs and the written files', which must be equal but for rounding."""
     vllm_method: str
-    """vLLM's name for it."""
+    """The method's name in vLLM."""
     plugin: bool
-    """Whether vLLM needs outdraft installed beside it."""
+    """True if vLLM needs outdraft installed beside it."""
 
 
 class Method:
-    """A drafting method. Subclasses fill in what applies to them."""
+    """A drafting method; subclasses override what applies to them."""
 
     name: str
-    """Its name on the command line and in reports."""
+    """The method's name on the command line and in reports."""
     summary: str
-    """What it is in a few words, for help texts and lists."""
+    """A few words on the method, for help texts and lists."""
     needs_model = True
-    """Whether there is something to be loaded for it with `--draft-model`."""
+    """True if the method needs a drafter from `--draft-model`."""
 
     # --- folders and decoding
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json that outdraft did not write is of a drafter of this method."""
+        """Return True if a config.json that outdraft did not write is of a drafter of this method."""
         return False
 
     def load(
         self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
     ) -> Network:
-        """The network in a drafter's folder or hub repository.
+        """Load the network in a drafter's folder or hub repository.
 
         Args:
-            source: where it lies.
-            target: what it drafts for.
-            dtype: of the weights; as stored when None.
-            device: where they go.
+            source: the folder or repository.
+            target: the model that it drafts for.
+            dtype: precision of the weights; as stored when None.
+            device: device of the weights.
 
         Raises:
-            UserError: no drafter of this method there, or a damaged one.
+            UserError: no drafter of this method is there, or it is damaged.
         """
         raise UserError(f"'{source}': method '{self.name}' loads no folders")
 
     def bind(self, network: Any, target: Target) -> Drafter:
-        """The drafter for this target.
+        """Bind a network to its target.
 
         Args:
-            network: what `load` gave, on the backend it runs on; None for a method that needs no model.
-            target: what it drafts for.
+            network: the result of `load`, on its backend; None for a method that needs no model.
+            target: the model that it drafts for.
 
         Raises:
-            UserError: it is another target's.
+            UserError: the network is another target's.
         """
         raise NotImplementedError
 
     def describe(self, folder: Path) -> DrafterFacts:
-        """What a drafter's folder says of it, without its target.
+        """Describe a drafter from its folder, without its target.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the folder cannot be read.
         """
         raise UserError(f"'{folder}' holds a drafter of method '{self.name}', which says nothing of its folders")
 
     # --- training
 
     trained = False
-    """Whether `outdraft train` trains it, with `new_network` and `objective`."""
+    """True if `outdraft train` trains the method, with `new_network` and `objective`."""
     settings: frozenset[str] = frozenset()
-    """The settings of `DrafterConfig` that it reads of those that not every method reads."""
+    """The settings of `DrafterConfig` that the method reads, beyond those that every method reads."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """By the name of a preset, the settings in which its recipe differs from the common one."""
+    """For each preset, the settings in which the method's recipe differs from the common one."""
     paper_preset = False
-    """Whether preset `paper` is a recipe for it."""
+    """True if preset `paper` has a recipe for the method."""
     card = ""
-    """What the model card of a trained drafter calls it; Markdown."""
+    """The method's name in the model card of a trained drafter; Markdown."""
 
     def check(self, settings: Any) -> None:
         """Raise UserError where a `DrafterConfig` cannot be for this method."""
 
     def new_network(self, target: TargetLike, settings: Any) -> Network:
-        """A network with its first float32 weights, on the target's device.
+        """Build a network with initial float32 weights, on the target's device.
 
         Args:
-            target: what it will draft for.
+            target: the model that it will draft for.
             settings: a `DrafterConfig` with its preset filled in.
 
         Raises:
@@ -168,16 +168,16 @@ class Method:
         raise NotImplementedError
 
     def adapt(self, network: Network, examples: ExampleSet) -> None:
-        """Set in a new network what depends on the training data, such as a reduced vocabulary."""
+        """Adapt a new network to the training data, such as by a reduced vocabulary."""
 
     def objective(self, target: TargetLike, settings: Any, network: Network) -> Objective:
-        """What the network trains on, and its loss; arguments as in `new_network`."""
+        """Return the training objective with its loss; arguments as in `new_network`."""
         raise NotImplementedError
 
     # --- export
 
     no_export: str | None = "{method} drafters have no export; serve them with `outdraft serve`"
-    """Why no engine takes it, with `{method}` and `{folder}` filled in; None where `export` is there."""
+    """The reason why no engine takes it, a format of `{method}` and `{folder}`; None where `export` exists."""
 
     def export(
         self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
@@ -186,41 +186,41 @@ class Method:
 
         Args:
             source: the drafter's folder or hub repository.
-            target: what it drafts for.
-            folder: an empty one.
+            target: the model that it drafts for.
+            folder: an empty folder to write into.
             engine: `vllm` or `hf`.
-            dtype: of the written weights; as stored when None.
+            dtype: precision of the written weights; as stored when None.
 
         Raises:
-            UserError: the engine cannot run it as it runs here.
+            UserError: the engine cannot run the drafter as outdraft does.
         """
         raise NotImplementedError
 
 
 _registered: dict[str, Method] = {}
-"""Those that a program has registered itself."""
+"""The methods that `register` has added."""
 
 
 def register(method: Method) -> None:
-    """Make a method known to this process; again, it changes nothing.
+    """Register a method in this process; a second call for it changes nothing.
 
     Raises:
-        UserError: another one has its name.
+        UserError: another method has its name.
     """
     if methods().get(method.name) is not method:
         _add(_registered, method, methods())
 
 
 def methods() -> dict[str, Method]:
-    """Every method that is known, by its name: the package's own, installed ones, then those of `register`."""
+    """Return all methods by name: the package's own, installed ones, then those of `register`."""
     return {**_installed(), **_registered}
 
 
 def method_called(name: str) -> Method:
-    """The method of this name.
+    """Return the method of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: no method has this name.
     """
     if name not in (known := methods()):
         raise UserError(f"unknown method '{name}'; choose one of {', '.join((*known, NONE))}")
@@ -228,22 +228,22 @@ def method_called(name: str) -> Method:
 
 
 def names() -> tuple[str, ...]:
-    """What `--method` takes."""
+    """Return the names that `--method` takes."""
     return (*methods(), NONE)
 
 
 def trained() -> dict[str, Method]:
-    """The methods that `outdraft train` trains."""
+    """Return the methods that `outdraft train` trains."""
     return {name: method for name, method in methods().items() if method.trained}
 
 
 def without_model() -> tuple[str, ...]:
-    """Names of the methods that draft without a drafter to be loaded."""
+    """Return the names of the methods that need no drafter to be loaded."""
     return tuple(name for name, method in methods().items() if not method.needs_model)
 
 
 def readers(setting: str) -> tuple[str, ...]:
-    """Names of the methods that read a setting of `DrafterConfig`; of none where every method does."""
+    """Return the names of the methods that read a setting of `DrafterConfig`; empty where every method does."""
     return tuple(name for name, method in methods().items() if setting in method.settings)
 
 

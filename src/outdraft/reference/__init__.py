@@ -1,7 +1,7 @@
 """The small chat model that ships with outdraft for its demo, tests and documentation, and a drafter for it.
 
-Exports the loaders and the shipped prompts. How they were made is in ``CARD.md``; the scripts that made them are in
-the source tree, ``scripts/reference_model``.
+The module exports the loaders and the shipped prompts. ``CARD.md`` tells how they were made, by the scripts of the
+source tree in ``scripts/reference_model``.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ __all__ = ["SHIPPED", "load_prompts", "load_reference_target", "reference_drafte
 
 
 SHIPPED = {"fspad": "drafter", "eagle": "eagle", "eesd": "eesd"}
-"""Methods of the drafters that ship for the reference target, and their folders."""
+"""The methods of the drafters that ship for the reference target, and their folders."""
 
 
 def reference_drafter_path(method: str | None = None) -> Path:
-    """The folder of the drafter of this method that ships for the reference target; FSPAD's when None."""
+    """Return the folder of this method's shipped drafter for the reference target; FSPAD's when None."""
     method = method or "fspad"
     if method not in SHIPPED:
         raise UserError(f"no drafter of method '{method}' ships with the package; there are {', '.join(SHIPPED)}")

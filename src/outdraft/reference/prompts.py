@@ -1,7 +1,7 @@
 """The prompt files that ship with the reference target.
 
 ``heldout`` prompts come from conversations that the target never saw, ``train`` prompts from ones it was trained on.
-Knows only the files; they are drawn by ``build_prompts``.
+The script ``build_prompts`` draws them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ Messages = list[dict[str, str]]
 
 
 def load_prompts(which: Literal["heldout", "train"]) -> list[Messages]:
-    """The conversations of one shipped file, each a list of user messages."""
+    """Return the conversations of a shipped file, each a list of user messages."""
     lines = split_lines((DATA / f"{which}_prompts.jsonl").read_text(encoding="utf-8"))
     return [json.loads(line)["messages"] for line in lines]

@@ -1,7 +1,7 @@
 """Pack the reference target as int8 rows with float32 scales, and load it back as an ordinary Hugging Face folder.
 
 The packed rows are the definition of the target: unpacking rounds ``int8 * scale`` to bfloat16 once, so that the
-bfloat16 and the float32 target are the same weights. Knows nothing about how the weights were trained.
+bfloat16 and the float32 target have the same weights.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _digest(folder: Path) -> str:
 
 
 def reference_target_path(packaged: Path = PACKAGED) -> Path:
-    """The folder of the reference target for ``from_pretrained``; the first call writes it, later calls find it."""
+    """Return the folder of the reference target for ``from_pretrained``; the first call writes it."""
     if not (packaged / PACKED).exists():
         raise UserError(
             f"{packaged / PACKED} is missing: this copy of outdraft was installed without the reference target's "
@@ -74,7 +74,7 @@ def reference_target_path(packaged: Path = PACKAGED) -> Path:
 
 
 def load_reference_target(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reference target in evaluation mode and its tokenizer; without ``dtype`` the model is in bfloat16."""
+    """Load the reference target in evaluation mode and its tokenizer; without ``dtype`` the model is in bfloat16."""
     path = reference_target_path()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
     return model.eval(), AutoTokenizer.from_pretrained(path)

@@ -1,8 +1,8 @@
-"""Answers by the target: a conversation that is answered turn by turn, the file that answers are written to, and the
-prompts whose answers it does not have yet.
+"""The target's answers: a conversation that is answered turn by turn, the answer file, and the prompts that are still
+without an answer.
 
-Every sample of a conversation has dice of its own for every turn, which follow from the seed and its name alone:
-neither the rows beside it nor an interruption change what it draws.
+Every turn of a sample has its own random generator, which follows from the seed and the sample's name alone: neither
+other rows nor an interruption change its draws.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from outdraft.errors import UserError
 from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"
-"""The reasons for an answer's end, in the words of OpenAI's API: it ended by itself, or its room was used up."""
+"""The finish reasons of an answer in OpenAI's API: it ended by itself, or reached its largest length."""
 
 WINDOW = 8
-"""So many times the rows is the number of prompts that are sorted by length, so that those that run together are of
-like length. Sorting all of them would leave an interrupted run with nothing but the longest."""
+"""The window of prompts sorted by length, as a multiple of the rows: prompts that run together then have like lengths.
+Sorting all prompts would leave an interrupted run with nothing but the longest."""
 
 FORMAT = 2
-"""The version of the lines; the first had one answer to a prompt and no word on whether it was finished."""
+"""The format version of the lines; version 1 had one answer to a prompt and no finish reason."""
 
 
 class Name(NamedTuple):
     """The key of an answer in a file."""
 
     id: int | str
-    """The prompt's."""
+    """The prompt's id."""
     temperature: float
     sample: int = 0
-    """Its number among several at this temperature."""
+    """The sample's number among several at this temperature."""
 
     def seed(self, seed: int, turn: int) -> int:
-        """The seed of the dice of a turn."""
+        """Return the seed of a turn's random generator."""
         text = f"{seed} {self.id} {self.temperature:g} {self.sample} {turn}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -60,12 +60,12 @@ class AnswerSettings:
     """The settings by which all prompts of a run are answered.
 
     Attributes:
-        target: answers.
-        max_new_tokens: of one answer.
+        target: the model that answers.
+        max_new_tokens: most tokens of one answer.
         filters: sampling settings other than the temperature.
-        seed: of all dice.
+        seed: seed of all draws.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
-        repeats: settings of n-gram drafts, where rows make them.
+        repeats: settings of n-gram drafts, if rows use them.
     """
 
     target: Target
@@ -93,10 +93,10 @@ class AnsweredConversation:
         self._tokenizer: Any = self.settings.target.tokenizer
 
     def next_row(self) -> Row | None:
-        """Make the row of the next turn; None where all are answered, or a whole answer would have no room.
+        """Make the row of the next turn; None where all are answered, or a whole answer would not fit the context.
 
         Raises:
-            TemplateRefuses: the chat template does not take what is said before it.
+            TemplateRefuses: the chat template does not take the turns before it.
         """
         settings, prompt = self.settings, self._prompt()
         target, most = settings.target, settings.max_new_tokens
@@ -125,7 +125,8 @@ class AnsweredConversation:
         self._turn += 1
 
     def record(self) -> dict[str, Any]:
-        """The line of the output; its end is the last turn's, and earlier turns that were cut say so themselves."""
+        """Return the output line; its finish reason is the last turn's, and earlier turns that were cut say so
+        themselves."""
         origin = {} if self.conversation.origin is None else {"source": self.conversation.origin}
         sample = {"sample": self.name.sample} if self.name.sample else {}
         tools = {"tools": list(self.conversation.tools)} if self.conversation.tools else {}
@@ -140,7 +141,7 @@ class AnsweredConversation:
         return self.conversation.text is not None or (self.conversation.bare and not template)
 
     def _prompt(self) -> list[int]:
-        """The tokens of the next turn's prompt; none where there is nothing to ask."""
+        """Return the tokens of the next turn's prompt; empty where no question is left."""
         tokenizer = self._tokenizer
         if self._plain:
             if self._turn:
@@ -156,7 +157,7 @@ class AnsweredConversation:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _question(self) -> list[Message]:
-        """The turns before the next answer; none after the last."""
+        """Return the turns before the next answer; empty after the last."""
         return self._asked[self._turn] if self._turn < len(self._asked) else []
 
     def _decoded(self, tokens: Sequence[int], finished: bool) -> str:
@@ -165,7 +166,7 @@ class AnsweredConversation:
 
 
 def identities(conversations: Sequence[Conversation]) -> list[int | str]:
-    """Give an id to each: its own, else a hash of its questions; those that come again get a number."""
+    """Give each conversation an id: its own, else a hash of its questions; repeated ids get a number."""
     own = [one.id if one.id is not None else _hash(one) for one in conversations]
     given, used = set(own), set[int | str]()
     found: list[int | str] = []
@@ -192,14 +193,14 @@ class AnswerFile:
 
     Args:
         path: the file.
-        settings: those by which answers are made, in JSON's values.
-        resume: True lets lines stay that are there; False refuses an existing file.
+        settings: the generation settings of the answers, as JSON values.
+        resume: True keeps existing lines; False refuses an existing file.
 
     Attributes:
-        present: the answers that it has, each with its questions.
+        present: the answers in the file, each with its questions.
 
     Raises:
-        UserError: other settings have written it, or something else has.
+        UserError: other settings, or something else, wrote the file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool = True):
@@ -216,12 +217,12 @@ class AnswerFile:
         self._lines.close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Write one more answer."""
+        """Append an answer."""
         self._lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.present[_name(record)] = _questions(record)
 
     def arrange(self, order: Sequence[Name]) -> None:
-        """Put the lines in this order, others after them."""
+        """Sort the lines into this order, all others after them."""
         places = {name: place for place, name in enumerate(order)}
         lines = self.path.read_bytes().splitlines(keepends=True)
         arranged = sorted(lines, key=lambda line: places.get(_name(json.loads(line)), len(places)))
@@ -229,7 +230,7 @@ class AnswerFile:
             write_whole(self.path, b"".join(arranged))
 
     def _claim(self, settings: dict[str, Any], resume: bool) -> None:
-        """Take the file over, or say why it cannot be."""
+        """Take the file over, or raise UserError with the reason."""
         output, record = self.path, self.path.with_name(self.path.name + ".settings.json")
         if not output.exists() or not output.stat().st_size:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ def _questions(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _in_words(value: Any) -> str:
-    """A setting as a sentence shows it."""
+    """Format a setting for a sentence."""
     return ",".join(f"{one:g}" for one in value) if isinstance(value, list) else str(value)
 
 
@@ -286,10 +287,10 @@ class MissingAnswers:
     """The prompts without an answer yet, in windows of the file's order, the longest of each window first.
 
     Attributes:
-        names: all answers there shall be.
-        missing: the ones that the file does not have, with their conversations' indices.
-        too_long: how many of the missing leave no room for an answer.
-        refused: the missing ones that the chat template does not take, and why.
+        names: names of all answers to write.
+        missing: the names that the file lacks, with their conversations' indices.
+        too_long: number of missing answers that do not fit the context.
+        refused: missing answers that the chat template does not take, with the reason.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ class MissingAnswers:
         self._windows = self._rows(WINDOW * most)
 
     def take(self, most: int, fits: Callable[[Row, Sequence[Row]], bool]) -> list[Waiting]:
-        """Remove the next prompts and return them: at most so many, and as long as each fits beside those before."""
+        """Remove and return the next prompts: at most `most`, and as long as each fits beside those before."""
         taken: list[Waiting] = []
         while len(taken) < most:
             if self._waiting:

@@ -1,7 +1,7 @@
 """The settings of a training run: every field with its help text, the presets by target size, and their checks.
 
-A field's docstring is the only source of its help on the command line and in the documentation. Which settings a method
-reads, and where its presets differ, stands in its record (`methods/registry.py`).
+A field's docstring is the only source of its help on the command line and in the documentation. A method's record
+(`methods/registry.py`) lists the settings that it reads and how its presets differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Preset = Literal["auto", "tiny", "small", "base", "paper"]
 
 
 def _trained(name: str) -> str:
-    """The name of a method that can be trained, or the error that pydantic would raise of a `Literal`."""
+    """Return the name of a trainable method, or raise the error that pydantic raises for a `Literal`."""
     known = [repr(one) for one in trained()]
     if repr(name) not in known:
         raise PydanticCustomError("literal_error", f"Input should be {', '.join(known[:-1])} or {known[-1]}")
@@ -85,8 +85,8 @@ class DrafterConfig(BaseModel):
 
     # --- the loss
     loss: Literal["soft", "hard", "mixed"] = "soft"
-    """What EESD and Medusa are trained against: the target's distribution (soft), the responses' tokens (hard), or
-    both."""
+    """Goal of EESD's and Medusa's training: the target's distribution (soft), the responses' tokens (hard), or both
+    (mixed)."""
     hard_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the tokens in the mixed loss; the distribution has the rest."""
     w_reg: float = Field(1.0, ge=0)
@@ -102,7 +102,7 @@ class DrafterConfig(BaseModel):
     token_top_k: int = Field(10, ge=1)
     """The target's most probable tokens that the top-k loss counts again."""
     token_top_k_weight: float = Field(1.0, gt=0)
-    """How often it does so."""
+    """Weight with which the top-k loss counts them again."""
     teacher_top_k: int = Field(64, ge=0)
     """The target's most probable tokens that a drafter learns from at every position; 0 takes its whole distribution,
     which needs its output layer in every step."""
@@ -184,7 +184,7 @@ class DrafterConfig(BaseModel):
         self._check_parts()
 
     def _check_method(self) -> None:
-        """Settings of another method are refused, not ignored."""
+        """Refuse settings of another method, instead of ignoring them."""
         for name in sorted(self.model_fields_set):
             if not self._reads(name) and getattr(self, name) is not None:
                 raise UserError(
@@ -198,12 +198,12 @@ class DrafterConfig(BaseModel):
         method.check(self)
 
     def _reads(self, name: str) -> bool:
-        """Whether this method reads a setting."""
+        """Return True if this method reads a setting."""
         some = readers(name)
         return not some or self.method in some
 
     def _check_parts(self, filled: bool = False) -> None:
-        """Settings of a choice that was not made are refused, not ignored; a preset may make it yet until `filled`."""
+        """Refuse settings of a choice that was not made; until `filled`, a preset may still make it."""
         recipes = PRESETS.values() if self.preset == "auto" else [PRESETS[self.preset]]
         for name, part in PART_OF.items():
             preset = (recipe[part.setting] for recipe in recipes if part.setting in recipe)
@@ -218,13 +218,13 @@ class DrafterConfig(BaseModel):
                 )
 
     def record(self) -> dict[str, Any]:
-        """The settings that this method reads, ready for JSON; a configuration again when given back."""
+        """Return the settings that this method reads, ready for JSON; `DrafterConfig` accepts them back."""
         left_out = {name for name in type(self).model_fields if not self._reads(name)}
         left_out |= {name for name, part in PART_OF.items() if not part.made(getattr(self, part.setting))}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
     def with_preset(self, target_parameters: int) -> DrafterConfig:
-        """A copy in which the preset has filled what was not set by hand.
+        """Return a copy in which the preset fills all settings that were not set by hand.
 
         Args:
             target_parameters: the target's size, by which `auto` chooses.
@@ -240,19 +240,19 @@ class DrafterConfig(BaseModel):
         return found
 
     def draft_vocabulary_for(self, vocab_size: int) -> int | None:
-        """Tokens of so many that the drafter may propose; None is all of them."""
+        """Return the size of the draft vocabulary for a vocabulary of `vocab_size`; None is the whole."""
         if self.draft_vocab_size == "auto":
             return 32768 if vocab_size >= 100_000 else 16384 if vocab_size >= 32_000 else None
         return None if self.draft_vocab_size == "all" else self.draft_vocab_size
 
     def evaluation_for(self, total_steps: int) -> int:
-        """Steps between measurements: at least ten in a run, except when set by hand."""
+        """Return the steps between measurements: at least ten measurements a run, except when set by hand."""
         if "eval_steps" in self.model_fields_set:
             return self.eval_steps
         return max(1, min(self.eval_steps, total_steps // 10))
 
     def warmup_for(self, total_steps: int) -> int:
-        """Warm-up steps of a run: a tenth of a short run, except when set by hand or by the `paper` preset."""
+        """Return the warm-up steps: at most a tenth of the run, except when set by hand or by the `paper` preset."""
         if "warmup_steps" in self.model_fields_set or self.preset == "paper":
             return self.warmup_steps
         return min(self.warmup_steps, total_steps // 10)
@@ -263,9 +263,9 @@ class Part(NamedTuple):
 
     setting: str
     choice: str
-    """In words."""
+    """The choice in words, for messages."""
     made: Callable[[Any], bool]
-    """Whether a value of `setting` is that choice."""
+    """A predicate that is True for values of `setting` that make the choice."""
 
 
 PART_OF = {
@@ -278,7 +278,7 @@ PART_OF = {
     "feature_cache_gb": Part("features", "cached or auto", lambda features: features != "online"),
     "feature_cache_dir": Part("features", "cached or auto", lambda features: features != "online"),
 }
-"""Settings that are read only with a certain choice in another one."""
+"""The settings that are read only with a certain choice in another setting."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # On a target of 0.26M, 300 steps at 1e-3 and 3e-3 ended at an agreement of 0.48 and 0.60.
@@ -327,11 +327,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "state_norm": False,
     },
 }
-"""What each preset sets where the method has no other value; everything else is the field's default."""
+"""The values of each preset where the method has no other; every other setting keeps its default."""
 
 
 def preset_for(target_parameters: int) -> Literal["tiny", "small", "base"]:
-    """The preset that `auto` stands for: tiny below 30M parameters, small below 1B, else base."""
+    """Return the preset that `auto` stands for: tiny below 30M parameters, small below 1B, else base."""
     return "tiny" if target_parameters < 30e6 else "small" if target_parameters < 1e9 else "base"
 
 

@@ -1,8 +1,8 @@
 """A store of the target's features and most probable tokens on disk: written once, read by every run that follows.
 
 A store belongs to one target and one `Reading`; its examples are found by a hash of their tokens, so more data later
-costs only what is new. Three flat files grow side by side (features, and the target's most probable next tokens with
-their probabilities), and an index gets a line once an example is whole: a killed run goes on where it stopped.
+costs only the new examples. Three flat files grow side by side (features, and the target's most probable next tokens
+with their probabilities), and an index gets a line once an example is whole: a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ except ImportError:  # no such thing on Windows, where two runs must not share a
 GIGABYTE = 1e9
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Tokens of one forward: enough rows for the matrix products to be busy."""
+"""The number of tokens of one forward: enough rows to keep the matrix products busy."""
 
 WINDOW = 512
-"""Examples among which those of like length are put together, so that little is padded and the time left is known."""
+"""The number of examples that are grouped by length at once, so that little is padded and the time left is known."""
 
 Progress = Callable[[int, int], None]
-"""`(examples, tokens)` written since the last call."""
+"""A callback that receives the `(examples, tokens)` written since the last call."""
 
 
 class Entry(NamedTuple):
     """The position of an example in the files."""
 
     row: int
-    """First row of its tokens."""
+    """The first row of the example's tokens."""
     tokens: int
     said: int
-    """First row of its teacher's probabilities."""
+    """The first row of the example's teacher probabilities."""
     predicted: int
-    """Rows of its teacher: one for every position from that before the first response token to that before the last."""
+    """The number of teacher rows: one a position, from before the first response token to before the last."""
 
 
 class FeatureStore:
@@ -64,7 +64,7 @@ class FeatureStore:
         folder: holds all stores; this one gets a folder of its own, named by its key.
         target: the model whose features are stored.
         reading: the hidden states that are stored.
-        teacher_top_k: how many of the target's most probable tokens are kept at every position; 0 keeps none.
+        teacher_top_k: number of most probable target tokens to store at every position; 0 stores none.
     """
 
     def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):
@@ -76,12 +76,12 @@ class FeatureStore:
         self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
         self._index: dict[str, Entry] = {}
         self._rows = [0, 0]
-        """Rows that are there, of tokens and of the teacher."""
+        """The numbers of stored rows, of tokens and of the teacher."""
         self._maps: tuple[Tensor, ...] | None = None
         self._read_index()
 
     def missing(self, examples: ExampleSet) -> list[Example]:
-        """List the examples that are not there yet, each once."""
+        """List the examples that are not stored yet, each once."""
         absent: dict[str, Example] = {}
         for one in examples.examples:
             if self._holds(one):
@@ -96,7 +96,7 @@ class FeatureStore:
         return entry is not None and entry.predicted >= len(said_range(example))
 
     def nbytes(self, examples: Sequence[Example]) -> int:
-        """Bytes that these examples take on disk, known before anything is computed."""
+        """Return the bytes that these examples take on disk, before anything is computed."""
         said = sum(len(said_range(example)) for example in examples)
         return sum(map(len, examples)) * self._row_bytes[0] + said * sum(self._row_bytes[1:])
 
@@ -118,7 +118,7 @@ class FeatureStore:
             )
 
     def build(self, examples: ExampleSet, progress: Progress | None = None) -> None:
-        """Run the target over the examples that are not there yet, and tell `progress` of those that are written."""
+        """Run the target over the examples that are not stored yet, and report written ones to `progress`."""
         if not self.missing(examples):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class FeatureStore:
                     progress(len(batch), sum(map(len, batch)))
 
     def __getitem__(self, example: Example) -> tuple[Tensor, TopProbs]:
-        """`(tokens, width)` features of an example, and the teacher's `(predicting positions, k)`."""
+        """Return an example's `(tokens, width)` features and the teacher's `(predicting positions, k)` tokens."""
         if self._maps is None:
             self._maps = self._mapped()
         entry = self._index[fingerprint(example)]
@@ -153,7 +153,7 @@ class FeatureStore:
         return rows, TopProbs(ids[said][counted].long(), probs[said][counted].float())
 
     def reload(self) -> None:
-        """Read the index again, which another process may have extended."""
+        """Reread the index, which another process may have extended."""
         self._maps, self._rows = None, [0, 0]
         self._index.clear()
         self._read_index()
@@ -162,7 +162,7 @@ class FeatureStore:
 
     @torch.no_grad()
     def _read(self, batch: Sequence[Example]) -> tuple[list[Tensor], list[TopProbs]]:
-        """Run the target over a batch; gives the features and the teacher of every example."""
+        """Run the target over a batch; return the features and the teacher's tokens of every example."""
         target = self.reading.target
         ids = pad([example.input_ids.long() for example in batch]).to(target.device)
         lengths = torch.tensor([len(example) for example in batch], device=ids.device)
@@ -208,7 +208,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes from writing, and take notice of what they have written before."""
+        """Lock the store against other writers, and read the entries that they have added."""
         with open(self.folder / "lock", "w") as lock:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -217,7 +217,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _appending(self) -> Iterator[Sequence[BinaryIO]]:
-        """Open the files at the end of what the index vouches for; what a killed run left beyond it is cut off."""
+        """Open the files at the end of the indexed data; anything that a killed run left beyond it is cut off."""
         sizes = (self._rows[0], self._rows[1], self._rows[1])
         index, lines = self.folder / "index.jsonl", (json.dumps([k, *v]) for k, v in self._index.items())
         write_whole(index, "".join(f"{line}\n" for line in lines))
@@ -239,9 +239,9 @@ class FeatureStore:
 
 
 def feature_store(target: TargetLike, ready: Preparation, objective: Objective) -> FeatureStore | None:
-    """The store of a run; None where the target runs in every step.
+    """Return the store of a run; None where the target runs in every step.
 
-    Left to us, features are kept where a run reads its data more than once and the budget has room for them.
+    With `features="auto"` they are stored if a run reads its data more than once and the budget has room for them.
     """
     config, examples = ready.config, ready.examples
     if config.features == "online":
@@ -255,7 +255,7 @@ def feature_store(target: TargetLike, ready: Preparation, objective: Objective) 
 
 
 def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """Divide examples into batches of at most so many padded tokens; one longer than that is a batch of its own."""
+    """Divide examples into batches of at most `tokens` padded tokens; a longer example is its own batch."""
     for start in range(0, len(examples), WINDOW):
         batch: list[Example] = []
         for example in sorted(examples[start : start + WINDOW], key=len):
@@ -267,20 +267,20 @@ def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator
 
 
 def said_range(example: Example) -> range:
-    """The positions at which the teacher is asked: from before the first response token to the last, gaps included."""
+    """Return the teacher's positions: from before the first response token to before the last, gaps included."""
     places = predicting(example.loss_mask).nonzero()[:, 0]
     return range(int(places[0]), int(places[-1]) + 1) if len(places) else range(0)
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of an example's tokens and of the beginning of its first response."""
+    """Hash an example's tokens and the start index of its first response."""
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
     digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
 
 
 def store_key(target: TargetLike, reading: Reading, top_k: int) -> str:
-    """The store's name, a hash of the target's weights and precision and of what is kept of it."""
+    """Return the store's name, a hash of the target's weights and precision and of the stored values."""
     parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 

@@ -1,9 +1,9 @@
-"""Measurements during training on conversations that are not trained on, and the weights that did best by them.
+"""Measurements during training on held-out conversations, and the best weights by them.
 
-Without decoding, which is quick and smooth, the drafter is unrolled on its own features over the held-out responses, as
-it drafts. This gives its top-1 agreement with the target for each draft step, and the mean number of tokens a chain of
-these steps would yield, the bonus token included, where the target goes on as the text does. The mean acceptance length
-tau of real decoding is measured by a function that is handed in.
+A quick and smooth measurement unrolls the drafter on its own features over the held-out responses, without decoding. It
+gives the top-1 agreement with the target for each draft step, and the mean number of tokens of a chain, the bonus token
+included, where the target continues as the text does. A function that the caller passes measures the mean acceptance
+length tau of real decoding.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from outdraft.methods.checkpoint import Network
 
 BATCH = 8
 STEPS = 4
-"""Draft steps that are looked at."""
+"""The number of draft steps that are compared."""
 
 CHAIN = "held_out_chain"
-"""The figure that says which weights are best."""
+"""The metric that selects the best weights."""
 
 MeasureTau = Callable[[Network], dict[str, float]]
-"""Decodes with the drafter as it is and returns what it measured, under `tau` the mean acceptance length."""
+"""A function that decodes with the current drafter and returns metrics, with the mean acceptance length as `tau`."""
 
 
 class HeldOut:
-    """Examples that are not trained on, with the target's features, which are read once.
+    """The held-out examples with the target's features, which are read once.
 
     Args:
         objective: the drafter in training with its loss.
@@ -57,7 +57,8 @@ class HeldOut:
         self._features: list[Tensor] = []
 
     def measure(self) -> dict[str, float]:
-        """`held_out_top1_1` .. for each draft step, and `held_out_chain`; nothing for an objective that cannot say."""
+        """Return `held_out_top1_1` .. for each draft step, and `held_out_chain`; empty if the objective compares no
+        guesses."""
         hits = [hit for hit in self._hits() if hit is not None]
         if not hits:
             return {}
@@ -80,7 +81,7 @@ class Hits:
     """The positions at which a drafter guesses the target's best token.
 
     Args:
-        hits: `(rows, positions, steps)` True where the guess of this step for this position is that token.
+        hits: `(rows, positions, steps)` True where the step's guess for the position is that token.
         spoken: `(rows, positions, steps)` True where a guess counts.
     """
 
@@ -88,7 +89,8 @@ class Hits:
         self.hits, self.spoken = hits & spoken, spoken
 
     def chains(self) -> Tensor:
-        """`(chains,)` tokens that a chain from every position yields: step 1 there, step 2 one further, and so on."""
+        """Return `(chains,)` tokens that a chain from each position yields: step 1 there, step 2 one further, and so
+        on."""
         steps = self.hits.shape[-1]
         whole = self.spoken[:, : max(self.spoken.shape[1] - steps + 1, 0), 0]
         length, alive = torch.ones(whole.shape, device=whole.device), whole.clone()
@@ -101,11 +103,11 @@ class Hits:
 
 
 class BestWeights:
-    """The weights that did best on what is held out, kept beside the checkpoints of a run.
+    """The best weights on the held-out examples, kept beside the checkpoints of a run.
 
     Args:
-        folder: the run's.
-        drafter: in training.
+        folder: folder of the run.
+        drafter: the drafter in training.
         patience: measurements without a better one after which training may end; 0 never ends it.
     """
 
@@ -115,7 +117,7 @@ class BestWeights:
         self.score, self.step, self.since, self.measured = -1.0, 0, 0, 0
 
     def resume(self) -> None:
-        """Go on with what an interrupted run has kept."""
+        """Load the best weights of an interrupted run."""
         try:
             record = json.loads(self._record.read_text())
             found = record["score"], record["step"], record["since"], record["measured"]
@@ -124,7 +126,7 @@ class BestWeights:
         self.score, self.step, self.since, self.measured = found
 
     def note(self, score: float, step: int) -> bool:
-        """Take notice of a measurement; True where training has not got better for too long."""
+        """Record a measurement; return True where training has not improved within the patience."""
         if step <= self.measured:  # a resumed run comes by a second time
             return False
         self.measured = step
@@ -142,11 +144,11 @@ class BestWeights:
 
     @property
     def out_of_patience(self) -> bool:
-        """True where training has not got better for too long."""
+        """Return True where training has not improved within the patience."""
         return bool(self.patience) and self.since >= self.patience
 
     def forget(self) -> None:
-        """Delete what an abandoned run may have left in the folder of one that begins."""
+        """Delete files that an abandoned run may have left in the folder of a new one."""
         self._record.unlink(missing_ok=True)
         self._weights.unlink(missing_ok=True)
 
@@ -157,12 +159,12 @@ class BestWeights:
 
 
 class TauMeter(TrainerCallback):
-    """Measures what is held out every `every` steps, in the first process; the others wait.
+    """A callback that measures the held-out metrics every `every` steps in the first process; the others wait.
 
     Args:
-        measure: gives tau and what else is measured.
+        measure: returns tau and the other metrics.
         every: steps between measurements.
-        best: keeps the weights that did best.
+        best: keeps the best weights.
     """
 
     def __init__(self, measure: MeasureTau, every: int, best: BestWeights):
@@ -189,7 +191,7 @@ class TauMeter(TrainerCallback):
         return found
 
     def last(self) -> tuple[dict[str, float], bool]:
-        """Measure the final weights; those that did better before are put in their place, and True says so."""
+        """Measure the final weights; restore earlier weights if these did better, and return True then."""
         found = self.measured()
         self.log(dict(found))
         if found.get(CHAIN, 0.0) < self.best.score:
@@ -205,7 +207,7 @@ def measurement(
     tokenizer: Any,
     max_length: int,
 ) -> MeasureTau | None:
-    """Put together what is measured: tau, and guesses on held-out conversations; None where there is neither."""
+    """Combine the measurements of tau and of guesses on held-out conversations; None with neither."""
     spoken = [
         one for one in conversations if one.text is not None or any(m["role"] == "assistant" for m in one.messages)
     ]

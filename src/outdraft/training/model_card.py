@@ -1,5 +1,5 @@
-"""The card of a trained drafter, `README.md` in its folder: what it is, how to use it, how it was made and how well it
-guesses. It is written from the provenance record and nothing else, so that it holds what the record holds.
+"""The model card of a trained drafter, `README.md` in its folder: contents, use, training and acceptance figures. It is
+written from the provenance record and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOT_SHOWN = {
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """The card as Markdown, with the Hub's metadata before it.
+    """Return the card as Markdown, with the Hub's metadata before it.
 
     Args:
         record: the provenance record, as `train` makes it.
@@ -70,12 +70,12 @@ Versions: {versions}. SHA-256 of the data: `{record["data_sha256"]}`.
 
 
 def _base_model(target: str) -> str:
-    """The metadata's line on the target; none for one that is no repository, which the Hub does not take."""
+    """Return the metadata's line on the target; empty for a target that is no repository, which the Hub refuses."""
     return f"base_model: {target}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", target) else ""
 
 
 def _measured(record: Mapping[str, Any]) -> str:
-    """The figures of the record; those of the training itself are no promise for other text."""
+    """Return the record's figures, with the remark that training's own are no promise for other text."""
     tau = record.get("tau") or {}
     lines = []
     if "tau" in tau:

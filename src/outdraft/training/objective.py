@@ -1,4 +1,4 @@
-"""From a training configuration to the network and the objective of its method, as the registry has them."""
+"""The network and the objective of a training configuration, from the registry of methods."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from outdraft.training.config import DrafterConfig
 
 
 def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
-    """A drafter with its first float32 weights, on the target's device: of the seed, another drafter or the target.
+    """Build a drafter with initial float32 weights (of the seed, another drafter or the target) on the target's device.
 
     Args:
-        target: what the drafter is for.
+        target: the model that the drafter is for.
         config: the settings, with the preset filled in and the exit layer a number.
 
     Raises:
@@ -23,5 +23,5 @@ def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
 
 
 def objective_for(target: TargetLike, config: DrafterConfig, drafter: Network | None = None) -> Objective:
-    """The objective of the configuration's method; arguments as in `new_drafter`, `drafter` being what to train."""
+    """Return the objective of the configuration's method; arguments as in `new_drafter`, `drafter` is to be trained."""
     return method_called(config.method).objective(target, config, drafter or new_drafter(target, config))

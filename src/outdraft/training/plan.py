@@ -29,7 +29,7 @@ MANY_PASSES = 10
 
 @dataclass
 class TrainPlan:
-    """The size of a run."""
+    """The size of a run: counts, times and memory."""
 
     preset: str
     method: str
@@ -37,27 +37,27 @@ class TrainPlan:
     drafter_parameters: int
     examples: int
     tokens: int
-    """Tokens of one pass over the data."""
+    """The number of tokens of one pass over the data."""
     response_tokens: int
-    """Tokens that carry loss."""
+    """The number of tokens that carry loss."""
     cut_answers: int
-    """Answers that were cut off, after which no end token is learned."""
+    """The number of answers that were cut off, after which no end token is learned."""
     steps: int
     passes: float
-    """Passes over the data that the steps make."""
+    """The number of passes over the data."""
     learning_rate: float
     precision: str
     step_seconds: float
-    """One optimizer step, timed on this machine."""
+    """The time of one optimizer step on this machine."""
     seconds: float
-    """The whole run, without measurements of tau."""
+    """The time of the whole run, without measurements of tau."""
     memory_bytes: int
-    """Most memory held: measured on a GPU, estimated from shapes on a CPU."""
+    """The peak memory: measured on a GPU, estimated from shapes on a CPU."""
     feature_cache_bytes: int
-    """Size of what is stored of the target; 0 where it runs in every step."""
+    """The size of the feature store; 0 where the target runs in every step."""
     notes: list[str] = field(default_factory=list)
     exit_choice: ExitChoice | None = None
-    """The choice of EESD's exit layer, where it was left to us."""
+    """The choice of EESD's exit layer, where it was automatic."""
 
     def show(self, console: Console) -> None:
         """Print the plan as a table."""
@@ -84,7 +84,7 @@ class TrainPlan:
             console.print(note, highlight=False)
 
     def _in_hours(self) -> str:
-        """The passes over the data that one, four and twelve hours are enough for at the speed timed here."""
+        """Return the passes over the data that one, four and twelve hours allow at the measured speed."""
         reading = max(self.seconds - self.steps * self.step_seconds, 0.0)
         a_pass = self.steps * self.step_seconds / self.passes
         counts = {hours: max(hours * 3600 - reading, 0.0) / a_pass for hours in (1, 4, 12)}
@@ -93,10 +93,10 @@ class TrainPlan:
 
 
 def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
-    """Size and time of the run that `train` would make.
+    """Return size and time of the run that `train` would make.
 
     Raises:
-        UserError: what `train` would raise before its first step.
+        UserError: `train` would raise one before its first step.
     """
     ready = prepare(target, config)
     if ready.config.exit_layer == "auto":
@@ -133,7 +133,7 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
 
 
 def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Objective) -> int:
-    """Sum of target, drafter with gradients and AdamW's two moments, activations of a piece, logits of a chunk."""
+    """Sum up target, drafter with gradients and AdamW's moments, a piece's activations, and a chunk's logits."""
     config = ready.config
     weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
     trained = 16 * sum(weight.numel() for weight in objective.drafter.parameters())
@@ -150,7 +150,7 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
 def _timed(
     target: TargetLike, ready: Preparation, objective: Objective, bf16: bool, cached: bool
 ) -> tuple[float, float, int]:
-    """Seconds of the target's forward for an example and of an optimizer step, and the GPU's peak (0 on a CPU)."""
+    """Return seconds of a target forward for an example and of an optimizer step, and the GPU's peak (0 on a CPU)."""
     config, device = ready.config, target.device
     count = min(len(ready.examples), config.batch_size // config.gradient_accumulation_steps)
     chosen = random.Random(config.seed).sample(range(len(ready.examples)), count)
@@ -185,7 +185,7 @@ def _timed(
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time of the second run: the first pays for allocation and compilation."""
+    """Time the second run, since the first pays for allocation and compilation."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

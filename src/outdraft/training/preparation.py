@@ -1,6 +1,6 @@
-"""Preparation of a run from target and configuration: settings, data, steps, and the checkpoint to go on from.
+"""Preparation of a run from target and configuration: settings, data, steps, and the checkpoint to resume from.
 
-`train` and `plan` share it. It writes nothing.
+`train` and `plan` share this preparation, which writes nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from outdraft.training.config import DrafterConfig
 NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
 
 ADVISED_EXAMPLES = 5000
-"""Conversations from which drafters learn well; a fifth of them is few."""
+"""The number of conversations from which drafters learn well; a fifth of it is few."""
 
 BEFORE = {"embedding_scale": 1.0, "teacher_top_k": 0}
-"""Settings of runs of versions that did not have them, where that is not their default."""
+"""The values of settings in runs of older versions without them, where they are not the defaults."""
 
 # Settings that may change between a run and its resumption without changing how it trains.
 FREE = {
@@ -38,17 +38,17 @@ FREE = {
 
 @dataclass
 class Preparation:
-    """All that is decided before the first step."""
+    """The decisions that are made before the first step."""
 
     config: DrafterConfig
-    """With the preset filled in."""
+    """The configuration with its preset filled in."""
     examples: ExampleSet
     skipped: list[str]
-    """Lines of the data that were left out, with the reason."""
+    """The data lines that were left out, with the reason."""
     processes: int
     total_steps: int
     choice: ExitChoice | None = None
-    """The choice of the exit layer, where it was left to us."""
+    """The choice of the exit layer, where it was automatic."""
 
     @property
     def notes(self) -> list[str]:
@@ -94,17 +94,17 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
 
 
 def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
-    """The preparation with the exit layer that was chosen."""
+    """Return the preparation with the chosen exit layer."""
     return replace(ready, config=_with(ready.config, exit_layer=choice.layer), choice=choice)
 
 
 def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:
-    """The configuration with other values, which do not count as set by hand."""
+    """Return the configuration with other values, which do not count as set by hand."""
     return DrafterConfig.model_construct(_fields_set=set(config.model_fields_set), **{**dict(config), **values})
 
 
 def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
-    """The configuration with its preset, checked against the target."""
+    """Return the configuration with its preset filled in, checked against the target."""
     by_hand = "max_length" in config.model_fields_set
     if getattr(target, "backend", "eager") != "eager":  # packed layers compute no gradients, and hide their weights
         raise UserError(f"a target on backend '{target.backend}' cannot train a drafter; load it with backend eager")  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
 
 
 def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     if config.max_steps is not None:
         return config.max_steps
     pieces = math.ceil(examples / (config.batch_size // config.gradient_accumulation_steps * processes))
@@ -132,7 +132,7 @@ def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
 
 
 def run_identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
-    """All that decides the final weights of a run."""
+    """Return all facts that determine the final weights of a run."""
     settings = {key: value for key, value in ready.config.record().items() if key not in FREE}
     return {
         **settings,
@@ -144,7 +144,7 @@ def run_identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
 
 
 def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint in the output folder to go on from; None where the run begins.
+    """Return the checkpoint in the output folder to resume from; None for a new run.
 
     Raises:
         UserError: the folder holds another run, or one that is not to be resumed.

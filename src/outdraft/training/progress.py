@@ -27,30 +27,30 @@ from outdraft.training.held_out_loss import CHAIN
 SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "held_out_top1_1": ".3f", CHAIN: ".3f", "learning_rate": ".1e"}
 
 EVERY_SECONDS = 15.0
-"""Time between two lines about reading."""
+"""The time between two lines about reading."""
 
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.25
-"""Time between two lines, or two movements of the bar, about answers."""
+"""The time between two lines, or two updates of the bar, about answers."""
 
 SETTLED_SECONDS = 5.0
-"""Age of a run from which on its time left is worth telling."""
+"""The age of a run from which on its time left is shown."""
 
 
 def duration(seconds: float) -> str:
-    """`75` as `1 min 15 s`."""
+    """Format seconds: `75` as `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _bar(console: Console, name: str, *columns: ProgressColumn) -> Progress:
-    """A bar that is not shown where the console is no terminal."""
+    """Make a bar that is hidden where the console is no terminal."""
     return Progress(TextColumn(name), BarColumn(), *columns, console=console, disable=not console.is_terminal)
 
 
 class ProgressReport(TrainerCallback):
-    """A bar with loss, agreement and tau on a terminal; a line for every log entry elsewhere."""
+    """The progress of training: a bar with loss, agreement and tau on a terminal, a line a log entry elsewhere."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -82,12 +82,12 @@ class ProgressReport(TrainerCallback):
 
 
 class ReadingReport:
-    """The target's run over the data, with its speed and the time left; a context manager.
+    """The progress of the target's run over the data, with speed and time left; a context manager.
 
     Args:
         console: where it is shown.
-        examples: how many are to be read.
-        tokens: of all of them.
+        examples: number of examples to read.
+        tokens: total tokens to read.
     """
 
     def __init__(self, console: Console, examples: int, tokens: int):
@@ -105,7 +105,7 @@ class ReadingReport:
         self._bar.stop()
 
     def __call__(self, examples: int, tokens: int) -> None:
-        """Add so many to those that are read."""
+        """Add examples and tokens that have been read."""
         self._read = [self._read[0] + examples, self._read[1] + tokens]
         now = time.monotonic()
         speed = self._read[1] / max(now - self._began, 1e-9)
@@ -118,13 +118,13 @@ class ReadingReport:
 
 
 class AnswerProgress:
-    """The answers of a run, with their speed, tau and the time left; a context manager.
+    """The progress of a run's answers, with speed, tau and time left; a context manager.
 
     Args:
         console: where it is shown.
         total: answers to write.
-        longest: tokens of an answer at most.
-        drafting: whether there is a tau.
+        longest: most tokens of an answer.
+        drafting: True with a drafter, which has a tau.
     """
 
     def __init__(self, console: Console, total: int, longest: int, drafting: bool):
@@ -152,25 +152,25 @@ class AnswerProgress:
 
     @property
     def tokens(self) -> int:
-        """Tokens generated so far."""
+        """The number of tokens generated so far."""
         return self._tokens + sum(len(row.tokens) for row in self._running)
 
     @property
     def tau(self) -> float | None:
-        """Tokens a round of a row, if there is a drafter."""
+        """The mean tokens of a row's round; None without a drafter."""
         rounds = self._rounds + sum(row.statistics.rounds for row in self._running)
         emitted = self._emitted + sum(row.statistics.emitted for row in self._running)
         return emitted / rounds if self.drafting and rounds else None
 
     def ended(self, row: Row) -> None:
-        """Count a turn that is over."""
+        """Count a turn that has ended."""
         self._ended += 1
         self._tokens += len(row.tokens)
         self._rounds += row.statistics.rounds
         self._emitted += row.statistics.emitted
 
     def answered(self, finished: bool) -> None:
-        """Count a conversation whose turns are all over."""
+        """Count a conversation whose turns have all ended."""
         self.answers += 1
         self.finished += finished
 
@@ -189,7 +189,7 @@ class AnswerProgress:
             self.console.print(self.line(), markup=False)
 
     def line(self) -> str:
-        """Answers, speed, tau and the time left."""
+        """Return a line of answers, speed, tau and the time left."""
         parts = [f"{self.answers}/{self.total} answers"]
         if self.tokens:
             parts.append(f"{self.tokens / self.seconds:.0f} tokens/s")
@@ -201,19 +201,19 @@ class AnswerProgress:
 
     @property
     def left(self) -> float:
-        """Seconds until all are answered, judged by what was generated."""
+        """Estimate the seconds until all are answered, from the tokens generated so far."""
         to_come = (self.total - self._expected_done()) * self._length()
         return max(0.0, to_come) / (self.tokens / self.seconds)
 
     def _length(self) -> float:
-        """Expected tokens of an answer; rows that are not over count with what they have, as rates do.
+        """Estimate the tokens of an answer; unfinished rows count with the tokens they have, as in rate estimates.
 
-        The first ones to end are short: their mean alone would promise too much.
+        The first answers to end are short: their mean alone would underestimate.
         """
         turns = max(1.0, self._ended / self.answers) if self.answers else 1.0
         return turns * min(self.longest, self.tokens / self._ended if self._ended else self.longest)
 
     def _expected_done(self) -> float:
-        """Answers, those begun counted in part."""
+        """Estimate the finished answers, where unfinished ones count in part."""
         length = self._length()
         return self.answers + sum(min(1.0, len(row.tokens) / length) for row in self._running)

@@ -1,6 +1,6 @@
 """`train`: from a target, data and settings to a folder with a trained drafter and the record of how it was made.
 
-The parts are in the files beside it. The real acceptance length is measured by a function that is handed in.
+The caller passes the function that measures the real acceptance length.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ except ModuleNotFoundError as error:
 CHOICE = "exit_choice"
 
 SAME_WISH_SECONDS = 1.0
-"""Time within which two signals are one wish."""
+"""The time within which two signals count as one request."""
 
 
 @dataclass
@@ -57,18 +57,18 @@ class TrainResult:
     """The outcome of a finished run."""
 
     folder: Path
-    """The drafter: `config.json`, `model.safetensors`, `provenance.json`, and its card in `README.md`."""
+    """The drafter's folder: `config.json`, `model.safetensors`, `provenance.json`, and its card in `README.md`."""
     steps: int
-    """Optimizer steps; fewer than planned where patience has ended the run."""
+    """The number of optimizer steps; fewer than planned where patience ended the run."""
     seconds: float
-    """Wall-clock of this process, data and measurement included."""
+    """The wall-clock time of this process, data and measurement included."""
     peak_memory_bytes: int
     metrics: dict[str, float]
     """The last log entry: loss, loss_reg, loss_cls, acc, learning_rate."""
     tau: dict[str, float] | None
-    """Figures of the drafter that is saved."""
+    """The held-out metrics of the saved drafter."""
     best_step: int
-    """The step whose weights are saved: the last one, unless an earlier did better on what is held out."""
+    """The step whose weights are saved: the last one, unless an earlier one did better on the held-out data."""
 
 
 def train(
@@ -83,7 +83,7 @@ def train(
 ) -> TrainResult:
     """Train a drafter for `target` (arXiv 2408.15562 or 2406.03853) and save it to `config.output_dir`.
 
-    Works alone or in every process of `torchrun` / `accelerate launch`; each then holds its own target.
+    It runs in a single process, or in each of `torchrun` / `accelerate launch`; every process holds its own target.
 
     Args:
         target: stays as it is; its weights are frozen.
@@ -93,7 +93,7 @@ def train(
         console: where progress goes; stderr when not given.
         held_out: conversations that are not trained on, with answers: top-1 agreement on them is measured beside tau,
             and the weights that did best on them are the ones that are saved.
-        callbacks: of `transformers`, told of every step and log entry.
+        callbacks: callbacks of `transformers`, called for every step and log entry.
         begun_with: settings that the run's folder keeps for whoever resumes it.
 
     Raises:
@@ -174,8 +174,8 @@ def train(
 
 
 def _leave_group() -> None:
-    """Leave the group of processes: one that ends with the group's threads still running aborts, and the launcher then
-    calls a finished training a failure."""
+    """Leave the process group: a process that ends while the group's threads run aborts, and the launcher then reports
+    a finished training as failed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -189,7 +189,7 @@ def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
 
 
 def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> ExitChoice:
-    """Choose the exit layer once for all processes: as this run did before it was interrupted, else by measurement."""
+    """Choose the exit layer once for all processes: an interrupted run's own choice, else by measurement."""
     choice: ExitChoice | None = None
     if resume:
         try:
@@ -209,7 +209,7 @@ def _choice_record(ready: Preparation) -> dict[str, Any]:
 
 
 def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArguments, console: Console) -> None:
-    """Fill the store with what it lacks, in the first process; the others wait."""
+    """Fill the store with the missing examples, in the first process; the others wait."""
     store.check_budget(ready.examples, ready.config.feature_cache_gb)
     missing = store.missing(ready.examples)
     if missing and args.should_save:
@@ -229,7 +229,7 @@ def _run(
     console: Console,
     ended: bool,
 ) -> None:
-    """The loop itself; ends with the final weights in the drafter, or with KeyboardInterrupt after a checkpoint."""
+    """Run the training loop; it ends with the final weights in the drafter, or KeyboardInterrupt after a checkpoint."""
     total = trainer.args.max_steps
     if checkpoint is not None and (ended or step_of(checkpoint) >= total):
         trainer.load_finished(checkpoint)
@@ -278,7 +278,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class OrderlyStop(TrainerCallback):
-    """Turns Ctrl-C or SIGTERM into: finish this step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """A callback for Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     A context manager; outside the main thread, where signals cannot be caught, it does nothing.
     """

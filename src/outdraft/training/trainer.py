@@ -1,5 +1,5 @@
-"""`transformers.Trainer` for a drafter: our loss, clipping by value, whole checkpoints, batches that mean the same
-whether they are split over pieces, processes or nothing.
+"""`transformers.Trainer` for a drafter: the objective's loss, clipping by value, whole checkpoints, and batches that
+give the same step however they are split over pieces and processes.
 
 Every random number comes from (seed, step, example): no global generator is read after the first weights, so a run
 that is killed and resumed ends in the same bits.
@@ -35,15 +35,15 @@ from outdraft.training.config import DrafterConfig
 GROUPS = "groups"
 
 GROUP_COST = {"cpu": 128, "cuda": 1024}
-"""Cost of one more forward and backward beside its tokens, in tokens: all weights are read once more, and a GPU wants
-that many rows to be busy. Estimates, not tuned."""
+"""The fixed cost of a forward and backward, in tokens: all weights are read once more, and a GPU needs that many rows
+to be busy. The values are estimates, not tuned."""
 
 # Parameters of glibc's mallopt(3) and their values: no mapped blocks, nothing given back, much asked for at once.
 KEEP_FREED = {-4: 0, -1: 2**31 - 1, -2: 2**28}
 
 
 class ObjectiveTrainer(Trainer):
-    """Trains a drafter on the features of its target.
+    """A Trainer of a drafter on the features of its target.
 
     Args:
         objective: the drafter with its loss; only the drafter's weights train and are saved. Its target is in every
@@ -117,20 +117,20 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This group's share of the step's mean loss."""
+        """Compute this group's share of the step's mean loss."""
         ids, lengths = inputs["input_ids"], inputs["lengths"]
         features = inputs["features"] if "features" in inputs else self.objective.reading(ids, lengths)
         progress = self.state.global_step / self.args.max_steps
         sums = model(*self.objective.arguments(inputs, features, self.state.global_step, progress))
         for name, part in sums._asdict().items():
-            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double()  # where it is, so that nobody waits
+            self._sums[name] = self._sums.get(name, 0.0) + part.detach().double()  # on its device, without a sync
         count = torch.as_tensor(sums.positions if num_items_in_batch is None else num_items_in_batch)
         # The gradients of several processes are averaged: the factor turns their mean into a sum.
         loss = self.objective.total(sums, progress) * (self.args.world_size / count.clamp(min=1))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss and the top-1 agreement since the last entry to a training entry."""
+        """Add the parts of the loss and the top-1 agreement since the last entry to a training entry."""
         if "loss" in logs and self._sums:
             sums = torch.stack(list(self._sums.values())).float().to(self.args.device)
             sums = self.accelerator.reduce(sums, reduction="sum") if self.args.world_size > 1 else sums
@@ -144,7 +144,7 @@ class ObjectiveTrainer(Trainer):
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Checkpoints are written aside; `_save_checkpoint` publishes them."""
+        """Return the temporary folder of a checkpoint; `_save_checkpoint` publishes it."""
         return str(self.config.output_dir / PARTIAL)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -155,7 +155,7 @@ class ObjectiveTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The weights as they train, in a folder that is a drafter's: a checkpoint can be tried."""
+        """Save the weights in training as a drafter's folder, so that a checkpoint can be tried."""
         target, about = self.objective.target, {"step": self.state.global_step, UNFOLDED: self.objective.scale}
         place, facts = output_dir or self.config.output_dir, target_facts(target.model)
         save_drafter(place, self._drafter, target_id=shown_target(target), training=about, target=facts)
@@ -164,7 +164,7 @@ class ObjectiveTrainer(Trainer):
         self._drafter.load_state_dict(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Load weights and log of a run that has no step left."""
+        """Load weights and log of a run that has finished its steps."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
@@ -174,7 +174,7 @@ class ObjectiveTrainer(Trainer):
 
 
 class ClipByValue(TrainerCallback):
-    """Clips every entry of the gradient, as published; the Trainer itself clips norms only."""
+    """A callback that clips every entry of the gradient, as published; the Trainer itself clips norms only."""
 
     def __init__(self, value: float):
         self.value = value
@@ -189,7 +189,7 @@ def groups_of_like_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of every row.
-        cost: of one more group, in tokens.
+        cost: cost of one more group, in tokens.
 
     Returns:
         Indices into `lengths`, every one once; the longest rows come first, so that the most memory is held at once.
@@ -211,9 +211,9 @@ def groups_of_like_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks in this process from now on; False where the allocator cannot be told.
+    """Make glibc keep freed blocks in this process from now on; return False where the allocator cannot be set.
 
-    By itself it gives large blocks back to the system, so that every layer of every step has its pages mapped and
+    By default glibc returns large blocks to the system, so that every layer of every step has its pages mapped and
     cleared anew; training and prefill on a CPU spend a tenth of their time or more on that.
     """
     if not sys.platform.startswith("linux"):
@@ -227,17 +227,17 @@ def keep_freed_memory() -> bool:
 
 
 def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
-    """True if the drafter trains in bf16 autocast on this device."""
+    """Return True if the drafter trains in bf16 autocast on this device."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return default_dtype(device) == torch.bfloat16
 
 
 def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:
-    """The Trainer's own arguments for a configuration with its preset filled in.
+    """Return the Trainer's arguments for a configuration with its preset filled in.
 
     Args:
-        config: what to do.
+        config: the training settings.
         device: the target's, on which the drafter trains.
         total_steps: optimizer steps of the whole run.
 
@@ -274,7 +274,7 @@ def training_arguments(config: DrafterConfig, device: torch.device, total_steps:
         label_names=[],
         log_level="error",
     )
-    _ = args.device  # several visible GPUs in one process would mean DataParallel, which knows nothing of our sums
+    _ = args.device  # several visible GPUs in one process would mean DataParallel, which cannot add up our sums
     args._n_gpu = min(args.n_gpu, 1)
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):

@@ -1,7 +1,7 @@
 """The losslessness audit behind `outdraft verify`: a check that this drafter, with these settings, keeps the target's
 output distribution on this machine.
 
-Exports what a caller needs; `audit.py` says in which order the checks run.
+This module exports the public names; `audit.py` runs the checks in order.
 """
 
 from outdraft.evaluation.audit.audit import run_audit

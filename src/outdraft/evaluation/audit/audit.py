@@ -1,4 +1,4 @@
-"""The audit from end to end: which checks run on what, and in which order."""
+"""The audit from end to end: its checks, their inputs, and their order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from outdraft.reference import load_prompts
 from outdraft.training.progress import duration
 
 OFFSETS = (0, 2, 5, 9)
-"""New tokens of a plain text that prefixes take along, so that not all of them end where a prompt does."""
+"""The numbers of new tokens that extend prompts to prefixes, so that not all prefixes end where a prompt does."""
 
 
 def run_audit(
@@ -43,18 +43,18 @@ def run_audit(
     prompts: Sequence[list[int]] | None = None,
     about: dict[str, Any] | None = None,
 ) -> Audit:
-    """Check whether `model` with these settings gives what its target alone would.
+    """Check whether `model` with these settings keeps its target's output distribution.
 
     Args:
         model: target and drafter.
-        settings: what to check.
+        settings: settings of the audit.
         remarks: where progress goes; nowhere when None.
-        prompts: token ids, in place of those that the settings name.
+        prompts: token ids, in place of the settings' prompts.
         about: names for the report, such as the model's.
 
     Raises:
-        UserError: there is no drafter, the prompts or settings cannot work, or they sample and scipy is missing.
-        KeyboardInterrupt: stopped by the user before any check was finished; later on, what was found is returned.
+        UserError: the model has no drafter, the prompts or settings cannot work, or they sample and scipy is missing.
+        KeyboardInterrupt: the user stopped before any check was finished; later, the findings so far are returned.
     """
     if model.drafter is None:
         raise UserError("there is no drafter to verify; give --draft-model, or --method prompt-lookup")
@@ -113,7 +113,7 @@ class _Running:
         self.course = progress.Course(remarks, self.expected)
 
     def _forecast(self) -> dict[str, float]:
-        """Seconds of every check, told before the first one begins."""
+        """Forecast the seconds of every check, and show them before the first begins."""
         paces = progress.Paces.timed(self.model, self.settings, self.prompts)
         found = progress.expected(self.settings, paces, len(self.prompts), self.samples)
         line = f"expected to take about {duration(sum(found.values()))} here; Ctrl-C ends it and keeps what was found"
@@ -131,7 +131,7 @@ class _Running:
         self.check_forwards()
 
     def _checked(self) -> SamplingSettings:
-        """The sampling settings; whatever is wrong with any setting is said before anything runs."""
+        """Return the sampling settings; invalid settings of any kind raise before anything runs."""
         generation = dict(self.settings.generation)
         draft = DraftSettings.taken(generation)
         sampling = sampling_settings(generation, model_settings(self.model.target))
@@ -139,14 +139,14 @@ class _Running:
         return sampling
 
     def drafted(self, **watching: Any) -> SpeculativeModel:
-        """The model with its drafter under watch; what controllers learn stays with it."""
+        """Return the model with its drafter watched; the controllers' learned state stays with it."""
         watched = self.model.with_drafter(Watch(self.drafter, **watching))
         watched._pacers = self.model._pacers
         return watched
 
     @contextmanager
     def stage(self, shown: str, total: int) -> Iterator[progress.Stage]:
-        """A bar; findings that are added within have its seconds."""
+        """Show a bar; findings that are added within get its seconds."""
         before, start = len(self.findings), time.perf_counter()
         with self.course.stage(shown, total) as advance:
             yield advance
@@ -225,7 +225,7 @@ class _Running:
 
 
 def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], most: int) -> Iterator[list[int]]:
-    """Prompts, shortest first as they cost least, some of them with the beginning of a plain text."""
+    """Yield prefixes: prompts, shortest (cheapest) first, some of them extended by tokens of a plain text."""
     order = sorted(range(len(plain)), key=lambda i: len(prompts[i]))
     for number in range(most):
         place = order[number % len(order)]
@@ -236,6 +236,6 @@ def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], mo
 
 
 def _undrafted(generation: dict[str, Any]) -> dict[str, Any]:
-    """What plain decoding takes of the settings."""
+    """Return the settings that plain decoding takes."""
     drafting = DraftKeywords.__annotations__.keys() - {"coupling"}
     return {name: value for name, value in generation.items() if name not in drafting}

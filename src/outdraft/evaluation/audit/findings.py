@@ -1,4 +1,4 @@
-"""The findings of an audit, Holm's correction of their p-values, the verdict, and all of it on a terminal."""
+"""The findings of an audit, Holm's correction of their p-values, the verdict, and their terminal output."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rich.text import Text
 from outdraft.evaluation.audit.stock import Noise
 
 SHOWN_LINES = 6
-"""Details of one check on a terminal; all of them are in the JSON and in the report."""
+"""The number of a check's details on a terminal; the JSON and the report have all of them."""
 
 
 @dataclass
 class Finding:
-    """One check's answer.
+    """The result of one check.
 
     Attributes:
         name: its key in reports.
-        question: what was checked, as a question that yes answers for a lossless decoder.
-        passed: yes or no. Of a statistical test: settled by `judge`.
-        evidence: the answer's figures in a sentence or two.
-        p_value: of a statistical test, before any correction.
-        adjusted: the same after Holm's correction; compared with alpha.
-        figures: for JSON.
+        question: the check as a question, whose answer is yes for a lossless decoder.
+        passed: True for yes; `judge` sets it for statistical tests.
+        evidence: the result's figures in a sentence or two.
+        p_value: p-value of a statistical test, before any correction.
+        adjusted: p-value after Holm's correction, which is compared with alpha.
+        figures: figures for JSON.
         lines: details worth a line each.
-        seconds: it took.
+        seconds: duration of the check.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Finding:
 
 
 def judge(findings: Sequence[Finding], alpha: float) -> None:
-    """Settle the statistical tests among them: passed where Holm's adjusted p-value is at least alpha."""
+    """Set `passed` of the statistical tests: True where Holm's adjusted p-value is at least alpha."""
     tests = [finding for finding in findings if finding.p_value is not None]
     for finding, adjusted in zip(tests, holm([finding.p_value or 0.0 for finding in tests]), strict=True):
         finding.adjusted = adjusted
@@ -67,7 +67,7 @@ def judge(findings: Sequence[Finding], alpha: float) -> None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: rejecting those below alpha errs with probability alpha at most, over all of them together."""
+    """Return adjusted p-values: rejecting those below alpha errs with probability at most alpha, over all together."""
     adjusted = [math.nan] * len(p_values)
     largest = 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -81,14 +81,14 @@ class Audit:
     """All findings of an audit, and the verdict.
 
     Attributes:
-        settings: of the audit and the model, for reports.
+        settings: settings of the audit and the model, for reports.
         environment: machine, versions, precision, backend.
-        findings: in the order of the checks.
-        noise: of this model, precision and backend.
-        alpha: level of the statistical tests together.
-        seconds: of the whole audit.
-        expected_seconds: as they were stated before it began.
-        stopped: the check that ran when the user ended the audit; None where it came to its end.
+        findings: findings in the order of the checks.
+        noise: rounding noise of this model, precision and backend.
+        alpha: joint level of the statistical tests.
+        seconds: duration of the whole audit.
+        expected_seconds: the forecast from before it began.
+        stopped: the check that ran when the user ended the audit; None for a complete audit.
     """
 
     settings: dict[str, Any]
@@ -102,7 +102,7 @@ class Audit:
 
     @property
     def kept(self) -> bool | None:
-        """True if every check passed; None where none has failed yet, but the audit was stopped."""
+        """True if every check passed, False if one failed; None where a stopped audit has no failure."""
         if all(finding.passed for finding in self.findings):
             return True if self.stopped is None else None
         return False
@@ -125,7 +125,7 @@ class Audit:
 
     @property
     def _quick(self) -> str:
-        """A remark on what a quick look leaves open."""
+        """A remark on the limits of a quick audit."""
         if not self.settings.get("quick"):
             return ""
         found = self.settings
@@ -136,7 +136,7 @@ class Audit:
 
     @property
     def _unseen(self) -> str:
-        """A warning where too little happened to be seen."""
+        """A warning where no candidate was drafted, or none accepted."""
         runs = [finding.figures["drafting"] for finding in self.findings if "drafting" in finding.figures]
         if not any(run["drafted"] for run in runs):
             return " But nothing was drafted, so this says nothing about the drafter."
@@ -195,13 +195,13 @@ def show(audit: Audit, console: Console) -> None:
 
 
 def sampling_line(audit: Audit) -> str:
-    """The generation settings in a line."""
+    """Return the generation settings in a line."""
     generation = audit.settings["generation"]
     return ", ".join(f"{name} {value}" for name, value in generation.items()) or "greedy"
 
 
 def noise_line(audit: Audit) -> str:
-    """The noise floor in a sentence."""
+    """Return the noise floor in a sentence."""
     noise = audit.noise
     return (
         f"noise floor of {audit.environment['dtype']} on the {audit.environment['backend']} backend, one token against "

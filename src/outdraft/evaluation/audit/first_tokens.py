@@ -1,8 +1,8 @@
 """The joint distribution of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
 
 After chosen prefixes the tree of likely continuations is walked with one-token forwards of the stock model, which gives
-every cell's exact probability; what is rarer stays in the cell of its own beginning. Cells are settled before anything
-is sampled, and the sample size follows from the error that must be found.
+every cell's exact probability; rarer continuations stay in the cell of their first tokens. Cells are fixed before
+sampling, and the sample size follows from the error that must be found.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from outdraft.evaluation.audit.stock import SEVERAL, StockProbs
 from outdraft.evaluation.audit.watch import Watch
 
 Cells = dict[tuple[int, ...], float]
-"""Beginnings and their probabilities; one that was continued keeps only what its continuations leave over."""
+"""The cells: first tokens and their probabilities; a continued cell keeps only the mass beside its continuations."""
 
 CHILDREN = 3
-"""Continuations told apart after one beginning, so that the cells reach past the first token."""
+"""The most continuations of one cell that get cells of their own, so that cells reach past the first token."""
 
 LEAST = 0.01
-"""Probability of a cell of its own."""
+"""The least probability of a cell of its own."""
 
 
 @dataclass
@@ -38,10 +38,10 @@ class Prefix:
 
     Attributes:
         tokens: token ids.
-        cells: exact.
+        cells: exact probabilities of the cells.
         rounding: sum of d^2 / p over the cells, d being what many-token forwards change of p: the noncentrality that
             rounding alone may give to one sample.
-        variation: half the sum of |d|, at most.
+        variation: half the sum of |d|, an upper bound of its total variation.
     """
 
     tokens: list[int]
@@ -51,13 +51,13 @@ class Prefix:
 
     @property
     def spread(self) -> float:
-        """1 - sum p^2: how much there is to see."""
+        """The spread 1 - sum p^2 of the cells, by which prefixes are chosen."""
         return 1 - sum(p * p for p in self.cells.values())
 
 
 @torch.inference_mode()
 def exact_cells(probs: StockProbs, prefix: list[int], tokens: int, most: int) -> Cells:
-    """Split the most probable beginning again and again, until there are `most` cells or nothing is left to split."""
+    """Split the most probable cell repeatedly, until there are `most` cells or none can be split."""
     ends = set(probs.target.eos_token_ids)
     cells: Cells = {(): 1.0}
     open_cells: Cells = {(): 1.0}
@@ -78,7 +78,7 @@ def exact_cells(probs: StockProbs, prefix: list[int], tokens: int, most: int) ->
 
 @torch.inference_mode()
 def same_cells(probs: StockProbs, prefix: list[int], like: Cells, piece: int | None) -> Cells:
-    """The probabilities of the same cells by forwards over several tokens."""
+    """Return the probabilities of the same cells by forwards over several tokens."""
     cells: Cells = {(): 1.0}
     parents = {cell[:-1] for cell in like if cell}
     for length in range(max(map(len, parents), default=-1) + 1):
@@ -92,8 +92,8 @@ def same_cells(probs: StockProbs, prefix: list[int], like: Cells, piece: int | N
 
 
 def tested_prefix(probs: StockProbs, prefix: list[int], settings: AuditSettings) -> Prefix:
-    """Cells after one prefix, and what rounding does to them: the sum over both kinds of many-token forward, as the
-    decoder's own rounding is a third."""
+    """Return the cells after one prefix with their rounding error, summed over both kinds of many-token forward, as the
+    decoder's own rounding is a third kind."""
     cells = exact_cells(probs, prefix, settings.first_tokens, settings.cells)
     found = Prefix(prefix, cells)
     for piece in (SEVERAL, None):
@@ -107,7 +107,7 @@ def tested_prefix(probs: StockProbs, prefix: list[int], settings: AuditSettings)
 def chosen_prefixes(
     probs: StockProbs, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
 ) -> list[Prefix]:
-    """The prefixes with the most to see; first those where rounding (a filter's edge, say) hides little of it."""
+    """Choose the prefixes with the largest spread; first those where rounding (at a filter's edge) hides little."""
     found = []
     for prefix in candidates:
         found.append(tested_prefix(probs, prefix, settings))
@@ -117,7 +117,7 @@ def chosen_prefixes(
 
 
 def cells_fit(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Fit:
-    """Pearson's statistic of the samples, each of which counts for the longest of its beginnings that is a cell."""
+    """Compute Pearson's statistic; each sample counts for the longest cell that it begins with."""
     counts = Counter(
         next(cell for n in range(tokens, -1, -1) if (cell := tuple(sample[:n])) in cells) for sample in samples
     )
@@ -126,14 +126,14 @@ def cells_fit(samples: Sequence[Sequence[int]], cells: Cells, tokens: int) -> Fi
 
 @dataclass
 class Plan:
-    """The number of samples, and the error that they find.
+    """The number of samples, and the error that they detect.
 
     Attributes:
         each: samples after every prefix.
         freedom: degrees of freedom.
-        rounding: noncentrality a sample that the test forgives.
-        distance: the total variation that is found with the stated power; larger than asked where rounding hides it.
-        asked: whether that is the distance asked for.
+        rounding: noncentrality a sample that the test allows.
+        distance: the total variation that is detected with the stated power; larger than asked where rounding hides it.
+        asked: True if that is the distance asked for.
     """
 
     each: int
@@ -144,7 +144,7 @@ class Plan:
 
 
 def plan(prefixes: Sequence[Prefix], settings: AuditSettings, alpha: float) -> Plan:
-    """The sample size that follows from the stated error, power and level.
+    """Compute the sample size from the stated error, power and level.
 
     Where rounding hides the error, the size is that of an error that it does not hide: three times its own distance.
     """
@@ -170,7 +170,7 @@ def sampled(
     seed: int,
     advance: Callable[[int], None],
 ) -> tuple[list[list[int]], Statistics]:
-    """The first tokens of so many texts after one prefix; each has its own dice."""
+    """Sample the first tokens of texts after one prefix, each with its own random generator."""
     assert model.drafter is not None
     watched = model.with_drafter(Watch(model.drafter, prefill_once=True))
     found: list[list[int]] = []

@@ -1,7 +1,7 @@
 """The target's forward over draft trees, node by node, against one-token forwards of the stock model on the same path.
 
-Texts show only what changes a token. This check looks at the whole output distribution after every node, so that a
-position off by one, a mask that shows too much or too little, or a cache slot mixed up is seen where it happens.
+Texts show only errors that change a token. This check compares the whole output distribution after every node, so that
+a position off by one, a wrong mask or a wrong cache slot shows where it happens.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from outdraft.evaluation.audit.stock import Noise, StockProbs, total_variation
 from outdraft.evaluation.audit.watch import Round
 
 LARGEST, MEAN = 3.0, 3.0
-"""Trees may differ from one-token forwards so many times as much as the stock model's own many-token forwards do: their
-kernels are not the same. A wrong position or mask is off by orders of magnitude in single precision, by ten times and
-more in bfloat16."""
+"""The largest ratios of the trees' differences from one-token forwards to those of the stock model's many-token
+forwards, whose kernels differ. A wrong position or mask is off by orders of magnitude in single precision, by ten times
+and more in bfloat16."""
 
 FLOOR = 1e-6
-"""Total variation that float32 probabilities have from summing alone."""
+"""The total variation of float32 probabilities from summation alone."""
 
 
 @dataclass
 class SeenTree:
-    """One row's tree with what the target said of it.
+    """One row's tree with the target's features of it.
 
     Attributes:
         prompt, text: token ids before the root and up to it.
-        paths: of every node, the tokens from below the root to it.
-        features: `(nodes, hidden)`.
+        paths: for every node, the tokens from below the root to it.
+        features: `(nodes, hidden)` target features.
     """
 
     prompt: list[int]
@@ -42,7 +42,7 @@ class SeenTree:
 
 
 class Trees:
-    """A random choice of all trees that pass by (reservoir sampling)."""
+    """A random sample of all observed trees (reservoir sampling)."""
 
     def __init__(self, most: int, context_length: int, seed: int):
         self.most, self.context_length, self.passed = most, context_length, 0
@@ -73,7 +73,7 @@ def seen_tree(seen: Round, row: int) -> SeenTree:
 
 @torch.inference_mode()
 def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
-    """The total variation of the target's output distribution after every node from that of one-token forwards."""
+    """Return, for every node, the total variation between the tree forward's distribution and one-token forwards'."""
     leaves = [path for path in tree.paths if not any(other[: len(path)] == path != other for other in tree.paths)]
     texts = [[*tree.text, *path] for path in leaves]
     prefix = torch.tensor([*tree.prompt, *tree.text], device=tree.features.device)
@@ -97,9 +97,9 @@ def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Cal
     """Compare every node of the kept trees.
 
     Args:
-        probs: unwarped.
-        trees: that passed by.
-        noise: measured on the stock model.
+        probs: unwarped target probabilities.
+        trees: observed trees.
+        noise: noise of the stock model.
         advance: called with 1 a tree.
     """
     variations: list[float] = []

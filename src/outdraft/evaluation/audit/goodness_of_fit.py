@@ -1,6 +1,6 @@
 """The chi-square tests of an audit: Pearson's statistic, its power and sample size, and ranks of draws.
 
-Needs scipy, the extra `verify`, which is imported only when a chi-square distribution is first asked for.
+It needs scipy, the extra `verify`, which is imported only when a chi-square distribution is first needed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from outdraft.errors import UserError
 
 LEAST_EXPECTED = 5.0
-"""Cells that expect fewer are pooled, as Pearson's approximation asks."""
+"""The least expected count of a cell; smaller cells are pooled, as Pearson's approximation requires."""
 
 MOST_SAMPLES = 10_000_000
 
 BINS = 20
-"""Classes of rank, at most."""
+"""The most bins of ranks."""
 
 
 def scipy_stats() -> Any:
-    """The module `scipy.stats`.
+    """Import the module `scipy.stats`.
 
     Raises:
         UserError: scipy is not installed.
@@ -39,35 +39,35 @@ def scipy_stats() -> Any:
 
 
 def survival(x: float, freedom: float, noncentrality: float = 0.0) -> float:
-    """P(chi-square > x)."""
+    """Return P(chi-square > x)."""
     stats = scipy_stats()
     return float(stats.ncx2.sf(x, freedom, noncentrality) if noncentrality > 0 else stats.chi2.sf(x, freedom))
 
 
 def critical(alpha: float, freedom: float, noncentrality: float = 0.0) -> float:
-    """The x that is exceeded with probability alpha."""
+    """Return the x that chi-square exceeds with probability alpha."""
     stats = scipy_stats()
     return float(stats.ncx2.isf(alpha, freedom, noncentrality) if noncentrality > 0 else stats.chi2.isf(alpha, freedom))
 
 
 def power_of(samples: float, distance: float, freedom: float, alpha: float, allowed: float = 0.0) -> float:
-    """Probability that so many samples show an error of this total variation, whatever its direction.
+    """Return the probability that `samples` detect an error of this total variation, whatever its direction.
 
     A distribution that is off by d has noncentrality n sum(d^2 / p) >= n (sum |d|)^2 = 4 n TV^2 (Cauchy-Schwarz), which
     is the least favourable case.
 
     Args:
-        samples: drawn.
+        samples: number of samples.
         distance: the error, in total variation over the cells.
         freedom: degrees of freedom.
         alpha: level of the test.
-        allowed: noncentrality a sample that rounding may cause and the test forgives.
+        allowed: noncentrality a sample that rounding may cause and the test allows.
     """
     return survival(critical(alpha, freedom, samples * allowed), freedom, 4 * samples * distance**2)
 
 
 def needed_samples(distance: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> int | None:
-    """The fewest samples with this power; None where rounding hides such an error from any number."""
+    """Return the fewest samples with this power; None where rounding hides such an error from any number."""
     high = 64
     while power_of(high, distance, freedom, alpha, allowed) < power:
         high *= 2
@@ -81,7 +81,7 @@ def needed_samples(distance: float, freedom: float, alpha: float, power: float, 
 
 
 def found_distance(samples: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> float:
-    """The smallest error in total variation that so many samples find with this power; 1 with no degree of freedom."""
+    """Return the smallest total variation that `samples` detect with this power; 1 with no degree of freedom."""
     if freedom <= 0:
         return 1.0
     bound = critical(alpha, freedom, samples * allowed)
@@ -100,16 +100,16 @@ class Fit:
     freedom: int
 
     def p_value(self, noncentrality: float = 0.0) -> float:
-        """1 where there is nothing to compare."""
+        """Return the p-value; 1 where there is nothing to compare."""
         return survival(self.statistic, self.freedom, noncentrality) if self.freedom > 0 else 1.0
 
     def __add__(self, other: Fit) -> Fit:
-        """The fit of independent samples together."""
+        """Add the fits of independent samples."""
         return Fit(self.statistic + other.statistic, self.freedom + other.freedom)
 
 
 def fit(observed: Sequence[float], expected: Sequence[float]) -> Fit:
-    """Cells that expect too few are pooled, smallest first; what is pooled depends on the expectations alone."""
+    """Compute Pearson's statistic; cells that expect too few are pooled, smallest first, by expectations alone."""
     groups = pooled(expected)
     statistic = 0.0
     for group in groups:
@@ -119,7 +119,7 @@ def fit(observed: Sequence[float], expected: Sequence[float]) -> Fit:
 
 
 def pooled(expected: Sequence[float]) -> list[list[int]]:
-    """Indices of the cells in groups that expect enough each."""
+    """Group the cells' indices so that each group expects enough."""
     groups: list[list[int]] = []
     small: list[int] = []
     for cell in sorted(range(len(expected)), key=lambda i: expected[i]):
@@ -133,20 +133,19 @@ def pooled(expected: Sequence[float]) -> list[list[int]]:
 
 
 def ranks(probs: Tensor, drawn: Tensor, uniform: Tensor) -> Tensor:
-    """The randomised probability-integral transform of every draw.
+    """Compute the randomised probability-integral transform of every draw.
 
-    With the outcomes of a distribution in order of their probability, the largest first, u = P(more probable than x) +
-    V P(as probable as x), V uniform, is uniform if x was drawn from that distribution. Draws from any number of
-    different distributions so become one sample of a uniform number. Too soft a distribution, too sharp a one and
-    missing rare outcomes all show.
+    Order the outcomes of a distribution by falling probability. Then u = P(more probable than x) + V P(as probable as
+    x), V uniform, is uniform if x was drawn from that distribution. Draws from any number of different distributions so
+    become one sample of a uniform number. Too soft a distribution, too sharp a one and missing rare outcomes all show.
 
     Args:
         probs: `(draws, outcomes)`, which need not be normalised.
-        drawn: `(draws,)` outcomes.
-        uniform: `(draws,)` the V of each.
+        drawn: `(draws,)` outcomes drawn.
+        uniform: `(draws,)` uniform V of each draw.
 
     Returns:
-        `(draws,)` u.
+        `(draws,)` the u of each draw.
     """
     probs = probs.double()
     own = probs.gather(1, drawn[:, None])
@@ -158,32 +157,32 @@ def ranks(probs: Tensor, drawn: Tensor, uniform: Tensor) -> Tensor:
 
 @dataclass
 class Ranks:
-    """Ranks collected draw by draw, with a generator of their own."""
+    """Ranks that are collected draw by draw, with their own generator."""
 
     seed: int = 0
     values: list[float] = field(default_factory=list)
     impossible: int = 0
-    """Draws that their distribution gives no probability."""
+    """The number of draws to which their distribution gives no probability."""
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def add(self, probs: Tensor, drawn: Tensor) -> None:
-        """`(draws, outcomes)` probabilities and what was drawn from each row."""
+        """Add draws, one from each row of the `(draws, outcomes)` probabilities."""
         uniform = torch.rand(len(drawn), dtype=torch.float64, generator=self._generator)
         probs, drawn = probs.cpu(), drawn.cpu()
         self.impossible += int((probs.gather(1, drawn[:, None]) <= 0).sum())
         self.values += ranks(probs, drawn, uniform).tolist()
 
     def histogram(self) -> list[int]:
-        """Draws in every bin of equal width."""
+        """Count the draws in bins of equal width."""
         counts = [0] * max(2, min(BINS, int(len(self.values) / LEAST_EXPECTED)))
         for value in self.values:
             counts[min(len(counts) - 1, int(value * len(counts)))] += 1
         return counts
 
     def fit(self) -> Fit:
-        """Pearson's test of uniformity."""
+        """Compute Pearson's test of uniformity."""
         if len(self.values) < 2 * LEAST_EXPECTED:
             return Fit(0.0, 0)
         counts = self.histogram()

@@ -1,7 +1,7 @@
 """Greedy texts, token for token: drafted against plain, and every difference held against the measured noise.
 
 A difference is a tie only if the logit gap there, by one-token forwards of the stock model, lies within the noise of
-this model, precision and backend, and if such ties are no more frequent than that noise brings about.
+this model, precision and backend. Such ties must also be no more frequent than that noise causes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.stock import Noise, StockProbs, log_ratio
 
 BATCH = 8
-"""Prompts decoded together: rows of different lengths are part of what is checked."""
+"""The number of prompts decoded in a batch: rows of different lengths are part of the check."""
 
 MORE = 3.0
-"""Ties may be so many times as frequent as flips among the stock model's own forwards."""
+"""The largest ratio of the frequency of ties to that of flips among the stock model's own forwards."""
 
 
 @dataclass(frozen=True)
 class TokenDivergence:
-    """A token that is not the one that plain decoding would have chosen after the same text."""
+    """A token that differs from plain decoding's choice after the same text."""
 
     prompt: int
     """The number of the prompt, from 0."""
@@ -35,9 +35,9 @@ class TokenDivergence:
     """The new token's number, from 0."""
     expected: int | None
     found: int | None
-    """None where a text just ends; `expected` likewise."""
+    """The token found; None where the text ends, as for `expected`."""
     gap: float
-    """Processed logit of the expected token less that of the found one, by one-token forwards of the stock model."""
+    """The processed logit of the expected token less the found one's, by one-token forwards of the stock model."""
     noise: float
     """The largest change of such a gap by rounding."""
 
@@ -67,7 +67,7 @@ class TokenDivergence:
 def texts(
     model: SpeculativeModel, prompts: Sequence[list[int]], generation: dict[str, Any], advance: Callable[[int], None]
 ) -> tuple[list[list[int]], Statistics]:
-    """New tokens of all prompts, a batch at a time."""
+    """Decode the new tokens of all prompts, a batch at a time."""
     found: list[list[int]] = []
     parts = []
     for start in range(0, len(prompts), BATCH):
@@ -83,7 +83,7 @@ def texts(
 def token_divergences(
     probs: StockProbs, prompt: list[int], text: list[int], number: int, noise: Noise
 ) -> list[TokenDivergence]:
-    """Every token of the text that the stock model would not have chosen after the text up to there."""
+    """List all tokens of the text that differ from the stock model's choice after the text up to there."""
     found = []
     for place, (dist,) in enumerate(probs.along(prompt, [text])):
         if dist is not None and (best := int(dist.argmax())) != text[place]:
@@ -95,7 +95,7 @@ def token_divergences(
 def first_difference(
     probs: StockProbs, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
 ) -> TokenDivergence:
-    """The first place where two texts differ, whichever of them left the stock model's choice."""
+    """Return the first divergence of two texts, whichever of them left the stock model's choice."""
     shorter = min(len(plain), len(other))
     place = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
     expected = plain[place] if place < len(plain) else None
@@ -107,7 +107,7 @@ def first_difference(
 
 
 def too_many(ties: int, tokens: int, flips: int, compared: int) -> float:
-    """P(so many ties or more), were they `MORE` times as frequent as flips of the stock model: a binomial tail."""
+    """Return the binomial tail P(`ties` or more) if ties were `MORE` times as frequent as flips of the stock model."""
     if ties == 0 or compared == 0:
         return 1.0
     share = MORE * tokens / (MORE * tokens + compared)
@@ -128,11 +128,11 @@ def greedy_finding(
     """Compare all texts.
 
     Args:
-        probs: unwarped, of the greedy settings.
+        probs: unwarped target probabilities of the greedy settings.
         prompts: token ids.
-        plain, drafted: new tokens of every prompt.
-        statistics: of the drafted decoding.
-        noise: measured.
+        plain, drafted: each decoder's new tokens of every prompt.
+        statistics: statistics of the drafted decoding.
+        noise: the measured noise.
         alpha: level of the test for too many ties.
         advance: called with 1 a prompt.
     """
@@ -181,7 +181,7 @@ def plain_finding(
     noise: Noise,
     advance: Callable[[int], None],
 ) -> Finding:
-    """Check that plain decoding, which all else is compared with, is the stock model's."""
+    """Check that plain decoding, the baseline of all checks, is the stock model's."""
     found = []
     for number, (prompt, text) in enumerate(zip(prompts, plain, strict=True)):
         found += token_divergences(probs, prompt, text, number, noise)
@@ -199,7 +199,7 @@ def plain_finding(
 
 
 def drafting(statistics: Statistics) -> str:
-    """A remark where the check could see little."""
+    """Return a remark where drafts were all absent, rejected or accepted, so that the check is weak."""
     if statistics.drafted == 0:
         return "; nothing was drafted, so nothing of the drafter was seen"
     if statistics.accepted == 0:

@@ -1,4 +1,4 @@
-"""The length of an audit: a forecast from a few rounds that are timed before it begins, and progress counted by it.
+"""The duration of an audit: a forecast from a few rounds that are timed before it begins, and the progress by it.
 
 The forecast is no promise: texts may end early, and the number of samples that rounding asks for is not known yet.
 """
@@ -21,17 +21,17 @@ from outdraft.training.progress import duration
 
 PROBE_TOKENS = 8
 FEW, MANY = 1, 8
-"""Rows of the two batches that are timed."""
+"""The rows of the two batches that are timed."""
 
 NOISE_PROMPTS = 8
 TWICE_PROMPTS = 4
 CANDIDATES = 3
-"""Prefixes looked at for each that is chosen."""
+"""The number of candidate prefixes for each chosen one."""
 TESTS = 4
-"""Statistical tests at most, for sizes: the first of Holm's levels."""
+"""The most statistical tests, which sets the first of Holm's levels for sample sizes."""
 
 FREEDOM = 28
-"""Degrees of freedom that the test of the first tokens has, about."""
+"""The approximate degrees of freedom of the test of the first tokens."""
 
 (PLAIN, NOISE, STOCK, DRAFTED, TWICE, TWICE_SAMPLED, PLAIN_SAMPLED, DRAFTED_SAMPLED, LAWS, CELLS, SAMPLES, FORWARDS) = (
     "plain greedy texts",
@@ -51,11 +51,11 @@ FREEDOM = 28
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a new token for all rows of a batch, as a line in the rows, and of a prompt."""
+    """The seconds of a new token for a batch, linear in the rows, and of a prompt."""
 
     one: float
     row: float
-    """Seconds that each further row adds."""
+    """The seconds that each further row adds."""
     prefill: float
 
     def step(self, rows: int) -> float:
@@ -78,26 +78,26 @@ class Pace:
 
 @dataclass(frozen=True)
 class Paces:
-    """The speed of plain and drafted decoding here."""
+    """The measured speed of plain and drafted decoding."""
 
     plain: Pace
     drafted: Pace
 
     @classmethod
     def timed(cls, model: SpeculativeModel, settings: AuditSettings, prompts: Sequence[list[int]]) -> Paces:
-        """A few rounds without the drafter and with it."""
+        """Time a few rounds without the drafter and with it."""
         alone = model.with_drafter(None)
         return cls(Pace.timed(alone, prompts, settings.sampling), Pace.timed(model, prompts, settings.generation))
 
 
 def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool) -> dict[str, float]:
-    """Seconds of every check, by its name.
+    """Forecast the seconds of every check, by its name.
 
     Args:
-        settings: of the audit.
-        paces: measured.
-        prompts: how many there are.
-        samples: whether the settings sample.
+        settings: settings of the audit.
+        paces: measured speeds.
+        prompts: number of prompts.
+        samples: True if the settings sample.
     """
     count, tokens = min(prompts, settings.limit), settings.max_new_tokens
     few, batches = min(NOISE_PROMPTS, count), -(-count // MANY)
@@ -128,18 +128,18 @@ def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool)
 
 
 Stage = Callable[[int], None]
-"""Advances a check by so many steps."""
+"""A function that advances a check by a number of steps."""
 
 KNOWN = 0.05
-"""Share of the work from which on the time that is left is told by the time it took."""
+"""The share of the work from which on the time left is estimated from the elapsed time."""
 
 
 class Course:
-    """The checks of an audit, one after the other.
+    """The progress of an audit's checks, one after the other.
 
     Args:
         console: where it is shown.
-        expected: seconds of each check.
+        expected: forecast seconds of each check.
     """
 
     def __init__(self, console: Console, expected: Mapping[str, float]):
@@ -147,11 +147,11 @@ class Course:
         self.total = sum(expected.values()) or 1.0
         self.done, self.began = 0.0, time.perf_counter()
         self.title: str | None = None
-        """The check that runs; stays that of an interrupted one."""
+        """The running check; after an interruption, the interrupted one."""
 
     @contextmanager
     def stage(self, title: str, steps: int) -> Iterator[Stage]:
-        """Yields what advances the check."""
+        """Yield a function that advances the check."""
         self.title = title
         weight, advanced = self.expected.get(title, 0.0), 0
         if not self.console.is_terminal:
@@ -177,7 +177,7 @@ class Course:
         self.title = None
 
     def left(self, done: float) -> str:
-        """The time that the rest will take, after work that was expected to take `done` seconds."""
+        """Estimate the time left, after work that was expected to take `done` seconds."""
         rest = max(0.0, self.total - done)
         if done > KNOWN * self.total:
             rest *= (time.perf_counter() - self.began) / done

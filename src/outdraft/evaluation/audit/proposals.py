@@ -1,7 +1,7 @@
-"""Checks of what a drafter declares of its candidates: their distribution, or that nothing about them is random.
+"""Checks of the draft probabilities that a drafter declares: a distribution, or a point mass.
 
-Verification corrects for exactly what is declared. A declared distribution is compared with the one handed to the
-dice, and with what was drawn; a point mass is checked by drafting twice after the same text with other dice.
+Verification corrects for exactly the declared probabilities. A declared distribution is compared with the one that was
+sampled from, and with the draws; a point mass is checked by drafting twice after the same text with other seeds.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from outdraft.evaluation.audit.stock import total_variation
 from outdraft.evaluation.audit.watch import Round, Watch
 
 SAME_LAW = 1e-5
-"""Total variation that float32 probabilities may differ by."""
+"""The total variation by which equal float32 probabilities may differ."""
 
 
 @dataclass
 class Draws:
-    """Every candidate that is drawn, against the distribution declared for it.
+    """The check of every drawn candidate against its declared distribution.
 
     Attributes:
-        ranks: of candidates in their declared distributions; without replacement in what is left of them.
-        drawn: draws that went through the dice.
-        proposed: candidates in trees.
-        unmatched: rows of rounds whose draws are not their candidates, one for one.
-        difference: largest total variation between the distribution handed to the dice and the declared one.
-        point: rounds whose candidates were declared a point mass.
+        ranks: ranks of candidates in their declared distributions, reduced to the rest without replacement.
+        drawn: number of draws from the row's random generator.
+        proposed: number of candidates in trees.
+        unmatched: number of rows of rounds whose draws and candidates differ.
+        difference: largest total variation between the sampled and the declared distribution.
+        point: number of rounds whose candidates were declared a point mass.
     """
 
     ranks: Ranks
@@ -70,7 +70,7 @@ class Draws:
 
 
 def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
-    """The row's candidates, in order, and the `(candidates, vocab)` probabilities that each was drawn from."""
+    """Return the row's candidates, in order, and the declared `(candidates, vocab)` draft probabilities of each."""
     assert tree.draft_probs is not None
     tokens = tree.tokens[row].tolist()
     probs: dict[int, Tensor] = {}
@@ -86,7 +86,7 @@ def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
 
 
 def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[Finding]:
-    """The findings on sampled candidates; none where all were point masses."""
+    """Return the findings on sampled candidates; none where all were point masses."""
     if draws.proposed == 0:
         return []
     own = draws.ranks.fit()
@@ -140,13 +140,13 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
 
 
 Proposals = dict[tuple[int, ...], tuple[list[int], list[int]]]
-"""Trees (tokens, parents) by the text that they were drafted after."""
+"""The trees (tokens, parents) by the text after which they were drafted."""
 
 
 def proposals(
     model: SpeculativeModel, prompts: Sequence[list[int]], generation: dict[str, Any], drafting_seed: int
 ) -> tuple[Proposals, int]:
-    """All point-mass trees of a decoding whose drafter has dice of its own, and how many trees were none."""
+    """Collect all point-mass trees of a decoding whose drafter has its own seed, and count the other trees."""
     found: Proposals = {}
     drawn = 0
 
@@ -178,7 +178,7 @@ def twice_finding(
     name: str,
     advance: Callable[[int], None],
 ) -> Finding | None:
-    """Draft twice; None where no candidates are declared a point mass.
+    """Check point masses by drafting twice; None where no candidates are declared one.
 
     No controller and no tuner decides here: they weigh seconds, which differ, and what they cut is cut before it is
     drawn.

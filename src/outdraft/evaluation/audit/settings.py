@@ -37,19 +37,19 @@ class AuditSettings:
     alpha: float = 0.001
     """Probability that a lossless decoder is called wrong, over all statistical tests together."""
     seed: int = 0
-    """The seed of everything that is drawn."""
+    """The seed of all draws."""
     batch_size: int = 256
     """Rows sampled at once; greedy texts are decoded eight at a time."""
     first_tokens: int = 3
     """New tokens whose joint distribution is tested against the exact one."""
     prefixes: int = 4
-    """Beginnings of texts after which it is tested."""
+    """Prefixes of texts after which that distribution is tested."""
     cells: int = 8
-    """Continuations told apart after each of them, at most."""
+    """The most continuations that are tested apart after each prefix."""
     text_prompts: int = 8
     """Prompts of the longer sampled texts."""
     texts: int = 32
-    """Texts drawn after each of those, with the drafter and without."""
+    """Texts sampled after each of these prompts, with the drafter and without."""
     permutations: int = 9999
     """Permutations of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
     trees: int = 24

@@ -1,8 +1,8 @@
-"""The stock model's own forward, fed a token at a time, several or all at once: what everything is measured against.
+"""The stock model's own forward over one token, several or all at once: the reference of all checks.
 
-Positions, masks and the cache are those of `transformers`; no code of ours but the backend's linears and the target's
-head takes part, so nothing that is under suspicion can vouch for itself. The rounding noise of a model, precision and
-backend is the difference between these forwards, so neither a wrong mask nor a wrong position can pass for noise.
+Positions, masks and the cache are those of `transformers`; of outdraft's code only the backend's linears and the
+target's head take part, so nothing that is under test can vouch for itself. The rounding noise of a model, precision
+and backend is the difference between these forwards, so neither a wrong mask nor a wrong position can pass for noise.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from outdraft.target.target import Target
 def stock_logits(
     target: Target, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1
 ) -> Iterator[Tensor]:
-    """`(texts, vocab)` logits after the prompt, then after every further token of the texts.
+    """Yield `(texts, vocab)` logits after the prompt, then after every further token of the texts.
 
     Args:
         target: the model.
         prompt: the same for all texts.
-        texts: of any lengths; what is given past a text's own end means nothing.
+        texts: texts of any lengths; logits past a text's own end are meaningless.
         piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the
             prompt in such pieces too, and None everything at once without a cache.
     """
@@ -58,14 +58,14 @@ UNWARPED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Temperature 1 and no filter."""
+"""The sampling settings of temperature 1 without filters."""
 
 
 class StockProbs:
     """Exact probabilities of next tokens under one audit's settings.
 
     Args:
-        target: for its vocabulary and ends of sequence.
+        target: gives vocabulary and end-of-sequence tokens.
         sampling: settings by Hugging Face's names.
         warped: False leaves temperature 1 and no filter, so that logarithms of the probabilities are the processed
             logits.
@@ -82,7 +82,7 @@ class StockProbs:
     def along(
         self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1
     ) -> Iterator[list[Tensor | None]]:
-        """For every place, the `(vocab,)` probabilities of the texts' next tokens; None where a text has none."""
+        """Yield, for every position, the `(vocab,)` next-token probabilities of each text; None past its end."""
         warper, target = self.warper(prompt), self.target
         ids = [torch.tensor([*prompt, *text], device=target.device) for text in texts]
         for place, logits in enumerate(stock_logits(target, prompt, texts, piece)):
@@ -92,7 +92,7 @@ class StockProbs:
             ]
 
     def after(self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1) -> Tensor:
-        """The `(texts, vocab)` probabilities of the token after each text, all of one length."""
+        """Return the `(texts, vocab)` next-token probabilities after texts of one length."""
         warper = self.warper(prompt)
         *_, logits = stock_logits(self.target, prompt, texts, piece)
         device = self.target.device
@@ -105,20 +105,20 @@ class StockProbs:
 
 
 SEVERAL = 8
-"""Tokens of a forward that stands for verifying a tree."""
+"""The number of tokens of a forward that stands for verifying a tree."""
 
 
 @dataclass
 class Noise:
-    """Differences between one-token forwards and forwards over several tokens and over the whole text.
+    """The differences of one-token forwards from forwards over several tokens and over the whole text.
 
     Attributes:
-        positions: token positions compared, each with both kinds of forward.
+        positions: number of positions compared, each with both kinds of forward.
         gap: largest change of the logit gap between a position's two best tokens.
-        gap_mean: the mean change.
+        gap_mean: mean change of that gap.
         variation: largest total variation between the two distributions at a position (temperature 1, no filter).
-        variation_mean: the mean.
-        flips: positions at which the best token differs.
+        variation_mean: mean total variation.
+        flips: number of positions at which the best token differs.
     """
 
     positions: int = 0
@@ -146,7 +146,7 @@ class Noise:
 def measured_noise(
     probs: StockProbs, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[], None]
 ) -> Noise:
-    """The noise over every position of these greedy texts."""
+    """Measure the noise over every position of greedy texts."""
     noise = Noise()
     for prompt, text in zip(prompts, texts, strict=True):
         single = [step[0] for step in probs.along(prompt, [text])]
@@ -164,11 +164,11 @@ def best_two(dist: Tensor) -> tuple[int, int]:
 
 
 def log_ratio(dist: Tensor, one: int, other: int) -> float:
-    """log p(one) / p(other): the gap of their processed logits; infinite where `other` is ruled out."""
+    """Return log p(one) / p(other), the gap of processed logits; infinite where `other` has probability 0."""
     dist = dist.double()
     return float(dist[one].log() - dist[other].log())
 
 
 def total_variation(one: Tensor, other: Tensor) -> float:
-    """Half the summed absolute differences of two `(vocab,)` distributions."""
+    """Return half the summed absolute differences of two `(vocab,)` distributions."""
     return float((one.double() - other.double()).abs().sum() / 2)

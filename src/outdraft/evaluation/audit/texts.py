@@ -1,4 +1,4 @@
-"""Longer sampled texts, seen two ways.
+"""The one-sample and two-sample tests of longer sampled texts.
 
 One sample: every token against the exact distribution that it should come from, by one-token forwards of the stock
 model along the drafted text (`goodness_of_fit.ranks`). Two samples: drafted texts against plainly sampled ones of the
@@ -21,7 +21,7 @@ from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import StockProbs
 
 SEGMENTS, WIDTH = 4, 16
-"""Parts of a text, and random features of a part's tokens."""
+"""The number of parts of a text, and of random features of a part's tokens."""
 
 PERMUTATIONS_AT_ONCE = 1000
 
@@ -33,7 +33,7 @@ def sampled_texts(
     seed: int,
     advance: Callable[[int], None],
 ) -> tuple[list[list[list[int]]], Statistics]:
-    """Texts of every prompt, and what the decoding did."""
+    """Sample texts of every prompt; also return the statistics of the decoding."""
     found, parts = [], []
     for number, prompt in enumerate(prompts):
         output = model.generate(
@@ -56,7 +56,7 @@ def token_ranks(
     seed: int,
     advance: Callable[[int], None],
 ) -> Ranks:
-    """The rank of every token but each text's first, which no drafter has touched."""
+    """Rank every token but each text's first, which no drafter has proposed."""
     ranks = Ranks(seed)
     for prompt, own in zip(prompts, texts, strict=True):
         for place, step in enumerate(probs.along(prompt, own)):
@@ -74,12 +74,12 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
     """Test whether the tokens' ranks are uniform.
 
     Args:
-        ranks: of drafted texts' tokens.
-        statistics: of their decoding.
-        settings: of the audit.
+        ranks: ranks of the drafted texts' tokens.
+        statistics: statistics of their decoding.
+        settings: settings of the audit.
         alpha: level that the stated power refers to.
-        exact: whether a token without probability is a fault; near a filter's edge rounding in low precision lets
-            some through.
+        exact: True if a token without probability is a fault; near a filter's edge rounding in low precision lets some
+            through.
     """
     own = ranks.fit()
     count = len(ranks.values)
@@ -106,7 +106,7 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
 
 
 def text_features(texts: Sequence[Sequence[int]], vocab: int, length: int, seed: int) -> Tensor:
-    """`(texts, features)`: random signs of the tokens, added up over each part of the text, and its length.
+    """Compute `(texts, features)`: random signs of the tokens, summed over each part of the text, and its length.
 
     Texts that share tokens in the same part are near to each other, whatever the tokens are.
     """
@@ -124,12 +124,12 @@ def text_features(texts: Sequence[Sequence[int]], vocab: int, length: int, seed:
 
 
 def energy_p_value(pairs: Sequence[tuple[Tensor, Tensor]], permutations: int, seed: int) -> tuple[float, float]:
-    """Permutation test that both samples of every pair come from one distribution.
+    """Test by permutation that both samples of every pair come from one distribution.
 
     Args:
         pairs: `(n, features)` and `(n, features)` for every stratum; labels are exchanged within it.
-        permutations: drawn.
-        seed: of them.
+        permutations: number of permutations.
+        seed: seed of the permutations.
 
     Returns:
         the statistic and its p-value, (1 + as large) / (1 + permutations).

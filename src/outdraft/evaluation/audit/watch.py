@@ -1,7 +1,7 @@
-"""A drafter under watch: what it was handed, what it proposed, what the target's forward over that gave.
+"""A wrapper that records a drafter's random draws, its proposals, and the target's features of them.
 
-Everything goes on as without it, but for two things that the audit may ask for: other dice for drafting, and one
-prefill for rows that all begin alike.
+The wrapper changes nothing, but for two options of the audit: another random generator for drafting, and one prefill
+    for rows that share their prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from outdraft.target.target import Target
 
 @dataclass
 class Drawn:
-    """One draw: the probabilities that were handed to the dice, and the token that came."""
+    """One draw: the probabilities that were sampled from, and the drawn token."""
 
     dist: Tensor
     token: int
 
 
 class Recorder:
-    """`Chance` that keeps every draw of one proposal."""
+    """A `Chance` that records every draw of one proposal."""
 
     def __init__(self, inner: Chance):
         self.inner = inner
@@ -52,11 +52,11 @@ class Round:
     """One proposal for a batch of rows.
 
     Attributes:
-        tree: proposed.
-        prefixes: of every row, everything decided before.
-        prompt_lengths: of every row, how much of that is its prompt.
-        draws: of every row, in order; empty unless the chances are recorded.
-        features: `(rows, nodes, hidden)` what the target gave for the tree.
+        tree: the proposed tree.
+        prefixes: each row's decided tokens before the round.
+        prompt_lengths: each row's number of prompt tokens.
+        draws: each row's draws, in order; empty unless the chances are recorded.
+        features: `(rows, nodes, hidden)` target features of the tree.
     """
 
     tree: Tree
@@ -67,13 +67,13 @@ class Round:
 
 
 class Watch(Drafter):
-    """A drafter that others look at while it drafts.
+    """A drafter whose rounds are reported to listeners.
 
     Args:
-        inner: the drafter.
-        listeners: told of every round that drafted, once the target has run over its tree.
-        chance: gives a row's dice for drafting, from those that it shares with verification.
-        prefill_once: run a prompt that all rows share as one row; the drafter still takes in all of them.
+        inner: the watched drafter.
+        listeners: called for every round that drafted, once the target has run over its tree.
+        chance: makes a row's generator for drafting from the one that verification uses.
+        prefill_once: run a prompt that all rows share as one row; the drafter still takes in every row.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Watch(Drafter):
         self.newest: Round | None = None
 
     def __getattribute__(self, name: str) -> Any:
-        """The drafter's own, but for what is defined or set here: its limits and defaults pass whole, so that it is
-        asked for exactly the trees that it is asked for without a watch."""
+        """Return the drafter's attribute unless the watch defines it: limits and defaults pass whole, so that the
+        drafter is asked for the same trees as without a watch."""
         if name.startswith("__") or name in Watch.__dict__ or name in object.__getattribute__(self, "__dict__"):
             return object.__getattribute__(self, name)
         return getattr(self.inner, name)

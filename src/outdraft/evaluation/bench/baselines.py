@@ -1,9 +1,8 @@
-"""The stock library's own ways of decoding, timed and counted like ours: the `generate` of transformers on the same
-model in the same precision, alone, with prompt lookup, with an assistant model, and with an early exit of the target
-itself.
+"""The baselines: `generate` of transformers on the same model in the same precision, timed and counted like outdraft.
+It runs plain, with prompt lookup, with an assistant model, or with an early exit of the target itself.
 
-What it emits in a round is read off its streamer, which is called once per target forward; the library does not say
-how many candidates it drafted, so there is no acceptance rate of a peer.
+The tokens of a round are read off its streamer, which is called once per target forward. The library does not tell the
+number of its candidates, so a baseline has no acceptance rate.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from outdraft.evaluation.bench.measure import Answer, Contender
 from outdraft.target.target import Target
 
 STOCK = "transformers generate"
-"""The contender that decodes plainly."""
+"""The name of the baseline that decodes plainly."""
 
 LOOKUP_TOKENS = 10
-"""Candidates of the stock prompt lookup, its own default."""
+"""The number of candidates of the stock prompt lookup, its own default."""
 
 SHAPES = "generate, prompt-lookup, prompt-lookup=N, assistant, assistant=PATH, early-exit=N"
 
 
 def peers(asked: Sequence[str], target: Target, assistants: Sequence[Target], backend: str | None) -> list[Contender]:
-    """The peers asked for.
+    """Build the requested baselines.
 
     Args:
-        asked: each of `SHAPES`.
-        target: the model, with the modules that they are to run on.
-        assistants: small models that are loaded already; `assistant` without a path takes the first. They may be
-            packed, which is to the peer's advantage.
-        backend: of an assistant that is loaded here.
+        asked: names of baselines, each of one of `SHAPES`.
+        target: the model, with the modules that the baselines run on.
+        assistants: loaded small models; `assistant` without a path takes the first. They may be packed, which favours
+            the baseline.
+        backend: backend of an assistant that is loaded here.
 
     Raises:
-        UserError: an unknown peer, no assistant, or a model that has no early exit.
+        UserError: the baseline is unknown, has no assistant, or the model has no early exit.
     """
     found = []
     for text in dict.fromkeys(asked):
@@ -74,7 +73,7 @@ def stock(
     extra: dict[str, Any] | None = None,
     parameters: int = 0,
 ) -> Contender:
-    """The `generate` of transformers on the target's model object, with `extra` arguments."""
+    """Make a contender of transformers' `generate` on the target's model object, with `extra` arguments."""
     model: Any = target.model
     ends = target.eos_token_ids
 
@@ -107,7 +106,7 @@ def stock(
 
 
 class _Rounds(BaseStreamer):
-    """Counts the tokens that every target forward emitted, and notes when the first of them came."""
+    """A streamer that counts the tokens of every target forward and records the time of the first."""
 
     def __init__(self) -> None:
         self.emitted: list[int] = []
@@ -123,19 +122,19 @@ class _Rounds(BaseStreamer):
         self.emitted.append(value.numel())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, as no tokens are held back."""
 
 
 def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float) -> tuple[Statistics, list[bool]]:
-    """Statistics, counted as ours, of a decoding of which only the tokens of each target forward are known.
+    """Make outdraft's statistics of a decoding of which only the tokens of each target forward are known.
 
-    Seconds after the first token are not taken apart; they all stand in `rest_seconds`.
+    Seconds after the first token are not split; they all count as `rest_seconds`.
 
     Args:
-        emitted: by every target forward, the one over the prompt first; the last may reach past the answer's end.
-        tokens: of the answer.
+        emitted: tokens of every target forward, the prompt's first; the last may reach past the answer's end.
+        tokens: number of tokens of the answer.
         prefill: seconds to the first token.
-        seconds: of all.
+        seconds: total seconds.
 
     Returns:
         The statistics, whose rounds are the forwards after the one over the prompt; and for every token whether it was
@@ -172,7 +171,7 @@ def _assisted(target: Target, path: str, assistants: Sequence[Target], backend: 
 
 
 def _early_exit(target: Target, layers: int) -> Contender:
-    """The target's first layers as its assistant.
+    """Make a contender that drafts with the target's first layers.
 
     Raises:
         UserError: the model does not stop there, so that the stock library could not draft with it.
@@ -195,7 +194,7 @@ def _early_exit(target: Target, layers: int) -> Contender:
 
 @contextmanager
 def _config_kept(model: Any) -> Iterator[None]:
-    """The stock early exit changes the model's config while it drafts, and leaves it changed if it is interrupted."""
+    """Restore the model's config, which the stock early exit changes while drafting and leaves so if interrupted."""
     config = getattr(getattr(model, model.base_model_prefix, model), "config", model.config)
     layers, kept = getattr(config, "num_hidden_layers", None), model.generation_config
     model.generation_config = copy.deepcopy(kept)

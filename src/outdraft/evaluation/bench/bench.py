@@ -1,4 +1,4 @@
-"""The comparison that `outdraft bench` and the demo print: measure, judge the texts, sum up."""
+"""The comparison that `outdraft bench` and the demo print: it measures, judges the texts and sums up."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from outdraft.target.target import Target
 __all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
 
 HELD_OUT = "held-out"
-"""The group of the shipped prompts."""
+"""The group name of the shipped prompts."""
 
 
 def run_bench(
     settings: BenchSettings, remarks: Console, others: Callable[[Target], Sequence[Contender]] = lambda model: ()
 ) -> BenchResult:
-    """Load, measure, sum up; with an output folder, go on where an earlier run of the same settings stopped.
+    """Load, measure and sum up; with an output folder, resume an earlier run of the same settings.
 
     Args:
-        settings: what to compare.
+        settings: settings of the comparison.
         remarks: where progress goes.
-        others: more contenders, of the model that the stock library's ways of decoding run on.
+        others: makes more contenders from the model that the baselines run on.
 
     Raises:
-        UserError: something that cannot be loaded, read or decoded, or an output folder of other settings.
+        UserError: something cannot be loaded, read or decoded, or the output folder has other settings.
     """
     if settings.report is not None:
         check_bench_page(settings.report)
@@ -108,7 +108,7 @@ def run_bench(
 
 
 def _stock(settings: BenchSettings, target: Target) -> Target | None:
-    """The model once more, as `transformers` loads it, where its own ways of decoding are to run on that."""
+    """Load the model again with `transformers`' own modules, if the baselines shall run on these."""
     asked = settings.peers or settings.include_transformers
     if not asked or settings.peers_backend == "same" or target.backend == "eager":
         return None
@@ -135,20 +135,20 @@ def measured(
     store: Store | None = None,
     end: float | None = None,
 ) -> Comparison:
-    """One comparison of rivals, one of which is `PLAIN`.
+    """Compare contenders, one of which is `PLAIN`.
 
     Args:
-        target: decides; the judge of texts that part.
-        rivals: the ways of decoding.
-        prompts: as in `measure.compare`, like the arguments after it.
+        target: the model, which also judges divergences.
+        rivals: the contenders.
+        prompts: prompts as in `measure.compare`.
         temperature: 0 is greedy.
-        repetitions: of every pair.
-        max_new_tokens: of every answer.
-        seed: of the draws.
+        repetitions: repetitions of every prompt.
+        max_new_tokens: most tokens of every answer.
+        seed: seed of the draws.
         remarks: where progress goes.
-        questions: what the prompts ask, where groups matter.
+        questions: the prompts' questions, where groups matter.
         store: keeps complete pairs, and knows those of earlier runs.
-        end: as in `measure.compare`; for single prompts without questions or a store.
+        end: deadline as in `measure.compare`; only for single prompts without questions or a store.
     """
     title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     known = store.known(temperature) if store is not None else {}
@@ -186,7 +186,7 @@ def summed_up(
     temperature: float,
     questions: Sequence[Question],
 ) -> Comparison:
-    """The figures of all runs, and of every group's."""
+    """Sum up the figures of all runs, and those of every group."""
     groups = list(dict.fromkeys(question.group for question in questions))
     answers = {
         rival.name: spec_bench.records(rival.name, runs[rival.name], questions, target.tokenizer)
@@ -228,7 +228,7 @@ def summed_up(
 
 
 def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
-    """The answers of every contender in Spec-Bench's own format, below `folder`."""
+    """Write the answers of every contender in Spec-Bench's own format below `folder`."""
     suffix = f"temp-{comparison.temperature:g}" if several else ""
     for name, runs in comparison.runs.items():
         lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
@@ -237,7 +237,7 @@ def write_answers(folder: Path, comparison: Comparison, target: Target, several:
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; yields what advances it."""
+    """Show a bar on a terminal, nothing elsewhere; yield the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)

@@ -1,9 +1,9 @@
-"""The places where greedy texts leave those of plain decoding, each judged as a near-tie or a defect.
+"""The divergences of greedy texts from plain decoding's, each judged as a near-tie or a defect.
 
-In low precision a forward over many tokens rounds differently from one over a single token, so that texts can part
-where the two best tokens are all but equal. A divergence is called a tie only if the gap lies within that measured
-noise. Gaps and noise come from the stock model's own forward (`audit/stock.py`), which takes no cache, tree or mask of
-ours.
+In low precision a forward over many tokens rounds differently from one over a single token, so that texts can diverge
+where the two best tokens are nearly equal. A divergence is called a tie only if the gap lies within that measured
+noise. Gaps and noise come from the stock model's own forward (`audit/stock.py`), which uses no cache, tree or mask of
+outdraft.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from outdraft.evaluation.bench.measure import Run, Script, script_of
 from outdraft.target.target import Target
 
 NOISE_TEXTS = 8
-"""Plain texts, of those that some other leaves, over which rounding is measured; as many as the audit takes."""
+"""The number of plain texts with a divergence over which rounding is measured, as many as in the audit."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two texts after one prompt that are not the same."""
+    """Two different texts after one prompt."""
 
     prompt: int
     """The prompt's number, from 0."""
@@ -40,21 +40,21 @@ class Difference:
 
     @property
     def position(self) -> int:
-        """The first new token that differs; the shorter text's length where that text just ends."""
+        """The index of the first new token that differs; the shorter text's length where that text ends."""
         shorter = min(len(self.plain), len(self.other))
         return next((i for i in range(shorter) if self.plain[i] != self.other[i]), shorter)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The place where a text leaves the plain one."""
+    """The divergence of a text from the plain one."""
 
     prompt: int
     """The prompt's number, from 0."""
     position: int
     """The new token's number, from 0."""
     gap: float
-    """Logit of the plain choice less that of the other, by one-token forwards; nan where one text just ends."""
+    """The plain choice's logit less the other's, by one-token forwards; nan where one text ends."""
     noise: float
     """The largest change of such a gap by rounding alone."""
     turn: int = 0
@@ -79,14 +79,14 @@ class Divergence:
 
 @torch.inference_mode()
 def divergences(target: Target, differences: Sequence[Difference]) -> list[Divergence]:
-    """Judge texts that differ, each held against the same noise.
+    """Judge differing texts, all against the same noise.
 
     Args:
-        target: decides.
-        differences: of all prompts and contenders; those that leave the same plain text cost one run over it together.
+        target: the model that judges.
+        differences: differences of all prompts and contenders; those from one plain text share one run over it.
 
     Returns:
-        One for every difference, in their order.
+        One divergence for every difference, in their order.
     """
     leaving: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, one in enumerate(differences):
@@ -120,16 +120,16 @@ def _judged(one: Difference, logits: Tensor, noise: Noise) -> Divergence:
 
 
 def last_place(magnitude: float, dtype: torch.dtype) -> float:
-    """The distance of neighbouring numbers of this size in this precision; 0.0625 at 8 to 16 in bfloat16."""
+    """Return the distance of neighbouring numbers of this size and precision; 0.0625 at 8 to 16 in bfloat16."""
     return math.ldexp(torch.finfo(dtype).eps, math.frexp(magnitude)[1] - 1)
 
 
 def divergences_by_method(
     target: Target, prompts: Sequence[list[int] | Script], plain: Sequence[Run], others: Mapping[str, Sequence[Run]]
 ) -> dict[str, list[Divergence]]:
-    """Divergences by contender: one for every conversation whose answers differ, in its first turn that does.
+    """Return divergences by contender: one for every conversation whose answers differ, in its first such turn.
 
-    Repetition 0 stands for all. The contenders are judged together, so that all are held against the same noise.
+    Repetition 0 stands for all. All contenders are judged together, against the same noise.
     """
     differing = {
         name: [
@@ -144,7 +144,7 @@ def divergences_by_method(
 
 
 def difference(prompt: list[int] | Script, base: Run, own: Run) -> Difference | None:
-    """The first turn whose answers differ."""
+    """Return the difference in the first turn whose answers differ; None without one."""
     texts: list[list[int]] = []
     for turn, (expected, said) in enumerate(zip(base.answers, own.answers, strict=False)):
         if expected.tokens != said.tokens:

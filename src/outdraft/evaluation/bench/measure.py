@@ -1,8 +1,8 @@
-"""Several ways of decoding over the same prompts, in turns.
+"""Measurements of several ways of decoding over the same prompts, in turns.
 
-For each prompt and repetition every contender decodes once, in rotating order, so that whatever slows the machine down
-for a while slows all of them down. Figures are made in `summary.py`, judgements on texts in
-`divergences.py`, the stock library's own ways of decoding in `baselines.py`.
+For each prompt and repetition every contender decodes once, in rotating order, so that a temporary slow-down of the
+machine hits all of them. `summary.py` computes figures, `divergences.py` judges texts, `baselines.py` has the stock
+library's own ways of decoding.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from outdraft.drafting.base import Drafter
 from outdraft.target.target import Target
 
 PLAIN = "plain"
-"""The contender that all others are compared with: the target alone, in the same loop."""
+"""The name of the contender that all others are compared with: the target without a drafter, in the same loop."""
 
 WARM_UP_TOKENS = 16
 
 
 @dataclass
 class Answer:
-    """One prompt decoded once."""
+    """The answer of one decoding of a prompt."""
 
     tokens: list[int]
     seconds: float
-    """Wall-clock, prefill included."""
+    """The wall-clock time, prefill included."""
     statistics: Statistics
     accepted: list[bool] = field(default_factory=list)
-    """A flag for every token: True if a drafter had guessed it."""
+    """A flag for every token: True if it was an accepted draft token."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of decoding."""
+    """A way of decoding that is compared."""
 
     name: str
     decode: Callable[[list[int], dict[str, Any]], Answer]
-    """Token ids of a prompt, settings of `generate` -> answer."""
+    """The function from a prompt's token ids and settings of `generate` to an answer."""
     method: str
     parameters: int = 0
-    """Parameters of its drafter."""
+    """The number of parameters of its drafter."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all turns, an end-of-sequence token included."""
+        """The number of new tokens of all turns, an end-of-sequence token included."""
         return sum(len(answer.tokens) for answer in self.answers)
 
     @property
@@ -78,20 +78,20 @@ class Run:
 
 
 Script = Callable[[list[list[int]]], list[int] | None]
-"""A conversation: the tokens of the answers so far -> token ids of the next prompt, None at the end."""
+"""A conversation, as a function from the answers' tokens so far to the next prompt's token ids, None at the end."""
 
 Pair = Mapping[str, Run]
 """The runs of all contenders on one prompt and repetition, by name."""
 
 
 def speculative(name: str, target: Target, drafter: Drafter | None, *, repeats: bool = False, **tree: Any) -> Contender:
-    """Our decoding with a drafter, or plainly with None.
+    """Make a contender of outdraft's decoding with a drafter, or plain with None.
 
     Args:
-        name: of the contender.
+        name: name of the contender.
         target: the model.
         drafter: the drafter.
-        repeats: whether repetitions are drafted in its place, as `generate` does by itself.
+        repeats: True for n-gram drafts in its place where texts repeat, as `generate` does by default.
         **tree: as in `generate`.
     """
     model = SpeculativeModel(target, drafter)
@@ -121,16 +121,16 @@ def compare(
     """Let every contender decode every prompt `repetitions` times, after a short warm-up that does not count.
 
     Args:
-        contenders: by distinct names.
+        contenders: contenders with distinct names.
         prompts: token ids, or conversations whose later prompts depend on a contender's own answers.
-        repetitions: of every pair.
-        max_new_tokens: of every answer.
+        repetitions: repetitions of every prompt.
+        max_new_tokens: most tokens of every answer.
         temperature: 0 is greedy.
         seed: the same draws begin with the same seed for all.
         progress: called after every contender's run.
-        known: pairs measured before, by prompt and repetition; they are not measured again.
+        known: pairs measured before, by prompt and repetition, which are not measured again.
         completed: called as soon as all contenders have answered a prompt in a repetition.
-        end: of the time there is, by `time.perf_counter`; no pair but the first is begun after it. None is no end.
+        end: deadline by `time.perf_counter`; no pair but the first begins after it. None is no deadline.
 
     Returns:
         Runs by the contender's name, in the same order of prompts and repetitions for all.
@@ -163,14 +163,14 @@ def compare(
 
 
 def script_of(prompt: list[int] | Script) -> Script:
-    """A single prompt is a conversation of one turn."""
+    """Turn a single prompt into a conversation of one turn."""
     if callable(prompt):
         return prompt
     return lambda answers: None if answers else prompt
 
 
 def converse(contender: Contender, script: Script, settings: dict[str, Any]) -> list[Answer]:
-    """Every turn of a conversation, each after the contender's own answers to those before it."""
+    """Answer every turn of a conversation, each after the contender's own answers to those before it."""
     answers: list[Answer] = []
     while (prompt := script([answer.tokens for answer in answers])) is not None:
         answers.append(contender.decode(prompt, settings))

@@ -1,4 +1,4 @@
-"""From names and folders to the ways of decoding that are compared. Measures nothing."""
+"""The contenders of a benchmark, from names of methods and folders of drafters."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from outdraft.target.target import Target
 
 LOOKUP = "prompt-lookup"
 WITH_LOOKUP = "+lookup"
-"""What a method's name ends with where repetitions are drafted in the drafter's place, as `generate` does by itself."""
+"""The suffix of a method's name with n-gram drafts in the drafter's place, as `generate` does by default."""
 DEFAULT = "default"
-"""The controller that `generate` takes by itself where no seed is given; a bench's seeds make no difference to it."""
+"""The name of the controller that `generate` takes by default without a seed; a bench's seeds do not change it."""
 STOCK_NAMES = "transformers "
-"""What the names of peers begin with."""
+"""The prefix of the baselines' names."""
 NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 
@@ -44,19 +44,19 @@ def contenders(
     peers: Sequence[str] = (),
     stock: Target | None = None,
 ) -> list[Contender]:
-    """Plain decoding first, then whatever was asked for.
+    """Build plain decoding first, then the requested contenders.
 
     Args:
         target: the same for all.
         draft_models: `PATH` or `NAME=PATH` each.
-        methods: those to compare, `METHOD+lookup` with repetitions; prompt lookup and every given drafter, without and
-            with them, when None.
-        backend: of the drafters.
+        methods: methods to compare, `METHOD+lookup` with n-gram drafts; None takes prompt lookup and every given
+            drafter, with and without them.
+        backend: backend of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
-        controllers: every drafter runs with each of them; `default` is what `generate` takes by itself.
+        controllers: every drafter runs with each of them; `default` is `generate`'s own choice.
         shipped: name of the model whose shipped drafters stand for those that are not given.
-        include_transformers: the stock `generate` too; the same as `generate` among the peers.
-        peers: the stock library's own ways of decoding, as in `baselines.py`.
+        include_transformers: add the stock `generate`; the same as `generate` among the peers.
+        peers: baselines of the stock library, as in `baselines.py`.
         stock: the same model for those, with modules as `transformers` loads them; the target when None.
 
     Raises:
@@ -98,7 +98,7 @@ def contenders(
 
 
 def _base(method: str) -> str:
-    """The method of a drafter with or without repetitions."""
+    """Return the method's name without the suffix for n-gram drafts."""
     return method.removesuffix(WITH_LOOKUP)
 
 
@@ -109,7 +109,7 @@ def _loaded(target: Target, source: str | None, method: str | None, backend: str
 
 
 def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | None) -> dict[str, Drafter]:
-    """By name: the one given, else the method where that tells them apart, else method and folder."""
+    """Load drafters by name: the given name, else the method where that is unique, else method and folder."""
     named: list[tuple[str | None, str, Drafter]] = []
     for text in draft_models:
         match = None if Path(text).exists() else NAMED.fullmatch(text)

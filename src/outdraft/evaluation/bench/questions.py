@@ -1,7 +1,7 @@
-"""Question sets to measure on, and the prompts that their turns become for a model.
+"""Question sets for benchmarks, and their turns as prompts for a model.
 
 The sets are Spec-Bench's six tasks, MT-bench, the prompt sets of the EAGLE papers, GSM8K, and any file of prompts. A
-question has a group (the task that figures are given for) and one or several turns.
+question has a group (the task of its figures) and one or several turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outdraft.evaluation.prompts import Prompt, encode_one, prompt_of
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-"""Categories of MT-bench, which together are Spec-Bench's multi-turn task."""
+"""The categories of MT-bench, which together are Spec-Bench's multi-turn task."""
 
 SPEC_BENCH = (MULTI_TURN, "translation", "summarization", "qa", "math_reasoning", "rag")
 """Spec-Bench's tasks."""
@@ -37,13 +37,13 @@ class Question:
     category: str
     """The category that the file names."""
     group: str
-    """The task whose figures it counts for."""
+    """The task to whose figures the question counts."""
     turns: tuple[str, ...] = ()
-    """User turns of a conversation; empty where `prompt` says it all."""
+    """The user turns of a conversation; empty where `prompt` is set."""
     prompt: Prompt | None = None
-    """A text as it is, or a conversation that waits for the assistant's only answer."""
+    """A raw text, or a conversation that ends before the assistant's only answer."""
     source: str = ""
-    """`file:line`."""
+    """The question's `file:line`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LeftOut:
 
 @dataclass
 class QuestionSet:
-    """Questions in the order of the files and their lines."""
+    """The questions in the order of the files and their lines."""
 
     suite: str
     questions: list[Question]
@@ -82,12 +82,12 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
     """Read a question set.
 
     Args:
-        path: a file, or for the suite `eagle` a folder of them.
-        suite: of `SUITES`; guessed from what the records hold when None.
+        path: a file, or for the suite `eagle` a folder of files.
+        suite: one of `SUITES`; None guesses it from the records.
         on_bad_line: `error` stops at the first record that cannot be used, `skip` leaves it out and lists it.
 
     Raises:
-        UserError: no such file, an unknown suite, a record that cannot be used, or nothing that can.
+        UserError: the file is missing, the suite unknown, a record unusable, or no record usable.
     """
     path = Path(path)
     if suite is not None and suite not in SUITES:
@@ -119,7 +119,7 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
 
 
 def guessed(file: Path) -> str:
-    """The suite that a file's records are of; `prompts` where nothing tells."""
+    """Guess the suite of a file's records; `prompts` where no field tells."""
     records = [content for _, _, content in read_records(file) if isinstance(content, dict)]
     if not records or not all("turns" in record or "answer" in record for record in records):
         return "prompts"
@@ -148,14 +148,14 @@ def _files(path: Path, suite: str | None) -> list[Path]:
 
 
 Reader = Callable[[Any, int, str], Question]
-"""Record, line number, `file:line` -> question; raises `NoPrompt`."""
+"""A function from record, line number and `file:line` to a question; it may raise `NoPrompt`."""
 
 
 def _reader(suite: str, file: Path, several: bool) -> Reader:
-    """The function that reads the records of one file."""
+    """Return the function that reads the records of one file."""
 
     def turned(record: Any, number: int, source: str) -> Question:
-        """`{"question_id", "category", "turns"}`."""
+        """Read a record `{"question_id", "category", "turns"}`."""
         turns = _text_turns(record)
         identity, category = record.get("question_id", number), str(record.get("category", ""))
         if not isinstance(identity, int | str):
@@ -173,7 +173,7 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
         return Question(identity, category or group, group, turns, source=source)
 
     def arithmetic(record: Any, number: int, source: str) -> Question:
-        """`{"question", "answer"}`."""
+        """Read a record `{"question", "answer"}`."""
         text = record.get("question") if isinstance(record, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise NoPrompt('"question" must be a non-empty string')
@@ -195,7 +195,7 @@ def _text_turns(record: Any) -> tuple[str, ...]:
 
 
 def questions_of(prompts: Sequence[Prompt], group: str) -> list[Question]:
-    """Prompts that are there already, as questions of one group."""
+    """Turn prompts into questions of one group."""
     return [
         Question(number, group, group, prompt=prompt, source=f"{group}:{number}")
         for number, prompt in enumerate(prompts, start=1)
@@ -203,7 +203,7 @@ def questions_of(prompts: Sequence[Prompt], group: str) -> list[Question]:
 
 
 def _digest(files: Iterator[Path] | Sequence[Path]) -> str:
-    """Changes with names and contents."""
+    """Digest the files' names and contents."""
     total = hashlib.sha256()
     for file in files:
         total.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
@@ -214,7 +214,7 @@ class Dialogue:
     """One question put to one model; a `measure.Script`.
 
     Args:
-        question: what is asked.
+        question: the question that is asked.
         target: gives tokenizer and context.
     """
 
@@ -223,7 +223,7 @@ class Dialogue:
         self.first = self._prompt([])
 
     def __call__(self, answers: list[list[int]]) -> list[int] | None:
-        """Token ids of the next prompt; None after the last turn, or where a turn would not fit the context."""
+        """Return the next prompt's token ids; None after the last turn, or where a turn would not fit the context."""
         if not answers:
             return self.first
         if len(answers) >= len(self.question.turns):
@@ -232,7 +232,7 @@ class Dialogue:
         return ids if len(ids) < self._context else None
 
     def needed(self, max_new_tokens: int) -> int:
-        """Tokens of the last prompt, with answers as long as they can get before it."""
+        """Count the tokens of the last prompt, with the longest possible answers before it."""
         turns = len(self.question.turns)
         if turns < 2:
             return len(self.first)
@@ -251,17 +251,17 @@ class Dialogue:
 
 
 def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """An answer as it goes into the conversation and into Spec-Bench's files: no special tokens, no space around it."""
+    """Decode an answer for the conversation and Spec-Bench's files, without special tokens and outer space."""
     return decode_text(tokenizer, tokens).strip()
 
 
 def dialogues(
     questions: Sequence[Question], target: Any, max_new_tokens: int, on_bad_line: str = "error"
 ) -> tuple[list[Dialogue], list[LeftOut]]:
-    """Questions for one model, and those that do not fit its context.
+    """Return the dialogues of questions for a model, and the questions that do not fit its context.
 
     Raises:
-        UserError: one does not fit (and `on_bad_line` is `error`), or none does.
+        UserError: a question does not fit (and `on_bad_line` is `error`), or none fits.
     """
     fitting: list[Dialogue] = []
     left_out: list[LeftOut] = []

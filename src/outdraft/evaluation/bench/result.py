@@ -22,7 +22,7 @@ from outdraft.output import number
 
 @dataclass
 class Comparison:
-    """All contenders at one temperature."""
+    """The comparison of all contenders at one temperature."""
 
     temperature: float
     summaries: list[Summary]
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def cut_short(self) -> int:
-        """Conversations of some contender that ended early, since the next turn did not fit the context."""
+        """The number of a contender's conversations that ended early, as the next turn did not fit the context."""
         return sum(
             len(run.answers) < len(self.questions[run.prompt].turns)
             for own in self.runs.values()
@@ -48,17 +48,17 @@ class Comparison:
 
 @dataclass
 class BenchResult:
-    """Comparisons at every temperature, and what they were made on."""
+    """The comparisons at every temperature, with the facts of machine, model and settings."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]
     comparisons: list[Comparison]
     questions: Sequence[Question] = ()
     left_out: Sequence[LeftOut] = ()
-    """Lines that could not be used, and questions too long for the model."""
+    """The lines that could not be used, and the questions too long for the model."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return {
             "settings": self.settings,
             "environment": self.environment,
@@ -107,11 +107,11 @@ Column = Callable[[Summary], str]
 SHOWN_DIVERGENCES = 8
 
 WIDE = 110
-"""Columns of a terminal on which the figures of rounds are shown too."""
+"""The least width of a terminal, in columns, that also shows the figures of rounds."""
 
 
 def table(summaries: Sequence[Summary], temperature: float) -> Table:
-    """One row a contender: how fast, and whether the text is the same; Spec-Bench's own speed-up where there is one."""
+    """Make a table of speed and equal texts, one row a contender; with Spec-Bench's own speed-up where it is known."""
     columns: dict[str, Column] = {
         "method": lambda s: s.name,
         "tau": lambda s: number(s.statistics.tau),
@@ -126,7 +126,7 @@ def table(summaries: Sequence[Summary], temperature: float) -> Table:
 
 
 def rounds_table(summaries: Sequence[Summary]) -> Table:
-    """One row a contender: what happens in a round, and what it costs."""
+    """Make a table of a round's counts and costs, one row a contender."""
     columns: dict[str, Column] = {
         "method": lambda s: s.name,
         "drafted": drafted,
@@ -149,12 +149,12 @@ def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], title: s
 
 
 def temperature_name(temperature: float) -> str:
-    """`greedy` or `temperature 1`."""
+    """Name a temperature: `greedy` or `temperature 1`."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
 def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> Table:
-    """One row a contender, one column a group: tau and speed-up."""
+    """Make a table of tau and speed-up, one row a contender, one column a group."""
     built = Table(title=f"by task, {temperature_name(temperature)}: speed-up (tau)", title_justify="left")
     built.add_column("method", no_wrap=True)
     for name, summaries in groups.items():
@@ -166,13 +166,13 @@ def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> 
 
 
 def speedup(summary: Summary) -> str:
-    """The speed-up with its interval."""
+    """Format the speed-up with its interval."""
     low, high = summary.speedup_interval
     return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
 
 
 def drafted(summary: Summary) -> str:
-    """Levels drafted in a round, on average, and the share of rounds that drafted at all where some did not."""
+    """Format the mean levels drafted in a round, and the share of rounds that drafted where some did not."""
     depths = summary.statistics.depths
     if not any(depths):
         return "-"
@@ -181,7 +181,7 @@ def drafted(summary: Summary) -> str:
 
 
 def shares(summary: Summary) -> str:
-    """The shares of the time after the prefill."""
+    """Format the shares of the time after the prefill."""
     counts = summary.statistics
     if not summary.timed:
         return "-"
@@ -190,7 +190,7 @@ def shares(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """A few words on whether the texts are plain decoding's."""
+    """Say in a few words whether the texts equal plain decoding's."""
     if summary.divergences is None:
         return "-"
     if not summary.divergences:
@@ -205,7 +205,7 @@ def _turn(found: Divergence) -> str:
 
 
 def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
-    """Position, gap and noise of the first few divergences."""
+    """List position, gap and noise of the first few divergences."""
     lines = [
         f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} parts at token {found.position + 1}, logit gap "
         f"{number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
@@ -217,7 +217,7 @@ def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
 
 
 def closing(summaries: Sequence[Summary]) -> str:
-    """A sentence on the fastest way of drafting, how sure that is, and the ways that lost."""
+    """Return a sentence on the fastest way of drafting, its certainty, and the ways that lost."""
     drafting = [summary for summary in summaries if summary.method != "none"]
     if not drafting:
         return f"Only {PLAIN} decoding ran, so there is nothing to compare."
@@ -236,6 +236,6 @@ def closing(summaries: Sequence[Summary]) -> str:
 
 
 def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True) -> Group:
-    """The table, where there is room one of the rounds too, and below them where texts part."""
+    """Return the table, where the width allows also that of rounds, and the divergences below them."""
     notes = [Text(line, style="dim") for line in divergence_lines(summaries)]
     return Group(table(summaries, temperature), *([rounds_table(summaries)] if wide else []), *notes)

@@ -1,9 +1,9 @@
-"""Spec-Bench's own answer files, written and read back, and its own figures from them.
+"""Writing and reading Spec-Bench's own answer files, and its own figures from them.
 
 The format and the arithmetic are those of its `evaluation/eval.py` and `evaluation/speed.py`
-(github.com/hemingkx/Spec-Bench): a method's rate is its `new_tokens` over its `wall_time`, the baseline's is the
-tokens that its texts have when tokenized anew, less one for the beginning of the text; the speed-up is the ratio of the
-mean rates over questions. `reread` gets the figures from answer files alone, with the target's tokenizer.
+(github.com/hemingkx/Spec-Bench): a method's rate is its `new_tokens` over its `wall_time`. The baseline's tokens are
+counted by tokenizing its texts anew, less one for the begin-of-text token. The speed-up is the ratio of the mean rates
+over questions. `reread` gets the figures from answer files only, with the target's tokenizer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from outdraft.output import number, write_whole
 from outdraft.target.named import place_of
 
 Record = dict[str, Any]
-"""One line of an answer file."""
+"""A line of an answer file."""
 
 FOLDER = "model_answer"
 """Spec-Bench's folder of answer files, one file a method."""
@@ -39,17 +39,17 @@ NAN = float("nan")
 
 ALL = "all questions"
 THEIRS = "vanilla"
-"""Spec-Bench has this in the name of plain decoding's file."""
+"""The word in Spec-Bench's name of plain decoding's file."""
 TEMPERATURE = re.compile(r"-temp-([\d.]+)$")
 
 Figures = dict[str, float]
-"""`tau` and `speedup`."""
+"""The figures `tau` and `speedup`."""
 
 
 def accept_lengths(answer: Answer) -> list[int]:
-    """Tokens that each target forward after the prefill emitted, the bonus token among them.
+    """Return the tokens that each target forward after the prefill emitted, bonus token included.
 
-    What a last round accepted past the end of the text is not in the answer, so it is not counted.
+    Tokens that a last round accepted past the end of the text are not in the answer, so they do not count.
     """
     lengths = [accepted + 1 for accepted in answer.statistics.lengths]
     if lengths:
@@ -58,7 +58,7 @@ def accept_lengths(answer: Answer) -> list[int]:
 
 
 def choice(run: Run, tokenizer: Any) -> dict[str, Any]:
-    """One repetition of one question in Spec-Bench's format; its `turns` here are the answers' texts."""
+    """Format a repetition of a question as in Spec-Bench, where `turns` are the answers' texts."""
     return {
         "index": run.repetition,
         "turns": [answer_text(tokenizer, answer.tokens) for answer in run.answers],
@@ -70,7 +70,7 @@ def choice(run: Run, tokenizer: Any) -> dict[str, Any]:
 
 
 def records(name: str, runs: Iterable[Run], questions: Sequence[Question], tokenizer: Any) -> list[Record]:
-    """The lines of one contender's answer file, in the order of the questions."""
+    """Return the lines of a contender's answer file, in the order of the questions."""
     found: dict[int, Record] = {}
     for run in runs:
         question = questions[run.prompt]
@@ -88,21 +88,21 @@ def records(name: str, runs: Iterable[Run], questions: Sequence[Question], token
 
 
 def file_name(contender: str, suffix: str = "") -> str:
-    """`fspad.jsonl`; with several temperatures `fspad-temp-1.jsonl`."""
+    """Return the file name: `fspad.jsonl`; with several temperatures `fspad-temp-1.jsonl`."""
     return re.sub(r"[^\w.+=-]+", "-", contender) + (f"-{suffix}" if suffix else "") + ".jsonl"
 
 
 def write(path: Path, lines: Iterable[Record]) -> None:
-    """One answer file, whole or not at all."""
+    """Write an answer file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read(path: Path) -> list[Record]:
-    """The lines of an answer file, Spec-Bench's or ours.
+    """Read the lines of an answer file, Spec-Bench's or outdraft's.
 
     Raises:
-        UserError: no such file, or a line that is no answer.
+        UserError: the file is missing, or a line is no answer.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}; give an answer file of Spec-Bench's format")
@@ -122,17 +122,17 @@ def read(path: Path) -> list[Record]:
 
 
 def in_group(lines: Iterable[Record], group: str | None) -> list[Record]:
-    """Those of one task, where MT-bench's categories together are the multi-turn one; all of them when None."""
+    """Select the lines of one task (MT-bench's categories together are the multi-turn task); None selects all."""
     wanted = MT_BENCH if group == MULTI_TURN else (group,)
     return [line for line in lines if group is None or line["category"] in wanted]
 
 
 def figures(lines: Sequence[Record], base: Sequence[Record], tokenizer: Any) -> Figures:
-    """Spec-Bench's own `tau` and `speedup`, the mean of the repetitions as its report of several runs has it.
+    """Compute Spec-Bench's own `tau` and `speedup`, means over repetitions as in its report of several runs.
 
     Args:
-        lines: of the method.
-        base: of plain decoding, for the same questions.
+        lines: answers of the method.
+        base: answers of plain decoding to the same questions.
         tokenizer: counts the tokens of plain decoding's texts, each with its beginning-of-text token.
     """
     lengths, speedups = [], []
@@ -157,14 +157,14 @@ class Reread:
 
     folder: Path
     methods: dict[str, dict[str, Figures]]
-    """Figures by file (without its ending), then by task, all questions first."""
+    """The figures by file (without its suffix), then by task, all questions first."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures for JSON."""
         return {"folder": str(self.folder), "methods": self.methods}
 
     def table(self) -> Table:
-        """One row a file, one column a task."""
+        """Make a table with one row a file, one column a task."""
         built = Table(title="from the answer files: Spec-Bench's own speed-up (tau)", title_justify="left")
         built.add_column("file", no_wrap=True)
         groups = list(dict.fromkeys(group for own in self.methods.values() for group in own))
@@ -177,15 +177,15 @@ class Reread:
 
 
 def reread(folder: Path, model: str) -> Reread:
-    """Every answer file of a folder against plain decoding's.
+    """Compute the figures of every answer file of a folder against plain decoding's.
 
     Args:
-        folder: what `--output-dir` named, or a folder of answer files. Plain decoding's are called `plain...` or, as
+        folder: the folder of `--output-dir`, or a folder of answer files. Plain decoding's are called `plain...` or, as
             Spec-Bench does, `...vanilla...`; where files are of several temperatures, one of each.
-        model: whose tokenizer counts; a folder, a GGUF file, a hub id, `smollm2` or `reference`.
+        model: the model whose tokenizer counts; a folder, a GGUF file, a hub id, `smollm2` or `reference`.
 
     Raises:
-        UserError: no answer files or none of plain decoding, files of other questions than its, or no tokenizer.
+        UserError: answer files, plain decoding's or the tokenizer are missing, or files have other questions.
     """
     inner = folder / FOLDER
     files = sorted((inner if inner.is_dir() else folder).glob("*.jsonl"))
@@ -207,7 +207,7 @@ def reread(folder: Path, model: str) -> Reread:
 
 
 def baseline_of(name: str, names: Sequence[str], folder: Path) -> str:
-    """The file of plain decoding that belongs to a file: the one of its temperature."""
+    """Return the file of plain decoding at the same temperature as a file."""
     found = [other for other in names if is_plain(other) and _temperature(other) == _temperature(name)]
     if len(found) != 1:
         what = "no file" if not found else f"{len(found)} files ({', '.join(found)})"
@@ -222,7 +222,7 @@ def is_plain(name: str) -> bool:
 
 
 def groups_of(lines: Sequence[Record]) -> list[str]:
-    """The tasks in the file's order; MT-bench's categories are one where there are others."""
+    """List the tasks in the file's order; MT-bench's categories are one task where there are others."""
     categories = list(dict.fromkeys(str(line["category"]) for line in lines))
     if not set(categories) <= set(MT_BENCH):
         categories = list(dict.fromkeys(MULTI_TURN if name in MT_BENCH else name for name in categories))
@@ -230,7 +230,7 @@ def groups_of(lines: Sequence[Record]) -> list[str]:
 
 
 def tokenizer_of(model: str) -> Any:
-    """A model's tokenizer, without its weights."""
+    """Load a model's tokenizer, without its weights."""
     path = str(place_of(model).path)
     try:
         return AutoTokenizer.from_pretrained(path)

@@ -1,5 +1,5 @@
-"""The output folder of a benchmark: its settings, and every complete pair of runs as soon as it is there, so that what
-was interrupted goes on where it stopped.
+"""The output folder of a benchmark: its settings, and every complete pair of runs at once, so that an interrupted
+benchmark resumes where it stopped.
 
 A pair is complete when all contenders have answered a question in a repetition; one line of `runs.jsonl` holds it. A
 folder with other settings is refused.
@@ -28,12 +28,12 @@ SETTINGS, RUNS = "settings.json", "runs.jsonl"
 
 
 class Store:
-    """One output folder, open for a benchmark of these settings.
+    """An output folder, open for a benchmark of these settings.
 
     Args:
-        folder: made where it is missing.
+        folder: the folder, made if missing.
         fingerprint: everything that changes the figures.
-        sitting: facts of this run that may differ from one to the next; kept with the first pair it adds.
+        sitting: facts of this run that may differ between runs; stored with the first pair it adds.
 
     Raises:
         UserError: the folder holds a benchmark of other settings.
@@ -49,11 +49,11 @@ class Store:
         self._save()
 
     def known(self, temperature: float) -> dict[tuple[int, int], Pair]:
-        """The complete pairs of a temperature, by question and repetition."""
+        """Return the complete pairs of a temperature, by question and repetition."""
         return {place[1:]: pair for place, pair in self._pairs.items() if place[0] == temperature}
 
     def keep(self, temperature: float, prompt: int, repetition: int, pair: Pair) -> None:
-        """Write a complete pair down; it is on the disk when this returns."""
+        """Store a complete pair; it is on the disk when this returns."""
         if not self.added:
             self.sittings.append(self._sitting)
             self._save()
@@ -71,13 +71,13 @@ class Store:
         return any(sitting is self._sitting for sitting in self.sittings)
 
     def end(self, **facts: Any) -> None:
-        """Keep facts of the end of this sitting, if it has added a pair."""
+        """Store facts of the end of this sitting, if it has added a pair."""
         if self.added:
             self._sitting |= in_json({"ended": _now(), **facts})
             self._save()
 
     def _known(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        """The sittings before this one, if they were of the same settings."""
+        """Return the earlier sittings; other settings raise UserError."""
         file = self.folder / SETTINGS
         if not file.exists():
             if (self.folder / RUNS).exists():
@@ -101,7 +101,7 @@ class Store:
         return sittings
 
     def _read(self) -> dict[tuple[float, int, int], dict[str, Run]]:
-        """The pairs in `runs.jsonl`; a last line that was cut off by an interruption goes."""
+        """Read the pairs in `runs.jsonl`; a last line that an interruption cut off is dropped."""
         file = self.folder / RUNS
         if not file.exists():
             return {}
@@ -135,8 +135,8 @@ def _now() -> str:
 
 
 def folder_state(path: str | Path) -> str | None:
-    """A digest of the names, sizes and times of a local folder's files, by which a model trained anew shows; None for a
-    name that is no folder."""
+    """Digest the names, sizes and times of a local folder's files, so that a retrained model shows; None for a name
+    that is no folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
@@ -152,8 +152,8 @@ def fingerprint(
     questions: Sequence[Question],
     contenders: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything that changes the figures, machine and versions included; the revision of the source is not part of
-    it, but kept for every sitting."""
+    """Return all facts that change the figures, machine and versions included. The source's revision is kept for every
+    sitting instead."""
     models = [settings.model, *(text.partition("=")[2] or text for text in (*settings.draft_models, *settings.peers))]
     shown = settings.shown(asked.suite, len(questions))
     for name in ("data", "methods", "peers", "on_bad_line", "temperatures", "draft_models"):

@@ -1,4 +1,4 @@
-"""Figures from runs: tau, acceptance, speed and its interval."""
+"""The figures of runs: tau, acceptance, speed and its interval."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from outdraft.evaluation.bench.measure import PLAIN, Run
 RESAMPLES = 2000
 
 QUIET = 0.2
-"""Scatter of a round's cost, between quartiles and relative to the median, that a quiet machine may show."""
+"""The largest interquartile range of a round's cost, relative to the median, on a quiet machine."""
 FEWEST_PAIRS = 4
-"""Pairs from which such a scatter can be told."""
+"""The fewest pairs that allow to judge the scatter."""
 
 _NAN = float("nan")
 
@@ -33,36 +33,37 @@ class Summary:
     """The statistics of all runs added up."""
     tokens: int
     tokens_per_second: float
-    """All new tokens over all seconds, prefill included."""
+    """The ratio of all new tokens to all seconds, prefill included."""
     median_tokens_per_second: float
-    """The median over single answers."""
+    """The median rate over single answers."""
     decode_tokens_per_second: float
-    """Tokens after each answer's first one over the seconds after the prefill; nan where these were not taken apart."""
+    """The rate of tokens after each answer's first one, prefill excluded; nan where it was not timed apart."""
     first_token_seconds: float
-    """Median time to the first token; nan where it was not taken apart."""
+    """The median time to the first token; nan where it was not timed apart."""
     speedup: float
-    """Median, over pairs of the same prompt and repetition, of the ratio of tokens per second to plain decoding's."""
+    """The median ratio of tokens per second to plain decoding's, over pairs of the same prompt and repetition."""
     speedup_interval: tuple[float, float]
-    """Bootstrap 95% interval of the speed-up, drawn over prompts."""
+    """The bootstrap 95% interval of the speed-up, drawn over prompts."""
     mean_rate_speedup: float
-    """Ratio of the mean rates over answers, tokens counted alike on both sides."""
+    """The ratio of the mean rates over answers, with tokens counted alike on both sides."""
     divergences: list[Divergence] | None
-    """The places where greedy texts part from plain ones; None when sampling, where texts need not be equal."""
+    """The divergences of greedy texts from plain ones; None when sampling, where texts need not be equal."""
     questions: int = 0
     spec_bench_speedup: float = _NAN
-    """Spec-Bench's own: likewise, but plain decoding's tokens are counted by tokenizing its texts anew."""
+    """Spec-Bench's speed-up: the ratio of mean rates, with plain decoding's tokens counted by tokenizing its texts
+    anew."""
     over_stock: float = _NAN
     """The speed-up over the `generate` of transformers; nan where that was not in the run."""
     over_stock_interval: tuple[float, float] = (_NAN, _NAN)
 
     @property
     def timed(self) -> bool:
-        """True if the seconds of a round are taken apart; those of the stock library are not."""
+        """True if the seconds of a round are timed by parts; the stock library's are not."""
         return self.statistics.verify_seconds > 0
 
     @property
     def milliseconds_per_round(self) -> dict[str, float]:
-        """Milliseconds of drafting, verifying and the rest; nan where they are not taken apart."""
+        """The milliseconds of drafting, verifying and the rest; nan where they are not timed apart."""
         counts = self.statistics
         parts = {"draft": counts.draft_seconds, "verify": counts.verify_seconds, "rest": counts.rest_seconds}
         known = self.timed and counts.rounds > 0
@@ -70,7 +71,7 @@ class Summary:
 
     @property
     def identical(self) -> bool | list[dict[str, Any]] | None:
-        """True, or the list of divergences; None when sampling."""
+        """True for identical texts, else the list of divergences; None when sampling."""
         if self.divergences is None:
             return None
         return [divergence.as_dict() for divergence in self.divergences] or True
@@ -85,7 +86,7 @@ class Summary:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all figures for JSON."""
         return {
             **self.headline(),
             "method": self.method,
@@ -113,15 +114,15 @@ def summarise(
     plain: Sequence[Run],
     divergences: list[Divergence] | None,
 ) -> Summary:
-    """The figures of one contender's runs against the plain runs of the same prompts and repetitions.
+    """Compute a contender's figures against the plain runs of the same prompts and repetitions.
 
     Args:
-        name: the contender's.
-        method: how it drafts.
-        parameters: of its drafter.
-        runs: its own.
-        plain: in the same order.
-        divergences: of its greedy texts; None when sampling.
+        name: the contender's name.
+        method: its drafting method.
+        parameters: number of its drafter's parameters.
+        runs: the contender's runs.
+        plain: the plain runs, in the same order.
+        divergences: divergences of its greedy texts; None when sampling.
     """
     answers = [answer for run in runs for answer in run.answers]
     statistics = Statistics.sum(answer.statistics for answer in answers)
@@ -152,17 +153,17 @@ def summarise(
 
 
 def paired(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, tuple[float, float]]:
-    """The speed-up of runs over others of the same prompts and repetitions in the same order: the median over pairs,
-    and its interval."""
+    """Compute the speed-up of runs over others of the same prompts and repetitions, in the same order: median over
+    pairs, and interval."""
     ratios = np.array([run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, base, strict=True)])
     return float(np.median(ratios)), interval(ratios, [run.prompt for run in runs])
 
 
 def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
-    """A note where paired rounds scatter more than they do on a quiet machine.
+    """Return a note where paired rounds scatter more than on a quiet machine.
 
-    What a round costs in plain rounds of the same pair hardly depends on the question, unlike tau. So if even the
-    steadiest contender's ratio has middle halves that lie far apart, something else has had the processor.
+    The cost of a round, in plain rounds of the same pair, hardly depends on the question, unlike tau. So a wide
+    interquartile range of even the steadiest contender means that other load has disturbed the timing.
     """
     spreads = []
     for name, own in runs.items():
@@ -182,15 +183,15 @@ def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
 
 
 def _round_seconds(run: Run) -> float:
-    """Seconds of a round; 0 where they were not taken apart."""
+    """Return the seconds of a round; 0 where they were not timed apart."""
     counts = Statistics.sum(answer.statistics for answer in run.answers)
     return counts.decode_seconds / counts.rounds if counts.rounds else 0.0
 
 
 def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95% interval of the median; the repetitions of a prompt are drawn together.
+    """Compute the bootstrap 95% interval of the median; the repetitions of a prompt are drawn together.
 
-    One prompt says nothing about others: its interval is nan.
+    The interval of a single prompt is nan, since it says nothing about others.
     """
     groups = [ratios[np.array(prompts) == prompt] for prompt in sorted(set(prompts))]
     if len(groups) < 2:

@@ -1,1 +1,1 @@
-"""Pages of HTML that show what was measured."""
+"""HTML pages of measurements."""

@@ -13,18 +13,18 @@ OVERALL = "all questions"
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "pentagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 STOCK = "transformers"
-"""The stock library's methods have names that begin so; their bars are hatched."""
+"""The prefix of the stock library's method names, whose bars are hatched."""
 
 LABELLED_BARS = 30
-"""More bars than these carry no figures above them."""
+"""The most bars that carry figures above them."""
 
 Figure = dict[str, Any]
 Slots = Mapping[str, int]
-"""Contender -> number of its colour."""
+"""The number of each contender's colour."""
 
 
 def charts(summaries: Sequence[Summary], groups: Mapping[str, Sequence[Summary]]) -> list[tuple[str, str, Figure]]:
-    """Title, a line on how to read it, and the figure, of every chart that has something to draw."""
+    """Return, for every chart with data, its title, a line on how to read it, and the figure."""
     rivals = sorted((s.name for s in summaries if s.name != PLAIN), key=lambda name: name.startswith(STOCK))
     slots = {name: slot for slot, name in enumerate(rivals)}
     drafting = [summary for summary in summaries if any(summary.statistics.depths)]
@@ -128,7 +128,7 @@ def _acceptance(summaries: Sequence[Summary], slots: Slots) -> Figure:
 
 
 def _histogram(values: Mapping[str, Sequence[int]], label: str, slots: Slots) -> Figure:
-    """The share of rounds that have each value, by contender."""
+    """Draw the share of rounds that have each value, by contender."""
     data = []
     for name, own in values.items():
         ticks = list(range(min(own), max(own) + 1))
@@ -188,6 +188,6 @@ def _layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
 
 
 def _gap(summary: Summary, side: int) -> float | str:
-    """The distance from the speed-up to one end of its interval."""
+    """Return the distance from the speed-up to one end of its interval."""
     gap = abs(summary.speedup_interval[side] - summary.speedup)
     return gap if math.isfinite(gap) else "NaN"  # null would draw an interval of no width

@@ -1,7 +1,7 @@
 """The HTML pages of `bench` and `verify`, each one file that loads nothing from elsewhere.
 
-What they say and how they look stands in `templates/`; here is what the templates are filled with. The bench's charts
-need plotly, whose script is embedded.
+`templates/` holds texts and layout; this module fills the templates. The bench's charts need plotly, whose script is
+embedded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SLOTS = {
     "dark": ["#4aa3df", "#f0b429", "#2cc295", "#e39cc4", "#f07f3c", "#8fd0f5", "#a9a9a9", "#c9a94a"],
 }
 """Colour of the n-th contender: Okabe and Ito's, which colour-blind readers can tell apart, a little lighter on dark
-paper. Whatever colour says is said by a label, a marker or a pattern too."""
+paper. A label, a marker or a pattern repeats whatever colour says."""
 
 THEMES = {
     "light": {"ink": "#1b1f24", "muted": "#59636e", "grid": "#e3e7eb", "paper": "#ffffff", "slots": SLOTS["light"]},
@@ -39,10 +39,10 @@ THEMES = {
 }
 
 SAMPLES, SAMPLE_TOKENS, SHOWN = 3, 160, 40
-"""Samples, their tokens, and rows of long lists, at most."""
+"""The most samples, tokens of a sample, and rows of long lists."""
 
 FASTEST = 4
-"""Methods whose speed-up stands large above the table."""
+"""The number of methods whose speed-up stands large above the table."""
 
 FEW_QUESTIONS = 20
 
@@ -57,13 +57,13 @@ def _templates() -> Environment:
 
 
 def _interval(ends: tuple[float, float]) -> str:
-    """Empty where one question leaves none."""
+    """Format an interval; empty where one question leaves none."""
     low, high = ends
     return f"[{number(low)}, {number(high)}]" if math.isfinite(low) else ""
 
 
 def _said(value: Any) -> str:
-    """A fact or a setting in words."""
+    """Format a fact or a setting in words."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_said(entry)}" for name, entry in value.items()) or "–"
     if value is None or value == []:
@@ -77,7 +77,7 @@ def _said(value: Any) -> str:
 
 
 def save_audit(audit: Audit, path: Path) -> None:
-    """Write the page of an audit, and its folder where there is none."""
+    """Write the page of an audit, and make its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(audit_page(audit), encoding="utf-8")
 
@@ -116,7 +116,7 @@ def check_bench_page(path: Path) -> None:
 
 
 def plotly_script() -> str:
-    """Plotly's own script, from its Python package.
+    """Return Plotly's own script, from its Python package.
 
     Raises:
         UserError: the package is missing.
@@ -158,7 +158,7 @@ def bench_page(result: BenchResult, tokenizer: Any) -> str:
 
 
 def _section(place: int, one: Comparison, tokenizer: Any, figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """The template's variables for one temperature; the charts' data go to `figures`."""
+    """Return the template's variables for one temperature; the charts' data go to `figures`."""
     drawn: list[dict[str, str]] = []
     for title, note, figure in charts(one.summaries, one.groups):
         drawn.append({"id": f"chart-{place}-{len(drawn)}", "title": title, "note": note})
@@ -182,7 +182,7 @@ def _section(place: int, one: Comparison, tokenizer: Any, figures: list[dict[str
 
 
 def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
-    """One line on the machine."""
+    """Return a line on the machine."""
     device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {facts['threads']} threads"
     when = facts.get("ended") or facts.get("began") or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return (
@@ -192,7 +192,7 @@ def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def notes(result: BenchResult) -> list[str]:
-    """Sentences that a reader should know before believing the figures."""
+    """Return sentences that a reader should know before believing the figures."""
     found = [busy(result.environment)]
     sizes = {name: s[0].questions for one in result.comparisons for name, s in one.groups.items()}
     few = [f"{name} {count}" for name, count in sizes.items() if count < FEW_QUESTIONS]
@@ -218,7 +218,7 @@ def notes(result: BenchResult) -> list[str]:
 
 
 def samples(one: Comparison, tokenizer: Any) -> list[dict[str, Any]]:
-    """The longest answers of a few groups by every method that drafts, token by token."""
+    """Collect the longest answers of a few groups by every method that drafts, token by token."""
     drafting = [summary for summary in one.summaries if summary.statistics.tau > 1 and summary.name != PLAIN]
     if not drafting or not one.questions:
         return []
@@ -248,7 +248,7 @@ def samples(one: Comparison, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _sample(summary: Summary, answer: Answer, tokenizer: Any) -> dict[str, Any]:
-    """An answer's text in pieces, each with whether a drafter had guessed it."""
+    """Split an answer's text into pieces, each marked if a drafter had guessed it."""
     detokenizer = Detokenizer(tokenizer)
     tokens = list(zip(answer.tokens, answer.accepted, strict=True))[:SAMPLE_TOKENS]
     pieces = [(detokenizer.add(token), hit) for token, hit in tokens]

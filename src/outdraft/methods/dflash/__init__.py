@@ -24,11 +24,11 @@ OTHERS = {
     "DFlare": ("dflare",),
     "LiLiCorr": ("lilicorr",),
 }
-"""Drafters of the same family that do not load, and what their configs hold of them."""
+"""Drafters of the same family that cannot be loaded, with the words by which their configs are recognised."""
 
 
 class DFlashMethod(Method):
-    """The methods of this folder."""
+    """DFlash and DSpark, the methods of this folder."""
 
     no_export = "'{folder}' is a folder of {method} already, which engines read as it is (vLLM: method {method})"
 
@@ -81,8 +81,8 @@ METHODS = (
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """The method of this folder that a config.json is for, whoever wrote it; the family's `OTHERS` are given to DFlash,
-    whose loader refuses them by name."""
+    """Return the method (`dflash` or `dspark`) that a config.json belongs to, whoever wrote it; None for other methods.
+    `OTHERS` go to DFlash, whose loader refuses them by name."""
     if "outdraft_version" in config:
         return None
     words = _words(config)
@@ -92,7 +92,7 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
 
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
-    """Which of `OTHERS` it is; None for none of them."""
+    """Return the name of the drafter in `OTHERS` that the config describes; None if it describes none."""
     inner = config.get("dflash_config")
     more = [*inner, inner.get("projector_type")] if isinstance(inner, dict) else []
     words = " ".join(map(str, [_words(config), *more])).lower()
@@ -100,7 +100,7 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
 
 
 def _words(config: Mapping[str, Any]) -> str:
-    """Where a config names its kind: classes, speculators' type, and keys."""
+    """Join the parts of a config that name its kind: classes, speculators' type, and keys."""
     classes = config.get("architectures")
     named = [*(classes if isinstance(classes, list) else []), config.get("speculators_model_type", "")]
     return " ".join(map(str, [*named, *config])).lower()

@@ -2,7 +2,7 @@
 
 The drafter's cache keeps keys and values of the context rows, one for every decided token but the anchor, at the slots
 of their positions. A block is written behind them and forgotten after its forward: the next round has the target's true
-outputs for what was accepted of it.
+outputs for the accepted tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DFlash(Drafter):
         return DFlashState(self, len(prompts), run.cache.capacity)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
-        """Levels cost nothing, so on a GPU, where verifying costs little, drafts are as deep as the block."""
+        """Return a shape as deep as the block on a GPU, where levels cost nothing and verifying costs little."""
         if device.type == "cpu":
             return super().default_shape(device, sampling)
         if sampling:
@@ -76,21 +76,21 @@ class DFlash(Drafter):
 
     @property
     def grow(self) -> Callable[..., Tree]:
-        """`expand.grow`, over the tokens that may be drafted."""
+        """The function `expand.grow`, restricted to the draft vocabulary."""
         return grow if self.vocabulary is None else self.vocabulary.grow
 
     def angles(self, positions: Tensor) -> Angles:
-        """Of `(rows, tokens)` positions."""
+        """Return the rotary cosines and sines of `(rows, tokens)` positions."""
         turns = positions[:, None, :, None] * self._frequencies
         dtype = self.network.norm.weight.dtype
         return (turns.cos() * self._turn_scale).to(dtype), (turns.sin() * self._turn_scale).to(dtype)
 
     def levels(self, roots: Tensor, cache: SlotCache, count: int) -> Tensor:
-        """`(rows, count, vocab)` logits of the first slots that propose, before the Markov head's bias.
+        """Return `(rows, count, vocab)` logits of the first slots that propose, before the Markov head's bias.
 
         Args:
             roots: `(rows,)` the anchors.
-            cache: with the context rows of all tokens before them, nothing pending.
+            cache: holds the context rows of all tokens before the anchors, and nothing pending.
             count: levels, at most as many as the block proposes.
         """
         config = self.network.config
@@ -110,7 +110,7 @@ class DFlash(Drafter):
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def _mask(self, sight: tuple[bool, int], slots: Tensor, cache: SlotCache) -> Tensor | None:
-        """`(rows, 1, B, extent)` what a layer's block rows see; None for everything."""
+        """Return the `(rows, 1, B, extent)` mask of a layer's block rows; None where every row sees every slot."""
         (is_causal, window), (rows, size), lengths = sight, slots.shape, cache.lengths
         if not is_causal and len(set(lengths)) == 1 and (not window or window >= cache.extent):
             return None
@@ -127,21 +127,19 @@ class DFlash(Drafter):
         return F.embedding(tokens, table) * (scale or 1.0)  # type: ignore[arg-type]
 
     def _output(self) -> Callable[[Tensor], Tensor]:
-        """From normed states to the logits of the tokens that may be drafted."""
+        """Return the function from normed states to logits over the draft vocabulary."""
         config = self.network.config
         if self.vocabulary is not None:
             return self.vocabulary.head
         if self.network.lm_head is not None:
             return self.network.lm_head
-        if (
-            config.final_logit_softcapping or config.output_multiplier != 1
-        ):  # it says itself what the target's head does
+        if config.final_logit_softcapping or config.output_multiplier != 1:  # the drafter has its own final scaling
             return self.target.model.get_output_embeddings()
         return self.target.head
 
 
 class DFlashState(DraftState):
-    """Keys and values of the context rows."""
+    """The draft cache of one batch: keys and values of the context rows."""
 
     def __init__(self, drafter: DFlash, rows: int, capacity: int):
         self.drafter = drafter
@@ -168,7 +166,7 @@ class DFlashState(DraftState):
         self.cache.join(other.cache)
 
     def _take_in(self, update: Update) -> None:
-        """Keep the context rows of what was decided since the last draft."""
+        """Write the context rows of the tokens decided since the last draft into the cache."""
         counts, device = update.counts, update.tokens.device
         for start in range(0, max(counts), PREFILL_CHUNK):
             count = min(PREFILL_CHUNK, max(counts) - start)

@@ -1,13 +1,13 @@
 """DFlash and DSpark folders as they are: z-lab's layout (also JetSpec's and Automodel's), speculators', DeepSpec's.
 
-They differ in where settings stand, in how layers of the target are counted and in what the anchor's slot predicts;
-here they become one `DFlashConfig`, with the origin of what was read noted. What tensors can tell is taken from the
-tensors.
+The layouts differ in where settings stand, in how layers of the target are counted and in what the anchor's slot
+predicts. Each becomes one `DFlashConfig`, with the origin of what was read noted. Shapes are read from the tensors
+where these show them.
 
 - Layers to read: `target_layer_ids` names the *output* of layer id, counted from 0; speculators'
   `aux_hidden_state_layer_ids` the *input* of layer id.
 - What the anchor's slot predicts: itself in z-lab's and in speculators' DFlash, the next token in DSpark and in
-  whatever DeepSpec has trained; `sample_from_anchor` or `shift_label` say so where they are there.
+  DeepSpec's drafters; `sample_from_anchor` or `shift_label` override that.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork, Kind, T
 from outdraft.methods.eagle3.folder import check_rope, draft_tokens_of, filled, layer_section
 
 BESIDE = re.compile(r"^d2t$|^t2d$|rotary_emb\.inv_freq$|^verifier_")
-"""Tensors that are no weights of the drafter."""
+"""The names of tensors that are no weights of the drafter."""
 
 UNUSED = "confidence_head."
-"""DSpark's estimate of how far a draft holds; controllers here decide that."""
+"""The prefix of DSpark's acceptance estimator, which outdraft's controllers replace."""
 
 
 @dataclass
@@ -42,11 +42,11 @@ class DFlashCheckpoint:
     layout: str
     """`z-lab`, `speculators` or `deepspec`."""
     target_id: str | None
-    """The target it was trained for; only speculators' folders say."""
+    """The target that the drafter was trained for; only speculators' folders name it."""
     slots: str
-    """What the anchor's slot predicts, and how that is known."""
+    """A phrase that says what the anchor's slot predicts, and how that is known."""
     unused: list[str]
-    """Tensors that are known and not read."""
+    """The names of known tensors that are not read."""
 
 
 def load_dflash(
@@ -56,10 +56,11 @@ def load_dflash(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> DFlashCheckpoint:
-    """A DFlash or DSpark drafter, here or on the Hugging Face Hub; arguments as in `checkpoint.load_drafter`.
+    """Load a DFlash or DSpark drafter from a folder or the Hugging Face Hub; arguments as in
+    `fspad.folder.load_drafter`.
 
     Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
@@ -104,7 +105,7 @@ def load_dflash(
 
 
 class _Settings:
-    """A config.json, the keys of `dflash_config` among its own, read with one-line errors."""
+    """A config.json with the keys of `dflash_config` merged in; reading it gives one-line errors."""
 
     def __init__(self, config: Mapping[str, Any], folder: Path):
         self.config, self.folder = config, folder
@@ -128,7 +129,7 @@ class _Settings:
         return float(value)
 
     def flag(self, *names: str) -> bool | None:
-        """The first of these that is there."""
+        """Return the first of these keys that is present, as a boolean; None if none is."""
         for name in names:
             if (value := self.get(name)) is not None:
                 check_value(name, value, (bool,), self.folder)
@@ -137,7 +138,7 @@ class _Settings:
 
 
 def _settings(read: _Settings, tensors: Mapping[str, Tensor], layout: str, kind: Kind) -> tuple[DFlashConfig, str]:
-    """The network's settings, and in words what the anchor's slot predicts."""
+    """Return the network's settings, and a phrase on what the anchor's slot predicts."""
     folder, layer = read.folder, layer_section(read.config)
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"'{folder}' has hidden_act '{layer['hidden_act']}'; only drafters with silu can be loaded")
@@ -206,7 +207,7 @@ def _check(config: DFlashConfig, read: _Settings, tensors: Mapping[str, Tensor])
 
 
 def _tap_ids(read: _Settings, layout: str) -> tuple[tuple[int, ...], TapUnit]:
-    """Layers of the target as the folder names them, and by which convention."""
+    """Return the target's layers as the folder numbers them, and the convention of the numbers."""
     name, unit = ("target_layer_ids", "output")
     if layout == "speculators":
         name, unit = "aux_hidden_state_layer_ids", "input"
@@ -219,7 +220,7 @@ def _tap_ids(read: _Settings, layout: str) -> tuple[tuple[int, ...], TapUnit]:
 
 
 def _sights(read: _Settings, layer: Mapping[str, Any], layers: int) -> tuple[tuple[bool, ...], tuple[int, ...]]:
-    """By layer, whether it is causal in the block, and its window: sliding layers are causal unless it says not."""
+    """Return, for each layer, a causal flag and a window; sliding layers are causal unless the config says not."""
     kinds = layer.get("layer_types") or ["full_attention"] * layers
     if layer.get("use_sliding_window") and not layer.get("layer_types"):
         raise read.error("has a sliding window and no layer_types that say which layers have it")

@@ -3,7 +3,7 @@
 Outputs of several layers of the target, the taps, become one context row c = hidden_norm(fc(taps)) per decided token.
 A block of B rows, the anchor (the newest token) and B - 1 mask tokens, runs through N decoder layers; each layer's
 queries come from the block, its keys and values from the context rows and the block. Context rows are the same for
-every layer and have no queries, so all that a cache keeps of them are keys and values. DFlash's slot j >= 1 predicts
+every layer and have no queries, so a cache keeps only their keys and values. DFlash's slot j >= 1 predicts
 itself; DSpark's slot j predicts the token after it, with a bias that the token before it sets (the Markov head).
 """
 
@@ -25,79 +25,79 @@ from outdraft.target.cache import SlotCache
 Kind = Literal["dflash", "dspark"]
 TapUnit = Literal["none given", "output", "input"]
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
+"""The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
 
 
 @dataclass
 class DFlashConfig:
-    """Shapes and switches; the defaults of the switches are those of DFlash's first release."""
+    """The shapes and switches of the network; switches default to DFlash's first release."""
 
     hidden_size: int
-    """Width d of the drafter."""
+    """The width d of the drafter."""
     intermediate_size: int
     num_hidden_layers: int
-    """Draft layers N."""
+    """The number N of draft layers."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    """Entries of the target's embedding."""
+    """The number of entries of the target's embedding."""
     target_hidden_size: int
-    """Width of the taps."""
+    """The width of each tap."""
     block_size: int
-    """Rows B of a block, the anchor's included."""
+    """The number B of rows of a block, the anchor's included."""
     mask_token_id: int
     kind: Kind = "dflash"
     tap_ids: tuple[int, ...] = ()
-    """Layers of the target as the folder gives them, counted from 0; none for DFlash's equal spacing."""
+    """The target's layers to read, as the folder numbers them from 0; empty for DFlash's equal spacing."""
     tap_unit: TapUnit = "none given"
-    """Whether what is read is what these layers give or what goes into them."""
+    """The convention of `tap_ids`: the outputs or the inputs of these layers are read."""
     num_taps: int = 5
     num_target_layers: int = 0
-    """Layers of the target that it was trained for; 0 where the folder does not say."""
+    """The number of layers of the target that it was trained for; 0 where the folder does not say."""
     anchor_first: bool = False
-    """The anchor's slot predicts the next token, so B are proposed; off: slot j >= 1 predicts itself, B - 1 are."""
+    """True if the anchor's slot predicts the next token (B proposals); else slot j >= 1 predicts itself (B - 1)."""
     causal: tuple[bool, ...] = ()
-    """By layer, whether a block row sees only those before it in the block; empty for none."""
+    """For each layer, True if block rows see only earlier rows of the block; empty where no layer is causal."""
     windows: tuple[int, ...] = ()
-    """By layer, how many positions back are seen, its own included; 0 for all, empty for all everywhere."""
+    """For each layer, the window in positions, a row's own included; 0 is no window, empty none in any layer."""
     draft_vocab_size: int = 0
-    """Tokens that may be drafted; 0 is the whole vocabulary."""
+    """The size of the draft vocabulary; 0 is the whole vocabulary."""
     own_head: bool = False
-    """An output layer of its own; off is the target's."""
+    """True if the drafter has its own output layer; else it uses the target's."""
     own_embedding: bool = False
     head_norms: bool = True
-    """RMSNorm on every query and key head, as in Qwen3."""
+    """True for an RMSNorm on every query and key head, as in Qwen3."""
     attention_bias: bool = False
-    """Biases on the query, key and value projections."""
+    """True for biases on the query, key and value projections."""
     markov_rank: int = 0
-    """Width of DSpark's Markov head; 0 for none."""
+    """The rank of DSpark's Markov head; 0 for none."""
     input_embedding_scale: float = 0.0
-    """Factor of the embedding's bare rows; 0: what the target's own embedding module gives."""
+    """The factor on the embedding's bare rows; 0 takes the output of the target's embedding module."""
     output_multiplier: float = 1.0
     final_logit_softcapping: float = 0.0
     rms_norm_eps: float = 1e-6
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    """Rotary positions, in the words of `transformers`."""
+    """The rotary settings, as `transformers` names them."""
     max_position_embeddings: int = 2048
 
     @property
     def proposals(self) -> int:
-        """Tokens that a block proposes."""
+        """The number of tokens that a block proposes."""
         return self.block_size - (not self.anchor_first)
 
     @property
     def sights(self) -> list[tuple[bool, int]]:
-        """By layer, whether it is causal in the block and its window, 0 for none."""
+        """For each layer, its causal flag and its window (0 for none)."""
         layers = self.num_hidden_layers
         return list(zip(self.causal or [False] * layers, self.windows or [0] * layers, strict=True))
 
     def taps(self, layers: int) -> tuple[int, ...]:
-        """The layers of a target of so many whose outputs are read, counted from 1: `hidden_states[k]` of
-        `transformers`, which is the one unit used here.
+        """Return the layers whose outputs are read, of a target with `layers` layers. They count from 1, as
+        `hidden_states[k]` of `transformers` does.
 
         Raises:
-            UserError: they are not as many as the network reads.
+            UserError: their number is not the number that the network reads.
         """
         found = tuple(layer + (self.tap_unit == "output") for layer in self.tap_ids) or spaced(self.num_taps, layers)
         if len(found) != self.num_taps:
@@ -109,8 +109,8 @@ class DFlashConfig:
 
 
 def spaced(count: int, layers: int) -> tuple[int, ...]:
-    """DFlash's own choice of layers to read, counted from 1: equally spaced outputs of layers 1 to L - 3 counted
-    from 0."""
+    """Return DFlash's own choice of layers to read, counted from 1: equally spaced among layers 1 to L - 3 counted from
+    0."""
     if count == 1:
         return (layers // 2 + 1,)
     return tuple(round(1 + place * (layers - 4) / (count - 1)) + 1 for place in range(count))
@@ -132,18 +132,18 @@ class BlockAttention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
 
     def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Both `(rows, kv_heads, tokens, head_dim)`, of `(rows, tokens, d)` context or block rows."""
+        """Project `(rows, tokens, d)` context or block rows to keys and values `(rows, kv_heads, tokens, head_dim)`."""
         return turned(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
 
     def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int) -> Tensor:
-        """`(rows, B, d)` of the block's normed states; the block's keys and values stay pending in the cache.
+        """Attend from the block's normed states; the block's keys and values stay pending in the cache.
 
         Args:
             x: `(rows, B, d)`.
-            angles: of the block's positions.
-            mask: `(rows, 1, B, extent)` which slots each row sees; None for all.
-            cache: of this many layers, the block's slots reserved.
-            layer: this one's place in the cache.
+            angles: rotary angles of the block's positions.
+            mask: `(rows, 1, B, extent)` True at the slots that a row sees; None for all.
+            cache: the draft cache, with the block's slots reserved.
+            layer: this layer's index in the cache.
         """
         keys, values = cache.update(*self.keys_and_values(x, angles), layer)
         q = turned(self._heads(self.q_proj(x), self.q_norm), angles)
@@ -160,7 +160,7 @@ class BlockAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(SiLU(gate x) * up x)."""
+    """The gated MLP down(SiLU(gate x) * up x)."""
 
     def __init__(self, config: DFlashConfig):
         super().__init__()
@@ -187,7 +187,7 @@ class BlockLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """A bias of the logits that the token before sets: W2 W1[token]."""
+    """DSpark's Markov head: the previous token adds the bias W2 W1[token] to the logits."""
 
     def __init__(self, config: DFlashConfig):
         super().__init__()
@@ -199,14 +199,14 @@ class MarkovHead(nn.Module):
 
 
 class DFlashNetwork(Network):
-    """The weights, under the names that they have in published folders.
+    """The network of DFlash and DSpark; its weights are named as in published folders.
 
     Args:
         config: shapes and switches.
     """
 
     draft_tokens: Tensor | None
-    """Ids of the tokens that may be drafted; all where there is none."""
+    """The ids of the draft vocabulary; None for the whole vocabulary."""
 
     def __init__(self, config: DFlashConfig):
         super().__init__()
@@ -234,14 +234,14 @@ class DFlashNetwork(Network):
             cache.update(*attention.keys_and_values(context, angles), layer)
 
     def forward(self, x: Tensor, angles: Angles, masks: Sequence[Tensor | None], cache: SlotCache) -> Tensor:
-        """`(rows, B, d)` normed states of the `(rows, B, d)` embeddings of a block; a mask for every layer."""
+        """Map the `(rows, B, d)` embeddings of a block to `(rows, B, d)` normed states, with one mask a layer."""
         for layer, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
             x = block(x, angles, mask, cache, layer)
         return self.norm(x)
 
 
 def turned(x: Tensor, angles: Angles) -> Tensor:
-    """`(rows, heads, tokens, head_dim)` rotated, channel j with channel j + head_dim / 2."""
+    """Rotate `(rows, heads, tokens, head_dim)`, channel j with channel j + head_dim / 2."""
     left, right = x.chunk(2, dim=-1)
     cos, sin = angles
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

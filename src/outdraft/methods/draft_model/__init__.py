@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class DraftModelMethod(Method):
-    """The method of this folder; its network is a language model, loaded as targets are (`api/loading.py`)."""
+    """The draft-model method; its network is a language model, loaded as targets are (`api/loading.py`)."""
 
     name = "draft-model"
     summary = "a smaller language model"

@@ -1,7 +1,7 @@
-"""Drafting with a smaller language model that has the same tokenizer, padding and added tokens apart.
+"""Drafting with a smaller language model of the same tokenizer; padding and added tokens may differ.
 
-The small model keeps a cache of its own over the decided tokens and runs ahead on what it proposes. It needs nothing of
-the target but its tokens.
+The small model keeps a cache of its own over the decided tokens and runs ahead on its own proposals. Of the target it
+needs only the tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DraftModel(Drafter):
 
 
 class _DraftModelState(DraftState):
-    """The small model's cache: everything decided but each row's root, which waits for the next round."""
+    """The small model's cache: all decided tokens but each row's root, which is pending until the next round."""
 
     def __init__(self, model: Target, shared: SharedVocabulary, prompts: Sequence[Tensor], capacity: int):
         self.model, self.shared = model, shared
@@ -90,7 +90,7 @@ class _DraftModelState(DraftState):
         self.known += other.known
 
     def _take_in(self, update: Update) -> tuple[Tensor, Tensor]:
-        """Run the newly decided tokens; each row's root and the draft logits after it."""
+        """Run the newly decided tokens; return each row's root and the draft logits after it."""
         news = [
             update.tokens[row, known:count]
             for row, (known, count) in enumerate(zip(self.known, update.counts, strict=True))

@@ -23,11 +23,11 @@ SWITCHES = (
     "norm_output",
     "head_norms",
 )
-"""Settings that are named only where they are not the paper's."""
+"""The settings that `describe` names only where they differ from the paper's."""
 
 
 class Eagle3(Method):
-    """The method of this folder."""
+    """EAGLE-3, the method of this folder."""
 
     name = "eagle3"
     summary = "EAGLE-3 and 3.1 drafters that others have trained"
@@ -69,7 +69,7 @@ METHODS = (Eagle3(),)
 
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json is that of an EAGLE-3 drafter, whoever wrote it; its tensors are not looked at."""
+    """Return True if a config.json is that of an EAGLE-3 drafter, whoever wrote it; tensors are not read."""
     if "outdraft_version" in config:
         return False
     if "speculators_model_type" in config:

@@ -1,7 +1,7 @@
 """Drafting with an `Eagle3Head`: its forward, arranged for the few nodes of a draft level, and its binding to a target.
 
-Rounds, trees, caches and recordings are those of `fspad/drafter.py`. Row t pairs the embedding of x_{t+1} with g_t
-at rotary position t; the residual is g, so that what the layer gives can stand in for it.
+Rounds, trees, caches and recordings are those of `fspad/drafter.py`. Row t pairs the embedding of x_{t+1} with g_t at
+rotary position t. The residual is g, so that the layer's output can stand in for g.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from outdraft.methods.fspad.network import DraftOutput
 from outdraft.target.cache import SlotCache
 
 MOST_POSITIONS = 2**17
-"""Positions up to which there are rotary tables, where the target's context is longer. Published configs name less than
-the drafters are used for."""
+"""The largest length of rotary tables, where the target's context is longer. Published configs name shorter contexts
+than the drafters are used for."""
 
 
 class RotaryConfig(Protocol):
-    """What a drafter's config says of its rotary positions."""
+    """The rotary settings in a drafter's config."""
 
     hidden_size: int
     num_attention_heads: int
@@ -37,12 +37,12 @@ class RotaryConfig(Protocol):
 
 
 class Eagle3Step(LayerStep):
-    """An `Eagle3Head` for drafting.
+    """The forward of an `Eagle3Head`, arranged for drafting.
 
     Args:
         head: the trained network, on any backend; its weights are read once and stay as they are.
-        embed: token ids to what the head was trained to read of them.
-        context_length: of the target.
+        embed: maps token ids to the embeddings that the head was trained on.
+        context_length: the target's context length in tokens.
     """
 
     def __init__(self, head: Eagle3Head, embed: Callable[[Tensor], Tensor], context_length: int):
@@ -60,7 +60,7 @@ class Eagle3Step(LayerStep):
     def __call__(
         self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
     ) -> DraftOutput:
-        """As `LayerStep.__call__`; the target's feature, which comes before the taps, is not read."""
+        """Run one draft step as `LayerStep.__call__` does; the target's feature, before the taps, is ignored."""
         rows, nodes = tokens.shape
         g = self._state(features.flatten(0, 1))
         state = self._state_norm(g)
@@ -73,7 +73,7 @@ class Eagle3Step(LayerStep):
         return DraftOutput(normed, normed if self._config.norm_output else out.view(rows, nodes, -1))
 
     def _state(self, features: Tensor) -> Tensor:
-        """g of `(nodes, tap width)` the target's feature and taps; what was fed back is g already."""
+        """Return g, projected from the target's `(nodes, tap width)` feature and taps; a fed-back g passes as it is."""
         features, width = features.to(self.dtype), self._config.target_hidden_size
         if features.shape[1] != (1 + self._config.num_taps) * width:
             return features
@@ -101,17 +101,17 @@ class Eagle3Drafter(FeatureDrafter):
         return Eagle3Step(self.head, self.embed, self.target.context_length)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the checkpoint's own table or the target's: bare ones, as trainers of EAGLE-3 read them, also where
-        the target's embedding scales them."""
+        """Look up unscaled rows of the checkpoint's own embedding or the target's, as trainers of EAGLE-3 do, also
+        where the target's embedding scales them."""
         table = self.head.embed_tokens or self.target.model.get_input_embeddings()
         return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
 
 
 def rotary_frequencies(config: RotaryConfig) -> tuple[Tensor, float]:
-    """`(head_dim / 2,)` angles by which a position turns, and the factor of cosines and sines.
+    """Return the `(head_dim / 2,)` rotary frequencies, and the factor of cosines and sines.
 
     Raises:
-        KeyError: no such kind of rotary positions, or one that lacks a number.
+        KeyError: the kind of rotary positions is unknown, or lacks a number.
     """
     rope = config.rope
     if rope["rope_type"] == "default":

@@ -1,7 +1,7 @@
 """EAGLE-3 folders as they are: the authors' own layout, SpecForge's, AngelSlim's and speculators'.
 
-They differ in where settings stand and in how layers of the target are counted; here they become one `Eagle3Config`,
-with the origin of what was read noted. What tensors can tell is taken from the tensors.
+The layouts differ in where settings stand and in how layers of the target are counted. Each becomes one `Eagle3Config`,
+with the origin of what was read noted. Shapes are read from the tensors where these show them.
 
 Layers whose outputs are read are named by three conventions:
 
@@ -42,13 +42,13 @@ TAP_IDS = "eagle_aux_hidden_state_layer_ids"
 
 SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 READ = (*SHAPES, "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
-"""Keys of the layer's config."""
+"""The keys that are read of the layer's config."""
 
 ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary positions that do not depend on how long a text is."""
+"""The kinds of rotary positions that do not depend on the length of the text."""
 
 BESIDE = re.compile(r"^d2t$|^t2d$|rotary_emb\.inv_freq$")
-"""Tensors that are no weights."""
+"""The names of tensors that are no weights."""
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Eagle3Checkpoint:
 
     head: Eagle3Head
     layout: str
-    """`eagle3` for the authors', `specforge`, `angelslim` or `speculators`."""
+    """The folder's layout: `eagle3` (the authors'), `specforge`, `angelslim` or `speculators`."""
     target_id: str | None
-    """The target it was trained for; only speculators' folders say."""
+    """The target that the drafter was trained for; only speculators' folders name it."""
 
 
 def load_eagle3(
@@ -69,10 +69,10 @@ def load_eagle3(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> Eagle3Checkpoint:
-    """An EAGLE-3 drafter, here or on the Hugging Face Hub; arguments as in `checkpoint.load_drafter`.
+    """Load an EAGLE-3 drafter from a folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`.
 
     Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
@@ -106,7 +106,7 @@ def _layout(config: Mapping[str, Any]) -> str:
 
 
 def layer_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the decoder layer's own settings stand."""
+    """Return the section of a config that holds the decoder layer's settings."""
     inner = config.get("transformer_layer_config")
     return dict(inner if isinstance(inner, dict) else config)
 
@@ -168,7 +168,7 @@ def _settings(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Pat
 
 
 def _norm_before_residual(config: Mapping[str, Any], eagle: Mapping[str, Any], folder: Path) -> Any:
-    """Off unless said otherwise; who writes speculators' layout must say, as its readers disagree."""
+    """Read `norm_before_residual`, False by default; speculators' layout must set it, as its readers disagree."""
     found = config.get("norm_before_residual", eagle.get("norm_before_residual"))
     if found is None and "speculators_model_type" in config:
         warnings.warn(
@@ -180,7 +180,7 @@ def _norm_before_residual(config: Mapping[str, Any], eagle: Mapping[str, Any], f
 
 
 def filled(layer: Mapping[str, Any], folder: Path) -> Any:
-    """The decoder layer's settings with the family's defaults: speculators' configs leave those out."""
+    """Fill the decoder layer's settings with the family's defaults, which speculators' configs leave out."""
     kind = Qwen3Config if layer.get("model_type") == "qwen3" else LlamaConfig
     values = {name: layer[name] for name in READ if layer.get(name) is not None}
     for name in SHAPES:
@@ -194,7 +194,7 @@ def filled(layer: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _tap_ids(config: Mapping[str, Any], eagle: Mapping[str, Any], folder: Path) -> tuple[tuple[int, ...], TapUnit]:
-    """Layers of the target as the folder names them, and by which convention."""
+    """Return the target's layers as the folder numbers them, and the convention of the numbers."""
     unit: TapUnit = "input" if config.get(TAP_IDS) else "output"
     ids = config.get(TAP_IDS) or eagle.get(TAP_IDS)
     if not ids:
@@ -221,9 +221,9 @@ def check_rope(config: RotaryConfig, folder: Path) -> None:
 
 
 def draft_tokens_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocab: int, file: str) -> Tensor | None:
-    """Ids of the tokens that may be drafted, in the order of the output layer; None where it is the whole vocabulary.
+    """Return the ids of the draft vocabulary in the output layer's order; None where it is the whole vocabulary.
 
-    `d2t` holds offsets: what is to be added to the place in the output layer.
+    `d2t` holds offsets, which are added to the index in the output layer.
     """
     head, offsets, bitmap = tensors.get("lm_head.weight"), tensors.get("d2t"), tensors.get("t2d")
     count = config.get("draft_vocab_size") or (vocab if head is None else head.shape[0])
@@ -246,7 +246,7 @@ def draft_tokens_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vo
 def _build(
     config: Eagle3Config, tensors: Mapping[str, Tensor], kept: Tensor | None, file: str, layer: str
 ) -> Eagle3Head:
-    """A head with these weights, or the error that says which do not fit."""
+    """Build a head with these weights, or raise the error that says which do not fit."""
     with torch.device("meta"):  # no random start, which would be overwritten
         head = Eagle3Head(config)
         if "embed_tokens.weight" in tensors:
@@ -258,12 +258,12 @@ def _build(
 
 
 def _ours(theirs: str) -> str:
-    """The name in `Eagle3Head` of a tensor in a file."""
+    """Translate a file's tensor name to that in `Eagle3Head`."""
     return re.sub(r"^(midlayer|layers\.0)\.(mlp\.)?", "", theirs.removeprefix("model."))
 
 
 def _theirs(ours: str, layer: str) -> str:
-    """The name in a file, for messages."""
+    """Translate a tensor name of `Eagle3Head` to that in a file, for messages."""
     if ours.startswith(("gate_proj", "up_proj", "down_proj")):
         return f"{layer}mlp.{ours}"
     inside = ours.startswith(("self_attn", "input_layernorm", "hidden_norm", "post_attention_layernorm"))

@@ -1,9 +1,9 @@
-"""EAGLE-3's network (arXiv 2503.01840) and the switches of EAGLE-3.1: shapes and weights, and what they are read by.
+"""EAGLE-3's network (arXiv 2503.01840) and the switches of EAGLE-3.1: shapes, weights, and their protocol.
 
 Outputs of several layers of the target, the taps, are projected to the drafter's width, which gives g. One decoder
 layer reads the normed embedding beside the normed g; a norm and an output layer of its own, over the tokens that may be
-drafted, give the draft logits. What the layer gives stands in for g in later steps. How it runs is in
-`drafter.py`, which layout a folder has in `folder.py`; it is not trained here.
+drafted, give the draft logits. The layer's output stands in for g in later steps. `drafter.py` runs the network and
+`folder.py` reads its folders; outdraft does not train it.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ TapUnit = Literal["none given", "output", "input"]
 
 @dataclass
 class Eagle3Config:
-    """Shapes and switches; the defaults of the switches are EAGLE-3's."""
+    """The shapes and switches of the network; switches default to EAGLE-3's."""
 
     hidden_size: int
-    """Width d of the drafter."""
+    """The width d of the drafter."""
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    """Entries of the target's embedding."""
+    """The number of entries of the target's embedding."""
     target_hidden_size: int
-    """Width of the taps."""
+    """The width of each tap."""
     tap_ids: tuple[int, ...] = ()
-    """Layers of the target as the folder gives them, counted from 0; none for the paper's three."""
+    """The target's layers to read, as the folder numbers them from 0; empty for the paper's three."""
     tap_unit: TapUnit = "none given"
-    """Whether what is read is what these layers give or what goes into them."""
+    """The convention of `tap_ids`: the outputs or the inputs of these layers are read."""
     num_taps: int = 3
     draft_vocab_size: int = 0
-    """Tokens that may be drafted; 0 is the whole vocabulary."""
+    """The size of the draft vocabulary; 0 is the whole vocabulary."""
     own_head: bool = True
-    """An output layer of its own; off is the target's."""
+    """True if the drafter has its own output layer; else it uses the target's."""
     fc_bias: bool = False
     attention_bias: bool = False
-    """Biases on the query, key and value projections."""
+    """True for biases on the query, key and value projections."""
     head_norms: bool = False
-    """RMSNorm on every query and key head, as in Qwen3."""
+    """True for an RMSNorm on every query and key head, as in Qwen3."""
     tap_norms: bool = False
-    """EAGLE-3.1's `fc_norm`: an RMSNorm on every tap."""
+    """True for EAGLE-3.1's `fc_norm`, an RMSNorm on every tap."""
     norm_before_fc: bool = False
-    """One RMSNorm over all taps side by side."""
+    """True for one RMSNorm over all taps side by side."""
     norm_before_residual: bool = False
-    """The residual is the normed g; off is g itself."""
+    """True if the residual is the normed g; else it is g itself."""
     norm_output: bool = False
-    """EAGLE-3.1: what is fed back is the final norm's output; off is the layer's."""
+    """True if the final norm's output is fed back (EAGLE-3.1); else the layer's is."""
     rms_norm_eps: float = 1e-6
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    """Rotary positions, in the words of `transformers`."""
+    """The rotary settings, as `transformers` names them."""
     max_position_embeddings: int = 2048
 
     def taps(self, layers: int) -> tuple[int, ...]:
-        """The layers of a target of so many whose outputs are read, counted from 1: `hidden_states[k]` of
-        `transformers`, which is the one unit used here.
+        """Return the layers whose outputs are read, of a target with `layers` layers. They count from 1, as
+        `hidden_states[k]` of `transformers` does.
 
         Raises:
-            UserError: they are not as many as the network reads.
+            UserError: their number is not the number that the network reads.
         """
         found = tuple(layer + (self.tap_unit == "output") for layer in self.tap_ids) or (2, layers // 2, layers - 3)
         if len(found) != self.num_taps:
@@ -78,7 +78,7 @@ class Eagle3Config:
 
 
 class Eagle3Attention(nn.Module):
-    """Projections of an attention that reads two widths side by side."""
+    """The projections of an attention whose input is two widths side by side."""
 
     def __init__(self, config: Eagle3Config):
         super().__init__()
@@ -92,7 +92,7 @@ class Eagle3Attention(nn.Module):
 
 
 class Eagle3Head(DraftNetwork):
-    """The weights.
+    """The weights of an EAGLE-3 drafter.
 
     Args:
         config: shapes and switches.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Eesd(Method):
-    """The method of this folder."""
+    """EESD, the method of this folder."""
 
     name = "eesd"
     summary = "the target's own first layers and a trained exit layer"

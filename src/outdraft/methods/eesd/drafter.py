@@ -2,8 +2,8 @@
 
 A candidate runs through the first layers once, in the target's own cache; verification takes that over
 (`ModelRunner.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those
-of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`); what it has computed for
-accepted candidates stays.
+of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`). Entries of accepted
+candidates stay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class EarlyExit(Drafter):
         return EarlyExitState(self, run)
 
     def slots(self, shape: TreeShape) -> int:
-        """The root, what may be expanded of every level, and at most the whole tree for what was not."""
+        """Return the slots that a draft takes: the root, each level's expandable nodes, and at most a whole tree of
+        others."""
         return 1 + shape.depth * shape.top_k + shape.size
 
     @property
@@ -62,7 +63,7 @@ class EarlyExit(Drafter):
 
 
 class EarlyExitState(DraftState):
-    """The exit layer's cache: all decided tokens up to the last tree's root, then what was expanded of that tree."""
+    """The exit layer's cache: all decided tokens up to the last tree's root, then the expanded nodes of that tree."""
 
     def __init__(self, drafter: EarlyExit, run: ModelRunner):
         self.drafter, self.run = drafter, run
@@ -111,7 +112,7 @@ class EarlyExitState(DraftState):
         self.taken += other.taken
 
     def _keep_accepted(self, update: Update) -> list[int]:
-        """Commit what the exit layer has computed for candidates that were accepted; of every row, how many it had."""
+        """Commit the exit layer's entries of accepted candidates; return their number for every row."""
         levels = [torch.stack(level).tolist() for level in self._expanded]
         self._expanded = []
         paths = []
@@ -129,7 +130,7 @@ class EarlyExitState(DraftState):
         return [len(path) for path in paths]
 
     def _features(self, tokens: Tensor, parents: Tensor, lower: RunAhead) -> Tensor:
-        """Run a level through the first layers and the exit layer at once; `(rows, nodes, hidden)` after the norm."""
+        """Run a level through the first layers and the exit layer; return `(rows, nodes, hidden)` after the norm."""
         inputs = self.drafter.target.inputs(*lower.place(tokens, parents), self.run.cache)
         self.cache.reserve(tokens.shape[1], tokens.device)
         features, hidden = self.drafter.shortcut(input_ids=tokens, **{**inputs, "past_key_values": self._both})
@@ -137,13 +138,13 @@ class EarlyExitState(DraftState):
         return features
 
     def _take_in(self, taps: Tensor, starts: Sequence[int], counts: Sequence[int], hidden: Tensor) -> Tensor:
-        """Run the exit layer over decided tokens that it has not seen, and the root; `(rows, hidden)` after that.
+        """Run the exit layer over pending decided tokens and the root; return `(rows, hidden)` at the root.
 
         Args:
-            taps: `(rows, m, hidden)` of the update.
-            starts: of every row, the first that is new.
-            counts: how many are.
-            hidden: `(rows, 1, hidden)` the root's.
+            taps: `(rows, m, hidden)` early hidden states of the update.
+            starts: each row's index of its first pending token.
+            counts: each row's number of pending tokens.
+            hidden: `(rows, 1, hidden)` early hidden state of the root.
         """
         device, longest = taps.device, max(counts)
         index = torch.tensor(starts, device=device)[:, None] + torch.arange(longest + 1, device=device)
@@ -163,7 +164,7 @@ class EarlyExitState(DraftState):
 
 
 class _BothCaches(Cache):
-    """In one forward, the target's cache for its first layers and the exit layer's own for what comes after them.
+    """A cache for one forward: the target's cache for its first layers, and the exit layer's own after them.
 
     Both have the same slots: the target's holds the root among its pending tokens, the other among its committed ones.
     """
@@ -174,7 +175,8 @@ class _BothCaches(Cache):
 
     @property
     def lengths(self) -> list[int]:
-        """Committed tokens of every row of the target's, by which compiled forwards know that it is no prompt."""
+        """The committed tokens of every row of the target's cache, by which compiled forwards recognise a decoding
+        step."""
         return self.first.lengths
 
     def update(

@@ -1,4 +1,4 @@
-"""After which layer to exit: agreement of a light probe at every layer against what a draft token costs there.
+"""The choice of EESD's exit layer: the agreement of a light probe at every layer against a draft token's cost there.
 
 The probe is the target's own last layer on the layer's hidden state, moved by a linear map to where the last layer
 expects its input; the map is a ridge regression that shrinks towards no change. Nothing is trained by gradients, the
@@ -26,53 +26,53 @@ from outdraft.losses.target_like import TargetLike
 from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
 LONGEST_CHAIN = 12
-"""Lengths of chains that are compared."""
+"""The longest chain length that is compared."""
 
 FEWEST_TOKENS, MOST_TOKENS = 6144, 12288
-"""Tokens of the data that are looked at: six times the hidden size within these."""
+"""The bounds on the number of tokens to compare on, which is six times the hidden size."""
 
 RIDGE = 0.1
-"""Pull of the regression towards no change, relative to the spread of as many tokens as there are widths."""
+"""The ridge penalty towards no change, relative to the spread of as many tokens as the hidden size."""
 
 BATCH, REPEATS = 8, 9
 
 
 @dataclass
 class ExitCandidate:
-    """One layer to exit after."""
+    """A layer to exit after, with its measurements."""
 
     layer: int
     as_it_is: float
-    """Share of response tokens where the target's last layer on the untouched state says what the target says."""
+    """The share of response tokens on which the target's last layer, on the unmapped state, agrees with the target."""
     agreement: float
-    """The same share with the probe."""
+    """The share of response tokens on which the probe agrees with the target."""
     cost: float
-    """A draft token against a whole pass of the target over one token."""
+    """The cost of a draft token, in passes of the target over one token."""
     chain: int
-    """Draft tokens a round that serve best at this agreement and cost."""
+    """The best number of draft tokens a round at this agreement and cost."""
     speedup: float
-    """Tokens a pass's time with such chains, acceptance taken as geometric."""
+    """The tokens in the time of a target pass with such chains, for geometric acceptance."""
 
 
 @dataclass
 class ExitChoice:
-    """The layer that was chosen, and from what."""
+    """The chosen layer, and the candidates that it was chosen from."""
 
     layer: int
     candidates: list[ExitCandidate]
     response_tokens: int
-    """On which agreement was measured."""
+    """The number of response tokens on which agreement was measured."""
     seconds: float
-    """What the comparison took."""
+    """The duration of the comparison."""
 
     @classmethod
     def recorded(cls, record: dict[str, Any]) -> ExitChoice:
-        """From what `asdict` made of it."""
+        """Rebuild a choice from its `asdict`."""
         return cls(**{**record, "candidates": [ExitCandidate(**candidate) for candidate in record["candidates"]]})
 
     @property
     def reason(self) -> str:
-        """In one line."""
+        """Explain the choice in one line."""
         best = next(candidate for candidate in self.candidates if candidate.layer == self.layer)
         return (
             f"exit after layer {best.layer}: a probe agrees on {best.agreement:.0%} of the tokens there at "
@@ -111,7 +111,7 @@ def choose_exit(target: TargetLike, examples: ExampleSet) -> ExitChoice:
 
 
 def candidate_layers(count: int) -> list[int]:
-    """Of a target of so many layers: the lower half, the deeper the sparser, but one at least."""
+    """List the candidates among `count` layers: the lower half, sparser with depth, at least one."""
     half = max(1, count // 2)
     return [n for n in range(1, half + 1) if n <= 6 or n % (2 if n <= 12 else 4 if n <= 24 else 8) == 0]
 
@@ -121,20 +121,20 @@ def candidate_layers(count: int) -> list[int]:
 
 @dataclass
 class Costs:
-    """Times relative to a pass of the target over one token."""
+    """Measured times, relative to a pass of the target over one token."""
 
     layers: int
-    """Of the target."""
+    """The number of the target's layers."""
     first: float
-    """A draft token with one layer below the exit layer."""
+    """The time of a draft token with one layer below the exit layer."""
     each: float
-    """Every further layer."""
+    """The time that every further layer adds."""
     token: float
-    """Every further token in a pass of the whole target."""
+    """The time that every further token adds to a pass of the whole target."""
 
     @classmethod
     def measured(cls, target: TargetLike, layers: Sequence[int]) -> Costs:
-        """On this machine, at the shallowest and the deepest of the layers."""
+        """Measure the costs on this machine, at the shallowest and the deepest of the layers."""
         count = len(layers_of(target.model))
         view = exit_view(target.model, layers_of(target.model)[-1])
         one, many = (torch.ones(1, tokens, dtype=torch.long, device=target.device) for tokens in (1, LONGEST_CHAIN + 1))
@@ -158,24 +158,24 @@ class Costs:
         return cls(count, first, each, max(0.0, (wide / whole - 1) / LONGEST_CHAIN))
 
     def draft(self, layer: int) -> float:
-        """A draft token: so many layers, the exit layer, the head."""
+        """Return the time of a draft token: `layer` layers, the exit layer and the head."""
         return self.first + (layer - 1) * self.each
 
     def speedup(self, layer: int, agreement: float, chain: int) -> float:
-        """Emitted tokens a round by its time; verification finds the lower layers done for all but the last token."""
+        """Return emitted tokens a round over its time; the draft has run the lower layers of all but the last token."""
         emitted = sum(agreement**n for n in range(chain + 1))
         upper = (1 + chain * self.token) * (1 - layer / self.layers)
         return emitted / (chain * self.draft(layer) + layer * self.each + upper)
 
     def best_chain(self, layer: int, agreement: float) -> tuple[int, float]:
-        """Its length and its speed-up."""
+        """Return the length and the speed-up of the fastest chain."""
         found = [(self.speedup(layer, agreement, chain), chain) for chain in range(1, LONGEST_CHAIN + 1)]
         speedup, chain = max(found)
         return chain, speedup
 
 
 def _seconds(works: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median time of each, taken in turns so that what else the machine does falls on all alike."""
+    """Return each work's median time; works take turns, so that other load slows all of them alike."""
     times: list[list[float]] = [[] for _ in works]
     for repeat in range(REPEATS + 2):
         for work, found in zip(works, times, strict=True):
@@ -192,7 +192,7 @@ def _seconds(works: Sequence[Callable[[], object]], device: torch.device) -> lis
 
 
 def _sample(examples: ExampleSet, tokens: int) -> list[Example]:
-    """Evenly spaced examples of about so many tokens, two at least where there are two."""
+    """Take evenly spaced examples of about `tokens` tokens, at least two where there are two."""
     mean = examples.tokens / len(examples)
     count = min(len(examples), max(2, round(tokens / mean)))
     return [examples[i * len(examples) // count] for i in range(count)]
@@ -201,7 +201,7 @@ def _sample(examples: ExampleSet, tokens: int) -> list[Example]:
 def _agreements(
     target: TargetLike, layers: Sequence[int], fitted: Sequence[Example], judged: Sequence[Example]
 ) -> list[tuple[float, float]]:
-    """For every layer the share of agreeing argmaxes with the state as it is, and with the fitted map before."""
+    """Return, for every layer, the share of agreeing argmaxes without and with the fitted map."""
     last = len(layers_of(target.model)) - 1
     states, _ = _tapped(target, [*layers, last], fitted)
     goal = torch.cat(states.pop()).float()
@@ -230,7 +230,7 @@ def _argmax(target: TargetLike, features: Tensor) -> Tensor:
 def _tapped(
     target: TargetLike, layers: Sequence[int], examples: Sequence[Example]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """One pass of the target: per layer and example `(tokens, hidden)` after so many layers; and the features."""
+    """Run the target once; return `(tokens, hidden)` states by layer and example, and the features."""
     modules, taps = layers_of(target.model), [list[Tensor]() for _ in layers]
     features: list[Tensor] = []
     for start in range(0, len(examples), BATCH):
@@ -252,14 +252,14 @@ def _tapped(
 
 
 def _note(rows: list[Tensor], lengths: list[int], module: object, inputs: object, output: Any) -> None:
-    """A hook that keeps what a layer gives, without the padding."""
+    """Keep a layer's output without the padding; a forward hook."""
     hidden = output[0] if isinstance(output, tuple) else output
     rows.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
 
 
 @dataclass
 class _Map:
-    """x + (x - mean) @ weight + shift."""
+    """The affine map x + (x - mean) @ weight + shift."""
 
     mean: Tensor
     weight: Tensor
@@ -267,7 +267,7 @@ class _Map:
 
     @classmethod
     def fit(cls, x: Tensor, goal: Tensor) -> _Map:
-        """`(tokens, hidden)` each: what moves x to the goal, shrunk the more the fewer tokens there are."""
+        """Fit the map from x to the goal, each `(tokens, hidden)`; fewer tokens shrink it more."""
         mean, change = x.mean(dim=0), goal - x
         shift = change.mean(dim=0)
         spread = x.std(dim=0).clamp_min(1e-6)  # a few channels of some families are hundreds of times the others

@@ -1,8 +1,8 @@
 """EESD's drafter as an ordinary model: the target's first N layers, the exit layer as the last one, an output layer.
 
-Of the target's own family, whatever that is, with N + 1 layers and an untied head: what vLLM runs as method
-`draft_model`, and `transformers` as `assistant_model`. There the first layers are copies with a KV cache of their own;
-only outdraft itself shares them with the target.
+The model is of the target's own family, with N + 1 layers and an untied head. vLLM runs it as method `draft_model`, and
+`transformers` as `assistant_model`. There the first layers are copies with a KV cache of their own; only outdraft
+shares them with the target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from outdraft.target.views import Reads, layers_of
 
 
 def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: torch.dtype | None) -> Written:
-    """The drafter as a model's folder; arguments as in `Method.export`.
+    """Write the drafter as a model's folder; arguments as in `Method.export`.
 
     Raises:
         UserError: the family cannot be built with fewer layers.
@@ -43,7 +43,7 @@ def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: t
 
 @torch.inference_mode()
 def _both(exit_layer: ExitLayer, target: Target, folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Logits of the written model, read back by transformers, and those of our views on the target's layers."""
+    """Return logits of the written model, read back by transformers, beside those of outdraft's own forward."""
     target.model.float()
     exit_layer.float()
     try:
@@ -68,7 +68,7 @@ def _both(exit_layer: ExitLayer, target: Target, folder: Path) -> list[tuple[Ten
 
 
 def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel:
-    """The drafter as a model of its own, whose weights are those of both (`save_pretrained` copies them).
+    """Build a stand-alone model that shares the weights of both (`save_pretrained` copies them).
 
     Args:
         exit_layer: the trained layer, in the model's precision.
@@ -93,7 +93,7 @@ def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel
 
 
 def _shorter(config: Any, count: int) -> Any:
-    """The config for the first `count` layers and one more, which is like the last."""
+    """Return the config for the first `count` layers and one more, which is like the last."""
     text = config.get_text_config()
     if text is not config:
         raise UserError(
@@ -108,7 +108,7 @@ def _shorter(config: Any, count: int) -> Any:
 
 
 def _weights(exit_layer: ExitLayer, model: PreTrainedModel, small: PreTrainedModel) -> dict[str, Tensor]:
-    """Of the small model: layers by their place, the exit layer last, everything else from the target by name."""
+    """Collect the small model's weights: first layers, then the exit layer, and all else from the target by name."""
     modules = [*layers_of(model)[: exit_layer.config.exit_layer], exit_layer.layer]
     prefix = next(name for name, module in small.named_modules() if module is layers_of(small))
     inside = {

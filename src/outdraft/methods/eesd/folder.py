@@ -1,4 +1,4 @@
-"""The folder of an exit layer, read back: without its target for what it says, with it as the layer itself."""
+"""Reading the folder of an exit layer: its settings without the target, the layer itself with it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
 
 @dataclass
 class ExitFolder:
-    """What the folder of an exit layer says, before its target is there."""
+    """The content of an exit layer's folder, read without its target."""
 
     config: ExitLayerConfig
     tensors: dict[str, Tensor]
     file: str
-    """Where the tensors were read, for messages."""
+    """The file of the tensors, for messages."""
     target: dict[str, Any]
     training: dict[str, Any]
 
 
 def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> ExitFolder:
-    """Settings and tensors of an exit layer, without its target.
+    """Read settings and tensors of an exit layer, without its target.
 
     Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
@@ -65,17 +65,17 @@ def load_exit_layer(
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> ExitLayer:
-    """An exit layer from our own folder, here or on the Hugging Face Hub.
+    """Load an exit layer from an outdraft folder or the Hugging Face Hub.
 
     Args:
         folder_or_hub_id: a folder, else a hub id.
-        model: the target it was trained for, whose family its layer is of.
+        model: the target that it was trained for, whose family the layer belongs to.
         dtype: precision of the weights; as stored when None.
-        device: where they go; the model's when None.
-        revision: of a hub repository.
+        device: device of the weights; the model's when None.
+        revision: revision of a hub repository.
 
     Raises:
-        UserError: nothing there, a damaged drafter, or one of another target, with the fix.
+        UserError: nothing is there, or the drafter is damaged or another target's; the message names the fix.
     """
     found = read_exit_folder(folder_or_hub_id, revision)
     for name, value in target_facts(model).items():

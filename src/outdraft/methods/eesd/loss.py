@@ -31,21 +31,21 @@ class ExitSums(NamedTuple):
     """Sums over the counted positions; divide by `positions` for means."""
 
     cross_entropy: Tensor
-    """Against the target's distribution, its token, or both."""
+    """The cross-entropy against the target's distribution, the response's token, or both."""
     agreed: Tensor
-    """Positions where the exit and the target have the same argmax."""
+    """The number of positions where exit and target have the same argmax."""
     positions: Tensor
-    """Counted positions."""
+    """The number of counted positions."""
 
 
 class ExitLoss(nn.Module):
-    """An exit layer together with its loss: what is trained (and wrapped for several processes).
+    """An exit layer together with its loss, the module that is trained (and wrapped for several processes).
 
     Args:
         drafter: the only parameters here.
         target: lends final norm and head.
         chunk_size: positions whose logits are held at once.
-        hard_weight: of the response's own token; the target's distribution has the rest up to 1.
+        hard_weight: weight of the response's own token; the target's distribution has the rest up to 1.
     """
 
     def __init__(self, drafter: ExitLayer, target: Target, chunk_size: int = 512, hard_weight: float = 0.0):
@@ -56,7 +56,7 @@ class ExitLoss(nn.Module):
         self._target = target
 
     def train(self, mode: bool = True) -> ExitLoss:
-        """The layer always runs as in decoding: no dropout, so that equal steps give equal bits."""
+        """Keep the layer in evaluation mode: without dropout, equal steps give equal bits."""
         return super().train(False)
 
     def forward(
@@ -67,7 +67,7 @@ class ExitLoss(nn.Module):
         loss_mask: Tensor,
         said: TopProbs | None = None,
     ) -> ExitSums:
-        """Sums over the counted positions of a right-padded batch.
+        """Compute the sums over the counted positions of a right-padded batch.
 
         Args:
             hidden: `(batch, tokens, hidden)` after the target's first layers.
@@ -94,7 +94,7 @@ class ExitLoss(nn.Module):
 
 
 class ExitObjective(Objective):
-    """EESD's: the hidden state of an early layer, and the features that say what the target would."""
+    """EESD's objective: it reads the hidden state of an early layer, and the features as the teacher."""
 
     parts: ClassVar = {}
 
@@ -129,7 +129,7 @@ def next_is_response(loss_mask: Tensor) -> Tensor:
 def float32_ends(model: PreTrainedModel) -> PreTrainedModel:
     """A view of the model whose inner model is float32 but for layers and embeddings, which stay shared.
 
-    What trains has float32 weights, so what is computed after it (the final norm) must take float32, too.
+    The trained layer has float32 weights, so the final norm after it must take float32, too.
     """
     if model.get_input_embeddings().weight.dtype == torch.float32:
         return model

@@ -23,21 +23,21 @@ from outdraft.target.views import exit_view, layers_of
 
 @dataclass(frozen=True)
 class ExitLayerConfig:
-    """What an exit layer is, beside the target that it belongs to."""
+    """The settings of an exit layer, beside the target that it belongs to."""
 
     exit_layer: int
-    """The target's layers that run before it, at least 1."""
+    """The number of the target's layers that run before the exit layer, at least 1."""
     own_head: bool = False
-    """Whether it has an output layer of its own; the target's otherwise."""
+    """True if the drafter has its own output layer; else it uses the target's."""
 
 
 class ExitLayer(Network):
     """A layer on the hidden states after the target's first `config.exit_layer` layers.
 
     Args:
-        config: what it is.
+        config: its settings.
         layer: a layer of the target's family.
-        head: its own output layer where the config says so.
+        head: its own output layer, if `config.own_head`.
     """
 
     method, needs = "eesd", TARGET_FACTS
@@ -50,10 +50,11 @@ class ExitLayer(Network):
 
     @classmethod
     def beginning(cls, model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
-        """Where training starts: float32 copies of the model's last layer and, if it shall have its own, of its head.
+        """Build the layer that training starts from: float32 copies of the model's last layer and, for `own_head`, its
+        head.
 
         Raises:
-            UserError: no such layer to exit after, or weights that cannot be trained.
+            UserError: the model has no such layer to exit after, or its weights cannot be trained.
         """
         exit_layer = empty(model, config)
         source = {f"layer.{name}": weight for name, weight in layers_of(model)[-1].state_dict().items()}
@@ -72,12 +73,12 @@ class ExitLayer(Network):
         return {}  # the facts that it needs say it
 
     def bind(self, target: Target) -> BoundExit:
-        """The layer between the parts of its target that it borrows."""
+        """Bind the layer to the parts of its target that it borrows."""
         return BoundExit(self, target)
 
 
 def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
-    """An exit layer of the model's family whose weights are still to be loaded (`load_state_dict(assign=True)`).
+    """Build an exit layer of the model's family without weights (`load_state_dict(assign=True)` loads them).
 
     Raises:
         UserError: the model has no such layer to exit after.
@@ -99,8 +100,8 @@ def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
 
 
 def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
-    """Constants (masks, frequencies) that no checkpoint holds come from the model's own layer; what a backend has
-    added to that is none of them."""
+    """Lend constants that no checkpoint holds (masks, frequencies) from the model's own layer; a backend's additions
+    are left out."""
     for name, buffer in original._buffers.items():
         if name in layer._buffers:
             layer._buffers[name] = buffer
@@ -110,7 +111,7 @@ def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
 
 
 class BoundExit:
-    """An exit layer with the final norm and the head that its target lends it; holds views, no weights.
+    """An exit layer with the final norm and the head of its target; it holds views, no weights.
 
     Args:
         exit_layer: the layer, on any backend.
@@ -124,5 +125,5 @@ class BoundExit:
         )
 
     def features(self, hidden: Tensor, **inputs: Any) -> Tensor:
-        """`(rows, tokens, hidden)` hidden states to what the head reads; other inputs as the inner model takes them."""
+        """Map `(rows, tokens, hidden)` hidden states to the head's input; other inputs are those of the inner model."""
         return self._view(hidden, **inputs)[0]

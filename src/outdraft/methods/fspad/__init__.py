@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from outdraft.target.target import Target
 
 FSPAD = "EagleFspadLlamaForCausalLM"
-"""Architecture of an exported FSPAD drafter in vLLM, either of its two ideas alone included."""
+"""The vLLM architecture of an exported FSPAD drafter, also with only one of its two switches on."""
 
 EAGLE_WITH_BIAS = "EagleFcBiasLlamaForCausalLM"
-"""Architecture of an exported EAGLE head whose fusion layer has a bias, for which vLLM's own has no place."""
+"""The vLLM architecture of an exported EAGLE head with a bias in the fusion layer, which vLLM's own lacks."""
 
 EAGLE = "EagleLlamaForCausalLM"
-"""vLLM's own EAGLE head, which needs no plug-in."""
+"""The architecture of vLLM's own EAGLE head, which needs no plug-in."""
 
 BEYOND_THE_PAPER = ("tap_layers", "state_norm", "draft_vocab_size")
-"""Settings that are named only where they are not the paper's."""
+"""The settings that `describe` names only where they differ from the paper's."""
 
 
 class Fspad(Method):
@@ -120,7 +120,7 @@ class Fspad(Method):
 
 
 class Eagle(Fspad):
-    """EAGLE's head."""
+    """The method EAGLE: FSPAD's network with both switches off."""
 
     name = "eagle"
     summary = "FSPAD's network without either"

@@ -1,7 +1,8 @@
-"""What the training of a `FeatureHead` begins with: shapes read off a target of any family, first weights (of a seed or
-of another drafter), embeddings as large as the features beside them, and the tokens of a reduced draft vocabulary.
+"""The initial state of a `FeatureHead` in training: shapes, weights, embedding scale and draft vocabulary. Shapes are
+read off a target of any family, and weights come from a seed or another drafter. Embeddings are scaled to the size of
+the features beside them.
 
-Families name the same shape differently (`num_attention_heads`, `n_head`, `num_heads`); what a family has no word for
+Families name the same shape differently (`num_attention_heads`, `n_head`, `num_heads`); a family without a name for one
 gets a value that works.
 """
 
@@ -34,14 +35,14 @@ DEFAULT_WIDENING = 4
 MAX_POSITIONS = 131072
 
 LENIENT = {"max_position_embeddings"}
-"""What may differ: the length of a table that is computed."""
+"""The setting that may differ: the length of a table that is computed."""
 
 
 def new_head(target: TargetLike, settings: Any) -> FeatureHead:
-    """A drafter with its first float32 weights, on the target's device.
+    """Build a drafter with initial float32 weights, on the target's device.
 
     Args:
-        target: what it is for.
+        target: the model that it will draft for.
         settings: a `DrafterConfig` with its preset filled in.
 
     Raises:
@@ -68,15 +69,15 @@ def new_head(target: TargetLike, settings: Any) -> FeatureHead:
 
 
 def begin_from(drafter: FeatureHead, source: str) -> None:
-    """Give the drafter the weights of another, in place; its own embedding, if it has one, is left for the target's.
+    """Copy another drafter's weights in place; its own embedding, if any, is left out for the target's.
 
     Args:
-        drafter: of the shape that the target and the settings ask for.
+        drafter: drafter of the shape for the target and the settings.
         source: folder, hub id, or `reference` or `smollm2` for the drafter of the same method that ships for these;
-            FSPAD's and EAGLE's official folders load as our own do.
+            FSPAD's and EAGLE's official folders load as outdraft's own do.
 
     Raises:
-        UserError: nothing there, or a drafter of another shape.
+        UserError: nothing is there, or the drafter has another shape.
     """
     found = load_drafter(shipped_drafter(source, drafter.method) if named(source) is not None else source).head
     there, here = asdict(found.config), asdict(drafter.config)
@@ -95,9 +96,9 @@ PROBED_TOKENS = 64
 
 @torch.no_grad()
 def scale_of(target: TargetLike) -> float:
-    """What brings embeddings near to the size of the target's features; 1 where they are no smaller.
+    """Return the factor that brings embeddings near the size of the target's features; 1 where they are no smaller.
 
-    The largest power of two that does not make them larger: folding it into weights rounds nothing.
+    The factor is the largest power of two that does not make them larger: folding it into weights rounds nothing.
     """
     ids = torch.linspace(0, target.vocab_size - 1, PROBED_TOKENS, device=target.device).long()[None]
     ids = ids[:, : target.context_length]
@@ -110,15 +111,15 @@ def scale_of(target: TargetLike) -> float:
 
 
 def keep_frequent(drafter: FeatureHead, examples: ExampleSet) -> None:
-    """Give a drafter with a reduced draft vocabulary its tokens; others stay as they are."""
+    """Set the tokens of a reduced draft vocabulary; a drafter with the whole vocabulary is unchanged."""
     if drafter.draft_tokens is not None:
         kept = most_frequent(examples, drafter.config.vocab_size, drafter.config.draft_vocab_size)
         drafter.draft_tokens.copy_(kept)
 
 
 def most_frequent(examples: ExampleSet, vocab_size: int, count: int) -> Tensor:
-    """`(count,)` ids in rising order: those that responses hold most often; between equals the ones that occur more
-    often anywhere, then smaller ids."""
+    """Return the `(count,)` most frequent ids of the responses, in rising order. Ties go to ids that are more frequent
+    anywhere, then to smaller ids."""
     ids = torch.cat([example.input_ids for example in examples.examples]).long()
     response = torch.cat([example.loss_mask for example in examples.examples]).bool()
     anywhere = torch.bincount(ids, minlength=vocab_size)
@@ -131,10 +132,10 @@ def most_frequent(examples: ExampleSet, vocab_size: int, count: int) -> Tensor:
 
 
 def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: Any) -> FeatureHeadConfig:
-    """The drafter's configuration for this target.
+    """Derive the drafter's configuration from a target.
 
     Args:
-        target: whose shapes to take.
+        target: the model whose shapes are taken.
         method: `fspad` or `eagle` (both switches off, arXiv 2401.15077).
         overrides: fields of `FeatureHeadConfig` that replace what was derived; None means derive, and `auto` for
             `tap_layers` a low, a middle and a high layer.
@@ -170,22 +171,22 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
 
 
 def low_middle_high(layers: int) -> tuple[int, ...]:
-    """EAGLE-3's choice (arXiv 2503.01840): the second layer, the middle one, and the third but last."""
+    """Return EAGLE-3's layers (arXiv 2503.01840): the second, the middle one, and the third but last."""
     return tuple(sorted({layer for layer in (2, layers // 2, layers - 3) if 1 <= layer < layers}))
 
 
 def inner_width(target: TargetLike) -> int:
-    """Width of the target's own MLPs."""
+    """Return the inner width of the target's own MLPs."""
     return _first(text_config(target.model.config), INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
 
 
 def text_config(config: Any) -> Any:
-    """The language model's part of a configuration that may have others."""
+    """Return the language model's part of a configuration that may have other parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def rope_theta(config: Any) -> float:
-    """The base of the rotary positions; 10000 for families that have none, or one for each type of layer."""
+    """Return the base of the rotary positions; 10000 for families that have none, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         return float(rope["rope_theta"])
@@ -193,7 +194,7 @@ def rope_theta(config: Any) -> float:
 
 
 def _heads(config: Any, width: int) -> tuple[int, int]:
-    """Query heads and their size: the target's where they suit rotary positions, else heads of about 64."""
+    """Return the number of query heads and their size: the target's where rotary positions allow, else about 64."""
     heads = _first(config, HEADS, 0)
     head_dim = _first(config, ("head_dim",), width // heads if heads and width % heads == 0 else 0)
     if heads and head_dim and head_dim % 2 == 0:

@@ -1,10 +1,9 @@
 """The forward of a trained `FeatureHead`, arranged for the few nodes of a draft level.
 
-The same equations as `FeatureHead.forward` and the same weights; what differs is how many kernels a step takes and
-what they read. Drafting is not bound by arithmetic: a level of three nodes through a small head is some forty launches
-of a few microseconds each. So what depends on the token alone (its half of the fusion with the bias, and FSPAD's gate)
-is looked up in a table over the vocabulary, where that takes no more than `TABLE_BYTES`; the rest of the arrangement
-is `layer_step.py`'s.
+The equations and weights are those of `FeatureHead.forward`; the number of kernels and their inputs differ. Drafting is
+not bound by arithmetic: a level of three nodes through a small head is some forty launches of a few microseconds each.
+So the terms of the token alone (its half of the fusion with the bias, and FSPAD's gate) are looked up in a table over
+the vocabulary, if it takes at most `TABLE_BYTES`. `layer_step.py` arranges the rest.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 
 TABLE_BYTES = 64 * 2**20
-"""Most memory that the table of what depends on the token alone may take."""
+"""The largest memory, in bytes, that the table over the vocabulary may take."""
 
 TABLE_CHUNK = 4096
-"""Tokens of the table that are computed at once."""
+"""The number of tokens of the table that are computed at once."""
 
 
 class DraftStep(LayerStep):
-    """A `FeatureHead` for drafting only.
+    """The forward of a `FeatureHead`, for drafting only.
 
     Args:
         head: the trained network, on any backend; its weights are read once and stay as they are.
-        embed: token ids to what the head was trained to read of them.
-        vocab_size: token ids there are.
+        embed: maps token ids to the embeddings that the head was trained on.
+        vocab_size: number of token ids.
     """
 
     def __init__(self, head: FeatureHead, embed: Callable[[Tensor], Tensor], vocab_size: int):
@@ -59,7 +58,7 @@ class DraftStep(LayerStep):
     def __call__(
         self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
     ) -> DraftOutput:
-        """As `FeatureHead.forward`."""
+        """Run one draft step with the equations of `FeatureHead.forward`."""
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
         a = self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h)
@@ -72,7 +71,7 @@ class DraftStep(LayerStep):
         return DraftOutput(*both.chunk(2, dim=-1))
 
     def _state(self, features: Tensor) -> Tensor:
-        """What the fusion reads, as `Fusion.state`."""
+        """Return the fusion's input, as `Fusion.state` does."""
         if self._taps is not None and features.shape[1] > self._config.hidden_size:
             feature, *outputs = features.split(self._config.hidden_size, dim=-1)
             features = self._taps(feature, outputs)  # decided tokens only, so as it is
@@ -80,7 +79,7 @@ class DraftStep(LayerStep):
         return features if self._state_norm is None else self._state_norm(features)
 
     def _fuse(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """`(e, f) -> h` of `(nodes,)` tokens and `(nodes, hidden)` features, equation 3."""
+        """Fuse `(nodes,)` tokens and `(nodes, hidden)` features to h, equation 3."""
         if self._table is not None:
             known = F.embedding(tokens, self._table)
             if not self._config.feature_sampling:
@@ -99,7 +98,7 @@ class DraftStep(LayerStep):
 
     @torch.inference_mode()
     def _tabulate(self, weight: Tensor, bias: Tensor | None, vocab_size: int, width: int) -> None:
-        """`[W_e e + b ; SiLU(W_g e)]` of every token, after which only the features' half of W_fc is needed."""
+        """Tabulate `[W_e e + b ; SiLU(W_g e)]` of every token; then only the features' half of W_fc is needed."""
         d, weight = self._config.hidden_size, weight.to(self.dtype)
         of_token = Linear(weight[:, :d], None if bias is None else bias.to(self.dtype))
         table = torch.empty(vocab_size, width, dtype=self.dtype, device=self.device)

@@ -1,9 +1,9 @@
-"""Decoding with a network on the target's features: what it remembers between rounds and how its tree grows.
+"""Drafting with a network on the target's features: its cache between rounds and the expansion of its tree.
 
 The drafter's own cache keeps one entry for each decided pair (token one ahead, target feature). Each round first takes
-in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and forgets
-that run again. The network's equations are those of `network.py` and `eagle3/network.py`; how candidates are chosen is
-in `drafting/expand.py`.
+in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and rolls that
+run back. The network's equations are those of `network.py` and `eagle3/network.py`; how candidates are chosen is in
+`drafting/expand.py`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class FeatureDrafter(Drafter):
         return count_parameters(self.head)
 
     def arranged(self) -> LayerStep:
-        """The network's forward as it drafts."""
+        """Return the network's forward, arranged for drafting."""
         return DraftStep(self.head, self.embed, self.target.vocab_size)  # type: ignore[arg-type]
 
     def logits(self, p: Tensor) -> Tensor:
-        """What the head says of `(..., hidden)` p, on the tokens that may be drafted."""
+        """Return the head's logits of `(..., hidden)` p over the draft vocabulary."""
         head: Callable[[Tensor], Tensor] = self.head.lm_head or self.target.head
         if self.vocabulary is not None:
             head = self.vocabulary.head
@@ -79,17 +79,17 @@ class FeatureDrafter(Drafter):
 
     @property
     def grow(self) -> Callable[..., Tree]:
-        """`expand.grow`, over the tokens that may be drafted."""
+        """The function `expand.grow`, restricted to the draft vocabulary."""
         return grow if self.vocabulary is None else self.vocabulary.grow
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The checkpoint's own embedding where it has one, else the target's."""
+        """Look tokens up in the checkpoint's own embedding where it has one, else in the target's."""
         own = self.head.embed_tokens
         return own(tokens) if own is not None else self.target.embed(tokens)
 
 
 class FeatureDraftState(DraftState):
-    """The pairs seen so far, one cache entry each."""
+    """The draft cache of one batch: an entry for each pair (token one ahead, target feature)."""
 
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
         self.drafter, self.network = drafter, drafter.step
@@ -128,7 +128,7 @@ class FeatureDraftState(DraftState):
         self.cache.join(other.cache)
 
     def _take_in(self, update: Update) -> DraftOutput:
-        """Run the decided pairs, with the target's true features, and keep them.
+        """Run the decided pairs with the target's true features, and commit them to the cache.
 
         Returns:
             `(rows, 1, hidden)` outputs at each row's last pair.

@@ -1,7 +1,7 @@
-"""FSPAD's drafter and EAGLE's head as a folder for vLLM: names, shapes and config; and a reading of that folder.
+"""Exporting FSPAD's drafter and EAGLE's head for vLLM: names, shapes and config, and a check that reads the folder.
 
 Tensor names are the official ones of FSPAD and EAGLE-1/2, so that the folder loads here and in the authors' code too.
-The reading is written from the files alone: it shares nothing with `FeatureHead`, with which it is compared.
+The check computes from the files alone and shares no code with `FeatureHead`, with which it is compared.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Targets whose embedding and head are plain, and whose vLLM model hands over the features after its final norm."""
+"""The target families with plain embedding and head, whose vLLM model gives features after the final norm."""
 
 
 def export_head(
     source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
 ) -> Written:
-    """The drafter's folder for vLLM; arguments as in `Method.export`.
+    """Write the drafter's folder for vLLM; arguments as in `Method.export`.
 
     Raises:
-        UserError: vLLM would run another drafter than ours, or none.
+        UserError: vLLM would run another drafter than outdraft, or none.
     """
     if engine == "hf":
         raise UserError(
@@ -63,7 +63,7 @@ def export_head(
 
 @torch.inference_mode()
 def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The drafter's own forward and what the written files say, on values of the size of features."""
+    """Run the drafter's own forward and the written files' on random inputs of the features' size."""
     head = head.float()
     noise = torch.Generator().manual_seed(0)
     tokens = min(COMPARED_TOKENS, head.config.max_position_embeddings)
@@ -77,7 +77,7 @@ def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
-    """Raise UserError where vLLM would run another drafter than ours, or none.
+    """Raise UserError where vLLM would run another drafter than outdraft, or none.
 
     Args:
         config: the drafter's.
@@ -104,19 +104,19 @@ def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
 
 
 def architecture(config: FeatureHeadConfig) -> str:
-    """The class that vLLM runs it with."""
+    """Return the name of the class that vLLM runs the drafter with."""
     if config.feature_sampling or config.partial_alignment:
         return FSPAD
     return EAGLE_WITH_BIAS if config.fc_bias else EAGLE
 
 
 def engine_config(config: FeatureHeadConfig, target: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The folder's config.json: a Llama config of one layer, and the drafter's switches.
+    """Make the folder's config.json: a Llama config of one layer, and the drafter's switches.
 
     Args:
         config: the drafter's.
         target: the target's text config.
-        dtype: of the tensors.
+        dtype: precision of the tensors.
     """
     ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     written: dict[str, Any] = {
@@ -152,12 +152,12 @@ def engine_config(config: FeatureHeadConfig, target: Any, dtype: torch.dtype) ->
 
 
 def engine_tensors(head: FeatureHead) -> dict[str, Tensor]:
-    """The folder's tensors: the drafter's own, under their official names."""
+    """Return the drafter's tensors under their official names."""
     return {official_name(name, head.config): tensor for name, tensor in head.state_dict().items()}
 
 
 def expected_shapes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the engine asks for, with its shape, from the folder's config alone.
+    """List every tensor that the engine asks for, with its shape, from the folder's config alone.
 
     Args:
         config: the folder's.
@@ -215,7 +215,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
 def read_forward(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], embeddings: Tensor, features: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the exported files say of p and r, in float32, causally over the pairs.
+    """Compute p and r from the exported files, in float32, causally over the pairs.
 
     Args:
         config: the folder's.
@@ -224,7 +224,7 @@ def read_forward(
         features: `(tokens, hidden)` f_t.
 
     Returns:
-        Both `(tokens, hidden)`.
+        p and r, both `(tokens, hidden)`.
     """
     w = {name: tensor.float() for name, tensor in tensors.items()}
     eps, size = config["rms_norm_eps"], config["head_dim"]

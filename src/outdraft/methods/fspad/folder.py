@@ -1,7 +1,6 @@
-"""Folders of a `FeatureHead`, read: our own, and the official FSPAD and EAGLE-1/2 ones as they are.
+"""Reading folders of a `FeatureHead`: outdraft's own, and the official FSPAD and EAGLE-1/2 ones as they are.
 
-Official layouts are a Llama config and the weights beside it; which of the two it is follows from the names and shapes
-of the tensors.
+Official layouts are a Llama config and the weights beside it; names and shapes of the tensors tell the method.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scale
 Layout = Literal["outdraft", "fspad", "eagle"]
 
 KEPT = "draft_tokens"
-"""The tensor of a reduced draft vocabulary."""
+"""The name of the tensor of a reduced draft vocabulary."""
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -47,10 +46,10 @@ OFFICIAL_NAMES = {
     "layers.0.mlp.": "",
     "layers.0.post_attention_layernorm.": "norm.",
 }
-"""Beginnings of official tensor names -> ours; the first that fits counts."""
+"""The prefixes of official tensor names, mapped to outdraft's; the first match counts."""
 
 REMADE = re.compile(r"rotary_emb\.inv_freq$")
-"""Buffers in old checkpoints that follow from the config."""
+"""The names of buffers in old checkpoints that follow from the config."""
 
 
 @dataclass
@@ -59,7 +58,7 @@ class DrafterCheckpoint:
 
     head: FeatureHead
     target_id: str | None
-    """The target it was trained for; official folders do not say."""
+    """The target that the drafter was trained for; official folders do not name it."""
     training: dict[str, Any] = field(default_factory=dict)
     """The training's own record: settings, data, metrics."""
     layout: Layout = "outdraft"
@@ -74,16 +73,16 @@ def load_drafter(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> DrafterCheckpoint:
-    """A drafter from our own folder or an official FSPAD or EAGLE-1/2 one, here or on the Hugging Face Hub.
+    """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
     Args:
         folder_or_hub_id: a folder, else a hub id.
         dtype: precision of the weights; as stored when None.
-        device: where they go.
-        revision: of a hub repository.
+        device: device of the weights.
+        revision: revision of a hub repository.
 
     Raises:
-        UserError: nothing there, no drafter, or a damaged one, with the fix.
+        UserError: nothing is there, or it is no drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
@@ -110,7 +109,7 @@ def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
 
 
 def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
-    """A head with these weights, or the error that says which do not fit; `names` are those of the file."""
+    """Build a head with these weights, or raise the error that says which do not fit; `names` are the file's."""
     with torch.device("meta"):  # no random start, which would be overwritten
         head = FeatureHead(config)
         if "embed_tokens.weight" in tensors:
@@ -125,7 +124,7 @@ def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping
 
 
 def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file: str) -> Tensor:
-    """The ids of the tokens that may be drafted."""
+    """Return the ids of the draft vocabulary."""
     found = tensors.get(KEPT)
     if found is None:
         raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
@@ -146,7 +145,7 @@ def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file
 
 
 def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> FeatureHeadConfig:
-    """What a Llama config and the tensors beside it say of the head."""
+    """Derive the head's configuration from a Llama config and the tensors beside it."""
     _refuse_others(config, tensors, folder)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if name not in config:
@@ -189,7 +188,7 @@ def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folde
 
 
 def _refuse_others(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise UserError for folders of something else."""
+    """Raise UserError for folders of other models and drafters."""
     fusion = tensors.get("fc.weight")
     three = fusion is not None and fusion.ndim == 2 and fusion.shape[1] == 3 * fusion.shape[0]
     if three or "d2t" in tensors or any(name.startswith("midlayer.") for name in tensors):
@@ -223,7 +222,7 @@ def _rope_theta(config: dict[str, Any], folder: Path) -> float:
 
 
 def our_name(official: str) -> str:
-    """The name in `FeatureHead` of a tensor in an official file."""
+    """Translate an official tensor name to that in `FeatureHead`."""
     for theirs, ours in OFFICIAL_NAMES.items():
         if official.startswith(theirs):
             return ours + official[len(theirs) :]
@@ -231,7 +230,7 @@ def our_name(official: str) -> str:
 
 
 def official_name(ours: str, config: FeatureHeadConfig) -> str:
-    """The name in an official file, for messages."""
+    """Translate a tensor name of `FeatureHead` to the official one, for messages."""
     beginning = max((b for b in OFFICIAL_NAMES.values() if ours.startswith(b)), key=len)
     theirs = next(theirs for theirs, b in OFFICIAL_NAMES.items() if b == beginning)
     if beginning == "fusion.fc." and not config.feature_sampling:

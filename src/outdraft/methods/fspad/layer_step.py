@@ -1,4 +1,4 @@
-"""One decoder layer of a drafter, arranged for the few nodes of a draft level: what every draft step shares.
+"""One decoder layer of a drafter, arranged for the few nodes of a draft level; every draft step shares it.
 
 Query, key and value are one product, rotated together; residuals and gates are added or multiplied inside the products
 where there is a kernel for it; small layers on a CPU compute in float32 on plain weights, whatever the target's
@@ -24,20 +24,20 @@ from outdraft.target.backends.tree_attention import rotated_and_stored, running
 from outdraft.target.cache import SlotCache
 
 SMALL = 2**20
-"""Entries of the largest weight matrix of a layer that computes in float32 on plain weights on a CPU. Up to there a
-product over few rows costs less so than packed in bfloat16; beyond, reading twice the bytes costs more."""
+"""The size up to which weight matrices compute in float32 on plain weights on a CPU. Up to it a product over few rows
+costs less than packed in bfloat16; beyond it, reading twice the bytes costs more."""
 
 
 class LayerStep:
-    """Attention and gated MLP of a drafter, for drafting only.
+    """The attention and gated MLP of a drafter, for drafting only.
 
     Args:
         head: the trained network with its `self_attn` and MLP, on any backend; weights are read once and stay as they
             are.
-        frequencies: `(head_dim / 2,)` angles by which a position turns.
-        positions: that there are tables for.
-        scale: of cosines and sines.
-        beside: an output layer among its modules, which is no part of the step.
+        frequencies: `(head_dim / 2,)` rotary frequencies.
+        positions: length of the rotary tables.
+        scale: factor of cosines and sines.
+        beside: an output layer among the head's modules, which is no part of the step.
     """
 
     def __init__(
@@ -63,24 +63,24 @@ class LayerStep:
     def __call__(
         self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
     ) -> DraftOutput:
-        """One draft step.
+        """Run one draft step.
 
         Args:
             tokens: `(rows, nodes)` ids one ahead of the features.
-            features: `(rows, nodes, tap width)` of the target, or an `r` of this step in their place.
+            features: `(rows, nodes, tap width)` the target's features and taps, or an `r` of this step in their place.
             angles: `angles` of their positions, or `turns` of them over pending tokens (`tree_attention.running_over`).
-            mask: `(rows or 1, 1, nodes, keys)` added to the scores; None lets every node see every key. Not read over
-                pending tokens, which say themselves what they see.
-            cache: `reserve` it first; over pending tokens theirs is taken.
+            mask: `(rows or 1, 1, nodes, keys)` added to the scores; None lets every node see every key. It is not read
+                over pending tokens, which hold their own ancestor mask.
+            cache: `reserve` it first; over pending tokens their own cache is used.
         """
         raise NotImplementedError
 
     def angles(self, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions from every row's start on; past the last position all stand there.
+        """Return cosines and sines of the positions from every row's start on, clamped to the last position.
 
         Args:
-            starts: of every row.
-            count: positions of each.
+            starts: first position of every row.
+            count: number of positions of each row.
         """
         last = len(self._cos) - 1
         if len(set(starts)) == 1 and starts[0] + count - 1 <= last:
@@ -90,7 +90,7 @@ class LayerStep:
         return self._cos[positions], self._sin[positions]
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(rows, count, head_dim)` of positions on the device, as over pending tokens."""
+        """Return cosines and sines `(rows, count, head_dim)` of positions on the device, for pending tokens."""
         at = positions.clamp(max=len(self._cos) - 1)
         return self._cos.flatten(1)[at], self._sin[:, :, 1:].expand(-1, -1, 2, -1).flatten(1)[at]
 
@@ -103,7 +103,7 @@ class LayerStep:
         mask: Tensor | None,
         cache: SlotCache,
     ) -> Tensor:
-        """`(rows * nodes, heads * head_dim)` what the heads read, from the layer's input."""
+        """Return the heads' outputs `(rows * nodes, heads * head_dim)` from the layer's input."""
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         parts = [linear(x) for linear in self._qkv]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -147,7 +147,7 @@ class LayerStep:
         return lambda x: F.rms_norm(x, shape, weight, eps)
 
     def _rotary_tables(self, frequencies: Tensor, positions: int, scale: float) -> tuple[Tensor, Tensor]:
-        """`(positions, 1, 2, head_dim / 2)` cosines, and sines with the sign with which each half is mixed in."""
+        """Return `(positions, 1, 2, head_dim / 2)` cosines, and sines with the sign of each half."""
         angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
         cos, sin = angles.cos() * scale, angles.sin() * scale
         tables = torch.stack([cos, cos], dim=1), torch.stack([-sin, sin], dim=1)
@@ -155,12 +155,12 @@ class LayerStep:
 
 
 def turning(head_dim: int, theta: float) -> Tensor:
-    """`(head_dim / 2,)` angles by which a position turns, unscaled."""
+    """Return the `(head_dim / 2,)` unscaled rotary frequencies."""
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
 class Linear:
-    """`x W^T + b` over `(rows, in)`, and what is often done to the result next.
+    """The linear map `x W^T + b` over `(rows, in)`, fused with common next operations.
 
     Args:
         weight: `(out, in)`.
@@ -173,7 +173,7 @@ class Linear:
 
     @classmethod
     def joined(cls, parts: Sequence[Linear]) -> Linear:
-        """One whose output is that of all parts, side by side."""
+        """Return a layer whose output is that of all parts, side by side."""
         biases = [part.bias for part in parts if part.bias is not None]
         return cls(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
 
@@ -181,21 +181,21 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The result and `other`."""
+        """Return the result plus `other`."""
         out = torch.addmm(other, x, self._transposed)
         return out if self.bias is None else out + self.bias
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The result times `other`, elementwise."""
+        """Return the result times `other`, elementwise."""
         return self(x).mul_(other)
 
     def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the result."""
+        """Return the SiLU of the result."""
         return F.silu(self(x), inplace=True)
 
 
 class PackedProduct(Linear):
-    """The same on a weight in oneDNN's layout, where what is done next is part of the product."""
+    """A linear map on a weight in oneDNN's layout, where the next operation is part of the product."""
 
     def __init__(self, packed: PackedLinear):
         self._packed, self.bias = packed._packed, packed.bias

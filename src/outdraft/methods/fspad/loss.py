@@ -1,8 +1,8 @@
 """FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`.
 
 Position t of a sequence reads (e_{t+1}, f_t), and its outputs stand for f_{t+1}, from which the target says x_{t+2}.
-A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. Sums
-come out, which the caller divides.
+A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. The result
+is sums, which the caller divides.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class LossSums(NamedTuple):
     """Sums over the counted positions, scalars in float32; divide by `positions` for the means of the paper."""
 
     regression: Tensor
-    """SmoothL1(r_t, f_{t+1}), each position the mean over d."""
+    """The regression loss SmoothL1(r_t, f_{t+1}), for each position the mean over d."""
     token: Tensor
-    """- sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of the two distributions."""
+    """The token loss - sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of both."""
     agreed: Tensor
-    """Positions where head(p_t) and head(f_{t+1}) have the same argmax."""
+    """The number of positions where head(p_t) and head(f_{t+1}) have the same argmax."""
     positions: Tensor
-    """Counted positions; with several draft steps, those of the first, whose agreement this is."""
+    """The number of counted positions; with several draft steps those of the first, as for `agreed`."""
 
 
 class DrafterLoss(nn.Module):
-    """The drafter together with its loss: what is trained (and wrapped for several processes).
+    """The drafter together with its loss, the module that is trained (and wrapped for several processes).
 
     Args:
         drafter: the only parameters here.
@@ -45,10 +45,10 @@ class DrafterLoss(nn.Module):
         chunk_size: positions whose logits are held at once.
         unroll_steps: draft steps that are trained; 1 is the paper's loss, more feed the drafter its own r as in
             decoding (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840), each at the cost of one more forward.
-        unroll_decay: step k weighs this to the power of k, the weights made to sum to 1.
-        token_loss: what the drafter's distribution is held against the target's by.
-        teacher: `(positions, hidden)` features of the target -> its most probable tokens there, with ids of what `head`
-            gives; without it the whole distribution is made by `head`.
+        unroll_decay: step k weighs this to the power of k; the weights are normalised to sum 1.
+        token_loss: the loss between the drafter's and the target's distributions.
+        teacher: maps `(positions, hidden)` target features to the most probable tokens, in ids of `head`'s output;
+            without it `head` gives the whole distribution.
     """
 
     def __init__(
@@ -75,15 +75,14 @@ class DrafterLoss(nn.Module):
         said: TopProbs | None = None,
         steps: int | None = None,
     ) -> LossSums:
-        """Sums of both losses over the counted positions of a right-padded batch.
+        """Compute the sums of both losses over the counted positions of a right-padded batch.
 
         Args:
             embeddings: `(batch, tokens, hidden)` the target's input embeddings of x_0 .. x_{L-1}.
-            features: `(batch, tokens, tap width)` its features f_0 .. f_{L-1}, and beside them what else the drafter
-                reads of it.
+            features: `(batch, tokens, tap width)` the target's features f_0 .. f_{L-1}, and the drafter's further taps.
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
-            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to those it must hit,
-                nor to what is read beside them.
+            noise: `(batch, tokens, hidden)` added to the features that the drafter reads, never to the goals or the
+                further taps.
             said: the target's most probable tokens at the counted positions, row by row, if they are known already.
             steps: draft steps to train; all when not given.
         """
@@ -91,10 +90,10 @@ class DrafterLoss(nn.Module):
         return self._compare(outputs, spoken, goal, said)
 
     def hits(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Where each of so many draft steps guesses the target's best token; arguments as in `forward`.
+        """Mark where each of the draft steps guesses the target's best token; arguments as in `forward`.
 
         Returns:
-            Both `(batch, tokens - 2, steps)`: whether it does, and where it counts.
+            Two masks `(batch, tokens - 2, steps)`: True at hits, and True at positions that count.
         """
         outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, None, steps)
         counted, right = spoken[0], torch.zeros(*spoken[0].shape, steps, dtype=torch.bool, device=goal.device)
@@ -109,7 +108,7 @@ class DrafterLoss(nn.Module):
     def _unrolled(
         self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None, steps: int
     ) -> tuple[list[DraftOutput], list[Tensor], Tensor]:
-        """What every draft step gives, where it counts, and the features that are to be hit."""
+        """Return the outputs of every draft step, the masks of counted positions, and the goal features."""
         counted = counted_positions(loss_mask)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
         seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
@@ -129,8 +128,8 @@ class DrafterLoss(nn.Module):
     def _compare(
         self, outputs: list[DraftOutput], spoken: list[Tensor], features: Tensor, said: TopProbs | None
     ) -> LossSums:
-        """Weighted sums over the draft steps, of which every one counts where `spoken` says, at most where the first
-        does; what the target says is asked once for all of them."""
+        """Compute weighted sums over the draft steps. Each step counts on its mask in `spoken`, at most where the first
+        step does; all share one evaluation of the target."""
         counted = spoken[0]
         goal = features[counted]
         exact = torch.promote_types(outputs[0].r.dtype, torch.float32)
@@ -157,7 +156,7 @@ class DrafterLoss(nn.Module):
 
 
 class Streams:
-    """Keys and values of the draft steps so far, with their gradients: what an attention layer takes for its cache.
+    """The keys and values of the draft steps so far, with gradients, in the form of an attention layer's cache.
 
     A later step never changes what an earlier one has seen, so each runs once.
     """
@@ -167,7 +166,7 @@ class Streams:
         self._values: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Add `(batch, heads, tokens, head_dim)` of a step; those of all steps, one after the other."""
+        """Add `(batch, heads, tokens, head_dim)` of a step; return those of all steps, concatenated."""
         self._keys.append(key_states)
         self._values.append(value_states)
         return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
@@ -179,15 +178,15 @@ def counted_positions(loss_mask: Tensor) -> Tensor:
 
 
 def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
-    """`(1, 1, length, (step + 1) * length)` who sees whom when a drafter is unrolled on its own features.
+    """Build the `(1, 1, length, (step + 1) * length)` mask of a drafter that is unrolled on its own features.
 
     At draft step j, position t sees what it would see in decoding: the target's features up to t-j (the first `length`
-    keys), and on the way from there to t the ones drafted in steps 1 .. j, each at its own place.
+        keys), and from there to t the features drafted in steps 1 .. j, each at its own position.
 
     Args:
-        length: positions.
+        length: number of positions.
         step: draft steps taken before, j.
-        device: of the mask.
+        device: device of the mask.
     """
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
     drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
@@ -198,10 +197,10 @@ def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
 def feature_noise(
     lengths: Sequence[int], width: int, tokens: int, seeds: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Uniform noise (U(0,1) - 0.5) * 0.2 * 512 / L of the published recipe, zero on padding.
+    """Draw the published recipe's uniform noise (U(0,1) - 0.5) * 0.2 * 512 / L, zero on padding.
 
-    Every row is drawn from a generator of its own, so that it depends neither on the batch it stands in nor on the
-    process that computes it, and a resumed run draws what the uninterrupted one drew.
+    Every row has its own generator, so that it depends neither on its batch nor on the process that computes it. A
+    resumed run draws the same noise as an uninterrupted one.
 
     Args:
         lengths: the rows' true lengths L.

@@ -1,9 +1,8 @@
 """The one-layer drafter on the target's features: FSPAD, and EAGLE's head by switches.
 
-Holds the network of arXiv 2408.15562 (section 3: feature sampling, partial alignment) and nothing else: it trains and
-it decodes. It does not know how a tree is grown (`drafter.py`), where its weights come from
-(`folder.py`), or what the target is: embeddings and features come in, `p` (read by the target's head) and `r`
-(fed back as the next feature) go out.
+The network of arXiv 2408.15562 (section 3: feature sampling, partial alignment) serves both training and decoding. Its
+inputs are embeddings and features; its outputs are `p` (read by the target's head) and `r` (fed back as the next
+feature). `drafter.py` grows trees with it, `folder.py` reads its weights.
 """
 
 from __future__ import annotations
@@ -21,44 +20,43 @@ from outdraft.methods.checkpoint import Network
 
 
 class KeysAndValues(Protocol):
-    """Where attention keeps keys and values: a `SlotCache` in decoding."""
+    """The protocol of a cache of keys and values: a `SlotCache` in decoding."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take in `(batch, heads, nodes, head_dim)` of a layer; those of everything that the mask speaks of."""
+        """Store a layer's `(batch, heads, nodes, head_dim)`; return those of all slots that the mask covers."""
 
 
 @dataclass
 class FeatureHeadConfig:
-    """Shapes and switches of the drafter; the defaults of the two switches are FSPAD's."""
+    """The shapes and switches of the drafter; the two switches default to FSPAD's."""
 
     hidden_size: int
-    """Width d of the target's features and embeddings."""
+    """The width d of the target's features and embeddings."""
     intermediate_size: int
-    """Width i of the feature-sampling space and of the layer's MLP."""
+    """The width i of the feature-sampling space and of the layer's MLP."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    """Entries of the target's embedding and head."""
+    """The number of entries of the target's embedding and head."""
     feature_sampling: bool = True
-    """FSPAD's fusion, in which the token selects channels of the fused feature; off is EAGLE's plain linear fusion."""
+    """True for FSPAD's fusion, where the token gates channels of the fused feature; else EAGLE's linear fusion."""
     partial_alignment: bool = True
-    """FSPAD's two outputs, one for the token and one for the feature; off is EAGLE's single output."""
+    """True for FSPAD's two outputs, one for the token and one for the feature; else EAGLE's single output."""
     fc_bias: bool = True
-    """Bias in the fusion layer."""
+    """True for a bias in the fusion layer."""
     attention_bias: bool = False
-    """Biases on the query, key and value projections, as Qwen2's EAGLE heads have."""
+    """True for biases on the query, key and value projections, as in Qwen2's EAGLE heads."""
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tap_layers: tuple[int, ...] = ()
-    """Layers of the target, counted from 1, whose outputs are read beside its feature (after EAGLE-3); none is the
-    paper's."""
+    """The target's layers, counted from 1, whose outputs are read beside its feature (after EAGLE-3); empty in the
+    paper."""
     state_norm: bool = False
-    """RMSNorm on what is read as the feature, be it the target's or, fed back, the drafter's own; off is the
-    paper's."""
+    """True for an RMSNorm on the feature that is read, the target's or the drafter's own; False in the paper."""
     draft_vocab_size: int = 0
-    """Tokens that may be drafted, the most frequent ones of the training's responses; 0 is the whole vocabulary."""
+    """The size of the draft vocabulary, the most frequent tokens of the responses; 0 is the whole vocabulary."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.draft_vocab_size <= self.vocab_size:
@@ -78,16 +76,16 @@ class FeatureHeadConfig:
 
 
 class DraftOutput(NamedTuple):
-    """Both `(batch, nodes, hidden)`; the same tensor when partial alignment is off."""
+    """The two outputs, `(batch, nodes, hidden)` each; the same tensor when partial alignment is off."""
 
     p: Tensor
-    """What the target's head reads to give the draft logits."""
+    """The input of the target's head, which gives the draft logits."""
     r: Tensor
     """The predicted next feature of the target, fed back in the next draft step."""
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last dimension."""
+    """The root mean square normalisation over the last dimension."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -99,25 +97,25 @@ class RMSNorm(nn.Module):
 
 
 class DraftNetwork(Network):
-    """What decoding with a network on the target's features asks of it (`drafter.py`)."""
+    """The protocol of a network on the target's features, as decoding (`drafter.py`) needs it."""
 
     embed_tokens: nn.Embedding | None
-    """An embedding of its own, which a checkpoint may bring; the target's is used without one."""
+    """The checkpoint's own embedding; None uses the target's."""
     lm_head: nn.Module | None
-    """An output layer of its own, over the tokens that may be drafted; the target's is used without one."""
+    """The drafter's own output layer, over the draft vocabulary; None uses the target's."""
     draft_tokens: Tensor | None
-    """Ids of the tokens that may be drafted; all where there is none."""
+    """The ids of the draft vocabulary; None for the whole vocabulary."""
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
-        """Layers of a target of so many whose outputs are read, counted from 1."""
+        """Return the layers whose outputs are read, counted from 1, of a target with `layers` layers."""
         raise NotImplementedError
 
 
 class LayerTaps(nn.Module):
-    """Outputs of several layers of the target as a correction of its feature.
+    """A correction of the target's feature by outputs of several of its layers.
 
-    A correction that begins at zero, so that what is read stays in the space of the features: the drafter's own r takes
-    its place in later draft steps, when the target has said nothing yet.
+    The correction begins at zero, so that the result stays in the space of the features: the drafter's own r takes its
+        place in later draft steps, where the target has not run yet.
     """
 
     def __init__(self, config: FeatureHeadConfig):
@@ -134,7 +132,8 @@ class LayerTaps(nn.Module):
 
 
 class Fusion(nn.Module):
-    """`(e, f) -> h`: one linear layer (EAGLE), then with feature sampling the gated correction of FSPAD, equation 3."""
+    """The fusion `(e, f) -> h`: a linear layer (EAGLE), then with feature sampling FSPAD's gated correction, equation
+    3."""
 
     def __init__(self, config: FeatureHeadConfig):
         super().__init__()
@@ -156,7 +155,7 @@ class Fusion(nn.Module):
         return z + self.down_proj(F.silu(self.gate_proj(embeddings)) * self.up_proj(self.norm(z)))
 
     def state(self, features: Tensor) -> Tensor:
-        """What the fusion reads, `(..., hidden)`, of what the target says, `(..., tap width)`, or of an r in its place.
+        """Return the fusion's input `(..., hidden)` from the target's `(..., tap width)`, or from an r in its place.
 
         The width tells them apart: an r has no outputs of other layers beside it.
         """
@@ -168,7 +167,7 @@ class Fusion(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over a cache or, without one, causally over its input."""
+    """The grouped-query attention with rotary positions, over a cache or, without one, causally over its input."""
 
     def __init__(self, config: FeatureHeadConfig):
         super().__init__()
@@ -226,7 +225,7 @@ class FeatureHead(DraftNetwork):
 
     @property
     def tap_width(self) -> int:
-        """Values that are read of the target for a position: its feature, then the outputs of `tap_layers`."""
+        """The number of values read of the target at a position: its feature, then the outputs of `tap_layers`."""
         return (1 + len(self.config.tap_layers)) * self.config.hidden_size
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
@@ -234,7 +233,7 @@ class FeatureHead(DraftNetwork):
 
     @property
     def method(self) -> str:  # type: ignore[override]
-        """`fspad` unless both switches are off, which is `eagle`."""
+        """The method's name: `eagle` where both switches are off, else `fspad`."""
         return "fspad" if self.config.feature_sampling or self.config.partial_alignment else "eagle"
 
     def forward(
@@ -245,7 +244,7 @@ class FeatureHead(DraftNetwork):
         mask: Tensor | None = None,
         cache: KeysAndValues | None = None,
     ) -> DraftOutput:
-        """One draft step for every pair (token one ahead, feature).
+        """Run one draft step for every pair (token one ahead, feature).
 
         Args:
             embeddings: `(batch, nodes, hidden)` the target's embedding of x_{t+1}.
@@ -253,7 +252,7 @@ class FeatureHead(DraftNetwork):
                 `tap_layers` the target's outputs at t of these layers follow f_t, `(batch, nodes, tap width)`.
             positions: `(batch, nodes)` t; counted from 0 when absent.
             mask: `(batch, 1, nodes, keys)` True where a node may look; causal over the input when absent.
-            cache: where keys and values go and come from; `reserve` a `SlotCache` first.
+            cache: holds keys and values; `reserve` a `SlotCache` first.
         """
         if positions is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
@@ -267,7 +266,7 @@ class FeatureHead(DraftNetwork):
         return DraftOutput(a + p, a + r)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(batch, 1, nodes, head_dim)` of the positions, computed in float64, rounded once."""
+        """Return cosines and sines `(batch, 1, nodes, head_dim)` of the positions, rounded once from float64."""
         table, size = self._rotary_table, self.config.max_position_embeddings
         if table is None or table[0].dtype != dtype or table[0].device != positions.device:
             exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
@@ -279,7 +278,7 @@ class FeatureHead(DraftNetwork):
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding in the half-split layout of Llama."""
+    """Apply the rotary position embedding in the half-split layout of Llama."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -287,7 +286,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
-    """The drafter that makes of embeddings what it makes of embeddings times `by` now; changed in place."""
+    """Scale weights in place, so that embeddings give what embeddings times `by` gave before; return the drafter."""
     drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
     if drafter.fusion.feature_sampling:
         drafter.fusion.gate_proj.weight *= by

@@ -1,4 +1,4 @@
-"""What FSPAD's and EAGLE's drafter trains on: the target's features one token behind, its embeddings, and noise."""
+"""The objective of FSPAD and EAGLE: the target's features one token behind, its embeddings, and noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from outdraft.target.target import Target
 
 
 class FeatureObjective(Objective):
-    """FSPAD's and EAGLE's: the target's features one token behind, and its embeddings."""
+    """The objective of FSPAD and EAGLE on the target's features one token behind, and its embeddings."""
 
     parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
 
@@ -38,7 +38,7 @@ class FeatureObjective(Objective):
         head: Head = target.head
         self._places: Tensor | None = None
         if drafter.draft_tokens is not None and self.top_k and isinstance(target, Target):
-            # What is never drafted needs no logit, and most of a large vocabulary is never drafted.
+            # Tokens that are never drafted need no logit, and most of a large vocabulary is never drafted.
             head = DraftVocabulary(drafter.draft_tokens, target).head
             self._places = torch.full((target.vocab_size,), -1, device=target.device)
             self._places[drafter.draft_tokens] = torch.arange(len(drafter.draft_tokens), device=target.device)
@@ -84,7 +84,7 @@ class FeatureObjective(Objective):
         return self._known(most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size))
 
     def _known(self, said: TopProbs) -> TopProbs:
-        """In ids of what the drafter's head gives."""
+        """Translate the tokens to ids of the drafter's head."""
         return said if self._places is None else within(said, self._places)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
@@ -94,6 +94,6 @@ class FeatureObjective(Objective):
 
 
 def noise_seed(seed: int, step: int, index: int) -> int:
-    """One 63-bit seed for the noise of one example in one step."""
+    """Return the 63-bit seed for the noise of one example in one step."""
     digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

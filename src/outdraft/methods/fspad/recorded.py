@@ -1,10 +1,9 @@
 """Whole drafts of a `FeatureDrafter` on a GPU, each kind recorded once as a CUDA graph.
 
-From what was decided last to the tree there is nothing that the host has to know: pairs are taken in, levels grown and
-the best candidates chosen by the same functions as elsewhere (`expand.py` and `sample.py` of `drafting/`), over lengths
-that lie on the device and dice that were thrown ahead. A draft of six levels is some 300 launches, which a host takes
-as long to issue as a target of 8B takes to run. Prompts, paces and distributions that depend on the prefix are drafted
-unrecorded.
+A recorded draft needs no decision of the host. The usual functions (`expand.py` and `sample.py` of `drafting/`) take
+pairs in, grow levels and choose candidates, over lengths on the device and random numbers drawn ahead. A draft of six
+levels is some 300 launches, which a host takes as long to issue as a target of 8B takes to run. Prompts, budgets and
+distributions that depend on the prefix are drafted unrecorded.
 """
 
 from __future__ import annotations
@@ -35,30 +34,30 @@ if TYPE_CHECKING:
     from outdraft.methods.fspad.drafter import FeatureDrafter
 
 GREEDY = Warper(SamplingSettings(), 0, 1)
-"""What rows are taken to be where candidates are chosen, not drawn."""
+"""The warper that stands for rows whose candidates are chosen, not drawn."""
 
 _UNREAD = torch.empty(0, dtype=torch.long)
 
 MOST_NEW = 64
-"""Decided tokens of a row that a recorded draft takes in; a prompt has more."""
+"""The most decided tokens of a row that a recorded draft takes in; a prompt has more."""
 
 
 class RecordedDrafts:
-    """The drafts of one drafter that were recorded.
+    """The recorded drafts of one drafter.
 
     Args:
-        drafter: whose network drafts, with a target on backend `graphs`.
+        drafter: the drafter, with a target on backend `graphs`.
     """
 
     def __init__(self, drafter: FeatureDrafter):
         self.drafter = drafter
         self.records = True
-        """Whether drafts can be recorded."""
+        """True while drafts can be recorded."""
         self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
         self._memory: Any = None
 
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
-        """Whether a recording can make this draft."""
+        """Return True if a recording can make this draft."""
         scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
         drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
         return (
@@ -75,8 +74,8 @@ class RecordedDrafts:
         )
 
     def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> Tree | None:
-        """Take in the update and grow trees, as `FeatureDraftState.propose` does; None, and nothing done, where that
-        turns out to be impossible."""
+        """Take in the update and grow trees, as `FeatureDraftState.propose` does; return None without effect where
+        recording fails."""
         count, new = len(update.counts), max(update.counts)
         new = next(size for size in SIZES if size >= new)
         cache.room_for(new + shape.top_k * (shape.depth + 1))
@@ -111,7 +110,7 @@ class RecordedDrafts:
 
 @dataclass
 class _Given:
-    """What a draft is made of, on the device; rows and tokens filled up."""
+    """The inputs of a recorded draft, on the device, with rows and tokens padded."""
 
     tokens: Tensor
     taps: Tensor
@@ -122,15 +121,15 @@ class _Given:
 
 
 class _Draft:
-    """One kind of draft.
+    """The recording of one kind of draft.
 
     Args:
-        drafter: whose network drafts.
-        room: rows that the drafter's buffers have, to which those of a batch are filled up.
-        new: decided tokens of a row, filled up.
-        shape: of the trees.
-        rows: whose settings candidates are drawn by; None where they are chosen.
-        taps: for their kind.
+        drafter: the drafter whose network is recorded.
+        room: rows of the drafter's buffers, to which a batch is padded.
+        new: decided tokens of a row, padded.
+        shape: shape of the trees.
+        rows: the rows whose settings draw candidates; None where candidates are chosen.
+        taps: a tensor of taps, for width, precision and device.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class _Draft:
         self._rows = 0
 
     def fill(self, update: Update, cache: SlotCache, chances: Sequence[Chance]) -> None:
-        """Put in what was decided and how long the rows are, once; throw their dice."""
+        """Copy the decided tokens and the rows' lengths to the device, once; draw the random numbers."""
         given, (rows, new) = self.given, update.tokens.shape
         if rows != self._rows:
             given.lengths.zero_()
@@ -182,7 +181,7 @@ class _Draft:
         self._replayed = Replayed(self._run, self.given.tokens.device, memory)
 
     def tree(self, rows: int) -> Tree:
-        """The trees of the first so many rows."""
+        """Replay the draft and return the trees of the first `rows` rows."""
         tokens, *rest = (part[:rows] for part in self._replayed())
         self.cache = None  # it may end, and a recording knows its buffers
         candidates, count, levels = self._made
@@ -193,12 +192,12 @@ class _Draft:
 
     @property
     def depths(self) -> int:
-        """Of the deepest tree, how many tokens follow each other."""
+        """The number of levels of the deepest tree."""
         return self.shape.depth + 1
 
     @property
     def chains(self) -> int | None:
-        """Of a tree of chains, how many there are."""
+        """The number of chains, for a tree of chains; None for others."""
         if not self.throws and self.shape.top_k > 1:
             return None
         return min(self.shape.top_k, self.shape.size - 1)

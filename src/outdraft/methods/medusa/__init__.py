@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MedusaMethod(Method):
-    """The method of this folder."""
+    """Medusa, the method of this folder."""
 
     name = "medusa"
     summary = "a head for every token ahead"

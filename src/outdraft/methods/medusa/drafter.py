@@ -1,7 +1,7 @@
 """Medusa's heads (arXiv 2401.10774, Medusa-1) and decoding with them.
 
-Head k reads the target's newest feature f_t and guesses x_{t+1+k}, whatever stands between: one pass of all heads is
-the whole draft, and a tree is the product of their guesses, ranked by the product of their probabilities. The target
+Head k reads the target's newest feature f_t and guesses x_{t+1+k}, whatever tokens come between: one pass of all heads
+is the whole draft, and a tree is the product of their guesses, ranked by the product of their probabilities. The target
 is frozen. By default every head reads its logits through the target's own output layer, so that a head is d x d
 weights; the paper's heads have one of V x d each (`own_head`). There is no memory but the newest feature.
 """
@@ -31,20 +31,20 @@ from outdraft.target.target import Target
 
 @dataclass(frozen=True)
 class MedusaConfig:
-    """Shapes of the heads."""
+    """The shapes of the heads."""
 
     hidden_size: int
-    """Width d of the target's features."""
+    """The width d of the target's features."""
     vocab_size: int
-    """Entries of the target's output layer."""
+    """The number of entries of the target's output layer."""
     num_heads: int = 5
-    """Tokens guessed ahead: the longest path of a tree."""
+    """The number of heads, which bounds the length of a tree's paths."""
     num_layers: int = 1
-    """Residual blocks of a head."""
+    """The number of residual blocks of a head."""
     own_head: bool = False
-    """Whether every head has an output layer of its own; the target's otherwise."""
+    """True if every head has its own output layer; else all use the target's."""
     own_head_bias: bool = False
-    """Whether those have a bias, as the target's must then have, too."""
+    """True if the heads' own output layers have a bias, as the target's must then have, too."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_layers"):
@@ -53,7 +53,7 @@ class MedusaConfig:
 
 
 class ResidualBlock(nn.Module):
-    """x + SiLU(W x), which is x itself before training (section 2.1.1)."""
+    """The residual block x + SiLU(W x), which is the identity before training (section 2.1.1)."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -65,10 +65,10 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHeads(Network):
-    """All heads; without output layers of their own they need the target's to speak.
+    """All Medusa heads; without output layers of their own they use the target's.
 
     Args:
-        config: their shapes.
+        config: the heads' shapes.
     """
 
     method = "medusa"
@@ -85,10 +85,10 @@ class MedusaHeads(Network):
 
     @classmethod
     def beginning(cls, model: Any, config: MedusaConfig) -> MedusaHeads:
-        """Where training starts: every head says what the model itself would say next, in float32.
+        """Build float32 heads to start training from; each predicts the model's own next token.
 
         Raises:
-            UserError: output layers of their own are asked for, and the model's is no plain one to begin with.
+            UserError: `own_head` is set, and the model's output layer is no plain linear one to copy.
         """
         if not config.own_head:
             return cls(config)
@@ -105,12 +105,12 @@ class MedusaHeads(Network):
         return heads
 
     def speaking(self, target: Target) -> list[Callable[[Tensor], Tensor]]:
-        """Of every head with an output layer of its own, the way through it from what the head gives to logits."""
+        """Return, for every own output layer, the function from a head's output through it to logits."""
         return [target.head_through(layer) for layer in self.outputs]
 
 
 class Medusa(Drafter):
-    """Trained `MedusaHeads` on their target's features.
+    """The drafter of trained `MedusaHeads` on their target's features.
 
     Args:
         heads: the network, on the target's device and in its precision.
@@ -141,7 +141,7 @@ class Medusa(Drafter):
         return count_parameters(self.heads)
 
     def logits(self, features: Tensor, levels: int) -> Tensor:
-        """`(rows, levels, vocab)` of the first heads, from `(rows, hidden)` features."""
+        """Return the first heads' `(rows, levels, vocab)` logits of `(rows, hidden)` features."""
         read = [self.heads.heads[level](features) for level in range(levels)]
         if not self.speaking:
             return self.target.head(torch.stack(read, dim=1))
@@ -149,7 +149,7 @@ class Medusa(Drafter):
 
 
 class MedusaState(DraftState):
-    """Nothing to remember: the newest feature comes with every update."""
+    """A state without memory: every update brings the newest feature."""
 
     def __init__(self, drafter: Medusa):
         self.drafter = drafter

@@ -1,4 +1,4 @@
-"""The folder of Medusa's heads, read back: settings and tensors put together.
+"""Reading the folder of Medusa's heads: settings and tensors.
 
 There is no official layout: such heads come from training here.
 """
@@ -27,7 +27,7 @@ from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
 @dataclass
 class MedusaCheckpoint:
-    """Loaded heads and what their folder says about them."""
+    """The loaded heads and their folder's facts about them."""
 
     heads: MedusaHeads
     target: dict[str, Any]
@@ -41,10 +41,10 @@ def load_medusa(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> MedusaCheckpoint:
-    """Medusa's heads from our own folder, here or on the Hugging Face Hub; arguments as in `checkpoint.load_drafter`.
+    """Load Medusa's heads from an outdraft folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`.
 
     Raises:
-        UserError: nothing there, another kind of drafter, or a damaged one, with the fix.
+        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)

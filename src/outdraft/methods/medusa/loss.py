@@ -21,30 +21,31 @@ from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.target import Target
 
 HEAD_DECAY = 0.8
-"""Head k weighs this to the power of k (section 2.2.1)."""
+"""The decay of the heads' weights: head k weighs this to the power of k (section 2.2.1)."""
 
 
 class MedusaSums(NamedTuple):
     """Sums over the counted positions; divide by `positions` for means."""
 
     cross_entropy: Tensor
-    """Of all heads, each with its weight."""
+    """The weighted sum of all heads' cross-entropies."""
     first_head: Tensor
-    """Of head 1 alone, without weight."""
+    """The unweighted cross-entropy of head 1."""
     agreed: Tensor
-    """Positions where head 1 and the target have the same argmax."""
+    """The number of positions where head 1 and the target have the same argmax."""
     positions: Tensor
-    """Counted positions of head 1; later heads have a few less at the ends of sequences."""
+    """The number of counted positions of head 1; later heads have a few less at the ends of sequences."""
 
 
 class MedusaLoss(nn.Module):
-    """The heads together with their loss: what is trained (and wrapped for several processes).
+    """The heads together with their loss, the module that is trained (and wrapped for several processes).
 
     Args:
         drafter: the only parameters here.
-        target: lends its output layer, or the way through the heads' own ones.
+        target: lends its output layer, or the function through the heads' own ones.
         chunk_size: positions whose logits are held at once.
-        hard_weight: of the response's own token; the target's distribution has the rest up to 1. The paper's loss is 1.
+        hard_weight: weight of the response's own token; the target's distribution has the rest up to 1. The paper's
+            loss is 1.
     """
 
     def __init__(self, drafter: MedusaHeads, target: Target, chunk_size: int = 512, hard_weight: float = 0.0):
@@ -56,7 +57,7 @@ class MedusaLoss(nn.Module):
     def forward(
         self, features: Tensor, input_ids: Tensor, loss_mask: Tensor, said: TopProbs | None = None
     ) -> MedusaSums:
-        """Sums over the counted positions of a right-padded batch.
+        """Compute the sums over the counted positions of a right-padded batch.
 
         Args:
             features: `(batch, tokens, hidden)` the target's f_0 .. f_{L-1}.
@@ -86,7 +87,7 @@ class MedusaLoss(nn.Module):
 
 
 class MedusaObjective(Objective):
-    """Medusa's: the target's features, as FSPAD's, and what the target says one, two, ... tokens later."""
+    """Medusa's objective on the target's features; the teacher is the target one, two, ... tokens later."""
 
     parts: ClassVar = {"loss_head1": "first_head"}
 
@@ -113,7 +114,7 @@ class MedusaObjective(Objective):
 
 
 def _moved(x: Tensor, by: int, length: int) -> Tensor:
-    """`(batch, tokens, ...)` moved to the right by so many places, zeros before, as `(batch, length, ...)`."""
+    """Shift `(batch, tokens, ...)` right by `by` positions, zeros before, to `(batch, length, ...)`."""
     moved = x.new_zeros(len(x), length, *x.shape[2:])
     moved[:, by:] = x[:, : max(length - by, 0)]
     return moved

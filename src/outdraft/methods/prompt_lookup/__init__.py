@@ -1,4 +1,4 @@
-"""Prompt lookup: drafting by looking back in the text."""
+"""Prompt lookup: n-gram drafts from the text so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class PromptLookupMethod(Method):
-    """The method of this folder."""
+    """Prompt lookup, the method of this folder."""
 
     name = "prompt-lookup"
     summary = "what followed the newest words before"

@@ -1,7 +1,7 @@
-"""Drafting by looking back: the words after the last place where the newest n-gram occurred before.
+"""N-gram drafts: the tokens that followed the latest earlier occurrence of the newest n-gram.
 
-No model and no features; good where answers copy from the prompt (summaries, retrieval, code edits). The candidates
-are a chain of point masses.
+Prompt lookup needs no model and no features, and pays where answers copy from the prompt (summaries, retrieval, code
+edits). The candidates are a chain of point masses.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from outdraft.target.runner import ModelRunner
 
 
 class PromptLookup(Drafter):
-    """Prompt lookup decoding.
+    """The drafter of prompt lookup decoding.
 
     Args:
-        longest: tokens of the longest n-gram that is looked for first.
+        longest: tokens of the longest n-gram, which is looked for first.
         shortest: tokens of the shortest one.
     """
 
@@ -39,18 +39,18 @@ class PromptLookup(Drafter):
         return TreeShape.chain(10)
 
     def continuation(self, tokens: list[int], most: int) -> list[int]:
-        """`most` tokens after the latest earlier occurrence of the end of `tokens`, or none if there is no such."""
+        """Return up to `most` tokens after the latest earlier occurrence of the end of `tokens`; none without one."""
         text = self.text(tokens)
         _, end = text.match()
         return text.after(end, most)
 
     def text(self, tokens: Sequence[int]) -> Text:
-        """A row's text, of so many tokens as yet."""
+        """Index a row's text, which begins as `tokens`."""
         return Text(tokens, self.longest, self.shortest)
 
 
 class _Lookup(DraftState):
-    """The rows' texts, which grow with every update."""
+    """The rows' indexed texts, which grow with every update."""
 
     def __init__(self, drafter: PromptLookup, prompts: Sequence[Tensor]):
         self.texts = [drafter.text(prompt.tolist()) for prompt in prompts]
@@ -81,8 +81,8 @@ class _Lookup(DraftState):
 
 
 def paced(chains: Sequence[list[int]], confidences: Sequence[float], budget: Budget) -> list[list[int]]:
-    """What the pace wants of chains that are there already, each beginning with its root; the longer the n-gram that
-    was found, the surer is the whole chain."""
+    """Cut existing chains, each with its root first, to what the budget wants. `confidences` are the chains', higher
+    for longer n-grams."""
     levels, wanted = 0, budget.going
     lengths = [1] * len(chains)
     while any(wanted):
