@@ -45,9 +45,10 @@ class DraftSettings:
     """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; no longer than other
     drafts if a temperature is set.  [20]"""
     controller: str | ControlSettings | Pacer | None = None
-    """Controller of draft lengths; by default drafts are as long as they pay (CPU). `fixed` drafts to the limit;
-    `confidence` while the drafter is confident; `beta` and `calibrated` learn by Thompson sampling, the second from the
-    drafter's confidence too; `ucb` chooses among lengths by UCB1."""
+    """Controller of draft lengths; by default drafts are as long as they pay (CPU) unless a shape is asked for. `fixed`
+    drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by Thompson
+    sampling, the second from the drafter's confidence too; `auto` chooses whole shapes. Options follow:
+    `calibrated,discount=0.95`."""
     coupling: Coupling | None = None
     """Randomness with a temperature: `noise` (a seed gives the tokens that transformers samples) or `dice`.  [noise]"""
     exact: bool = False

@@ -59,8 +59,8 @@ def load(
             PEFT), `smollm2` for SmolLM2-135M-Instruct, or `reference` for the small one that is shipped.
         draft_model: a drafter's folder (ours, official FSPAD or EAGLE, EAGLE-3, DFlash, DSpark), a smaller language
             model, `reference` or `smollm2` for the drafters that ship for these, or None.
-        method: `fspad`, `eagle`, `eagle3`, `dflash`, `dspark`, `prompt-lookup`, `draft-model` or `none`. By default it
-            follows from `draft_model`; without one it is `prompt-lookup`, which needs no training.
+        method: a name that `--method` takes, such as `fspad`, `eesd`, `prompt-lookup` or `none`. By default it follows
+            from `draft_model`; without one it is `prompt-lookup`, which needs no training.
         tokenizer: tokenizer to use if the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default the dtype that is fastest on the device.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.

@@ -1,4 +1,4 @@
-"""The protocol of controllers, which decide how far to draft for one row, and the two that learn nothing.
+"""The protocol of controllers, which decide how far to draft for one row, and the two simplest.
 
 A controller sees confidences, counts and seconds, never tokens. It decides on a level before anything of that level is
 drawn, so it cannot change the distribution of the output. Its own random decisions come from the generator that callers

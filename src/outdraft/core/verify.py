@@ -17,7 +17,9 @@ reads: accept with probability p(x), else p(x) <- 0. Greedy decoding is the same
 it is the target's most probable token. No decision is random then, so `verify_greedy` compares all nodes of all rows at
 once; a test compares it with `decide`.
 
-All randomness comes from the `Chance` objects that callers pass.
+With a temperature, `verify_coupled` is the default in place of the rule: drafter and target share noise, and a
+candidate is accepted if it is the token that the noise makes of p (`coupling.py`). All randomness, dice or noise, comes
+from the `Chance` objects that callers pass.
 """
 
 from __future__ import annotations

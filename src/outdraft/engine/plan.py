@@ -5,8 +5,8 @@ The first rule that applies decides:
 1. If every row's text continues a repetition, the n-grams are the drafts, and the drafter is not asked.
 2. If a tuner chooses whole shapes, or rows have controllers that decide level by level, only the drafter drafts, as far
    as they say. They measure what the drafter's rounds bring.
-3. Otherwise the drafter drafts trees of the batch's shape. In rows whose text repeats itself, n-gram drafts override
-   those trees.
+3. Otherwise, or if the tuner's shape does not fit the cache, the drafter drafts trees of the batch's shape. In rows
+   that sample and whose text repeats itself, n-gram drafts override those trees.
 
 A plan depends only on earlier rounds, and is made before anything of its own round is drawn. So it changes no row's
 output distribution.

@@ -1,4 +1,4 @@
-"""The small chat model that ships with outdraft for its demo, tests and documentation, and a drafter for it.
+"""The small chat model that ships with outdraft for its demo, tests and documentation, and drafters for it and SmolLM2.
 
 The module exports the loaders and the shipped prompts. ``CARD.md`` tells how they were made, by the scripts of the
 source tree in ``scripts/reference_model``.
