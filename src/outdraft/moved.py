@@ -34,6 +34,10 @@ MOVED = {
 }
 
 
+RENAMED = {"drafting.base": {"Pace": "Budget"}, "target.runner": {"TargetRun": "ModelRunner"}}
+"""Old names of what such modules hold, and the new ones."""
+
+
 class _Moved(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, rest = name.partition(".")
@@ -42,8 +46,9 @@ class _Moved(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = f"outdraft.{MOVED[spec.name.partition('.')[2]]}"
         warnings.warn(f"{spec.name} is {new} now; the old name goes with the next release", FutureWarning, stacklevel=2)
-        module = ModuleType(spec.name)
-        module.__dict__.update(vars(importlib.import_module(new)), __name__=spec.name, __path__=[])
+        module, held = ModuleType(spec.name), vars(importlib.import_module(new))
+        renamed = {old: held[name] for old, name in RENAMED.get(new.removeprefix("outdraft."), {}).items()}
+        module.__dict__.update(held, **renamed, __name__=spec.name, __path__=[])
         return module
 
     def exec_module(self, module: ModuleType) -> None:

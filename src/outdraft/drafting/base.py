@@ -7,9 +7,10 @@ decides what is kept.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -124,6 +125,11 @@ class RowContext:
     """None drafts as far as the shape allows."""
 
     @property
+    def pace(self) -> Budget | None:
+        """The budget by its old name, for one release."""
+        return self.budget
+
+    @property
     def greedy(self) -> bool:
         return all(warper.greedy for warper in self.warpers)
 
@@ -181,6 +187,15 @@ class Drafter(ABC):
 
     limits = Limits()
     """The drafter's abilities."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        before = {"has_law": "probs", "stepwise": "stepwise", "looks_back": "looks_back"}
+        if said := {new: cls.__dict__[old] for old, new in before.items() if old in cls.__dict__}:
+            warnings.warn(
+                f"{cls.__name__}: say {', '.join(said)} in `limits = Limits(...)`", FutureWarning, stacklevel=2
+            )
+            cls.limits = replace(cls.limits, **said)
 
     def start(self, target: Target, cache: SlotCache) -> ModelRunner:
         """Return a runner of the target for a batch of rows, which gives what the drafter reads."""
