@@ -23,6 +23,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
+from outdraft.methods import registry
 from outdraft.methods.registry import register
 from outdraft.target.target import Target
 from test_control_of_decoding import controlled
@@ -183,8 +184,9 @@ def test_paths_share_what_they_begin_with_and_the_size_is_kept() -> None:
     assert cycled([1, 2], 5) == [1, 2, 1, 2, 1]
 
 
-def test_by_name_and_in_sizes_that_can_be() -> None:
+def test_by_name_and_in_sizes_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(pair("llama-gqa")[0])
+    monkeypatch.setattr(registry, "_registered", {})
     register(LOOKAHEAD)
     drafter = load_drafter_for(target, None, method="lookahead")
     assert isinstance(drafter, Lookahead) and drafter.num_parameters == 0
