@@ -14,6 +14,7 @@ import outdraft
 from models import tiny
 from outdraft.core.coupling import Coupled, Noise, under
 from outdraft.errors import UserError
+from outdraft.methods import registry
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.registry import register
@@ -44,7 +45,13 @@ def head(model: Any, **switches: Any) -> FeatureHead:
     return own
 
 
-register(LOOKAHEAD)
+@pytest.fixture(autouse=True)
+def with_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method of a package outside, in these tests alone."""
+    monkeypatch.setattr(registry, "_registered", {})
+    register(LOOKAHEAD)
+
+
 DRAFTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "plain": lambda model: {"method": "none"},
     "prompt-lookup": lambda model: {"method": "prompt-lookup"},
