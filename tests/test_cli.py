@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -473,3 +474,14 @@ def test_defects_say_so_in_a_line_and_debug_shows_where(folders: Folders, monkey
 def test_version_and_bare_call() -> None:
     assert succeeded("--version").stdout.strip() == outdraft.__version__
     assert "generate" in succeeded().stdout
+
+
+def test_the_hub_s_retries_are_not_said() -> None:
+    """Without a network they would stand before the one line that names the fix."""
+    script = (
+        "from outdraft.console.app import quiet_libraries; quiet_libraries(); "
+        "from huggingface_hub.utils import logging; print(logging.get_verbosity() == logging.ERROR)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr

@@ -92,6 +92,7 @@ def quiet_libraries() -> None:
     """Silence the libraries' loading bars and warnings; best before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it says every retry
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "transformers" in sys.modules:
         from transformers.utils import logging
