@@ -202,7 +202,11 @@ class Target:
             }
             return made if len(made) > 1 else next(iter(made.values()))
 
-        sight = None if self.pool is None else Sight(seen, slots, positions, lengths, self.windows, masks)
+        sight = (
+            None
+            if self.backend not in ("graphs", "native")
+            else Sight(seen, slots, positions, lengths, self.windows, masks)
+        )
         return {
             "attention_mask": sight or masks(),
             "position_ids": positions[:, -seen.shape[1] :],
