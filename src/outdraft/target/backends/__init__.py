@@ -39,7 +39,9 @@ __all__ = [
     "default_backend",
     "default_dtype",
     "forward_of",
+    "simple_backend",
     "why_not_graphs",
+    "why_not_native",
     "why_not_native_model",
     "why_not_packed",
 ]
@@ -123,9 +125,13 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """Return `graphs` on a GPU and `native` on a CPU if they can serve, else a simpler one."""
     if device.type == "cuda":
         return "graphs" if has_triton() else "eager"
-    if device.type != "cpu" or dtype not in PACKABLE:
-        return "eager"
-    return "native" if why_not_native() is None else "packed" if packs(dtype) else "eager"
+    native = device.type == "cpu" and dtype in PACKABLE and why_not_native() is None
+    return "native" if native else simple_backend(device, dtype)
+
+
+def simple_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend of a drafter whose target runs as it is."""
+    return "packed" if device.type == "cpu" and dtype in PACKABLE and packs(dtype) else "eager"
 
 
 def avoid_plans() -> None:
