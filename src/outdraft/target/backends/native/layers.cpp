@@ -2,7 +2,7 @@
 //
 // Weights lie in panels of sixteen outputs. A panel has a line of 64 bytes for every two inputs (bfloat16) or every
 // input (float32), and one instruction multiplies a line with inputs that all lanes share. So weights are read once and
-// in order, for up to six tokens at a time.
+// in order, for up to sixteen tokens at a time.
 //
 // Every number of a result is a sum in one fixed order, which depends neither on the tokens beside it nor on threads:
 // a product runs over inputs, attention over the keys that a token sees, in the order of their positions. A token that
@@ -46,18 +46,6 @@ void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const
   linear<T>(team, l.down, inner, tokens, out, after, width);
 }
 
-template <class T>
-void pack(const T* weight, int64_t outputs, int64_t inputs, int64_t interleaved, uint32_t* lines) {
-  int64_t words = inputs / Type<T>::PER_WORD, panels = panels_of(outputs);
-  for (int64_t p = 0; p < panels; p++) {
-    int64_t from = interleaved ? (p % 2) * (outputs / 2) + p / 2 * LANES : p * LANES;
-    for (int64_t i = 0; i < words; i++)
-      for (int lane = 0; lane < LANES; lane++)
-        lines[(p * words + i) * LANES + lane] =
-            from + lane < outputs ? ((const uint32_t*)(weight + (from + lane) * inputs))[i] : 0;
-  }
-}
-
 template <class Work>
 void by_type(int half, Work work) {
   if (half)
@@ -69,12 +57,6 @@ void by_type(int half, Work work) {
 }  // namespace
 
 extern "C" {
-
-void outdraft_pack(int half, const void* weight, int64_t outputs, int64_t inputs, int64_t interleaved, void* lines) {
-  by_type(half, [&](auto type) {
-    pack((const decltype(type)*)weight, outputs, inputs, interleaved, (uint32_t*)lines);
-  });
-}
 
 void outdraft_linear(int half, int threads, const Weight* w, const void* x, int64_t tokens, void* out,
                      const void* added) {

@@ -17,6 +17,8 @@ typedef float Floats __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(64)));
 typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t LooseWords __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(64)));
+typedef uint8_t LooseBytes __attribute__((vector_size(16), aligned(1)));
 typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2)));
 
 struct bfloat16 {

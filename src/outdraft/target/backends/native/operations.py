@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -16,13 +16,19 @@ TYPES = (torch.float32, torch.bfloat16)
 LANES = 16
 """Numbers of a vector; heads and halves of an MLP must be multiples of it."""
 
+GROUP = 32
+"""Inputs of a quantised matrix that share a scale."""
+
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class CWeight(Structure):
-    """`Weight` of products.h."""
+    """`Weight` of weights.h."""
 
-    _fields_ = [("lines", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("lines", "scales", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs", "bits")),
+    ]
 
 
 class CHeads(Structure):
@@ -79,25 +85,30 @@ class Weight:
         weight: `(outputs, inputs)` float32 or bfloat16; an even number of inputs.
         bias: `(outputs,)` or None.
         gated: True if the first half of the outputs are gates of the second; each a multiple of `LANES`.
+        bits: 8 or 4 quantises the weight, a multiple of `GROUP` inputs; None keeps it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, gated: bool = False):
-        weight = weight.detach().contiguous()
-        outputs, inputs = weight.shape
-        self.half = int(weight.dtype == torch.bfloat16)
-        words = inputs // (1 + self.half)
-        self.lines = torch.empty(-(-outputs // LANES), words, LANES, dtype=torch.int32)
-        _kernels().outdraft_pack(
-            c_int(self.half), c_void_p(weight.data_ptr()), c_int64(outputs), c_int64(inputs), c_int64(gated),
-            c_void_p(self.lines.data_ptr()),
-        )  # fmt: skip
-        self.bias = None if bias is None else bias.detach().float()
-        if gated and self.bias is not None:  # as the panels lie
-            self.bias = self.bias.view(2, -1, LANES).transpose(0, 1)
-        self.bias = None if self.bias is None else self.bias.contiguous()
-        bias_at = None if self.bias is None else self.bias.data_ptr()
-        self.outputs, self.inputs, self.dtype = outputs, inputs, weight.dtype
-        self.struct = CWeight(self.lines.data_ptr(), bias_at, outputs, inputs)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, gated: bool = False, bits: int | None = None):
+        weight = weight.detach()
+        self.outputs, self.inputs = weight.shape
+        self.dtype, self.half, self.bits = weight.dtype, int(weight.dtype == torch.bfloat16), bits
+        order = torch.arange(self.outputs)
+        if gated:  # panels of gates and of gated values in turn
+            order = order.view(2, -1, LANES).transpose(0, 1).flatten()
+        padded = weight.new_zeros(-(-self.outputs // LANES) * LANES, self.inputs)
+        padded[: self.outputs] = weight[order]
+        self._order, self.scales = order, None
+        panels = padded.view(-1, LANES, self.inputs)
+        if bits is None:
+            words = panels.unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
+            self.lines = words.view(torch.int32)
+        else:
+            numbers, self.scales = quantised(panels, bits)
+            pairs = numbers.unflatten(2, (-1, 2)).permute(0, 2, 3, 1)  # (panels, pairs, even or odd, LANES)
+            self.lines = (pairs if bits == 8 else pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
+        self.bias = None if bias is None else bias.detach().float()[order].contiguous()
+        kept = (self.lines, self.scales, self.bias)
+        self.struct = CWeight(*(None if part is None else part.data_ptr() for part in kept), *weight.shape, bits or 0)
         self._at = byref(self.struct)
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
@@ -111,12 +122,43 @@ class Weight:
         )  # fmt: skip
         return out
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(part.nbytes for part in (self.lines, self.scales, self.bias) if part is not None)
+
     def dense(self) -> Tensor:
-        """Return the `(outputs, inputs)` matrix."""
-        if self.half:
-            pairs = self.lines.view(torch.bfloat16).view(*self.lines.shape, 2)
-            return pairs.permute(0, 2, 1, 3).reshape(-1, self.inputs)[: self.outputs]
-        return self.lines.view(torch.float32).permute(0, 2, 1).reshape(-1, self.inputs)[: self.outputs]
+        """Return the `(outputs, inputs)` matrix that the kernels multiply with."""
+        if self.scales is None:
+            panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
+        else:
+            pairs = self.lines if self.bits == 8 else torch.stack([self.lines & 15, self.lines >> 4], dim=2)
+            numbers = pairs.permute(0, 3, 1, 2).flatten(2).unflatten(2, (-1, GROUP))
+            scale, least = (self.scales[:, :, part].transpose(1, 2)[..., None].float() for part in (0, 1))
+            panels = (numbers * scale + least).to(self.dtype)
+        rows = panels.reshape(-1, self.inputs)[: self.outputs]
+        return torch.empty_like(rows).index_copy_(0, self._order, rows)
+
+
+def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantise to whole numbers of 0 and more, which a scale and a smallest value of every `GROUP` inputs turn back.
+
+    Args:
+        panels: `(panels, LANES, inputs)`.
+        bits: 8 or 4.
+
+    Returns:
+        `(panels, LANES, inputs)` uint8, and `(panels, groups, 2, LANES)` bfloat16 scales and smallest values.
+    """
+    groups = panels.float().unflatten(2, (-1, GROUP))
+    least = groups.amin(3).to(torch.bfloat16)
+    scale = ((groups.amax(3) - least.float()) / (2**bits - 1)).to(torch.bfloat16)
+    # A scale that was rounded down is made larger, so that the largest weight is not cut.
+    short = scale.float() * (2**bits - 1) < groups.amax(3) - least.float()
+    scale = torch.where(short, (scale.float() * (1 + 2**-7)).to(torch.bfloat16), scale)
+    numbers = (groups - least.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    whole = numbers.round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return whole.flatten(2), torch.stack([scale, least], dim=1).permute(0, 3, 1, 2).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "numbers.h"
 #include "team.h"
+#include "weights.h"
 
 namespace {
 
@@ -15,14 +15,7 @@ constexpr int MOST_TOKENS[] = {4, 2, 1, 1};
 #endif
 constexpr int PANELS = 4, MANY = 2;  // of a tile, at most and for many tokens
 constexpr int SUMS = 32 * LANES;  // of the largest tile
-
-struct Weight {
-  const uint32_t* lines;  // [panels][inputs / PER_WORD][LANES]
-  const float* bias;      // [outputs], or null
-  int64_t outputs, inputs;
-};
-
-inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
+constexpr int UNPACKED = 512;     // inputs of a panel that are unpacked at once
 
 #if defined(__AVX512F__)
 inline void transpose(const uint32_t* const* rows, int64_t column, uint32_t* out) {  // 16 x 16 words
@@ -140,6 +133,9 @@ struct Tokens {
   }
 };
 
+template <class T, class Use>
+void multiply_unpacked(const Weight& w, const Tokens<T>& tiles, int64_t first, int64_t last, int most, Use use);
+
 // Calls use(token, panel, panels, sums) for sums [panels][LANES] of every token and of panels from `first` to `last`, in
 // multiples of `step`.
 template <class T, class Use>
@@ -148,6 +144,7 @@ void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_
   const int most = std::max(step, panels_for(tokens) / step * step);
   const Tokens<T> tiles(x, w.inputs, tokens, most, room);
   const int64_t panel = tiles.words * LANES;
+  if (w.scales) return multiply_unpacked(w, tiles, first, last, most, use);
   for (int64_t p = first; p < last; p += most) {
     int n = (int)std::min<int64_t>(most, last - p);
     for (int64_t turn = 0; turn < tiles.turns; turn++) {
@@ -155,9 +152,31 @@ void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_
       alignas(64) float sums[SUMS];
       std::memset(sums, 0, m * n * LANES * sizeof(float));
       tile_of<T>(m, n)(w.lines + p * panel, panel, tiles.at(turn), tiles.words,
-                      turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
+                       turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
       for (int i = 0; i < m; i++) use(tiles.first(turn) + i, p, n, sums + i * n * LANES);
     }
+  }
+}
+
+// The same with quantised weights, which are unpacked a part at a time; sums keep their order.
+template <class T, class Use>
+void multiply_unpacked(const Weight& w, const Tokens<T>& tiles, int64_t first, int64_t last, int most, Use use) {
+  thread_local std::vector<uint32_t> lines(PANELS * UNPACKED * LANES);
+  thread_local std::vector<float> all;
+  all.resize(tiles.tokens * most * LANES);
+  for (int64_t p = first; p < last; p += most) {
+    int n = (int)std::min<int64_t>(most, last - p);
+    std::fill(all.begin(), all.end(), 0.0f);
+    for (int64_t i = 0; i < w.inputs; i += UNPACKED) {
+      int64_t count = std::min<int64_t>(UNPACKED, w.inputs - i), words = count / Type<T>::PER_WORD;
+      for (int k = 0; k < n; k++) unpack<T>(w, p + k, i, count, lines.data() + k * words * LANES);
+      for (int64_t turn = 0; turn < tiles.turns; turn++) {
+        int64_t stride = tiles.count(turn) == 1 ? 1 : LANES;
+        tile_of<T>(tiles.count(turn), n)(lines.data(), words * LANES, tiles.at(turn) + i / Type<T>::PER_WORD * stride,
+                                         words, nullptr, all.data() + tiles.first(turn) * n * LANES);
+      }
+    }
+    for (int64_t token = 0; token < tiles.tokens; token++) use(token, p, n, all.data() + token * n * LANES);
   }
 }
 
