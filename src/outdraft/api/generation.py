@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.guided import guides
-from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
 from outdraft.api.output import GenerationOutput, Piece, short
 from outdraft.api.prompts import check_prompt, encode_prompts, plain_prompts, whole_numbers
 from outdraft.api.resolved_draft import ResolvedDraft, resolve
@@ -35,6 +35,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError, meant
+from outdraft.target.backends import is_native
 from outdraft.target.exact.target import ExactTarget, exactly
 from outdraft.target.target import Target
 
@@ -48,6 +49,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     generation_config: str = "auto",
     **unknown: Any,
@@ -64,7 +66,9 @@ def load(
         tokenizer: tokenizer to use if the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default the dtype that is fastest on the device.
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
-        backend: `eager`, `packed`, `compiled` or `graphs`; by default `packed` on a CPU and `graphs` on a GPU.
+        backend: `eager`, `packed`, `native` or `graphs`; by default `native` on a CPU and `graphs` on a GPU.
+        quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. What is
+            decoded then has the distribution of the quantised model.
         trust_remote_code: run code from the model's repository.
         generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
             given; `vllm` ignores them, as in vLLM.
@@ -79,7 +83,12 @@ def load(
     if draft_model is None and method is None:
         method = "prompt-lookup"
     target = load_target(
-        model, tokenizer, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
+        model,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        backend=quantised_backend(backend, quantize),
+        trust_remote_code=trust_remote_code,
     )
     if generation_config not in ("auto", "vllm"):
         raise UserError(f"generation_config must be auto or vllm, not {generation_config!r}")
@@ -236,7 +245,7 @@ class SpeculativeModel:
         self._say(in_effect(own, settings))
         drawing, device = sampling.temperature > 0, self.target.device
         # Kernels that give a token the same bits in any company make every shape exact.
-        free = asked.exact and self.target.backend == "native"
+        free = asked.exact and is_native(self.target.backend)
         draft = resolve(
             replace(asked, exact=False) if free else asked,
             self.drafter,

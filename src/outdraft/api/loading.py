@@ -19,7 +19,7 @@ from outdraft.drafting.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
-from outdraft.target.backends import accelerate, best_backend, default_dtype, simple_backend
+from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import named, place_of, shipped_drafter
 from outdraft.target.target import Target
@@ -99,6 +99,8 @@ def load_target(
             words.name_or_path = shown_as
     if backend is None or backend == "auto":
         backend = best_backend(loaded)
+    if backend in QUANTISED and loaded is model:
+        raise UserError("quantize changes weights, and a loaded model's are its owner's; give a folder or a hub id")
     target = Target(loaded, words)
     windows = tried(target)
     return Target(loaded, words, backend, windows)
@@ -116,6 +118,21 @@ def _load_place(
     found = place_of(model)
     path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
     return _load_model(path, dtype, device, trust_remote_code), path, found.shown_as
+
+
+def quantised_backend(backend: str | None, quantize: str | None) -> str | None:
+    """Return the backend for a backend and a quantisation, each as the user gave it.
+
+    Raises:
+        UserError: an unknown quantisation, or one that the backend does not do.
+    """
+    if quantize is None:
+        return backend
+    if quantize not in ("int8", "int4"):
+        raise UserError(f"quantize must be int8 or int4, not {quantize!r}")
+    if backend not in (None, "auto", "native"):
+        raise UserError(f"quantize={quantize} is done by backend native, not {backend}; leave the backend out")
+    return f"native-{quantize}"
 
 
 def load_drafter_for(

@@ -65,6 +65,7 @@ def bench(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     json: o.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
@@ -79,6 +80,7 @@ def bench(
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())
         return
+    from outdraft.api.loading import quantised_backend
     from outdraft.evaluation.bench.bench import run_bench
     from outdraft.evaluation.bench.settings import BenchSettings
 
@@ -109,7 +111,7 @@ def bench(
             report=report,
             dtype=dtype,
             device=device,
-            backend=backend,
+            backend=quantised_backend(backend, quantize),
         ),
         remarks(),
     )

@@ -44,6 +44,7 @@ def chat(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
@@ -51,7 +52,7 @@ def chat(
     """Talk with a model; /plain turns the drafter off and on."""
     from outdraft.api.generation import load
 
-    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     settings = {
         "max_new_tokens": max_new_tokens,

@@ -79,7 +79,15 @@ Dtype = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="eager, packed, compiled or graphs; packed by default on a CPU, graphs on a GPU."),
+    typer.Option("--backend", help="eager, packed, native or graphs; native by default on a CPU, graphs on a GPU."),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="int8|int4",
+        help="Quantise the target's weights (CPU); lossless with regard to that.",
+    ),
 ]
 GenerationConfig = Annotated[
     str,

@@ -56,6 +56,7 @@ def regenerate(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     json: o.Json = False,
 ) -> None:
     """Have the target answer prompts itself: what its drafter should learn from. Interrupted, run it again to go on."""
@@ -74,7 +75,7 @@ def regenerate(
     if method is None and draft_model is None:
         method = "none"  # answers run many at a time, where repetitions pay little
     done = run(
-        load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend),
+        load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend, quantize=quantize),
         data,
         output,
         max_new_tokens=max_new_tokens,

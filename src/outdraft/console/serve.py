@@ -54,6 +54,7 @@ def serve(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     generation_config: o.GenerationConfig = "auto",
     allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
@@ -95,7 +96,7 @@ def serve(
         controller=controller,
     )
     loading = {
-        **{"method": method, "dtype": dtype, "device": device, "backend": backend},
+        **{"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize},
         "generation_config": generation_config,
     }
     run_serve(model, draft_model, loading, settings, draft, remarks())

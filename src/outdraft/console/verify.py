@@ -47,6 +47,7 @@ def verify(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
 ) -> None:
@@ -84,7 +85,7 @@ def verify(
     )
     if quick:
         settings = settings.made_quick()
-    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend}
+    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize}
     loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
     if report is not None:
         _check_writable(report)  # before minutes of work

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
-from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
+from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
 from outdraft.target.cache import BufferPool, SlotCache
 from outdraft.target.reach import context_of, windows_of
 from outdraft.target.runner import PLAIN, ModelRunner
@@ -202,11 +202,8 @@ class Target:
             }
             return made if len(made) > 1 else next(iter(made.values()))
 
-        sight = (
-            None
-            if self.backend not in ("graphs", "native")
-            else Sight(seen, slots, positions, lengths, self.windows, masks)
-        )
+        trees = self.backend == "graphs" or is_native(self.backend)
+        sight = Sight(seen, slots, positions, lengths, self.windows, masks) if trees else None
         return {
             "attention_mask": sight or masks(),
             "position_ids": positions[:, -seen.shape[1] :],

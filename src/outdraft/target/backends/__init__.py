@@ -2,9 +2,10 @@
 
 `eager` is the model as it is. `graphs` (CUDA) replays forwards over trees as CUDA graphs, with kernels of our own
 around the model's products. `native` (CPU) runs whole layers by kernels of our own, compiled on the machine, at the
-speed of its memory. `packed` (CPU) keeps every linear layer's weight in oneDNN's own blocked layout, around stock
-modules; it serves families that `native` does not, and machines without a compiler. The choice never changes what is
-computed, only how; plain decoding is always timed on the same backend.
+speed of its memory; `native-int8` and `native-int4` do so on quantised weights. `packed` (CPU) keeps every linear
+layer's weight in oneDNN's own blocked layout, around stock modules; it serves families that `native` does not, and
+machines without a compiler. The choice never changes what is computed, only how (but for the quantised weights); plain
+decoding is always timed on the same backend.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from transformers import PreTrainedModel
 
 from outdraft.errors import UserError
 from outdraft.target.backends.graphs import GraphedForward, graphs_view, why_not_graphs
-from outdraft.target.backends.native import native_view, why_not_native, why_not_native_model, why_not_parts
+from outdraft.target.backends.native import (
+    native_view,
+    quantised_view,
+    why_not_native,
+    why_not_native_model,
+    why_not_parts,
+    why_not_quantised,
+)
 from outdraft.target.backends.packed import PACKABLE, PackedLinear, count_parameters, packed_view, packs, why_not_packed
 from outdraft.target.backends.tree_attention import has_triton
 from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
@@ -39,6 +47,7 @@ __all__ = [
     "default_backend",
     "default_dtype",
     "forward_of",
+    "is_native",
     "simple_backend",
     "why_not_graphs",
     "why_not_native",
@@ -46,8 +55,11 @@ __all__ = [
     "why_not_packed",
 ]
 
-Backend = Literal["eager", "packed", "native", "graphs"]
-BACKENDS = ("eager", "packed", "native", "graphs")
+Backend = Literal["eager", "packed", "native", "native-int8", "native-int4", "graphs"]
+BACKENDS = ("eager", "packed", "native", "native-int8", "native-int4", "graphs")
+
+QUANTISED = {"native-int8": 8, "native-int4": 4}
+"""Bits of the weights on backends that quantise them."""
 
 SIMPLER: dict[str, tuple[Backend, ...]] = {"native": ("packed", "eager"), "packed": ("eager",), "graphs": ("eager",)}
 """Backends that serve in place of one that cannot, in order."""
@@ -81,7 +93,14 @@ def accelerate(model: Model, backend: str) -> Model:
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     whole = isinstance(model, PreTrainedModel)  # a drafter's network runs with the target's layers
-    view: Any = model
+    if backend in QUANTISED and whole:
+        if (reason := why_not_quantised(model)) is not None:
+            raise UserError(f"backend '{backend}' cannot serve this model ({reason}); quantise it with torchao instead")
+        view: Any = quantised_view(model, QUANTISED[backend])
+        mark(view, backend)
+        return view
+    backend = "native" if backend in QUANTISED else backend
+    view = model
     for name in (backend, *SIMPLER.get(backend, ())):
         if name == "eager":
             return model
@@ -109,7 +128,12 @@ def forward_of(model: Any, forward: Forward, what: str) -> Forward:
     found = marked_as(model)
     if found == "graphs":
         return GraphedForward(model, forward, what)
-    return TreeForward(model, forward, what, found) if found == "native" else forward
+    return TreeForward(model, forward, what, found) if found is not None and is_native(found) else forward
+
+
+def is_native(backend: str) -> bool:
+    """Return True for the backends on our CPU kernels."""
+    return backend == "native" or backend in QUANTISED
 
 
 def best_backend(model: nn.Module) -> Backend:

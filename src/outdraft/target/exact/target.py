@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
+from outdraft.target.backends import is_native
 from outdraft.target.backends.packed import quantised_part
 from outdraft.target.cache import SlotCache
 from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
@@ -68,7 +69,7 @@ def exactly(target: Target) -> ExactTarget:
         UserError: there is no guarantee for this model or device, with the reason.
     """
     if target.exact is None:
-        target.exact = InvariantTarget(target) if target.backend == "native" else ExactTarget(target)
+        target.exact = InvariantTarget(target) if is_native(target.backend) else ExactTarget(target)
     return target.exact
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from outdraft.target.backends import fused
 from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
 from outdraft.target.backends.native.operations import (
+    GROUP,
     LANES,
     TYPES,
     Layer,
@@ -47,14 +48,15 @@ class NativeLinear(PackedLinear):
     Args:
         weight: `(out, in)`, an even number of inputs.
         bias: `(out,)` or None.
+        bits: as in `Weight`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        self._packed = Weight(weight, bias)
+        self._packed = Weight(weight, bias, bits=bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x)
@@ -66,11 +68,24 @@ class NativeLinear(PackedLinear):
     def dense(self) -> Tensor:
         return self._packed.dense()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight that a forward reads."""
+        return self._packed.nbytes
+
 
 def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
     """Return a layer on our kernels, or on oneDNN's where they do not serve its shape."""
     even = weight.shape[1] % 2 == 0
     return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
+
+
+def quantised_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Return a layer of eight bits, as models' heads are where layers have eight or four; the weight becomes that of
+    the layer."""
+    made = NativeLinear(weight, bias, bits=8)
+    weight.data.copy_(made.dense())
+    return made
 
 
 class NativeNorm(FusedNorm):
@@ -88,23 +103,37 @@ class NativeLayer(nn.Module):
     Args:
         layer: the stock layer, whose attributes it shows.
         in_tuple: True if the stock layer returns a tuple.
+        bits: 8 or 4 quantises the weights, which the stock layer then has too; None keeps them.
     """
 
     layer_idx: int
 
-    def __init__(self, layer: Any, in_tuple: bool = False):
+    def __init__(self, layer: Any, in_tuple: bool = False, bits: int | None = None):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         for name, value in vars(layer).items():  # what a model's forward may look up, such as the kind of attention
             if not name.startswith("_") and name not in self.__dict__:
                 self.__dict__[name] = value
-        self.layer, self.layer_idx = layer, attention.layer_idx
+        self._modules = dict(layer._modules)  # so that weights keep their names
+        self.__dict__["_stock"] = layer
+        self.layer_idx = attention.layer_idx
         norms = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
+        parts = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        weights = [Weight(*fused.joined(*own), gated=own[0] is mlp.gate_proj, bits=bits) for own in parts]
+        for weight, own in zip(weights, parts, strict=True) if bits is not None else ():
+            for part, kept in zip(own, weight.dense().split([part.out_features for part in own]), strict=True):
+                part.weight.data.copy_(kept)
+        qkv, o, gate_up, down = weights
         self._native = Layer(
-            Weight(*fused.joined(attention.q_proj, attention.k_proj, attention.v_proj)),
-            Weight(attention.o_proj.weight, attention.o_proj.bias),
-            Weight(*fused.joined(mlp.gate_proj, mlp.up_proj), gated=True),
-            Weight(mlp.down_proj.weight, mlp.down_proj.bias),
+            qkv,
+            o,
+            gate_up,
+            down,
             attention.q_proj.out_features // attention.head_dim,
             attention.k_proj.out_features // attention.head_dim,
             attention.scaling,
@@ -115,6 +144,11 @@ class NativeLayer(nn.Module):
         )
         self.in_tuple = in_tuple
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that a forward reads."""
+        return sum(weight.nbytes for weight in self._native.weights)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -124,7 +158,7 @@ class NativeLayer(nn.Module):
     ) -> Any:
         pending = running()
         if pending is None or position_embeddings is None:
-            return self.layer(
+            return self.__dict__["_stock"](
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
         view = view_of(pending, position_embeddings, pending.window(attention_mask))
@@ -149,8 +183,9 @@ def _of(norm: Any) -> tuple[Tensor, float]:
 class NativeDoubles(Doubles):
     """Replacements by our kernels for one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, bits: int | None = None) -> None:
         super().__init__(linear)
+        self.bits = bits
         self._tuples: dict[Any, bool | None] = {}
         """Whether layers of a kind return tuples; None if our kernels compute something else."""
 
@@ -160,7 +195,7 @@ class NativeDoubles(Doubles):
             if kind not in self._tuples:
                 self._tuples[kind] = _alike(module)
             if (in_tuple := self._tuples[kind]) is not None:
-                return NativeLayer(module, in_tuple)
+                return NativeLayer(module, in_tuple, self.bits)
         double = super().double(module)
         return NativeNorm(module) if isinstance(double, FusedNorm) and module.weight.dtype in TYPES else double
 
@@ -233,6 +268,11 @@ def native_view(model: Any) -> Any:
     return packed_view(model, linear, NativeDoubles())
 
 
+def quantised_view(model: Any, bits: int) -> Any:
+    """Return `native_view` with weights of eight or four bits. The original gets the same weights, in its precision."""
+    return packed_view(model, quantised_linear, NativeDoubles(bits))
+
+
 def why_not_parts(model: Any) -> str | None:
     """Return why our kernels cannot run a network's linear layers, None if they can."""
     weight = next(model.parameters())
@@ -241,6 +281,15 @@ def why_not_parts(model: Any) -> str | None:
     if weight.dtype not in TYPES:
         return f"they have no {weight.dtype}"
     return why_not_native()
+
+
+def why_not_quantised(model: Any) -> str | None:
+    """Return why a model cannot have weights of eight or four bits here, None if it can."""
+    if (reason := why_not_native_model(model)) is not None:
+        return reason
+    parts = (part for part in model.modules() if isinstance(part, nn.Linear))
+    odd = next((part.in_features for part in parts if part.in_features % GROUP), None)
+    return None if odd is None else f"a layer has {odd} inputs, no multiple of {GROUP}"
 
 
 def why_not_native_model(model: Any) -> str | None:

@@ -232,7 +232,7 @@ class Layer:
             (tensor if tensor is None else tensor.detach().to(qkv.dtype).contiguous(), eps)
             for tensor, eps in (attention_norm or none, mlp_norm, *(head_norms or (none, none)))
         ]
-        self._kept = (qkv, o, gate_up, down, norms)
+        self.weights, self._kept = (qkv, o, gate_up, down), norms
         at = [None if tensor is None else tensor.data_ptr() for tensor, _ in norms]
         first, second, q_eps, k_eps = (eps for _, eps in norms)
         self.struct = CLayer(
