@@ -225,7 +225,7 @@ def test_info_tells_models_from_drafters(folders: Folders) -> None:
     assert (model["kind"], model["family"], model["verifies_trees"], model["context"]) == (
         *("model", "llama", True, CONTEXT),
     )
-    assert model["chat_template"] and model["here"]["backend"] in ("packed", "eager")
+    assert model["chat_template"] and model["here"]["backend"] in ("native", "packed", "eager")
     drafter = parsed("info", folders.eagle)
     assert (drafter["kind"], drafter["method"], drafter["fits_targets_with"]["vocab_size"]) == ("drafter", "eagle", 260)
     assert "verifies trees" in succeeded("info", folders.target).stdout
