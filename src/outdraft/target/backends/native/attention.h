@@ -62,9 +62,7 @@ void line_of_values(const T* first, const T* second, int64_t panels, int64_t pan
     if constexpr (sizeof(T) == 4) {
       *(LooseWords*)(out + n * panel) = *(const LooseWords*)(first + n * LANES);
     } else {
-      Words one = __builtin_convertvector(*(const LooseHalves*)(first + n * LANES), Words);
-      Words other = __builtin_convertvector(*(const LooseHalves*)(second + n * LANES), Words);
-      *(LooseWords*)(out + n * panel) = one | other << 16;
+      *(LooseWords*)(out + n * panel) = Type<T>::words(first + n * LANES) | Type<T>::words(second + n * LANES) << 16;
     }
   }
 }

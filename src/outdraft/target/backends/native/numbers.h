@@ -48,15 +48,24 @@ struct Type<float> {
 template <>
 struct Type<bfloat16> {
   static constexpr int PER_WORD = 2;
-  static Floats load(const bfloat16* at) {
-    return (Floats)(__builtin_convertvector(*(const LooseHalves*)at, Words) << 16);
+  static Words words(const bfloat16* at) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+#else
+    return __builtin_convertvector(*(const LooseHalves*)at, Words);
+#endif
   }
+  static Floats load(const bfloat16* at) { return (Floats)(words(at) << 16); }
   static Words bits(Floats x) {  // rounded to nearest, ties to even
     Words word = (Words)x;
     return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   }
   static void store(bfloat16* at, Floats x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16((__m512i)bits(x)));
+#else
     *(LooseHalves*)at = __builtin_convertvector(bits(x), LooseHalves);
+#endif
   }
   static Floats rounded(Floats x) { return (Floats)(bits(x) << 16); }
   static Floats multiply_add(Floats sum, Words line, uint32_t word) {

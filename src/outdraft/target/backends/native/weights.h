@@ -19,7 +19,13 @@ struct Weight {
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
 
-inline Ints bytes_at(const uint8_t* at) { return __builtin_convertvector(*(const LooseBytes*)at, Ints); }
+inline Ints bytes_at(const uint8_t* at) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));  // the compiler would take byte by byte
+#else
+  return __builtin_convertvector(*(const LooseBytes*)at, Ints);
+#endif
+}
 
 inline Floats whole(Ints x) { return __builtin_convertvector(x, Floats); }
 
@@ -43,17 +49,18 @@ void put_pair(Floats even, Floats odd, uint32_t* out) {
 // Unpacks inputs from `first` to `first + count` of a panel, both multiples of GROUP, to lines.
 template <class T>
 void unpack(const Weight& w, int64_t panel, int64_t first, int64_t count, uint32_t* out) {
-  const int64_t pair_bytes = w.bits == 8 ? 2 * LANES : LANES;
-  const uint8_t* at = (const uint8_t*)w.lines + (panel * w.inputs + first) / 2 * pair_bytes;
-  const uint16_t* scales = w.scales + (panel * w.inputs + first) / GROUP * 2 * LANES;
-  for (int64_t i = 0; i < count; i += 2, at += pair_bytes, out += 2 / Type<T>::PER_WORD * LANES) {
-    const uint16_t* own = scales + i / GROUP * 2 * LANES;
-    Floats scale = Type<bfloat16>::load((const bfloat16*)own), least = Type<bfloat16>::load((const bfloat16*)own + LANES);
-    if (w.bits == 8) {
-      put_pair<T>(whole(bytes_at(at)) * scale + least, whole(bytes_at(at + LANES)) * scale + least, out);
-    } else {
-      Ints both = bytes_at(at);
-      put_pair<T>(whole(both & 15) * scale + least, whole(both >> 4) * scale + least, out);
+  const int64_t pair = w.bits == 8 ? 2 * LANES : LANES, words = 2 / Type<T>::PER_WORD * LANES;  // of two inputs
+  const uint8_t* at = (const uint8_t*)w.lines + (panel * w.inputs + first) / 2 * pair;
+  const bfloat16* scales = (const bfloat16*)w.scales + (panel * w.inputs + first) / GROUP * 2 * LANES;
+  for (int64_t group = 0; group < count / GROUP; group++, scales += 2 * LANES) {
+    const Floats scale = Type<bfloat16>::load(scales), least = Type<bfloat16>::load(scales + LANES);
+    for (int i = 0; i < GROUP / 2; i++, at += pair, out += words) {
+      if (w.bits == 8) {
+        put_pair<T>(whole(bytes_at(at)) * scale + least, whole(bytes_at(at + LANES)) * scale + least, out);
+      } else {
+        Ints both = bytes_at(at);
+        put_pair<T>(whole(both & 15) * scale + least, whole(both >> 4) * scale + least, out);
+      }
     }
   }
 }
