@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,14 +40,15 @@ USABLE = 0.3
 AS_NOTED = 0.6
 """The least share of the acceptance that its training noted: texts differ, and a right reading is above it."""
 
-SURE = 0.2
-"""The excess of the drafter's confidence over its acceptance from which on it was trained on something else."""
+SURE, TWICE = 0.1, 2.0
+"""A drafter whose confidence exceeds twice its acceptance by more than this was trained, on something else: training
+makes confidence and acceptance about equal."""
+
+ALIKE = 0.9
+"""The mean cosine of embeddings of one token from which on both are one model's."""
 
 LEVEL = 0.001
 """The level of the sign tests, over all other readings together."""
-
-MOST_MISTAKES = 3
-"""The number of settings that are corrected one after the other."""
 
 
 # --- measuring -------------------------------------------------------------------------------------------------
@@ -95,12 +96,10 @@ class _Confidences:
         return [len(own) for own in gains]
 
 
-@dataclass
-class _Guess:
+class _Guess(NamedTuple):
     row: int
-    start: int
-    """The number of tokens before the chain's first candidate."""
-    tokens: list[int]
+    start: int  # tokens before the chain
+    chain: list[int]
     confidence: float | None
 
 
@@ -173,7 +172,7 @@ def drafts_of(target: Target, drafters: Sequence[Drafter], prompts: Sequence[lis
         fitting = [guess for guess in guesses if guess.start + depth <= len(whole[guess.row])]
         if not fitting:
             raise UserError("the target ends its answers at once; give other prompts (--data)")
-        pairs = [(guess.tokens, whole[guess.row][guess.start :]) for guess in fitting]
+        pairs = [(guess.chain, whole[guess.row][guess.start :]) for guess in fitting]
         accepted = [_agreeing(chain[:depth], text) for chain, text in pairs]
         sure = [guess.confidence for guess in fitting if guess.confidence is not None]
         found.append(Drafts(accepted, depth, sum(sure) / len(sure) if sure else None))
@@ -195,7 +194,7 @@ class Tried:
     setting: dict[str, Any]
     drafts: Drafts
     p_value: float
-    """The p-value of the hypothesis that it is no better than the reading before."""
+    """The p-value of the hypothesis that it is no better than the folder as it is."""
 
     def as_dict(self) -> dict[str, Any]:
         shares = self.drafts.by_position
@@ -266,27 +265,26 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
     """
     method, facts = method_of(draft_model), method_of(draft_model).describe(find_folder(draft_model, None))
     network = load_network(draft_model, target, target.dtype, target.device)
-    first, tried = _tried(method, target, network, prompts, {})
-    setting: dict[str, Any] = {}
-    everything = list(tried)
-    for _ in range(MOST_MISTAKES):
-        better = [(one, other) for one, other in tried if one.p_value < LEVEL / len(tried)]
-        if not better:
-            break
-        best, network = max(better, key=lambda pair: sum(pair[0].drafts.accepted))
-        setting = best.setting
-        _, tried = _tried(method, target, network, prompts, setting)
-        everything += tried
+    drafts, tried = _tried(method, target, network, prompts)
     noted = {key: value for key, value in (facts.training.get("tau") or {}).items() if isinstance(value, int | float)}
-    verdict = _mended(first, setting, everything) if setting else _judged(target, network, first, noted, facts)
-    return Diagnosis(*verdict, first, noted, facts, [one for one, _ in everything], setting)
+    better = [one for one in tried if one.p_value < LEVEL / len(tried)]
+    if not better:
+        return Diagnosis(*_judged(target, network, drafts, noted, facts), drafts, noted, facts, tried)
+    best = max(better, key=lambda one: sum(one.drafts.accepted))
+    keys = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in best.setting.items())
+    reason = (
+        f"read in another way, {best.drafts.by_position[0]:.0%} of its first candidates are accepted instead of "
+        f"{drafts.by_position[0]:.0%}"
+    )
+    fix = f"write {keys} into the drafter's config.json, where that key stands now or else at the top; then look again"
+    return Diagnosis("wrong layout", reason, fix, drafts, noted, facts, tried, best.setting)
 
 
 def _tried(
-    method: Method, target: Target, network: Network, prompts: Sequence[list[int]], before: dict[str, Any]
-) -> tuple[Drafts, list[tuple[Tried, Network]]]:
-    """Measure a network and its other readings, whose settings come on top of those `before`."""
-    drafters, readings = [method.bind(network, target)], list[tuple[Reading, Network]]()
+    method: Method, target: Target, network: Network, prompts: Sequence[list[int]]
+) -> tuple[Drafts, list[Tried]]:
+    """Measure a network and its other readings."""
+    drafters, readings = [method.bind(network, target)], list[Reading]()
     if drafters[0].reads.split is None:
         for reading in method.readings(network, target):
             other = copy.copy(network)  # shares the weights
@@ -295,23 +293,10 @@ def _tried(
                 drafters.append(method.bind(other, target))
             except UserError:  # the target has no such layers
                 continue
-            readings.append((reading, other))
+            readings.append(reading)
     own, *others = drafts_of(target, drafters, prompts)
     pairs = zip(readings, others, strict=True)
-    return own, [
-        (Tried({**before, **reading.setting}, drafts, own.p_value(drafts)), other) for (reading, other), drafts in pairs
-    ]
-
-
-def _mended(first: Drafts, setting: dict[str, Any], tried: Iterable[tuple[Tried, Any]]) -> tuple[str, str, str]:
-    shares = next(one.drafts.by_position for one, _ in tried if one.setting == setting)
-    keys = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in setting.items())
-    return (
-        "wrong layout",
-        f"read in another way, {shares[0]:.0%} of its first candidates are accepted instead of "
-        f"{first.by_position[0]:.0%}",
-        f"write {keys} into the drafter's config.json, where that key stands now or else at the top",
-    )
+    return own, [Tried(dict(reading.setting), drafts, own.p_value(drafts)) for reading, drafts in pairs]
 
 
 def _judged(
@@ -330,11 +315,10 @@ def _judged(
         return (
             "wrong layout",
             f"{reason}; its own output layer is the target's, value by value: it has been overwritten",
-            "copy the output layer's tensors (lm_head.weight, outputs.*.weight) again from where the drafter comes from",
+            "copy the output layer's tensors (lm_head.weight, outputs.*.weight) again from the original drafter",
         )
-    embedding = getattr(network, "embed_tokens", None)
-    alien = embedding is not None and _alien(embedding.weight, target)
-    sure = before is None and confidence is not None and confidence - here > SURE
+    alien = _alien(network, target)
+    sure = before is None and confidence is not None and confidence > TWICE * here + SURE
     if alien or sure or (before is not None and not as_noted):
         why = "; its embedding is another model's" if alien else ""
         if sure and confidence is not None:
@@ -356,9 +340,9 @@ def _overwritten(target: Target, network: Network) -> bool:
     return bool(heads) and all(own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype)) for own in heads)
 
 
-def _alien(weight: Tensor, target: Target) -> bool:
-    """Return True if an embedding of the target's shape is far from the target's."""
-    theirs = target.model.get_input_embeddings().weight  # type: ignore[union-attr]
-    if weight.shape != theirs.shape:  # type: ignore[union-attr]
+def _alien(network: Network, target: Target) -> bool:
+    """Return True if the drafter holds an embedding of the target's shape that is far from the target's."""
+    own, theirs = getattr(network, "embed_tokens", None), target.model.get_input_embeddings().weight
+    if own is None or own.weight.shape != theirs.shape:
         return False
-    return bool(torch.cosine_similarity(weight.float(), theirs.float(), dim=-1).mean() < 0.9)  # type: ignore[union-attr]
+    return bool(torch.cosine_similarity(own.weight.float(), theirs.float(), dim=-1).mean() < ALIKE)  # type: ignore

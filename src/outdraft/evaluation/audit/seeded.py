@@ -114,8 +114,8 @@ def divergences(
     pairs = zip(expected, found, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
     if all(one.position != first for one in listed):  # the processors or the end differ, not the forward
-        there = [text[first] if first < len(text) else None for text in (expected, found)]
-        listed.insert(0, TokenDivergence(number, first, *there, gap=math.nan, noise=noise.gap))
+        asked, given = (text[first] if first < len(text) else None for text in (expected, found))
+        listed.insert(0, TokenDivergence(number, first, asked, given, math.nan, noise.gap))
     return listed
 
 

@@ -120,7 +120,7 @@ class Eagle3Head(DraftNetwork):
 
     @property
     def own_heads(self) -> list[Tensor]:
-        return [] if self.lm_head is None else [self.lm_head.weight]
+        return [] if self.lm_head is None else [self.lm_head.weight]  # type: ignore[list-item]
 
     @property
     def fits(self) -> dict[str, int]:
