@@ -34,6 +34,9 @@ from outdraft.target.views import Reads
 PROMPTS, NEW_TOKENS, DEPTH = 6, 40, 4
 """The number of prompts, of tokens decoded after each, and of candidates of a chain."""
 
+CONTEXT = 8
+"""The last tokens by which places of a text are told apart: a text that goes in circles counts each place once."""
+
 USABLE = 0.3
 """The acceptance of the first candidate from which on a drafter counts as trained."""
 
@@ -56,7 +59,7 @@ LEVEL = 0.001
 
 @dataclass
 class Drafts:
-    """The drafts of one reading at every token of the texts.
+    """The drafts of one reading at every token of the texts, repetitions left out.
 
     Attributes:
         accepted: candidates of each chain that the target continued with.
@@ -169,7 +172,13 @@ def drafts_of(target: Target, drafters: Sequence[Drafter], prompts: Sequence[lis
     whole = [[*prompt, *text] for prompt, text in zip(prompts, output.tokens, strict=True)]
     found = []
     for guesses in probe.guesses:
-        fitting = [guess for guess in guesses if guess.start + depth <= len(whole[guess.row])]
+        fitting = list(
+            {
+                (guess.row, *whole[guess.row][: guess.start][-CONTEXT:]): guess
+                for guess in guesses
+                if guess.start + depth <= len(whole[guess.row])
+            }.values()
+        )
         if not fitting:
             raise UserError("the target ends its answers at once; give other prompts (--data)")
         pairs = [(guess.chain, whole[guess.row][guess.start :]) for guess in fitting]
