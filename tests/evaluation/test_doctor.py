@@ -92,8 +92,8 @@ RIGHT: dict[str, Callable[[Path], Path]] = {
 def test_a_right_folder_is_right(tmp_path: Path, kind: str) -> None:
     found = examined(RIGHT[kind](tmp_path / "drafter"))
     assert found.right and found.fix == "" and found.drafts.by_position == [1.0] * found.drafts.depth
-    assert all(sum(one.drafts.accepted) <= sum(found.drafts.accepted) for one in found.tried)
-    assert kind == "fspad" or any(one.drafts.by_position[0] < 0.2 for one in found.tried)
+    assert all(sum(one.accepted) <= sum(found.drafts.accepted) for one in found.tried)
+    assert kind == "fspad" or any(one.by_position[0] < 0.2 for one in found.tried)
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"

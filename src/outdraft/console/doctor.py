@@ -67,7 +67,7 @@ def show(found: Diagnosis, console: Console) -> None:
     console.print(by_position)
     for one in found.tried:
         setting = ", ".join(f"{key} {value}" for key, value in one.setting.items())
-        line = f"tried {setting}: {one.drafts.by_position[0]:.0%} at position 1"
+        line = f"tried {setting}: {one.by_position[0]:.0%} at position 1"
         console.print(Text(line, style="bold" if one.setting == found.setting else "dim"))
     said = f"{found.verdict.upper()}: {found.reason}." + (f"\nFix: {found.fix}." if found.fix else "")
     colour = "green" if found.right else "red"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Upda
 from outdraft.drafting.folder import find_folder
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network, method_of
-from outdraft.methods.registry import DrafterFacts, Method, Reading
+from outdraft.methods.registry import DrafterFacts
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
@@ -47,9 +47,6 @@ SURE, TWICE = 0.1, 2.0
 """A drafter whose confidence exceeds twice its acceptance by more than this was trained, on something else: training
 makes confidence and acceptance about equal."""
 
-ALIKE = 0.9
-"""The mean cosine of embeddings of one token from which on both are one model's."""
-
 LEVEL = 0.001
 """The level of the sign tests, over all other readings together."""
 
@@ -59,28 +56,29 @@ LEVEL = 0.001
 
 @dataclass
 class Drafts:
-    """The drafts of one reading at every token of the texts, repetitions left out.
+    """The drafts of one reading of a folder, at the same places as those of the others.
 
     Attributes:
-        accepted: candidates of each chain that the target continued with.
+        accepted: for each place, candidates of the chain that the target continued with.
         depth: candidates of a chain.
         confidence: mean draft probability of the first candidates; None for drafters that give none.
+        setting: what config.json must say for this reading; empty for the folder as it is.
     """
 
     accepted: list[int]
     depth: int
     confidence: float | None
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def by_position(self) -> list[float]:
         """At index d, the share of chains whose first d + 1 candidates were accepted."""
-        return [sum(n > d for n in self.accepted) / max(1, len(self.accepted)) for d in range(self.depth)]
+        return [sum(n > d for n in self.accepted) / len(self.accepted) for d in range(self.depth)]
 
     def p_value(self, other: Drafts) -> float:
         """Return the p-value of a sign test for the hypothesis that `other` is accepted no further than this."""
-        signs = [b - a for a, b in zip(self.accepted, other.accepted, strict=True) if a != b]
-        better = sum(sign > 0 for sign in signs)
-        return sum(math.comb(len(signs), k) for k in range(better, len(signs) + 1)) / 2 ** len(signs)
+        signs = [b > a for a, b in zip(self.accepted, other.accepted, strict=True) if a != b]
+        return sum(math.comb(len(signs), k) for k in range(sum(signs), len(signs) + 1)) / 2 ** len(signs)
 
 
 class _Confidences:
@@ -114,12 +112,12 @@ class Probe(Drafter):
     """
 
     method = "probe"
+    limits = Limits(stepwise=False, probs=False, looks_back=True)
 
     def __init__(self, drafters: Sequence[Drafter]):
         self.drafters = drafters
-        alone = drafters[0].reads if len(drafters) == 1 else None
-        self.reads = alone or Reads(layers=tuple(sorted({layer for one in drafters for layer in one.reads.layers})))
-        self.limits = Limits(stepwise=False, probs=False, looks_back=True)
+        layers = sorted({layer for one in drafters for layer in one.reads.layers})
+        self.reads = drafters[0].reads if len(drafters) == 1 else Reads(layers=tuple(layers))
         self.guesses: list[list[_Guess]] = [[] for _ in drafters]
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DraftState:
@@ -132,9 +130,8 @@ class Probe(Drafter):
         """Select what a drafter reads from `(rows, tokens, width * parts)`, the parts of `self.reads`."""
         if reads == self.reads:
             return taps
-        parts = dict(zip(("features", *self.reads.layers), taps.split(width, dim=-1), strict=True))
-        named = [*(["features"] if reads.features else []), *reads.layers]
-        return torch.cat([parts[name] for name in named], dim=-1)
+        parts = dict(zip((0, *self.reads.layers), taps.split(width, dim=-1), strict=True))
+        return torch.cat([parts[layer] for layer in (*([0] if reads.features else []), *reads.layers)], dim=-1)
 
 
 class _ProbeState(DraftState):
@@ -147,10 +144,9 @@ class _ProbeState(DraftState):
             budget = _Confidences(len(self.rows))
             own = replace(update, taps=self.probe.taps(update.taps, one.reads, self.width))
             tree = state.propose(own, shape, replace(rows, budget=budget))
-            for place, count in enumerate(tree.counts):
-                confidence = budget.first[place] if budget.first else None
-                chain = tree.tokens[place, 1:count].tolist()
-                guesses.append(_Guess(self.rows[place], len(rows.prefixes[place]), chain, confidence))
+            for place, (row, count) in enumerate(zip(self.rows, tree.counts, strict=True)):
+                sure = budget.first[place] if budget.first else None
+                guesses.append(_Guess(row, len(rows.prefixes[place]), tree.tokens[place, 1:count].tolist(), sure))
         return Tree.roots(update.roots)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -165,25 +161,18 @@ def drafts_of(target: Target, drafters: Sequence[Drafter], prompts: Sequence[lis
     Raises:
         UserError: the target says too little after these prompts.
     """
-    depth = min(DEPTH, *(one.limits.depth or DEPTH for one in drafters))
-    probe = Probe(drafters)
+    depth, probe = min(DEPTH, *(one.limits.depth or DEPTH for one in drafters)), Probe(drafters)
     settings: dict[str, Any] = {"controller": "fixed", "num_speculative_tokens": depth, "do_sample": False}
     output = SpeculativeModel(target, probe).generate(list(prompts), max_new_tokens=NEW_TOKENS, **settings)
     whole = [[*prompt, *text] for prompt, text in zip(prompts, output.tokens, strict=True)]
     found = []
     for guesses in probe.guesses:
-        fitting = list(
-            {
-                (guess.row, *whole[guess.row][: guess.start][-CONTEXT:]): guess
-                for guess in guesses
-                if guess.start + depth <= len(whole[guess.row])
-            }.values()
-        )
-        if not fitting:
+        fitting = [guess for guess in guesses if guess.start + depth <= len(whole[guess.row])]
+        places = {(one.row, *whole[one.row][: one.start][-CONTEXT:]): one for one in fitting}.values()
+        if not places:
             raise UserError("the target ends its answers at once; give other prompts (--data)")
-        pairs = [(guess.chain, whole[guess.row][guess.start :]) for guess in fitting]
-        accepted = [_agreeing(chain[:depth], text) for chain, text in pairs]
-        sure = [guess.confidence for guess in fitting if guess.confidence is not None]
+        accepted = [_agreeing(one.chain[:depth], whole[one.row][one.start :]) for one in places]
+        sure = [one.confidence for one in places if one.confidence is not None]
         found.append(Drafts(accepted, depth, sum(sure) / len(sure) if sure else None))
     return found
 
@@ -197,20 +186,6 @@ def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass
-class Tried:
-    """Another reading, what config.json must say for it, and its acceptance."""
-
-    setting: dict[str, Any]
-    drafts: Drafts
-    p_value: float
-    """The p-value of the hypothesis that it is no better than the folder as it is."""
-
-    def as_dict(self) -> dict[str, Any]:
-        shares = self.drafts.by_position
-        return {"setting": self.setting, "acceptance_by_position": shares, "p_value": self.p_value}
-
-
-@dataclass
 class Diagnosis:
     """The diagnosis of a drafter.
 
@@ -220,44 +195,44 @@ class Diagnosis:
         fix: what to do; empty where nothing is wrong.
         setting: what config.json must say, where that is the fix.
         drafts: the drafts of the folder as it is.
-        noted: the figures that its training noted, by name.
+        tried: those of other readings.
         facts: facts of the folder.
-        tried: the other readings.
     """
 
     verdict: str
     reason: str
     fix: str
+    setting: Mapping[str, Any]
     drafts: Drafts
-    noted: dict[str, float]
+    tried: list[Drafts]
     facts: DrafterFacts
-    tried: list[Tried]
-    setting: dict[str, Any] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
         return self.verdict == "right"
 
+    @property
+    def noted(self) -> dict[str, float]:
+        """The figures that the drafter's training noted of held-out text, by name."""
+        return dict(self.facts.training.get("tau") or {})
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        facts = self.facts
+        facts, names = self.facts, ("method", "layout", "parameters", "trained_for")
         return {
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "fix": self.fix,
-            "setting": self.setting,
+            **{name: getattr(self, name) for name in ("verdict", "reason", "fix", "setting", "noted")},
             "acceptance_by_position": self.drafts.by_position,
             "positions": len(self.drafts.accepted),
             "confidence": self.drafts.confidence,
-            "noted": self.noted,
-            "drafter": {
-                "method": facts.method,
-                "layout": facts.layout,
-                "parameters": facts.parameters,
-                "trained_for": facts.trained_for,
-                **facts.more,
-            },
-            "tried": [one.as_dict() for one in self.tried],
+            "drafter": {**{name: getattr(facts, name) for name in names}, **facts.more},
+            "tried": [
+                {
+                    "setting": one.setting,
+                    "acceptance_by_position": one.by_position,
+                    "p_value": self.drafts.p_value(one),
+                }
+                for one in self.tried
+            ],
         }
 
 
@@ -272,72 +247,46 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
     Raises:
         UserError: no drafter is there, or its shapes are another target's.
     """
-    method, facts = method_of(draft_model), method_of(draft_model).describe(find_folder(draft_model, None))
+    method = method_of(draft_model)
+    facts = method.describe(find_folder(draft_model, None))
     network = load_network(draft_model, target, target.dtype, target.device)
-    drafts, tried = _tried(method, target, network, prompts)
-    noted = {key: value for key, value in (facts.training.get("tau") or {}).items() if isinstance(value, int | float)}
-    better = [one for one in tried if one.p_value < LEVEL / len(tried)]
+    drafters, settings = [method.bind(network, target)], list[Mapping[str, Any]]()
+    for reading in method.readings(network, target):
+        other = copy.copy(network)  # shares the weights
+        other.config = replace(network.config, **reading.changes)
+        drafters.append(method.bind(other, target))
+        settings.append(reading.setting)
+    drafts, *others = drafts_of(target, drafters, prompts)
+    tried = [replace(one, setting=setting) for one, setting in zip(others, settings, strict=True)]
+    better = [one for one in tried if drafts.p_value(one) < LEVEL / len(tried)]
     if not better:
-        return Diagnosis(*_judged(target, network, drafts, noted, facts), drafts, noted, facts, tried)
-    best = max(better, key=lambda one: sum(one.drafts.accepted))
+        return Diagnosis(*_judged(target, network, drafts, facts), {}, drafts, tried, facts)
+    best = max(better, key=lambda one: sum(one.accepted))
+    before, after = drafts.by_position[0], best.by_position[0]
+    reason = f"read in another way, {after:.0%} of its first candidates are accepted instead of {before:.0%}"
     keys = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in best.setting.items())
-    reason = (
-        f"read in another way, {best.drafts.by_position[0]:.0%} of its first candidates are accepted instead of "
-        f"{drafts.by_position[0]:.0%}"
-    )
     fix = f"write {keys} into the drafter's config.json, where that key stands now or else at the top; then look again"
-    return Diagnosis("wrong layout", reason, fix, drafts, noted, facts, tried, best.setting)
+    return Diagnosis("wrong layout", reason, fix, best.setting, drafts, tried, facts)
 
 
-def _tried(
-    method: Method, target: Target, network: Network, prompts: Sequence[list[int]]
-) -> tuple[Drafts, list[Tried]]:
-    """Measure a network and its other readings."""
-    drafters, readings = [method.bind(network, target)], list[Reading]()
-    if drafters[0].reads.split is None:
-        for reading in method.readings(network, target):
-            other = copy.copy(network)  # shares the weights
-            other.config = replace(network.config, **reading.changes)
-            try:
-                drafters.append(method.bind(other, target))
-            except UserError:  # the target has no such layers
-                continue
-            readings.append(reading)
-    own, *others = drafts_of(target, drafters, prompts)
-    pairs = zip(readings, others, strict=True)
-    return own, [Tried(dict(reading.setting), drafts, own.p_value(drafts)) for reading, drafts in pairs]
-
-
-def _judged(
-    target: Target, network: Network, drafts: Drafts, noted: dict[str, float], facts: DrafterFacts
-) -> tuple[str, str, str]:
+def _judged(target: Target, network: Network, drafts: Drafts, facts: DrafterFacts) -> tuple[str, str, str]:
     """Judge a drafter for which no other reading is better: verdict, reason and fix."""
-    here, confidence = drafts.by_position[0], drafts.confidence
+    here, confidence, noted = drafts.by_position[0], drafts.confidence or 0.0, facts.training.get("tau") or {}
     before = noted.get("acceptance_at_1", noted.get("held_out_top1_1"))
+    as_noted = before is not None and here >= AS_NOTED * before
     reason = f"{here:.0%} of its first candidates are accepted"
     reason += "" if before is None else f", where its training noted {before:.0%}"
-    as_noted = before is not None and here >= AS_NOTED * before
     if here >= USABLE and (before is None or as_noted):
         return "right", reason, ""
-    own = facts.trained_for or "the model that it was trained for"
     if not as_noted and _overwritten(target, network):
-        return (
-            "wrong layout",
-            f"{reason}; its own output layer is the target's, value by value: it has been overwritten",
-            "copy the output layer's tensors (lm_head.weight, outputs.*.weight) again from the original drafter",
-        )
-    alien = _alien(network, target)
-    sure = before is None and confidence is not None and confidence > TWICE * here + SURE
-    if alien or sure or (before is not None and not as_noted):
-        why = "; its embedding is another model's" if alien else ""
-        if sure and confidence is not None:
-            why += f"; it is sure of itself (mean probability {confidence:.0%}), so it was trained, on something else"
-        return (
-            "wrong target",
-            reason + why,
-            f"load it with {own}, in the revision that it was trained on, or train one for this target "
-            "(outdraft train)",
-        )
+        reason += "; its own output layer is the target's, value by value: it has been overwritten"
+        return "wrong layout", reason, "copy lm_head.weight (Medusa: outputs.*.weight) again from the original drafter"
+    sure = before is None and confidence > TWICE * here + SURE
+    if sure or (before is not None and not as_noted):
+        if sure:
+            reason += f"; it is sure of them (mean probability {confidence:.0%}): it was trained, on something else"
+        own = facts.trained_for or "the model that it was trained for"
+        return "wrong target", reason, f"load it with {own} in the same revision, or train one here (outdraft train)"
     return "undertrained", reason, "train it longer or on more of the target's own answers (outdraft train, regenerate)"
 
 
@@ -347,11 +296,3 @@ def _overwritten(target: Target, network: Network) -> bool:
     theirs = theirs if kept is None else theirs[kept.to(theirs.device)]
     heads = network.own_heads
     return bool(heads) and all(own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype)) for own in heads)
-
-
-def _alien(network: Network, target: Target) -> bool:
-    """Return True if the drafter holds an embedding of the target's shape that is far from the target's."""
-    own, theirs = getattr(network, "embed_tokens", None), target.model.get_input_embeddings().weight
-    if own is None or own.weight.shape != theirs.shape:
-        return False
-    return bool(torch.cosine_similarity(own.weight.float(), theirs.float(), dim=-1).mean() < ALIKE)  # type: ignore

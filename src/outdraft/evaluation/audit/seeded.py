@@ -19,10 +19,9 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.core.coupling import Noise as SharedNoise
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.greedy import TokenDivergence, drafting, too_many
+from outdraft.evaluation.audit.greedy import TokenDivergence, equality_finding
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import SEVERAL, Noise, StockProbs, log_ratio
-from outdraft.target.target import Target
 
 OURS = ("presence_penalty", "frequency_penalty", "logit_bias")
 """The settings that stock `generate` does not have; with them there is nothing to compare with."""
@@ -100,7 +99,7 @@ def divergences(
 
     Args:
         seeded: the stock model's probabilities under the seed's noise.
-        number: number of the text, from 0.
+        number: number of the prompt, from 0.
         expected, found: the stock text and the drafted one.
         noise: rounding of the stock model under such noise.
         edges: True if a token without probability may be rounding at a filter's edge.
@@ -148,41 +147,15 @@ def seeded_finding(
             stock = stock_text(probs, prompt, seed + row, settings.max_new_tokens)
             texts.append((SeededProbs(probs, prompt, seed + row), stock, found))
         advance(1)
-    statistics, noise, edges = Statistics.sum(parts), Noise(), _low_precision(model.target)
+    statistics, noise, edges = Statistics.sum(parts), Noise(), model.target.dtype.itemsize < 4
     differing = [number for number, (_, stock, found) in enumerate(texts) if stock != found]
     listed: list[TokenDivergence] = []
     if differing:
         for seeded, stock, _ in texts:
             seeded.add_to(noise, stock)
         for number in differing:
-            listed += divergences(texts[number][0], number, *texts[number][1:], noise, edges)
-    bugs = [one for one in listed if not one.tie]
+            listed += divergences(texts[number][0], number // settings.seeds, *texts[number][1:], noise, edges)
+    question = "Do seeded texts equal those of stock `generate` with the same seed (coupling noise)?"
     tokens = sum(len(found) for _, _, found in texts)
-    chance = too_many(len(listed) - len(bugs), tokens, noise.flips, noise.positions)
-    evidence = f"{len(texts) - len(differing)} of {len(texts)} texts are token-exact ({tokens} tokens, tau "
-    evidence += f"{statistics.tau:.2f})"
-    if listed:
-        evidence += f"; {len(listed)} tokens differ, {len(listed) - len(bugs)} of them near-ties within the noise"
-    if chance < settings.alpha:
-        evidence += f"; so many near-ties are not explained by noise (p = {chance:.2g})"
-    return Finding(
-        "seeded",
-        "Do seeded texts equal those of stock `generate` with the same seed (coupling noise)?",
-        not bugs and chance >= settings.alpha,
-        evidence + drafting(statistics) + ".",
-        figures={
-            "texts": len(texts),
-            "identical": len(texts) - len(differing),
-            "tokens": tokens,
-            "divergences": [one.as_dict() for one in listed],
-            "bugs": len(bugs),
-            "noise": noise.as_dict(),
-            "too_many_ties_p": chance,
-            "drafting": statistics.as_dict(),
-        },
-        lines=[one.line().replace("prompt", "text", 1) for one in sorted(listed, key=lambda one: one.tie)],
-    )
-
-
-def _low_precision(target: Target) -> bool:
-    return target.dtype.itemsize < 4
+    counts = {"texts": len(texts), "identical": len(texts) - len(differing), "tokens": tokens}
+    return equality_finding("seeded", question, counts, listed, statistics, noise, settings.alpha)
