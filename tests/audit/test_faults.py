@@ -137,7 +137,7 @@ def test_seeded_texts_are_stock_generates(audit: Run) -> None:
 
 def test_seeded_texts_in_low_precision_differ_by_near_ties_alone(audit: Run) -> None:
     found = audit(
-        SAMPLED, greedy=False, total_variation=0.3, texts=2, seeds=16, seed=1, max_new_tokens=40, dtype=torch.bfloat16
+        SAMPLED, greedy=False, total_variation=0.3, texts=2, seeds=8, seed=1, max_new_tokens=40, dtype=torch.bfloat16
     )["seeded"]
     assert found.passed, found.as_dict()
     assert 0 < found.figures["identical"] < found.figures["texts"] and found.figures["divergences"]
