@@ -14,6 +14,7 @@ from outdraft.console.app import Verbs
 from outdraft.console.bench import bench
 from outdraft.console.chat import chat
 from outdraft.console.demo import demo
+from outdraft.console.doctor import doctor
 from outdraft.console.export import export
 from outdraft.console.generate import generate
 from outdraft.console.info import info
@@ -22,7 +23,7 @@ from outdraft.console.serve import serve
 from outdraft.console.train import train
 from outdraft.console.verify import verify
 
-VERBS = (demo, generate, chat, advise, train, regenerate, info, bench, verify, serve, export)
+VERBS = (demo, generate, chat, advise, train, regenerate, info, doctor, bench, verify, serve, export)
 """The verbs in the order of the help."""
 
 app = typer.Typer(

@@ -126,7 +126,8 @@ class Peeking(Wrong):
         self.least = least
 
     def after(self, tree: Tree) -> Tree:
-        assert tree.draft_probs is not None
+        if tree.draft_probs is None:  # under shared noise nothing is drawn
+            return tree
         counts = list(tree.counts)
         for row, tokens in enumerate(tree.tokens.tolist()):
             while counts[row] > 1 and tree.draft_probs[row, counts[row] - 2, tokens[counts[row] - 1]] < self.least:

@@ -74,6 +74,7 @@ def test_a_kept_law_is_exit_code_0(folders: Folders, prompts: Path, tmp_path: Pa
             "draws",
             "samples",
             "tokens",
+            "seeded",
             "beginnings",
             "forwards",
         ),

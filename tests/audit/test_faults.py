@@ -12,6 +12,7 @@ import outdraft.engine.round
 import outdraft.target.runner
 from audit import faults
 from audit.conftest import SAMPLED, Run
+from outdraft.core.coupling import Coupled
 from outdraft.target.runner import ModelRunner
 
 TREE = {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7}
@@ -121,3 +122,40 @@ def test_laws_that_were_not_drawn_from_are_found(audit: Run, hidden: bool) -> No
 def test_random_candidates_declared_as_a_point_mass_are_found(audit: Run) -> None:
     found = audit(SAMPLED, faults.RandomPoint, greedy=False)
     assert not found.kept and "candidates" in failed(found)
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def test_seeded_texts_are_stock_generates(audit: Run) -> None:
+    processed = {"top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "bad_words_ids": [[3]]}
+    for generation in (SAMPLED, {**SAMPLED, **processed}, {**SAMPLED, "top_k": 5, "candidates": "sampled"}):
+        found = audit(generation, greedy=False, total_variation=0.3, texts=4)["seeded"]
+        assert found.passed and found.figures["identical"] == found.figures["texts"] == 16
+        assert 0 < found.figures["drafting"]["accepted"] < found.figures["drafting"]["drafted"]
+
+
+def test_seeded_texts_in_low_precision_differ_by_near_ties_alone(audit: Run) -> None:
+    found = audit(
+        SAMPLED, greedy=False, total_variation=0.3, texts=2, seeds=8, seed=1, max_new_tokens=40, dtype=torch.bfloat16
+    )["seeded"]
+    assert found.passed, found.as_dict()
+    assert 0 < found.figures["identical"] < found.figures["texts"] and found.figures["divergences"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_noise_of_the_wrong_position_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Its texts have the right distribution, so no statistical test can see it."""
+
+    def late(self: Coupled, depth: int) -> torch.Tensor:
+        return self.noise.step(len(self._decided) + max(0, depth - 1))[self._row]
+
+    monkeypatch.setattr(Coupled, "at", late)
+    found = audit(SAMPLED, greedy=False, total_variation=0.3, texts=4, dtype=dtype)
+    assert failed(found) == {"seeded"} and not found.kept
+    assert found["seeded"].figures["bugs"] > 0
+
+
+def test_settings_that_stock_generate_lacks_are_not_compared_with_it(audit: Run) -> None:
+    found = audit({**SAMPLED, "presence_penalty": 0.5}, greedy=False, total_variation=0.3, texts=4)
+    assert "seeded" not in {finding.name for finding in found.findings}

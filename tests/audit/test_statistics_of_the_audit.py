@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +173,11 @@ def test_cells_have_the_products_of_the_laws() -> None:
             for place, token in enumerate(cell):
                 product *= float(laws.after(PROMPTS[0], [cell[:place]], None)[0, token])
             assert probability == pytest.approx(product)
+
+
+def test_near_base_seeds_share_no_sample() -> None:
+    """Decoding counts on from a seed, one a row: no base seed and no use comes within a million of another."""
+    uses = [("plain texts", 0), ("plain texts", 1), ("drafted texts", 0), ("beginnings", 0, 0), ("beginnings", 0, 256)]
+    seeds = sorted(AuditSettings(seed=base).seed_for(*use) for base in range(-20, 200) for use in uses)
+    assert min(b - a for a, b in pairwise(seeds)) > 10**6
+    assert AuditSettings(seed=3).seed_for("plain texts", 1) == AuditSettings(seed=3).seed_for("plain texts", 1)

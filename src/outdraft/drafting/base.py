@@ -188,6 +188,9 @@ class Drafter(ABC):
     limits = Limits()
     """The drafter's abilities."""
 
+    first_drafts = first_right = 0
+    """The number of the drafter's first drafts, and of those whose first candidate was accepted; both are counted."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         before = {"has_law": "probs", "stepwise": "stepwise", "looks_back": "looks_back"}

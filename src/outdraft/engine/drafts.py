@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ from outdraft.drafting.repeats import Others, spliced
 from outdraft.engine.plan import Plan
 from outdraft.engine.rows import Prefixes, Row
 from outdraft.target.runner import ModelRunner
+
+FIRST_DRAFTS, POOR = 64, 0.05
+"""The number of drafts after which a drafter is judged, and the acceptance below which it is reported."""
 
 
 class Drafts:
@@ -94,6 +98,24 @@ class Drafts:
         if plan.budget is not None and max(tree.counts) > 1:
             self.heeds_budget = plan.budget.asked
         return spliced(tree, plan.ngrams) if mixed else tree
+
+    def judge(self, drafted: Sequence[bool]) -> None:
+        """Count the drafter's drafts of a round, and warn once if hardly any has begun right.
+
+        Args:
+            drafted: for each row that the drafter drafted for, True if its first candidate was accepted.
+        """
+        drafter = self.drafter
+        if drafter is None or not drafter.num_parameters or drafter.first_drafts >= FIRST_DRAFTS:
+            return
+        drafter.first_drafts += len(drafted)
+        drafter.first_right += sum(drafted)
+        if drafter.first_drafts >= FIRST_DRAFTS and drafter.first_right < POOR * drafter.first_drafts:
+            warnings.warn(
+                f"{drafter.first_right} of the drafter's first {drafter.first_drafts} drafts began right; "
+                "`outdraft doctor --model M --draft-model D` says whether it is read wrong or for another target",
+                stacklevel=2,
+            )
 
     def join(self, other: Drafts) -> None:
         """Append the rows of another batch that has the same drafter."""

@@ -122,7 +122,13 @@ def tau_meter(
     def measure(network: Network) -> dict[str, float]:
         drafter = load_drafter_for(target, network, backend=target.backend)
         found = SpeculativeModel(target, drafter).generate(list(prompts), **settings).statistics
-        return {"tau": found.tau, "acceptance_rate": found.acceptance_rate} if found.rounds else {}
+        if not found.rounds:
+            return {}
+        measured = {"tau": found.tau, "acceptance_rate": found.acceptance_rate}
+        if found.drafted == sum(found.depths):  # chains, whose positions `outdraft doctor` compares with its own
+            shares = enumerate(found.acceptance_by_position, start=1)
+            measured |= {f"acceptance_at_{position}": share for position, share in shares}
+        return measured
 
     return measure
 

@@ -18,6 +18,7 @@ import outdraft
 from outdraft.drafting.folder import CONFIG, WEIGHTS, find_folder, is_own, local_folder, read_config, write_folder
 from outdraft.errors import UserError, first_line
 from outdraft.methods.registry import FALLBACK, Method, methods
+from outdraft.target.target import Target
 
 UNFOLDED = "embedding_scale_to_fold"
 """The key of a checkpoint's training record with the factor that its weights expect embeddings to be scaled by."""
@@ -36,6 +37,11 @@ class Network(nn.Module):
     """A dataclass of shapes and switches, which an outdraft folder stores beside the weights."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The facts about the target (`target_facts`) without which the folder cannot be read."""
+
+    @property
+    def own_heads(self) -> list[Tensor]:
+        """Return the `(draft vocabulary, hidden)` weights of output layers that training makes the drafter's own."""
+        return []
 
     @property
     def fits(self) -> dict[str, int]:
@@ -143,6 +149,28 @@ def recognised(config: Mapping[str, Any]) -> Method | None:
     if "outdraft_version" in config:
         return None
     return next((method for method in methods().values() if method.recognises(config)), None)
+
+
+def other_layers(read: tuple[int, ...], usual: tuple[int, ...], layers: int) -> list[tuple[int, ...]]:
+    """Return the layers that a drafter may have been trained on instead of those that are read: each one further or one
+    nearer, as conventions of counting differ, or its method's usual ones.
+
+    Args:
+        read, usual: layers counted from 1.
+        layers: number of layers of the target, whose last one cannot be read.
+    """
+    near = [tuple(layer + step for layer in read) for step in (-1, 1)]
+    return [found for found in dict.fromkeys([*near, usual]) if found != read and 0 < min(found) <= max(found) < layers]
+
+
+def other_ropes(read: Mapping[str, Any], target: Target) -> list[dict[str, Any]]:
+    """Return rotary settings that a drafter may have been trained with instead of those that are read: the target's,
+    the read ones without their scaling, and the default of `transformers`."""
+    own = getattr(target.model.config.get_text_config(), "rope_parameters", None) or {}
+    theta = read.get("rope_theta", 10000.0)
+    found = [dict(own)] if "rope_type" in own else []
+    found += [{"rope_type": "default", "rope_theta": value} for value in (theta, 10000.0)]
+    return [one for place, one in enumerate(found) if one != dict(read) and one not in found[:place]]
 
 
 def count(weights: Iterable[Tensor]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -59,6 +59,16 @@ class DrafterFacts:
     """The record of the training."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """The facts that only this method has."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A reading of a drafter's folder other than the one that was loaded."""
+
+    setting: Mapping[str, Any]
+    """What its config.json must say to be read so."""
+    changes: Mapping[str, Any]
+    """The fields of the network's `config` that are other then."""
 
 
 class ExportTarget(Protocol):
@@ -138,6 +148,15 @@ class Method:
             UserError: the folder cannot be read.
         """
         raise UserError(f"'{folder}' holds a drafter of method '{self.name}', which says nothing of its folders")
+
+    def readings(self, network: Any, target: Target) -> Iterable[Reading]:
+        """Yield other readings of a folder, for `outdraft doctor`: those that its files cannot tell from the right one.
+
+        Args:
+            network: the result of `load`.
+            target: the model that it drafts for.
+        """
+        return ()
 
     # --- training
 

@@ -23,6 +23,7 @@ from outdraft.evaluation.audit.forwards import Trees, forwards_finding
 from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
 from outdraft.evaluation.audit.greedy import greedy_finding, plain_finding, texts
 from outdraft.evaluation.audit.proposals import Draws, draws_findings, twice_finding
+from outdraft.evaluation.audit.seeded import comparable, seeded_finding
 from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise
 from outdraft.evaluation.audit.texts import sampled_texts, samples_finding, token_ranks, tokens_finding
@@ -106,7 +107,7 @@ class _Running:
             scipy_stats()  # where it is missing, that is said before anything runs
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
         self.unwarped = StockProbs(model.target, greedy, warped=False)
-        self.trees = Trees(settings.trees, model.target.context_length, settings.seed)
+        self.trees = Trees(settings.trees, model.target.context_length, settings.seed_for("trees"))
         self.findings: list[Finding] = []
         self.noise = Noise()
         self.expected = self._forecast()
@@ -180,7 +181,7 @@ class _Running:
     def check_twice(self, name: str, generation: dict[str, Any], shown: str) -> None:
         with self.stage(shown, 2) as advance:
             found = twice_finding(
-                self.model, self.prompts[: progress.TWICE_PROMPTS], generation, self.settings.seed, name, advance
+                self.model, self.prompts[: progress.TWICE_PROMPTS], generation, self.settings, name, advance
             )
             if found is not None:
                 self.findings.append(found)
@@ -194,19 +195,22 @@ class _Running:
         prompts = self.prompts[: settings.text_prompts]
         with self.stage(progress.PLAIN_SAMPLED, len(prompts)) as advance:
             plain_settings = replace(settings, generation=_undrafted(settings.generation))
-            plain, _ = sampled_texts(self.plain, prompts, plain_settings, settings.seed, advance)
+            plain, _ = sampled_texts(self.plain, prompts, plain_settings, "plain texts", advance)
         if not self.noise.positions:
             self.measure_noise([own[0] for own in plain])
-        draws = Draws(Ranks(settings.seed + 5))
+        draws = Draws(Ranks(settings.seed_for("ranks of draws")))
         with self.stage(progress.DRAFTED_SAMPLED, len(prompts)) as advance:
             watched = self.drafted(listeners=[self.trees, draws], chance=Recorder)
-            drafted, statistics = sampled_texts(watched, prompts, settings, settings.seed + 7_000_003, advance)
+            drafted, statistics = sampled_texts(watched, prompts, settings, "drafted texts", advance)
             self.findings += draws_findings(draws, settings, level)
             self.findings.append(samples_finding(plain, drafted, target.vocab_size, settings))
         with self.stage(progress.LAWS, len(prompts)) as advance:
-            ranks = token_ranks(probs, prompts, drafted, settings.seed + 6, advance)
+            ranks = token_ranks(probs, prompts, drafted, settings.seed_for("ranks of tokens"), advance)
             exact = target.dtype.itemsize >= 4
             self.findings.append(tokens_finding(ranks, statistics, settings, level, exact))
+        if comparable(probs):
+            with self.stage(progress.SEEDED, len(prompts)) as advance:
+                self.findings.append(seeded_finding(self.model, probs, prompts, settings, advance))
         self.check_beginnings(probs, plain, level)
 
     def check_beginnings(self, probs: StockProbs, plain: Sequence[list[list[int]]], level: float) -> None:

@@ -167,10 +167,10 @@ def sampled(
     prefix: list[int],
     samples: int,
     settings: AuditSettings,
-    seed: int,
+    number: int,
     advance: Callable[[int], None],
 ) -> tuple[list[list[int]], Statistics]:
-    """Sample the first tokens of texts after one prefix, each with its own random generator."""
+    """Sample the first tokens of texts after the prefix of this number, each with its own random generator."""
     assert model.drafter is not None
     watched = model.with_drafter(Watch(model.drafter, prefill_once=True))
     found: list[list[int]] = []
@@ -181,7 +181,7 @@ def sampled(
             [prefix] * rows,
             **settings.generation,
             max_new_tokens=settings.first_tokens,
-            seed=seed + len(found),
+            seed=settings.seed_for("beginnings", number, len(found)),
         )
         found += output.tokens
         parts.append(output.statistics)
@@ -200,8 +200,7 @@ def beginnings_finding(
     whole = Fit(0.0, 0)
     lines, parts = [], []
     for number, one in enumerate(prefixes):
-        seed = settings.seed + 1_000_003 * (number + 1)
-        samples, statistics = sampled(model, one.tokens, planned.each, settings, seed, advance)
+        samples, statistics = sampled(model, one.tokens, planned.each, settings, number, advance)
         parts.append(statistics)
         own = cells_fit(samples, one.cells, settings.first_tokens)
         whole += own

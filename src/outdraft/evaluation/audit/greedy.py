@@ -145,25 +145,46 @@ def greedy_finding(
             later = token_divergences(probs, prompt, other, number, noise)
             found += [first, *(one for one in later if one.position != first.position)]
         advance(1)
+    question = "Does greedy decoding give the text of plain decoding?"
+    counts = {"prompts": len(prompts), "identical": len(prompts) - differing, "tokens": sum(map(len, drafted))}
+    return equality_finding("greedy", question, counts, found, statistics, noise, alpha)
+
+
+def equality_finding(
+    name: str,
+    question: str,
+    counts: dict[str, int],
+    found: Sequence[TokenDivergence],
+    statistics: Statistics,
+    noise: Noise,
+    alpha: float,
+) -> Finding:
+    """Judge texts that must be equal but for near-ties.
+
+    Args:
+        name: key of the check.
+        question: the check as a question.
+        counts: numbers of texts, of identical ones and of tokens, in this order, by their keys in the figures.
+        found: tokens that differ.
+        statistics: statistics of the drafted decoding.
+        noise: the measured noise.
+        alpha: level of the test for too many ties.
+    """
+    total, exact, tokens = counts.values()
     bugs = [one for one in found if not one.tie]
-    tokens = sum(len(text) for text in drafted)
     chance = too_many(len(found) - len(bugs), tokens, noise.flips, noise.positions)
-    passed = not bugs and chance >= alpha
-    exact = len(prompts) - differing
-    evidence = f"{exact} of {len(prompts)} texts are token-exact ({tokens} tokens, tau {statistics.tau:.2f})"
+    evidence = f"{exact} of {total} texts are token-exact ({tokens} tokens, tau {statistics.tau:.2f})"
     if found:
         evidence += f"; {len(found)} tokens differ, {len(found) - len(bugs)} of them near-ties within the noise"
     if chance < alpha:
         evidence += f"; so many near-ties are not explained by noise (p = {chance:.2g})"
     return Finding(
-        "greedy",
-        "Does greedy decoding give the text of plain decoding?",
-        passed,
+        name,
+        question,
+        not bugs and chance >= alpha,
         evidence + drafting(statistics) + ".",
         figures={
-            "prompts": len(prompts),
-            "identical": len(prompts) - differing,
-            "tokens": tokens,
+            **counts,
             "divergences": [one.as_dict() for one in found],
             "bugs": len(bugs),
             "noise": noise.as_dict(),

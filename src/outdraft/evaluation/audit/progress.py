@@ -33,7 +33,21 @@ TESTS = 4
 FREEDOM = 28
 """The approximate degrees of freedom of the test of the first tokens."""
 
-(PLAIN, NOISE, STOCK, DRAFTED, TWICE, TWICE_SAMPLED, PLAIN_SAMPLED, DRAFTED_SAMPLED, LAWS, CELLS, SAMPLES, FORWARDS) = (
+(
+    PLAIN,
+    NOISE,
+    STOCK,
+    DRAFTED,
+    TWICE,
+    TWICE_SAMPLED,
+    PLAIN_SAMPLED,
+    DRAFTED_SAMPLED,
+    LAWS,
+    SEEDED,
+    CELLS,
+    SAMPLES,
+    FORWARDS,
+) = (
     "plain greedy texts",
     "rounding noise of the stock model",
     "plain decoding against the stock model",
@@ -43,6 +57,7 @@ FREEDOM = 28
     "plain sampled texts",
     "drafted sampled texts",
     "exact probabilities along the texts",
+    "seeded texts against stock generate",
     "exact probabilities of the first tokens",
     "samples of the first tokens",
     "trees node by node",
@@ -119,6 +134,7 @@ def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool)
         found.setdefault(NOISE, few * 1.3 * a_text)
         found[DRAFTED_SAMPLED] = asked * tokens * drafted.step(each)
         found[LAWS] = asked * tokens * plain.step(each)
+        found[SEEDED] = asked * (settings.seeds * a_text + tokens * drafted.step(settings.seeds))
         # Cells are split one forward at a time over the whole prefix, and looked at again in two other ways.
         found[CELLS] = CANDIDATES * settings.prefixes * 2 * settings.cells * (plain.prefill + plain.one)
         needed = needed_samples(settings.total_variation, FREEDOM, settings.alpha / TESTS, settings.power) or 0

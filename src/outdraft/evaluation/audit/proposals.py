@@ -174,7 +174,7 @@ def twice_finding(
     model: SpeculativeModel,
     prompts: Sequence[list[int]],
     generation: dict[str, Any],
-    seed: int,
+    settings: AuditSettings,
     name: str,
     advance: Callable[[int], None],
 ) -> Finding | None:
@@ -187,8 +187,9 @@ def twice_finding(
     if generation.get("tree_size") == AUTO:
         del generation["tree_size"]
     both = []
-    for drafting_seed in (seed + 1, seed + 2_000_000):
-        both.append(proposals(model, prompts, {**generation, "seed": seed}, drafting_seed))
+    seed = settings.seed_for(name)
+    for turn in range(2):
+        both.append(proposals(model, prompts, {**generation, "seed": seed}, settings.seed_for(name, turn)))
         advance(1)
     (first, drawn), (second, _) = both
     common = first.keys() & second.keys()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+import numpy as np
 
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError
 
-QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "trees": 8}
+QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "seeds": 2, "trees": 8}
 """The largest values of a quick look."""
 QUICK_VARIATION = 0.1
 """The error of the first tokens that a quick look must find."""
@@ -50,6 +53,8 @@ class AuditSettings:
     """Prompts of the longer sampled texts."""
     texts: int = 32
     """Texts sampled after each of these prompts, with the drafter and without."""
+    seeds: int = 4
+    """Seeds of the texts after each of these prompts that are compared with stock `generate`'s."""
     permutations: int = 9999
     """Permutations of the two-sample test; its p-value cannot fall below 1 / (permutations + 1)."""
     trees: int = 24
@@ -62,7 +67,16 @@ class AuditSettings:
         # are plain decoding's own.
         self.generation = {"coupling": "dice", **self.generation}
         least = {"first_tokens": 2, "cells": 2, "texts": 2}
-        for name in ("limit", "max_new_tokens", "batch_size", "prefixes", "text_prompts", "permutations", "trees"):
+        for name in (
+            "limit",
+            "max_new_tokens",
+            "batch_size",
+            "prefixes",
+            "text_prompts",
+            "seeds",
+            "permutations",
+            "trees",
+        ):
             least[name] = 1
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -73,6 +87,12 @@ class AuditSettings:
             raise UserError(f"--alpha must lie between 0 and 0.5, not {self.alpha:g}")
         if not 0.5 <= self.power < 1:
             raise UserError(f"--power must be at least 0.5 and less than 1, not {self.power:g}")
+
+    def seed_for(self, use: str, *place: int) -> int:
+        """Return the seed of one use of random numbers, such as the texts of prompt `place`. It is far from those of
+        other uses and of other base seeds, though decoding counts on from it, a seed a row."""
+        spread = np.random.SeedSequence([self.seed % 2**64, crc32(use.encode()), *place])
+        return int(spread.generate_state(1, np.uint64)[0] >> np.uint64(2))
 
     def made_quick(self) -> AuditSettings:
         """The same as a quick look: what `QUICK` names becomes as small as that, unless it is smaller already."""

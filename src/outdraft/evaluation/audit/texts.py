@@ -30,17 +30,17 @@ def sampled_texts(
     model: SpeculativeModel,
     prompts: Sequence[list[int]],
     settings: AuditSettings,
-    seed: int,
+    use: str,
     advance: Callable[[int], None],
 ) -> tuple[list[list[list[int]]], Statistics]:
-    """Sample texts of every prompt; also return the statistics of the decoding."""
+    """Sample texts of every prompt, with the seeds of this use; also return the statistics of the decoding."""
     found, parts = [], []
     for number, prompt in enumerate(prompts):
         output = model.generate(
             [prompt] * settings.texts,
             **settings.generation,
             max_new_tokens=settings.max_new_tokens,
-            seed=seed + number * settings.texts,
+            seed=settings.seed_for(use, number),
         )
         found.append(output.tokens)
         parts.append(output.statistics)
@@ -158,10 +158,10 @@ def samples_finding(
     """Test whether drafted texts and plain ones are samples of one distribution."""
 
     def features(texts: Sequence[Sequence[int]]) -> Tensor:
-        return text_features(texts, vocab, settings.max_new_tokens, settings.seed)
+        return text_features(texts, vocab, settings.max_new_tokens, settings.seed_for("signs"))
 
     pairs = [(features(own), features(other)) for own, other in zip(plain, drafted, strict=True)]
-    statistic, p_value = energy_p_value(pairs, settings.permutations, settings.seed + 1)
+    statistic, p_value = energy_p_value(pairs, settings.permutations, settings.seed_for("permutations"))
     count = sum(map(len, drafted))
     return Finding(
         "samples",

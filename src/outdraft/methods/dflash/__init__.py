@@ -3,11 +3,11 @@ in one forward, from their folders as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outdraft.methods.registry import DrafterFacts, Method
+from outdraft.methods.registry import DrafterFacts, Method, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,25 @@ class DFlashMethod(Method):
         from outdraft.methods.dflash.drafter import DFlash
 
         return DFlash(network, target)
+
+    def readings(self, network: Any, target: Target) -> Iterable[Reading]:
+        from outdraft.methods.checkpoint import other_layers, other_ropes
+        from outdraft.methods.dflash.network import spaced
+
+        config, count = network.config, target.num_layers
+        for flag in [not config.anchor_first] if config.block_size > 1 else []:
+            yield Reading({"sample_from_anchor": flag}, {"anchor_first": flag})
+        for layers in other_layers(config.taps(count), spaced(config.num_taps, count), count):
+            if config.tap_unit == "input":
+                yield Reading({"aux_hidden_state_layer_ids": list(layers)}, {"tap_ids": layers})
+            else:
+                ids = tuple(layer - 1 for layer in layers)
+                yield Reading({"target_layer_ids": list(ids)}, {"tap_ids": ids, "tap_unit": "output"})
+        for causal in (True, False):
+            if (flags := (causal,) * config.num_hidden_layers) != tuple(flag for flag, _ in config.sights):
+                yield Reading({"causal_head": causal}, {"causal": flags})
+        for rope in other_ropes(config.rope, target):
+            yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outdraft.methods.registry import DrafterFacts, Method
+from outdraft.methods.registry import DrafterFacts, Method, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,20 @@ class Eagle3(Method):
         from outdraft.methods.eagle3.drafter import Eagle3Drafter
 
         return Eagle3Drafter(network, target)
+
+    def readings(self, network: Any, target: Target) -> Iterable[Reading]:
+        from outdraft.methods.checkpoint import other_layers, other_ropes
+        from outdraft.methods.eagle3.folder import TAP_IDS
+
+        config, count = network.config, target.num_layers
+        for layers in other_layers(config.taps(count), (2, count // 2, count - 3)[: config.num_taps], count):
+            unit = "output" if config.tap_unit == "output" else "input"
+            ids = tuple(layer - (unit == "output") for layer in layers)
+            yield Reading({TAP_IDS: list(ids)}, {"tap_ids": ids, "tap_unit": unit})
+        for flag in ("norm_before_residual", "norm_output"):
+            yield Reading({flag: not getattr(config, flag)}, {flag: not getattr(config, flag)})
+        for rope in other_ropes(config.rope, target):
+            yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count

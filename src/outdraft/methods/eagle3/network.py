@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from outdraft.errors import UserError
 from outdraft.methods.fspad.network import DraftNetwork, RMSNorm
@@ -117,6 +117,10 @@ class Eagle3Head(DraftNetwork):
         self.lm_head = nn.Linear(d, kept or config.vocab_size, bias=False) if config.own_head else None
         self.embed_tokens = None
         self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
+
+    @property
+    def own_heads(self) -> list[Tensor]:
+        return [] if self.lm_head is None else [self.lm_head.weight]  # type: ignore[list-item]
 
     @property
     def fits(self) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Written
+from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Reading, Written
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,18 @@ class Fspad(Method):
         from outdraft.methods.fspad.drafter import FeatureDrafter
 
         return FeatureDrafter(network, target)
+
+    def readings(self, network: Any, target: Target) -> Iterable[Reading]:
+        from outdraft.methods.checkpoint import other_layers, other_ropes
+
+        config = network.config
+        if config.tap_layers:
+            for layers in other_layers(config.tap_layers, config.tap_layers, target.num_layers):
+                yield Reading({"tap_layers": list(layers)}, {"tap_layers": layers})
+        for rope in other_ropes({"rope_type": "default", "rope_theta": config.rope_theta}, target):
+            if rope["rope_type"] == "default":
+                theta = {"rope_theta": rope["rope_theta"]}
+                yield Reading(theta, theta)
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count

@@ -104,6 +104,10 @@ class MedusaHeads(Network):
                     layer.bias.copy_(bias)  # type: ignore[operator]
         return heads
 
+    @property
+    def own_heads(self) -> list[Tensor]:
+        return [layer.weight for layer in self.outputs]  # type: ignore[misc]
+
     def speaking(self, target: Target) -> list[Callable[[Tensor], Tensor]]:
         """Return, for every own output layer, the function from a head's output through it to logits."""
         return [target.head_through(layer) for layer in self.outputs]

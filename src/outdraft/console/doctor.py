@@ -1,0 +1,74 @@
+"""`outdraft doctor`: its flags; it loads a target, has its drafter diagnosed, and shows the diagnosis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outdraft.console import options as o
+from outdraft.errors import UserError
+from outdraft.output import print_json, remarks, results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outdraft.evaluation.doctor import Diagnosis
+
+
+def doctor(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prompts: JSON lines or text; the shipped held-out ones if left out.")
+    ] = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Say whether a drafter fits its target and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
+    from outdraft.api.loading import load_target
+    from outdraft.evaluation.doctor import PROMPTS, diagnose
+    from outdraft.evaluation.environment import environment
+    from outdraft.evaluation.prompts import encode, read_prompts
+    from outdraft.reference import load_prompts
+    from outdraft.target.named import named, shipped_drafter
+
+    if draft_model is None:
+        raise UserError("there is no drafter to examine; give its folder with --draft-model")
+    source = shipped_drafter(draft_model, None) if named(draft_model) is not None else draft_model
+    target = load_target(model, dtype=dtype, device=device)
+    prompts = encode(read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS], target)
+    remarks().print(f"decoding {len(prompts)} prompts", style="dim", markup=False)
+    found = diagnose(target, source, prompts)
+    if json:
+        shown = {"model": model, "draft_model": draft_model, "environment": environment(target)}
+        print_json({**found.as_dict(), **shown})
+    else:
+        show(found, results())
+    if not found.right:
+        raise typer.Exit(1)
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Print what the folder is, the acceptance by position, what was tried, and the verdict."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from outdraft.console.facts import table
+
+    console.print(table(found.as_dict()["drafter"]))
+    by_position = Table("position", "accepted here", "at training", "top-1 at training")
+    for place, share in enumerate(found.drafts.by_position, start=1):
+        notes = [found.noted.get(f"{name}_{place}") for name in ("acceptance_at", "held_out_top1")]
+        by_position.add_row(str(place), f"{share:.0%}", *("-" if note is None else f"{note:.0%}" for note in notes))
+    console.print(by_position)
+    for one in found.tried:
+        setting = ", ".join(f"{key} {value}" for key, value in one.setting.items())
+        line = f"tried {setting}: {one.by_position[0]:.0%} at position 1"
+        console.print(Text(line, style="bold" if one.setting == found.setting else "dim"))
+    said = f"{found.verdict.upper()}: {found.reason}." + (f"\nFix: {found.fix}." if found.fix else "")
+    colour = "green" if found.right else "red"
+    console.print(Panel(Text(said, style=f"bold {colour}"), border_style=colour, expand=False))
