@@ -197,12 +197,12 @@ def test_a_race_with_plain_decoding(served: Served, tmp_path: Path) -> None:
     with Page(served.url, tmp_path) as seen:
         seen.wait("model.method")
         seen.value("""document.getElementById("system").value = "Be brief";
-            document.getElementById("most").value = 12;
+            document.getElementById("most").value = 20;
             document.getElementById("question").value = "red"; document.getElementById("race").click()""")
         seen.wait(f"!running && {LAST}.querySelector('.actions')")
         assert re.fullmatch(r"[0-9.]+x of plain", seen.value(f"{LAST}.querySelector('.figures').textContent"))
         note = seen.value(f"[...{LAST}.querySelectorAll('.figures')].at(-1).textContent")
-        assert re.search(r"without drafts 12 tokens in .* with drafts 12 tokens in .*; the texts are equal", note)
+        assert re.search(r"without drafts 20 tokens in .* with drafts 20 tokens in .*; the texts are equal", note)
         seen.wait(f"(([a, b]) => a.textContent === b.textContent)({LAST}.querySelectorAll('.text'))")
         assert seen.value(f"{LAST}.querySelectorAll('section')[0].querySelectorAll('mark').length") == 0
         assert seen.value(f"{LAST}.querySelectorAll('section')[1].querySelectorAll('mark').length") > 0

@@ -163,7 +163,7 @@ async function complete(said, got, speculative, seed) {
     }
   }
   if (!got.reason) throw new Error("the connection ended before the answer did");
-  if (!speculative) plainRate = got.rate;
+  if (!speculative && got.tokens >= 16) plainRate = got.rate;
 }
 
 /* Runs what streams answers, one at a time. */
@@ -256,7 +256,7 @@ async function race(question) {
     const [slow, quick] = [plain, fast].map((one) => one.tokens / one.seconds);
     const times = [plain, fast].map((one) => `${one.tokens} tokens in ${one.seconds.toFixed(2)} s`);
     ratio.textContent = `${(quick / slow).toFixed(2)}x of plain`;
-    const same = first.text === said.text ? "the texts are equal" : "the texts part at a near-tie of the model's precision";
+    const same = first.text === said.text ? "the texts are equal" : "the texts differ, as near-ties of two tokens in bfloat16 can make them";
     note(right, `without drafts ${times[0]}, with drafts ${times[1]}, tau ${figure(fast.tau, 2)}; ${same}`);
   }
   if (!said.text) said = first;
