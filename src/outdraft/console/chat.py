@@ -156,7 +156,7 @@ class Chat:
             self.remarks.print("/temperature needs a number of 0 or more, such as /temperature 0.7")
 
     def answer(self, question: str) -> None:
-        """Ask, stream the answer, and keep both, a stopped one too; a turn that does not fit the context is not kept."""
+        """Ask, stream the answer, and keep both, a stopped one too; a turn too long for the context is not kept."""
         self.history.append({"role": "user", "content": question})
         model = self.model.with_drafter(None) if self.plain else self.model
         settings = self.settings if self.plain else {**self.settings, **self.tree}
