@@ -32,7 +32,7 @@ from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.evaluation.environment import disturbed, environment
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.output import number
+from outdraft.output import counted, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 
 MODELS = (SMOLLM2, REFERENCE)
@@ -155,7 +155,7 @@ class DemoResult:
         console.print()
         console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
         facts = self.environment
-        made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
+        made_on = f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['dtype']}, {facts['backend']} backend"
         console.print(f"held-out prompts: {summaries[0].questions}; {made_on}")
         if any(summary.divergences for summary in summaries):
             console.print(

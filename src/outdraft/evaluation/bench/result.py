@@ -18,7 +18,7 @@ from outdraft.evaluation.bench.measure import PLAIN, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
 from outdraft.evaluation.bench.summary import Summary, scattered
 from outdraft.evaluation.environment import busy
-from outdraft.output import number
+from outdraft.output import counted, number
 
 
 @dataclass
@@ -88,8 +88,9 @@ class BenchResult:
         """
         facts = self.environment
         console.print(
-            f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} "
-            f"backend; {self.settings['prompts']} prompts, {self.settings['repetitions']} repetitions",
+            f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['device']}, {facts['dtype']}, "
+            f"{facts['backend']} backend; {counted(self.settings['prompts'], 'prompt')}, "
+            f"{counted(self.settings['repetitions'], 'repetition')}",
             markup=False,
         )
         for one in self.comparisons:
@@ -176,8 +177,10 @@ def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> 
 
 
 def speedup(summary: Summary) -> str:
-    """Format the speed-up with its interval."""
+    """Format the speed-up with its interval, which one question does not have."""
     low, high = summary.speedup_interval
+    if not math.isfinite(low):
+        return f"{number(summary.speedup)}x"
     return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
 
 
