@@ -18,7 +18,7 @@ help: ## show this
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[train,gguf]'
+	$(PIP) --editable '.[all]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

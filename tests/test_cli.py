@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import outdraft
 from cli_fixtures import CONTEXT, Folders, make_folders, save_head, write_lines
 from outdraft.cli import app
+from outdraft.console.chat import Chat
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,54 @@ def test_chat_answers_and_obeys_its_commands(folders: Folders) -> None:
     assert result.stderr.count("tokens/s") == 2
     for remark in ("the target alone", "with the drafter (fspad)", "begins anew", "unknown command /dance"):
         assert remark in result.stderr
+
+
+def test_chat_takes_a_system_message_a_temperature_and_explains_tau(folders: Folders) -> None:
+    lines = "/help\n/system Be kind\nhello\n/temperature 0.5\nhello\n/temperature hot\n/system\n"
+    result = succeeded("chat", "--model", folders.target, "--max-new-tokens", 4, "--show-drafts", stdin=lines)
+    told = " ".join(result.stderr.split())
+    for remark in ("tau is how many tokens", "begins anew", "temperature 0.5", "such as /temperature 0.7"):
+        assert remark in told
+    assert "tinted" in told and "unknown command /system" in told and told.count("tokens/s") == 2
+
+
+def test_chat_keeps_what_was_said_before_ctrl_c(folders: Folders) -> None:
+    loaded = outdraft.load(folders.target, dtype="float32")
+    said = io.StringIO()
+    chat = Chat(loaded, {"max_new_tokens": 8}, {}, Console(file=io.StringIO()), Console(file=said))
+    whole = "".join(piece.text for piece in loaded.stream([{"role": "user", "content": "hello"}], max_new_tokens=8))
+
+    def stopped(pieces: int) -> None:
+        stream = type(loaded).stream
+
+        def some(self: Any, *args: Any, **settings: Any) -> Any:
+            for count, piece in enumerate(stream(self, *args, **settings)):
+                if count == pieces:
+                    raise KeyboardInterrupt
+                yield piece
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(type(loaded), "stream", some)
+            chat.answer("hello")
+
+    stopped(0)
+    assert not chat.history and "forgotten" in said.getvalue()
+    stopped(4)
+    assert [turn["role"] for turn in chat.history] == ["user", "assistant"]
+    assert chat.history[1]["content"] and whole.startswith(chat.history[1]["content"])
+    assert "what was said so far is kept" in said.getvalue()
+
+
+def test_generate_says_where_rounding_may_decide(folders: Folders) -> None:
+    common = ("generate", "hello", "--model", folders.target, "-d", folders.target, "--max-new-tokens", 12)
+    assert "--exact rules it out" in succeeded(*common, "--dtype", "bfloat16").stderr
+    for settled in (("float32",), ("bfloat16", "--temperature", 1)):
+        assert "--exact rules it out" not in succeeded(*common, "--dtype", *settled).stderr
+
+
+def test_flags_take_no_value_in_the_help() -> None:
+    for verb in ((), ("train",), ("bench",), ("generate",)):
+        assert "bool" not in succeeded(*verb, "--help").stdout
 
 
 def test_chat_says_when_the_context_is_full_and_goes_on(folders: Folders) -> None:

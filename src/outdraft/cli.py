@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from outdraft.console.advise import advise
-from outdraft.console.app import Verbs
+from outdraft.console.app import Verb, Verbs
 from outdraft.console.bench import bench
 from outdraft.console.chat import chat
 from outdraft.console.demo import demo
@@ -35,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 
 
 def main() -> None:

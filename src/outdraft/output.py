@@ -57,3 +57,8 @@ def plain(value: Any) -> Any:
 def number(value: float | None, form: str = ".2f") -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -59,8 +59,10 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back() -> None:
 def test_pieces_say_whose_guess_they_were() -> None:
     answer = AnswerText(TOKENIZER)
     tokens = TOKENIZER("abcd")["input_ids"]
-    answer.take(tokens, [True, False, True, True])
-    assert [tuple(piece) for piece in answer.release()] == [("a", True), ("b", False), ("c", True), ("d", True)]
+    answer.take(tokens, [True, False, True, True], [False, False, True, False])
+    pieces = answer.release()
+    assert [piece[:2] for piece in pieces] == [("a", True), ("b", False), ("c", True), ("d", True)]
+    assert [piece.source for piece in pieces] == ["drafter", None, "ngram", "drafter"]
     assert answer.starts == [0, 1, 2, 3]
 
 

@@ -142,6 +142,11 @@ def test_pieces_say_what_was_drafted(served: Served) -> None:
     expected = offline(served, "red cat", max_new_tokens=20)
     assert "".join(text for text, _ in choice["pieces"]) == choice["text"] == expected.text
     assert {accepted for _, accepted in choice["pieces"]} == {True, False}
+    known = {True: {"drafter", "ngram"}, False: {None}}
+    assert all(
+        source in known[accepted]
+        for (_, accepted), source in zip(choice["pieces"], choice["piece_sources"], strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ class DraftSettings:
     """Settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
 
     tree_depth: int | None = None
-    """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
+    """Levels of a tree below its first: a path holds at most depth + 1 drafted tokens."""
     tree_top_k: int | None = None
-    """Nodes expanded per level, and children considered of each; 1 is a chain."""
+    """Most tokens of a level that are drafted further, and continuations of each; 1 drafts a chain."""
     tree_size: int | Literal["auto"] | None = None
     """Nodes that the target verifies, the root included. `auto` chooses depth, width and size by their measured cost on
     this machine."""
@@ -40,7 +40,7 @@ class DraftSettings:
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
     draft `tree_top_k` chains sampled from the drafter's probabilities."""
     prompt_lookup_min: int | None = None
-    """N-gram drafts override the drafter if so many tokens at the end of the text occurred before; 0 is off.  [4]"""
+    """Draft what followed last time if this many tokens at the end of the text occurred before; 0 is off. [4]"""
     prompt_lookup_num_tokens: int | None = None
     """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; no longer than other
     drafts if a temperature is set.  [20]"""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from outdraft.errors import UserError
 
@@ -33,7 +33,22 @@ OTHER_FLAGS = {
 """The names of flags in other programs, mapped to their names here."""
 
 
-class Verbs(TyperGroup):
+class _Bare:
+    """A command whose help shows no value behind a flag that takes none."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Verb(_Bare, TyperCommand):
+    """One verb."""
+
+
+class Verbs(_Bare, TyperGroup):
     """The group of all verbs, with the error policy around them."""
 
     def main(

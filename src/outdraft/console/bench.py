@@ -58,6 +58,13 @@ def bench(
     ] = False,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help=BENCH["output_dir"])] = None,
     report: Annotated[Path | None, typer.Option("--report", help=BENCH["report"])] = None,
+    all_figures: Annotated[
+        bool,
+        typer.Option(
+            "--all-figures",
+            help="Also print the speed-up over stock `generate`, the ratio of mean rates and Spec-Bench's own figure.",
+        ),
+    ] = False,
     reread: Annotated[
         Path | None,
         typer.Option("--reread", help="Only Spec-Bench's figures again, from the answer files of this --output-dir."),
@@ -118,4 +125,4 @@ def bench(
     if json:
         print_json(result.as_dict())
     else:
-        result.show(results())
+        result.show(results(), all_figures)

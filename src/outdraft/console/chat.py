@@ -10,14 +10,18 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
-from outdraft.console.streaming import stream
+from outdraft.console.streaming import Streamed, legend, stream
 from outdraft.errors import UserError
 from outdraft.output import remarks, results
 
 if TYPE_CHECKING:
     from outdraft.api.generation import SpeculativeModel
 
-HELP = "/reset forgets the conversation, /plain turns the drafter off and on, /quit ends (as does Ctrl-D)"
+HELP = (
+    "/reset forgets the conversation, /system TEXT begins one with that system message, /temperature X sets the "
+    "randomness (0 is greedy), /plain turns the drafter off and on, Ctrl-C stops an answer, /quit ends (as does Ctrl-D)"
+)
+TAU = "; after an answer, tau is how many tokens a pass of the model brought; plain decoding has 1."
 
 
 def chat(
@@ -111,6 +115,8 @@ class Chat:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- gives `input` line editing and a history
         self.remarks.print(HELP, style="dim")
+        if self.show_drafts:
+            self.remarks.print(legend())
         while True:
             line = self._read()
             if line is None or line == "/quit":
@@ -122,7 +128,13 @@ class Chat:
 
     def command(self, line: str) -> None:
         """Run a command line that begins with a slash."""
-        if line == "/reset":
+        name, _, value = (part.strip() for part in line.partition(" "))
+        if name == "/system" and value:
+            self.beginning = [{"role": "system", "content": value}]
+            self.command("/reset")
+        elif name == "/temperature":
+            self._set_temperature(value)
+        elif line == "/reset":
             self.history = list(self.beginning)
             self.remarks.print("the conversation begins anew")
         elif line == "/plain" and self.model.drafter is None:
@@ -131,25 +143,41 @@ class Chat:
             self.plain = not self.plain
             self.remarks.print("the target alone" if self.plain else f"with the drafter ({self.model.method})")
         else:
-            known = "" if line == "/help" else f"unknown command {line.split()[0]}: "
-            self.remarks.print(known + HELP, markup=False)
+            self.remarks.print(HELP + TAU if line == "/help" else f"unknown command {name}: {HELP}", markup=False)
+
+    def _set_temperature(self, value: str) -> None:
+        try:
+            temperature = float(value)
+        except ValueError:
+            temperature = -1.0
+        if 0 <= temperature < float("inf"):
+            self.settings = {**self.settings, "temperature": temperature}
+            self.remarks.print(f"temperature {temperature:g}")
+        else:
+            self.remarks.print("/temperature needs a number of 0 or more, such as /temperature 0.7")
 
     def answer(self, question: str) -> None:
-        """Ask, stream the answer, and keep both; a turn that does not fit the context is not kept."""
+        """Ask, stream the answer, and keep both, a stopped one too; a turn too long for the context is not kept."""
         self.history.append({"role": "user", "content": question})
         model = self.model.with_drafter(None) if self.plain else self.model
         settings = self.settings if self.plain else {**self.settings, **self.tree}
+        streamed, stopped = Streamed(), False
         try:
-            streamed = stream(model.stream(self.history, **settings), self.console, self.show_drafts)
+            stream(model.stream(self.history, **settings), self.console, self.show_drafts, streamed)
         except UserError as error:
             self.history.pop()
             self.remarks.print(f"{error}; /reset begins anew", markup=False)
             return
         except KeyboardInterrupt:
+            stopped = True
+        if stopped and not streamed.text:
             self.history.pop()
-            self.remarks.print("\nanswer interrupted and forgotten; /quit ends")
+            self.remarks.print("\nstopped before the answer began, and the question is forgotten; /quit ends")
             return
         self.history.append({"role": "assistant", "content": streamed.text})
+        if stopped:
+            self.remarks.print("\nstopped; what was said so far is kept; /quit ends")
+            return
         line = streamed.line(None if self.plain else model.plain_seconds)
         self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
         if streamed.finish_reason == "context":

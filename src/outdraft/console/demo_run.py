@@ -22,7 +22,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import Message, encode_chat
 from outdraft.console.demo_training import train_drafter
-from outdraft.console.streaming import Streamed, stream
+from outdraft.console.streaming import Streamed, legend, stream
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.bench import Comparison, measured
@@ -32,7 +32,7 @@ from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.evaluation.environment import disturbed, environment
 from outdraft.evaluation.prompts import encode, read_prompts
-from outdraft.output import ACCEPTED, number
+from outdraft.output import counted, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 
 MODELS = (SMOLLM2, REFERENCE)
@@ -52,9 +52,6 @@ DECODE_SECONDS = 105.0
 
 FEWEST_PROMPTS, FEWEST_TOKENS = 7, 24
 """The fewest prompts, one of every task, and the length below which answers are not cut before that."""
-
-LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
-"""The legend of the tint of drafted tokens."""
 
 
 @dataclass
@@ -112,7 +109,7 @@ class Race:
         if (found := self.divergence) is not None:
             kind = "a near-tie that rounding decides" if found.tie else "more than rounding explains"
             gap = f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
-            text = f"the texts part at token {found.position + 1}, {kind} ({gap})"
+            text = f"the texts differ from token {found.position + 1} on, {kind} ({gap})"
         return (
             f"{PLAIN} {rates} {number(self.drafted.tokens_per_second, '.1f')} tokens/s: {number(self.ratio)}x, {text}"
         )
@@ -158,11 +155,11 @@ class DemoResult:
         console.print()
         console.print(rendered(summaries, self.comparison.temperature, wide=console.width >= WIDE))
         facts = self.environment
-        made_on = f"{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}, {facts['backend']} backend"
+        made_on = f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['dtype']}, {facts['backend']} backend"
         console.print(f"held-out prompts: {summaries[0].questions}; {made_on}")
         if any(summary.divergences for summary in summaries):
             console.print(
-                f"Texts part where {facts['dtype']} rounds a near-tie between two tokens differently in one-token and "
+                f"Texts differ where {facts['dtype']} rounds a near-tie of two tokens differently in one-token and "
                 "many-token forwards; rare with --dtype float32, ruled out by `outdraft generate --exact`."
             )
         if (note := disturbed([facts["load_average"]], facts["cores"] or facts["threads"])) is not None:
@@ -243,7 +240,7 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
 
     console.print(Text(f"with drafting ({name})", "bold"))
     if console.is_terminal and not console.no_color:
-        console.print(Text.assemble((" tinted ", ACCEPTED), (f" {LEGEND}", "dim")))
+        console.print(legend())
     drafted = stream(model.stream(messages, **greedy), console, show_drafts=True)
     console.print(drafted.line(), "", style="dim", markup=False, sep="\n")
 

@@ -10,10 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from outdraft.console import options as o
-from outdraft.console.streaming import stream
+from outdraft.console.streaming import legend, stream
 from outdraft.data.text_file import whole_text
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
+
+NEAR_TIES = (
+    "{}: where two tokens are nearly tied, rounding may choose another than in plain decoding; --exact rules it out"
+)
 
 
 def generate(
@@ -80,8 +84,14 @@ def generate(
         chat = getattr(loaded.tokenizer, "chat_template", None) is not None
     asked: Any = [{"role": "user", "content": text}] if chat else text
     if not json:
+        said = remarks()
+        if show_drafts:
+            said.print(legend(), soft_wrap=True)
         streamed = stream(loaded.stream(asked, **settings), results(show_drafts), show_drafts)
-        remarks().print(streamed.line(loaded.plain_seconds), style="dim", markup=False, soft_wrap=True)
+        said.print(streamed.line(loaded.plain_seconds), style="dim", markup=False, soft_wrap=True)
+        width = loaded.target.dtype.itemsize
+        if any(streamed.accepted) and width < 4 and not settings.get("temperature") and not exact:
+            said.print(NEAR_TIES.format(str(loaded.target.dtype).removeprefix("torch.")), style="dim", soft_wrap=True)
         return
     output = loaded.generate(asked, **settings)
     print_json(

@@ -156,7 +156,7 @@ TreeSize = Annotated[
     typer.Option(
         "--tree-size",
         callback=whole_or_auto,
-        metavar="INTEGER|auto",
+        metavar="<int>|auto",
         help=DRAFT["tree_size"],
     ),
 ]

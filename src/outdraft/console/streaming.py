@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from outdraft.output import ACCEPTED, number
 
@@ -67,9 +68,27 @@ class Streamed:
         return " | ".join(parts)
 
 
-def stream(pieces: Iterable[Piece], console: Console, show_drafts: bool = False) -> Streamed:
-    """Print the pieces of a row as they come."""
-    streamed = Streamed()
+LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
+"""The legend of the tint of drafted tokens."""
+
+
+def legend() -> Text:
+    """Return the line that says what the tint means."""
+    return Text.assemble((" tinted ", ACCEPTED), (f" {LEGEND}", "dim"))
+
+
+def stream(
+    pieces: Iterable[Piece], console: Console, show_drafts: bool = False, streamed: Streamed | None = None
+) -> Streamed:
+    """Print the pieces of a row as they come.
+
+    Args:
+        pieces: of one row.
+        console: where they are printed.
+        show_drafts: colour drafted tokens.
+        streamed: filled in place, for callers that need the answer so far where Ctrl-C ends it.
+    """
+    streamed = Streamed() if streamed is None else streamed
     start = time.perf_counter()
     for piece in pieces:
         streamed.first_seconds = streamed.first_seconds or time.perf_counter() - start

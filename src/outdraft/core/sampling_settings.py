@@ -15,7 +15,7 @@ class SamplingSettings:
     """The settings of sampling; names and meaning as in Hugging Face `generate` where it has them."""
 
     temperature: float = 0.0
-    """Softness of the distribution; 0 is greedy decoding."""
+    """Randomness: 0 takes the most probable token (greedy), 1 draws from the model's own distribution."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0

@@ -15,9 +15,9 @@ class TreeShape:
     """The largest size of a tree: EAGLE's depth, top_k and total_token."""
 
     depth: int
-    """Draft steps after the root's own expansion; paths are at most depth + 1 candidates long."""
+    """Levels of a tree below its first: a path holds at most depth + 1 drafted tokens."""
     top_k: int
-    """Nodes expanded per level, and children considered of each; 1 is a chain."""
+    """Most tokens of a level that are drafted further, and continuations of each; 1 drafts a chain."""
     size: int
     """Nodes that the target verifies, the root included."""
     candidates: Choice = "top-k"

@@ -218,9 +218,8 @@ class Batch:
         self.drafts.tell(packed[:, :longest], taps, packed[:, longest:-1], counts)
         for i, (row, history, verdict) in enumerate(zip(self.rows, self.histories, verdicts, strict=True)):
             drafted = len(verdict.tokens) - 1
-            taken = row.extend(
-                verdict.tokens[:drafted] if lost[i] else verdict.tokens, self.target.context_length, drafted
-            )
+            tokens = verdict.tokens[:drafted] if lost[i] else verdict.tokens
+            taken = row.extend(tokens, self.target.context_length, drafted, copied=bool(plan.ngrams[i]))
             if taken:
                 row.tell(row.watch, logits[i, verdict.path[:taken]])
             if lost[i] and row.finish_reason is None:

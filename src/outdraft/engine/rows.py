@@ -32,6 +32,7 @@ class Row:
         finish_reason: `eos`, `length`, `stop`, `context` or `error`; None while the row is running.
         error: message, if the row ended with an error.
         accepted: for every decided token, True if it was drafted.
+        copied: for every decided token, True if an n-gram draft that overrode the drafter held it.
         controller: decides how far to draft for the row; None drafts as far as the shape allows.
         repeats: when n-gram drafts override the drafter; None always asks the drafter.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
@@ -48,15 +49,16 @@ class Row:
     finish_reason: str | None = None
     error: str | None = None
     accepted: list[bool] = field(default_factory=list)
+    copied: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     controller: Controller | None = None
     repeats: Repeats | None = None
     watch: Callable[[Tensor], None] | None = None
     watch_prompt: Callable[[Tensor], None] | None = None
 
-    def extend(self, tokens: Sequence[int], context_length: int, drafted: int) -> int:
-        """Append decided tokens one by one, the first `drafted` of them drafted, and end exactly where plain decoding
-        would.
+    def extend(self, tokens: Sequence[int], context_length: int, drafted: int, copied: bool = False) -> int:
+        """Append decided tokens one by one, the first `drafted` of them drafted (by an n-gram draft, if `copied`), and
+        end exactly where plain decoding would.
 
         Returns:
             The number of tokens that were appended.
@@ -64,6 +66,7 @@ class Row:
         for taken, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self.accepted.append(taken <= drafted)
+            self.copied.append(copied and taken <= drafted)
             if token in self.stop_token_ids:
                 self.finish_reason = "eos"
             elif self._stops():

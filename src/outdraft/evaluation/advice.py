@@ -24,7 +24,7 @@ from outdraft.evaluation.bench.result import closing, table
 from outdraft.evaluation.bench.summary import Summary
 from outdraft.evaluation.environment import busy
 from outdraft.evaluation.rounds import RoundCost
-from outdraft.output import number
+from outdraft.output import counted, number
 from outdraft.target.named import named, shipped_drafters
 
 CHAIN = 4
@@ -197,8 +197,8 @@ def show(advice: Advice, console: Console) -> None:
     """Print the timings, the results on the prompts, and the advice."""
     facts = advice.environment
     console.print(
-        f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} backend; "
-        f"{advice.seconds:.0f} s",
+        f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['device']}, {facts['dtype']}, "
+        f"{facts['backend']} backend; {advice.seconds:.0f} s",
         markup=False,
     )
     passes = ", ".join(f"{_milliseconds(seconds)} over {tokens}" for tokens, seconds in advice.passes.items())

@@ -9,8 +9,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from functools import cache
-from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -28,6 +26,7 @@ from outdraft.serving.engine import Engine
 from outdraft.serving.errors import ApiError, internal_error
 from outdraft.serving.jobs import Event, Failed, GenerationParams, Job
 from outdraft.serving.metrics import Metrics
+from outdraft.serving.page import page, page_headers
 from outdraft.serving.parse import RequestParser
 from outdraft.serving.protocol import (
     ChatRequest,
@@ -55,15 +54,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down.",
     }.items()
 }
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
-"""The chat page loads nothing, talks to its own server only and is shown in no frame."""
-
 _bearer = HTTPBearer(auto_error=False)
 
 
@@ -167,15 +157,9 @@ def make_app(
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         """A page to chat on."""
-        return Response(page(), headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
+        return Response(page(), headers=page_headers(), media_type="text/html; charset=utf-8")
 
     return app
-
-
-@cache
-def page() -> str:
-    """The source of the chat page, which is one file."""
-    return (files("outdraft.serving") / "page.html").read_text(encoding="utf-8")
 
 
 async def _whole(

@@ -68,10 +68,16 @@ class GenerationParams:
 
 
 class Piece(NamedTuple):
-    """Some text, and whether a drafter had guessed its token."""
+    """Some text, whether its token had been drafted, and whether it was an n-gram draft that held it."""
 
     text: str
     accepted: bool
+    copied: bool = False
+
+    @property
+    def source(self) -> str | None:
+        """What had drafted it: `drafter`, `ngram`, or None."""
+        return ("ngram" if self.copied else "drafter") if self.accepted else None
 
 
 class AnswerText:
@@ -91,16 +97,16 @@ class AnswerText:
         """Character at which every token's text begins."""
         self.stopped = False
         """A stop string was found: the text ends before it, and further tokens add nothing."""
-        self._accepted: list[bool] = []
+        self._guesses: list[tuple[bool, bool]] = []  # accepted, copied
         self._seen = 0  # characters so far, certain or not
         self._released = 0  # characters handed out
         self._piece = 0  # index of the token whose text is handed out next
 
-    def take(self, tokens: Sequence[int], accepted: Sequence[bool]) -> bool:
+    def take(self, tokens: Sequence[int], accepted: Sequence[bool], copied: Sequence[bool] = ()) -> bool:
         """Add those of the answer's `tokens` that are new; returns whether a stop string is complete."""
         for index in range(len(self.starts), len(tokens)):
             self.starts.append(self._seen)
-            self._accepted.append(accepted[index])
+            self._guesses.append((accepted[index], bool(copied) and copied[index]))
             if not self.stopped:
                 self._add(tokens[index])
         return self.stopped
@@ -118,7 +124,7 @@ class AnswerText:
             last = self._piece + 1 == len(self.starts)
             end = certain if last else min(certain, self.starts[self._piece + 1])
             if end > self._released:
-                pieces.append(Piece(self.text[self._released : end], self._accepted[self._piece]))
+                pieces.append(Piece(self.text[self._released : end], *self._guesses[self._piece]))
                 self._released = end
             if self._released < certain:
                 self._piece += 1
@@ -201,7 +207,7 @@ class Answer:
 
     def delta(self) -> Delta | None:
         """What was decided since the last call; None if nothing was."""
-        self.text.take(self.row.tokens, self.row.accepted)
+        self.text.take(self.row.tokens, self.row.accepted, self.row.copied)
         reason = self.row.finish_reason
         if reason is not None:
             self.text.finish()
@@ -291,7 +297,7 @@ class Job:
 
 
 def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
-    return lambda tokens: text.take(tokens, row.accepted)
+    return lambda tokens: text.take(tokens, row.accepted, row.copied)
 
 
 def _recording(known: list[TokenLogprob], tokens: Sequence[int], most: int) -> Callable[[Tensor], None]:

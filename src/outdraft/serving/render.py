@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.text import Detokenizer, bytes_of
-from outdraft.serving.jobs import Delta, Job, TokenLogprob
+from outdraft.serving.jobs import Delta, Job, Piece, TokenLogprob
 from outdraft.serving.tools import CallReader
 
 LEAST_LOGPROB = -9999.0
@@ -44,6 +44,7 @@ class Renderer:
         self.created = int(time.time())
         self._deltas: list[list[Delta]] = [[] for _ in job.answers]
         self._begun: set[int] = set()
+        self._untold = [0 for _ in job.answers]  # tokens decided since the last chunk
         self._names: dict[int, _TokenNames] = {}
         tools = job.params.tools
         self._readers = [] if tools is None else [CallReader(tools) for _ in job.answers]
@@ -80,7 +81,7 @@ class Renderer:
         if not self.chat and self.job.params.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._of_prompt(index)
         if self.pieces:
-            choice["pieces"] = [list(piece) for delta in deltas for piece in delta.pieces]
+            choice |= _pieces([piece for delta in deltas for piece in delta.pieces])
         return choice
 
     # --- streamed ----------------------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ class Renderer:
         delta = self._visible(delta)
         chunks = []
         begin = ""
+        self._untold[delta.index] += delta.tokens
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             begin = self._beginning(delta.index)
@@ -101,10 +103,11 @@ class Renderer:
             said: dict[str, Any] = {"delta": part} if self.chat else {"text": text}
             logprobs = self._logprobs(delta.index, delta.logprobs, delta.starts)
             if self.pieces:
-                said["pieces"] = [list(piece) for piece in delta.pieces]
-                said["speculation"] = {"tokens": delta.tokens, "tau": delta.tau}
+                said |= _pieces(delta.pieces)
+                said["speculation"] = {"tokens": self._untold[delta.index], "tau": delta.tau}
             if not self._readers or part or logprobs or reason is not None:
                 chunks.append(self._chunk(delta.index, said, logprobs, reason))
+                self._untold[delta.index] = 0
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -257,6 +260,14 @@ class _TokenNames:
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         name = self.name(token)
         return {"token": name, "logprob": _finite(logprob), "bytes": list(bytes_of(self.tokenizer, token, name))}
+
+
+def _pieces(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The pieces of an answer, and beside them what had drafted each."""
+    return {
+        "pieces": [[piece.text, piece.accepted] for piece in pieces],
+        "piece_sources": [piece.source for piece in pieces],
+    }
 
 
 def _finite(value: float) -> float:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +49,11 @@ def _bar(console: Console, name: str, *columns: ProgressColumn) -> Progress:
     return Progress(TextColumn(name), BarColumn(), *columns, console=console, disable=not console.is_terminal)
 
 
+def _figures(known: Mapping[str, float]) -> str:
+    """Format the figures that are shown, of those known."""
+    return "  ".join(f"{name} {known[name]:{form}}" for name, form in SHOWN.items() if name in known)
+
+
 class ProgressReport(TrainerCallback):
     """The progress of training: a bar with loss, agreement and tau on a terminal, a line a log entry elsewhere."""
 
@@ -71,11 +76,10 @@ class ProgressReport(TrainerCallback):
         if not state.is_world_process_zero or logs is None or not {"loss", "tau", CHAIN} & set(logs):
             return
         self._latest.update({name: logs[name] for name in SHOWN if name in logs})
-        text = "  ".join(f"{name} {self._latest[name]:{form}}" for name, form in SHOWN.items() if name in self._latest)
         if self._bar.live.is_started:
-            self._bar.update(self._task, description=text)
-        else:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+            self._bar.update(self._task, description=_figures(self._latest))
+        else:  # a line has what was measured at its step, nothing from an earlier one
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {_figures(logs)}", highlight=False)
 
     def close(self) -> None:
         self._bar.stop()

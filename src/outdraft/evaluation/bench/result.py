@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,7 +18,7 @@ from outdraft.evaluation.bench.measure import PLAIN, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
 from outdraft.evaluation.bench.summary import Summary, scattered
 from outdraft.evaluation.environment import busy
-from outdraft.output import number
+from outdraft.output import counted, number
 
 
 @dataclass
@@ -78,16 +79,22 @@ class BenchResult:
             ],
         }
 
-    def show(self, console: Console) -> None:
-        """Print a table for every temperature, and one by group where there are several."""
+    def show(self, console: Console, all_figures: bool = False) -> None:
+        """Print a table for every temperature, and one by group where there are several.
+
+        Args:
+            console: where it is printed.
+            all_figures: print the other ways of computing a speed-up, too.
+        """
         facts = self.environment
         console.print(
-            f"{facts['cpu']}, {facts['threads']} threads, {facts['device']}, {facts['dtype']}, {facts['backend']} "
-            f"backend; {self.settings['prompts']} prompts, {self.settings['repetitions']} repetitions",
+            f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['device']}, {facts['dtype']}, "
+            f"{facts['backend']} backend; {counted(self.settings['prompts'], 'prompt')}, "
+            f"{counted(self.settings['repetitions'], 'repetition')}",
             markup=False,
         )
         for one in self.comparisons:
-            console.print(rendered(one.summaries, one.temperature, wide=console.width >= WIDE))
+            console.print(rendered(one.summaries, one.temperature, console.width >= WIDE, all_figures))
             if len(one.groups) > 1:
                 console.print(group_table(one.groups, one.temperature))
             if one.cut_short:
@@ -110,18 +117,22 @@ WIDE = 110
 """The least width of a terminal, in columns, that also shows the figures of rounds."""
 
 
-def table(summaries: Sequence[Summary], temperature: float) -> Table:
-    """Make a table of speed and equal texts, one row a contender; with Spec-Bench's own speed-up where it is known."""
+def table(summaries: Sequence[Summary], temperature: float, all_figures: bool = False) -> Table:
+    """Make a table of speed and equal texts, one row a contender; with the other speed-ups that are known, if asked."""
     columns: dict[str, Column] = {
         "method": lambda s: s.name,
         "tau": lambda s: number(s.statistics.tau),
         "tokens/s": lambda s: number(s.tokens_per_second, ".1f"),
         "speed-up [95%]": speedup,
     }
-    if any(math.isfinite(summary.over_stock) for summary in summaries):
-        columns["over stock"] = lambda s: f"{number(s.over_stock)}x"
-    if any(math.isfinite(summary.spec_bench_speedup) for summary in summaries):
-        columns["Spec-Bench's own"] = lambda s: f"{number(s.spec_bench_speedup)}x"
+    others = {
+        "over stock": "over_stock",
+        "of mean rates": "mean_rate_speedup",
+        "Spec-Bench's own": "spec_bench_speedup",
+    }
+    for name, attribute in others.items() if all_figures else ():
+        if any(math.isfinite(getattr(summary, attribute)) for summary in summaries):
+            columns[name] = partial(lambda attribute, s: f"{number(getattr(s, attribute))}x", attribute)
     return _table(summaries, {**columns, "identical": verdict}, temperature_name(temperature))
 
 
@@ -166,8 +177,10 @@ def group_table(groups: Mapping[str, Sequence[Summary]], temperature: float) -> 
 
 
 def speedup(summary: Summary) -> str:
-    """Format the speed-up with its interval."""
+    """Format the speed-up with its interval, which one question does not have."""
     low, high = summary.speedup_interval
+    if not math.isfinite(low):
+        return f"{number(summary.speedup)}x"
     return f"{number(summary.speedup)}x [{number(low)}, {number(high)}]"
 
 
@@ -196,7 +209,7 @@ def verdict(summary: Summary) -> str:
     if not summary.divergences:
         return "yes"
     ties = sum(divergence.tie for divergence in summary.divergences)
-    parted = f"{len(summary.divergences)} part"
+    parted = f"{len(summary.divergences)} differ"
     return f"{parted} at near-ties" if ties == len(summary.divergences) else f"{parted}, {ties} at near-ties"
 
 
@@ -207,8 +220,8 @@ def _turn(found: Divergence) -> str:
 def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
     """List position, gap and noise of the first few divergences."""
     lines = [
-        f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} parts at token {found.position + 1}, logit gap "
-        f"{number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
+        f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} differs from token {found.position + 1} on, "
+        f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
         for summary in summaries
         for found in summary.divergences or []
     ]
@@ -235,7 +248,7 @@ def closing(summaries: Sequence[Summary]) -> str:
     return text + "."
 
 
-def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True) -> Group:
+def rendered(summaries: Sequence[Summary], temperature: float, wide: bool = True, all_figures: bool = False) -> Group:
     """Return the table, where the width allows also that of rounds, and the divergences below them."""
     notes = [Text(line, style="dim") for line in divergence_lines(summaries)]
-    return Group(table(summaries, temperature), *([rounds_table(summaries)] if wide else []), *notes)
+    return Group(table(summaries, temperature, all_figures), *([rounds_table(summaries)] if wide else []), *notes)

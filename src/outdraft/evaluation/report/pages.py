@@ -23,7 +23,7 @@ from outdraft.evaluation.bench.result import BenchResult, Comparison, closing, t
 from outdraft.evaluation.bench.summary import Summary, scattered
 from outdraft.evaluation.environment import busy
 from outdraft.evaluation.report.charts import charts
-from outdraft.output import number, write_whole
+from outdraft.output import counted, number, write_whole
 from outdraft.output import plain as in_json
 
 SLOTS = {
@@ -183,11 +183,13 @@ def _section(place: int, one: Comparison, tokenizer: Any, figures: list[dict[str
 
 def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return a line on the machine."""
-    device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {facts['threads']} threads"
+    threads = counted(facts["threads"], "thread")
+    device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {threads}"
     when = facts.get("ended") or facts.get("began") or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    asked = f"{counted(settings['prompts'], 'question')}, {counted(settings['repetitions'], 'repetition')}"
     return (
-        f"{device}; {facts['dtype']}, {facts['backend']} backend; {settings['prompts']} questions, "
-        f"{settings['repetitions']} repetition(s), up to {settings['max_new_tokens']} new tokens; {when}"
+        f"{device}; {facts['dtype']}, {facts['backend']} backend; {asked}, "
+        f"up to {settings['max_new_tokens']} new tokens; {when}"
     )
 
 
