@@ -10,6 +10,7 @@ namespace {
 
 constexpr int CHUNK = 128;  // keys whose values are rearranged at once
 constexpr int TILE = 16;    // tokens of a prompt that attend together
+constexpr int WIDE = 2, AT_ONCE = MOST_TOKENS[WIDE - 1];  // panels and queries of a tile
 
 struct Heads {
   int64_t heads, kv_heads, width;
@@ -98,7 +99,7 @@ class Attention {
     int64_t queries = count_ * group_;
     room.scores.resize(queries * room_);
     room.words.resize(queries * (words_ + room_ / Type<T>::PER_WORD));
-    room.panels.resize(std::max<int64_t>(PANELS * words_ * LANES, CHUNK * width_ / Type<T>::PER_WORD));
+    room.panels.resize(std::max<int64_t>(WIDE * words_ * LANES, CHUNK * width_ / Type<T>::PER_WORD));
     room.sums.assign(queries * width_, 0);
     scores_ = room.scores.data();
     q_ = room.words.data();
@@ -147,29 +148,27 @@ class Attention {
   // Scores of `count` keys, whose first one has index `start`, for queries from `first` on.
   template <class Slot>
   void score(Slot slot, int64_t count, int64_t start, int64_t first, int64_t queries, Room& room) {
-    int64_t panel = words_ * LANES;
-    uint32_t* panels = room.panels.data();
-    for (int64_t k = 0; k < count; k += PANELS * LANES) {
-      int n = (int)std::min<int64_t>(PANELS, (count - k + LANES - 1) / LANES);
+    const int64_t panel = words_ * LANES, turns = (queries + AT_ONCE - 1) / AT_ONCE;
+    auto from = [&](int64_t turn) { return first + queries * turn / turns; };
+    room.tokens.resize(turns * panel);
+    for (int64_t turn = 0; turn < turns && count > 0; turn++)
+      side_by_side([&](int i) { return q_ + (from(turn) + i) * words_; }, (int)(from(turn + 1) - from(turn)), words_,
+                   room.tokens.data() + turn * panel);
+    for (int64_t k = 0; k < count; k += WIDE * LANES) {
+      int n = (int)std::min<int64_t>(WIDE, (count - k + LANES - 1) / LANES);
       for (int i = 0; i < n; i++)
         side_by_side([&](int key) { return (const uint32_t*)(keys_ + slot(k + i * LANES + key) * p_.slot_stride); },
-                     (int)std::min<int64_t>(LANES, count - k - i * LANES), words_, panels + i * panel);
-      for (int64_t q = first, m; q < first + queries; q += m) {
-        m = tokens_for(first + queries - q, n);
-        alignas(64) float sums[SUMS] = {};
-        tile_of<T>(m, n)(panels, panel, tokens(q_ + q * words_, words_, m, words_, room), words_, nullptr, sums);
+                     (int)std::min<int64_t>(LANES, count - k - i * LANES), words_, room.panels.data() + i * panel);
+      for (int64_t turn = 0; turn < turns; turn++) {
+        int m = (int)(from(turn + 1) - from(turn));
+        alignas(64) float sums[SUMS];
+        std::memset(sums, 0, m * n * LANES * sizeof(float));
+        const uint32_t* x = m == 1 ? q_ + from(turn) * words_ : room.tokens.data() + turn * panel;
+        tile_of<T>(m, n)(room.panels.data(), panel, x, words_, nullptr, sums);
         for (int i = 0; i < m; i++)
-          std::memcpy(scores_ + (q + i) * room_ + start + k, sums + i * n * LANES, n * LANES * sizeof(float));
+          std::memcpy(scores_ + (from(turn) + i) * room_ + start + k, sums + i * n * LANES, n * LANES * sizeof(float));
       }
     }
-  }
-
-  // Rows of words as the tokens of a tile.
-  const uint32_t* tokens(const uint32_t* x, int64_t stride, int count, int64_t words, Room& room) const {
-    if (count == 1) return x;
-    room.tokens.resize(words * LANES);
-    side_by_side([&](int i) { return x + i * stride; }, count, words, room.tokens.data());
-    return room.tokens.data();
   }
 
   void softmax(int64_t t, int64_t q, int64_t count) {
@@ -207,19 +206,19 @@ class Attention {
       int64_t lines = (std::min<int64_t>(CHUNK, count - k) + per - 1) / per, panel = lines * LANES;
       for (int64_t i = 0; i < lines; i++)
         line_of_values(value(k + i * per), value(k + i * per + per - 1), panels, panel, room.panels.data() + i * LANES);
-      for (int64_t q = first, m; q < first + queries; q += m) {
-        m = tokens_for(first + queries - q, PANELS);
-        const uint32_t* own = tokens((const uint32_t*)(weights_ + q * room_ + start + k), room_ / per, m, lines, room);
-        for (int64_t n = 0; n < panels; n += PANELS) {
-          int width = (int)std::min<int64_t>(PANELS, panels - n);
+      for (int64_t turn = 0, turns = (queries + AT_ONCE - 1) / AT_ONCE; turn < turns; turn++) {
+        int64_t q = first + queries * turn / turns;
+        int m = (int)(first + queries * (turn + 1) / turns - q);
+        const uint32_t* x = (const uint32_t*)(weights_ + q * room_ + start + k);
+        room.tokens.resize(lines * LANES);
+        if (m > 1) side_by_side([&](int i) { return x + i * (room_ / per); }, m, lines, room.tokens.data());
+        for (int64_t n = 0; n < panels; n += WIDE) {
+          int wide = (int)std::min<int64_t>(WIDE, panels - n);
           alignas(64) float sums[SUMS];
-          for (int i = 0; i < m; i++)
-            std::memcpy(sums + i * width * LANES, room.sums.data() + (q + i) * width_ + n * LANES,
-                        width * LANES * sizeof(float));
-          tile_of<T>(m, width)(room.panels.data() + n * panel, panel, own, lines, nullptr, sums);
-          for (int i = 0; i < m; i++)
-            std::memcpy(room.sums.data() + (q + i) * width_ + n * LANES, sums + i * width * LANES,
-                        width * LANES * sizeof(float));
+          auto kept = [&](int i) { return room.sums.data() + (q + i) * width_ + n * LANES; };
+          for (int i = 0; i < m; i++) std::memcpy(sums + i * wide * LANES, kept(i), wide * LANES * sizeof(float));
+          tile_of<T>(m, wide)(room.panels.data() + n * panel, panel, m > 1 ? room.tokens.data() : x, lines, nullptr, sums);
+          for (int i = 0; i < m; i++) std::memcpy(kept(i), sums + i * wide * LANES, wide * LANES * sizeof(float));
         }
       }
     }

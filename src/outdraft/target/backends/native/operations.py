@@ -104,8 +104,7 @@ class Weight:
             self.lines = words.view(torch.int32)
         else:
             numbers, self.scales = quantised(panels, bits)
-            pairs = numbers.unflatten(2, (-1, 2)).permute(0, 2, 3, 1)  # (panels, pairs, even or odd, LANES)
-            self.lines = (pairs if bits == 8 else pairs[:, :, 0] | pairs[:, :, 1] << 4).contiguous()
+            self.lines = blocks(numbers, bits)
         self.bias = None if bias is None else bias.detach().float()[order].contiguous()
         kept = (self.lines, self.scales, self.bias)
         self.struct = CWeight(*(None if part is None else part.data_ptr() for part in kept), *weight.shape, bits or 0)
@@ -132,33 +131,51 @@ class Weight:
         if self.scales is None:
             panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
         else:
-            pairs = self.lines if self.bits == 8 else torch.stack([self.lines & 15, self.lines >> 4], dim=2)
-            numbers = pairs.permute(0, 3, 1, 2).flatten(2).unflatten(2, (-1, GROUP))
-            scale, least = (self.scales[:, :, part].transpose(1, 2)[..., None].float() for part in (0, 1))
-            panels = (numbers * scale + least).to(self.dtype)
+            numbers = unblocked(self.lines, self.bits or 0).unflatten(2, (-1, GROUP))
+            scale, *offset = (part.transpose(1, 2)[..., None].float() for part in self.scales.unbind(2))
+            panels = (numbers * scale + (offset[0] if offset else 0)).to(self.dtype)
         rows = panels.reshape(-1, self.inputs)[: self.outputs]
         return torch.empty_like(rows).index_copy_(0, self._order, rows)
 
 
 def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise to whole numbers of 0 and more, which a scale and a smallest value of every `GROUP` inputs turn back.
+    """Quantise groups of `GROUP` inputs: eight bits to -127 ... 127 with a scale, four to 0 ... 15 with an offset too.
 
     Args:
         panels: `(panels, LANES, inputs)`.
         bits: 8 or 4.
 
     Returns:
-        `(panels, LANES, inputs)` uint8, and `(panels, groups, 2, LANES)` bfloat16 scales and smallest values.
+        `(panels, LANES, inputs)` int8, and `(panels, groups, 1 or 2, LANES)` bfloat16 scales and offsets.
     """
     groups = panels.float().unflatten(2, (-1, GROUP))
-    least = groups.amin(3).to(torch.bfloat16)
-    scale = ((groups.amax(3) - least.float()) / (2**bits - 1)).to(torch.bfloat16)
+    most = 127 if bits == 8 else 15
+    offset = torch.zeros(()) if bits == 8 else groups.amin(3).to(torch.bfloat16).float()
+    reach = groups.abs().amax(3) if bits == 8 else groups.amax(3) - offset
+    scale = (reach / most).to(torch.bfloat16).float()
     # A scale that was rounded down is made larger, so that the largest weight is not cut.
-    short = scale.float() * (2**bits - 1) < groups.amax(3) - least.float()
-    scale = torch.where(short, (scale.float() * (1 + 2**-7)).to(torch.bfloat16), scale)
-    numbers = (groups - least.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
-    whole = numbers.round().clamp(0, 2**bits - 1).to(torch.uint8)
-    return whole.flatten(2), torch.stack([scale, least], dim=1).permute(0, 3, 1, 2).contiguous()
+    scale = torch.where(scale * most < reach, scale * (1 + 2**-7), scale).to(torch.bfloat16)
+    numbers = (groups - offset[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    whole = numbers.round().clamp(-127 if bits == 8 else 0, most).to(torch.int8)
+    kept = [scale] if bits == 8 else [scale, offset.to(torch.bfloat16)]
+    return whole.flatten(2), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
+
+
+def blocks(numbers: Tensor, bits: int) -> Tensor:
+    """Arrange `(panels, LANES, inputs)` whole numbers in blocks of 64 bytes, as weights.h reads them."""
+    shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
+    parts = numbers.view(torch.uint8).unflatten(1, (4, 4)).unflatten(3, shape)
+    if bits == 4:
+        parts = parts[:, :, :, :, 0] | parts[:, :, :, :, 1] << 4
+    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def unblocked(lines: Tensor, bits: int) -> Tensor:
+    """Return the `(panels, LANES, inputs)` whole numbers of `blocks`."""
+    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, 4, 4, blocks, lines, inputs of a pair)
+    if bits == 4:
+        parts = torch.stack([parts & 15, parts >> 4], dim=4)
+    return parts.flatten(3).flatten(1, 2).contiguous().view(torch.int8)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

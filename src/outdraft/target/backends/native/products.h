@@ -15,7 +15,6 @@ constexpr int MOST_TOKENS[] = {4, 2, 1, 1};
 #endif
 constexpr int PANELS = 4, MANY = 2;  // of a tile, at most and for many tokens
 constexpr int SUMS = 32 * LANES;  // of the largest tile
-constexpr int UNPACKED = 512;     // inputs of a panel that are unpacked at once
 
 #if defined(__AVX512F__)
 inline void transpose(const uint32_t* const* rows, int64_t column, uint32_t* out) {  // 16 x 16 words
@@ -133,18 +132,103 @@ struct Tokens {
   }
 };
 
+// Sums of M tokens and one panel of a quantised weight, added group by group. `totals` [groups][LANES or 1] are the sums
+// of the tokens' inputs.
+template <class T, int BITS, int M>
+void quantised_tile(const Weight& w, int64_t panel, const uint32_t* x, const float* totals, float* sums) {
+  constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1;
+  const int64_t groups = w.inputs / GROUP;
+  const uint8_t* at = (const uint8_t*)w.lines + panel * groups * (GROUP * LANES * BITS / 8);
+  const bfloat16* scales = (const bfloat16*)w.scales + panel * groups * KINDS * LANES;
+  for (int64_t g = 0; g < groups; g++, at += GROUP * LANES * BITS / 8, scales += KINDS * LANES) {
+    Words lines[PAIRS];
+    Floats sum[M] = {};
+    if constexpr (BITS == 8)
+      unpack_eight(at, lines);
+    else
+      unpack_four(at, lines);
+    for (int i = 0; i < PAIRS; i++)
+      for (int m = 0; m < M; m++) {
+        if constexpr (sizeof(T) == 2) {
+          sum[m] = Type<T>::multiply_add(sum[m], lines[i], x[(g * PAIRS + i) * STRIDE + m]);
+        } else {
+          const uint32_t* pair = x + (g * GROUP + 2 * i) * STRIDE + m;
+          sum[m] = Type<T>::multiply_add(sum[m], lines[i] << 16, pair[0]);
+          sum[m] = Type<T>::multiply_add(sum[m], lines[i] & 0xffff0000u, pair[STRIDE]);
+        }
+      }
+    Floats scale = Type<bfloat16>::load(scales);
+    for (int m = 0; m < M; m++) {
+      Floats all = *(const LooseFloats*)(sums + m * LANES) + sum[m] * scale;
+      if constexpr (BITS == 4)
+        all += (Type<bfloat16>::load(scales + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
+      *(LooseFloats*)(sums + m * LANES) = all;
+    }
+  }
+}
+
+template <class T, int BITS, int M = LANES>
+auto quantised_tile_of(int tokens) {
+  if constexpr (M > 1)
+    if (tokens < M) return quantised_tile_of<T, BITS, M - 1>(tokens);
+  return quantised_tile<T, BITS, M>;
+}
+
+// Sums of the inputs of every group, [groups][LANES], or [groups] of a single token.
+template <class T>
+void group_totals(const uint32_t* x, int64_t groups, bool single, float* totals) {
+  const int words = GROUP / Type<T>::PER_WORD;
+  for (int64_t g = 0; g < groups; g++) {
+    Floats sum{};
+    for (int i = 0; i < words; i++) {
+      Words word = single ? Words{x[g * words + i]} : *(const LooseWords*)(x + (g * words + i) * LANES);
+      if constexpr (sizeof(T) == 2)
+        sum += (Floats)(word << 16) + (Floats)(word & 0xffff0000u);
+      else
+        sum += (Floats)word;
+    }
+    if (single)
+      totals[g] = sum[0];
+    else
+      *(LooseFloats*)(totals + g * LANES) = sum;
+  }
+}
+
+// `multiply` for quantised weights.
 template <class T, class Use>
-void multiply_unpacked(const Weight& w, const Tokens<T>& tiles, int64_t first, int64_t last, int most, Use use);
+void multiply_quantised(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
+  thread_local std::vector<uint32_t> room;
+  thread_local std::vector<float> totals;
+  const Tokens<T> tiles(x, w.inputs, tokens, 1, room);
+  const int64_t groups = w.inputs / GROUP;
+  totals.resize(tiles.turns * groups * LANES);
+  for (int64_t turn = 0; turn < tiles.turns && w.bits == 4; turn++)
+    group_totals<T>(tiles.at(turn), groups, tiles.count(turn) == 1, totals.data() + turn * groups * LANES);
+  for (int64_t p = first; p < last; p += step)
+    for (int64_t turn = 0; turn < tiles.turns; turn++) {
+      int m = tiles.count(turn);
+      alignas(64) float sums[2 * LANES * LANES], ordered[2 * LANES];
+      std::memset(sums, 0, step * m * LANES * sizeof(float));
+      auto tile = w.bits == 8 ? quantised_tile_of<T, 8>(m) : quantised_tile_of<T, 4>(m);
+      for (int n = 0; n < step; n++)
+        tile(w, p + n, tiles.at(turn), totals.data() + turn * groups * LANES, sums + n * m * LANES);
+      for (int i = 0; i < m; i++) {
+        for (int n = 0; n < step; n++)
+          std::memcpy(ordered + n * LANES, sums + (n * m + i) * LANES, LANES * sizeof(float));
+        use(tiles.first(turn) + i, p, step, ordered);
+      }
+    }
+}
 
 // Calls use(token, panel, panels, sums) for sums [panels][LANES] of every token and of panels from `first` to `last`, in
 // multiples of `step`.
 template <class T, class Use>
 void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
+  if (w.scales) return multiply_quantised(w, x, tokens, first, last, step, use);
   thread_local std::vector<uint32_t> room;
   const int most = std::max(step, panels_for(tokens) / step * step);
   const Tokens<T> tiles(x, w.inputs, tokens, most, room);
   const int64_t panel = tiles.words * LANES;
-  if (w.scales) return multiply_unpacked(w, tiles, first, last, most, use);
   for (int64_t p = first; p < last; p += most) {
     int n = (int)std::min<int64_t>(most, last - p);
     for (int64_t turn = 0; turn < tiles.turns; turn++) {
@@ -155,28 +239,6 @@ void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_
                        turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
       for (int i = 0; i < m; i++) use(tiles.first(turn) + i, p, n, sums + i * n * LANES);
     }
-  }
-}
-
-// The same with quantised weights, which are unpacked a part at a time; sums keep their order.
-template <class T, class Use>
-void multiply_unpacked(const Weight& w, const Tokens<T>& tiles, int64_t first, int64_t last, int most, Use use) {
-  thread_local std::vector<uint32_t> lines(PANELS * UNPACKED * LANES);
-  thread_local std::vector<float> all;
-  all.resize(tiles.tokens * most * LANES);
-  for (int64_t p = first; p < last; p += most) {
-    int n = (int)std::min<int64_t>(most, last - p);
-    std::fill(all.begin(), all.end(), 0.0f);
-    for (int64_t i = 0; i < w.inputs; i += UNPACKED) {
-      int64_t count = std::min<int64_t>(UNPACKED, w.inputs - i), words = count / Type<T>::PER_WORD;
-      for (int k = 0; k < n; k++) unpack<T>(w, p + k, i, count, lines.data() + k * words * LANES);
-      for (int64_t turn = 0; turn < tiles.turns; turn++) {
-        int64_t stride = tiles.count(turn) == 1 ? 1 : LANES;
-        tile_of<T>(tiles.count(turn), n)(lines.data(), words * LANES, tiles.at(turn) + i / Type<T>::PER_WORD * stride,
-                                         words, nullptr, all.data() + tiles.first(turn) * n * LANES);
-      }
-    }
-    for (int64_t token = 0; token < tiles.tokens; token++) use(token, p, n, all.data() + token * n * LANES);
   }
 }
 
