@@ -308,3 +308,64 @@ def test_quantised_models_and_adapters_run_as_they_are() -> None:
     model.hf_quantizer = object()
     with pytest.warns(UserWarning, match="quantised.*using 'eager'"):
         assert accelerate(model, "native") is model
+
+
+# --- weights of eight and four bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(83, 96) / 10).to(dtype), torch.randn(83).to(dtype)
+    product = Weight(weight, bias, bits=bits)
+    dense = product.dense()
+    step = (weight.float().abs().amax() * 2 / (2**bits - 1)).item()
+    assert (dense.float() - weight.float()).abs().max() <= 0.6 * step + 2**-8 * float(
+        weight.abs().max()
+    ) and not torch.equal(dense, weight)
+    x = torch.randn(37, 96).to(dtype)
+    alone = torch.cat([product(x[i : i + 1]) for i in range(37)])
+    right = x.double() @ dense.double().T + bias.double()
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(alone.double(), right, atol=close * float(right.abs().max()), rtol=close)
+    for tokens in range(1, 38):
+        assert torch.equal(product(x[:tokens]), alone[:tokens]), tokens
+    numbers, _ = operations.quantised(weight[:80].view(5, 16, 96), bits)
+    assert torch.equal(operations.unblocked(operations.blocks(numbers, bits), bits), numbers)
+
+
+def test_gates_of_quantised_weights_keep_their_rows() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32)
+    together, apart = Weight(weight, gated=True, bits=8).dense(), Weight(weight, bits=8).dense()
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_target_is_decoded_losslessly(quantize: str, tmp_path: Any) -> None:
+    model = wide("llama-gqa", torch.bfloat16, hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path)
+    plain = load(str(tmp_path), method="none", quantize=quantize)
+    assert plain.target.backend == f"native-{quantize}"
+    stock = dict(plain.target.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    original = model.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(stock, original), "whatever runs stock layers runs the quantised model"
+    loaded = load(str(tmp_path), method="prompt-lookup", quantize=quantize)
+    prompts = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6], [8, 9]]
+    drafted = loaded.generate(prompts, max_new_tokens=40, num_speculative_tokens=4, exact=True)
+    assert drafted.statistics.drafted > 0
+    assert drafted.tokens == plain.generate(prompts, max_new_tokens=40).tokens
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Any) -> None:
+    model = wide("llama-gqa", torch.bfloat16)  # 48 inputs
+    model.save_pretrained(tmp_path)
+    for given, settings, reason in (
+        (str(tmp_path), {"quantize": "int8"}, "a layer has 48 inputs, no multiple of 32"),
+        (str(tmp_path), {"quantize": "int3"}, "quantize must be int8 or int4, not 'int3'"),
+        (str(tmp_path), {"quantize": "int8", "backend": "packed"}, "done by backend native, not packed"),
+        (model, {"quantize": "int8"}, "a loaded model's are its owner's"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load(given, **settings)

@@ -21,6 +21,7 @@ from outdraft.drafting.base import RowContext
 from outdraft.drafting.expand import Step, grow
 from outdraft.errors import UserError
 from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.native.modules import NativeLinear, draft_bits
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.target import Target
 
@@ -57,7 +58,8 @@ class DraftVocabulary:
         assert weight is not None
         reduced: nn.Module
         if isinstance(output, PackedLinear):
-            reduced = type(output)(weight, bias)
+            native = isinstance(output, NativeLinear)
+            reduced = NativeLinear(weight, bias, draft_bits(weight)) if native else PackedLinear(weight, bias)
         else:
             kept, width = weight.shape
             with torch.device("meta"):

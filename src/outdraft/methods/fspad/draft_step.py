@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct, turning
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead
 from outdraft.target.backends import PackedLinear
-from outdraft.target.backends.native.modules import NativeLinear
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 
@@ -104,7 +103,7 @@ class DraftStep(LayerStep):
                 table[ids, d:] = self._fusion_gate.silu(embeddings)
         half = weight[:, d:].contiguous()
         if isinstance(self._fc, NativeProduct):
-            self._fc = NativeProduct(NativeLinear(half, None))
+            self._fc = NativeProduct(half, None)
         else:
             packed = isinstance(self._fc, PackedProduct)
             self._fc = PackedProduct(PackedLinear(half, None)) if packed else Linear(half, None)

@@ -19,7 +19,7 @@ from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.fused import FOLDED
-from outdraft.target.backends.native.modules import NativeLinear, view_of
+from outdraft.target.backends.native.modules import NativeLinear, draft_bits, view_of
 from outdraft.target.backends.native.operations import LANES, Layer, Weight, rms_norm
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.backends.tree_attention import rotated_and_stored, running
@@ -192,10 +192,10 @@ class LayerStep:
         (qkv, qkv_bias), (gate_up, gate_up_bias) = (joined(*(plain_linear(part) for part in own)) for own in parts)
         norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if self._head_norms]
         return Layer(
-            Weight(qkv, qkv_bias),
-            Weight(*plain_linear(attention.o_proj)),
-            Weight(gate_up, gate_up_bias, gated=True),
-            Weight(*plain_linear(head.down_proj)),
+            Weight(qkv, qkv_bias, bits=draft_bits(qkv)),
+            narrow(*plain_linear(attention.o_proj)),
+            Weight(gate_up, gate_up_bias, gated=True, bits=draft_bits(gate_up)),
+            narrow(*plain_linear(head.down_proj)),
             self._heads,
             self._kv_heads,
             self._size**-0.5,
@@ -206,7 +206,7 @@ class LayerStep:
 
     def _linear(self, module: nn.Module) -> Linear:
         if isinstance(module, NativeLinear):
-            return NativeProduct(module)
+            return NativeProduct(*plain_linear(module))
         if isinstance(module, PackedLinear) and not self._small:
             return PackedProduct(module)
         weight, bias = plain_linear(module)
@@ -275,14 +275,19 @@ def joined(*parts: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]
 class NativeProduct(Linear):
     """A linear map on a weight in the layout of our kernels."""
 
-    def __init__(self, packed: NativeLinear):
-        self._packed, self.bias = packed, packed.bias
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self._product, self.bias = narrow(weight, bias), bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._packed(x)
+        return self._product(x)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._packed.plus(x, other)
+        return self._product(x, other)
+
+
+def narrow(weight: Tensor, bias: Tensor | None) -> Weight:
+    """Return a weight in the layout of our kernels, of eight bits where it may have them."""
+    return Weight(weight, bias, bits=draft_bits(weight))
 
 
 class PackedProduct(Linear):

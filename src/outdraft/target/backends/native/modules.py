@@ -61,10 +61,6 @@ class NativeLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x)
 
-    def plus(self, x: Tensor, added: Tensor) -> Tensor:
-        """Return the result plus `added`."""
-        return self._packed(x, added)
-
     def dense(self) -> Tensor:
         return self._packed.dense()
 
@@ -72,6 +68,12 @@ class NativeLinear(PackedLinear):
     def nbytes(self) -> int:
         """Bytes of the weight that a forward reads."""
         return self._packed.nbytes
+
+
+def draft_bits(weight: Tensor) -> int | None:
+    """Return the bits of a drafter's weight: eight beside a target in 16 bits. Only the target decides tokens, and
+    half the bytes are half the time."""
+    return 8 if weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0 else None
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
