@@ -7,6 +7,7 @@ ragged rows and committed paths of ours must not change them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import outdraft.target.runner as run_module
 from models import CONTEXT, FAMILIES, FURTHER, VOCAB, tiny
-from outdraft.api.generation import SpeculativeModel
+from outdraft.api.generation import SpeculativeModel, load
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
@@ -355,3 +356,36 @@ def test_facts_about_the_target():
     assert target.eos_token_ids == [3, 5]
     assert target.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert isinstance(target.new_cache(2, 8), SlotCache)
+
+
+@pytest.mark.parametrize("drafter", [None, "prompt-lookup"])
+def test_prompts_of_very_different_lengths_are_not_padded_to_the_longest(
+    drafter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows keep their order, their caches and their text, and the forwards run few tokens of padding."""
+    monkeypatch.setattr(run_module, "WORTHWHILE", 8)
+    target = Target(tiny("llama-gqa"))
+    prompts = [torch.arange(count) % 32 for count in (3, 40, 4, 5, 37, 2)]
+    ran: list[int] = []
+    whole = Target.forward
+
+    def counting(own: Target, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        ran.append(tokens.numel())
+        return whole(own, tokens, *others)
+
+    monkeypatch.setattr(Target, "forward", counting)
+    with torch.inference_mode():
+        run = ModelRunner(target, target.new_cache(len(prompts), 48))
+        together = run.prefill(prompts)
+        assert sum(ran) <= 1.5 * sum(map(len, prompts)) and run.cache.lengths == list(map(len, prompts))
+        tree = Tree.roots(torch.tensor([7, 8, 9, 10, 11, 12]))
+        after = run.tree(tree).features
+        for row, prompt in enumerate(prompts):
+            single = ModelRunner(target, target.new_cache(1, 48))
+            alone = single.prefill([prompt])
+            torch.testing.assert_close(together.features[row, : len(prompt)], alone.features[0], atol=1e-9, rtol=1e-9)
+            alone_after = single.tree(Tree.roots(tree.tokens[row])).features
+            torch.testing.assert_close(after[row], alone_after[0], atol=1e-9, rtol=1e-9)
+    loaded = load(target.model, method=drafter or "none", backend="eager")
+    texts = loaded.generate([prompt.tolist() for prompt in prompts], max_new_tokens=10).tokens
+    assert texts == [loaded.generate(prompt.tolist(), max_new_tokens=10).tokens[0] for prompt in prompts]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.core.tensors import causal, counting, integers
 from outdraft.core.tree import Tree
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 1024
 """Prompt tokens per forward, which bounds the mask and the attention scores of long prompts."""
+
+WORTHWHILE = 512
+"""Tokens of a batch, padding included, up to which prompts of any lengths run together."""
 
 PLAIN = Reads()
 """Reads of the features alone."""
@@ -57,8 +61,24 @@ class ModelRunner:
         self._levels: list[_Level] = []  # levels that ran ahead since the last tree, in slot order
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
-        """Run `(tokens,)` prompts of any lengths and commit them; outputs after a row's own end are meaningless."""
-        return Output.cat(list(self.prefill_in_pieces(prompts)))
+        """Run `(tokens,)` prompts of any lengths and commit them; outputs after a row's own end are meaningless.
+
+        Prompts of very different lengths run in groups of like length, since padding costs as much as tokens do.
+        """
+        groups = _of_like_length([len(prompt) for prompt in prompts])
+        if len(groups) == 1:
+            return Output.cat(list(self.prefill_in_pieces(prompts)))
+        outputs: list[Output] = []
+        self.cache.select_rows([])
+        for group in groups:
+            own = self.target.new_cache(len(group), len(prompts[group[0]]))
+            outputs.append(ModelRunner(self.target, own, self.reads).prefill([prompts[row] for row in group]))
+            self.cache.join(own)
+        order = [row for group in groups for row in group]
+        places = sorted(range(len(order)), key=order.__getitem__)  # of every row among the groups
+        self.cache.select_rows(places)
+        parts = ([part for output in own for part in output] for own in zip(*outputs, strict=True))
+        return Output(*(pad_sequence([whole[at] for at in places], batch_first=True) for whole in map(list, parts)))
 
     def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
         """Run prompts as `prefill` does, in pieces of at most `most` tokens of every row."""
@@ -184,6 +204,18 @@ class ModelRunner:
         everywhere[:, pending:] = positions.gather(1, nodes)
         inputs = self.target.inputs(everywhere, seen > 0, slots, self.cache)
         return self.target.reader(self.reads).lower(input_ids=tree.tokens.gather(1, nodes), **inputs)
+
+
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the rows in groups, the longest first: one group where padding them all is a third of the work at most."""
+    if max(lengths) * len(lengths) <= max(1.5 * sum(lengths), WORTHWHILE):
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or lengths[row] * 1.5 < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 class _Level(NamedTuple):
