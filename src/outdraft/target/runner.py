@@ -85,10 +85,9 @@ class ModelRunner:
         most = most or PREFILL_CHUNK
         target, cache = self.target, self.cache
         longest = max(len(prompt) for prompt in prompts)
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        tokens = tokens.to(target.device)
+        # Padding repeats the prompt: on one token over and over, models are chaotic, and forwards could not be compared.
+        padded = [prompt.repeat(-(-longest // len(prompt)))[:longest] for prompt in prompts]
+        tokens = torch.stack(padded).to(target.device)
         for start in range(0, longest, most):
             piece = tokens[:, start : start + most]
             count = piece.shape[1]
