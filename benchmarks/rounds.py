@@ -39,7 +39,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.masks import DraftMask
+from outdraft.drafting.draft_cache import DraftMask
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model

@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from outdraft.core.sampling_settings import whole
-from outdraft.core.shape import Choice
+from outdraft.core.shape import CandidateKind
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
-    from outdraft.control.pacer import Pacer
-    from outdraft.control.settings import ControlSettings
+    from outdraft.control.settings import ControlSettings, Pacer
 
 AUTO = "auto"
 """The `tree_size` that autotunes: every round has the shape that brings the most tokens per second on this machine."""
@@ -36,7 +35,7 @@ class DraftSettings:
     this machine."""
     num_speculative_tokens: int | None = None
     """Draft a chain of so many tokens instead of a tree."""
-    candidates: Choice | None = None
+    candidates: CandidateKind | None = None
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
     draft `tree_top_k` chains sampled from the drafter's probabilities."""
     prompt_lookup_min: int | None = None
@@ -112,7 +111,7 @@ class DraftKeywords(TypedDict, total=False):
     tree_top_k: int | None
     tree_size: int | Literal["auto"] | None
     num_speculative_tokens: int | None
-    candidates: Choice | None
+    candidates: CandidateKind | None
     prompt_lookup_min: int | None
     prompt_lookup_num_tokens: int | None
     controller: str | ControlSettings | Pacer | None

@@ -25,7 +25,7 @@ from outdraft.api.prompts import check_prompt, encode_prompts, plain_prompts, wh
 from outdraft.api.resolved_draft import ResolvedDraft, resolve
 from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, sampling_settings
 from outdraft.api.text import Detokenizer, answer_text, stops_at
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper

@@ -21,7 +21,7 @@ from outdraft.api.output import pad
 from outdraft.api.prompts import check_prompt
 from outdraft.api.resolved_draft import resolve
 from outdraft.api.settings import LOSSY, refuse_unknown
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper

@@ -14,7 +14,7 @@ import torch
 
 from outdraft.api.draft_settings import AUTO, DraftSettings
 from outdraft.control import ControlSettings, Costs
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.repeats import Repeats

@@ -14,8 +14,8 @@ from itertools import accumulate
 from math import log2
 from operator import mul
 
+from outdraft.control.base import FIRST_PROBE, MOST, RATE
 from outdraft.control.costs import OUTLIER, PLAIN_EVERY, Average, Costs, believable, bucket
-from outdraft.control.evidence import FIRST_PROBE, MOST, RATE
 from outdraft.core.shape import TreeShape
 
 PLAIN = TreeShape(0, 1, 1)
@@ -166,7 +166,7 @@ class Timings:
 
 
 @dataclass
-class Choice:
+class ShapeChoice:
     """The shape chosen for one round, which passes the round's result to the tuner."""
 
     shape: TreeShape
@@ -196,7 +196,7 @@ class ShapeTuner:
         self.grid, self.costs = ShapeGrid(bounds), costs
         self.timings: dict[int, Timings] = {}
 
-    def choose(self, rows: int, pending: int) -> Choice:
+    def choose(self, rows: int, pending: int) -> ShapeChoice:
         """Choose the shape of the next round.
 
         Args:
@@ -208,7 +208,7 @@ class ShapeTuner:
         known.trying = known.trying or self._to_try(known, rows)
         shape = known.trying or self.best(rows)
         known.drafted[shape] = known.rounds
-        return Choice(shape, self, rows, pending)
+        return ShapeChoice(shape, self, rows, pending)
 
     def best(self, rows: int) -> TreeShape:
         """Return the timed shape that brings the most tokens per second."""
@@ -223,8 +223,8 @@ class ShapeTuner:
 
         return max(timed, key=rate)
 
-    def observe(self, choice: Choice, accepted: Sequence[int], seconds: float) -> None:
-        """Learn from a round, as in `Choice.observe`."""
+    def observe(self, choice: ShapeChoice, accepted: Sequence[int], seconds: float) -> None:
+        """Learn from a round, as in `ShapeChoice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
         known = self.timings[bucket(rows)]
         known.credit = min(MOST, known.credit + RATE)

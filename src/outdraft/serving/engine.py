@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
