@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.data.text_file import split_lines
+from outdraft.data.records import split_lines
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, Run, compare, speculative

@@ -6,8 +6,9 @@ python examples/train_drafter.py [TARGET [QUESTIONS [OUTPUT [STEPS]]]]
 import sys
 from pathlib import Path
 
-import outdraft
 from outdraft.reference.prompts import DATA
+
+import outdraft
 from outdraft.training.regenerate import regenerate
 
 defaults = ["reference", str(DATA / "train_prompts.jsonl"), "runs/example", "200"]

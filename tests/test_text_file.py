@@ -16,8 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from outdraft.data.conversations import read_conversations
-from outdraft.data.records import data_files, read_records
-from outdraft.data.text_file import split_lines, text_lines, whole_text
+from outdraft.data.records import data_files, read_records, split_lines, text_lines, whole_text
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.questions import read_questions

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from build_target import bits_per_byte, prepare
-from outdraft.reference.prompts import load_prompts
+from outdraft.reference import load_prompts
 from outdraft.reference.quantize import PACKAGED, pack_folder, unpack_folder
 
 CARD = PACKAGED.parent / "CARD.md"

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from outdraft.data.int8_rows import PACKED, pack
 from outdraft.data.provenance import portable
+from outdraft.reference.quantize import PACKED, pack
 from outdraft.target.named import DRAFTERS, NAMED, REFERENCE
 
 LOCAL = {"data", "output_dir", "feature_cache_dir", "platform", "report_to"}

@@ -36,10 +36,10 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; several processes may do this at once."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; its folder exists, and several processes may do this at once."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     aside.replace(path)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.data.text_file import HALF
+from outdraft.data.records import HALF
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.data.text_file import split_lines
-from outdraft.reference.prompts import DATA, Messages, load_prompts
+from outdraft.data.records import split_lines
+from outdraft.reference import DATA, Messages, load_prompts
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import TrainPlan, plan

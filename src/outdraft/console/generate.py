@@ -11,7 +11,7 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.streaming import stream
-from outdraft.data.text_file import whole_text
+from outdraft.data.records import whole_text
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.api.prompts import encode_prompts
-from outdraft.data.messages import Message, turns_of
+from outdraft.data.conversations import Message, turns_of
 from outdraft.data.records import HUB, bare_question, read_records
 from outdraft.data.records import BadRecord as NoPrompt
 from outdraft.errors import UserError

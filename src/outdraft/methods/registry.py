@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from outdraft.data.tokenization import ExampleSet
     from outdraft.drafting.base import Drafter
     from outdraft.losses.objective import Objective
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.checkpoint import Network
     from outdraft.target.target import Target
 

@@ -1,4 +1,6 @@
-"""Pack the reference target as int8 rows with float32 scales, and load it back as an ordinary Hugging Face folder.
+"""Weights as int8 rows with a float32 scale each, half the size of bfloat16, for files that ship inside the package.
+
+The reference target is packed so, and loaded back as an ordinary Hugging Face folder.
 
 The packed rows are the definition of the target: unpacking rounds ``int8 * scale`` to bfloat16 once, so that the
 bfloat16 and the float32 target have the same weights.
@@ -14,11 +16,56 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from outdraft.data.int8_rows import PACKED, pack, unpack
 from outdraft.errors import UserError
 from outdraft.user_cache import made_once
+
+PACKED = "model.int8.safetensors"
+"""The name of the file of packed weights in a folder of a model or a drafter."""
+
+SCALE = ".scale"
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize to symmetric int8 rows with scales; of a few clipping points, each row takes that of least squared
+    error."""
+    weight = weight.float()
+    peak = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    best, least = peak / 127, torch.full_like(peak, torch.inf)
+    for clip in torch.linspace(0.7, 1.0, 13).tolist():
+        scale = clip * peak / 127
+        rounded = (weight / scale).round().clamp(-127, 127) * scale
+        error = (rounded - weight).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return (weight / best).round().clamp(-127, 127).to(torch.int8), best.squeeze(1)
+
+
+def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """Return the bfloat16 matrix that packed rows stand for."""
+    return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
+
+
+def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pack a state: matrices become int8 rows and a scale vector, other floats bfloat16; integers stay."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2:
+            packed[name], packed[name + SCALE] = quantize_rows(tensor)
+        else:
+            packed[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the bfloat16 state that a packed state stands for."""
+    return {
+        name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
+        for name, tensor in packed.items()
+        if not name.endswith(SCALE)
+    }
+
 
 PACKAGED = Path(__file__).parent / "target"
 UNPACKED = "model.safetensors"

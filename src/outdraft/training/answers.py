@@ -20,13 +20,12 @@ from outdraft.api.text import decode_text
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.data.conversations import Conversation, ConversationSet
-from outdraft.data.messages import Message
-from outdraft.data.text_file import write_whole
+from outdraft.data.conversations import Conversation, ConversationSet, Message
 from outdraft.data.tokenization import TemplateRefuses, render
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.output import write_whole
 from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"

@@ -19,13 +19,11 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
-from outdraft.losses.features import Reading, pad, weights_fingerprint
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, target_id
-from outdraft.losses.teacher import TopProbs, most_probable, predicting
+from outdraft.losses.objective import Objective, Reading, pad, weights_fingerprint
+from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, target_id
+from outdraft.output import write_whole
 from outdraft.training.preparation import Preparation
 
 try:

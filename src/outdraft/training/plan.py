@@ -11,16 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from outdraft.losses.features import TrainingExamples, collate
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, parameter_count
-from outdraft.losses.teacher import most_probable, predicting
+from outdraft.losses.objective import Objective, TrainingExamples, collate
+from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
 from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 from outdraft.methods.fspad.beginning import inner_width
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, feature_store
-from outdraft.training.objective import objective_for
-from outdraft.training.preparation import Preparation, at_exit, prepare
+from outdraft.training.preparation import Preparation, at_exit, objective_for, prepare
 from outdraft.training.progress import duration
 from outdraft.training.trainer import use_bf16
 

@@ -25,7 +25,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.losses.target_like import target_id
+from outdraft.losses.teacher import target_id
 from outdraft.target.memory import SHARE, free_bytes, slot_bytes
 from outdraft.target.target import Target
 from outdraft.training.answers import AnsweredConversation, AnswerFile, AnswerSettings, MissingAnswers

@@ -22,21 +22,27 @@ from transformers import TrainerCallback, TrainingArguments
 
 from outdraft.data.conversations import Conversation
 from outdraft.data.provenance import peak_memory_bytes, portable, provenance
-from outdraft.data.text_file import write_whole
 from outdraft.drafting.run_folder import BEGUN_WITH, RUN, step_of
 from outdraft.errors import UserError
-from outdraft.losses.features import TrainingExamples
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, shown_target
+from outdraft.losses.objective import Objective, TrainingExamples
+from outdraft.losses.teacher import TargetLike, shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 from outdraft.methods.registry import method_called
+from outdraft.output import write_whole
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
 from outdraft.training.model_card import CARD, model_card
-from outdraft.training.objective import new_drafter, objective_for
-from outdraft.training.preparation import Preparation, at_exit, checkpoint_of, prepare, run_identity
+from outdraft.training.preparation import (
+    Preparation,
+    at_exit,
+    checkpoint_of,
+    new_drafter,
+    objective_for,
+    prepare,
+    run_identity,
+)
 from outdraft.training.progress import ProgressReport, ReadingReport
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 

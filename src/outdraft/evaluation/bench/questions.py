@@ -15,8 +15,7 @@ from typing import Any
 
 from outdraft.api.text import decode_text
 from outdraft.data.records import BadRecord as NoPrompt
-from outdraft.data.records import read_records
-from outdraft.data.text_file import plain_suffix
+from outdraft.data.records import plain_suffix, read_records
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.settings import SUITES
 from outdraft.evaluation.prompts import Prompt, encode_one, prompt_of

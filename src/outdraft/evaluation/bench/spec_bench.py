@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from outdraft.api.loading import first_line
-from outdraft.data.text_file import BadText, text_lines
+from outdraft.data.records import BadText, text_lines
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, Answer, Run
 from outdraft.evaluation.bench.questions import MT_BENCH, MULTI_TURN, Question, answer_text

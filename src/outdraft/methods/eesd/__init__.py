@@ -11,7 +11,7 @@ from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Writte
 if TYPE_CHECKING:
     import torch
 
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.eesd.drafter import EarlyExit
     from outdraft.methods.eesd.loss import ExitObjective
     from outdraft.methods.eesd.network import ExitLayer

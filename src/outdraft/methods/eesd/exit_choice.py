@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.features import Reading, pad
-from outdraft.losses.target_like import TargetLike
+from outdraft.losses.objective import Reading, pad
+from outdraft.losses.teacher import TargetLike
 from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
 LONGEST_CHAIN = 12
