@@ -21,9 +21,8 @@ from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype
 from outdraft.target.gguf_file import record_in
-from outdraft.target.named import place_of
+from outdraft.target.named import base_of, place_of
 from outdraft.target.target import refuse_unfit
-from outdraft.target.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -25,7 +25,7 @@ from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
 from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
-from outdraft.target.memory import slot_bytes
+from outdraft.target.limits import slot_bytes
 from outdraft.target.named import NAMED, SMOLLM2, named
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig

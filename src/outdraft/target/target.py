@@ -23,7 +23,7 @@ from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of
 from outdraft.target.cache import BufferPool, SlotCache
-from outdraft.target.reach import context_of, windows_of
+from outdraft.target.limits import context_of, windows_of
 from outdraft.target.runner import PLAIN, ModelRunner
 from outdraft.target.views import Reader, Reads
 

@@ -26,7 +26,7 @@ from outdraft.engine.continuous import Decoder
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.losses.teacher import target_id
-from outdraft.target.memory import SHARE, free_bytes, slot_bytes
+from outdraft.target.limits import SHARE, free_bytes, slot_bytes
 from outdraft.target.target import Target
 from outdraft.training.answers import AnsweredConversation, AnswerFile, AnswerSettings, MissingAnswers
 from outdraft.training.progress import AnswerProgress
