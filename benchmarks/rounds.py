@@ -28,10 +28,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import outdraft.engine.round as decoding
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import encode_prompts
-from outdraft.api.resolved_draft import resolve
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings

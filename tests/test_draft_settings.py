@@ -12,9 +12,8 @@ from outdraft_lookahead.drafter import Lookahead
 
 import outdraft
 from models import perturbed, tiny
-from outdraft.api.draft_settings import AUTO, DraftKeywords, DraftSettings
+from outdraft.api.draft_settings import AUTO, DraftKeywords, DraftSettings, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import ResolvedDraft, resolve
 from outdraft.api.settings import GenerateSettings, SamplingKeywords
 from outdraft.control import ControlSettings
 from outdraft.control.settings import Pacer

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import outdraft
 from outdraft.errors import UserError
 from outdraft.reference import load_prompts, load_reference_target, reference_drafter_path, reference_target_path
-from outdraft.reference.quantize import PACKAGED, PACKED, pack, quantize_rows, unpack
+from outdraft.reference.quantize import PACKAGED, PACKED, unpack
+from pack_rows import pack, quantize_rows
 
 
 @pytest.fixture(scope="module", autouse=True)

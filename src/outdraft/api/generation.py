@@ -17,12 +17,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, ResolvedDraft, resolve
 from outdraft.api.guided import guides
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.output import GenerationOutput, Piece, short
 from outdraft.api.prompts import check_prompt, encode_prompts, plain_prompts, whole_numbers
-from outdraft.api.resolved_draft import ResolvedDraft, resolve
 from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, sampling_settings
 from outdraft.api.text import Detokenizer, answer_text, stops_at
 from outdraft.control.settings import Pacer

@@ -22,7 +22,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import Message, encode_chat
 from outdraft.console.demo_training import train_drafter
-from outdraft.console.streaming import Streamed, stream
+from outdraft.console.generate import Streamed, stream
 from outdraft.data.provenance import disturbed, environment
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.baselines import STOCK

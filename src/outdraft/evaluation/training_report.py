@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.resolved_draft import resolve
 from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.prompts import Prompt, encode, prompt_of

@@ -9,7 +9,6 @@ bfloat16 and the float32 target have the same weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError
-from outdraft.user_cache import made_once
+from outdraft.output import made_once
 
 PACKED = "model.int8.safetensors"
 """The name of the file of packed weights in a folder of a model or a drafter."""
@@ -28,34 +27,9 @@ PACKED = "model.int8.safetensors"
 SCALE = ".scale"
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize to symmetric int8 rows with scales; of a few clipping points, each row takes that of least squared
-    error."""
-    weight = weight.float()
-    peak = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    best, least = peak / 127, torch.full_like(peak, torch.inf)
-    for clip in torch.linspace(0.7, 1.0, 13).tolist():
-        scale = clip * peak / 127
-        rounded = (weight / scale).round().clamp(-127, 127) * scale
-        error = (rounded - weight).square().sum(1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return (weight / best).round().clamp(-127, 127).to(torch.int8), best.squeeze(1)
-
-
 def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
     """Return the bfloat16 matrix that packed rows stand for."""
     return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
-
-
-def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pack a state: matrices become int8 rows and a scale vector, other floats bfloat16; integers stay."""
-    packed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.ndim == 2:
-            packed[name], packed[name + SCALE] = quantize_rows(tensor)
-        else:
-            packed[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-    return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
 def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,18 +50,6 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-
-
-def pack_folder(source: Path, destination: Path) -> None:
-    """Pack the Hugging Face folder ``source`` into ``destination``."""
-    destination.mkdir(parents=True, exist_ok=True)
-    save_file(pack(load_file(source / UNPACKED)), destination / PACKED, metadata={"format": "pt"})
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, destination / name)
-    settings = json.loads((destination / "config.json").read_text())
-    settings["dtype"] = "bfloat16"
-    (destination / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def unpack_folder(source: Path, destination: Path) -> None:

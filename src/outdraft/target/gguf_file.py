@@ -28,7 +28,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError, first_line
-from outdraft.user_cache import cache_folder, made_once
+from outdraft.output import cache_folder, made_once
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"

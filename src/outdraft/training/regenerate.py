@@ -14,9 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import resolve
 from outdraft.api.settings import sampling_settings
 from outdraft.core.shape import TreeShape
 from outdraft.data.conversations import OnBadLine, read_conversations

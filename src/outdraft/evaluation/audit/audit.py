@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.draft_settings import DraftKeywords, DraftSettings
+from outdraft.api.draft_settings import DraftKeywords, DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import resolve
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.provenance import environment

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.resolved_draft import resolve
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
