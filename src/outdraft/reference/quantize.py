@@ -27,18 +27,13 @@ PACKED = "model.int8.safetensors"
 SCALE = ".scale"
 
 
-def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """Return the bfloat16 matrix that packed rows stand for."""
-    return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
-
-
 def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the bfloat16 state that a packed state stands for."""
-    return {
-        name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
-        for name, tensor in packed.items()
-        if not name.endswith(SCALE)
-    }
+    state = {name: tensor for name, tensor in packed.items() if not name.endswith(SCALE)}
+    for name, rows in state.items():
+        if rows.dtype == torch.int8:
+            state[name] = (rows.float() * packed[name + SCALE].float()[:, None]).to(torch.bfloat16)
+    return state
 
 
 PACKAGED = Path(__file__).parent / "target"

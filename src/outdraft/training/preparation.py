@@ -20,8 +20,7 @@ from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, weights_fingerprint
 from outdraft.losses.teacher import TargetLike, parameter_count
 from outdraft.methods.checkpoint import Network
-from outdraft.methods.eesd.exit_choice import ExitChoice
-from outdraft.methods.registry import method_called
+from outdraft.methods.registry import MeasuredSetting, method_called
 from outdraft.training.config import DrafterConfig
 
 NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
@@ -50,8 +49,8 @@ class Preparation:
     """The data lines that were left out, with the reason."""
     processes: int
     total_steps: int
-    choice: ExitChoice | None = None
-    """The choice of the exit layer, where it was automatic."""
+    measured: MeasuredSetting | None = None
+    """The setting that was measured on the data, where one was left open."""
 
     @property
     def notes(self) -> list[str]:
@@ -96,9 +95,11 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
     return Preparation(config, examples, found.skipped, processes, steps_of(config, len(examples), processes))
 
 
-def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
-    """Return the preparation with the chosen exit layer."""
-    return replace(ready, config=_with(ready.config, exit_layer=choice.layer), choice=choice)
+def with_measured(ready: Preparation, measured: MeasuredSetting | None) -> Preparation:
+    """Return the preparation with the values of a measured setting; None changes nothing."""
+    if measured is None:
+        return ready
+    return replace(ready, config=_with(ready.config, **measured.settings), measured=measured)
 
 
 def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:

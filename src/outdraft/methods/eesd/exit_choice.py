@@ -71,6 +71,10 @@ class ExitChoice:
         return cls(**{**record, "candidates": [ExitCandidate(**candidate) for candidate in record["candidates"]]})
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return {"exit_layer": self.layer}
+
+    @property
     def reason(self) -> str:
         """Explain the choice in one line."""
         best = next(candidate for candidate in self.candidates if candidate.layer == self.layer)
