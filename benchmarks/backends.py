@@ -123,7 +123,7 @@ class Stock:
 def decoding(model: Any, found: dict[str, Target], given: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens a second over the shipped prompts: stock generate, then plain and drafted by backend."""
     first = next(iter(found.values()))
-    prompts = encode_prompts(load_prompts("heldout")[: given.prompts], first.tokenizer)[0]
+    prompts = encode_prompts(load_prompts("heldout")[: given.prompts], first.tokenizer)
     models: dict[tuple[str, str], Any] = {("stock", "plain"): Stock(model, first.eos_token_ids)}
     for name, target in found.items():
         drafter = load_drafter_for(target, "reference", method=given.method, backend=name)

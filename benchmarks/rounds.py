@@ -326,7 +326,7 @@ def main() -> None:
 
 def texts(tokenizer: Any) -> list[list[int]]:
     """The shipped held-out prompts as token ids."""
-    return [encode_prompts([prompt], tokenizer)[0][0] for prompt in load_prompts("heldout")]
+    return [encode_prompts([prompt], tokenizer)[0] for prompt in load_prompts("heldout")]
 
 
 if __name__ == "__main__":

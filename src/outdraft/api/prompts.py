@@ -10,7 +10,6 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.data.records import HALF
@@ -18,43 +17,33 @@ from outdraft.errors import UserError
 from outdraft.target.target import Target
 
 Message = dict[str, str]
-Prompt = str | list[int] | list[Message] | torch.Tensor
 
 
 def encode_prompts(
     prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
-) -> tuple[list[list[int]], bool]:
-    """Convert one prompt or a list of prompts to token ids.
+) -> list[list[int]]:
+    """Convert one prompt or several to token ids, a list for each.
 
     A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
-    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own variables.
-
-    Returns:
-        The ids, and True if a single prompt was given.
+    or token ids (a list, array or tensor; two dimensions are a batch). `switches` are the chat template's variables.
     """
-    if isinstance(prompts, torch.Tensor):
-        rows = list(prompts) if prompts.dim() == 2 else [prompts]
-        return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
+    prompts = plain_prompts(prompts)
     if isinstance(prompts, Mapping):  # otherwise its keys would count as prompts
         raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
-    single = isinstance(prompts, str) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
-    )
-    batch = [prompts] if single else list(prompts)
+    single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int | dict))
+    batch = [prompts] if single else prompts
     if not batch:
         raise UserError("no prompt given")
-    return [_encode(prompt, tokenizer, switches) for prompt in batch], single
+    return [_encode(prompt, tokenizer, switches) for prompt in batch]
 
 
 def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None) -> list[int]:
-    if isinstance(prompt, torch.Tensor):
-        ids = prompt.reshape(-1).tolist()
-    elif isinstance(prompt, str):
+    if isinstance(prompt, str):
         ids = list(_needed(tokenizer)(prompt)["input_ids"])
     elif prompt and isinstance(prompt[0], dict):
         ids = encode_chat(prompt, _needed(tokenizer), switches)
     else:
-        ids = [int(token) for token in prompt]
+        ids = prompt
     if not ids:
         raise UserError("a prompt is empty; give at least one token (the model's bos token, for instance)")
     return ids

@@ -267,25 +267,13 @@ def _parquet(file: Path) -> Iterator[Any]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        yield from _parquet_by_pandas(file)
-        return
+        raise UserError(f"{file}: Parquet is read by pyarrow, which is missing: pip install pyarrow") from None
     try:
         for batch in ParquetFile(file).iter_batches():
             yield from batch.to_pylist()
     except Exception as error:  # the library has exceptions of its own
-        raise _unreadable(file, error) from error
-
-
-def _parquet_by_pandas(file: Path) -> Iterator[Any]:
-    try:
-        import pandas
-
-        frame = pandas.read_parquet(file)
-    except ImportError:
-        raise UserError(f"{file}: Parquet is read by pyarrow, which is missing: pip install pyarrow") from None
-    except Exception as error:
-        raise _unreadable(file, error) from error
-    yield from json.loads(frame.to_json(orient="records"))  # plain lists and numbers in place of arrays
+        reason = f"no Parquet file that can be read ({first_line(error)}); check the file"
+        raise UserError(f"{file}: {reason}") from error
 
 
 def _hub(source: str) -> Iterator[Found]:
@@ -301,7 +289,3 @@ def _hub(source: str) -> Iterator[Found]:
             f"{source}: {first_line(error)}; check the name, the split (hf:NAME:SPLIT), or take a file"
         ) from (error)
     yield from _numbered(source, iter(records))
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file}: no Parquet file that can be read ({first_line(error)}); check the file")

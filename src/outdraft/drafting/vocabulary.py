@@ -79,7 +79,7 @@ class DraftVocabulary:
             rows = replace(rows, chances=[Narrowed(chance, self.tokens) for chance in rows.chances])  # type: ignore[arg-type]
         tree = grow(roots, logits, lambda tokens, parents: step(self.tokens[tokens], parents), shape, rows)
         drafted = self.tokens[tree.tokens[:, 1:]]
-        return replace(tree, tokens=torch.cat([roots[:, None], drafted], dim=1), _lists=None)
+        return tree.with_tokens(torch.cat([roots[:, None], drafted], dim=1))
 
     def everywhere(self, logits: Tensor) -> Tensor:
         """Map `(..., kept)` logits to `(..., vocab)`, with `NEVER` at all other tokens."""

@@ -102,4 +102,4 @@ def encode_one(prompt: Prompt, tokenizer: Any) -> list[int]:
         if any(message["role"] == "system" for message in prompt):
             raise UserError("the tokenizer has no chat template for a system message; give plain text prompts")
         prompt = "\n\n".join(message["content"] for message in prompt)
-    return encode_prompts(prompt, tokenizer)[0][0]
+    return encode_prompts(prompt, tokenizer)[0]
