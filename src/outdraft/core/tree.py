@@ -165,12 +165,12 @@ def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def attention_mask(
-    seen: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
+    mask: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
 ) -> Tensor:
     """Compute which cached slots each new token attends to.
 
     Args:
-        seen: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each token sees, itself included.
+        mask: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each token sees, itself included.
         slots: `(rows, m)` cache slots of the pending tokens: in order, right after the committed ones.
         lengths: committed tokens of every row, all of which are seen.
         extent: slots that the forward reads, the longest row's `lengths + m`.
@@ -180,16 +180,15 @@ def attention_mask(
     Returns:
         `(rows, 1, tokens, extent)` bool.
     """
-    rows, tokens, newest = seen.shape
-    device, longest = seen.device, extent - newest
+    rows, tokens, newest = mask.shape
+    device, longest = mask.device, extent - newest
     arange = counting(0, extent, device)
     if min(lengths) == longest:
-        mask = F.pad(seen, (longest, 0), value=True)
+        visible = F.pad(mask, (longest, 0), value=True)
     else:
-        mask = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
-        mask.scatter_(2, slots[:, None].expand(rows, tokens, newest), seen)
+        visible = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
+        visible.scatter_(2, slots[:, None].expand(rows, tokens, newest), mask)
     if window is not None and window < extent:
         key_positions = arange.repeat(rows, 1).scatter(1, slots, positions)
-        near = positions[:, -tokens:, None] - key_positions[:, None] < window
-        mask &= near
-    return mask[:, None]
+        visible &= positions[:, -tokens:, None] - key_positions[:, None] < window
+    return visible[:, None]

@@ -17,7 +17,7 @@ from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK
 
 Forward = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""(piece, positions, seen, slots) -> outputs, each `(rows, tokens of the piece, width)`."""
+"""(piece, positions, mask, slots) -> outputs, each `(rows, tokens of the piece, width)`."""
 
 
 def take_in(
@@ -40,8 +40,8 @@ def take_in(
     for start in range(0, max(counts), PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, max(counts) - start)
         slots = cache.reserve(count, device)
-        seen = causal(len(counts), count, device)
-        outputs = forward(slice(start, start + count), slots.clamp(max=last_position), seen, slots)
+        mask = causal(len(counts), count, device)
+        outputs = forward(slice(start, start + count), slots.clamp(max=last_position), mask, slots)
         real = [max(0, min(count, total - start)) for total in counts]
         cache.commit([range(n) for n in real])
         newest = [output[row, integers([max(0, n - 1) for n in real], device)] for output in outputs]
@@ -63,7 +63,7 @@ class RunAhead:
     def __init__(self, cache: SlotCache, last_position: int):
         self.cache, self.last_position = cache, last_position
         self.levels = self.first = 0  # pending slots before the first level
-        self.positions = self.seen = self.slots = torch.empty(0)
+        self.positions = self.mask = self.slots = torch.empty(0)
 
     def place(self, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.
@@ -78,13 +78,13 @@ class RunAhead:
         positions = integers(depths, device)[:, None].expand(rows, nodes)
         own = itself(rows, nodes, device)
         if self.levels:
-            above = self.seen.gather(1, parents[..., None].expand(-1, -1, before - self.first))
+            above = self.mask.gather(1, parents[..., None].expand(-1, -1, before - self.first))
             own = torch.cat([above, own], dim=2)
             positions = torch.cat([self.positions, positions], dim=1)
         else:
             self.first = before
         self.slots = self.cache.pending_slots(self.first, own.shape[2], device)
-        self.positions, self.seen = positions, own
+        self.positions, self.mask = positions, own
         self.levels += 1
         return positions, own, self.slots
 

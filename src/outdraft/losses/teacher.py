@@ -109,15 +109,15 @@ def predicting(loss_mask: Tensor) -> Tensor:
     return loss_mask[..., 1:].bool()
 
 
-def within(said: TopProbs, places: Tensor) -> TopProbs:
+def within(said: TopProbs, indices: Tensor) -> TopProbs:
     """Translate most probable tokens to a reduced draft vocabulary.
 
     Args:
         said: tokens of the whole vocabulary.
-        places: `(vocab,)` indices of tokens in the draft vocabulary, -1 where it lacks one.
+        indices: `(vocab,)` indices of tokens in the draft vocabulary, -1 where it lacks one.
 
     Returns:
         Ids of the draft vocabulary; a token outside it has id -1 and probability 0.
     """
-    ids = places[said.ids]
+    ids = indices[said.ids]
     return TopProbs(ids, said.probs.masked_fill(ids < 0, 0.0))

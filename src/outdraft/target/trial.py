@@ -182,5 +182,5 @@ def _smaller(target: Target) -> Any:
     for place, layer in enumerate(layers):
         shape = tuple((name, type(part)) for name, part in layer.named_modules())
         first.setdefault((kinds[place], shape), place)
-    places = list(first.values())
-    return view_of(model, [layers[place] for place in places], places)
+    indices = list(first.values())
+    return view_of(model, [layers[place] for place in indices], indices)
