@@ -20,12 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.prompts import Prompt, read_prompts
 from outdraft.console.app import quiet_libraries
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import Contender, Run
 from outdraft.evaluation.bench.summary import summarise
-from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.output import number, plain, remarks
 from outdraft.reference import DATA, load_prompts

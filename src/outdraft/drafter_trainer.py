@@ -18,12 +18,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from outdraft.api.loading import load_network, load_target
+from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import read_prompts
 from outdraft.evaluation.training_report import (
     HELD_OUT,
     TrainingVerdict,

@@ -52,6 +52,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     aside.replace(path)
 
 
+def whole_lines(file: Path) -> list[bytes]:
+    """Return the lines of a file; a last one that an interruption left without an end is cut off the file."""
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(file, end)
+    return content[:end].splitlines()
+
+
 def plain(value: Any) -> Any:
     """The same value in what JSON can say."""
     if isinstance(value, dict):

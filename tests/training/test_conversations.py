@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import read_conversations
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import read_prompts
 
 GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
 

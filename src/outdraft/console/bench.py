@@ -13,7 +13,7 @@ from outdraft.errors import UserError
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
-BENCH = o.field_help("evaluation/bench/settings.py", "BenchSettings")
+BENCH = o.field_help("evaluation/bench/methods.py", "BenchSettings")
 
 
 def bench(
@@ -82,7 +82,7 @@ def bench(
         return
     flags = locals()
     from outdraft.evaluation.bench.bench import run_bench
-    from outdraft.evaluation.bench.settings import BenchSettings
+    from outdraft.evaluation.bench.methods import BenchSettings
 
     parsed: dict[str, Any] = {
         "draft_models": draft_model or [],

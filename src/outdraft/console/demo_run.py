@@ -20,7 +20,7 @@ from rich.text import Text
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.prompts import Message, encode_chat
+from outdraft.api.prompts import Message, encode, encode_chat, read_prompts
 from outdraft.console.demo_training import train_drafter
 from outdraft.console.generate import Streamed, stream
 from outdraft.data.provenance import disturbed, environment
@@ -31,7 +31,6 @@ from outdraft.evaluation.bench.divergences import Difference, Divergence, diverg
 from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.output import ACCEPTED, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 

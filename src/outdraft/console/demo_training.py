@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.data.records import split_lines
+from outdraft.data.records import json_lines, split_lines
 from outdraft.reference import DATA, Messages, load_prompts
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
@@ -95,6 +94,6 @@ def write_answers(target: Target, folder: Path, remarks: Console, count: int = 4
     """Write the target's own answers to some training prompts, where none are shipped."""
     questions = folder / "prompts.jsonl"
     records: list[Messages] = load_prompts("train")[:count]
-    questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records), encoding="utf-8")
+    questions.write_text(json_lines({"messages": messages} for messages in records), encoding="utf-8")
     regenerate(SpeculativeModel(target), questions, folder / "answers.jsonl", max_new_tokens=128, console=remarks)
     return folder / "answers.jsonl"

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.shape import TreeShape
 from outdraft.data.provenance import environment, load_average, peak_memory_bytes
 from outdraft.drafting.base import Drafter
@@ -22,7 +23,6 @@ from outdraft.evaluation.advice import CHAIN, CONTROLLER, PASSES, Advice, Advice
 from outdraft.evaluation.bench.bench import Comparison, measured, progress
 from outdraft.evaluation.bench.measure import PLAIN, speculative
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.limits import slot_bytes

@@ -25,7 +25,7 @@ from outdraft.data.tokenization import TemplateRefuses, render
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.output import write_whole
+from outdraft.output import whole_lines, write_whole
 from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"
@@ -252,12 +252,7 @@ class AnswerFile:
         self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self.path.open("r+b") as lines:
-                lines.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.path), start=1):
             try:
                 record = json.loads(line)
                 self.present[_name(record)] = _questions(record)

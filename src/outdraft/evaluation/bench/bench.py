@@ -16,10 +16,9 @@ from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
 from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
-from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
 from outdraft.evaluation.bench.result import BenchResult, Comparison
-from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.report.pages import check_bench_page, save_bench
