@@ -189,7 +189,7 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
         if settings.train:
             folder = settings.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "drafter"
             seconds = settings.train_seconds or TRAIN_SECONDS
-            training = train_drafter(whole, target, folder, seconds, remarks)
+            training = train_drafter(whole, folder, seconds, remarks)
             drafters = [f"{TRAINED}={folder}", f"{SHIPPED}={shipped_drafter(name)}"]
             methods, first = [LOOKUP, "fspad", "fspad" + WITH_LOOKUP], str(folder)
         elif methods == [LOOKUP]:
