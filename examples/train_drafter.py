@@ -6,9 +6,8 @@ python examples/train_drafter.py [TARGET [QUESTIONS [OUTPUT [STEPS]]]]
 import sys
 from pathlib import Path
 
-from outdraft.reference.prompts import DATA
-
 import outdraft
+from outdraft.reference import DATA
 from outdraft.training.regenerate import regenerate
 
 defaults = ["reference", str(DATA / "train_prompts.jsonl"), "runs/example", "200"]

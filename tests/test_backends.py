@@ -1,4 +1,4 @@
-"""Packed and compiled forwards compute what the stock modules compute, and leave the model as it was."""
+"""Packed forwards compute what the stock modules compute, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -12,30 +12,25 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models import VOCAB, tiny
 from outdraft.api.generation import load
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.target.backends import (
     PackedLinear,
     accelerate,
-    compiled,
     count_parameters,
     default_backend,
     default_dtype,
     fused,
+    why_not_native,
 )
-from outdraft.target.backends import opaque_attention as outside
 from outdraft.target.backends.tree_attention import has_triton
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
-from outdraft.target.views import Reads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,22 +213,12 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_defaults_suit_the_device() -> None:
     cpu = torch.device("cpu")
     assert default_dtype(cpu) in (torch.bfloat16, torch.float32)
-    assert default_backend(cpu, torch.bfloat16) == "packed"
+    assert default_backend(cpu, torch.bfloat16) == ("packed" if why_not_native() else "native")
     assert default_backend(cpu, torch.float64) == "eager"
     assert default_backend(torch.device("cuda"), torch.bfloat16) == ("graphs" if has_triton() else "eager")
 
 
-# --- compiled --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untranslated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are made as ever, but run as they are: what the translation to machine code adds is tested apart."""
-
-    def through(graph: Any, dynamic: bool) -> Any:
-        return torch.compile(graph, dynamic=dynamic, fullgraph=True, backend="eager", isolate_recompiles=True)
-
-    monkeypatch.setattr(compiled, "through_compiler", through)
+# --- helpers -------------------------------------------------------------------------------------------------
 
 
 def tree_features(target: Target, rows: int = 2, nodes: int = 5) -> torch.Tensor:
@@ -244,148 +229,6 @@ def tree_features(target: Target, rows: int = 2, nodes: int = 5) -> torch.Tensor
     parents = torch.tensor([-1, *((node - 1) // 2 for node in range(1, nodes))]).expand(rows, -1)
     tree = Tree(torch.randint(32, (rows, nodes), generator=dice), parents, [nodes] * rows)
     return run.tree(tree).features
-
-
-@pytest.mark.usefixtures("untranslated")
-@pytest.mark.parametrize(
-    "family", ["llama-gqa", "llama-mha", "qwen2-sliding", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2"]
-)
-def test_compiled_features_are_those_of_stock_modules(family: str) -> None:
-    model = tiny(family)
-    eager, target = Target(model), Target(model, backend="compiled")
-    with torch.inference_mode():
-        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (2, fused.FOLDED), (2, fused.FOLDED + 1)):
-            ours, stock = tree_features(target, rows, nodes), tree_features(eager, rows, nodes)
-            torch.testing.assert_close(ours, stock, atol=1e-9, rtol=1e-9)
-    assert target.backend == "compiled" and target.num_parameters == eager.num_parameters
-
-
-@pytest.mark.usefixtures("untranslated")
-def test_a_graph_for_one_token_and_one_for_more_serve_all_rows_nodes_and_lengths(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    target = Target(tiny("llama-gqa"), backend="compiled")
-    torch._dynamo.utils.counters.clear()
-    with torch.inference_mode():
-        for rows, nodes in ((1, 1), (1, 4), (2, 3), (5, 1), (4, 7), (1, 30)):
-            tree_features(target, rows, nodes)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    said = capsys.readouterr().err
-    assert said.count("compiling") == 2 and "over 1 token" in said and "over 2 to" in said
-
-
-@pytest.mark.usefixtures("untranslated")
-def test_compiled_batched_rows_equal_single_rows_and_plain_decoding() -> None:
-    model, prompts = tiny("llama-gqa"), [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6], [8, 9]]
-    loaded = load(model, method="prompt-lookup", backend="compiled")
-    together = loaded.generate(prompts, max_new_tokens=12)
-    assert together.statistics.drafted > 0 and loaded.target.backend == "compiled"
-    assert together.tokens == [loaded.generate(prompt, max_new_tokens=12).tokens[0] for prompt in prompts]
-    assert together.tokens == load(model, backend="eager").generate(prompts, max_new_tokens=12).tokens
-
-
-@pytest.mark.usefixtures("untranslated")
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma2"])
-def test_early_exit_runs_compiled(family: str) -> None:
-    model = tiny(family)
-    layer = ExitLayer.beginning(model, ExitLayerConfig(1)).to(torch.float64)
-    loaded = load(model, layer, backend="compiled")
-    drafted = loaded.generate([[1, 2, 3, 4], [5, 6]], max_new_tokens=12)
-    assert drafted.statistics.accepted > 0 and loaded.target.backend == "compiled"
-    assert isinstance(loaded.drafter, EarlyExit)
-    assert loaded.drafter.shortcut._run.seconds, "draft levels run through graphs, too"  # type: ignore[attr-defined]
-    plain = load(model, layer, backend="eager").generate([[1, 2, 3, 4], [5, 6]], max_new_tokens=12)
-    assert (drafted.tokens, drafted.tau) == (plain.tokens, plain.tau)
-
-
-@pytest.mark.usefixtures("untranslated")
-def test_taps_run_compiled() -> None:
-    model = tiny("gemma2")
-    seen = []
-    for backend in ("compiled", "eager"):
-        target = Target(model, backend=backend)
-        run = ModelRunner(target, target.new_cache(1, 8), Reads(layers=(1, 3)))
-        with torch.inference_mode():
-            run.prefill([torch.tensor([1, 2, 3])])
-            seen.append(run.tree(Tree(torch.tensor([[4, 5]]), torch.tensor([[-1, 0]]), [2])).taps)
-        assert target.backend == backend
-    torch.testing.assert_close(*seen, atol=1e-9, rtol=1e-9)
-
-
-def test_translated_graphs_compute_what_stock_modules_compute() -> None:
-    model = tiny("llama-gqa", dtype=torch.float32)
-    target = Target(model, backend="compiled")
-    torch._dynamo.utils.counters.clear()
-    with torch.inference_mode():
-        for rows, nodes in ((2, 5), (1, 9), (3, 2)):
-            ours, stock = tree_features(target, rows, nodes), tree_features(Target(model), rows, nodes)
-            torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
-    assert target.backend == "compiled"
-    packed = torch._dynamo.utils.counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"]
-    assert packed == 8, "weights are constants of the graph, four products a layer"
-
-
-@pytest.mark.usefixtures("untranslated")
-def test_a_graph_that_computes_something_else_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    model = tiny("llama-gqa")
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, outside.ATTENTION, _either(blind))
-    target = Target(model, backend="compiled")
-    with torch.inference_mode(), pytest.warns(UserWarning, match="computes something else.*using 'eager'") as warned:
-        ours = [tree_features(target) for _ in range(2)]
-    assert target.backend == "eager" and len(warned) == 1
-    with torch.inference_mode():
-        torch.testing.assert_close(ours[0], tree_features(Target(model)), atol=1e-9, rtol=1e-9)
-
-
-def _either(in_graphs: Any) -> Any:
-    """Another attention where a graph is made, the proper one elsewhere."""
-
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        return in_graphs(*args, **kwargs) if torch.compiler.is_compiling() else outside.attention(*args, **kwargs)
-
-    return attention
-
-
-@pytest.mark.usefixtures("untranslated")
-def test_a_model_that_breaks_graphs_falls_back_with_one_warning() -> None:
-    model = tiny("llama-gqa")
-
-    class Breaking(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if float(x.sum()) == 0 else x + 0
-
-    model.model.norm = nn.Sequential(model.model.norm, Breaking())
-    target = Target(model, backend="compiled")
-    with torch.inference_mode(), pytest.warns(UserWarning, match="using 'eager'") as warned:
-        ours = [tree_features(target) for _ in range(2)]
-        torch.testing.assert_close(ours[1], tree_features(Target(model)))
-    assert target.backend == "eager" and len(warned) == 1
-
-
-def test_without_a_compiler_models_are_packed_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> str:
-        raise RuntimeError("none of g++, clang++ found")
-
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
-    with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*using 'packed'") as warned:
-        target = Target(tiny("llama-gqa", dtype=torch.float32), backend="compiled")
-    assert target.backend == "packed" and len(warned) == 1
-
-
-def test_quantised_models_are_not_compiled() -> None:
-    model = tiny("llama-gqa", dtype=torch.float32)
-    model.hf_quantizer = object()
-    with pytest.warns(UserWarning, match="quantised.*using 'eager'"):
-        assert accelerate(model, "compiled") is model
-
-
-def test_exact_mode_refuses_compiled_forwards() -> None:
-    loaded = load(tiny("llama-gqa", dtype=torch.float32), method="prompt-lookup", backend="compiled")
-    with pytest.raises(UserError, match="backend packed or eager"):
-        loaded.generate([1, 2, 3], max_new_tokens=4, exact=True)
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

@@ -234,8 +234,10 @@ class SpeculativeModel:
         sampling = sampling_settings(settings, own)
         self._say(in_effect(own, settings))
         drawing, device = sampling.temperature > 0, self.target.device
+        # Kernels that give a token the same bits in any company make every shape exact.
+        free = asked.exact and self.target.backend == "native"
         draft = resolve(
-            asked,
+            replace(asked, exact=False) if free else asked,
             self.drafter,
             device,
             sampling=drawing,
@@ -256,7 +258,7 @@ class SpeculativeModel:
             if draft.pacer is not None:
                 row.controller = draft.pacer.controller(draft.shape.depth + 1, own_seed)
             rows.append(row)
-        return rows, draft
+        return rows, replace(draft, exact=asked.exact)
 
     def _say(self, own: dict[str, Any]) -> None:
         """Tell the user once that the model's own settings are in effect."""

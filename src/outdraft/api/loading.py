@@ -19,7 +19,7 @@ from outdraft.drafting.folder import find_folder, is_hub_id, not_on_hub
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
-from outdraft.target.backends import accelerate, best_backend, default_backend, default_dtype
+from outdraft.target.backends import accelerate, best_backend, default_dtype, simple_backend
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import base_of, merged, named, place_of, shipped_drafter, unwrapped
 from outdraft.target.target import Target
@@ -138,7 +138,7 @@ def load_drafter_for(
     """
     asked = None if method in (None, NONE) else method_called(method)
     if backend is None or backend == "auto":
-        backend = default_backend(target.device, target.dtype)
+        backend = target.backend if target.backend != "eager" else simple_backend(target.device, target.dtype)
     if method == NONE or (method is None and draft_model is None):
         return None
     if asked is not None and not asked.needs_model:

@@ -59,7 +59,7 @@ class DraftVocabulary:
         assert weight is not None
         reduced: nn.Module
         if isinstance(output, PackedLinear):
-            reduced = PackedLinear(weight, bias)
+            reduced = type(output)(weight, bias)
         else:
             kept, width = weight.shape
             with torch.device("meta"):

@@ -202,7 +202,8 @@ class Target:
             }
             return made if len(made) > 1 else next(iter(made.values()))
 
-        sight = None if self.pool is None else Sight(mask, slots, positions, lengths, self.windows, masks)
+        takes = self.backend in ("graphs", "native")
+        sight = Sight(mask, slots, positions, lengths, self.windows, masks) if takes else None
         return {
             "attention_mask": sight or masks(),
             "position_ids": positions[:, -mask.shape[1] :],

@@ -49,13 +49,13 @@ class Eagle3Step(LayerStep):
         config = head.config
         frequencies, scale = rotary_frequencies(config)
         positions = max(config.max_position_embeddings, min(context_length, MOST_POSITIONS))
-        super().__init__(head, frequencies, positions, scale, beside=head.lm_head)
+        super().__init__(head, frequencies, positions, head.post_attention_layernorm, scale, beside=head.lm_head)
         self._config, self._embed = config, embed
         self._fc = self._linear(head.fc)
         self._tap_norms = [self._norm(norm) for norm in head.fc_norm or ()]  # type: ignore[arg-type]
         self._taps_norm = None if head.input_norm is None else self._norm(head.input_norm)
         self._embedding_norm, self._state_norm = self._norm(head.input_layernorm), self._norm(head.hidden_norm)
-        self._layer_norm, self._final_norm = self._norm(head.post_attention_layernorm), self._norm(head.norm)
+        self._final_norm = self._norm(head.norm)
 
     def __call__(
         self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
@@ -65,12 +65,10 @@ class Eagle3Step(LayerStep):
         g = self._state(features.flatten(0, 1))
         state = self._state_norm(g)
         embeddings = self._embedding_norm(self._embed(tokens.flatten()).to(self.dtype))
-        read = self._attend(torch.cat([embeddings, state], dim=-1), rows, nodes, angles, mask, cache)
-        a = self._o.plus(read, state if self._config.norm_before_residual else g)
-        u = self._layer_norm(a)
-        out = self._down.plus(self._up.times(u, self._gate.silu(u)), a)
-        normed = self._final_norm(out).view(rows, nodes, -1)
-        return DraftOutput(normed, normed if self._config.norm_output else out.view(rows, nodes, -1))
+        x, residual = torch.cat([embeddings, state], dim=-1), state if self._config.norm_before_residual else g
+        out = self._through(x, residual, rows, nodes, angles, mask, cache)
+        normed = self._final_norm(out)
+        return DraftOutput(normed, normed if self._config.norm_output else out)
 
     def _state(self, features: Tensor) -> Tensor:
         """Return g, projected from the target's `(nodes, tap width)` feature and taps; a fed-back g passes as it is."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.methods.fspad.layer_step import LayerStep, Linear, PackedProduct, turning
+from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct, turning
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead
 from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.native.modules import NativeLinear
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 
@@ -38,7 +39,7 @@ class DraftStep(LayerStep):
 
     def __init__(self, head: FeatureHead, embed: Callable[[Tensor], Tensor], vocab_size: int):
         config, fusion = head.config, head.fusion
-        super().__init__(head, turning(config.head_dim, config.rope_theta), config.max_position_embeddings)
+        super().__init__(head, turning(config.head_dim, config.rope_theta), config.max_position_embeddings, head.norm)
         self._config, self._embed = config, embed
         self._fc = self._linear(fusion.fc)
         self._taps = fusion.taps
@@ -48,7 +49,6 @@ class DraftStep(LayerStep):
             self._fusion_norm = self._norm(fusion.norm)
             self._fusion_gate, self._fusion_up = self._linear(fusion.gate_proj), self._linear(fusion.up_proj)
             self._fusion_down = self._linear(fusion.down_proj)
-        self._layer_norm = self._norm(head.norm)
         width = config.hidden_size + (config.intermediate_size if fusion.feature_sampling else 0)
         if vocab_size * width * torch.finfo(self.dtype).bits // 8 <= TABLE_BYTES:
             self._tabulate(*plain_linear(fusion.fc), vocab_size, width)
@@ -61,14 +61,8 @@ class DraftStep(LayerStep):
         """Run one draft step with the equations of `FeatureHead.forward`."""
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
-        a = self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h)
-        u = self._layer_norm(a)
-        inner = self._up.times(u, self._gate.silu(u))
-        if not self._config.partial_alignment:
-            out = self._down.plus(inner, a).view(rows, nodes, -1)
-            return DraftOutput(out, out)
-        both = self._down.plus(inner, torch.cat([a, a], dim=-1)).view(rows, nodes, -1)
-        return DraftOutput(*both.chunk(2, dim=-1))
+        out = self._through(h, h, rows, nodes, angles, mask, cache)
+        return DraftOutput(*(out.chunk(2, dim=-1) if self._config.partial_alignment else (out, out)))
 
     def _state(self, features: Tensor) -> Tensor:
         """Return the fusion's input, as `Fusion.state` does."""
@@ -109,7 +103,9 @@ class DraftStep(LayerStep):
             if width > d:
                 table[ids, d:] = self._fusion_gate.silu(embeddings)
         half = weight[:, d:].contiguous()
-        self._fc = (
-            PackedProduct(PackedLinear(half, None)) if isinstance(self._fc, PackedProduct) else Linear(half, None)
-        )
+        if isinstance(self._fc, NativeProduct):
+            self._fc = NativeProduct(NativeLinear(half, None))
+        else:
+            packed = isinstance(self._fc, PackedProduct)
+            self._fc = PackedProduct(PackedLinear(half, None)) if packed else Linear(half, None)
         self._table = table

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import chosen, integers
+from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.draft_cache import DraftMask, causal_mask
+from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
 from outdraft.drafting.expand import grow
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
@@ -26,6 +26,7 @@ from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 from outdraft.methods.fspad.recorded import RecordedDrafts
 from outdraft.target.backends import count_parameters
+from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
 from outdraft.target.target import Target
@@ -102,19 +103,14 @@ class FeatureDraftState(DraftState):
             if tree is not None:
                 return tree
         newest = self._take_in(update)
-        roots = update.roots
-        starts = list(self.cache.lengths)
-        sight = DraftMask(self.cache, self.network.dtype, self.network.device)
-        levels = 0
-        r = newest.r
+        roots, r = update.roots, newest.r
+        run = self._run_levels()
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r, levels
+            nonlocal r
             features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
-            mask = sight.level(parents)
-            angles = self.network.angles([start + levels for start in starts], 1)
-            out = self.network(tokens, features, angles, mask, self.cache)
-            r, levels = out.r, levels + 1
+            out = run(tokens, features, parents)
+            r = out.r
             return self.drafter.logits(out.p)
 
         tree = self.drafter.grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
@@ -127,6 +123,35 @@ class FeatureDraftState(DraftState):
     def join(self, other: FeatureDraftState) -> None:
         self.cache.join(other.cache)
 
+    def _run_levels(self) -> Callable[[Tensor, Tensor, Tensor], DraftOutput]:
+        """Return a function that runs the next level of a tree on its tokens, features and parents."""
+        network, cache, starts, levels = self.network, self.cache, list(self.cache.lengths), 0
+        if network.native is not None:
+            ahead = RunAhead(cache, len(network) - 1)
+
+            def over_pending(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
+                positions, seen, _ = ahead.place(tokens, parents)
+                return self._over(tokens, features, positions, seen)
+
+            return over_pending
+        sight = DraftMask(cache, network.dtype, network.device)
+
+        def over_mask(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
+            nonlocal levels
+            mask = sight.level(parents)
+            angles = network.angles([start + levels for start in starts], 1)
+            levels += 1
+            return network(tokens, features, angles, mask, cache)
+
+        return over_mask
+
+    def _over(self, tokens: Tensor, features: Tensor, positions: Tensor, seen: Tensor) -> DraftOutput:
+        """Run `(rows, nodes)` tokens, the last of those pending."""
+        pending = Pending(integers(self.cache.lengths, tokens.device).int(), seen, positions, (None,), self.cache)
+        angles = self.network.turns(positions[:, -tokens.shape[1] :])
+        with running_over(pending):
+            return self.network(tokens, features, angles, None, self.cache)
+
     def _take_in(self, update: Update) -> DraftOutput:
         """Run the decided pairs with the target's true features, and commit them to the cache.
 
@@ -136,11 +161,15 @@ class FeatureDraftState(DraftState):
         counts, kept = update.counts, []
         for start in range(0, max(counts), PREFILL_CHUNK):
             count = min(PREFILL_CHUNK, max(counts) - start)
-            angles = self.network.angles(self.cache.lengths, count)
-            self.cache.reserve(count, update.tokens.device)
-            mask = causal_mask(self.cache, count, self.network.dtype, self.network.device)
             piece = slice(start, start + count)
-            out = self.network(update.tokens[:, piece], update.taps[:, piece], angles, mask, self.cache)
+            tokens, taps, rows = update.tokens[:, piece], update.taps[:, piece], len(counts)
+            slots = self.cache.reserve(count, tokens.device)
+            if self.network.native is not None:
+                out = self._over(tokens, taps, slots, causal(rows, count, tokens.device))
+            else:
+                angles = self.network.angles(self.cache.lengths, count)
+                mask = causal_mask(self.cache, count, self.network.dtype, self.network.device)
+                out = self.network(tokens, taps, angles, mask, self.cache)
             self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
             kept.append(out)
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))

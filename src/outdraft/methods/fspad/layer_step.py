@@ -1,9 +1,9 @@
 """One decoder layer of a drafter, arranged for the few nodes of a draft level; every draft step shares it.
 
 Query, key and value are one product, rotated together; residuals and gates are added or multiplied inside the products
-where there is a kernel for it; small layers on a CPU compute in float32 on plain weights, whatever the target's
-precision: the overhead of oneDNN's low-precision products is three times that of a whole small float32 product. Larger
-ones stay as they are. It reads weights on any backend.
+where there is a kernel for it. On backend `native` the whole layer is one call. On `packed`, small layers compute in
+float32 on plain weights, whatever the target's precision: the overhead of oneDNN's low-precision products is three
+times that of a whole small float32 product. It reads weights on any backend.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.fused import FOLDED
+from outdraft.target.backends.native.modules import NativeLinear, view_of
+from outdraft.target.backends.native.operations import LANES, Layer, Weight, rms_norm
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.backends.tree_attention import rotated_and_stored, running
 from outdraft.target.cache import SlotCache
@@ -36,19 +38,30 @@ class LayerStep:
             are.
         frequencies: `(head_dim / 2,)` rotary frequencies.
         positions: length of the rotary tables.
+        mlp_norm: the norm before the MLP.
         scale: factor of cosines and sines.
         beside: an output layer among the head's modules, which is no part of the step.
+
+    Attributes:
+        native: the layer as one call over pending tokens, on backend `native`; else None.
     """
 
     def __init__(
-        self, head: Any, frequencies: Tensor, positions: int, scale: float = 1.0, beside: nn.Module | None = None
+        self,
+        head: Any,
+        frequencies: Tensor,
+        positions: int,
+        mlp_norm: RMSNorm,
+        scale: float = 1.0,
+        beside: nn.Module | None = None,
     ):
         config, attention = head.config, head.self_attn
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._size = config.head_dim
         place = head.norm.weight
         own = [part for part in head.modules() if isinstance(part, nn.Linear | PackedLinear) and part is not beside]
-        self._small = max(linear.out_features * linear.in_features for linear in own) <= SMALL
+        self._on_native = any(isinstance(linear, NativeLinear) for linear in own)
+        self._small = not self._on_native and max(linear.out_features * linear.in_features for linear in own) <= SMALL
         widened = self._small and place.device.type == "cpu" and place.dtype != torch.float64
         self.dtype = torch.float32 if widened else place.dtype
         self.device = place.device
@@ -58,7 +71,11 @@ class LayerStep:
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._head_norms = [self._norm(norm) for norm in norms if norm is not None]
         self._gate, self._up, self._down = map(self._linear, (head.gate_proj, head.up_proj, head.down_proj))
+        self._down_outputs = head.down_proj.out_features
+        self._mlp_norm = self._norm(mlp_norm)
         self._cos, self._sin = self._rotary_tables(frequencies, positions, scale)
+        fits = self._size % LANES == 0 and head.gate_proj.out_features % LANES == 0
+        self.native = self._one_call(head, mlp_norm) if self._on_native and fits else None
 
     def __call__(
         self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
@@ -74,6 +91,10 @@ class LayerStep:
             cache: `reserve` it first; over pending tokens their own cache is used.
         """
         raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Length of the rotary tables."""
+        return len(self._cos)
 
     def angles(self, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of the positions from every row's start on, clamped to the last position.
@@ -93,6 +114,36 @@ class LayerStep:
         """Return cosines and sines `(rows, count, head_dim)` of positions on the device, for pending tokens."""
         at = positions.clamp(max=len(self._cos) - 1)
         return self._cos.flatten(1)[at], self._sin[:, :, 1:].expand(-1, -1, 2, -1).flatten(1)[at]
+
+    def _through(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        rows: int,
+        nodes: int,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: SlotCache,
+    ) -> Tensor:
+        """Run attention and MLP.
+
+        Args:
+            x: `(rows * nodes, width)` input of attention.
+            residual: `(rows * nodes, hidden)` what is added to attention's output.
+
+        Returns:
+            `(rows, nodes, outputs)` the MLP's output plus its input, which repeats where the output is wider.
+        """
+        pending = running()
+        if self.native is not None and pending is not None:
+            keys, values = pending.cache.whole(self.native.probe, self.native.probe, 0)
+            tokens = view_of(pending, angles, None).over(keys, values)
+            return self.native(x.view(rows, nodes, -1), tokens, residual)
+        a = self._o.plus(self._attend(x, rows, nodes, angles, mask, cache), residual)
+        u = self._mlp_norm(a)
+        inner = self._up.times(u, self._gate.silu(u))
+        beside = a if self._down_outputs == a.shape[1] else a.repeat(1, self._down_outputs // a.shape[1])
+        return self._down.plus(inner, beside).view(rows, nodes, -1)
 
     def _attend(
         self,
@@ -135,14 +186,36 @@ class LayerStep:
 
     # --- what is prepared --------------------------------------------------------------------------------------
 
+    def _one_call(self, head: Any, mlp_norm: RMSNorm) -> Layer:
+        attention = head.self_attn
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj), (head.gate_proj, head.up_proj)
+        (qkv, qkv_bias), (gate_up, gate_up_bias) = (joined(*(plain_linear(part) for part in own)) for own in parts)
+        norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if self._head_norms]
+        return Layer(
+            Weight(qkv, qkv_bias),
+            Weight(*plain_linear(attention.o_proj)),
+            Weight(gate_up, gate_up_bias, gated=True),
+            Weight(*plain_linear(head.down_proj)),
+            self._heads,
+            self._kv_heads,
+            self._size**-0.5,
+            None,
+            (mlp_norm.weight, mlp_norm.eps),
+            tuple((norm.weight, norm.eps) for norm in norms),
+        )
+
     def _linear(self, module: nn.Module) -> Linear:
+        if isinstance(module, NativeLinear):
+            return NativeProduct(module)
         if isinstance(module, PackedLinear) and not self._small:
             return PackedProduct(module)
         weight, bias = plain_linear(module)
         return Linear(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def _norm(self, norm: RMSNorm) -> Callable[[Tensor], Tensor]:
-        weight, eps = norm.weight.detach().to(self.dtype), norm.eps
+        weight, eps = norm.weight.detach().to(self.dtype).contiguous(), norm.eps
+        if self._on_native:
+            return lambda x: rms_norm(x, weight, eps)
         shape = weight.shape
         return lambda x: F.rms_norm(x, shape, weight, eps)
 
@@ -174,8 +247,7 @@ class Linear:
     @classmethod
     def joined(cls, parts: Sequence[Linear]) -> Linear:
         """Return a layer whose output is that of all parts, side by side."""
-        biases = [part.bias for part in parts if part.bias is not None]
-        return cls(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+        return cls(*joined(*((part.weight, part.bias) for part in parts)))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -192,6 +264,25 @@ class Linear:
     def silu(self, x: Tensor) -> Tensor:
         """Return the SiLU of the result."""
         return F.silu(self(x), inplace=True)
+
+
+def joined(*parts: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer whose output is that of all parts, side by side."""
+    biases = [bias for _, bias in parts if bias is not None]
+    return torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
+
+
+class NativeProduct(Linear):
+    """A linear map on a weight in the layout of our kernels."""
+
+    def __init__(self, packed: NativeLinear):
+        self._packed, self.bias = packed, packed.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._packed(x)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._packed.plus(x, other)
 
 
 class PackedProduct(Linear):

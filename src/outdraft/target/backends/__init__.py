@@ -1,15 +1,16 @@
 """Backends that run the same forward faster, by name.
 
 `eager` is the model as it is. `graphs` (CUDA) replays forwards over trees as CUDA graphs, with kernels of our own
-around the model's products. `packed` (CPU) keeps every linear layer's weight in oneDNN's own blocked layout, around
-stock modules. That makes a pass over few tokens several times cheaper than reading plain rows. `compiled` (CPU) runs
-forwards over few tokens through torch.compile, and others as `packed` or `eager`. The choice never changes what is
+around the model's products. `native` (CPU) runs whole layers by kernels of our own, compiled on the machine, at the
+speed of its memory. `packed` (CPU) keeps every linear layer's weight in oneDNN's own blocked layout, around stock
+modules; it serves families that `native` does not, and machines without a compiler. The choice never changes what is
 computed, only how; plain decoding is always timed on the same backend.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,16 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outdraft.errors import UserError
-from outdraft.target.backends.compiled import CompiledForward, Forward, compilable_view, why_not_compiled
-from outdraft.target.backends.graphs import GraphedForward, Sight, graphs_view, why_not_graphs
+from outdraft.target.backends.graphs import GraphedForward, graphs_view, why_not_graphs
+from outdraft.target.backends.native import native_view, why_not_native, why_not_native_model, why_not_parts
 from outdraft.target.backends.packed import PACKABLE, PackedLinear, count_parameters, packed_view, packs, why_not_packed
 from outdraft.target.backends.tree_attention import has_triton
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
 from outdraft.target.backends.view import backend_of, mark, marked_as
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "CompiledForward",
     "GraphedForward",
     "PackedLinear",
     "Sight",
@@ -38,13 +39,30 @@ __all__ = [
     "default_backend",
     "default_dtype",
     "forward_of",
-    "why_not_compiled",
+    "simple_backend",
     "why_not_graphs",
+    "why_not_native",
+    "why_not_native_model",
     "why_not_packed",
 ]
 
-Backend = Literal["eager", "packed", "compiled", "graphs"]
-BACKENDS = ("eager", "packed", "compiled", "graphs")
+Backend = Literal["eager", "packed", "native", "graphs"]
+BACKENDS = ("eager", "packed", "native", "graphs")
+
+SIMPLER: dict[str, tuple[Backend, ...]] = {"native": ("packed", "eager"), "packed": ("eager",), "graphs": ("eager",)}
+"""Backends that serve in place of one that cannot, in order."""
+
+WHY_NOT: dict[str, Callable[[Any], str | None]] = {
+    "native": why_not_native_model,
+    "packed": why_not_packed,
+    "graphs": why_not_graphs,
+}
+WHY_NOT_PARTS: dict[str, Callable[[Any], str | None]] = {
+    "native": why_not_parts,
+    "packed": why_not_packed,
+    "graphs": lambda network: None,
+}
+VIEWS: dict[str, Callable[[Any], Any]] = {"native": native_view, "packed": packed_view, "graphs": graphs_view}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,33 +75,27 @@ def accelerate(model: Model, backend: str) -> Model:
     Raises:
         UserError: no such backend.
     """
+    if backend == "compiled":
+        warnings.warn("backend 'compiled' is gone; 'native' takes its place", DeprecationWarning, stacklevel=2)
+        backend = "native"
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
-    if backend == "eager":
-        return model
-    if backend == "graphs":
-        reason = why_not_graphs(model) if isinstance(model, PreTrainedModel) else None
-        if reason is not None:
-            warnings.warn(f"backend 'graphs' cannot serve this model ({reason}); using 'eager'", stacklevel=2)
+    whole = isinstance(model, PreTrainedModel)  # a drafter's network runs with the target's layers
+    view: Any = model
+    for name in (backend, *SIMPLER.get(backend, ())):
+        if name == "eager":
             return model
-        view = graphs_view(model)
-        if isinstance(model, PreTrainedModel):
-            mark(view, "graphs")  # a drafter's network runs with the target's layers
-        return view
-    unpacked = why_not_packed(model)
-    if backend == "compiled" and not isinstance(model, PreTrainedModel):
-        return compilable_view(model, pack=unpacked is None)  # a drafter's network, run with the target's layers
-    if backend == "compiled":
-        reason = why_not_compiled(model)
+        reason = (
+            WHY_NOT[name](model) if whole or name == "packed" else why_not_parts(model) if name == "native" else None
+        )
         if reason is None:
-            view = compilable_view(model, pack=unpacked is None)
-            mark(view, "compiled")
-            return view
-        instead = "packed" if unpacked is None else "eager"
-        warnings.warn(f"backend 'compiled' cannot serve this model ({reason}); using '{instead}'", stacklevel=2)
-    elif unpacked is not None:
-        warnings.warn(f"backend 'packed' cannot serve this model ({unpacked}); using 'eager'", stacklevel=2)
-    return model if unpacked is not None else packed_view(model)
+            view = VIEWS[name](model)
+            break
+        instead = SIMPLER[name][0]
+        warnings.warn(f"backend '{name}' cannot serve this model ({reason}); using '{instead}'", stacklevel=2)
+    if whole and name != "packed":
+        mark(view, name)
+    return view
 
 
 def forward_of(model: Any, forward: Forward, what: str) -> Forward:
@@ -97,21 +109,28 @@ def forward_of(model: Any, forward: Forward, what: str) -> Forward:
     found = marked_as(model)
     if found == "graphs":
         return GraphedForward(model, forward, what)
-    return CompiledForward(model, forward, what) if found == "compiled" else forward
+    return TreeForward(model, forward, what, found) if found == "native" else forward
 
 
 def best_backend(model: nn.Module) -> Backend:
     """Return the backend that serves this model best on its device."""
     place = next(model.parameters())
     found = default_backend(place.device, place.dtype)
-    refused = {"packed": why_not_packed, "graphs": why_not_graphs}
-    return "eager" if found in refused and refused[found](model) is not None else found
+    while found != "eager" and WHY_NOT[found](model) is not None:
+        found = SIMPLER[found][0]
+    return found
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return `graphs` on a GPU and `packed` on a CPU if they can serve, else `eager`."""
+    """Return `graphs` on a GPU and `native` on a CPU if they can serve, else a simpler one."""
     if device.type == "cuda":
         return "graphs" if has_triton() else "eager"
+    native = device.type == "cpu" and dtype in PACKABLE and why_not_native() is None
+    return "native" if native else simple_backend(device, dtype)
+
+
+def simple_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend of a drafter whose target runs as it is."""
     return "packed" if device.type == "cpu" and dtype in PACKABLE and packs(dtype) else "eager"
 
 

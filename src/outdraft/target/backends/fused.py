@@ -20,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from outdraft.target.backends import tree_attention
-from outdraft.target.backends.opaque_attention import ATTENTION
 
 Join = Callable[[Tensor, Tensor | None], nn.Module]
 """Makes a linear layer of a weight `(out, in)` and a bias."""
@@ -35,7 +34,7 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 """Parts of an attention that are norms of single heads, and may be absent."""
 
-DIRECT = ("sdpa", ATTENTION, tree_attention.ATTENTION)
+DIRECT = ("sdpa", tree_attention.ATTENTION)
 """Names of attentions that a replacement calls itself; others are looked up."""
 
 LONG = 64
@@ -65,10 +64,10 @@ class Doubles:
         make = self._maker(module)
         if make is None or any(hooked(part) for part in module.modules()):
             return None
-        kind = _kind(module)
-        if kind not in self._verdicts:
-            self._verdicts[kind] = _alike(module, make)
-        return make(module, self.join) if self._verdicts[kind] else None
+        own = kind(module)
+        if own not in self._verdicts:
+            self._verdicts[own] = _alike(module, make)
+        return make(module, self.join) if self._verdicts[own] else None
 
     def _maker(self, module: Any) -> Callable[[Any, Join], nn.Module] | None:
         parts, held = set(module._modules), set(module._parameters)
@@ -80,8 +79,8 @@ class Doubles:
         if any(parameter is not None for parameter in module._parameters.values()):
             return None
         if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            return FusedMLP if _linear(module, "gate_proj", "up_proj", "down_proj") else None
-        if parts - NORMS == PROJECTIONS and parts & NORMS in (set(), NORMS) and _attends(module):
+            return FusedMLP if linear(module, "gate_proj", "up_proj", "down_proj") else None
+        if parts - NORMS == PROJECTIONS and parts & NORMS in (set(), NORMS) and attends(module):
             return lambda own, join: FusedAttention(own, join, self.rotation)
         return None
 
@@ -105,7 +104,7 @@ class FusedNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.is_cuda and tree_attention.running() is not None:
             return tree_attention.normed(hidden_states, self.weight, self.eps)
-        if hidden_states.is_cuda or torch.compiler.is_compiling():  # both make one operation of the plain formula
+        if hidden_states.is_cuda:
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         both = torch.cat((hidden_states, hidden_states.neg()), dim=-1)
         return F.layer_norm(both, self._shape, self.doubled, None, self.eps)[..., : self._width]
@@ -121,7 +120,7 @@ class FusedMLP(nn.Module):
 
     def __init__(self, mlp: Any, join: Join):
         super().__init__()
-        self.gate_up_proj = join(*_joined(mlp.gate_proj, mlp.up_proj))
+        self.gate_up_proj = join(*joined(mlp.gate_proj, mlp.up_proj))
         self.down_proj = join(mlp.down_proj.weight, mlp.down_proj.bias)
         self.act_fn = mlp.act_fn
         self._silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
@@ -153,7 +152,7 @@ class FusedAttention(nn.Module):
         for name, value in vars(attention).items():  # what attention functions may look up, the config among it
             if not name.startswith("_") and name not in self.__dict__:
                 self.__dict__[name] = value
-        self.qkv_proj = join(*_joined(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.qkv_proj = join(*joined(attention.q_proj, attention.k_proj, attention.v_proj))
         self.o_proj = join(attention.o_proj.weight, attention.o_proj.bias)
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._kv_heads = attention.k_proj.out_features // attention.head_dim
@@ -189,7 +188,7 @@ class FusedAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
-        if name in DIRECT and attention_mask is not None and not torch.compiler.is_compiling():
+        if name in DIRECT and attention_mask is not None:
             shared = heads != kv_heads
             seen = self._rotation.added(attention_mask, query.dtype)
             if shared and seen is not None and tokens <= FOLDED and query.device.type == "cpu" and seen.shape[1] == 1:
@@ -221,8 +220,6 @@ class Rotation:
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Convert `(rows, tokens, size)` tables to `(rows, tokens, 1, 2, size / 2)`, sines signed for mixed halves."""
-        if torch.compiler.is_compiling():
-            return _halves(cos, sin)
         known, *tables = self._tables
         if known is not cos:
             tables = list(_halves(cos, sin))
@@ -282,14 +279,14 @@ def epsilon(norm: Any) -> float | None:
     return found if isinstance(found, float) else None
 
 
-def _linear(module: Any, *names: str) -> bool:
+def linear(module: Any, *names: str) -> bool:
     """Return True if these parts are plain linear layers; if they are to be joined, all or none must have a bias."""
     parts = [module._modules[name] for name in names]
     joined = [part for name, part in zip(names, parts, strict=True) if name not in ("o_proj", "down_proj")]
     return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in joined}) == 1
 
 
-def _attends(module: Any) -> bool:
+def attends(module: Any) -> bool:
     wanted = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
     if not wanted <= set(inspect.signature(module.forward).parameters):
         return False
@@ -304,7 +301,7 @@ def _attends(module: Any) -> bool:
     return bool(whole and known and getattr(config, "_attn_implementation", None) in DIRECT)
 
 
-def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
+def joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
     weight = _side_by_side([part.weight.detach() for part in parts])
     return weight, None if parts[0].bias is None else _side_by_side([part.bias.detach() for part in parts])
 
@@ -320,7 +317,7 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     return whole.as_strided((sum(len(part) for part in parts), *whole.shape[1:]), whole.stride())
 
 
-def _kind(module: Any) -> tuple[Any, ...]:
+def kind(module: Any) -> tuple[Any, ...]:
     """Return a key of the module's kind: modules of one kind differ only in weights and position."""
     settings = tuple(
         (name, repr(value))
@@ -337,7 +334,7 @@ def _alike(module: Any, make: Callable[[Any, Join], nn.Module]) -> bool:
     own = copy.deepcopy(module).float().eval()
     try:
         double = make(own, plain_layer)
-        return all(_same(own(**given), double(**given)) for given in _inputs(own)) and not _turns_a_part(own)
+        return all(same(own(**given), double(**given)) for given in _inputs(own)) and not turns_a_part(own)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # its signature differs from its looks
 
@@ -357,7 +354,7 @@ def _inputs(module: Any) -> list[dict[str, Any]]:
     return [{name: x, **around} for x in tried]
 
 
-def _turns_a_part(module: Any) -> bool:
+def turns_a_part(module: Any) -> bool:
     """Return True if the module is an attention that rotates only as much of a head as the tables are wide. A
     replacement rotates all of it, and only a model's forward shows its tables."""
     *_, given = _inputs(module)
@@ -378,6 +375,6 @@ def plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return layer
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     one, other = (x[0] if isinstance(x, tuple) else x for x in (one, other))
     return one.shape == other.shape and bool((one - other).abs().max() <= TOLERANCE * one.abs().max())

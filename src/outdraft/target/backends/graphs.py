@@ -6,8 +6,7 @@ weights. A recording is issued as one launch. It serves every length: attention 
 few sizes, so that few recordings are made. Norms, MLPs and attentions of known form have fused replacements with fewer
 launches (`fused.py`).
 
-When a forward first runs this way it is compared with the model's own attention. If it computes something else, or
-cannot be recorded, the model runs without, with one warning. On a CPU the same functions run unrecorded.
+A forward that cannot be recorded runs unrecorded, with one warning. On a CPU the same functions run unrecorded.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +23,9 @@ from torch import Tensor, nn
 from outdraft.errors import first_line
 from outdraft.target.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.target.backends.packed import why_not_replaced
-from outdraft.target.backends.tree_attention import ATTENTION, Pending, Storing, has_triton, running_over
-from outdraft.target.backends.view import alike, why_not_renamed, with_attention
+from outdraft.target.backends.tree_attention import ATTENTION, Pending, has_triton
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
+from outdraft.target.backends.view import why_not_renamed, with_attention
 
 MOST_TOKENS = 512
 """Largest number of tokens of all rows for which a forward is recorded; beyond, launches are not what takes time."""
@@ -38,8 +37,6 @@ MOST_RECORDINGS = 64
 """Largest number of recordings kept per forward."""
 
 Model = TypeVar("Model", bound=nn.Module)
-Forward = Callable[..., tuple[Tensor, ...]]
-"""An inner model's forward, as in `compiled.py`."""
 
 
 def why_not_graphs(model: Any) -> str | None:
@@ -91,31 +88,7 @@ def _lie_in(whole: Any, *parts: Any) -> None:
         start = end
 
 
-@dataclass
-class Sight:
-    """The ancestor mask and positions of a forward, before a mask is made; `Target.inputs` passes it as the mask.
-
-    Attributes:
-        seen, slots, positions: as in `tree.attention_mask`, of all `m` pending tokens.
-        lengths: committed tokens of every row.
-        windows: sliding windows by kind of layer.
-        masks: makes the masks that `transformers` takes.
-    """
-
-    seen: Tensor
-    slots: Tensor
-    positions: Tensor
-    lengths: list[int]
-    windows: dict[str, int | None]
-    masks: Callable[[], Any]
-
-    @property
-    def alone(self) -> bool:
-        """True if every token sees only itself, which no attention could get wrong."""
-        return self.seen.shape[2] == 1 and max(self.lengths) == 0
-
-
-class GraphedForward:
+class GraphedForward(TreeForward):
     """A forward over pending tokens, recorded if they are few.
 
     Args:
@@ -125,60 +98,17 @@ class GraphedForward:
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):
-        self.model, self.forward, self.what = model, forward, what
-        self.serves = True
-        """True while the forward computes what the model computes."""
+        super().__init__(model, forward, what, "graphs")
         self.records = True
         """True while the forward can be recorded."""
         self.recordings: OrderedDict[Any, Recording] = OrderedDict()
-        self._compared = False
         self._memory: Any = None
 
-    def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
-        sight, cache = inputs.pop("attention_mask"), inputs["past_key_values"]
-        if not isinstance(sight, Sight):
-            return self.forward(attention_mask=sight, **inputs)
-        if not self.serves or sight.alone:
-            return self.forward(attention_mask=sight.masks(), **inputs)
-        name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
-        given = inputs[name]
-        if not self._compared:
-            return self._first(name, given, sight, inputs)
+    def _over(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
         rows, tokens = given.shape[:2]
         if not self.records or rows * tokens > MOST_TOKENS or min(sight.lengths) == 0:
-            return self._run(name, given, self._pending(sight, cache))
+            return super()._over(name, given, sight, cache)
         return self._replay(name, given, sight, cache)
-
-    def _pending(self, sight: Sight, cache: Any) -> Pending:
-        device = sight.seen.device
-        lengths = torch.tensor(sight.lengths, dtype=torch.int32, device=device)
-        return Pending(lengths, sight.seen, sight.positions, tuple(sight.windows.values()), cache)
-
-    def _run(self, name: str, given: Tensor, pending: Pending) -> tuple[Tensor, ...]:
-        kinds = [torch.ones(1, 1, 1, 1 + i, dtype=torch.bool, device=given.device) for i in range(len(pending.windows))]
-        config = self.model.config.get_text_config()
-        several = len(kinds) > 1
-        mask: Any = dict(zip(dict.fromkeys(config.layer_types), kinds, strict=True)) if several else kinds[0]
-        positions = pending.positions[:, -given.shape[1] :]
-        around = {"attention_mask": mask, "position_ids": positions, "past_key_values": Storing(), "use_cache": True}
-        with running_over(pending):
-            return self.forward(**{name: given}, **around)
-
-    def _first(self, name: str, given: Tensor, sight: Sight, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Run the first call both ways and compare."""
-        self._compared, reason = True, None
-        try:
-            found = self._run(name, given, self._pending(sight, inputs["past_key_values"]))
-        except Exception as error:  # modules of any family; whatever they raise means the same
-            reason = first_line(error)
-        expected = self.forward(attention_mask=sight.masks(), **inputs)
-        if reason is None and not alike(found, expected):
-            reason = "it computes something else"
-        if reason is None:
-            return found
-        self.serves = False
-        warnings.warn(f"{self.what} cannot run on backend 'graphs' ({reason}); it runs as 'eager'", stacklevel=4)
-        return expected
 
     def _replay(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
         rows, tokens = given.shape[:2]

@@ -44,6 +44,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _product(x, self._packed, self.bias, "none", [], "")
 
+    def dense(self) -> Tensor:
+        """Return the `(out, in)` weight."""
+        return self._packed.to_dense()
+
 
 def count_parameters(model: nn.Module) -> int:
     """Count the parameters of a model on any backend; packed weights count like any other, and once."""
@@ -105,7 +109,9 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear) -> Model:
+def packed_view(
+    model: Model, linear: Callable[..., PackedLinear] = PackedLinear, doubles: Doubles | None = None
+) -> Model:
     """Return a shallow copy of the module tree in which linear layers without hooks are packed; the original stays as
     it is.
 
@@ -114,8 +120,9 @@ def packed_view(model: Model, linear: Callable[..., PackedLinear] = PackedLinear
     Args:
         model: model whose layers are shared.
         linear: makes a packed layer of `(out, in)` weight and bias.
+        doubles: makes the replacements of other modules.
     """
-    return _view(model, linear, Doubles(linear))
+    return _view(model, linear, doubles or Doubles(linear))
 
 
 def _view(model: Model, linear: Callable[..., PackedLinear], doubles: Doubles) -> Model:
@@ -125,8 +132,8 @@ def _view(model: Model, linear: Callable[..., PackedLinear], doubles: Doubles) -
 
 
 def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubles: Doubles) -> nn.Module | None:
-    if module is None:
-        return None
+    if module is None or isinstance(module, PackedLinear):
+        return module
     if type(module) is nn.Linear and not hooked(module):
         return linear(module.weight, module.bias)
     if isinstance(module, Conv1D) and not hooked(module):
@@ -139,5 +146,5 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return weight `(out, in)` and bias of a linear layer on any backend."""
     bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
     if isinstance(module, PackedLinear):
-        return module._packed.to_dense(), bias
+        return module.dense(), bias
     return module.weight.detach(), bias  # type: ignore[operator]

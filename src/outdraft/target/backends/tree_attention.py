@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,7 @@ class Pending:
         positions: `(rows, m)` positions of the pending tokens.
         windows: sliding window of every kind of layer, None for everything.
         cache: a cache that has `whole`.
+        views: the tokens as other kernels read them, made once for all layers.
     """
 
     lengths: Tensor
@@ -54,6 +55,7 @@ class Pending:
     positions: Tensor
     windows: tuple[int | None, ...]
     cache: Any
+    views: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def slots(self) -> Tensor:

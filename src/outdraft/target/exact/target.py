@@ -3,6 +3,8 @@
 In low precision a forward over several tokens rounds differently from one-token forwards, so greedy texts can diverge
 at near-ties. Exact mode makes the forward itself the same, and with it the cache and all that follows:
 
+Backend `native` is built that way and only checked. On `packed` and `eager`:
+
 - Attention runs node by node: each query sees its own path only, contiguous and in order, in the same kernel call as
   plain decoding. Keys and values of committed tokens are not copied. - All other modules treat rows separately by their
   mathematics. `invariance.py` measures, for every kind of layer and
@@ -36,6 +38,9 @@ from outdraft.target.runner import PLAIN, ModelRunner, Output
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
 
+INVARIANT_CASES = ((1, 4), (2, 19))
+"""Rows and nodes of the forwards by which kernels that treat rows alike by construction are checked."""
+
 
 @dataclass
 class Exactness:
@@ -63,7 +68,7 @@ def exactly(target: Target) -> ExactTarget:
         UserError: there is no guarantee for this model or device, with the reason.
     """
     if target.exact is None:
-        target.exact = ExactTarget(target)
+        target.exact = InvariantTarget(target) if target.backend == "native" else ExactTarget(target)
     return target.exact
 
 
@@ -185,6 +190,50 @@ class ExactTarget(Target):
         self.exactness.check_seconds += time.perf_counter() - start
 
 
+class InvariantTarget(ExactTarget):
+    """A target whose kernels give every token the same bits in any company (backend `native`), so that nothing needs to
+    run apart.
+
+    Args:
+        plain: the stock target.
+
+    Raises:
+        UserError: a forward over trees differs from one-token forwards after all.
+    """
+
+    ragged = True
+
+    def __init__(self, plain: Target):
+        self.__dict__.update(plain.__dict__)
+        self.plain, self.exactness = plain, Exactness(stacked=plain.num_layers)
+        start = time.perf_counter()
+        for rows, nodes in INVARIANT_CASES:
+            with torch.inference_mode():
+                where = _Case(plain, rows, nodes).difference(self)
+            if where is not None:
+                raise UserError(
+                    f"a forward over {rows} x {nodes} tokens gives other {where} than one-token forwards on this "
+                    "machine, so exact=True cannot be promised; use --backend packed"
+                )
+            self.exactness.checks += 1
+        self.exactness.check_seconds = time.perf_counter() - start
+
+    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        return self.plain.forward(tokens, positions, seen, slots, cache)
+
+    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        return self.plain.inputs(positions, seen, slots, cache)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.plain.head(features)
+
+    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:  # type: ignore[override]
+        return ModelRunner(self, cache, reads)
+
+    def vouch(self, run: ModelRunner) -> None:
+        """Do nothing: any way of running the layers gives the same bits."""
+
+
 def refuse(target: Target) -> None:
     """Raise UserError if exactness cannot be guaranteed, before anything runs."""
     model: Any = target.model
@@ -193,10 +242,10 @@ def refuse(target: Target) -> None:
             f"exact=True is not offered on {target.device.type}: which rows its kernels round alike has not been "
             "measured; use a CPU, or leave it out"
         )
-    if target.backend in ("compiled", "graphs"):
+    if target.backend == "graphs":
         raise UserError(
             f"exact=True is not offered on backend '{target.backend}': which rows its kernels round alike has not been "
-            "measured; use --backend packed or eager"
+            "measured; use --backend eager"
         )
     if target.config._attn_implementation != "sdpa":
         raise UserError("exact=True needs attn_implementation='sdpa', whose kernel calls can be made one by one")

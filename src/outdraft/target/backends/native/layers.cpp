@@ -1,0 +1,109 @@
+// Layers of a transformer over few tokens on a CPU, at the speed of its memory.
+//
+// Weights lie in panels of sixteen outputs. A panel has a line of 64 bytes for every two inputs (bfloat16) or every
+// input (float32), and one instruction multiplies a line with inputs that all lanes share. So weights are read once and
+// in order, for up to six tokens at a time.
+//
+// Every number of a result is a sum in one fixed order, which depends neither on the tokens beside it nor on threads:
+// a product runs over inputs, attention over the keys that a token sees, in the order of their positions. A token that
+// is verified in a tree therefore gets the same bits as one that is decoded alone.
+
+#include "attention.h"
+
+namespace {
+
+struct Layer {
+  Heads heads;
+  Weight qkv, o, gate_up, down;
+  const void *attention_norm, *mlp_norm;  // the first may be null
+  float attention_eps, mlp_eps;
+  int64_t activation;
+};
+
+// A layer over x [tokens][inputs of qkv], and what is added after attention [tokens][hidden]. Its output is as wide as the
+// down projection's.
+template <class T>
+void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const T* residual, T* out, T* room) {
+  int64_t tokens = p.rows * p.tokens, width = l.o.outputs, inputs = l.qkv.inputs;
+  T *normed = room, *mixed = normed + tokens * std::max(width, inputs), *attended = mixed + tokens * l.qkv.outputs;
+  T *after = attended + tokens * l.o.inputs, *inner = after + tokens * width;
+  if (l.attention_norm) {
+    norms(team, x, (const T*)l.attention_norm, l.attention_eps, tokens, inputs, normed);
+    team.wait();
+  }
+  linear<T>(team, l.qkv, l.attention_norm ? normed : x, tokens, mixed, nullptr, 1);
+  team.wait();
+  turn_and_store(team, l.heads, p, mixed);
+  team.wait();
+  attend(team, l.heads, p, mixed, attended);
+  team.wait();
+  linear<T>(team, l.o, attended, tokens, after, residual, width);
+  team.wait();
+  norms(team, after, (const T*)l.mlp_norm, l.mlp_eps, tokens, width, normed);
+  team.wait();
+  gated_linear(team, l.gate_up, normed, tokens, inner, (int)l.activation);
+  team.wait();
+  linear<T>(team, l.down, inner, tokens, out, after, width);
+}
+
+template <class T>
+void pack(const T* weight, int64_t outputs, int64_t inputs, int64_t interleaved, uint32_t* lines) {
+  int64_t words = inputs / Type<T>::PER_WORD, panels = panels_of(outputs);
+  for (int64_t p = 0; p < panels; p++) {
+    int64_t from = interleaved ? (p % 2) * (outputs / 2) + p / 2 * LANES : p * LANES;
+    for (int64_t i = 0; i < words; i++)
+      for (int lane = 0; lane < LANES; lane++)
+        lines[(p * words + i) * LANES + lane] =
+            from + lane < outputs ? ((const uint32_t*)(weight + (from + lane) * inputs))[i] : 0;
+  }
+}
+
+template <class Work>
+void by_type(int half, Work work) {
+  if (half)
+    work(bfloat16{});
+  else
+    work(0.0f);
+}
+
+}  // namespace
+
+extern "C" {
+
+void outdraft_pack(int half, const void* weight, int64_t outputs, int64_t inputs, int64_t interleaved, void* lines) {
+  by_type(half, [&](auto type) {
+    pack((const decltype(type)*)weight, outputs, inputs, interleaved, (uint32_t*)lines);
+  });
+}
+
+void outdraft_linear(int half, int threads, const Weight* w, const void* x, int64_t tokens, void* out,
+                     const void* added) {
+  by_type(half, [&](auto type) {
+    using T = decltype(type);
+    together(threads, [&](const Team& team) {
+      linear<T>(team, *w, (const T*)x, tokens, (T*)out, (const T*)added, w->outputs);
+    });
+  });
+}
+
+void outdraft_norm(int half, const void* x, const void* weight, float eps, int64_t tokens, int64_t width, void* out) {
+  by_type(half, [&](auto type) {
+    using T = decltype(type);
+    norms(Team{0, 1, nullptr}, (const T*)x, (const T*)weight, eps, tokens, width, (T*)out);
+  });
+}
+
+void outdraft_layer(int half, int threads, const Layer* l, const Pending* p, const void* x, const void* residual,
+                    void* out) {
+  by_type(half, [&](auto type) {
+    using T = decltype(type);
+    thread_local std::vector<T> room;
+    int64_t wide = std::max(l->qkv.inputs, l->o.outputs) + l->qkv.outputs + l->o.inputs + l->o.outputs + l->down.inputs;
+    room.resize(p->rows * p->tokens * wide + LANES);
+    T* own = room.data();
+    together(threads, [&](const Team& team) {
+      layer(team, *l, *p, (const T*)x, (const T*)(residual ? residual : x), (T*)out, own);
+    });
+  });
+}
+}

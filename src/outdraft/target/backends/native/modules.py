@@ -1,0 +1,258 @@
+"""Modules of a model on our CPU kernels: whole decoder layers, norms and linear layers.
+
+A layer is recognised by its parts and used only if it gave the stock layer's results, as in `fused.py`. Over pending
+tokens it is one call; any other forward runs the stock layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.target.backends import fused
+from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
+from outdraft.target.backends.native.operations import (
+    LANES,
+    TYPES,
+    Layer,
+    PendingView,
+    Weight,
+    rms_norm,
+    why_not_native,
+)
+from outdraft.target.backends.packed import PackedLinear, packed_view, why_not_replaced
+from outdraft.target.backends.tree_attention import Pending, running, running_over
+
+ATTENTION_PARTS = (
+    {"q_proj", "k_proj", "v_proj", "o_proj"},
+    {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+)
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+
+class NativeLinear(PackedLinear):
+    """A linear layer with our kernels' layout of its weight; inference only.
+
+    Args:
+        weight: `(out, in)`, an even number of inputs.
+        bias: `(out,)` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._packed = Weight(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._packed(x)
+
+    def plus(self, x: Tensor, added: Tensor) -> Tensor:
+        """Return the result plus `added`."""
+        return self._packed(x, added)
+
+    def dense(self) -> Tensor:
+        return self._packed.dense()
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Return a layer on our kernels, or on oneDNN's where they do not serve its shape."""
+    even = weight.shape[1] % 2 == 0
+    return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
+
+
+class NativeNorm(FusedNorm):
+    """RMSNorm by our kernel."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class NativeLayer(nn.Module):
+    """A decoder layer as one call of our kernels over pending tokens.
+
+    Args:
+        layer: the stock layer, whose attributes it shows.
+        in_tuple: True if the stock layer returns a tuple.
+    """
+
+    layer_idx: int
+
+    def __init__(self, layer: Any, in_tuple: bool = False):
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        for name, value in vars(layer).items():  # what a model's forward may look up, such as the kind of attention
+            if not name.startswith("_") and name not in self.__dict__:
+                self.__dict__[name] = value
+        self.layer, self.layer_idx = layer, attention.layer_idx
+        norms = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
+        self._native = Layer(
+            Weight(*fused.joined(attention.q_proj, attention.k_proj, attention.v_proj)),
+            Weight(attention.o_proj.weight, attention.o_proj.bias),
+            Weight(*fused.joined(mlp.gate_proj, mlp.up_proj), gated=True),
+            Weight(mlp.down_proj.weight, mlp.down_proj.bias),
+            attention.q_proj.out_features // attention.head_dim,
+            attention.k_proj.out_features // attention.head_dim,
+            attention.scaling,
+            _of(layer.input_layernorm),
+            _of(layer.post_attention_layernorm),
+            [_of(norm) for norm in norms],
+            ACTIVATIONS[type(mlp.act_fn).__name__],
+        )
+        self.in_tuple = in_tuple
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        pending = running()
+        if pending is None or position_embeddings is None:
+            return self.layer(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+            )
+        view = view_of(pending, position_embeddings, pending.window(attention_mask))
+        keys, values = pending.cache.whole(self._native.probe, self._native.probe, self.layer_idx)
+        out = self._native(hidden_states, view.over(keys, values))
+        return (out,) if self.in_tuple else out
+
+
+def view_of(pending: Pending, angles: tuple[Tensor, Tensor], window: int | None) -> PendingView:
+    """Return the pending tokens for our kernels; the same for all layers with these angles and this window."""
+    key = (id(angles[0]), window)
+    known = pending.views.get(key)
+    if known is None:
+        known = pending.views[key] = (PendingView(pending, angles, window), angles)  # kept, so that ids stay theirs
+    return known[0]
+
+
+def _of(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight, float(epsilon(norm) or 0.0)
+
+
+class NativeDoubles(Doubles):
+    """Replacements by our kernels for one model."""
+
+    def __init__(self) -> None:
+        super().__init__(linear)
+        self._tuples: dict[Any, bool | None] = {}
+        """Whether layers of a kind return tuples; None if our kernels compute something else."""
+
+    def double(self, module: nn.Module) -> nn.Module | None:
+        if recognised(module):
+            kind = tuple(fused.kind(part) for part in module.modules())
+            if kind not in self._tuples:
+                self._tuples[kind] = _alike(module)
+            if (in_tuple := self._tuples[kind]) is not None:
+                return NativeLayer(module, in_tuple)
+        double = super().double(module)
+        return NativeNorm(module) if isinstance(double, FusedNorm) and module.weight.dtype in TYPES else double
+
+
+def recognised(layer: Any) -> bool:
+    """Return True if a module looks like a decoder layer that our kernels compute."""
+    parts = set(layer._modules)
+    if parts != LAYER_PARTS or any(hooked(part) for part in layer.modules()):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
+    if set(attention._modules) not in ATTENTION_PARTS or set(mlp._modules) != MLP_PARTS:
+        return False
+    if any(set(norm._parameters) != {"weight"} or epsilon(norm) is None for norm in norms):
+        return False
+    whole = fused.attends(attention) and fused.linear(attention, "q_proj", "k_proj", "v_proj", "o_proj")
+    whole = whole and fused.linear(mlp, "gate_proj", "up_proj", "down_proj")
+    if not whole or type(mlp.act_fn).__name__ not in ACTIVATIONS or attention.head_dim % LANES:
+        return False
+    if any(len(norm.weight) != attention.head_dim for norm in norms[2:]) or mlp.down_proj.in_features % LANES:
+        return False
+    return attention.q_proj.in_features % 2 == 0 and attention.q_proj.weight.dtype in TYPES
+
+
+class _OneLayer:
+    """A cache of one row of one layer, for the comparison."""
+
+    def __init__(self, native: NativeLayer, tokens: int):
+        _, kv_heads, _, width = native._native.probe.shape
+        self.both = torch.zeros(2, 1, kv_heads, tokens, width)
+
+    def whole(self, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.both[0], self.both[1]
+
+
+@torch.inference_mode()
+def _alike(layer: Any) -> bool | None:
+    """Compare in single precision; return whether the stock layer returns a tuple, or None if they differ."""
+    own = copy.deepcopy(layer).float().eval()
+    tokens, width, size = fused.TRIED, own.self_attn.q_proj.in_features, own.self_attn.head_dim
+    native = NativeLayer(own)
+    dice = torch.Generator().manual_seed(0)
+    turned = torch.rand(1, tokens, size // 2, generator=dice).repeat(1, 1, 2) * 6
+    angles = (turned.cos(), turned.sin())
+    positions = torch.arange(tokens)[None]
+    seen = torch.ones(1, tokens, tokens, dtype=torch.bool).tril()
+    found: Any = None
+    for size in fused.MAGNITUDES:
+        x = torch.randn(1, tokens, width, generator=dice) * size
+        pending = Pending(torch.zeros(1, dtype=torch.int32), seen, positions, (None,), _OneLayer(native, tokens))
+        try:
+            found = own(
+                x,
+                attention_mask=seen[:, None],
+                position_ids=positions,
+                position_embeddings=angles,
+                past_key_values=None,
+            )
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            return None  # its signature differs from its looks
+        with running_over(pending):
+            if not fused.same(found, native(x, position_embeddings=angles)):
+                return None
+    return None if fused.turns_a_part(own.self_attn) else isinstance(found, tuple)
+
+
+def native_view(model: Any) -> Any:
+    """Return a shallow copy of the module tree on our kernels; the original stays as it is."""
+    return packed_view(model, linear, NativeDoubles())
+
+
+def why_not_parts(model: Any) -> str | None:
+    """Return why our kernels cannot run a network's linear layers, None if they can."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return "it lies on " + weight.device.type
+    if weight.dtype not in TYPES:
+        return f"they have no {weight.dtype}"
+    return why_not_native()
+
+
+def why_not_native_model(model: Any) -> str | None:
+    """Return why our kernels cannot run this model's layers, None if they can."""
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return "its attention is not 'sdpa'"
+    if (reason := why_not_replaced(model) or why_not_parts(model)) is not None:
+        return reason
+    lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+    layers = next((part for part in lists if len(part) == config.num_hidden_layers), ())
+    doubles = NativeDoubles()
+    if not layers or not all(recognised(layer) for layer in layers) or doubles.double(layers[0]) is None:
+        return "its layers have another form"
+    return None

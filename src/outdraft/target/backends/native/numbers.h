@@ -1,0 +1,115 @@
+// Vectors of sixteen numbers, float32 or bfloat16, by the compiler's own vector types: one source for every processor.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64), aligned(64)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(64)));
+typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t LooseWords __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline Floats all(float x) { return x - Floats{}; }
+
+template <class T>
+struct Type;
+
+template <>
+struct Type<float> {
+  static constexpr int PER_WORD = 1;
+  static Floats load(const float* at) { return *(const LooseFloats*)at; }
+  static void store(float* at, Floats x) { *(LooseFloats*)at = x; }
+  static Floats rounded(Floats x) { return x; }
+  static Floats multiply_add(Floats sum, Words line, uint32_t word) { return sum + (Floats)line * from_bits(word); }
+};
+
+template <>
+struct Type<bfloat16> {
+  static constexpr int PER_WORD = 2;
+  static Floats load(const bfloat16* at) {
+    return (Floats)(__builtin_convertvector(*(const LooseHalves*)at, Words) << 16);
+  }
+  static Words bits(Floats x) {  // rounded to nearest, ties to even
+    Words word = (Words)x;
+    return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  }
+  static void store(bfloat16* at, Floats x) {
+    *(LooseHalves*)at = __builtin_convertvector(bits(x), LooseHalves);
+  }
+  static Floats rounded(Floats x) { return (Floats)(bits(x) << 16); }
+  static Floats multiply_add(Floats sum, Words line, uint32_t word) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)line, (__m512bh)_mm512_set1_epi32((int)word));
+#else
+    sum += (Floats)(line << 16) * from_bits(word << 16);
+    return sum + (Floats)(line & 0xffff0000u) * from_bits(word & 0xffff0000u);
+#endif
+  }
+};
+
+template <class T>
+Floats load_part(const T* at, int count) {
+  T part[LANES] = {};
+  std::memcpy(part, at, count * sizeof(T));
+  return Type<T>::load(part);
+}
+
+template <class T>
+void store_part(T* at, Floats x, int count) {
+  T part[LANES];
+  Type<T>::store(part, x);
+  std::memcpy(at, part, count * sizeof(T));
+}
+
+inline float sum_of(Floats x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+  return sum;
+}
+
+inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+inline Floats exponential(Floats x) {  // relative error below 2e-7; Cephes' expf
+  x = larger(x, all(-87.3f));
+  x = x < 88.0f ? x : all(88.0f);
+  Floats whole = x * 1.44269504088896341f + 12582912.0f;  // rounds to nearest
+  Words power = (Words)whole << 23;
+  whole -= 12582912.0f;
+  x = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats y = all(1.9875691500e-4f);
+  y = y * x + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  y = y * x * x + x + 1.0f;
+  return (Floats)((Words)y + power);
+}
+
+inline Floats activated(Floats x, int kind) {
+  if (kind == 0) return x / (1.0f + exponential(-x));  // SiLU
+  Floats inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // GELU by tanh
+  return x / (1.0f + exponential(-inner));
+}
+
+}  // namespace

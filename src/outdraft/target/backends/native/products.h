@@ -1,0 +1,211 @@
+// Products of packed weights with a few tokens.
+#pragma once
+
+#include <vector>
+
+#include "numbers.h"
+#include "team.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MOST_TOKENS[] = {16, 14, 8, 6};  // of a tile of one to four panels, whose sums stay in registers
+#else
+constexpr int MOST_TOKENS[] = {4, 2, 1, 1};
+#endif
+constexpr int PANELS = 4, MANY = 2;  // of a tile, at most and for many tokens
+constexpr int SUMS = 32 * LANES;  // of the largest tile
+
+struct Weight {
+  const uint32_t* lines;  // [panels][inputs / PER_WORD][LANES]
+  const float* bias;      // [outputs], or null
+  int64_t outputs, inputs;
+};
+
+inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
+
+#if defined(__AVX512F__)
+inline void transpose(const uint32_t* const* rows, int64_t column, uint32_t* out) {  // 16 x 16 words
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + column);
+  for (int i = 0; i < 8; i++) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    _mm512_storeu_si512(out + i * 16, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(out + (8 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xdd));
+    low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_si512(out + (4 + i) * 16, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(out + (12 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xdd));
+  }
+}
+#endif
+
+// Words of up to sixteen rows side by side, [words][LANES]: a panel whose outputs are the rows, or a tile's tokens.
+template <class Rows>
+void side_by_side(Rows row, int rows, int64_t words, uint32_t* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const uint32_t* all[LANES];
+  for (int lane = 0; lane < LANES; lane++) all[lane] = row(std::min(lane, rows - 1));
+  for (; i + LANES <= words; i += LANES) transpose(all, i, out + i * LANES);
+#endif
+  for (int lane = 0; lane < LANES; lane++) {
+    const uint32_t* own = row(std::min(lane, rows - 1));
+    for (int64_t j = i; j < words; j++) out[j * LANES + lane] = own[j];
+  }
+}
+
+// Adds products of M tokens and N panels to sums [M][N][LANES]; x are the tokens' words side by side, those of a single
+// token one after the other.
+template <class T, int M, int N>
+void tile(const uint32_t* lines, int64_t panel, const uint32_t* x, int64_t count, const uint32_t* next, float* sums) {
+  constexpr int STRIDE = M == 1 ? 1 : LANES;
+  Floats sum[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) sum[m][n] = *(const LooseFloats*)(sums + (m * N + n) * LANES);
+  for (int64_t i = 0; i < count; i++) {
+    Words line[N];
+    for (int n = 0; n < N; n++) {
+      line[n] = *(const LooseWords*)(lines + n * panel + i * LANES);
+#if defined(__AVX512F__)
+      if (next) _mm_prefetch((const char*)(next + n * panel + i * LANES), _MM_HINT_T1);
+#endif
+    }
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) sum[m][n] = Type<T>::multiply_add(sum[m][n], line[n], x[i * STRIDE + m]);
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) *(LooseFloats*)(sums + (m * N + n) * LANES) = sum[m][n];
+}
+
+using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const uint32_t*, float*);
+
+template <class T, int N, int M = MOST_TOKENS[N - 1]>
+Tile tile_of_panels(int tokens) {
+  if constexpr (M > 1)
+    if (tokens < M) return tile_of_panels<T, N, M - 1>(tokens);
+  return tile<T, M, N>;
+}
+
+template <class T>
+Tile tile_of(int tokens, int panels) {
+  if (panels == 1) return tile_of_panels<T, 1>(tokens);
+  if (panels == 2) return tile_of_panels<T, 2>(tokens);
+  return panels == 3 ? tile_of_panels<T, 3>(tokens) : tile_of_panels<T, 4>(tokens);
+}
+
+// Panels of a tile: as many as leave room for all tokens at once, so that a line is read once; many tokens go in turns.
+inline int panels_for(int64_t tokens) {
+  for (int panels = PANELS; panels > 0; panels--)
+    if (tokens <= MOST_TOKENS[panels - 1]) return panels;
+  return MANY;
+}
+
+// Tokens of the next tile, evenly: seven in tiles of at most six are four and three.
+inline int tokens_for(int64_t left, int panels) {
+  int64_t turns = (left + MOST_TOKENS[panels - 1] - 1) / MOST_TOKENS[panels - 1];
+  return (int)((left + turns - 1) / turns);
+}
+
+// Tokens of a product in tiles, for products of any number of panels.
+template <class T>
+struct Tokens {
+  const T* x;
+  int64_t tokens, words, turns;
+  std::vector<uint32_t>& room;
+
+  Tokens(const T* x, int64_t inputs, int64_t tokens, int panels, std::vector<uint32_t>& room)
+      : x(x), tokens(tokens), words(inputs / Type<T>::PER_WORD),
+        turns((tokens + MOST_TOKENS[panels - 1] - 1) / MOST_TOKENS[panels - 1]), room(room) {
+    if (tokens == 1) return;
+    room.resize(turns * words * LANES);
+    for (int64_t turn = 0; turn < turns; turn++)
+      side_by_side([&](int i) { return (const uint32_t*)x + (first(turn) + i) * words; }, count(turn), words,
+                   room.data() + turn * words * LANES);
+  }
+  int64_t first(int64_t turn) const { return tokens * turn / turns; }
+  int count(int64_t turn) const { return (int)(first(turn + 1) - first(turn)); }
+  const uint32_t* at(int64_t turn) const {
+    if (count(turn) == 1) return (const uint32_t*)x + first(turn) * words;
+    return room.data() + turn * words * LANES;
+  }
+};
+
+// Calls use(token, panel, panels, sums) for sums [panels][LANES] of every token and of panels from `first` to `last`, in
+// multiples of `step`.
+template <class T, class Use>
+void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
+  thread_local std::vector<uint32_t> room;
+  const int most = std::max(step, panels_for(tokens) / step * step);
+  const Tokens<T> tiles(x, w.inputs, tokens, most, room);
+  const int64_t panel = tiles.words * LANES;
+  for (int64_t p = first; p < last; p += most) {
+    int n = (int)std::min<int64_t>(most, last - p);
+    for (int64_t turn = 0; turn < tiles.turns; turn++) {
+      int m = tiles.count(turn);
+      alignas(64) float sums[SUMS];
+      std::memset(sums, 0, m * n * LANES * sizeof(float));
+      tile_of<T>(m, n)(w.lines + p * panel, panel, tiles.at(turn), tiles.words,
+                      turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
+      for (int i = 0; i < m; i++) use(tiles.first(turn) + i, p, n, sums + i * n * LANES);
+    }
+  }
+}
+
+// Stores outputs of one token in T, plus its bias, plus `added`, whose numbers repeat after `period`.
+template <class T>
+void store_outputs(const Weight& w, T* out, int64_t panel, int panels, const float* sums, const T* added,
+                   int64_t period) {
+  for (int n = 0; n < panels; n++) {
+    int64_t at = (panel + n) * LANES;
+    int count = (int)std::min<int64_t>(LANES, w.outputs - at);
+    Floats x = *(const LooseFloats*)(sums + n * LANES);
+    if (count == LANES) {
+      if (w.bias) x += *(const LooseFloats*)(w.bias + at);
+      if (added) x += Type<T>::load(added + at % period);
+      Type<T>::store(out + at, x);
+    } else {
+      if (w.bias) x += load_part(w.bias + at, count);
+      if (added) x += load_part(added + at % period, count);
+      store_part(out + at, x, count);
+    }
+  }
+}
+
+template <class T>
+void linear(const Team& team, const Weight& w, const T* x, int64_t tokens, T* out, const T* added, int64_t period) {
+  int64_t panels = panels_of(w.outputs);
+  multiply(w, x, tokens, team.first(panels), team.last(panels), 1,
+           [&](int64_t token, int64_t panel, int count, const float* sums) {
+             store_outputs(w, out + token * w.outputs, panel, count, sums, added ? added + token * period : nullptr,
+                           period);
+           });
+}
+
+// Gates and gated values lie in panels in turn.
+template <class T>
+void gated_linear(const Team& team, const Weight& w, const T* x, int64_t tokens, T* out, int kind) {
+  int64_t pairs = panels_of(w.outputs) / 2, width = w.outputs / 2;
+  multiply(w, x, tokens, 2 * team.first(pairs), 2 * team.last(pairs), 2,
+           [&](int64_t token, int64_t panel, int count, const float* sums) {
+             for (int n = 0; n < count; n += 2) {
+               Floats gate = *(const LooseFloats*)(sums + n * LANES), up = *(const LooseFloats*)(sums + (n + 1) * LANES);
+               if (w.bias) {
+                 gate += *(const LooseFloats*)(w.bias + (panel + n) * LANES);
+                 up += *(const LooseFloats*)(w.bias + (panel + n + 1) * LANES);
+               }
+               Type<T>::store(out + token * width + (panel + n) / 2 * LANES, activated(gate, kind) * up);
+             }
+           });
+}
+
+}  // namespace

@@ -1,0 +1,310 @@
+"""Our CPU kernels compute what the stock layers compute, and give every token the same bits in any company."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models import VOCAB, tiny
+from outdraft.api.generation import load
+from outdraft.core.tree import Tree
+from outdraft.errors import UserError
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.target.backends import accelerate, count_parameters, why_not_native
+from outdraft.target.backends.native import build, operations
+from outdraft.target.backends.native.modules import NativeLayer, NativeLinear
+from outdraft.target.backends.native.operations import Weight, rms_norm
+from outdraft.target.exact.target import exactly
+from outdraft.target.runner import ModelRunner, Output
+from outdraft.target.target import Target
+from outdraft.target.views import Reads
+
+pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
+
+WIDE = {"head_dim": 16, "hidden_size": 48, "intermediate_size": 80}
+"""A shape that the kernels serve: heads of whole vectors, in a width that is none."""
+
+FAMILIES = ["llama-gqa", "llama-mha", "llama-tied", "qwen2", "qwen3", "mistral-sliding", "qwen2-sliding"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def wide(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return tiny(family, dtype=dtype, **{**WIDE, **changes})
+
+
+def run_of(target: Target, prompts: list[torch.Tensor]) -> ModelRunner:
+    run = ModelRunner(target, target.new_cache(len(prompts), 4))
+    run.prefill(prompts)
+    return run
+
+
+def random_trees(rows: int, nodes: int) -> tuple[list[torch.Tensor], Tree]:
+    dice = torch.Generator().manual_seed(100 * rows + nodes)
+    prompts = [torch.randint(VOCAB, (3 + (17 * row) % 29,), generator=dice) for row in range(rows)]
+    parents = [[-1, *(int(torch.randint(0, i, (), generator=dice)) for i in range(1, nodes))] for _ in range(rows)]
+    return prompts, Tree(torch.randint(VOCAB, (rows, nodes), generator=dice), torch.tensor(parents), [nodes] * rows)
+
+
+# --- products and norms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (100, 66), (193, 576), (5, 2)])
+def test_products_are_right_and_do_not_depend_on_the_tokens_beside(
+    outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    product = Weight(weight, bias)
+    torch.testing.assert_close(product.dense(), weight, rtol=0, atol=0)
+    x, added = torch.randn(41, inputs).to(dtype), torch.randn(41, outputs).to(dtype)
+    right = x.double() @ weight.double().T + bias.double() + added.double()
+    alone = torch.cat([product(x[i : i + 1], added[i : i + 1]) for i in range(41)])
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(alone.double(), right, atol=close * float(right.abs().max()), rtol=close)
+    for tokens in range(1, 42):
+        assert torch.equal(product(x[:tokens], added[:tokens]), alone[:tokens]), tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 48, 50, 576])
+def test_norms_are_those_of_torch(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7, width).to(dtype), torch.randn(width).to(dtype)
+    sharp = nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    close = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), sharp, atol=close, rtol=close)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    model, (prompts, trees) = wide("qwen3", torch.bfloat16), random_trees(3, 9)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            target = Target(model, backend="native")
+            with torch.inference_mode():
+                found.append(run_of(target, prompts).tree(trees).features)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# --- layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_those_of_stock_layers(family: str, dtype: torch.dtype) -> None:
+    model = wide(family, dtype)
+    target, eager = Target(model, backend="native"), Target(model)
+    assert target.backend == "native" and target.num_parameters == eager.num_parameters
+    sharp = Target(copy.deepcopy(model).double())
+    with torch.inference_mode():
+        for rows, nodes in ((1, 1), (2, 5), (1, 9), (3, 1), (2, 17), (1, 40)):
+            prompts, trees = random_trees(rows, nodes)
+            ours, stock, right = (run_of(one, prompts).tree(trees).features for one in (target, eager, sharp))
+            if dtype == torch.float32:
+                torch.testing.assert_close(ours, stock, atol=2e-5, rtol=2e-5)
+            else:
+                assert (ours - right).norm() <= 1.5 * (stock - right).norm() <= 0.15 * right.norm()
+
+
+@pytest.mark.parametrize("kind", ["gelu_pytorch_tanh", "gelu_new"])
+def test_gelu_is_an_activation_too(kind: str) -> None:
+    model, (prompts, trees) = wide("llama-gqa", hidden_act=kind), random_trees(2, 5)
+    with torch.inference_mode():
+        ours, stock = (
+            run_of(Target(model, backend=backend), prompts).tree(trees).features for backend in ("native", "eager")
+        )
+    torch.testing.assert_close(ours, stock, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "mistral-sliding", "qwen2-sliding"])
+def test_a_tree_gives_every_node_the_bits_of_one_token_forwards(family: str, dtype: torch.dtype) -> None:
+    """Also of prompts in pieces, and of rows alone."""
+    target = Target(wide(family, dtype), backend="native")
+    with torch.inference_mode():
+        for rows, nodes in ((1, 4), (2, 7), (3, 16), (1, 33)):
+            prompts, trees = random_trees(rows, nodes)
+            ran = run_of(target, prompts)
+            together = ran.tree(trees).features
+            logits = target.head(together)
+            for row, prompt in enumerate(prompts):
+                for node in range(0, nodes, 3):
+                    path, at = [], node
+                    while at >= 0:
+                        path.append(at)
+                        at = int(trees.parents[row, at])
+                    cache = target.new_cache(1, 4)
+                    single = ModelRunner(target, cache)
+                    list(single.prefill_in_pieces([prompt], 5))
+                    for at in reversed(path):
+                        features = single.tree(Tree.roots(trees.tokens[row, at : at + 1])).features
+                        cache.commit([[0]])
+                    assert torch.equal(features[0, 0], together[row, node]), (rows, nodes, node)
+                    assert torch.equal(target.head(features)[0, 0], logits[row, node])
+
+
+def test_prompts_give_the_same_bits_in_one_piece_and_in_several() -> None:
+    target, prompt = Target(wide("llama-gqa", torch.bfloat16), backend="native"), torch.arange(50) % VOCAB
+    with torch.inference_mode():
+        run_of(target, [prompt])  # the first call is also run as stock, for comparison
+        whole = run_of(target, [prompt]).cache
+        found = []
+        for most in (1024, 7, 1):
+            run = ModelRunner(target, target.new_cache(1, 4))
+            found.append(Output.cat(list(run.prefill_in_pieces([prompt], most))).features)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and whole.lengths == [50]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2-sliding"])
+def test_drafted_text_is_plain_text_in_bfloat16(family: str) -> None:
+    model, prompts = wide(family, torch.bfloat16), [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6], [8, 9]]
+    plain = load(model, backend="native", method="none").generate(prompts, max_new_tokens=40)
+    torch.manual_seed(0)
+    head = FeatureHead(FeatureHeadConfig(48, 80, 4, 2, 16, VOCAB)).to(torch.bfloat16).eval()
+    layer = ExitLayer.beginning(model, ExitLayerConfig(1)).to(torch.bfloat16)
+    for drafter, method in ((head, None), (layer, None), (None, "prompt-lookup")):
+        loaded = load(model, drafter, method=method, backend="native")
+        for settings in ({}, {"num_speculative_tokens": 3}, {"tree_size": 12, "tree_top_k": 3}):
+            if method is not None and "tree_size" in settings:
+                continue
+            drafted = loaded.generate(prompts, max_new_tokens=40, **settings)
+            assert drafted.statistics.drafted > 0 and loaded.target.backend == "native"
+            assert drafted.tokens == plain.tokens
+        sampled = {"temperature": 1.0, "seed": 3, "max_new_tokens": 30}
+        texts = [m.generate(prompts, **sampled).tokens for m in (loaded, loaded.with_drafter(None))]  # type: ignore[arg-type]
+        assert texts[0] == texts[1]
+
+
+def test_exact_mode_is_free_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide("llama-gqa", torch.bfloat16)
+    loaded = load(model, method="prompt-lookup", backend="native")
+    found = loaded.generate([[1, 2, 3, 1, 2]], max_new_tokens=20, exact=True)
+    assert found.exactness is not None and (found.exactness.one_by_one, found.exactness.checks) == (0, 2)
+    assert found.tokens == loaded.with_drafter(None).generate([[1, 2, 3, 1, 2]], max_new_tokens=20).tokens
+    other = Target(model, backend="native")
+    real = other.model.get_output_embeddings()._packed.__class__.__call__
+    monkeypatch.setattr(  # a product that rounds otherwise in company
+        Weight, "__call__", lambda own, x, added=None: real(own, x, added) * (1 + 0.01 * (x.numel() > own.inputs))
+    )
+    with pytest.raises(UserError, match=r"gives other \w+ than one-token forwards.*--backend packed"):
+        exactly(other)
+
+
+def test_layers_that_are_read_and_early_exits_run_natively() -> None:
+    model, (prompts, trees) = wide("qwen2-sliding"), random_trees(2, 5)
+    for reads in (Reads(layers=(1, 3)), Reads(layers=(1, 3), split=2)):
+        found = []
+        for backend in ("native", "eager"):
+            target = Target(model, backend=backend)
+            run = ModelRunner(target, target.new_cache(2, 8), reads)
+            with torch.inference_mode():
+                run.prefill(prompts)
+                found.append(run.tree(trees).taps)
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+# --- what is served ---------------------------------------------------------------------------------------------
+
+
+def test_the_original_stays_as_it_is() -> None:
+    model = wide("llama-gqa")
+    before = copy.deepcopy(model.state_dict())
+    view = accelerate(model, "native")
+    assert sum(isinstance(module, NativeLayer) for module in view.modules()) == 2
+    assert isinstance(view.get_output_embeddings(), NativeLinear) and count_parameters(view) == count_parameters(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(module, NativeLayer | NativeLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {}), ("phi3", {}), ("gpt2", None), ("llama-gqa", {"head_dim": 8}), ("glm4-moe", {})],
+)
+def test_other_layers_are_packed_without_a_word(family: str, changes: dict[str, Any] | None) -> None:
+    model = tiny(family, dtype=torch.float32, **({} if changes is None else {**WIDE, **changes}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(model, method="none").target.backend == "packed"
+    with pytest.warns(UserWarning, match="backend 'native' cannot serve .*another form.*using 'packed'"):
+        assert Target(model, backend="native").backend == "packed"
+
+
+def test_a_layer_that_computes_otherwise_than_it_looks_is_not_taken() -> None:
+    model = wide("llama-gqa")
+
+    class Scaled(type(model.model.layers[0])):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            return 0.9 * super().forward(hidden_states, **kwargs)
+
+    model.model.layers[0].__class__ = Scaled
+    with pytest.warns(UserWarning, match="another form"):
+        assert Target(model, backend="native").backend == "packed"
+
+
+def test_hooks_run_on() -> None:
+    model = wide("llama-gqa")
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, given, out: out + 1)
+    assert load(model, method="none").target.backend == "packed"
+
+
+def test_a_forward_that_computes_something_else_is_given_up() -> None:
+    model, (prompts, trees) = wide("llama-gqa"), random_trees(2, 5)
+    target = Target(model, backend="native")
+    target.model.model.layers[1]._native.struct.heads.scale *= 2  # type: ignore[union-attr,index]
+    with torch.inference_mode(), pytest.warns(UserWarning, match="computes something else.*as 'eager'") as warned:
+        ours = run_of(target, prompts).tree(trees).features
+        torch.testing.assert_close(ours, run_of(Target(model), prompts).tree(trees).features, atol=2e-5, rtol=2e-5)
+    assert len(warned) == 1
+
+
+def test_a_machine_without_a_compiler_decodes_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "library", lambda: "no C++ compiler (c++, g++, clang++) is installed")
+    model = wide("llama-gqa")
+    assert load(model, method="none").target.backend == "packed"
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*using 'packed'"):
+        Target(model, backend="native")
+
+
+def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\necho 'fatal: no room on the device' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("OUTDRAFT_CACHE", str(tmp_path / "cache"))
+    assert "no room on the device" in str(build.library.__wrapped__())
+
+
+def test_the_name_of_the_library_changes_with_sources_and_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    compiler = next(filter(build.shutil.which, ("c++", "g++", "clang++")))
+    name = build._name(compiler, ("-march=native",))
+    assert name == build._name(compiler, ("-march=native",)) != build._name(compiler, ())
+    (tmp_path / "layers.cpp").write_text("other")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build._name(compiler, ("-march=native",)) != name
+
+
+def test_compiled_names_native_now() -> None:
+    with pytest.warns(DeprecationWarning, match="'native' takes its place"):
+        assert Target(wide("llama-gqa"), backend="compiled").backend == "native"
+
+
+def test_quantised_models_and_adapters_run_as_they_are() -> None:
+    model = wide("llama-gqa")
+    model.hf_quantizer = object()
+    with pytest.warns(UserWarning, match="quantised.*using 'eager'"):
+        assert accelerate(model, "native") is model
