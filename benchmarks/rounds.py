@@ -28,10 +28,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import outdraft.engine.round as decoding
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import encode_prompts
-from outdraft.api.resolved_draft import resolve
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
@@ -39,7 +38,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.masks import DraftMask
+from outdraft.drafting.draft_cache import DraftMask
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model
@@ -327,7 +326,7 @@ def main() -> None:
 
 def texts(tokenizer: Any) -> list[list[int]]:
     """The shipped held-out prompts as token ids."""
-    return [encode_prompts([prompt], tokenizer)[0][0] for prompt in load_prompts("heldout")]
+    return [encode_prompts([prompt], tokenizer)[0] for prompt in load_prompts("heldout")]
 
 
 if __name__ == "__main__":

@@ -180,21 +180,40 @@ def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def sampling(**settings: Any) -> dict[str, Any]:
-    """Return sampling settings as `generate` takes them; a filter without a temperature means temperature 1."""
-    found = given(**settings)
+LOADED = ("method", "dtype", "device", "backend", "quantize", "generation_config")
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DRAFTED = (
+    *("num_speculative_tokens", "tree_depth", "tree_top_k", "tree_size"),
+    *("prompt_lookup_min", "prompt_lookup_num_tokens", "controller"),
+)
+"""The flags that `load` takes, those of sampling, and those of what is drafted."""
+
+
+def loading(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that `load` takes."""
+    return {name: flags[name] for name in LOADED}
+
+
+def drafting(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that say what is drafted, where they were given."""
+    return {name: flags[name] for name in DRAFTED if flags.get(name) is not None}
+
+
+def sampling(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that `generate` samples by; a filter without a temperature means temperature 1."""
+    found = {name: flags[name] for name in SAMPLED if flags.get(name) is not None}
     if "temperature" not in found and {"top_p", "top_k", "min_p"} & set(found):
         found["temperature"] = 1.0
     return found
 
 
-def tree(drafter: object, **settings: Any) -> dict[str, Any]:
-    """Return the settings of the tree.
+def tree(drafter: object, **flags: Any) -> dict[str, Any]:
+    """Return what `drafting` does.
 
     Raises:
-        UserError: no drafter can draft a tree.
+        UserError: there is something to draft, and no drafter.
     """
-    found = given(**settings)
+    found = drafting(**flags)
     if found and drafter is None:
         name = next(iter(found))
         other = "" if name.startswith("prompt_lookup") else " or --method prompt-lookup"

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.data.conversations import Conversation
-from outdraft.data.messages import Message
+from outdraft.data.conversations import Conversation, Message
 from outdraft.errors import UserError, first_line
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
@@ -29,7 +29,7 @@ from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.queue import Capacity, RequestQueue
 from outdraft.serving.settings import ServeSettings
-from outdraft.target.memory import cache_slots
+from outdraft.target.limits import cache_slots
 from outdraft.target.target import Target
 
 log = logging.getLogger("outdraft.serving")

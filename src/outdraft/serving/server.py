@@ -17,9 +17,8 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, Pacers, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import Pacers, ResolvedDraft, resolve
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.errors import UserError, first_line
 from outdraft.serving.app import make_app

@@ -20,13 +20,12 @@ from outdraft.api.text import decode_text
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.data.conversations import Conversation, ConversationSet
-from outdraft.data.messages import Message
-from outdraft.data.text_file import write_whole
+from outdraft.data.conversations import Conversation, ConversationSet, Message
 from outdraft.data.tokenization import TemplateRefuses, render
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.output import whole_lines, write_whole
 from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"
@@ -253,12 +252,7 @@ class AnswerFile:
         self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self.path.open("r+b") as lines:
-                lines.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.path), start=1):
             try:
                 record = json.loads(line)
                 self.present[_name(record)] = _questions(record)

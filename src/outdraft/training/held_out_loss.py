@@ -20,12 +20,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from outdraft.data.conversations import Conversation
-from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
-from outdraft.losses.features import TrainingExamples, collate
-from outdraft.losses.objective import Objective
+from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
+from outdraft.output import write_whole
 
 BATCH = 8
 STEPS = 4

@@ -14,9 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import resolve
 from outdraft.api.settings import sampling_settings
 from outdraft.core.shape import TreeShape
 from outdraft.data.conversations import OnBadLine, read_conversations
@@ -25,8 +24,8 @@ from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.losses.target_like import target_id
-from outdraft.target.memory import SHARE, free_bytes, slot_bytes
+from outdraft.losses.teacher import target_id
+from outdraft.target.limits import SHARE, free_bytes, slot_bytes
 from outdraft.target.target import Target
 from outdraft.training.answers import AnsweredConversation, AnswerFile, AnswerSettings, MissingAnswers
 from outdraft.training.progress import AnswerProgress

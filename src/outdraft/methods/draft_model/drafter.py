@@ -16,15 +16,16 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.expand import RunAhead, grow
-from outdraft.drafting.shared_vocabulary import SharedVocabulary
+from outdraft.drafting.draft_cache import RunAhead
+from outdraft.drafting.expand import grow
+from outdraft.drafting.vocabulary import SharedVocabulary
 from outdraft.errors import UserError
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
 class DraftModel(Drafter):
-    """Any causal language model with the target's vocabulary, or most of it (`drafting/shared_vocabulary.py`).
+    """Any causal language model with the target's vocabulary, or most of it (`drafting/vocabulary.py`).
 
     Args:
         model: the small model.
