@@ -22,7 +22,7 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from outdraft import __version__
-from outdraft.api.text import decode_text
+from outdraft.data.text import decode_text
 from outdraft.serving.asgi import BodyLimits, Events, Json, error_response, until_disconnect
 from outdraft.serving.engine import Engine
 from outdraft.serving.errors import ApiError, internal_error

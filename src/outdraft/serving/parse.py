@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.api.guided import Grammar, Vocabulary, source_of
 from outdraft.api.prompts import check_prompt, check_switches, encode_chat
 from outdraft.api.settings import model_settings
-from outdraft.api.text import decode_text
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
+from outdraft.data.text import decode_text
 from outdraft.errors import UserError
 from outdraft.serving.errors import ApiError, bad_request
 from outdraft.serving.jobs import GenerationParams

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.api.text import Detokenizer, bytes_of
+from outdraft.data.text import Detokenizer, bytes_of
 from outdraft.serving.jobs import Delta, Job, TokenLogprob
 from outdraft.serving.tools import CallReader
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from outdraft.api.text import decode_text
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.conversations import Conversation, ConversationSet
 from outdraft.data.messages import Message
+from outdraft.data.text import decode_text
 from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import TemplateRefuses, render
 from outdraft.drafting.repeats import Repeats

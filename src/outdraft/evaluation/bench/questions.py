@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.text import decode_text
 from outdraft.data.records import BadRecord as NoPrompt
 from outdraft.data.records import read_records
+from outdraft.data.text import decode_text
 from outdraft.data.text_file import plain_suffix
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.settings import SUITES

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from outdraft.api.text import Detokenizer
+from outdraft.data.text import Detokenizer
 from outdraft.errors import UserError
 from outdraft.evaluation.audit.findings import Audit, noise_line, sampling_line
 from outdraft.evaluation.bench.measure import PLAIN, Answer
