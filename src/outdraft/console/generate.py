@@ -48,6 +48,7 @@ def generate(
     backend: o.Backend = None,
     generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
+    response_format: o.ResponseFormat = None,
     show_drafts: o.ShowDrafts = False,
     json: o.Json = False,
 ) -> None:
@@ -60,7 +61,7 @@ def generate(
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
-        **o.given(chat_template_kwargs=chat_template_kwargs),
+        **o.given(chat_template_kwargs=chat_template_kwargs, response_format=response_format),
         **o.sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
         ),

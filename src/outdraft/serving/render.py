@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.data.text import Detokenizer, bytes_of
+from outdraft.serving.errors import ApiError
 from outdraft.serving.jobs import Delta, Job, TokenLogprob
 from outdraft.serving.tools import CallReader
 
@@ -106,6 +107,10 @@ class Renderer:
             if not self._readers or part or logprobs or reason is not None:
                 chunks.append(self._chunk(delta.index, said, logprobs, reason))
         return chunks
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """The last chunk of a stream that an error ends."""
+        return [error.body]
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for clients that asked for it."""

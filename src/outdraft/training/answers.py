@@ -23,7 +23,7 @@ from outdraft.data.conversations import Conversation, ConversationSet
 from outdraft.data.messages import Message
 from outdraft.data.text import decode_text
 from outdraft.data.text_file import write_whole
-from outdraft.data.tokenization import TemplateRefuses, render
+from outdraft.data.tokenization import TemplateRefuses, render, variables_of
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
@@ -66,6 +66,7 @@ class AnswerSettings:
         seed: seed of all draws.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
         repeats: settings of n-gram drafts, if rows use them.
+        switches: variables of the chat template.
     """
 
     target: Target
@@ -74,6 +75,7 @@ class AnswerSettings:
     seed: int = 0
     prefix_tokens: int = 32
     repeats: Repeats | None = None
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -153,7 +155,7 @@ class AnsweredConversation:
             return []
         marks = ("finished", "finish_reason")
         said = [{name: one[name] for name in one if name not in marks} for one in [*self._told, *question]]
-        text = render(tokenizer, said, add_generation_prompt=True, tools=self.conversation.tools)
+        text = render(tokenizer, said, True, variables_of(self.conversation, self.settings.switches))
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _question(self) -> list[Message]:
