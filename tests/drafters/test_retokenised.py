@@ -86,7 +86,7 @@ PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
 @pytest.mark.parametrize("settings", [SamplingSettings(temperature=1), SamplingSettings(temperature=0.7, top_k=2)])
 def test_every_random_outcome_keeps_the_targets_distribution(kind: str, settings: Any) -> None:
     drafted, accepted = 0, 0
-    for seed in (4, 11) if settings.top_k == 0 else range(4, 14):
+    for seed in (4,) if settings.top_k == 0 else range(4, 14):
         found = law_with(*pair(*PAIRS[kind](), seed), settings)
         drafted, accepted = drafted + found.drafted, accepted + found.accepted
     assert 0 < accepted < drafted
