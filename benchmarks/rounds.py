@@ -35,10 +35,9 @@ from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.draft_cache import DraftMask
+from outdraft.drafting.draft_cache import DraftMask, RunAhead
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model
@@ -148,7 +147,7 @@ class Spans:
             (SlotCache, "arrange", "commit"),
             (SlotCache, "commit", "commit"),
             (decoding.Batch, "_commit", "commit"),
-            (growth.RunAhead, "place", "masks"),
+            (RunAhead, "place", "masks"),
             (ModelRunner, "tree", "masks"),
             (decoding, "verify", "verification"),
             (prompt_lookup.Text, "match", "trees"),

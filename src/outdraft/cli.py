@@ -65,6 +65,7 @@ def regenerate(
         int | None,
         typer.Option("--batch-size", help="Answers decoded at once; by default 24 on a CPU, 64 on a GPU."),
     ] = None,
+    chat_template_kwargs: o.TemplateKwargs = None,
     on_bad_line: Annotated[str, o.training("on_bad_line")] = "error",
     dtype: o.Dtype = None,
     device: o.Device = None,
@@ -95,6 +96,7 @@ def regenerate(
         temperatures=temperatures,
         seed=seed,
         rows=batch_size,
+        chat_template_kwargs=chat_template_kwargs,  # type: ignore[arg-type]
         on_bad_line="skip" if on_bad_line == "skip" else "error",
         console=remarks(),
         **filters,

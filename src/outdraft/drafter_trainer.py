@@ -161,11 +161,12 @@ class DrafterTrainer:
         folder = self.config.output_dir / "data"
         data, asked = self._files(folder)
         begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
+        switches = self.config.chat_template_kwargs
         if asked is not None:
-            beginning = beginnings(read_prompts(asked, max(self.hold_out, 1)), self.target)
+            beginning = beginnings(read_prompts(asked, max(self.hold_out, 1)), self.target, switches)
         else:
             split = hold_out(Path(data), self.hold_out, self.config.on_bad_line)
-            beginning, held_out = beginnings(split.prompts, self.target), split.held_out
+            beginning, held_out = beginnings(split.prompts, self.target, switches), split.held_out
             for note in split.notes:
                 console.print(note, markup=False)
             data = split.write(folder)

@@ -23,13 +23,13 @@ from outdraft.api.loading import load_drafter_for, load_target, quantised_backen
 from outdraft.api.output import GenerationOutput, Piece, short
 from outdraft.api.prompts import check_prompt, encode_prompts, whole_numbers
 from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, sampling_settings
-from outdraft.api.text import Detokenizer, answer_text, stops_at
 from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import whole
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import Detokenizer, answer_text, stops_at
 from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row

@@ -242,15 +242,15 @@ def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[Me
     return messages
 
 
-def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
-    """Return the token ids of the prompts.
+def encode(prompts: Sequence[Prompt], target: Any, switches: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Return the token ids of the prompts; `switches` are variables of the chat template.
 
     Raises:
         UserError: a prompt exceeds the target's context, with its number in the list.
     """
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = encode_one(prompt, target.tokenizer)
+        ids = encode_one(prompt, target.tokenizer, switches)
         if len(ids) >= target.context_length:
             raise UserError(
                 f"prompt {number} has {len(ids)} tokens, the model's context is {target.context_length}; "
@@ -260,10 +260,10 @@ def encode(prompts: Sequence[Prompt], target: Any) -> list[list[int]]:
     return encoded
 
 
-def encode_one(prompt: Prompt, tokenizer: Any) -> list[int]:
+def encode_one(prompt: Prompt, tokenizer: Any, switches: Mapping[str, Any] | None = None) -> list[int]:
     """Return a prompt's token ids; without a chat template a conversation is its texts, joined by empty lines."""
     if getattr(tokenizer, "chat_template", None) is None and not isinstance(prompt, str):
         if any(message["role"] == "system" for message in prompt):
             raise UserError("the tokenizer has no chat template for a system message; give plain text prompts")
         prompt = "\n\n".join(message["content"] for message in prompt)
-    return encode_prompts(prompt, tokenizer)[0]
+    return encode_prompts(prompt, tokenizer, switches)[0]

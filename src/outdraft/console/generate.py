@@ -59,6 +59,7 @@ def generate(
     quantize: o.Quantize = None,
     generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
+    response_format: o.ResponseFormat = None,
     show_drafts: o.ShowDrafts = False,
     json: o.Json = False,
 ) -> None:
@@ -71,7 +72,7 @@ def generate(
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
-        **o.given(chat_template_kwargs=chat_template_kwargs),
+        **o.given(chat_template_kwargs=chat_template_kwargs, response_format=response_format),
         **o.sampling(**flags),
         **o.tree(loaded.drafter, **flags),
     }

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from outdraft.data.records import whole_text
 from outdraft.errors import UserError
 from outdraft.methods.registry import names, trained
 
@@ -100,22 +101,68 @@ GenerationConfig = Annotated[
 
 
 def mapping(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object.
+    """Parse a JSON object of switches for the chat template.
 
     Raises:
         UserError: the text is no JSON object.
     """
     if text is None:
         return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    if (found := json_object(text)) is None:
         raise UserError(
             f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, not {text}'
         )
     return found
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """Parse a JSON object; None for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def response_format(text: str | None) -> dict[str, Any] | None:
+    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it.
+
+    Raises:
+        UserError: there is no such file, or it holds no JSON object.
+    """
+    if text is None:
+        return None
+    source = text
+    if not text.lstrip().startswith("{"):
+        if text in ("json_object", "json"):
+            return {"type": "json_object"}
+        try:
+            source = whole_text(Path(text))
+        except OSError as error:
+            raise UserError(
+                f"--response-format {text} cannot be read ({type(error).__name__}); "
+                "give JSON, a file of it, or json_object"
+            ) from None
+    found = json_object(source)
+    if found is None:
+        raise UserError(f"--response-format must be a JSON object, such as a JSON schema; {text[:80]} holds none")
+    from outdraft.api.guided import FORMATS  # needs torch, which `--help` does without
+
+    if found.get("type") in FORMATS:
+        return found
+    return {"type": "json_schema", "json_schema": {"schema": found}}
+
+
+ResponseFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--response-format",
+        callback=response_format,
+        metavar="FILE|JSON",
+        help="What the answer must be: a JSON schema, json_object, or a response_format as in generate(), as JSON or a "
+        "file of it. Needs the extra `guided`.",
+    ),
+]
 
 
 TemplateKwargs = Annotated[

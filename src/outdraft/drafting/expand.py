@@ -74,7 +74,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
     if k == 1 and budget is None:
-        return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
+        return grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
     nodes = counting(1, k, logits.device).expand(batch, k)  # nodes of the level to expand; the root is 0
@@ -119,7 +119,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
     return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.budget)
 
 
-def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
+def grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
     """Run `grow_dynamic` with one candidate per level: no ranking is needed, and every drafted candidate stays."""
     chain = [roots, greatest(logits)]
     above = torch.zeros_like(roots)[:, None]

@@ -95,6 +95,10 @@ PADDED = 0.75
 cannot be compared."""
 
 
+class DifferentTokenizers(UserError):
+    """Two tokenizers have too few tokens in common."""
+
+
 class SharedVocabulary:
     """Maps the target's ids to the draft model's, and the draft model's logits to the target's.
 
@@ -103,7 +107,8 @@ class SharedVocabulary:
         target: the model that it drafts for.
 
     Raises:
-        UserError: their tokenizers are different ones.
+        DifferentTokenizers: their tokenizers are different ones.
+        UserError: their sizes are, and one of the tokenizers is not known.
     """
 
     def __init__(self, model: Target, target: Target):
@@ -138,10 +143,10 @@ def _shared(model: Target, target: Target) -> Tensor:
         shared = torch.tensor([token in first and first[token] == second.get(token) for token in range(least)])
         smaller = min(map(len, words))
         if int(shared.sum()) < SAME * smaller:
-            raise UserError(
+            raise DifferentTokenizers(
                 f"the tokenizer of the draft model {_name(model)} is not that of the target {_name(target)} "
-                f"({int(shared.sum()):,} of {smaller:,} tokens are the same); a draft model must share the target's "
-                "tokenizer"
+                f"({int(shared.sum()):,} of {smaller:,} tokens are the same), and one of them does not keep texts "
+                "as they are, so that drafts cannot be tokenised again; choose a draft model that shares the tokenizer"
             )
         return shared
     (told,) = [one for one in words if one] or [dict[int, str]()]

@@ -91,7 +91,7 @@ def _same_prompt(one: Conversation, other: Conversation) -> bool:
     return one.text is None and other.text is None and one.questions == other.questions
 
 
-def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
+def beginnings(prompts: Sequence[Prompt], target: Target, switches: Mapping[str, Any] | None = None) -> list[list[int]]:
     """Return the prompts' token ids; a plain text is cut to its first tokens, so that a continuation is left."""
     encoded = []
     for prompt in prompts:
@@ -99,7 +99,7 @@ def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
             ids = list(target.tokenizer(prompt).input_ids)
             encoded.append(ids[: max(2, min(LONGEST_BEGINNING, len(ids) // 4))])
         else:
-            encoded += encode([prompt], target)
+            encoded += encode([prompt], target, switches)
     return encoded
 
 

@@ -164,6 +164,10 @@ class SlotCache(Cache):
         """Commit `counts` tokens of every row that were written right after the committed ones."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget the committed tokens of every row after its first `lengths`."""
+        self.lengths = list(lengths)
+
     # --- after the verdict -------------------------------------------------------------------------------------
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:

@@ -52,7 +52,10 @@ def _reach(rope: dict[str, Any], config: Any, written: int) -> int:
         return int(original or config.original_max_position_embeddings)
     if kind in ("yarn", "llama3", "linear"):
         return max(written, int(factor * (original or written)))
-    return written  # `dynamic`, too: past it every further token rotates by frequencies of its own length
+    # `dynamic`, too: past it stock decoding rotates every token by frequencies of the length at that moment, and keeps
+    # those of earlier, longer texts. So its texts depend on where the prompt ended, on the batch and on earlier calls,
+    # and a forward over a tree, whose nodes have one length, gives none of them.
+    return written
 
 
 SHARE = 0.4

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.prompts import check_switches
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.drafting.run_folder import RUN, last_checkpoint
@@ -85,7 +86,8 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
     found = read_conversations(config.data, config.on_bad_line)
     if target.tokenizer is None:
         raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
-    examples = tokenize(found, target.tokenizer, config.max_length)
+    switches = check_switches(config.chat_template_kwargs)
+    examples = tokenize(found, target.tokenizer, config.max_length, switches)
     largest = max(int(example.input_ids.max()) for example in examples.examples)
     if largest >= target.vocab_size:
         raise UserError(

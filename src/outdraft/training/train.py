@@ -136,7 +136,7 @@ def train(
 
     stop, progress = OrderlyStop(), ProgressReport(console)
     best = BestWeights(config.output_dir, objective.drafter, config.patience)
-    measure = measurement(objective, measure_tau, held_out, target.tokenizer, config.max_length)
+    measure = measurement(objective, measure_tau, held_out, target.tokenizer, config)
     if checkpoint is not None:
         best.resume()
     elif args.should_save:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from outdraft.api.prompts import Prompt, encode_one, prompt_of
-from outdraft.api.text import decode_text
 from outdraft.data.records import BadRecord, plain_suffix, read_records
+from outdraft.data.text import decode_text
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.methods import SUITES
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from outdraft.api.text import Detokenizer
 from outdraft.data.provenance import busy
+from outdraft.data.text import Detokenizer
 from outdraft.errors import UserError
 from outdraft.evaluation.audit.findings import Audit, noise_line, sampling_line
 from outdraft.evaluation.bench.measure import PLAIN, Answer
