@@ -24,9 +24,9 @@ from rich.console import Console
 from studies import SETTINGS, shown, spread, write
 
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode
+from outdraft.data.provenance import environment
 from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
-from outdraft.evaluation.environment import environment
-from outdraft.evaluation.prompts import encode
 from outdraft.output import plain
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig

@@ -30,8 +30,7 @@ from simulation import Answer, Draft, Run, decode, oracle
 
 from outdraft.api.generation import load
 from outdraft.control import Controller, ControlSettings, Costs, Experience, Pacer
-from outdraft.control.base import FixedController
-from outdraft.control.evidence import Evidence
+from outdraft.control.base import Evidence, FixedController
 from outdraft.control.thompson import LEAST, BetaController, CalibratedController, expit, logit
 from outdraft.errors import UserError
 from outdraft.reference import load_prompts

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.data.text_file import split_lines
+from outdraft.api.prompts import Prompt, encode, prompt_of, read_prompts
+from outdraft.data.records import split_lines
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, Run, compare, speculative
 from outdraft.evaluation.bench.summary import interval, summarise
-from outdraft.evaluation.prompts import Prompt, encode, prompt_of, read_prompts
 from outdraft.methods.eesd.drafter import EarlyExit
 from outdraft.methods.eesd.network import ExitLayerConfig, empty
 from outdraft.methods.fspad.drafter import FeatureDrafter

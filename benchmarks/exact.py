@@ -11,9 +11,9 @@ import argparse
 from statistics import median
 
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.reference import load_prompts
 from outdraft.target.exact.target import exactly
 

@@ -42,7 +42,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.bench.baselines import counted
 from outdraft.evaluation.bench.bench import run_bench
 from outdraft.evaluation.bench.measure import Answer, Contender
-from outdraft.evaluation.bench.settings import BenchSettings
+from outdraft.evaluation.bench.methods import BenchSettings
 from outdraft.output import plain, remarks
 from outdraft.target.target import Target
 

@@ -28,18 +28,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import outdraft.engine.round as decoding
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import encode_prompts
-from outdraft.api.resolved_draft import resolve
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.drafting import expand as growth
 from outdraft.drafting import vocabulary as draft_vocabulary
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.masks import DraftMask
+from outdraft.drafting.draft_cache import DraftMask, RunAhead
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.methods.draft_model import drafter as draft_model
@@ -149,7 +147,7 @@ class Spans:
             (SlotCache, "arrange", "commit"),
             (SlotCache, "commit", "commit"),
             (decoding.Batch, "_commit", "commit"),
-            (growth.RunAhead, "place", "masks"),
+            (RunAhead, "place", "masks"),
             (ModelRunner, "tree", "masks"),
             (decoding, "verify", "verification"),
             (prompt_lookup.Text, "match", "trees"),
@@ -327,7 +325,7 @@ def main() -> None:
 
 def texts(tokenizer: Any) -> list[list[int]]:
     """The shipped held-out prompts as token ids."""
-    return [encode_prompts([prompt], tokenizer)[0][0] for prompt in load_prompts("heldout")]
+    return [encode_prompts([prompt], tokenizer)[0] for prompt in load_prompts("heldout")]
 
 
 if __name__ == "__main__":

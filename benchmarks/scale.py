@@ -32,14 +32,13 @@ from scale_models import Models, sizes_of
 from training_cost import Clock
 from trees import cell, settings_of
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import resolve_device
-from outdraft.api.resolved_draft import resolve
 from outdraft.core.shape import TreeShape
+from outdraft.data.provenance import environment
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN
-from outdraft.evaluation.environment import environment
 from outdraft.output import plain
 from outdraft.target.named import REFERENCE
 

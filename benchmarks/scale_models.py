@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from outdraft.api.loading import load_drafter_for, load_target, resolve_device, resolve_dtype
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.reference import load_prompts
 from outdraft.target.target import Target

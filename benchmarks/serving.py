@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from outdraft.reference.prompts import load_prompts
+from outdraft.reference import load_prompts
 
 
 def ask(http: httpx.Client, messages: Any, body: dict[str, Any], speculative: bool) -> tuple[float, dict[str, Any]]:

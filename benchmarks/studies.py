@@ -20,22 +20,20 @@ from typing import Any
 
 from rich.console import Console
 
+from outdraft.api.prompts import Prompt, read_prompts
 from outdraft.console.app import quiet_libraries
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import Contender, Run
 from outdraft.evaluation.bench.summary import summarise
-from outdraft.evaluation.prompts import Prompt, read_prompts
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.output import number, plain, remarks
-from outdraft.reference import load_prompts
-from outdraft.reference.prompts import DATA
+from outdraft.reference import DATA, load_prompts
 from outdraft.target.named import REFERENCE
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
-from outdraft.training.objective import objective_for
-from outdraft.training.preparation import prepare
+from outdraft.training.preparation import objective_for, prepare
 
 TRAINING = Path(DATA) / "train_conversations.jsonl"
 SETTINGS: dict[str, Any] = {

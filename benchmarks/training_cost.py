@@ -31,10 +31,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.features import TrainingExamples
+from outdraft.losses.objective import TrainingExamples
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import objective_for
+from outdraft.training.preparation import objective_for
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
 METHODS: dict[str, dict[str, Any]] = {

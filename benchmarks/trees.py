@@ -26,14 +26,14 @@ import numpy as np
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.statistics import Statistics
+from outdraft.data.provenance import environment
 from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.bench.methods import WITH_LOOKUP
 from outdraft.evaluation.bench.summary import interval
-from outdraft.evaluation.environment import environment
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.reference import load_prompts
 from outdraft.target.target import Target
 

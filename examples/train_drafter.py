@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import outdraft
-from outdraft.reference.prompts import DATA
+from outdraft.reference import DATA
 from outdraft.training.regenerate import regenerate
 
 defaults = ["reference", str(DATA / "train_prompts.jsonl"), "runs/example", "200"]

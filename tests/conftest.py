@@ -23,4 +23,4 @@ def shared() -> Path:
 def unclocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of the full length unless a test asks for a controller: by default a clock decides on CPUs."""
     if "clocked" not in request.keywords:
-        monkeypatch.setattr("outdraft.api.resolved_draft.ADAPTIVE", "fixed")
+        monkeypatch.setattr("outdraft.api.draft_settings.ADAPTIVE", "fixed")

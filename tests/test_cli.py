@@ -82,6 +82,27 @@ def test_raw_prompts_leave_the_chat_template_out(folders: Folders) -> None:
     assert parsed(*common, "--raw")["prompt_tokens"] == len("hello") < parsed(*common, "--chat")["prompt_tokens"]
 
 
+def test_the_answer_follows_a_format(folders: Folders, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="outdraft[guided]")
+    schema = {"type": "object", "properties": {"k": {"enum": ["new", "old"]}}, "required": ["k"]}
+    schema |= {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+    (file := tmp_path / "schema.json").write_text(json.dumps(schema))
+    common = ("generate", "hello", "--model", folders.target, "-d", folders.drafter, "--max-new-tokens", 40)
+    found = [parsed(*common, "--response-format", given)["text"] for given in (file, json.dumps(schema))]
+    assert found[0] == found[1] and json.loads(found[0])["k"] in ("new", "old")
+    chosen = {"type": "choice", "choice": ["red", "blue"]}
+    assert succeeded(*common, "--response-format", json.dumps(chosen)).stdout.strip() in chosen["choice"]
+    assert parsed(*common, "--response-format", "json_object")["text"].startswith("{")
+    for given, named in (
+        (tmp_path / "absent.json", "absent.json cannot be read"),
+        (folders.chats, "holds none"),
+        ('{"type": "regex"}', "needs regex"),
+        ('{"type": "object", "not": {}}', "not"),
+        ("[1]", "cannot be read"),
+    ):
+        assert named in refused(*common, "--response-format", given)
+
+
 def test_sampling_is_repeatable_by_its_seed(folders: Folders) -> None:
     common = ("generate", "hello", "--model", folders.target, "--top-p", 0.9, "--max-new-tokens", 16, "--seed")
     assert parsed(*common, 1)["tokens"] == parsed(*common, 1)["tokens"] != parsed(*common, 2)["tokens"]
@@ -215,6 +236,27 @@ def test_train_reads_a_file_then_overrides_then_flags(folders: Folders, tmp_path
     assert not (tmp_path / "run").exists()
     shown = succeeded("train", "--config", config, "--dry-run").stdout
     assert "training plan" in shown and "eagle" in shown
+
+
+def test_the_chat_template_is_told_of_its_switches(folders: Folders, tmp_path: Path) -> None:
+    model = shutil.copytree(folders.target, tmp_path / "target")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    said = "{% if enable_thinking is defined and not enable_thinking %}no thoughts{% endif %}"
+    for file in model.glob("*.jinja"):
+        file.write_text(said + file.read_text())
+    if "chat_template" in config:
+        config["chat_template"] = said + config["chat_template"]
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    common = ("train", "--model", model, "--data", folders.chats, "--max-steps", 1, "--max-length", 999)
+    plain = parsed(*common, "--output-dir", tmp_path / "a", "--report-to", "none", "--dry-run")
+    told = parsed(*common, "--output-dir", tmp_path / "b", "--report-to", "none", "--dry-run", *off)
+    assert told["tokens"] == plain["tokens"] + plain["examples"] * len("no thoughts")
+    assert "no switch" in refused(*common, "--output-dir", tmp_path / "c", "chat_template_kwargs.tokenize=false")
+    answers = ("regenerate", "--model", model, "--data", folders.chats, "--max-new-tokens", 2, "--output")
+    assert parsed(*answers, tmp_path / "plain.jsonl")["written"] == 12
+    assert parsed(*answers, tmp_path / "told.jsonl", *off)["written"] == 12
+    assert "chat_template_kwargs" in refused(*answers, tmp_path / "plain.jsonl", *off)
 
 
 def test_train_measures_on_given_prompts(folders: Folders, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_on_a_terminal_drafted_tokens_are_tinted_and_the_tint_explained(
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(
-        "outdraft.console.demo.results", lambda: Console(force_terminal=True, color_system="standard", width=100)
+        "outdraft.cli.results", lambda: Console(force_terminal=True, color_system="standard", width=100)
     )
     shown = succeeded(*SHORT, "--model", "reference").stdout
     assert " tinted " in shown and "= drafted, and confirmed by the model" in shown and "\x1b[" in shown

@@ -12,12 +12,11 @@ from outdraft_lookahead.drafter import Lookahead
 
 import outdraft
 from models import perturbed, tiny
-from outdraft.api.draft_settings import AUTO, DraftKeywords, DraftSettings
+from outdraft.api.draft_settings import AUTO, DraftKeywords, DraftSettings, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import ResolvedDraft, resolve
 from outdraft.api.settings import GenerateSettings, SamplingKeywords
 from outdraft.control import ControlSettings
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter, Limits

@@ -10,7 +10,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria, TextStreamer
 
 import outdraft
 from models import perturbed, tiny
-from outdraft.api.text import Detokenizer
+from outdraft.data.text import Detokenizer
 from outdraft.errors import UserError
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from tokens import byte_tokenizer, speaking

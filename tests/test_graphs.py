@@ -20,7 +20,7 @@ from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.backends import accelerate, fused, graphs, tree_attention
 from outdraft.target.backends.view import with_attention
-from outdraft.target.memory import slot_bytes
+from outdraft.target.limits import slot_bytes
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
 from test_backends import tree_features

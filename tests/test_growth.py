@@ -16,7 +16,8 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext
-from outdraft.drafting.expand import RunAhead, grow, grow_dynamic, grow_sampled
+from outdraft.drafting.draft_cache import RunAhead
+from outdraft.drafting.expand import grow, grow_dynamic, grow_sampled
 from outdraft.errors import UserError
 
 VOCAB = 7

@@ -10,7 +10,6 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "outdraft"
 ORDER = (
     "errors",
-    "user_cache",
     "output",
     "data",
     "reference",

@@ -25,7 +25,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree
-from outdraft.drafting import intake
+from outdraft.drafting import draft_cache
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.expand import grow_dynamic
 from outdraft.engine.round import decode
@@ -559,7 +559,7 @@ def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) 
 )
 def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
     """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
-    for module in (run_module, intake, feature_drafting):
+    for module in (run_module, draft_cache, feature_drafting):
         monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     target = Target(pair("llama-gqa")[0])
     drafter = feature_drafter(target, *switches)

@@ -13,7 +13,7 @@ from gguf_fixtures import tiny_llama, write_gguf
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.methods import contenders
-from outdraft.losses.target_like import target_id
+from outdraft.losses.teacher import target_id
 from outdraft.target import named
 
 

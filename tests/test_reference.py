@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import outdraft
-from outdraft.data.int8_rows import PACKED, pack, quantize_rows, unpack
 from outdraft.errors import UserError
 from outdraft.reference import load_prompts, load_reference_target, reference_drafter_path, reference_target_path
-from outdraft.reference.quantize import PACKAGED
+from outdraft.reference.quantize import PACKAGED, PACKED, unpack
+from pack_rows import pack, quantize_rows
 
 
 @pytest.fixture(scope="module", autouse=True)

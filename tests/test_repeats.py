@@ -16,7 +16,7 @@ import outdraft.engine.drafts as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
 from outdraft.control import CONTROLLERS, Controller, Costs
-from outdraft.control.tuner import Choice
+from outdraft.control.tuner import ShapeChoice
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
@@ -486,8 +486,8 @@ def test_controllers_and_costs_are_told_of_the_drafters_rounds_alone(monkeypatch
     assert tally.is_telling()
     assert noting.observed == costs.observed == tally.others
     told: list[int] = []
-    observe = Choice.observe
-    monkeypatch.setattr(Choice, "observe", lambda self, *args: (told.append(1), observe(self, *args)))
+    observe = ShapeChoice.observe
+    monkeypatch.setattr(ShapeChoice, "observe", lambda self, *args: (told.append(1), observe(self, *args)))
     tally = Tally()
     (row,) = controlled(repeating(rows_of(target, PROMPTS[2:3], GREEDY, 40, dice(1)), 1), "auto", shape)
     tally.finish(target, drafter, [row], shape, CHEAP)

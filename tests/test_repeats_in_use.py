@@ -21,8 +21,7 @@ from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
 from outdraft.cli import app
 from outdraft.core.tree import Tree
-from outdraft.drafting.ngrams import Text
-from outdraft.drafting.repeats import Repeats, spliced
+from outdraft.drafting.repeats import Repeats, Text, spliced
 from outdraft.engine.rows import History
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup

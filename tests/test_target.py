@@ -341,6 +341,21 @@ def test_scaled_rotations_reach_as_far_as_stock_decoding_goes(kind):
     assert output.tokens[0] == stock[0, len(prompt) :].tolist()
 
 
+def test_past_its_length_dynamic_ntk_has_no_text_of_its_own() -> None:
+    """Stock texts depend on the cache and on where the prompt ends, which is why the context ends there."""
+    model = tiny("llama-gqa", max_position_embeddings=32, rope_parameters=rope("dynamic", factor=4.0))
+    prompt = [number % VOCAB for number in range(20)]
+
+    def stock(prompt: list[int], count: int, **settings: object) -> list[int]:
+        given = torch.tensor([prompt])
+        settings = {"attention_mask": torch.ones_like(given), "max_new_tokens": count, "pad_token_id": 0, **settings}
+        return model.generate(given, do_sample=False, **settings)[0].tolist()
+
+    text = stock(prompt, 40)
+    assert stock(prompt, 40, use_cache=False)[:32] == text[:32] and stock(prompt, 40, use_cache=False) != text
+    assert any(stock(text[:end], 60 - end) != text for end in range(33, 60))
+
+
 def test_layers_of_several_kinds_reach_as_far_as_the_shortest():
     """Gemma 3 writes its length with the scaling of its global layers in it; the others are not scaled."""
     kinds = {"sliding_attention": rope("default"), "full_attention": rope("linear", factor=8.0)}

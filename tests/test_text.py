@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from outdraft.api.output import Piece
-from outdraft.api.text import Detokenizer, answer_text, bytes_of, stops_at
-from outdraft.console.streaming import stream
+from outdraft.console.generate import stream
+from outdraft.data.text import Detokenizer, answer_text, bytes_of, stops_at
 from outdraft.serving.jobs import AnswerText
 from tokenizers_of_all_types import ALL, END
 

@@ -15,13 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import read_conversations
-from outdraft.data.records import data_files, read_records
-from outdraft.data.text_file import split_lines, text_lines, whole_text
+from outdraft.data.records import data_files, read_records, split_lines, text_lines, whole_text
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.questions import read_questions
-from outdraft.evaluation.prompts import read_prompts
 from outdraft.training.answers import AnswerFile
 
 TEXTS = ["plain", "one\u2028two\u2029three\u0085four", "Grüße, \U0001f600", "a\x1c\x0b\x0cb"]

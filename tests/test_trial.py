@@ -14,7 +14,7 @@ from models import FAMILIES, FURTHER, VOCAB, tiny
 from outdraft.api.loading import load_target
 from outdraft.errors import UserError
 from outdraft.target import trial
-from outdraft.target.reach import windows_of
+from outdraft.target.limits import windows_of
 from outdraft.target.target import Target
 
 LLAMA = {**FAMILIES["llama-gqa"], "num_hidden_layers": 4}

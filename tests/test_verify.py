@@ -297,7 +297,9 @@ def test_greedy_rows_get_what_the_rule_gives_them(bias, seen):
     found = verify(tree, logits, warpers, prefixes, dice)
     assert torch.equal(dice[0].generator.get_state(), before), "nothing is left to chance"
     assert found == rule.verify_greedy(tree, warpers[0].choices(logits)), "this is the way they go"
-    assert tree._lists == (tree.tokens.tolist(), tree.parents.tolist()), "the tree came over with what was decided"
+    assert tree.__dict__["lists"] == (tree.tokens.tolist(), tree.parents.tolist()), (
+        "the tree came over with what was decided"
+    )
     assert found == rule.verify_sampled(tree, logits, warpers, prefixes, dice)
 
 

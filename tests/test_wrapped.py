@@ -21,7 +21,7 @@ from outdraft.console.facts import describe
 from outdraft.errors import UserError
 from outdraft.target.backends import best_backend, why_not_packed
 from outdraft.target.backends.packed import quantised_part
-from outdraft.target.wrapped import unwrapped
+from outdraft.target.named import unwrapped
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from corpus import Document, conversation, split
-from outdraft.reference.prompts import DATA
+from outdraft.reference import DATA
 
 LONGEST = 480
 HELD_OUT_PER_KIND = 8

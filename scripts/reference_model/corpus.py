@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from outdraft.reference.prompts import Messages
+from outdraft.reference import Messages
 
 HELD_OUT = 0.02
 STDLIB_BYTES = 6_000_000

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from outdraft.data.int8_rows import PACKED, pack
 from outdraft.data.provenance import portable
+from outdraft.reference.quantize import PACKED
 from outdraft.target.named import DRAFTERS, NAMED, REFERENCE
+from pack_rows import pack
 
 LOCAL = {"data", "output_dir", "feature_cache_dir", "platform", "report_to"}
 """Settings and facts that belong to one machine."""

@@ -1,27 +1,238 @@
-"""The command line: the verbs, each from the file of its name in `console/`, and the options before a verb.
+"""The command line: the verbs that only hand their flags on, and the options before a verb.
 
-What a verb calls is imported when it runs; `console/app.py` reports mistakes.
+Every other verb has a file of its name in `console/`. What a verb calls is imported when it runs;
+`console/app.py` reports mistakes.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from outdraft.console.advise import advise
+from outdraft.console import options as o
 from outdraft.console.app import Verb, Verbs
 from outdraft.console.bench import bench
 from outdraft.console.chat import chat
-from outdraft.console.demo import demo
 from outdraft.console.doctor import doctor
-from outdraft.console.export import export
 from outdraft.console.generate import generate
-from outdraft.console.info import info
-from outdraft.console.regenerate import regenerate
 from outdraft.console.serve import serve
 from outdraft.console.train import train
 from outdraft.console.verify import verify
+from outdraft.errors import UserError
+from outdraft.output import print_json, remarks, results
+
+
+def regenerate(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="Prompts: JSON lines or a JSON list (messages, conversations, prompt, instruction, question, turns or "
+            "text), Parquet, a text file with a prompt a line, a folder of *.jsonl and *.parquet, or hf:NAME[:SPLIT].",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="JSON lines to write, one as each answer ends; run again, it goes on."),
+    ],
+    model: o.Model = "reference",
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            "--draft-model",
+            "-d",
+            help="Drafter, as in generate. It pays where few answers are decoded at once (--batch-size); with 24 a CPU "
+            "is faster without.",
+        ),
+    ] = None,
+    method: o.Method = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help='Tokens of an answer at most; one cut there has "finished": false.')
+    ] = 512,
+    temperature: Annotated[
+        str,
+        typer.Option("--temperature", help="0 is greedy; 0,1 writes two answers to every prompt, one at each."),
+    ] = "0",
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    min_p: o.MinP = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn above temperature 0.")] = 0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Answers decoded at once; by default 24 on a CPU, 64 on a GPU."),
+    ] = None,
+    chat_template_kwargs: o.TemplateKwargs = None,
+    on_bad_line: Annotated[str, o.training("on_bad_line")] = "error",
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    quantize: o.Quantize = None,
+    json: o.Json = False,
+) -> None:
+    """Have the target answer prompts itself: what its drafter should learn from. Interrupted, run it again to go on."""
+    from outdraft.api.generation import load
+    from outdraft.training.regenerate import regenerate as run
+
+    if on_bad_line not in ("error", "skip"):
+        raise UserError(f"--on-bad-line must be error or skip, not '{on_bad_line}'")
+    if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
+        raise UserError("--batch-size and --max-new-tokens must be at least 1")
+    temperatures = o.numbers("--temperature", temperature)
+    filters = o.given(top_p=top_p, top_k=top_k, min_p=min_p)
+    if filters and not any(temperatures):
+        name = next(iter(filters)).replace("_", "-")
+        raise UserError(f"--{name} changes nothing at temperature 0; give a --temperature above it")
+    if method is None and draft_model is None:
+        method = "none"  # answers run many at a time, where repetitions pay little
+    done = run(
+        load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend, quantize=quantize),
+        data,
+        output,
+        max_new_tokens=max_new_tokens,
+        temperatures=temperatures,
+        seed=seed,
+        rows=batch_size,
+        chat_template_kwargs=chat_template_kwargs,  # type: ignore[arg-type]
+        on_bad_line="skip" if on_bad_line == "skip" else "error",
+        console=remarks(),
+        **filters,
+    )
+    if json:
+        print_json(asdict(done))
+    else:
+        results().print(done.line(), markup=False)
+
+
+ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
+
+
+def advise(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    data: Annotated[Path | None, typer.Option("--data", help=ADVICE["data"])] = None,
+    limit: Annotated[int, typer.Option("--limit", help=ADVICE["limit"])] = 4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help=ADVICE["max_new_tokens"])] = 64,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    backend: o.Backend = None,
+    json: o.Json = False,
+) -> None:
+    """Say in about two minutes which way of decoding pays for a model on this machine, and what to run next.
+
+    Times the target's passes and the drafts of each kind (medians, taken in turns, warm-ups left out), and tries prompt
+    lookup on a few prompts. With the time of a plain round as the unit, speed-up = tau / (1 + draft + verify): tau
+    tokens a round, the time of drafting, and what checking the draft adds to the pass.
+    """
+    from outdraft.evaluation.advice import AdviceSettings, show
+    from outdraft.evaluation.advising import advise as find
+
+    settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend)
+    found = find(settings, remarks())
+    print_json(found.as_dict()) if json else show(found, results())
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="smollm2, or the tiny `reference`; by default the first that is here."),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to decode, at most.")] = 28,
+    max_new_tokens: o.MaxNewTokens = 64,
+    dtype: o.Dtype = None,
+    backend: o.Backend = None,
+    train: Annotated[bool, typer.Option("--train", help="First train a drafter for the tiny target.")] = False,
+    train_seconds: Annotated[
+        float | None, typer.Option("--train-seconds", help="Time for training a drafter; with --train.  [90]")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="Keep the trained drafter here; with --train.")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Answer a question without and with a drafter, then compare all ways of decoding on held-out prompts."""
+    from outdraft.console.demo_run import DemoSettings, run_demo
+
+    settings = DemoSettings(model, train, train_seconds, output_dir, prompts, max_new_tokens, dtype, backend)
+    result = run_demo(settings, Console(quiet=True) if json else results(), remarks())
+    print_json(result.as_dict()) if json else result.show(results())
+
+
+def export(
+    draft_model: Annotated[
+        str,
+        typer.Option("--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` (shipped)."),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the engine to load.")],
+    model: o.Model = "reference",
+    engine: Annotated[
+        str, typer.Option("--engine", help="vllm, or hf: transformers' assistant_model (EESD only).")
+    ] = "vllm",
+    method: Annotated[
+        str | None, typer.Option("--method", help="Which of the shipped drafters: fspad, eagle or eesd.")
+    ] = None,
+    target_dir: Annotated[
+        Path | None,
+        typer.Option("--target-dir", help="Also write a shipped or GGUF target there, as an ordinary folder."),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int, typer.Option("--num-speculative-tokens", help="Length of the chains in the command that is printed.")
+    ] = 4,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Precision of the written weights; as stored by default.")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Write a trained drafter as a folder that vLLM or transformers loads, checked against the drafter itself."""
+    from outdraft.export.export import export_drafter
+
+    exported = export_drafter(
+        model,
+        draft_model,
+        engine,
+        output_dir,
+        method=method,
+        target_dir=target_dir,
+        dtype=dtype,
+        num_speculative_tokens=num_speculative_tokens,
+    )
+    if json:
+        print_json(asdict(exported))
+        return
+    notes = remarks()
+    notes.print(
+        f"{exported.folder}: {exported.method} as {exported.architecture}; differs from the drafter's own forward by "
+        f"{exported.difference:.1e} of the largest value (float32)",
+        markup=False,
+        soft_wrap=True,
+    )
+    if exported.plugin:
+        notes.print("vLLM runs it through outdraft's plug-in: install outdraft where vLLM is", soft_wrap=True)
+    results().print(exported.command, markup=False)
+
+
+def info(
+    path: Annotated[
+        str | None,
+        typer.Argument(help="A model (folder, GGUF file, hub id, `smollm2`, `reference`) or a drafter's folder."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The same, by the name that other verbs use.")
+    ] = None,
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Say what a model or drafter is, and what it can do on this machine."""
+    from outdraft.console.facts import describe, table
+
+    if (path is None) == (model is None):
+        raise UserError("give one model or drafter, such as `outdraft info smollm2`")
+    facts = describe(str(path or model), device)
+    print_json(facts) if json else results().print(table(facts))
+
 
 VERBS = (demo, generate, chat, advise, train, regenerate, info, doctor, bench, verify, serve, export)
 """The verbs in the order of the help."""

@@ -18,13 +18,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from outdraft.api.loading import load_network, load_target
+from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
-from outdraft.data.text_file import write_whole
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import read_prompts
 from outdraft.evaluation.training_report import (
     HELD_OUT,
     TrainingVerdict,
@@ -33,9 +32,10 @@ from outdraft.evaluation.training_report import (
     tau_meter,
     training_verdict,
 )
-from outdraft.losses.features import reader_of
-from outdraft.losses.target_like import target_id
+from outdraft.losses.objective import reader_of
+from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
+from outdraft.output import write_whole
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.model_card import CARD
@@ -161,11 +161,12 @@ class DrafterTrainer:
         folder = self.config.output_dir / "data"
         data, asked = self._files(folder)
         begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
+        switches = self.config.chat_template_kwargs
         if asked is not None:
-            beginning = beginnings(read_prompts(asked, max(self.hold_out, 1)), self.target)
+            beginning = beginnings(read_prompts(asked, max(self.hold_out, 1)), self.target, switches)
         else:
             split = hold_out(Path(data), self.hold_out, self.config.on_bad_line)
-            beginning, held_out = beginnings(split.prompts, self.target), split.held_out
+            beginning, held_out = beginnings(split.prompts, self.target, switches), split.held_out
             for note in split.notes:
                 console.print(note, markup=False)
             data = split.write(folder)

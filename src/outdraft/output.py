@@ -1,15 +1,24 @@
-"""Output for users: consoles for results and remarks, JSON, files, figures."""
+"""Output for users: consoles for results and remarks, JSON, figures, files, and folders that are made once per user.
+
+Such a folder lies under ``$OUTDRAFT_CACHE`` or ``~/.cache/outdraft`` and is found again; its name changes with its
+contents.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from outdraft.errors import UserError, first_line
 
 ACCEPTED = "black on green"
 """Style of tokens that a drafter had guessed."""
@@ -36,11 +45,20 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; several processes may do this at once."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; its folder exists, and several processes may do this at once."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     aside.replace(path)
+
+
+def whole_lines(file: Path) -> list[bytes]:
+    """Return the lines of a file; a last one that an interruption left without an end is cut off the file."""
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(file, end)
+    return content[:end].splitlines()
 
 
 def plain(value: Any) -> Any:
@@ -62,3 +80,40 @@ def number(value: float | None, form: str = ".2f") -> str:
 def counted(count: int, noun: str) -> str:
     """`1 prompt`, `2 prompts`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept."""
+    return Path(os.environ.get("OUTDRAFT_CACHE") or Path.home() / ".cache" / "outdraft")
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of this name in the cache. It appears whole or not at all, however many processes ask for it at once.
+
+    Args:
+        name: of the folder.
+        make: fills an empty folder; called only where there is none of this name.
+
+    Raises:
+        UserError: there is no place to write it.
+    """
+    folder = cache_folder() / name
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"'{folder.parent}' cannot be written ({first_line(error)}); set OUTDRAFT_CACHE to a folder with room"
+        ) from error
+    try:
+        make(draft)
+        draft.chmod(0o755)
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from outdraft.control.evidence import Evidence
+from outdraft.control.base import Evidence
 from outdraft.control.thompson import Platt, expit, logit
 
 GRID = [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98]

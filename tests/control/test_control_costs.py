@@ -166,4 +166,4 @@ def test_an_average_that_settles_begins_with_the_least_of_its_first_values():
     for value, expected in ((0.04, 0.04), (0.03, 0.03), (0.05, 0.03 + 0.02 / 3), (0.009, 0.009)):
         average.observe(value)
         assert average.value == pytest.approx(expected)
-    assert average.seen == 2
+    assert average.count == 2

@@ -8,7 +8,7 @@ import pytest
 from simulated import fixed_costs, generator
 
 from outdraft.control import CONTROLLERS, ControlSettings
-from outdraft.control.evidence import Evidence
+from outdraft.control.base import Evidence
 from outdraft.control.settings import KINDS
 from outdraft.errors import UserError
 

@@ -11,7 +11,7 @@ from simulated import PLAIN_PASS, answer, decode_many, fixed_costs, generator, m
 from simulation import Run, decode, oracle, round_seconds
 
 from outdraft.control import CONTROLLERS, Costs, Experience
-from outdraft.control.evidence import Evidence
+from outdraft.control.base import Evidence
 from outdraft.control.thompson import draw_beta, worth_going_on, worth_starting, worth_verifying
 
 WEIGHING = ["beta", "calibrated"]

@@ -6,7 +6,7 @@ import pytest
 from simulated import PLAIN_PASS, fixed_costs, make
 
 from outdraft.control import CONTROLLERS, Controller, Costs
-from outdraft.control.budget import DraftBudget
+from outdraft.engine.plan import DraftBudget
 
 CONFIDENCES = [[0.9, 0.8, 0.9, 0.7], [0.2, 0.1, 0.3, 0.2], [0.6, 0.7, 0.5, 0.6]]
 ACCEPTED = [4, 0, 2]

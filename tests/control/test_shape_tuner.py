@@ -167,7 +167,7 @@ def test_a_prompt_that_the_drafter_takes_in_counts_for_no_shape():
     machine, tuner = Machine(0.8, 0.002), ShapeTuner(CHAINS, Costs())
     choice = tuner.choose(16, 500)
     choice.observe([2] * 16, 1.0)
-    assert choice.shape != PLAIN and not tuner.timings[4].of(choice.shape).seen
+    assert choice.shape != PLAIN and not tuner.timings[4].of(choice.shape).count
     shapes, _ = run(tuner, machine, 16, 60)
     assert shapes.count(PLAIN) <= 3
 

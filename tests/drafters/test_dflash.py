@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from models import tiny
 from outdraft import UserError, load
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.resolved_draft import resolve
 from outdraft.console.facts import describe
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings

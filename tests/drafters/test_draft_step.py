@@ -13,8 +13,7 @@ from torch import Tensor
 
 from models import tiny
 from outdraft.core.tree import attention_mask
-from outdraft.drafting.expand import RunAhead
-from outdraft.drafting.masks import HIDDEN, DraftMask, causal_mask
+from outdraft.drafting.draft_cache import HIDDEN, DraftMask, RunAhead, causal_mask
 from outdraft.methods.fspad import draft_step, layer_step
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter

@@ -31,7 +31,7 @@ from outdraft.methods.checkpoint import method_of, save_drafter, target_facts
 from outdraft.methods.registry import Method, methods, names, readers, register, trained, without_model
 from outdraft.target.target import Target
 from outdraft.training.config import PRESETS, DrafterConfig
-from outdraft.training.objective import new_drafter
+from outdraft.training.preparation import new_drafter
 
 FOLDERS = Path(registry.__file__).parent
 

@@ -17,7 +17,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.drafting.shared_vocabulary import SharedVocabulary
+from outdraft.drafting.vocabulary import SharedVocabulary
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError

@@ -89,9 +89,9 @@ def test_without_the_guard_they_would_not(fspad: Engine, cells: Any, monkeypatch
     """What vLLM itself has in that place, in this version and on a CPU, is wrong: when this fails, drop the guard."""
     from vllm.v1.sample import rejection_sampler
 
-    from outdraft.export import vllm_sampling
+    from outdraft.export import vllm_plugin
 
-    assert rejection_sampler.expand_batch_to_tokens is vllm_sampling.expand_batch_to_tokens
+    assert rejection_sampler.expand_batch_to_tokens is vllm_plugin.expand_batch_to_tokens
     values = torch.tensor([0.5, 2.0])
     ends = torch.tensor([1, 4], dtype=torch.int32)
     written = torch.full((4,), -7.0)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from outdraft.export import vllm_plugin, vllm_sampling
-from outdraft.export.vllm_sampling import expand_batch_to_tokens
+from outdraft.export import vllm_plugin
+from outdraft.export.vllm_plugin import expand_batch_to_tokens
 
 
 class Registry:
@@ -77,7 +77,7 @@ def test_the_guard_leaves_other_platforms_and_versions_alone(vllm: Any, version:
 
 def test_a_vllm_without_that_sampler_is_left_to_itself(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "vllm.v1.sample.rejection_sampler")
-    assert not vllm_sampling.guard((0, 5, 0))
+    assert not vllm_plugin.guard((0, 5, 0))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_an_untested_vllm_is_told_what_to_install(version: tuple[int, int, int])
 
 def test_a_tested_one_is_taken() -> None:
     vllm_plugin.require_tested((0, 32, 0))
-    assert vllm_plugin.TESTED[1] <= vllm_sampling.UP_TO  # no tested version goes without the guard
+    assert vllm_plugin.TESTED[1] <= vllm_plugin.UP_TO  # no tested version goes without the guard
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

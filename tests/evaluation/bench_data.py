@@ -8,8 +8,8 @@ from typing import Any
 
 from cli_fixtures import Folders, write_lines
 from outdraft.evaluation.bench.bench import run_bench
+from outdraft.evaluation.bench.methods import BenchSettings
 from outdraft.evaluation.bench.result import BenchResult
-from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.output import remarks
 
 QUESTIONS: list[dict[str, Any]] = [

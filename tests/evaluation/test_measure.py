@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from outdraft.api.generation import SpeculativeModel
-from outdraft.console.streaming import stream
+from outdraft.console.generate import stream
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.bench.measure import PLAIN, Answer, Contender, Run, compare, speculative
 from outdraft.evaluation.bench.methods import contenders

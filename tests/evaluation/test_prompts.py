@@ -11,8 +11,8 @@ import torch
 
 from cli_fixtures import write_lines
 from outdraft.api.generation import SpeculativeModel
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.training_report import beginnings, hold_out, tau_meter
 from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.drafter import FeatureDrafter

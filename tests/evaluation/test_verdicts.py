@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
-from outdraft.console.streaming import Streamed
+from outdraft.console.generate import Streamed
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.bench.measure import Answer, Run
 from outdraft.evaluation.bench.summary import scattered

@@ -13,6 +13,7 @@ from running import NAME, Served
 from test_server import settled
 
 from outdraft.serving.protocol import NEUTRAL, ChatRequest, CompletionRequest
+from outdraft.serving.responses import ResponsesRequest
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -28,6 +29,13 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=3,
     ),
+    "input": st.text(max_size=20)
+    | st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": st.text(max_size=9)})
+        | st.fixed_dictionaries({"type": st.just("function_call"), "call_id": st.text(max_size=3)}),
+        max_size=3,
+    ),
+    "instructions": st.text(max_size=9),
     "max_tokens": st.integers(1, 6),
     "n": st.integers(1, 3),
     "stream": st.booleans(),
@@ -50,15 +58,21 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
 }
 PLAIN = ["n", "stream", "ignore_eos"]
 """Fields whose values above are all sound."""
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *NEUTRAL})
+REQUESTS = (ChatRequest, CompletionRequest, ResponsesRequest)
+FIELDS = sorted({*(name for one in REQUESTS for name in one.model_fields), *NEUTRAL, *ResponsesRequest.neutral()})
+LENGTHS = {"input": "max_output_tokens"}
+"""By a path's first field, what it calls `max_tokens`."""
 
 
 @st.composite
 def bodies(draw: st.DrawFn, first: str) -> dict[str, Any]:
     """Requests, half of them of sound fields only; of the others up to two fields were made into anything."""
     plain = draw(st.booleans())
-    names = draw(st.sets(st.sampled_from(PLAIN if plain else sorted(NEAR)), max_size=5))
-    body = {name: draw(NEAR[name]) for name in sorted({first, "max_tokens", *names})}
+    sound = [name for name in PLAIN if name in ResponsesRequest.model_fields] if first in LENGTHS else PLAIN
+    names = draw(st.sets(st.sampled_from(sound if plain else sorted(NEAR)), max_size=5))
+    length = LENGTHS.get(first, "max_tokens")
+    body = {name: draw(NEAR[name]) for name in sorted({first, *names} - {"max_tokens"})}
+    body[length] = draw(NEAR["max_tokens"])
     if plain:
         return body
     for name in draw(st.lists(st.sampled_from(FIELDS) | st.text(max_size=8), max_size=2)):
@@ -66,21 +80,25 @@ def bodies(draw: st.DrawFn, first: str) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.parametrize(("path", "first"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+@pytest.mark.parametrize(
+    ("path", "first"),
+    [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt"), ("/v1/responses", "input")],
+)
 def test_no_body_is_the_server_s_fault(served: Served, path: str, first: str) -> None:
     codes: dict[int, int] = {}
+    length = LENGTHS.get(first, "max_tokens")
 
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(bodies(first))
     def sent(body: dict[str, Any]) -> None:
-        if not isinstance(body.get("max_tokens"), int):
-            body["max_tokens"] = 3  # nothing is learned from long answers
+        if not isinstance(body.get(length), int):
+            body[length] = 3  # nothing is learned from long answers
         content = json.dumps(body).encode()
         answer = http.post(path, content=content, headers={"content-type": "application/json"})
         codes[answer.status_code] = codes.get(answer.status_code, 0) + 1
         assert answer.status_code in (200, 400, 404), (answer.status_code, answer.text)
         if answer.status_code == 200:
-            assert '"error"' not in answer.text
+            assert '"error":{' not in answer.text
         else:
             assert answer.json()["error"]["message"]
 
@@ -111,10 +129,10 @@ def test_the_schema_finds_no_fault(served: Served) -> None:
                 return
             tried.add(case.operation.label)
             if isinstance(case.body, dict):
-                case.body["max_tokens"] = 2
+                case.body["max_output_tokens" if "/responses" in case.operation.label else "max_tokens"] = 2
             answer = case.call(timeout=20)
             assert answer.status_code < 500, (answer.status_code, answer.text)
 
         run()
     settled(served)
-    assert {"POST /v1/chat/completions", "POST /v1/completions"} <= tried
+    assert {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses"} <= tried

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models import tiny
-from outdraft.target.memory import cache_slots, slot_bytes
+from outdraft.target.limits import cache_slots, slot_bytes
 from outdraft.target.target import Target
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -76,6 +79,7 @@ def test_of_many_requests_only_the_poisoned_fail(served: Served, monkeypatch: py
         for prompt in prompts
         for seed in (0, 1)
     }
+    responded = served.model.generate([{"role": "user", "content": "red"}], max_new_tokens=8).text
     held = tensor_bytes()
     wrong: list[Any] = []
 
@@ -83,12 +87,13 @@ def test_of_many_requests_only_the_poisoned_fail(served: Served, monkeypatch: py
         with served.client() as http:
             if number % 10 == 0:
                 kind = number // 10 % 6
+                path, name = ("/v1/completions", "prompt") if number % 20 else ("/v1/responses", "input")
                 if kind == 0:
-                    answer = http.post("/v1/completions", content=b'{"prompt": "\xff\xfe"}')
+                    answer = http.post(path, content=b'{"' + name.encode() + b'": "\xff\xfe"}')
                 elif kind == 1:
-                    answer = http.post("/v1/completions", json={"prompt": "a" * 100_000})
+                    answer = http.post(path, json={name: "a" * 100_000})
                 elif kind == 2:
-                    with http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 9}):
+                    with http.stream("POST", path, json={name: "x", "stream": True, "ignore_eos": True}):
                         return  # the connection is cut
                 else:
                     bad = f"{POISONED} {('nan', 'raise', 'text')[kind - 3]}"
@@ -96,6 +101,12 @@ def test_of_many_requests_only_the_poisoned_fail(served: Served, monkeypatch: py
                 right = answer.status_code == (400 if kind < 2 else 500) and answer.json()["error"]["message"]
                 if not right or (kind == 3 and "not finite" not in answer.text):
                     wrong.append((number, kind, answer.status_code, answer.text))
+                return
+            if number % 4 == 1:
+                asked = {"input": "red", "max_output_tokens": 8, "temperature": 0, "stream": number % 8 == 1}
+                answer = http.post("/v1/responses", json=asked)
+                if answer.status_code != 200 or json.dumps(responded)[1:-1] not in answer.text:
+                    wrong.append((number, answer.status_code, answer.text))
                 return
             prompt, seed = rng.choice(prompts), number % 2
             drawn = {"temperature": 0.9, "seed": seed} if seed else {"temperature": 0}
@@ -123,6 +134,44 @@ def test_a_model_that_is_broken_says_so(starting: Callable[..., Served]) -> None
             assert answer.status_code == 500 and "not finite" in answer.json()["error"]["message"]
         streamed = http.post("/v1/completions", json={"prompt": "red", "max_tokens": 4, "stream": True}).text
         assert "not finite" in streamed and '"text"' not in streamed
+    settled(served)
+
+
+def test_a_prompt_that_the_model_cannot_run_fails_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs with it, new rows and running ones, as if it had not been there."""
+    settled(served)
+    monkeypatch.setattr(engine.log, "exception", lambda _: None)
+    target, asked = served.model.target, {"red": 8, "blue sun": 8, "q": 8, "x": 12}
+    expected = {text: served.model.generate(text, max_new_tokens=most).text for text, most in asked.items()}
+    (bad,) = served.model.tokenizer("q")["input_ids"]  # type: ignore[misc]
+    forward = target.forward
+
+    def failing(tokens: Any, *rest: Any) -> Any:
+        if tokens.shape[1] > 0 and not rest[-1].extent - tokens.shape[1] and (tokens == bad).any():
+            raise RuntimeError("out of memory")
+        return forward(tokens, *rest)
+
+    monkeypatch.setattr(target, "forward", failing)
+    free, found = threading.Event(), {}
+
+    def ask(text: str) -> None:
+        body = {"prompt": text, "max_tokens": asked[text], "temperature": 0, "echo": True, "logprobs": 1}
+        with served.client() as http:
+            found[text] = http.post("/v1/completions", json=body)
+
+    with ThreadPoolExecutor(4) as pool:
+        served.engine._commands.put(free.wait)  # so that all are admitted together
+        running = [pool.submit(ask, text) for text in asked]
+        while served.engine._commands.qsize() < len(asked):
+            time.sleep(0.01)
+        free.set()
+        for one in running:
+            one.result()
+    assert found.pop("q").status_code == 500
+    for text, answer in found.items():
+        (choice,) = answer.json()["choices"]
+        assert choice["text"] == text + expected[text]
+        assert len(choice["logprobs"]["tokens"]) == len(text) + asked[text]
     settled(served)
 
 

@@ -16,7 +16,7 @@ from outdraft.errors import UserError
 from outdraft.methods.fspad.beginning import scale_of
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import new_drafter, objective_for
+from outdraft.training.preparation import new_drafter, objective_for
 from outdraft.training.train import train
 
 from .tiny import tiny_target, write_chats

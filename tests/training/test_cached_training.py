@@ -13,13 +13,12 @@ from rich.console import Console
 from torch import Tensor
 
 from outdraft.errors import UserError
-from outdraft.losses.features import Reading, reader_of
+from outdraft.losses.objective import Reading, reader_of
 from outdraft.target.target import Target
 from outdraft.training import progress
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
-from outdraft.training.objective import objective_for
-from outdraft.training.preparation import prepare
+from outdraft.training.preparation import objective_for, prepare
 from outdraft.training.progress import ReadingReport
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
@@ -206,6 +205,6 @@ def test_the_target_is_read_on_packed_layers_where_a_copy_of_it_is_small(monkeyp
     ids = torch.randint(3, 200, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(reader.features(ids), target.features(ids), atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr("outdraft.losses.features.COPIED_BYTES", 1000)
+    monkeypatch.setattr("outdraft.losses.objective.COPIED_BYTES", 1000)
     assert reader_of(target) is target
     assert reader_of(tiny_target(torch.float64)).dtype == torch.float64

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import read_conversations
 from outdraft.errors import UserError
-from outdraft.evaluation.prompts import read_prompts
 
 GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
 
@@ -211,7 +211,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **modules: object) -> None:
 
 
 def test_parquet_and_the_hub_name_the_package_that_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, pyarrow=None, pyarrow__parquet=None, pandas=None, datasets=None)
+    installed(monkeypatch, pyarrow=None, pyarrow__parquet=None, datasets=None)
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="pip install pyarrow"):
         read_conversations(tmp_path / "p.parquet")

@@ -16,13 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies, soft_cross_entropy
-from outdraft.losses.features import Reading, TrainingExamples, collate
-from outdraft.losses.objective import Objective
+from outdraft.losses.objective import Objective, Reading, TrainingExamples, collate
 from outdraft.target.target import Target
 from outdraft.training import feature_store, trainer
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import FeatureStore
-from outdraft.training.objective import objective_for
+from outdraft.training.preparation import objective_for
 from outdraft.training.trainer import GROUPS, ObjectiveTrainer, groups_of_like_length, training_arguments
 
 from .live_memory import LiveMemory

@@ -21,7 +21,6 @@ from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import tokenize
 from outdraft.methods.eesd.exit_choice import Costs, ExitChoice, _Map, candidate_layers, choose_exit
 from outdraft.target.target import Target
-from outdraft.training import train as train_module
 from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import plan
 from outdraft.training.train import train
@@ -97,7 +96,7 @@ def test_a_run_records_its_choice_and_keeps_it(chats: Path, tmp_path: Path, monk
     def again(*_: object) -> None:
         raise AssertionError("the choice is made once")
 
-    monkeypatch.setattr(train_module, "choose_exit", again)
+    monkeypatch.setattr("outdraft.methods.eesd.exit_choice.choose_exit", again)
     train(tiny_target(layers=4), auto(chats, tmp_path / "run"), resume=True, console=Console(file=io.StringIO()))
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["exit_choice"] == record["exit_choice"]
 

@@ -14,7 +14,7 @@ import torch
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
-from outdraft.losses.features import Reading, TrainingExamples, collate, reader_of, weights_fingerprint
+from outdraft.losses.objective import Reading, TrainingExamples, collate, reader_of, weights_fingerprint
 from outdraft.target.target import Target
 from outdraft.training.feature_store import FeatureStore, batches_of_like_length
 

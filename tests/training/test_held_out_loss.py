@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from outdraft.data.conversations import Conversation, read_conversations
 from outdraft.data.tokenization import Example, ExampleSet, tokenize
-from outdraft.losses.features import TrainingExamples, collate
+from outdraft.losses.objective import TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.fspad.beginning import keep_frequent
 from outdraft.methods.fspad.network import FeatureHead
@@ -23,7 +23,7 @@ from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out_loss import CHAIN, STEPS, BestWeights, HeldOut, Hits
-from outdraft.training.objective import new_drafter, objective_for
+from outdraft.training.preparation import new_drafter, objective_for
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 

@@ -13,7 +13,7 @@ import torch
 from models import tiny
 from outdraft.errors import UserError
 from outdraft.evaluation.training_report import tau_meter
-from outdraft.losses.features import Reading
+from outdraft.losses.objective import Reading
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 from outdraft.methods.medusa.folder import load_medusa
 from outdraft.methods.medusa.loss import MedusaLoss

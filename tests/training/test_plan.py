@@ -14,9 +14,8 @@ from outdraft.target.target import Target
 from outdraft.training import plan as plan_module
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
-from outdraft.training.objective import new_drafter, objective_for
 from outdraft.training.plan import plan
-from outdraft.training.preparation import prepare
+from outdraft.training.preparation import new_drafter, objective_for, prepare
 from outdraft.training.progress import duration
 
 

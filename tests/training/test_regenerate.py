@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -70,6 +71,24 @@ def run(tmp_path: Path, target: Target) -> Run:
         return regenerate(model, data, tmp_path / name, console=Console(quiet=True), **values)
 
     return start
+
+
+def test_the_template_s_switches_are_in_the_prompts(target: Target, tmp_path: Path, run: Run) -> None:
+    tokenizer = copy.deepcopy(target.tokenizer)
+    template: Any = tokenizer.chat_template  # type: ignore[union-attr]
+    tokenizer.chat_template = template + "{% if mood is defined %}{{ mood }}{% endif %}"  # type: ignore[union-attr]
+    switched = Target(target.model, tokenizer)
+    plain = read(run("plain.jsonl"))
+    assert read(run("same.jsonl", target=switched)) == plain
+    told = read(run("told.jsonl", target=switched, chat_template_kwargs={"mood": "!?"}))
+    assert told[0]["messages"] != plain[0]["messages"] and told[3] == plain[3], "texts have no template"
+    asked = [one for one in told[0]["messages"] if one["role"] != "assistant"][:2]
+    settings: dict[str, Any] = {"max_new_tokens": 9, "chat_template_kwargs": {"mood": "!?"}}
+    expected = SpeculativeModel(switched).generate(asked, **settings)
+    tokens = expected.tokens[0][:-1] if expected.finish_reasons == ["eos"] else expected.tokens[0]
+    assert told[0]["messages"][2]["content"] == tokenizer.decode(tokens).strip("\n")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="cannot set 'tokenize'"):
+        run("never.jsonl", chat_template_kwargs={"tokenize": True})
 
 
 def read(result: RegenerateResult) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from outdraft.methods.fspad.network import FeatureHead
 from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import new_drafter, objective_for
+from outdraft.training.preparation import new_drafter, objective_for
 from outdraft.training.train import train
 
 from .tiny import tiny_target

@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from outdraft.losses.cross_entropy import Guess, HardLabels, _is_best, soft_cross_entropies, soft_cross_entropy
+from outdraft.losses.cross_entropy import (
+    SOFT,
+    Guess,
+    HardLabels,
+    TokenLoss,
+    _is_best,
+    soft_cross_entropies,
+    soft_cross_entropy,
+)
 from outdraft.losses.teacher import TopProbs, most_probable, top_probs, within
-from outdraft.losses.token_loss import SOFT, TokenLoss
 from outdraft.target.target import Target
 
 D, V, N = 6, 11, 9

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from outdraft.losses.cross_entropy import Guess, soft_cross_entropies, soft_cross_entropy
-from outdraft.losses.token_loss import TokenLoss
+from outdraft.losses.cross_entropy import Guess, TokenLoss, soft_cross_entropies, soft_cross_entropy
 
 D, V = 6, 9
 KINDS = [TokenLoss("top-k", 3, 0.5), TokenLoss("top-k", 50), TokenLoss("total-variation"), TokenLoss("log-acceptance")]

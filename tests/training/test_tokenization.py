@@ -56,6 +56,14 @@ def test_only_the_answers_and_their_end_tokens_carry_loss() -> None:
     assert marked(CHATML) == ["Grüß<|im_end|>", "ok<|im_end|>"]
 
 
+def test_the_template_s_switches_stand_in_every_rendering() -> None:
+    """In those, too, by which the answers are found."""
+    tokenizer = byte_tokenizer("{{ mood }}" + CHATML)
+    found = tokenize([TWO_TURNS], tokenizer, 999, {"mood": "calm"})
+    assert tokenizer.decode(found[0].input_ids).startswith("calm<|im_start|>")
+    assert responses(found[0], tokenizer) == ["Grüß<|im_end|>", "ok<|im_end|>"] and not found.unmarked_turns
+
+
 CUT = Conversation("data:1", messages=TWO_TURNS.messages, cut=frozenset({3}))
 BOTH_CUT = Conversation("data:1", messages=TWO_TURNS.messages, cut=frozenset({1, 3}))
 TWO_ENDS = MARKED.replace("<|im_end|>{% endgeneration %}", "<|im_end|><|im_end|>\n{% endgeneration %}")

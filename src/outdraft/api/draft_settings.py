@@ -1,21 +1,29 @@
-"""The settings of drafting, by the names that users give them, checked without a drafter or a device.
+"""The settings of drafting, by the names that users give them, and the one place where their defaults are decided.
 
-`resolved_draft.py` fills in what a user leaves open. This module imports no torch, because the command line's help is
-made of the docstrings here.
+`DraftSettings` is checked without a drafter or a device; `resolve` fills in what a user leaves open. The default shape
+is the drafter's own, cut to what pays on the device. `generate`, `custom_generate`, the server, the audit and training
+all use this module.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import MutableMapping
+from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import torch
+
+from outdraft.control import ControlSettings, Costs
+from outdraft.control.settings import Pacer
 from outdraft.core.sampling_settings import whole
-from outdraft.core.shape import Choice
+from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, CandidateKind, TreeShape, gpu_tree
+from outdraft.drafting.base import Drafter
+from outdraft.drafting.repeats import Repeats
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
-    from outdraft.control.pacer import Pacer
-    from outdraft.control.settings import ControlSettings
+    from outdraft.control.settings import ControlSettings, Pacer
+
 
 AUTO = "auto"
 """The `tree_size` that autotunes: every round has the shape that brings the most tokens per second on this machine."""
@@ -36,7 +44,7 @@ class DraftSettings:
     this machine."""
     num_speculative_tokens: int | None = None
     """Draft a chain of so many tokens instead of a tree."""
-    candidates: Choice | None = None
+    candidates: CandidateKind | None = None
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
     draft `tree_top_k` chains sampled from the drafter's probabilities."""
     prompt_lookup_min: int | None = None
@@ -112,9 +120,168 @@ class DraftKeywords(TypedDict, total=False):
     tree_top_k: int | None
     tree_size: int | Literal["auto"] | None
     num_speculative_tokens: int | None
-    candidates: Choice | None
+    candidates: CandidateKind | None
     prompt_lookup_min: int | None
     prompt_lookup_num_tokens: int | None
     controller: str | ControlSettings | Pacer | None
     coupling: Coupling | None
     exact: bool | None
+
+
+ADAPTIVE = "calibrated"
+"""The default controller if measured time decides how far to draft."""
+
+EXACT_CHAIN = DraftSettings(num_speculative_tokens=3)
+"""The default shape of exact mode: its attention costs by the node, so short chains win."""
+
+Pacers = MutableMapping[Any, Pacer]
+"""Pacers by their settings, so that a later call continues with what an earlier one learned and measured."""
+
+
+@dataclass(frozen=True)
+class ResolvedDraft:
+    """The complete settings of drafting that decoding needs."""
+
+    shape: TreeShape
+    """Largest shape of the trees."""
+    repeats: Repeats | None
+    """When n-gram drafts override the drafter; None for never."""
+    pacer: Pacer | None
+    """Makes a controller for every row; None drafts as far as the shape goes."""
+    dice: bool
+    """True if sampled rows use dice for drafts and verification; otherwise they share noise with the target."""
+    exact: bool
+
+    @property
+    def controller(self) -> str:
+        """The name of the controller."""
+        return "fixed" if self.pacer is None else self.pacer.settings.name
+
+    @property
+    def costs(self) -> Costs | None:
+        """The measured costs of rounds; None without a pacer."""
+        return None if self.pacer is None else self.pacer.costs
+
+
+def resolve(
+    settings: DraftSettings,
+    drafter: Drafter | None,
+    device: torch.device,
+    *,
+    sampling: bool = False,
+    rows: int = 1,
+    seeded: bool = False,
+    served: bool = False,
+    pacers: Pacers | None = None,
+) -> ResolvedDraft:
+    """Decide what the settings leave open.
+
+    Args:
+        settings: settings of the user.
+        drafter: the drafter; None drafts nothing.
+        device: device of the target.
+        sampling: True if the temperature is above 0. With dice, default chains are then sampled from the drafter's
+            probabilities: the target accepts them far more often than the most probable tokens.
+        rows: number of rows decoded together. Only greedy shapes depend on it: a seed's text does not.
+        seeded: True if the rows' randomness has a seed.
+        served: True if other rows come and go meanwhile, as in a server; measured time then decides only on request.
+        pacers: pacers of earlier calls; new ones are added.
+
+    Raises:
+        UserError: settings that contradict each other or that this drafter cannot do.
+    """
+    if settings.exact and sampling:
+        raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
+    asked = EXACT_CHAIN if settings.exact and not settings.shaped else settings
+    dice = settings.coupling == "dice" or (settings.coupling is None and settings.drawn)
+    wanted = _controller(settings, asked, drafter, device, timed=not (served or (sampling and dice and seeded)))
+    pacer = None if drafter is None else _pacer(wanted, asked.tree_size == AUTO, {} if pacers is None else pacers)
+    shape = _shape(asked, drafter, device, sampling and dice, pacer is not None, rows)
+    return ResolvedDraft(shape, _repeats(settings, drafter, shape), pacer, dice, settings.exact)
+
+
+def _controller(
+    settings: DraftSettings, asked: DraftSettings, drafter: Drafter | None, device: torch.device, timed: bool
+) -> ControlSettings | Pacer:
+    """Return the controller that was given, else the default.
+
+    On a CPU a draft step costs so much of a pass that a fixed length loses with a weak drafter, so drafts are only as
+    long as they pay. If a shape was asked for, or drafts and texts share dice that must repeat, measured time does not
+    decide. On a GPU whole drafts of a fixed shape are recorded.
+    """
+    given = settings.controller
+    if given is None:
+        adapts = drafter is not None and timed and not asked.shaped and device.type == "cpu"
+        given = ADAPTIVE if adapts else "fixed"
+    found = given if isinstance(given, ControlSettings | Pacer) else ControlSettings.parse(str(given))
+    name = found.settings.name if isinstance(found, Pacer) else found.name
+    if asked.tree_size == AUTO and name not in ("fixed", AUTO):
+        raise UserError(
+            f"tree_size auto chooses whole trees, before controller {name} could stop one; "
+            "leave the controller out, or give tree_size a number"
+        )
+    return found
+
+
+def _pacer(wanted: ControlSettings | Pacer, auto: bool, known: Pacers) -> Pacer | None:
+    """Return the pacer of these settings, the same one for the same settings."""
+    if isinstance(wanted, Pacer):
+        return wanted
+    wanted = ControlSettings(AUTO) if auto else wanted
+    return None if wanted.name == "fixed" else known.setdefault(astuple(wanted), Pacer(wanted))
+
+
+def _shape(
+    asked: DraftSettings, drafter: Drafter | None, device: torch.device, thrown: bool, controlled: bool, rows: int
+) -> TreeShape:
+    """Return the shape that was asked for, else the one that suits drafter and device.
+
+    Args:
+        asked: settings of the user; with `tree_size` `auto` or a controller the numbers are bounds.
+        drafter: the drafter; None drafts nothing.
+        device: device of the target.
+        thrown: True if drafts are drawn by dice; trees that are asked for stay EAGLE-2's.
+        controlled: True if the length of drafts varies; a default is then the upper bound.
+        rows: number of rows decoded together.
+    """
+    if drafter is None:
+        return TreeShape(0, 1, 1)
+    if asked.num_speculative_tokens is not None:
+        candidates = asked.candidates or ("sampled" if thrown and drafter.limits.probs else "top-k")
+        return TreeShape.chain(asked.num_speculative_tokens, candidates=candidates)
+    auto = asked.tree_size == AUTO
+    given = {"depth": asked.tree_depth, "top_k": asked.tree_top_k, "size": None if auto else asked.tree_size}
+    sizes: dict[str, Any] = {name: number for name, number in given.items() if number is not None}
+    base = drafter.default_shape(device, thrown and not sizes)
+    if controlled:
+        base = base.doubled()
+    elif base == CPU_TREE and drafter.limits.stepwise and not sizes:
+        base = BATCH_CHAIN if rows >= BATCH else GREEDY_CHAIN
+    elif base.size == GPU_TREE.size and not sizes:
+        base = gpu_tree(rows, base)
+    shape = replace(base, **sizes, candidates=asked.candidates or base.candidates)
+    return shape if drafter.limits.depth is None else shape.at_most(drafter.limits.depth, shape.size)
+
+
+def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape) -> Repeats | None:
+    """Return when n-gram drafts override the drafter; None for never.
+
+    Raises:
+        UserError: impossible numbers, or there is nothing to override: no drafter, or one that drafts n-grams itself.
+    """
+    least, most = settings.prompt_lookup_min, settings.prompt_lookup_num_tokens
+    if drafter is None or drafter.limits.looks_back:
+        if least or most:
+            both = "prompt_lookup_min and prompt_lookup_num_tokens"
+            if drafter is None:
+                raise UserError(f"{both} are for rounds with a drafter; give one (--draft-model)")
+            raise UserError(
+                f"{both} do nothing beside {drafter.method}, which looks back itself; "
+                "num_speculative_tokens is the length of its drafts"
+            )
+        return None
+    if least == 0:
+        return None
+    repeats = Repeats(Repeats.least if least is None else least, Repeats.most if most is None else most)
+    # In exact mode every node costs, so n-gram drafts may be no larger than other drafts.
+    return replace(repeats, most=max(1, min(repeats.most, shape.size - 1))) if settings.exact else repeats

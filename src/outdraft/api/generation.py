@@ -17,20 +17,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, ResolvedDraft, resolve
 from outdraft.api.guided import guides
 from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
 from outdraft.api.output import GenerationOutput, Piece, short
-from outdraft.api.prompts import check_prompt, encode_prompts, plain_prompts, whole_numbers
-from outdraft.api.resolved_draft import ResolvedDraft, resolve
+from outdraft.api.prompts import check_prompt, encode_prompts, whole_numbers
 from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, sampling_settings
-from outdraft.api.text import Detokenizer, answer_text, stops_at
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import whole
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import Detokenizer, answer_text, stops_at
 from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
@@ -222,7 +221,7 @@ class SpeculativeModel:
                 raise UserError(reason)
         asked = DraftSettings.taken(settings, settings.pop("draft", None))
         chat = settings.pop("chat_template_kwargs", None)
-        encoded, _ = encode_prompts(plain_prompts(prompts), self.tokenizer, chat)
+        encoded = encode_prompts(prompts, self.tokenizer, chat)
         max_new_tokens = whole("max_new_tokens", settings.pop("max_new_tokens"))
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")

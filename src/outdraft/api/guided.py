@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from outdraft.api.text import special_ids
+from outdraft.data.text import special_ids
 from outdraft.errors import UserError, first_line
 
 FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")

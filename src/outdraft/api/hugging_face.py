@@ -15,13 +15,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 from typing_extensions import Unpack
 
-from outdraft.api.draft_settings import DraftKeywords, DraftSettings
+from outdraft.api.draft_settings import DraftKeywords, DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.output import pad
 from outdraft.api.prompts import check_prompt
-from outdraft.api.resolved_draft import resolve
 from outdraft.api.settings import LOSSY, refuse_unknown
-from outdraft.control.pacer import Pacer
+from outdraft.control.settings import Pacer
 from outdraft.core.coupling import Coupled, Noise, leave_generator
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper

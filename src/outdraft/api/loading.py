@@ -21,10 +21,9 @@ from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
 from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
 from outdraft.target.gguf_file import gguf_in
-from outdraft.target.named import named, place_of, shipped_drafter
+from outdraft.target.named import base_of, merged, named, place_of, shipped_drafter, unwrapped
 from outdraft.target.target import Target
 from outdraft.target.trial import tried
-from outdraft.target.wrapped import base_of, merged, unwrapped
 
 DTYPES = {
     "bfloat16": torch.bfloat16,

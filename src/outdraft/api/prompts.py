@@ -1,6 +1,8 @@
-"""Converts prompts of any kind to token ids: texts, conversations, arrays and tensors.
+"""Prompts of any kind as token ids: texts, conversations, arrays and tensors, and records of files.
 
-Arrays and tensors are recognised by their methods, so those of NumPy, torch and others work alike.
+Arrays and tensors are recognised by their methods, so those of NumPy, torch and others work alike. Records of files to
+measure with are `{"messages"}`, `{"conversations"}` (ShareGPT), `{"turns"}` (Spec-Bench, MT-bench: the first one),
+`{"prompt"}`, Alpaca's `{"instruction", "input"}` or `{"text"}`; `data/records.py` reads the files.
 """
 
 from __future__ import annotations
@@ -8,53 +10,42 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.data.text_file import HALF
+from outdraft.data.conversations import Message, turns_of
+from outdraft.data.records import HALF, HUB, BadRecord, bare_question, read_records
 from outdraft.errors import UserError
 from outdraft.target.target import Target
-
-Message = dict[str, str]
-Prompt = str | list[int] | list[Message] | torch.Tensor
 
 
 def encode_prompts(
     prompts: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None = None
-) -> tuple[list[list[int]], bool]:
-    """Convert one prompt or a list of prompts to token ids.
+) -> list[list[int]]:
+    """Convert one prompt or several to token ids, a list for each.
 
     A prompt is a text (taken as it is), a conversation (a list of `{"role", "content"}`, put through the chat template)
-    or token ids (a list or a tensor; a 2-D tensor is a batch). `switches` are the chat template's own variables.
-
-    Returns:
-        The ids, and True if a single prompt was given.
+    or token ids (a list, array or tensor; two dimensions are a batch). `switches` are the chat template's variables.
     """
-    if isinstance(prompts, torch.Tensor):
-        rows = list(prompts) if prompts.dim() == 2 else [prompts]
-        return [_encode(row, tokenizer, switches) for row in rows], prompts.dim() != 2
+    prompts = plain_prompts(prompts)
     if isinstance(prompts, Mapping):  # otherwise its keys would count as prompts
         raise UserError("a prompt is a text, a list of messages or token ids, no dictionary; give its input_ids")
-    single = isinstance(prompts, str) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int | dict)
-    )
-    batch = [prompts] if single else list(prompts)
+    single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int | dict))
+    batch = [prompts] if single else prompts
     if not batch:
         raise UserError("no prompt given")
-    return [_encode(prompt, tokenizer, switches) for prompt in batch], single
+    return [_encode(prompt, tokenizer, switches) for prompt in batch]
 
 
 def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, switches: Mapping[str, Any] | None) -> list[int]:
-    if isinstance(prompt, torch.Tensor):
-        ids = prompt.reshape(-1).tolist()
-    elif isinstance(prompt, str):
+    if isinstance(prompt, str):
         ids = list(_needed(tokenizer)(prompt)["input_ids"])
     elif prompt and isinstance(prompt[0], dict):
         ids = encode_chat(prompt, _needed(tokenizer), switches)
     else:
-        ids = [int(token) for token in prompt]
+        ids = prompt
     if not ids:
         raise UserError("a prompt is empty; give at least one token (the model's bos token, for instance)")
     return ids
@@ -187,3 +178,92 @@ def _checked(said: Any) -> Any:
     if isinstance(text, str) and (half := HALF.search(text)) is not None:
         raise UserError(f"a prompt holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no text; take it out")
     return said
+
+
+Prompt = str | list[Message]
+"""A raw text, or a conversation that ends before the assistant's turn."""
+
+SHAPES = '{"messages": [...]}, {"turns": [...]}, {"prompt": "..."} or {"text": "..."}'
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Read the first `limit` prompts of a file.
+
+    Raises:
+        UserError: the file is missing, a line holds no prompt (with its number), or no line does.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit must be at least 1, not {limit}; leave it out for all prompts")
+    if not str(path).startswith(HUB) and not Path(path).is_file():
+        raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
+    found = []
+    for source, _, content in read_records(path):
+        try:
+            if isinstance(content, BadRecord):
+                raise content
+            found.append(prompt_of(content))
+        except BadRecord as problem:
+            raise UserError(f"{source}: {problem}; mend the line, expected {SHAPES}") from None
+        if len(found) == limit:
+            break
+    if not found:
+        raise UserError(f"no prompt in {path}; give JSON lines such as {SHAPES}")
+    return found
+
+
+def prompt_of(record: Any) -> Prompt:
+    """Return the prompt in a record; the answers that a conversation ends with are left out."""
+    if not isinstance(record, dict):
+        raise BadRecord("a record must be an object")
+    if "instruction" in record and (asked := bare_question(record)) is not None:
+        return [{"role": "user", "content": asked}]
+    for name in ("prompt", "text"):
+        if name in record:
+            if not isinstance(record[name], str) or not record[name].strip():
+                raise BadRecord(f'"{name}" must be a non-empty string')
+            return record[name]
+    if "turns" in record:
+        turns = record["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+            raise BadRecord('"turns" must be a list of texts')
+        return [{"role": "user", "content": turns[0]}]
+    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if name in record:
+            return _until_last_question(record[name], role, content)
+    raise BadRecord(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
+
+
+def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[Message]:
+    messages = turns_of(turns, role_key, content_key)
+    while messages and messages[-1]["role"] not in ("user", "tool"):
+        messages.pop()
+    if not messages:
+        raise BadRecord("there is no user turn to answer")
+    return messages
+
+
+def encode(prompts: Sequence[Prompt], target: Any, switches: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Return the token ids of the prompts; `switches` are variables of the chat template.
+
+    Raises:
+        UserError: a prompt exceeds the target's context, with its number in the list.
+    """
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = encode_one(prompt, target.tokenizer, switches)
+        if len(ids) >= target.context_length:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens, the model's context is {target.context_length}; "
+                "shorten it or take it out"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def encode_one(prompt: Prompt, tokenizer: Any, switches: Mapping[str, Any] | None = None) -> list[int]:
+    """Return a prompt's token ids; without a chat template a conversation is its texts, joined by empty lines."""
+    if getattr(tokenizer, "chat_template", None) is None and not isinstance(prompt, str):
+        if any(message["role"] == "system" for message in prompt):
+            raise UserError("the tokenizer has no chat template for a system message; give plain text prompts")
+        prompt = "\n\n".join(message["content"] for message in prompt)
+    return encode_prompts(prompt, tokenizer, switches)[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from outdraft.errors import UserError
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
-BENCH = o.field_help("evaluation/bench/settings.py", "BenchSettings")
+BENCH = o.field_help("evaluation/bench/methods.py", "BenchSettings")
 
 
 def bench(
@@ -82,47 +83,25 @@ def bench(
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
         if others := sorted(set(given) - {"reread", "model", "json"}):
-            flags = ", ".join("--" + name.replace("_", "-") for name in others)
-            raise UserError(f"--reread measures nothing, so it takes --model and --json only; leave out {flags}")
+            named = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise UserError(f"--reread measures nothing, so it takes --model and --json only; leave out {named}")
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())
         return
+    flags = locals()
     from outdraft.api.loading import quantised_backend
     from outdraft.evaluation.bench.bench import run_bench
-    from outdraft.evaluation.bench.settings import BenchSettings
+    from outdraft.evaluation.bench.methods import BenchSettings
 
-    result = run_bench(
-        BenchSettings(
-            model=model,
-            draft_models=draft_model or [],
-            methods=None if methods is None else o.listed(methods),
-            controllers=o.listed(controllers) or ["default"],
-            data=data,
-            suite=suite,
-            limit=limit,
-            on_bad_line=on_bad_line,
-            temperatures=o.numbers("--temperatures", temperatures),
-            repetitions=repetitions,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            tree=o.given(
-                num_speculative_tokens=num_speculative_tokens,
-                tree_depth=tree_depth,
-                tree_top_k=tree_top_k,
-                tree_size=tree_size,
-            ),
-            include_transformers=include_transformers,
-            peers=o.listed(peers),
-            peers_backend=peers_backend,
-            output_dir=output_dir,
-            report=report,
-            dtype=dtype,
-            device=device,
-            backend=quantised_backend(backend, quantize),
-        ),
-        remarks(),
-    )
-    if json:
-        print_json(result.as_dict())
-    else:
-        result.show(results(), all_figures)
+    parsed: dict[str, Any] = {
+        "draft_models": draft_model or [],
+        "methods": None if methods is None else o.listed(methods),
+        "controllers": o.listed(controllers) or ["default"],
+        "temperatures": o.numbers("--temperatures", temperatures),
+        "peers": o.listed(peers),
+        "tree": o.drafting(**flags),
+        "backend": quantised_backend(backend, quantize),
+    }
+    as_they_are = {field.name: flags[field.name] for field in fields(BenchSettings) if field.name not in parsed}
+    result = run_bench(BenchSettings(**as_they_are, **parsed), remarks())
+    print_json(result.as_dict()) if json else result.show(results(), all_figures)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from outdraft.console import options as o
-from outdraft.console.streaming import Streamed, legend, stream
+from outdraft.console.generate import Streamed, legend, stream
 from outdraft.errors import UserError
 from outdraft.output import remarks, results
 
@@ -54,27 +54,16 @@ def chat(
     show_drafts: o.ShowDrafts = False,
 ) -> None:
     """Talk with a model; /plain turns the drafter off and on."""
+    flags = locals()
     from outdraft.api.generation import load
 
-    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize}
-    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
+    loaded = load(model, draft_model, **o.loading(**flags))
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
-        **o.sampling(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
-        ),
+        **o.sampling(**flags),
     }
-    tree = o.tree(
-        loaded.drafter,
-        num_speculative_tokens=num_speculative_tokens,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_size=tree_size,
-        prompt_lookup_min=prompt_lookup_min,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        controller=controller,
-    )
+    tree = o.tree(loaded.drafter, **flags)
     Chat(loaded, settings, tree, results(show_drafts), remarks(), show_drafts, system).run()
 
 

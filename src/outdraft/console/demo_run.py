@@ -20,9 +20,10 @@ from rich.text import Text
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
-from outdraft.api.prompts import Message, encode_chat
+from outdraft.api.prompts import Message, encode, encode_chat, read_prompts
 from outdraft.console.demo_training import train_drafter
-from outdraft.console.streaming import Streamed, legend, stream
+from outdraft.console.generate import Streamed, legend, stream
+from outdraft.data.provenance import disturbed, environment
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.bench import Comparison, measured
@@ -30,8 +31,6 @@ from outdraft.evaluation.bench.divergences import Difference, Divergence, diverg
 from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
-from outdraft.evaluation.environment import disturbed, environment
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.output import counted, number
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
 
@@ -187,7 +186,7 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
         if settings.train:
             folder = settings.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "drafter"
             seconds = settings.train_seconds or TRAIN_SECONDS
-            training = train_drafter(whole, target, folder, seconds, remarks)
+            training = train_drafter(whole, folder, seconds, remarks)
             drafters = [f"{TRAINED}={folder}", f"{SHIPPED}={shipped_drafter(name)}"]
             methods, first = [LOOKUP, "fspad", "fspad" + WITH_LOOKUP], str(folder)
         elif methods == [LOOKUP]:

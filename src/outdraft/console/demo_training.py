@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.generation import SpeculativeModel
-from outdraft.data.text_file import split_lines
-from outdraft.reference.prompts import DATA, Messages, load_prompts
+from outdraft.data.records import split_lines
+from outdraft.reference import DATA
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import TrainPlan, plan
-from outdraft.training.regenerate import regenerate
 from outdraft.training.train import train
 
 CONVERSATIONS = DATA / "train_conversations.jsonl"
@@ -44,12 +41,11 @@ FEWEST = 10
 """The fewest steps, and the fewest conversations."""
 
 
-def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
+def train_drafter(target: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
     """Train an FSPAD drafter in about `seconds`; return the run's figures.
 
     Args:
         target: the target on the plain backend, since gradients pass through its head.
-        decoding: the same target, to write answers where none are shipped.
         folder: where the drafter is saved.
         seconds: time for it all.
         remarks: where progress goes.
@@ -57,10 +53,9 @@ def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         aside = Path(name)
-        data = CONVERSATIONS if CONVERSATIONS.exists() else write_answers(decoding, aside, remarks)
         config = DrafterConfig(
             **RECIPE,
-            data=data,
+            data=CONVERSATIONS,
             output_dir=folder,
             feature_cache_dir=aside / "features",
             report_to=["none"],
@@ -71,7 +66,7 @@ def train_drafter(target: Target, decoding: Target, folder: Path, seconds: float
         count, steps = fitting(trial, SHARE_FOR_STEPS * (seconds - (time.perf_counter() - began)))
         remarks.print(f"training an FSPAD drafter: {steps} steps on {count} conversations", highlight=False)
         chosen = aside / "chosen.jsonl"
-        kept = split_lines(data.read_text(encoding="utf-8"))[:count]
+        kept = split_lines(CONVERSATIONS.read_text(encoding="utf-8"))[:count]
         chosen.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         changes = {"data": chosen, "max_steps": steps, "logging_steps": max(1, steps // 10)}
         result = train(target, config.model_copy(update=changes), console=remarks)
@@ -89,12 +84,3 @@ def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
     count = int(seconds / (each + PASSES * trial.step_seconds / BATCH))
     count = max(min(FEWEST, trial.examples), min(count, trial.examples))
     return count, max(FEWEST, int((seconds - count * each) / trial.step_seconds))
-
-
-def write_answers(target: Target, folder: Path, remarks: Console, count: int = 48) -> Path:
-    """Write the target's own answers to some training prompts, where none are shipped."""
-    questions = folder / "prompts.jsonl"
-    records: list[Messages] = load_prompts("train")[:count]
-    questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records), encoding="utf-8")
-    regenerate(SpeculativeModel(target), questions, folder / "answers.jsonl", max_new_tokens=128, console=remarks)
-    return folder / "answers.jsonl"

@@ -29,9 +29,9 @@ def doctor(
 ) -> None:
     """Say whether a drafter fits its target and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
+    from outdraft.api.prompts import encode, read_prompts
+    from outdraft.data.provenance import environment
     from outdraft.evaluation.doctor import PROMPTS, diagnose
-    from outdraft.evaluation.environment import environment
-    from outdraft.evaluation.prompts import encode, read_prompts
     from outdraft.reference import load_prompts
     from outdraft.target.named import named, shipped_drafter
 

@@ -14,16 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.api.loading import first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
+from outdraft.data.provenance import versions
 from outdraft.drafting.folder import is_hub_id, not_on_hub
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
-from outdraft.evaluation.environment import versions
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype
 from outdraft.target.gguf_file import record_in
-from outdraft.target.named import place_of
+from outdraft.target.named import base_of, place_of
 from outdraft.target.target import refuse_unfit
-from outdraft.target.wrapped import base_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

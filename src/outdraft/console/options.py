@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from outdraft.data.records import whole_text
 from outdraft.errors import UserError
 from outdraft.methods.registry import names, trained
 
@@ -100,22 +101,68 @@ GenerationConfig = Annotated[
 
 
 def mapping(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object.
+    """Parse a JSON object of switches for the chat template.
 
     Raises:
         UserError: the text is no JSON object.
     """
     if text is None:
         return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    if (found := json_object(text)) is None:
         raise UserError(
             f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, not {text}'
         )
     return found
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """Parse a JSON object; None for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def response_format(text: str | None) -> dict[str, Any] | None:
+    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it.
+
+    Raises:
+        UserError: there is no such file, or it holds no JSON object.
+    """
+    if text is None:
+        return None
+    source = text
+    if not text.lstrip().startswith("{"):
+        if text in ("json_object", "json"):
+            return {"type": "json_object"}
+        try:
+            source = whole_text(Path(text))
+        except OSError as error:
+            raise UserError(
+                f"--response-format {text} cannot be read ({type(error).__name__}); "
+                "give JSON, a file of it, or json_object"
+            ) from None
+    found = json_object(source)
+    if found is None:
+        raise UserError(f"--response-format must be a JSON object, such as a JSON schema; {text[:80]} holds none")
+    from outdraft.api.guided import FORMATS  # needs torch, which `--help` does without
+
+    if found.get("type") in FORMATS:
+        return found
+    return {"type": "json_schema", "json_schema": {"schema": found}}
+
+
+ResponseFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--response-format",
+        callback=response_format,
+        metavar="FILE|JSON",
+        help="What the answer must be: a JSON schema, json_object, or a response_format as in generate(), as JSON or a "
+        "file of it. Needs the extra `guided`.",
+    ),
+]
 
 
 TemplateKwargs = Annotated[
@@ -180,21 +227,40 @@ def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def sampling(**settings: Any) -> dict[str, Any]:
-    """Return sampling settings as `generate` takes them; a filter without a temperature means temperature 1."""
-    found = given(**settings)
+LOADED = ("method", "dtype", "device", "backend", "quantize", "generation_config")
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DRAFTED = (
+    *("num_speculative_tokens", "tree_depth", "tree_top_k", "tree_size"),
+    *("prompt_lookup_min", "prompt_lookup_num_tokens", "controller"),
+)
+"""The flags that `load` takes, those of sampling, and those of what is drafted."""
+
+
+def loading(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that `load` takes."""
+    return {name: flags[name] for name in LOADED}
+
+
+def drafting(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that say what is drafted, where they were given."""
+    return {name: flags[name] for name in DRAFTED if flags.get(name) is not None}
+
+
+def sampling(**flags: Any) -> dict[str, Any]:
+    """Return those of a verb's flags that `generate` samples by; a filter without a temperature means temperature 1."""
+    found = {name: flags[name] for name in SAMPLED if flags.get(name) is not None}
     if "temperature" not in found and {"top_p", "top_k", "min_p"} & set(found):
         found["temperature"] = 1.0
     return found
 
 
-def tree(drafter: object, **settings: Any) -> dict[str, Any]:
-    """Return the settings of the tree.
+def tree(drafter: object, **flags: Any) -> dict[str, Any]:
+    """Return what `drafting` does.
 
     Raises:
-        UserError: no drafter can draft a tree.
+        UserError: there is something to draft, and no drafter.
     """
-    found = given(**settings)
+    found = drafting(**flags)
     if found and drafter is None:
         name = next(iter(found))
         other = "" if name.startswith("prompt_lookup") else " or --method prompt-lookup"

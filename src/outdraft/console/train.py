@@ -40,6 +40,7 @@ def train(
     loss: Annotated[str | None, o.training("loss")] = None,
     preset: Annotated[str | None, o.training("preset")] = None,
     max_length: Annotated[int | None, o.training("max_length")] = None,
+    chat_template_kwargs: o.TemplateKwargs = None,
     max_steps: Annotated[int | None, o.training("max_steps")] = None,
     epochs: Annotated[float | None, o.training("epochs")] = None,
     batch_size: Annotated[int | None, o.training("batch_size")] = None,

@@ -55,24 +55,14 @@ def verify(
 
     States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
     """
+    flags = locals()
     from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings, run_audit
     from outdraft.evaluation.audit.findings import show
     from outdraft.evaluation.report.pages import save_audit
 
-    generation = o.sampling(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
-    ) | o.given(
-        num_speculative_tokens=num_speculative_tokens,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_size=tree_size,
-        prompt_lookup_min=prompt_lookup_min,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        controller=controller,
-    )
     settings = AuditSettings(
-        generation=generation,
+        generation=o.sampling(**flags) | o.drafting(**flags),
         greedy=greedy,
         data=data,
         limit=limit,
@@ -85,8 +75,7 @@ def verify(
     )
     if quick:
         settings = settings.made_quick()
-    loading = {"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize}
-    loaded = load(model, draft_model, **loading, generation_config=generation_config)  # type: ignore[arg-type]
+    loaded = load(model, draft_model, **o.loading(**flags))
     if report is not None:
         _check_writable(report)  # before minutes of work
     audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})

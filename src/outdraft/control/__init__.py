@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from outdraft.control.base import Controller
+from outdraft.control.base import Controller, Experience
 from outdraft.control.costs import Costs
-from outdraft.control.evidence import Experience
-from outdraft.control.pacer import Pacer
-from outdraft.control.settings import CONTROLLERS, ControlSettings
+from outdraft.control.settings import CONTROLLERS, ControlSettings, Pacer
 
 __all__ = ["CONTROLLERS", "ControlSettings", "Controller", "Costs", "Experience", "Pacer"]

@@ -46,17 +46,17 @@ class Average:
     """
 
     def __init__(self, settling: int = 1, memory: int = MEMORY) -> None:
-        self.value, self.seen, self.settling, self.memory = 0.0, 0, settling, memory
+        self.value, self.count, self.settling, self.memory = 0.0, 0, settling, memory
 
     def observe(self, value: float) -> None:
         if self.value <= 0 or value < self.value / AFRESH:
-            self.value, self.seen = value, min(self.seen + 1, self.settling)
+            self.value, self.count = value, min(self.count + 1, self.settling)
             return
-        self.seen = min(self.seen + 1, self.memory)
-        if self.seen <= self.settling:
+        self.count = min(self.count + 1, self.memory)
+        if self.count <= self.settling:
             self.value = min(self.value, value)
         else:
-            self.value += (believable(value, self.value) - self.value) / self.seen
+            self.value += (believable(value, self.value) - self.value) / self.count
 
 
 class Line:
@@ -70,7 +70,7 @@ class Line:
     """
 
     def __init__(self, unit: int = 1) -> None:
-        self.unit, self.seen = unit, 0
+        self.unit, self.count = unit, 0
         self.nodes = self.seconds = 0.0  # means
         self.spread = self.product = 0.0  # of nodes; of nodes with seconds
 
@@ -78,10 +78,10 @@ class Line:
         """Learn from a pass over `total` nodes."""
         nodes = total / self.unit
         if self.seconds <= 0 or seconds < self.at(total) / AFRESH:
-            self.seen, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
+            self.count, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
             return
-        self.seen = min(self.seen + 1, MEMORY)
-        rate = 1 / self.seen
+        self.count = min(self.count + 1, MEMORY)
+        rate = 1 / self.count
         apart, slower = nodes - self.nodes, believable(seconds, self.at(total)) - self.seconds
         news = apart * apart
         fade = rate * min(1.0, news / self.spread) if self.spread > 0 else 0.0
@@ -96,7 +96,7 @@ class Line:
         # The prior slope is NODE_SHARE of a one-node pass for every node, and that pass is seconds less the others.
         share = NODE_SHARE * self.unit
         prior = self.seconds * share / (1 + share * max(0.0, self.nodes - 1 / self.unit))
-        weight = NODE_WEIGHT / max(1, self.seen)
+        weight = NODE_WEIGHT / max(1, self.count)
         return max(0.0, (self.product + weight * prior) / (self.spread + weight))
 
     def at(self, total: float) -> float:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from outdraft.control.base import Adaptive
+from outdraft.control.base import Adaptive, Evidence
 from outdraft.control.costs import Costs, believable
-from outdraft.control.evidence import Evidence
 
 TINY = 1e-300
 """Lower bound of Gamma draws of very small counts."""

@@ -14,8 +14,8 @@ from itertools import accumulate
 from math import log2
 from operator import mul
 
+from outdraft.control.base import FIRST_PROBE, MOST, RATE
 from outdraft.control.costs import OUTLIER, PLAIN_EVERY, Average, Costs, believable, bucket
-from outdraft.control.evidence import FIRST_PROBE, MOST, RATE
 from outdraft.core.shape import TreeShape
 
 PLAIN = TreeShape(0, 1, 1)
@@ -60,9 +60,9 @@ class ShapeGrid:
         """Largest number of levels of a chain."""
         self.widths = widths(bounds.top_k)
         self.lines = [[self._shape(levels, width) for levels in lengths(self.most)] for width in self.widths]
-        places = {shape: (row, i) for row, line in enumerate(self.lines) for i, shape in enumerate(line)}
-        self.places = {shape: place for shape, place in places.items() if shape != PLAIN}
-        self.shapes = [PLAIN, *self.places]
+        positions = {shape: (row, i) for row, line in enumerate(self.lines) for i, shape in enumerate(line)}
+        self.positions = {shape: position for shape, position in positions.items() if shape != PLAIN}
+        self.shapes = [PLAIN, *self.positions]
         self.accepted = {width: [0.0] * self.most for width in self.widths}
         self.judged = {width: [0.0] * self.most for width in self.widths}
         self._tokens: dict[TreeShape, float] = {}
@@ -72,7 +72,7 @@ class ShapeGrid:
 
         It is a tree only if bounds are so wide that they are meant for a device on which nodes cost little.
         """
-        if not self.places:
+        if not self.positions:
             return PLAIN
         wide = rows < BATCH and self.bounds.top_k > WIDE
         line, most = self.lines[-1 if wide else 0], max(1, self.most // (4 if rows >= BATCH else 2))
@@ -81,11 +81,11 @@ class ShapeGrid:
     def beside(self, shape: TreeShape) -> list[TreeShape]:
         """Return the neighbours to try: a length or a width more or less; next to plain, short chains."""
         if shape == PLAIN:
-            return self.lines[0][:3] if self.places else []
-        row, place = self.places[shape]
-        around = [(row - 1, place), (row, place - 1), (row, place + 1), (row + 1, place)]
+            return self.lines[0][:3] if self.positions else []
+        row, position = self.positions[shape]
+        around = [(row - 1, position), (row, position - 1), (row, position + 1), (row + 1, position)]
         inside = [(r, i) for r, i in around if 0 <= r < len(self.lines) and 0 <= i < len(self.lines[r])]
-        return [self.lines[r][i] for r, i in inside] + [PLAIN] * (place == 0)
+        return [self.lines[r][i] for r, i in inside] + [PLAIN] * (position == 0)
 
     def tokens(self, shape: TreeShape) -> float:
         """Return the expected tokens of a row in a round."""
@@ -157,7 +157,7 @@ class Timings:
                 True for the shape that is drafted all the time, or shapes not tried for a while would look fast.
         """
         # Few rounds are a biased sample, chosen because they were fast: slower ones after them are no change.
-        before, steady = self.of(shape).value, self.of(shape).seen >= MEMORY
+        before, steady = self.of(shape).value, self.of(shape).count >= MEMORY
         self.of(shape).observe(seconds)
         if common and steady:
             for other, average in self.seconds.items():
@@ -166,7 +166,7 @@ class Timings:
 
 
 @dataclass
-class Choice:
+class ShapeChoice:
     """The shape chosen for one round, which passes the round's result to the tuner."""
 
     shape: TreeShape
@@ -196,7 +196,7 @@ class ShapeTuner:
         self.grid, self.costs = ShapeGrid(bounds), costs
         self.timings: dict[int, Timings] = {}
 
-    def choose(self, rows: int, pending: int) -> Choice:
+    def choose(self, rows: int, pending: int) -> ShapeChoice:
         """Choose the shape of the next round.
 
         Args:
@@ -208,7 +208,7 @@ class ShapeTuner:
         known.trying = known.trying or self._to_try(known, rows)
         shape = known.trying or self.best(rows)
         known.drafted[shape] = known.rounds
-        return Choice(shape, self, rows, pending)
+        return ShapeChoice(shape, self, rows, pending)
 
     def best(self, rows: int) -> TreeShape:
         """Return the timed shape that brings the most tokens per second."""
@@ -223,8 +223,8 @@ class ShapeTuner:
 
         return max(timed, key=rate)
 
-    def observe(self, choice: Choice, accepted: Sequence[int], seconds: float) -> None:
-        """Learn from a round, as in `Choice.observe`."""
+    def observe(self, choice: ShapeChoice, accepted: Sequence[int], seconds: float) -> None:
+        """Learn from a round, as in `ShapeChoice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
         known = self.timings[bucket(rows)]
         known.credit = min(MOST, known.credit + RATE)
@@ -255,7 +255,7 @@ class ShapeTuner:
         return min(able, key=lambda shape: (self._is_timed(known, shape), known.drafted.get(shape, 0)), default=None)
 
     def _is_timed(self, known: Timings, shape: TreeShape) -> bool:
-        return self.costs.given or known.of(shape).seen >= ENOUGH
+        return self.costs.given or known.of(shape).count >= ENOUGH
 
     def _loss(self, known: Timings, shape: TreeShape, best: TreeShape, rows: int) -> float:
         """Return the expected loss of a round of this shape, in rounds of the best one."""

@@ -116,8 +116,8 @@ def at_shares_by_blocks(shares: Tensor, probs: Tensor) -> Tensor:
     block, wanted = _reached(upto, shares[:, None] * upto[:, -1:])
     block = block.clamp(max=sums.shape[1] - 1)  # the index of a NaN distribution is past the last block
     before = (upto - sums).gather(1, block)
-    places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
-    inside = probs.gather(1, places.clamp(max=vocab - 1)) * (places < vocab)
+    indices = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, indices.clamp(max=vocab - 1)) * (indices < vocab)
     token, _ = _reached(inside.cumsum(-1, dtype=torch.float64), (wanted - before).clamp(min=0))
     return (block * BLOCK + token)[:, 0]
 

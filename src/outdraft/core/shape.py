@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from outdraft.errors import UserError
 
-Choice = Literal["top-k", "sampled", "sampled-with-replacement"]
+CandidateKind = Literal["top-k", "sampled", "sampled-with-replacement"]
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class TreeShape:
     """Most tokens of a level that are drafted further, and continuations of each; 1 drafts a chain."""
     size: int
     """Nodes that the target verifies, the root included."""
-    candidates: Choice = "top-k"
+    candidates: CandidateKind = "top-k"
     """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's distribution."""
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("top_k", 1), ("size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"tree_{name} must be at least {least}, not {getattr(self, name)}")
-        if self.candidates not in get_args(Choice):
-            raise UserError(f"candidates must be one of {', '.join(get_args(Choice))}, not '{self.candidates}'")
+        if self.candidates not in get_args(CandidateKind):
+            raise UserError(f"candidates must be one of {', '.join(get_args(CandidateKind))}, not '{self.candidates}'")
 
     @classmethod
     def chain(cls, num_speculative_tokens: int, **settings: object) -> TreeShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 
 @dataclass
@@ -90,17 +91,15 @@ class Statistics:
         """Add statistics up; rows that were decoded `together` share their seconds, so the longest counts."""
         total = cls()
         for part in parts:
-            for name in ("rounds", "emitted", "drafted", "accepted", "repeats"):
-                setattr(total, name, getattr(total, name) + getattr(part, name))
-            for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds"):
-                own, others = getattr(total, name), getattr(part, name)
-                setattr(total, name, max(own, others) if together else own + others)
-            for name in ("reached", "accepted_at"):
-                longer, shorter = sorted((getattr(total, name), getattr(part, name)), key=len, reverse=True)
-                padded = shorter + [0] * (len(longer) - len(shorter))
-                setattr(total, name, [a + b for a, b in zip(longer, padded, strict=True)])
-            total.lengths += part.lengths
-            total.depths += part.depths
+            for name, value in vars(part).items():
+                own = getattr(total, name)
+                if name in ("lengths", "depths"):
+                    value = own + value
+                elif isinstance(value, list):
+                    value = [a + b for a, b in zip_longest(own, value, fillvalue=0)]
+                else:
+                    value = max(own, value) if together and name.endswith("_seconds") else own + value
+                setattr(total, name, value)
         return total
 
     def as_dict(self) -> dict[str, object]:

@@ -7,9 +7,10 @@ candidates were drawn from, which is all that verification must know of the draf
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -44,10 +45,6 @@ class Tree:
     draft_probs: Tensor | None = None
     levels: int | None = None
     chain: bool = False
-    _depths: Tensor | None = field(default=None, repr=False)
-    _ancestors: Tensor | None = field(default=None, repr=False)
-    _deepest: list[int] | None = field(default=None, repr=False)
-    _lists: tuple[list[list[int]], list[list[int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.draft_probs is None) != (self.candidates == "point"):
@@ -69,7 +66,7 @@ class Tree:
         parents, ancestors, depths = _chains(width, nodes, tokens.device)
         tree = cls(tokens, parents.expand(rows, -1), [nodes] * rows, candidates, draft_probs, (nodes - 1) // width)
         tree.chain = width == 1
-        tree._ancestors, tree._depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
+        tree.ancestors, tree.depths = ancestors.expand(rows, -1, -1), depths.expand(rows, -1)
         return tree
 
     @classmethod
@@ -91,62 +88,56 @@ class Tree:
     def nodes(self) -> int:
         return self.tokens.shape[1]
 
-    @property
+    def with_tokens(self, tokens: Tensor) -> Tree:
+        """Return the same trees with other tokens, `(rows, nodes)`."""
+        other = copy.copy(self)
+        other.tokens = tokens
+        other.__dict__.pop("lists", None)
+        return other
+
+    @cached_property
     def depths(self) -> Tensor:
         """`(rows, nodes)` number of edges between node and root."""
-        if self._depths is None:
-            self._depths = self.ancestors.sum(-1) - 1
-        return self._depths
+        return self.ancestors.sum(-1) - 1
 
-    @property
+    @cached_property
     def ancestors(self) -> Tensor:
-        """`(rows, nodes, nodes)` ancestor mask: True if the column is the node itself or one of its ancestors."""
-        if self._ancestors is None:
-            self._ancestors = self._climb()
-        return self._ancestors
+        """`(rows, nodes, nodes)` ancestor mask: True if the column is the node itself or one of its ancestors.
 
-    def _climb(self) -> Tensor:
-        """Compute the ancestor mask from node and parent, then by squaring for 2, 4, 8 ... steps."""
+        It is computed from node and parent, then by squaring for 2, 4, 8 ... steps.
+        """
         levels = self.nodes - 1 if self.levels is None else self.levels
-        seen = itself(self.rows, self.nodes, self.tokens.device)
+        mask = itself(self.rows, self.nodes, self.tokens.device)
         if levels < 1:
-            return seen
+            return mask
         # The root's own column stands for its missing parent.
-        steps = seen.float().scatter_(2, self.parents.clamp(min=0)[..., None], 1.0)
+        steps = mask.float().scatter_(2, self.parents.clamp(min=0)[..., None], 1.0)
         reach = 1
         while reach < levels:
             steps = torch.bmm(steps, steps).clamp_(max=1.0)
             reach *= 2
         return steps > 0
 
-    @property
+    @cached_property
     def deepest(self) -> list[int]:
-        """Depth of the deepest node of every row."""
-        if self._deepest is None:
-            # Padding lies right below the root, so that it counts only where there is nothing else.
-            found = [0] * self.rows if self.nodes == 1 else self._deepest_of_lists() or self.depths.amax(1).tolist()
-            self._deepest = [depth if count > 1 else 0 for depth, count in zip(found, self.counts, strict=True)]
-        return self._deepest
+        """Depth of the deepest node of every row, computed on the host if the parents are there already."""
+        found = [0] * self.rows
+        if self.nodes > 1 and "lists" in self.__dict__:
+            for row, parents in enumerate(self.lists[1]):
+                depths = [0] * len(parents)
+                for node in range(1, len(parents)):  # parents come before their children
+                    depths[node] = depths[parents[node]] + 1
+                found[row] = max(depths)
+        elif self.nodes > 1:
+            found = self.depths.amax(1).tolist()
+        # Padding lies right below the root, so that it counts only where there is nothing else.
+        return [depth if count > 1 else 0 for depth, count in zip(found, self.counts, strict=True)]
 
-    def _deepest_of_lists(self) -> list[int] | None:
-        """Compute `deepest` on the host, if the parents are there already."""
-        if self._lists is None:
-            return None
-        found = []
-        for parents in self._lists[1]:
-            depths = [0] * len(parents)
-            for node in range(1, len(parents)):  # parents come before their children
-                depths[node] = depths[parents[node]] + 1
-            found.append(max(depths))
-        return found
-
-    @property
+    @cached_property
     def lists(self) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens and parents of every row, in one transfer."""
-        if self._lists is None:
-            tokens, parents = torch.stack([self.tokens, self.parents]).tolist()
-            self._lists = (tokens, parents)
-        return self._lists
+        tokens, parents = torch.stack([self.tokens, self.parents]).tolist()
+        return tokens, parents
 
     def children(self, row: int) -> dict[int, list[int]]:
         """Return the children of every node of a row that has some, in the order in which they were proposed."""
@@ -174,12 +165,12 @@ def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def attention_mask(
-    seen: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
+    mask: Tensor, slots: Tensor, lengths: Sequence[int], extent: int, positions: Tensor, window: int | None = None
 ) -> Tensor:
     """Compute which cached slots each new token attends to.
 
     Args:
-        seen: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each token sees, itself included.
+        mask: `(rows, tokens, m)` ancestor mask: which of the `m` pending tokens each token sees, itself included.
         slots: `(rows, m)` cache slots of the pending tokens: in order, right after the committed ones.
         lengths: committed tokens of every row, all of which are seen.
         extent: slots that the forward reads, the longest row's `lengths + m`.
@@ -189,16 +180,15 @@ def attention_mask(
     Returns:
         `(rows, 1, tokens, extent)` bool.
     """
-    rows, tokens, newest = seen.shape
-    device, longest = seen.device, extent - newest
+    rows, tokens, newest = mask.shape
+    device, longest = mask.device, extent - newest
     arange = counting(0, extent, device)
     if min(lengths) == longest:
-        mask = F.pad(seen, (longest, 0), value=True)
+        visible = F.pad(mask, (longest, 0), value=True)
     else:
-        mask = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
-        mask.scatter_(2, slots[:, None].expand(rows, tokens, newest), seen)
+        visible = (arange < integers(lengths, device)[:, None])[:, None].repeat(1, tokens, 1)
+        visible.scatter_(2, slots[:, None].expand(rows, tokens, newest), mask)
     if window is not None and window < extent:
         key_positions = arange.repeat(rows, 1).scatter(1, slots, positions)
-        near = positions[:, -tokens:, None] - key_positions[:, None] < window
-        mask &= near
-    return mask[:, None]
+        visible &= positions[:, -tokens:, None] - key_positions[:, None] < window
+    return visible[:, None]

@@ -187,7 +187,7 @@ def verify_greedy(tree: Tree, choices: Tensor) -> list[Verdict]:
     said = choices.gather(1, tree.parents.clamp(min=0))  # the choice after each node's parent
     # The one transfer; with it the tree is on the host, too.
     right, chosen, tokens, parents = torch.stack([tree.tokens == said, choices, tree.tokens, tree.parents]).tolist()
-    tree._lists = (tokens, parents)
+    tree.lists = (tokens, parents)
     verdicts = []
     for row, count in enumerate(tree.counts):
         path = [0]

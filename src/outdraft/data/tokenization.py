@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.data.conversations import Conversation
-from outdraft.data.messages import Message
+from outdraft.data.conversations import Conversation, Message
 from outdraft.errors import UserError, first_line
+
+NO_SWITCHES: Mapping[str, Any] = MappingProxyType({})
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 
@@ -81,8 +83,15 @@ class TemplateRefuses(UserError):
     """An error of a conversation that the chat template does not take; the message has the reason."""
 
 
-def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> ExampleSet:
+def tokenize(
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    max_length: int,
+    switches: Mapping[str, Any] = NO_SWITCHES,
+) -> ExampleSet:
     """Make token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
+
+    `switches` are variables of the chat template (`chat_template_kwargs`), such as `enable_thinking`.
 
     Raises:
         UserError: chats without a chat template, a template whose responses cannot be located, or no example left.
@@ -99,7 +108,7 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Any, max_length: 
             require_chat_template(tokenizer, conversation.source)
             said = _until_last_response(conversation.messages)
             try:
-                ids, mask, marked = _chat(said, tokenizer, conversation.cut, conversation.tools)
+                ids, mask, marked = _chat(said, tokenizer, conversation.cut, variables_of(conversation, switches))
             except TemplateRefuses as problem:
                 found.refused.append(f"{conversation.source}: {problem}")
                 continue
@@ -139,23 +148,29 @@ def require_chat_template(tokenizer: Any, source: str) -> None:
         )
 
 
+def variables_of(conversation: Conversation, switches: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the chat template is told beside the messages: its switches, and the conversation's tools."""
+    return {**switches, **({"tools": list(conversation.tools)} if conversation.tools else {})}
+
+
 def render(
-    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] = ()
+    tokenizer: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] = NO_SWITCHES,
 ) -> str:
-    """Render the messages with the chat template.
+    """Render the messages with the chat template; `variables` as `variables_of` has them.
 
     Raises:
         TemplateRefuses: the template does not take them, e.g. because it knows no system turn.
     """
-    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    settings = {**variables, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     if not messages:  # what stands before a conversation that the assistant begins; alone it would not pass for one
-        return str(_templated(tokenizer, [[]], tools, **settings)[0])
-    return str(_templated(tokenizer, messages, tools, **settings))
+        return str(_templated(tokenizer, [[]], **settings)[0])
+    return str(_templated(tokenizer, messages, **settings))
 
 
-def _templated(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any], **settings: Any) -> Any:
-    if tools:
-        settings["tools"] = list(tools)
+def _templated(tokenizer: Any, messages: Sequence[Any], **settings: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(list(messages), **settings)
     except Exception as problem:  # templates are programs: they raise what they like
@@ -174,19 +189,19 @@ def _until_last_response(messages: Sequence[Message]) -> list[Message]:
 
 
 def _chat(
-    messages: list[Message], tokenizer: Any, cut: Collection[int], tools: Sequence[Any]
+    messages: list[Message], tokenizer: Any, cut: Collection[int], variables: Mapping[str, Any]
 ) -> tuple[list[int], list[bool], int]:
     """Return ids, mask and the number of assistant turns that were marked; turns at the indices `cut` have no end."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [], [], 0
     if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
-        marked = _templated(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        marked = _templated(tokenizer, messages, **variables, return_dict=True, return_assistant_tokens_mask=True)
         if any(marked["assistant_masks"]):
             ids, mask = list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
             return ids, _without_ends(ids, mask, answers, cut, tokenizer), len(answers)
-    text = render(tokenizer, messages, tools=tools)
-    found = {place: _response_span(tokenizer, messages, place, text, tools) for place in answers}
+    text = render(tokenizer, messages, variables=variables)
+    found = {place: _response_span(tokenizer, messages, place, text, variables) for place in answers}
     ended = [span for place, span in found.items() if span is not None and place not in cut]
     endless = [
         (span[0], _spoken_end(tokenizer, text, span, messages[place]["content"]))
@@ -235,17 +250,17 @@ def _without_ends(
 
 
 def _response_span(
-    tokenizer: Any, messages: list[Message], turn: int, text: str, tools: Sequence[Any]
+    tokenizer: Any, messages: list[Message], turn: int, text: str, variables: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """Return the span of an assistant's turn in `text`, without prompt marks before it; None where it is ambiguous."""
     try:
-        through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
+        through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], variables=variables)
         if not text.startswith(through):
             return None
         if not turn:
-            return _first_span(render(tokenizer, [], True, tools), through, messages[0]["content"].strip())
+            return _first_span(render(tokenizer, [], True, variables), through, messages[0]["content"].strip())
         for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
-            before = render(tokenizer, messages[:turn], with_prompt, tools)
+            before = render(tokenizer, messages[:turn], with_prompt, variables)
             if len(before) < len(through) and through.startswith(before):
                 return len(before), len(through)
     except TemplateRefuses:  # of a conversation that it takes as a whole it may refuse a beginning

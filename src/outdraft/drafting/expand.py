@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from outdraft.core.sampling import greatest
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, integers, itself
+from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget, RowContext
 from outdraft.drafting.sample import Step, grow_sampled
-from outdraft.target.cache import SlotCache
 
 
 def grow(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
@@ -75,7 +74,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
     batch, vocab = logits.shape
     k, most = min(shape.top_k, vocab), shape.size - 1
     if k == 1 and budget is None:
-        return _grow_chain(roots, logits, step, min(most, shape.depth + 1))
+        return grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
     levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
     nodes = counting(1, k, logits.device).expand(batch, k)  # nodes of the level to expand; the root is 0
@@ -120,7 +119,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
     return grow_dynamic(roots, choosing(logits), lambda *level: choosing(step(*level)), shape, rows.budget)
 
 
-def _grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
+def grow_chain(roots: Tensor, logits: Tensor, step: Step, length: int) -> Tree:
     """Run `grow_dynamic` with one candidate per level: no ranking is needed, and every drafted candidate stays."""
     chain = [roots, greatest(logits)]
     above = torch.zeros_like(roots)[:, None]
@@ -177,43 +176,6 @@ def _best(roots: Tensor, levels: Sequence[_Level], most: int, budget: Budget | N
         [1 + count for count in counts],
         levels=len(levels),
     )
-
-
-class RunAhead:
-    """Slots and ancestor masks of one tree's levels in a drafter's cache.
-
-    Args:
-        cache: the drafter's cache; its committed tokens end with each row's root. The caller rolls it back at the end.
-        last_position: largest position; drafts beyond the context are never used.
-    """
-
-    def __init__(self, cache: SlotCache, last_position: int):
-        self.cache, self.last_position = cache, last_position
-        self.levels = self.first = 0  # pending slots before the first level
-        self.positions = self.seen = self.slots = torch.empty(0)
-
-    def place(self, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reserve a level of `(rows, nodes)` nodes; `parents` index the level before.
-
-        Returns:
-            Positions, ancestor mask and slots of all levels so far, as `attention_mask` takes them.
-        """
-        (rows, nodes), device = tokens.shape, tokens.device
-        before = self.cache.pending
-        self.cache.reserve(nodes, device)
-        depths = [min(length + self.levels, self.last_position) for length in self.cache.lengths]
-        positions = integers(depths, device)[:, None].expand(rows, nodes)
-        own = itself(rows, nodes, device)
-        if self.levels:
-            above = self.seen.gather(1, parents[..., None].expand(-1, -1, before - self.first))
-            own = torch.cat([above, own], dim=2)
-            positions = torch.cat([self.positions, positions], dim=1)
-        else:
-            self.first = before
-        self.slots = self.cache.pending_slots(self.first, own.shape[2], device)
-        self.positions, self.seen = positions, own
-        self.levels += 1
-        return positions, own, self.slots
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from outdraft.data.int8_rows import PACKED, unpack
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError, first_line
+from outdraft.reference.quantize import PACKED, unpack
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -49,6 +49,15 @@ class Decoder:
         """True while some rows have not joined the running batch."""
         return bool(self._coming)
 
+    @property
+    def newcomers(self) -> list[Row]:
+        """The rows whose prompts run next."""
+        return list(self._coming[0].batch.rows) if self._coming else []
+
+    def withdraw(self) -> None:
+        """Forget `newcomers`, as after an error in their prompts; the running batch is not touched."""
+        self._coming.popleft()
+
     def add(self, rows: Sequence[Row]) -> None:
         """Admit rows together; each wants at least one new token, and their prompts run side by side."""
         batch = Batch(self.target, self.drafter, rows, self._largest, self.costs)

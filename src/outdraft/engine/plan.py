@@ -3,8 +3,8 @@
 The first rule that applies decides:
 
 1. If every row's text continues a repetition, the n-grams are the drafts, and the drafter is not asked.
-2. If a tuner chooses whole shapes, or rows have controllers that decide level by level, only the drafter drafts, as far
-   as they say. They measure what the drafter's rounds bring.
+2. If a tuner chooses whole shapes, or rows have controllers that decide level by level (`DraftBudget`), only the
+   drafter drafts, as far as they say. They measure what the drafter's rounds bring.
 3. Otherwise, or if the tuner's shape does not fit the cache, the drafter drafts trees of the batch's shape. In rows
    that sample and whose text repeats itself, n-gram drafts override those trees.
 
@@ -14,12 +14,17 @@ output distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from outdraft.control.budget import DraftBudget
-from outdraft.control.tuner import Choice
+import torch
+
+from outdraft.control.base import Controller
+from outdraft.control.costs import Costs
+from outdraft.control.tuner import ShapeChoice
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
@@ -28,13 +33,13 @@ from outdraft.engine.rows import Row
 if TYPE_CHECKING:
     from outdraft.engine.round import Batch
 
+
 MOST_NODES = 256
 """Largest sum of nodes over all rows that n-gram drafts may be padded to; compiled forwards take no more."""
 
 MOST_PENDING = 64
 """Most pending tokens per row before the drafter is asked again, even if texts repeat. The drafter reads pending tokens
-in
-one go, padded to the row that has most."""
+in one go, padded to the row that has most."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Plan:
     shape: TreeShape
     ngrams: Sequence[list[int]]
     budget: DraftBudget | None = None
-    choice: Choice | None = None
+    choice: ShapeChoice | None = None
 
     @property
     def asks_drafter(self) -> bool:
@@ -109,11 +114,9 @@ def _ngrams(batch: Batch) -> list[list[int]]:
     """Return the n-gram candidates of every row, empty where its text repeats nothing.
 
     In a batch, greedy rows wait until all rows repeat themselves: all pay for the longest draft, and padding the
-    drafter's
-    trees to it was slower in every batch. Sampled rows do not wait, and have no more candidates than the tree, so that
-    a
-    seed's text does not depend on the batch. The drafter drafts the first round, so that it has read the prompts before
-    these rows join others.
+    drafter's trees to it was slower in every batch. Sampled rows do not wait, and have no more candidates than the
+    tree, so that a seed's text does not depend on the batch. The drafter drafts the first round, so that it has read
+    the prompts before these rows join others.
     """
     drafts = batch.drafts
     if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
@@ -138,3 +141,134 @@ def _fitting(batch: Batch, shape: TreeShape) -> TreeShape:
     while shape.size > 1 and batch.drafts.slots(shape) > left:
         shape = shape.at_most(max(1, shape.depth), shape.size - 1)
     return shape
+
+
+class DraftBudget:
+    """Decides how far each row of a batch drafts in one round, by the rows' controllers (a `Budget` for drafters).
+
+    Args:
+        controllers: one controller per row.
+        costs: learns what the round cost.
+        levels: largest number of levels in this round.
+        nodes: nodes of the first level.
+        pending: largest number of tokens per row that the drafter catches up on first.
+        now: a clock in seconds that has waited for the device.
+    """
+
+    def __init__(
+        self,
+        controllers: Sequence[Controller],
+        costs: Costs,
+        levels: int,
+        nodes: int = 1,
+        pending: int = 0,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.controllers, self.costs, self.levels, self.now = controllers, costs, levels, now
+        for controller in controllers:
+            controller.rows = len(controllers)
+        self.confidences: list[list[float]] = [[] for _ in controllers]
+        self.going = [levels > 0 and not costs.plain_is_due(len(controllers))] * len(controllers)
+        self._laps: list[float] = []
+        # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
+        self._usual = pending <= levels + 1
+        self._last = now()
+        self.wants(nodes)
+
+    @property
+    def asked(self) -> bool:
+        """Whether the drafter told it of any level that it drafted."""
+        return bool(self._laps)
+
+    def wants(self, nodes: int) -> list[bool]:
+        """Implement `Budget.wants`; the constructor asks for the first level."""
+        rows = zip(self.going, self.confidences, self.controllers, strict=True)
+        self.going = [
+            going and len(kept) < self.levels and controller.decide(kept, nodes) for going, kept, controller in rows
+        ]
+        return self.going
+
+    def drafted(self, confidences: Sequence[float | None]) -> None:
+        """Implement `Budget.drafted`; the seconds since the last level count for this one."""
+        for row, confidence in enumerate(confidences):
+            if self.going[row] and confidence is not None:
+                self.confidences[row].append(confidence)
+        self.going = [going and sure is not None for going, sure in zip(self.going, confidences, strict=True)]
+        now = self.now()
+        self._laps.append(now - self._last)
+        self._last = now
+
+    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
+        """Implement `Budget.sizes`."""
+        rows = zip(self.controllers, self.confidences, gains, levels, strict=True)
+        return [controller.size(kept, row, own[: len(row)]) if len(row) else 0 for controller, kept, row, own in rows]
+
+    def observe(
+        self,
+        depths: Sequence[int],
+        accepted: Sequence[int],
+        emitted: Sequence[int],
+        nodes: Sequence[int],
+        verify_seconds: float,
+        rest_seconds: float,
+    ) -> None:
+        """Report the round to costs and controllers.
+
+        Args:
+            depths: final number of levels of each row's tree.
+            accepted: candidates accepted in each row.
+            emitted: tokens that each row gained.
+            nodes: nodes of each row's tree, the root included.
+            verify_seconds: seconds of the target's pass over the trees.
+            rest_seconds: seconds of everything but drafting and that pass.
+        """
+        rows = len(self.controllers)
+        if self._laps:
+            self.costs.observe_draft(self._laps[0] if self._usual else None, self._laps[1:], rows)
+        self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
+        measured = sum(self._laps) + verify_seconds + rest_seconds
+        for row, controller in enumerate(self.controllers):
+            kept = self.confidences[row]
+            # Given costs ignore other rows, so that the row decides as if it were not batched.
+            seconds = self.costs.round(len(kept), nodes[row], rows) if self.costs.given else measured
+            controller.observe(kept[: depths[row]], accepted[row], emitted[row], seconds)
+
+
+class Clock:
+    """The marks set during one round, and the seconds between them.
+
+    Args:
+        device: the device that does the work.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[Any] = []
+
+    def now(self) -> float:
+        """Return the host's time in seconds, once all of the device's work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        """Forget all marks and set the first."""
+        self.marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self, marks: list[Any] | None = None) -> list[float]:
+        """Return the seconds between consecutive marks (default: since the start), once the last one is reached."""
+        marks = self.marks if marks is None else marks
+        pairs = list(pairwise(marks))
+        if self.device.type == "cuda":
+            marks[-1].synchronize()
+            return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [after - before for before, after in pairs]

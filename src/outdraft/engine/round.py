@@ -20,9 +20,8 @@ from outdraft.core.tensors import integers, sent
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict, verify
 from outdraft.drafting.base import Drafter
-from outdraft.engine.clock import Clock
 from outdraft.engine.drafts import Drafts
-from outdraft.engine.plan import Plan, plan_round
+from outdraft.engine.plan import Clock, Plan, plan_round
 from outdraft.engine.rows import History, Prefixes, Row, compacted
 from outdraft.target.exact.target import ExactTarget
 from outdraft.target.runner import Output

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from outdraft.data.provenance import busy
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.bench import Comparison
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
 from outdraft.evaluation.bench.result import closing, table
 from outdraft.evaluation.bench.summary import Summary
-from outdraft.evaluation.environment import busy
 from outdraft.evaluation.rounds import RoundCost
 from outdraft.output import counted, number
 from outdraft.target.named import named, shipped_drafters

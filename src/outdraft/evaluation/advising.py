@@ -14,23 +14,22 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.shape import TreeShape
-from outdraft.data.provenance import peak_memory_bytes
+from outdraft.data.provenance import environment, load_average, peak_memory_bytes
 from outdraft.drafting.base import Drafter
 from outdraft.errors import UserError
 from outdraft.evaluation.advice import CHAIN, CONTROLLER, PASSES, Advice, AdviceSettings, Kind, next_steps
 from outdraft.evaluation.bench.bench import Comparison, measured, progress
 from outdraft.evaluation.bench.measure import PLAIN, speculative
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
-from outdraft.evaluation.environment import environment, load_average
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.evaluation.rounds import NOTHING, WARM_UP, Guesses, Lap, RoundCost, Way, head_seconds, timed
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
-from outdraft.target.memory import slot_bytes
+from outdraft.target.limits import slot_bytes
 from outdraft.target.named import NAMED, SMOLLM2, named
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.objective import new_drafter
+from outdraft.training.preparation import new_drafter
 
 PROMPT_TOKENS = 64
 """The number of tokens of the text whose rounds are timed."""

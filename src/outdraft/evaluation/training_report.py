@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for
-from outdraft.api.resolved_draft import resolve
+from outdraft.api.prompts import Prompt, encode, prompt_of
 from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
+from outdraft.data.records import json_lines
 from outdraft.evaluation.bench.measure import PLAIN
-from outdraft.evaluation.prompts import Prompt, encode, prompt_of
 from outdraft.evaluation.rounds import NOTHING, RoundCost, Way, head_seconds, timed
 from outdraft.methods.checkpoint import Network
 from outdraft.output import write_whole
@@ -58,8 +58,8 @@ class Split:
         if not self.held_out:
             return self.data
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "held_out.jsonl", self.held_out)
-        _write(folder / "train.jsonl", self.trained)
+        for name, conversations in (("held_out", self.held_out), ("train", self.trained)):
+            write_whole(folder / f"{name}.jsonl", json_lines(one.record() for one in conversations))
         return folder / "train.jsonl"
 
 
@@ -91,7 +91,7 @@ def _same_prompt(one: Conversation, other: Conversation) -> bool:
     return one.text is None and other.text is None and one.questions == other.questions
 
 
-def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
+def beginnings(prompts: Sequence[Prompt], target: Target, switches: Mapping[str, Any] | None = None) -> list[list[int]]:
     """Return the prompts' token ids; a plain text is cut to its first tokens, so that a continuation is left."""
     encoded = []
     for prompt in prompts:
@@ -99,7 +99,7 @@ def beginnings(prompts: Sequence[Prompt], target: Target) -> list[list[int]]:
             ids = list(target.tokenizer(prompt).input_ids)
             encoded.append(ids[: max(2, min(LONGEST_BEGINNING, len(ids) // 4))])
         else:
-            encoded += encode([prompt], target)
+            encoded += encode([prompt], target, switches)
     return encoded
 
 
@@ -131,11 +131,6 @@ def tau_meter(
         return measured
 
     return measure
-
-
-def _write(path: Path, conversations: Sequence[Conversation]) -> None:
-    lines = (json.dumps(conversation.record(), ensure_ascii=False) for conversation in conversations)
-    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 MANY_PASSES, FEW_PASSES = 10, 4

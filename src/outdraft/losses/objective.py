@@ -1,19 +1,155 @@
-"""The training objective of a method: a drafter in training together with its loss.
+"""The objective of a drafter in training: the hidden states of the target that it reads, batches of them, and the loss.
 
-Each method defines its objective beside its loss. Settings are a `DrafterConfig`, of which this folder uses only names.
+Here the word features includes hidden states of earlier layers that are read beside them. The caller reads them in
+every step, or once and then from `feature_store.py`. Each method defines its objective beside its loss. Settings are a
+`DrafterConfig`, of which this folder uses only names.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from outdraft.losses.features import Reading
-from outdraft.losses.target_like import TargetLike
-from outdraft.losses.teacher import TopProbs, predicting
+from outdraft.data.tokenization import Example, ExampleSet
+from outdraft.losses.teacher import TargetLike, TopProbs, predicting
+from outdraft.target.backends import why_not_packed
+from outdraft.target.target import Target
+from outdraft.target.views import Reader, Reads
+
+SAMPLED_VALUES = 1024
+COPIED_BYTES = 4e9
+"""The largest size, in bytes, of a target's weights of which a packed copy is made for reading."""
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    """Pad `(tokens_i, ...)` rows with zeros on the right to `(batch, tokens, ...)`."""
+    return pad_sequence(list(rows), batch_first=True)
+
+
+class Reading:
+    """A reader of a target's features after the final norm at every token, with or without hidden states of its layers.
+
+    Args:
+        target: the model that is read.
+        layers: layers, counted from 1, whose outputs are read too; they stand after the features.
+        exit_layer: in place of `layers`, the layer after which the model is cut; its output stands before the features.
+
+    Attributes:
+        name: distinguishes readings of one target; part of the key under which features are stored.
+        width: number of values of one token.
+
+    Raises:
+        UserError: the target has no such layer.
+    """
+
+    def __init__(self, target: TargetLike, layers: Sequence[int] = (), exit_layer: int | None = None):
+        self.target = target
+        states, before = 1 + len(layers), 0  # hidden states of one token, and how many stand before the features
+        self._run: Callable[[Tensor], Tensor] = lambda ids: target.features(ids)
+        self.name = ""
+        if exit_layer is not None:
+            split = Reader(target.model, Reads(False, (exit_layer,), exit_layer))
+            states, before = 2, 1
+            self._run = lambda ids: torch.cat(split(input_ids=ids, use_cache=False)[::-1], dim=-1)
+            self.name = f"layer {exit_layer} and features"
+        elif layers:
+            reader = Reader(target.model, Reads(layers=tuple(layers)))
+            self._run = lambda ids: reader(input_ids=ids, use_cache=False)[1]
+            self.name = f"features and layers {', '.join(map(str, layers))}"
+        size = target.hidden_size
+        self.width, self._features = states * size, slice(before * size, (before + 1) * size)
+
+    @property
+    def token_nbytes(self) -> int:
+        return self.width * self.target.dtype.itemsize
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Read a right-padded batch in the target's own precision; values on padding are meaningless.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            lengths: `(batch,)` tokens that are no padding.
+
+        Returns:
+            `(batch, tokens, width)`.
+        """
+        # No mask: no token sees the padding to its right, and causal attention is faster without one.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self._run(input_ids)
+
+    def features(self, read: Tensor) -> Tensor:
+        """Return the `(..., hidden)` features after the final norm among the values read, `(..., width)`."""
+        return read[..., self._features]
+
+
+def reader_of(target: TargetLike) -> TargetLike:
+    """Return the target for reading only, with packed layers if it is on a CPU and a second copy is small."""
+    if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
+        return target
+    small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
+    return Target(target.model, target.tokenizer, "packed", target.windows) if small else target
+
+
+def weights_fingerprint(target: TargetLike) -> str:
+    """Hash names, shapes and evenly spaced values of all weights; fast at any size, and any training changes it."""
+    digest = hashlib.sha256()
+    for name, weight in target.model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
+    """A dataset of examples, each with its index and its stored features, if any.
+
+    Args:
+        examples: the data.
+        stored: gives the features of an example, and the teacher's most probable tokens.
+    """
+
+    def __init__(self, examples: ExampleSet, stored: Callable[[Example], tuple[Tensor, TopProbs]] | None = None):
+        self.examples, self.stored = examples, stored
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        item: dict[str, object] = {"index": index, "example": self.examples[index]}
+        if self.stored is not None:
+            item["features"], item["said"] = self.stored(self.examples[index])
+        return item
+
+
+def collate(items: Sequence[dict[str, object]]) -> dict[str, Tensor]:
+    """Make a right-padded batch of items of `TrainingExamples`.
+
+    Returns:
+        `input_ids`, `loss_mask` `(batch, tokens)`; `lengths`, `index` `(batch,)`; where features are stored, `features`
+        `(batch, tokens, width)` and, if the teacher's probabilities were kept, `teacher_ids`, `teacher_probs`
+        `(predicting positions of the batch, k)`.
+    """
+    examples: list[Example] = [item["example"] for item in items]  # type: ignore[misc]
+    batch = {
+        "input_ids": pad([example.input_ids.long() for example in examples]),
+        "loss_mask": pad([example.loss_mask for example in examples]),
+        "lengths": torch.tensor([len(example) for example in examples]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }
+    if "features" in items[0]:
+        batch["features"] = pad([item["features"] for item in items])  # type: ignore[misc]
+        said: list[TopProbs] = [item["said"] for item in items]  # type: ignore[misc]
+        if said[0].ids.shape[1]:
+            batch["teacher_ids"] = torch.cat([one.ids for one in said])
+            batch["teacher_probs"] = torch.cat([one.probs for one in said])
+    return batch
 
 
 class Objective(ABC):

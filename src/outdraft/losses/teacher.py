@@ -1,16 +1,70 @@
-"""The target's most probable next tokens, against which a drafter is trained without the target's head.
+"""The target as training sees it: the protocol that `outdraft.target.Target` and stand-ins fulfil, and its most
+probable next tokens.
 
-A few dozen probabilities hold nearly all of the mass; the rest carries no loss.
+Against these a drafter is trained without the target's head: a few dozen probabilities hold nearly all of the mass, and
+the rest carries no loss.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from outdraft.losses.target_like import TargetLike
+from outdraft.data.provenance import portable
+
+
+class TargetLike(Protocol):
+    """A frozen causal language model as training sees it."""
+
+    @property
+    def model(self) -> Any:
+        """The stock `transformers` causal language model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The target's tokenizer."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` input embeddings."""
+
+    def head(self, features: Tensor) -> Tensor:
+        """Map `(..., hidden)` features after the final norm to `(..., vocab)` logits, differentiably."""
+
+    def features(self, input_ids: Tensor, mask: Tensor | None = None, /) -> Tensor:
+        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` features after the final norm, causally."""
+
+
+def parameter_count(target: TargetLike) -> int:
+    """Count the parameters of the target, tied ones once."""
+    return sum(parameter.numel() for parameter in target.model.parameters())
+
+
+def target_id(target: TargetLike) -> str:
+    """Return the hub name or folder of the target; its class name when it was built in memory."""
+    return str(getattr(target.model.config, "_name_or_path", "") or type(target.model).__name__)
+
+
+def shown_target(target: TargetLike) -> str:
+    """Return the target's id for published files: a folder elsewhere on this machine shows its name alone."""
+    return str(portable(target_id(target)))
+
 
 HEAD_ROWS = 512
 """The default number of positions whose logits are held at once."""
@@ -55,15 +109,15 @@ def predicting(loss_mask: Tensor) -> Tensor:
     return loss_mask[..., 1:].bool()
 
 
-def within(said: TopProbs, places: Tensor) -> TopProbs:
+def within(said: TopProbs, indices: Tensor) -> TopProbs:
     """Translate most probable tokens to a reduced draft vocabulary.
 
     Args:
         said: tokens of the whole vocabulary.
-        places: `(vocab,)` indices of tokens in the draft vocabulary, -1 where it lacks one.
+        indices: `(vocab,)` indices of tokens in the draft vocabulary, -1 where it lacks one.
 
     Returns:
         Ids of the draft vocabulary; a token outside it has id -1 and probability 0.
     """
-    ids = places[said.ids]
+    ids = indices[said.ids]
     return TopProbs(ids, said.probs.masked_fill(ids < 0, 0.0))

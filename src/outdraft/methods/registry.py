@@ -21,11 +21,12 @@ from outdraft.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from outdraft.data.tokenization import ExampleSet
     from outdraft.drafting.base import Drafter
     from outdraft.losses.objective import Objective
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.checkpoint import Network
     from outdraft.target.target import Target
 
@@ -95,6 +96,17 @@ class Written:
     """The method's name in vLLM."""
     plugin: bool
     """True if vLLM needs outdraft installed beside it."""
+
+
+class MeasuredSetting(Protocol):
+    """A training setting that was measured on the data; a dataclass, whose fields are kept in the run's record."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The values of the `DrafterConfig` settings that it decides."""
+
+    def show(self, console: Console) -> None:
+        """Print the measurements and the reason."""
 
 
 class Method:
@@ -173,6 +185,22 @@ class Method:
 
     def check(self, settings: Any) -> None:
         """Raise UserError where a `DrafterConfig` cannot be for this method."""
+
+    measured = ""
+    """The name under which a run's record keeps what `measure` decided."""
+
+    def measure(
+        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+    ) -> MeasuredSetting | None:
+        """Measure a setting that is left open (`auto`) on the data; None where none is.
+
+        Args:
+            target: the model that the drafter is for.
+            settings: a `DrafterConfig` with its preset filled in.
+            examples: the data.
+            record: the record of an interrupted run, whose own choice holds; empty for a new run.
+        """
+        return None
 
     def new_network(self, target: TargetLike, settings: Any) -> Network:
         """Build a network with initial float32 weights, on the target's device.

@@ -1,4 +1,6 @@
-"""Pack the reference target as int8 rows with float32 scales, and load it back as an ordinary Hugging Face folder.
+"""Weights as int8 rows with a float32 scale each, half the size of bfloat16, for files that ship inside the package.
+
+The reference target is packed so, and loaded back as an ordinary Hugging Face folder.
 
 The packed rows are the definition of the target: unpacking rounds ``int8 * scale`` to bfloat16 once, so that the
 bfloat16 and the float32 target have the same weights.
@@ -7,18 +9,32 @@ bfloat16 and the float32 target have the same weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from outdraft.data.int8_rows import PACKED, pack, unpack
 from outdraft.errors import UserError
-from outdraft.user_cache import made_once
+from outdraft.output import made_once
+
+PACKED = "model.int8.safetensors"
+"""The name of the file of packed weights in a folder of a model or a drafter."""
+
+SCALE = ".scale"
+
+
+def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the bfloat16 state that a packed state stands for."""
+    state = {name: tensor for name, tensor in packed.items() if not name.endswith(SCALE)}
+    for name, rows in state.items():
+        if rows.dtype == torch.int8:
+            state[name] = (rows.float() * packed[name + SCALE].float()[:, None]).to(torch.bfloat16)
+    return state
+
 
 PACKAGED = Path(__file__).parent / "target"
 UNPACKED = "model.safetensors"
@@ -29,18 +45,6 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-
-
-def pack_folder(source: Path, destination: Path) -> None:
-    """Pack the Hugging Face folder ``source`` into ``destination``."""
-    destination.mkdir(parents=True, exist_ok=True)
-    save_file(pack(load_file(source / UNPACKED)), destination / PACKED, metadata={"format": "pt"})
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, destination / name)
-    settings = json.loads((destination / "config.json").read_text())
-    settings["dtype"] = "bfloat16"
-    (destination / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def unpack_folder(source: Path, destination: Path) -> None:

@@ -8,7 +8,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from outdraft import __version__
-from outdraft.api.text import decode_text
+from outdraft.data.text import decode_text
 from outdraft.serving.asgi import BodyLimits, Events, Json, error_response, until_disconnect
 from outdraft.serving.engine import Engine
 from outdraft.serving.errors import ApiError, internal_error
@@ -34,9 +34,12 @@ from outdraft.serving.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     Model,
+    SamplingRequest,
     TokenizeRequest,
 )
 from outdraft.serving.render import Renderer
+from outdraft.serving.render_response import ResponseRenderer
+from outdraft.serving.responses import ResponsesRequest
 from outdraft.serving.settings import ServeSettings
 
 log = logging.getLogger("outdraft.serving")
@@ -83,7 +86,11 @@ def make_app(
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def answer(
-        request: Request, body: GenerationRequest, params: GenerationParams, chat: bool, echo: list[str]
+        request: Request,
+        body: SamplingRequest,
+        params: GenerationParams,
+        prefix: str,
+        rendered: Callable[[Job], Renderer],
     ) -> Response:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -92,11 +99,12 @@ def make_app(
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(params, engine.target, tokenizer, deliver, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}")
-        renderer = Renderer(job, parser.names[0], tokenizer, chat, bool(body.return_pieces), echo)
+        job = Job(params, engine.target, tokenizer, deliver, f"{prefix}{uuid.uuid4().hex}")
+        renderer = rendered(job)
         engine.submit(job)
         if body.stream:
-            return Events(_stream(engine, job, events, renderer, body.include_usage))
+            usage = isinstance(body, GenerationRequest) and body.include_usage
+            return Events(_stream(engine, job, events, renderer, usage), named=isinstance(body, ResponsesRequest))
         return await _whole(engine, job, events, renderer, request)
 
     guarded = [Depends(check_key)]
@@ -109,14 +117,29 @@ def make_app(
     @app.post("/v1/chat/completions", dependencies=guarded, responses=_ERRORS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await answer(request, body, await asyncio.to_thread(parser.chat, body), True, [])
+        params = await asyncio.to_thread(parser.chat, body)
+        pieces = bool(body.return_pieces)
+        return await answer(
+            request, body, params, "chatcmpl-", lambda job: Renderer(job, parser.names[0], tokenizer, True, pieces)
+        )
+
+    @app.post("/v1/responses", dependencies=guarded, responses=_ERRORS)
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        """Answer a text or a conversation, in the Responses API's format."""
+        params = await asyncio.to_thread(parser.response, body)
+        return await answer(
+            request, body, params, "resp_", lambda job: ResponseRenderer(body, job, parser.names[0], tokenizer)
+        )
 
     @app.post("/v1/completions", dependencies=guarded, responses=_ERRORS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
         params = await asyncio.to_thread(parser.completion, body)
         echo = [one if isinstance(one, str) else decode_text(tokenizer, one) for one in body.prompts if body.echo]
-        return await answer(request, body, params, False, echo)
+        pieces = bool(body.return_pieces)
+        return await answer(
+            request, body, params, "cmpl-", lambda job: Renderer(job, parser.names[0], tokenizer, False, pieces, echo)
+        )
 
     @app.get("/v1/models", dependencies=guarded, responses={401: _ERRORS[401]})
     async def models() -> Response:
@@ -195,7 +218,8 @@ async def _stream(
         while left:
             event = await events.get()
             if isinstance(event, Failed):
-                yield event.error.body
+                for chunk in renderer.failed(event.error):
+                    yield chunk
                 return
             for chunk in renderer.chunks(event):
                 yield {**chunk, "usage": None} if usage else chunk

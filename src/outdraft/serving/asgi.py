@@ -47,10 +47,11 @@ class Events(Response):
 
     Args:
         documents: one document for each event; closed at once when the client goes.
+        named: events have their documents' types for names, and no mark comes after the last one.
     """
 
-    def __init__(self, documents: AsyncIterator[dict[str, Any]]):
-        self.documents = documents
+    def __init__(self, documents: AsyncIterator[dict[str, Any]], named: bool = False):
+        self.documents, self.named = documents, named
         self.status_code, self.background = 200, None
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
 
@@ -70,12 +71,13 @@ class Events(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for document in self.documents:
-            await self._event(send, encoded(document))
-        await self._event(send, b"[DONE]", False)
+            name = b"event: " + document["type"].encode() + b"\n" if self.named else b""
+            await self._body(send, name + b"data: " + encoded(document) + b"\n\n")
+        await self._body(send, b"" if self.named else b"data: [DONE]\n\n", False)
 
     @staticmethod
-    async def _event(send: Send, data: bytes, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+    async def _body(send: Send, body: bytes, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 class BodyLimits:

@@ -17,78 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
-from outdraft.control.pacer import Pacer
 from outdraft.core.coupling import chance_of
-from outdraft.core.shape import TreeShape
-from outdraft.drafting.base import Drafter
-from outdraft.drafting.repeats import Repeats
-from outdraft.engine.continuous import Decoder
 from outdraft.engine.rows import Row
 from outdraft.serving.errors import ApiError, bad_request, internal_error, not_decodable, shutting_down
 from outdraft.serving.jobs import CANCELLED, Answer, Failed, Job
+from outdraft.serving.lane import Drafting, Lane
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.queue import Capacity, RequestQueue
 from outdraft.serving.settings import ServeSettings
-from outdraft.target.memory import cache_slots
+from outdraft.target.limits import cache_slots
 from outdraft.target.target import Target
 
 log = logging.getLogger("outdraft.serving")
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """How to draft: with what, and how far.
-
-    Attributes:
-        drafter: None decodes plainly.
-        greedy: the tree while every running row is greedy, for `rows` of them.
-        sampling: the tree as soon as one row draws, where rows throw dice for what is drafted; None where they share
-            noise with the target (`coupling.py`), so that no text depends on what is drafted.
-        pacer: makes a controller for every row; None drafts as far as the trees go.
-        repeats: when what a row's text repeats is drafted in the drafter's place; None never.
-    """
-
-    drafter: Drafter | None
-    greedy: Callable[[int], TreeShape]
-    sampling: TreeShape | None
-    pacer: Pacer | None = None
-    repeats: Repeats | None = None
-
-    @classmethod
-    def none(cls) -> Drafting:
-        """Plain decoding."""
-        return cls(None, lambda rows: TreeShape(0, 1, 1), None)
-
-    @property
-    def largest(self) -> TreeShape:
-        """The tree that takes more slots of the cache."""
-        return max(self.greedy(1), self.sampling or self.greedy(1), key=self._slots)
-
-    @property
-    def slots(self) -> int:
-        """Slots of the cache that a round takes at most, beside what was decided."""
-        return self._slots(self.largest) + (0 if self.repeats is None else self.repeats.most)
-
-    def _slots(self, shape: TreeShape) -> int:
-        return shape.size if self.drafter is None else self.drafter.slots(shape)
-
-    @property
-    def levels(self) -> int:
-        """That a draft can have."""
-        return max(self.greedy(1).depth, (self.sampling or self.greedy(1)).depth) + 1
-
-
-class _Lane:
-    """Rows that share their rounds."""
-
-    def __init__(self, target: Target, drafting: Drafting):
-        self.target, self.drafting = target, drafting
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin with no rows."""
-        costs = self.drafting.pacer.costs if self.drafting.pacer is not None else None
-        self.decoder = Decoder(self.target, self.drafting.drafter, self.drafting.largest, costs)
 
 
 @dataclass
@@ -97,7 +37,7 @@ class _Running:
 
     job: Job
     answer: Answer
-    lane: _Lane
+    lane: Lane
     slots: int
 
 
@@ -129,7 +69,7 @@ class Engine:
         self.drafting = drafting
         slots = cache_slots(target, settings.max_num_seqs, context_length, drafting.slots, settings.kv_cache_tokens)
         self.capacity = Capacity(slots, settings.max_num_seqs)
-        self._lanes = {True: _Lane(target, drafting), False: _Lane(target, Drafting.none())}
+        self._lanes = {True: Lane(target, drafting), False: Lane(target, Drafting.none())}
         self._queue = RequestQueue()
         self._running: dict[int, _Running] = {}  # by their rows' ids
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -250,7 +190,7 @@ class Engine:
         for speculative, group in groups.items():
             self._add(self._lanes[speculative], group)
 
-    def _add(self, lane: _Lane, group: Sequence[Row]) -> None:
+    def _add(self, lane: Lane, group: Sequence[Row]) -> None:
         """Give the rows to their lane; if that fails, their jobs fail."""
         try:
             if group:
@@ -259,22 +199,49 @@ class Engine:
             log.exception("rows cannot be taken in")
             self._fail([one.job for row in group if (one := self._running.get(id(row)))], internal_error())
 
-    def _step(self, lane: _Lane) -> None:
-        """A chunk of a prompt and a round; if that fails, the lane's jobs fail and the other lane goes on."""
+    def _step(self, lane: Lane) -> None:
+        """A chunk of a prompt and a round.
+
+        An error in new rows' prompts concerns these alone. If a round of the running rows fails, all jobs of the lane
+        fail and the other lane goes on: half of a round cannot be taken back, as dice were thrown in it.
+        """
         rows = [one.answer.row for one in self._running.values() if one.lane is lane]
         if not rows:
             return
         greedy = all(row.warper.greedy for row in rows)
         drawn = None if greedy else lane.drafting.sampling
         lane.decoder.shape = drawn or lane.drafting.greedy(len(rows))
+        newcomers = lane.decoder.newcomers
         try:
             self._publish(lane.decoder.prefill(self.settings.prefill_chunk))
+        except Exception:
+            if not newcomers or [*map(id, newcomers)] != [*map(id, lane.decoder.newcomers)]:  # joining failed
+                self._fail_lane(lane)
+                return
+            log.exception("prompts cannot be run")
+            lane.decoder.withdraw()
+            self._try_alone(lane, newcomers)
+        try:
             self._publish(lane.decoder.round())
         except Exception:
-            log.exception("decoding failed")
-            jobs = [one.job for one in self._running.values() if one.lane is lane]
-            lane.reset()
-            self._fail(jobs, internal_error())
+            self._fail_lane(lane)
+
+    def _fail_lane(self, lane: Lane) -> None:
+        """End all jobs of a lane with the error that is being handled."""
+        log.exception("decoding failed")
+        jobs = [one.job for one in self._running.values() if one.lane is lane]
+        lane.reset()
+        self._fail(jobs, internal_error())
+
+    def _try_alone(self, lane: Lane, rows: Sequence[Row]) -> None:
+        """Run the prompts of rows one by one, after an error in all together; those of one row have failed alone."""
+        running = [one for row in rows if (one := self._running.get(id(row)))]
+        if len(running) == 1 or any(one.answer.row.tokens for one in running):
+            self._fail([one.job for one in running], internal_error())
+            return
+        for one in running:
+            one.answer.prompt_logprobs.clear()
+            self._add(lane, [one.answer.row])
 
     def _publish(self, rows: Sequence[Row]) -> None:
         """Deliver what the rows gained, and take out those that ended."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.guided import Grammar
-from outdraft.api.text import Detokenizer, Stops
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import Detokenizer, Stops
 from outdraft.engine.rows import Row
 from outdraft.output import number
 from outdraft.serving.errors import ApiError

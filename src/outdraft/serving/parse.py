@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.api.guided import Grammar, Vocabulary, source_of
 from outdraft.api.prompts import check_prompt, check_switches, encode_chat
 from outdraft.api.settings import model_settings
-from outdraft.api.text import decode_text
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
+from outdraft.data.text import decode_text
 from outdraft.errors import UserError
 from outdraft.serving.errors import ApiError, bad_request
 from outdraft.serving.jobs import GenerationParams
@@ -28,6 +28,7 @@ from outdraft.serving.protocol import (
     Message,
     TokenizeRequest,
 )
+from outdraft.serving.responses import PARAMS, ResponsesRequest
 from outdraft.serving.settings import ServeSettings
 from outdraft.serving.tools import Tools, check_calls, tools_of
 from outdraft.target.target import Target
@@ -74,6 +75,18 @@ class RequestParser:
         most = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
+
+    def response(self, request: ResponsesRequest) -> GenerationParams:
+        """Parse a request of the Responses API.
+
+        Raises:
+            ApiError: it cannot be answered; the error names the parameter.
+        """
+        try:
+            return self.chat(request.chat())
+        except ApiError as error:
+            error.param = PARAMS.get(str(error.param), error.param)
+            raise
 
     def _encode_chat(
         self, given: list[Message], switches: dict[str, Any] | None, tools: Tools | None = None

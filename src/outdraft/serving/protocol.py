@@ -26,7 +26,9 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a body that has no fields but its own."""
+
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
@@ -42,21 +44,21 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream holds beside text."""
 
     include_usage: StrictBool | None = None
     """Send one more chunk at the end, with the request's usage and no choices."""
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message."""
 
     type: Literal["text"]
     text: StrictStr
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """Of a call that an assistant made."""
 
     name: StrictStr
@@ -64,7 +66,7 @@ class CalledFunction(_Strict):
     """JSON."""
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call that an assistant made."""
 
     id: StrictStr | None = None
@@ -80,7 +82,7 @@ class ToolCall(_Strict):
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -116,7 +118,7 @@ class Message(_Strict):
         return {"role": self.role, "content": content, **{name: it for name, it in beside.items() if it is not None}}
 
 
-class Function(_Strict):
+class Function(Strict):
     """A function that the answer may call."""
 
     name: Annotated[str, Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -126,27 +128,27 @@ class Function(_Strict):
     strict: StrictBool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """Something that the answer may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """The name of a function."""
 
     name: StrictStr
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """The one tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """What an answer's text must be, by vLLM's names; one of these."""
 
     json_: Annotated[dict[str, Any] | StrictStr | None, Field(alias="json")] = None
@@ -168,13 +170,11 @@ class StructuredOutputs(_Strict):
         return {"type": name} if name == "json_object" else {"type": name, name: value}
 
 
-class GenerationRequest(_Strict):
-    """What chats and completions have in common."""
+class SamplingRequest(Strict):
+    """What all requests for answers have in common."""
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -186,24 +186,22 @@ class GenerationRequest(_Strict):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
-    max_tokens: Count | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     """Further tokens that end an answer, as an end of sequence does."""
-    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report the logprobs of the prompt's tokens, with so many alternatives each, in vLLM's format."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
-    response_format: dict[str, Any] | None = None
-    """What the answer's text must be: JSON, JSON of a schema, and by our own names what `structured_outputs` has."""
     structured_outputs: StructuredOutputs | None = None
     speculative: StrictBool | None = None
     """False decodes without the drafter, for comparison."""
-    return_pieces: StrictBool | None = None
-    """Report for every piece of text whether a drafter had guessed it (`pieces` of a choice)."""
     user: StrictStr | None = None
     metadata: dict[str, StrictStr] | None = None
     safety_identifier: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
+
+    @classmethod
+    def neutral(cls) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Parameters that are not offered, as in `NEUTRAL`."""
+        return NEUTRAL
 
     @model_validator(mode="before")
     @classmethod
@@ -211,14 +209,29 @@ class GenerationRequest(_Strict):
         """Drop the fields of `NEUTRAL` that ask for nothing, and refuse those that ask for something."""
         if not isinstance(given, dict):
             return given
-        for name, (values, reason) in NEUTRAL.items():
-            if name in given and name not in cls.model_fields and not _among(given[name], values):
+        neutral = {name: it for name, it in cls.neutral().items() if name not in cls.model_fields}
+        for name, (values, reason) in neutral.items():
+            if name in given and not _among(given[name], values):
                 raise bad_request(f"{name} is not supported: {reason}", name, "unsupported_parameter")
-        return {name: value for name, value in given.items() if name not in NEUTRAL or name in cls.model_fields}
+        return {name: value for name, value in given.items() if name not in neutral}
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+
+class GenerationRequest(SamplingRequest):
+    """What chats and completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Count | None = None
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report the logprobs of the prompt's tokens, with so many alternatives each, in vLLM's format."""
+    response_format: dict[str, Any] | None = None
+    """What the answer's text must be: JSON, JSON of a schema, and by our own names what `structured_outputs` has."""
+    return_pieces: StrictBool | None = None
+    """Report for every piece of text whether a drafter had guessed it (`pieces` of a choice)."""
 
     @property
     def include_usage(self) -> bool:
@@ -263,7 +276,7 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """POST /tokenize: a text, or a conversation through the chat template."""
 
     model: StrictStr | None = None
@@ -276,7 +289,7 @@ class TokenizeRequest(_Strict):
     """Also return the tokens as the vocabulary spells them."""
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: StrictStr | None = None

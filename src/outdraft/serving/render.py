@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.api.text import Detokenizer, bytes_of
+from outdraft.data.text import Detokenizer, bytes_of
+from outdraft.serving.errors import ApiError
 from outdraft.serving.jobs import Delta, Job, Piece, TokenLogprob
 from outdraft.serving.tools import CallReader
 
@@ -109,6 +110,10 @@ class Renderer:
                 chunks.append(self._chunk(delta.index, said, logprobs, reason))
                 self._untold[delta.index] = 0
         return chunks
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """The last chunk of a stream that an error ends."""
+        return [error.body]
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for clients that asked for it."""

@@ -17,13 +17,13 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, Pacers, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import Pacers, ResolvedDraft, resolve
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.errors import UserError, first_line
 from outdraft.serving.app import make_app
-from outdraft.serving.engine import Drafting, Engine
+from outdraft.serving.engine import Engine
+from outdraft.serving.lane import Drafting
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.parse import RequestParser
 from outdraft.serving.settings import ServeSettings

@@ -45,7 +45,7 @@ class SlotCache(Cache):
             self._room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
-        self._places: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
+        self._located: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
         self._writing = 0  # tokens per row of the last reserved forward
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
         self._rows = torch.empty(0)  # (rows, 1) row indices for these slots
@@ -96,14 +96,14 @@ class SlotCache(Cache):
         count = key_states.shape[2]
         if count != self._writing:
             raise RuntimeError(f"{count} tokens written, {self._writing} reserved")
-        buffer, place = self._place(key_states, value_states, layer_idx)
+        buffer, index = self._locate(key_states, value_states, layer_idx)
         views = self._views.get(buffer) or self._open(buffer, count)
-        keys, values = views.seen[2 * place], views.seen[2 * place + 1]
+        keys, values = views.read[2 * index], views.read[2 * index + 1]
         width, value_width = key_states.shape[-1], value_states.shape[-1]
         if width != keys.shape[-1] or value_width != values.shape[-1]:
             keys, values = keys[..., :width], values[..., :value_width]
         if self._slots is None:
-            new_keys, new_values = views.written[2 * place], views.written[2 * place + 1]
+            new_keys, new_values = views.written[2 * index], views.written[2 * index + 1]
             if width != new_keys.shape[-1] or value_width != new_values.shape[-1]:
                 new_keys, new_values = new_keys[..., :width], new_values[..., :value_width]
             new_keys.copy_(key_states)
@@ -121,8 +121,8 @@ class SlotCache(Cache):
             key_states, value_states: states of that layer, any number of tokens; only their shapes are read.
             layer_idx: the layer.
         """
-        buffer, place = self._place(key_states, value_states, layer_idx)
-        both = self._buffers[buffer][place]
+        buffer, index = self._locate(key_states, value_states, layer_idx)
+        both = self._buffers[buffer][index]
         return both[0, ..., : key_states.shape[-1]], both[1, ..., : value_states.shape[-1]]
 
     @property
@@ -144,16 +144,16 @@ class SlotCache(Cache):
         )
         return views
 
-    def arrange(self, places: Sequence[Sequence[int]]) -> None:
+    def arrange(self, offsets: Sequence[Sequence[int]]) -> None:
         """Reorder the pending tokens of every row to those given, mark them as being written, and forget the others.
 
         Another forward through further layers may then write beside them.
 
         Args:
-            places: for every row, offsets among its pending tokens, in their new order; the same number in every row.
+            offsets: for every row, offsets among its pending tokens, in their new order; the same number in every row.
         """
-        self._move(places)
-        self.pending = len(places[0])
+        self._move(offsets)
+        self.pending = len(offsets[0])
         self._write(self.pending_slots(0, self.pending, self._rows.device))
 
     def room_for(self, pending: int) -> None:
@@ -163,6 +163,10 @@ class SlotCache(Cache):
     def advance(self, counts: Sequence[int]) -> None:
         """Commit `counts` tokens of every row that were written right after the committed ones."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget the committed tokens of every row after its first `lengths`."""
+        self.lengths = list(lengths)
 
     # --- after the verdict -------------------------------------------------------------------------------------
 
@@ -194,10 +198,10 @@ class SlotCache(Cache):
             raise RuntimeError("rows join between rounds, when nothing is pending")
         first, rows, extent = self.rows, self.rows + other.rows, other.extent
         self._fit(rows, max(self.capacity, other.capacity))
-        for layer_idx, (buffer, place) in other._places.items():
-            theirs = other._buffers[buffer][place, :, : other.rows, :, :extent]
-            buffer, place = self._place(theirs[0], theirs[1], layer_idx)
-            self._buffers[buffer][place, :, first:rows, :, :extent] = theirs
+        for layer_idx, (buffer, index) in other._located.items():
+            theirs = other._buffers[buffer][index, :, : other.rows, :, :extent]
+            buffer, index = self._locate(theirs[0], theirs[1], layer_idx)
+            self._buffers[buffer][index, :, first:rows, :, :extent] = theirs
         self.lengths += other.lengths
 
     # --- what transformers asks of a cache ---------------------------------------------------------------------
@@ -219,7 +223,7 @@ class SlotCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self._places)
+        return bool(self._located)
 
     @property
     def max_batch_size(self) -> int:
@@ -236,29 +240,29 @@ class SlotCache(Cache):
 
     # --- storage -----------------------------------------------------------------------------------------------
 
-    def _place(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[int, int]:
-        if layer_idx in self._places:
-            return self._places[layer_idx]
+    def _locate(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[int, int]:
+        if layer_idx in self._located:
+            return self._located[layer_idx]
         _, heads, _, width = key_states.shape
         width = max(width, value_states.shape[-1])
         for i, buffer in enumerate(self._buffers):
-            taken = {place for owner, place in self._places.values() if owner == i}
+            taken = {index for owner, index in self._located.values() if owner == i}
             if (buffer.shape[3], buffer.shape[5]) == (heads, width) and len(taken) < buffer.shape[0]:
-                self._places[layer_idx] = (i, len(taken))
-                return self._places[layer_idx]
+                self._located[layer_idx] = (i, len(taken))
+                return self._located[layer_idx]
         layers = self._num_layers if not self._buffers else 1
         shape = (layers, 2, self._room, heads, self.capacity, width)
         self._buffers.append(self._new(shape, key_states))
-        self._places[layer_idx] = (len(self._buffers) - 1, 0)
-        return self._places[layer_idx]
+        self._located[layer_idx] = (len(self._buffers) - 1, 0)
+        return self._located[layer_idx]
 
-    def _move(self, places: Sequence[Sequence[int]]) -> None:
+    def _move(self, offsets: Sequence[Sequence[int]]) -> None:
         """Move pending tokens of every row, named by their offsets, to the beginning of its pending slots."""
         moves = [
-            (row, start + to, start + place)
-            for row, (start, order) in enumerate(zip(self.lengths, places, strict=True))
-            for to, place in enumerate(order)
-            if to != place
+            (row, start + to, start + index)
+            for row, (start, order) in enumerate(zip(self.lengths, offsets, strict=True))
+            for to, index in enumerate(order)
+            if to != index
         ]
         if not moves:
             return
@@ -328,7 +332,7 @@ def rounded_slots(slots: int) -> int:
 class _Views(NamedTuple):
     """Views of one buffer: keys and values of every layer in turn, each `(rows, kv_heads, slots, width)`."""
 
-    seen: tuple[Tensor, ...]
+    read: tuple[Tensor, ...]
     """All slots that the forward reads."""
     written: tuple[Tensor, ...]
     """Slots that the forward writes, if they are the same in all rows."""

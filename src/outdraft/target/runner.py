@@ -92,9 +92,9 @@ class ModelRunner:
             piece = tokens[:, start : start + most]
             count = piece.shape[1]
             slots = cache.reserve(count, target.device)
-            seen = causal(len(prompts), count, target.device)
+            mask = causal(len(prompts), count, target.device)
             # Rows that ended before this piece write slots that are never committed.
-            output = self.forward(piece, slots.clamp(max=target.context_length - 1), seen, slots)
+            output = self.forward(piece, slots.clamp(max=target.context_length - 1), mask, slots)
             cache.commit([range(max(0, min(count, len(prompt) - start))) for prompt in prompts])
             yield output
 
@@ -119,26 +119,26 @@ class ModelRunner:
         # No node lies deeper than there are nodes.
         return positions if max(lengths) + tree.nodes <= last else positions.clamp(max=last)
 
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Output:
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Output:
         """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
         if self.reads == PLAIN:
-            features = self.target.forward(tokens, positions, seen, slots, self.cache)
+            features = self.target.forward(tokens, positions, mask, slots, self.cache)
             return Output(features, features)
-        inputs = self.target.inputs(positions, seen, slots, self.cache)
+        inputs = self.target.inputs(positions, mask, slots, self.cache)
         return Output(*self.target.reader(self.reads)(input_ids=tokens, **inputs))
 
-    def ahead(self, tokens: Tensor, parents: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
+    def ahead(self, tokens: Tensor, parents: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
         """Run the first part over a level of `(rows, nodes)` candidates; the first call runs it over the roots.
 
         Args:
             tokens: the candidates.
             parents: indices of their parents in the level before.
-            positions, seen, slots: as in `attention_mask`, of all levels so far.
+            positions, mask, slots: as in `attention_mask`, of all levels so far.
 
         Returns:
             `(rows, nodes, hidden)` output of the first part.
         """
-        inputs = self.target.inputs(positions, seen, slots, self.cache)
+        inputs = self.target.inputs(positions, mask, slots, self.cache)
         carried = self.target.reader(self.reads).lower(input_ids=tokens, **inputs)
         self.passed(tokens, parents, carried)
         return carried[..., : self.target.hidden_size]
@@ -148,14 +148,14 @@ class ModelRunner:
         self._levels.append(_Level(tokens, parents, carried))
 
     def _tree_after_running_ahead(self, tree: Tree) -> Output:
-        places, missing = self._find(tree)
+        indices, missing = self._find(tree)
         carried = torch.cat([level.carried for level in self._levels], dim=1)
         self._levels = []
         device = tree.tokens.device
-        index = torch.tensor(places, device=device)
+        index = torch.tensor(indices, device=device)
         if any(missing):
             carried = torch.cat([carried, self._run_missing(tree, index, missing)], dim=1)
-        self.cache.arrange(places)
+        self.cache.arrange(indices)
         carried = carried.gather(1, index[..., None].expand(-1, -1, carried.shape[-1]))
         slots = self.cache.pending_slots(0, tree.nodes, device)
         inputs = self.target.inputs(self.positions(tree), tree.ancestors, slots, self.cache)
@@ -167,7 +167,7 @@ class ModelRunner:
         A node matches the candidate that ran ahead with its token after its parent; padding stands for the root.
         """
         levels = [torch.stack([level.tokens, level.parents]).tolist() for level in self._levels]
-        places: list[list[int]] = []
+        indices: list[list[int]] = []
         missing: list[list[int]] = []
         for row, (tokens, parents) in enumerate(zip(*tree.lists, strict=True)):
             ran: dict[tuple[int, int], int] = {}
@@ -183,11 +183,11 @@ class ModelRunner:
                     ran[candidate] = first + len(new)
                     new.append(node)
                 found.append(ran[candidate])
-            places.append(found + [0] * (tree.nodes - len(found)))
+            indices.append(found + [0] * (tree.nodes - len(found)))
             missing.append(new)
-        return places, missing
+        return indices, missing
 
-    def _run_missing(self, tree: Tree, places: Tensor, missing: list[list[int]]) -> Tensor:
+    def _run_missing(self, tree: Tree, indices: Tensor, missing: list[list[int]]) -> Tensor:
         """Run the first part over the nodes that did not run ahead, most of them leaves; padded with roots."""
         count, device = max(len(new) for new in missing), tree.tokens.device
         nodes = torch.tensor([new + [0] * (count - len(new)) for new in missing], device=device)
@@ -196,12 +196,12 @@ class ModelRunner:
         slots = self.cache.pending_slots(0, pending + count, device)
         rows = counting(0, len(missing), device)[:, None]
         # Several nodes may share an index (padding has the root's), which is seen if any of them is.
-        seen = torch.zeros(len(missing), count, pending + count, dtype=torch.int, device=device)
-        seen.scatter_add_(2, places[:, None].expand(-1, count, -1), tree.ancestors[rows, nodes].int())
+        mask = torch.zeros(len(missing), count, pending + count, dtype=torch.int, device=device)
+        mask.scatter_add_(2, indices[:, None].expand(-1, count, -1), tree.ancestors[rows, nodes].int())
         positions = self.positions(tree)
-        everywhere = torch.zeros_like(slots).scatter_(1, places, positions)
+        everywhere = torch.zeros_like(slots).scatter_(1, indices, positions)
         everywhere[:, pending:] = positions.gather(1, nodes)
-        inputs = self.target.inputs(everywhere, seen > 0, slots, self.cache)
+        inputs = self.target.inputs(everywhere, mask > 0, slots, self.cache)
         return self.target.reader(self.reads).lower(input_ids=tree.tokens.gather(1, nodes), **inputs)
 
 

@@ -23,7 +23,7 @@ from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
 from outdraft.target.cache import BufferPool, SlotCache
-from outdraft.target.reach import context_of, windows_of
+from outdraft.target.limits import context_of, windows_of
 from outdraft.target.runner import PLAIN, ModelRunner
 from outdraft.target.views import Reader, Reads
 
@@ -179,43 +179,43 @@ class Target:
             self._readers[reads] = Reader(self.model, reads)
         return self._readers[reads]
 
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
         """Run `(rows, tokens)` over reserved slots; the last arguments as in `inputs`.
 
         Returns:
             `(rows, tokens, hidden)` features.
         """
         run = self._run or self._whole
-        return run(input_ids=tokens, **self.inputs(positions, seen, slots, cache))[0]
+        return run(input_ids=tokens, **self.inputs(positions, mask, slots, cache))[0]
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
         return (self._inner(**inputs).last_hidden_state,)
 
-    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        """Return the inner model's inputs beside tokens; positions, seen and slots as in `attention_mask`."""
+    def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        """Return the inner model's inputs beside tokens; positions, mask and slots as in `attention_mask`."""
         lengths, extent = cache.lengths, cache.extent
 
         def masks() -> Any:
             made = {
-                kind: self._mask(attention_mask(seen, slots, lengths, extent, positions, window))
+                kind: self._mask(attention_mask(mask, slots, lengths, extent, positions, window))
                 for kind, window in self.windows.items()
             }
             return made if len(made) > 1 else next(iter(made.values()))
 
         trees = self.backend == "graphs" or is_native(self.backend)
-        sight = Sight(seen, slots, positions, lengths, self.windows, masks) if trees else None
+        sight = Sight(mask, slots, positions, lengths, self.windows, masks) if trees else None
         return {
             "attention_mask": sight or masks(),
-            "position_ids": positions[:, -seen.shape[1] :],
+            "position_ids": positions[:, -mask.shape[1] :],
             "past_key_values": cache,
             "use_cache": True,
         }
 
-    def _mask(self, seen: Tensor) -> Tensor:
+    def _mask(self, mask: Tensor) -> Tensor:
         """Convert a mask for the model's attention: boolean for SDPA's fast kernels, additive for `eager`."""
         if self.config._attn_implementation == "sdpa":
-            return seen
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
 # --- what differs between families -----------------------------------------------------------------------------

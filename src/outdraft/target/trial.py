@@ -18,7 +18,7 @@ from torch import Tensor
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError, first_line
 from outdraft.target.cache import SlotCache
-from outdraft.target.reach import windows_of
+from outdraft.target.limits import windows_of
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import layers_of, view_of
@@ -182,5 +182,5 @@ def _smaller(target: Target) -> Any:
     for place, layer in enumerate(layers):
         shape = tuple((name, type(part)) for name, part in layer.named_modules())
         first.setdefault((kinds[place], shape), place)
-    places = list(first.values())
-    return view_of(model, [layers[place] for place in places], places)
+    indices = list(first.values())
+    return view_of(model, [layers[place] for place in indices], indices)

@@ -39,7 +39,7 @@ class View:
     Args:
         model: a causal language model, on any backend.
         modules: the layers, the model's own or others like them.
-        places: index of each in the model's list, by which families look up its kind of attention.
+        indices: index of each in the model's list, by which families look up its kind of attention.
         what: description of the view, for messages.
         notes: indices of modules whose outputs are returned.
         handed: True if the input is hidden states instead of tokens.
@@ -49,7 +49,7 @@ class View:
         self,
         model: PreTrainedModel,
         modules: Sequence[nn.Module],
-        places: Sequence[int],
+        indices: Sequence[int],
         what: str,
         notes: Sequence[int] = (),
         handed: bool = False,
@@ -60,7 +60,7 @@ class View:
         self._noting = [_Noting(own[index]) for index in notes]
         for index, noting in zip(notes, self._noting, strict=True):
             own[index] = noting
-        self._inner = view_of(model, own, places)
+        self._inner = view_of(model, own, indices)
         self._run = forward_of(model, self._forward, what)
 
     def __call__(self, hidden: Tensor | None = None, **inputs: Any) -> tuple[Tensor, ...]:
@@ -106,8 +106,8 @@ class Reader:
         first, name = split or 0, "the target with layers read" if split is None else "the other layers"
         self._noted, self._below = [*below, *above], len(below)
         notes = [layer - first - 1 for layer in above]
-        places = range(first, total)
-        self._last = View(model, modules[first:], places, name, notes, handed=split is not None)
+        indices = range(first, total)
+        self._last = View(model, modules[first:], indices, name, notes, handed=split is not None)
         self._first = None
         if split is not None:
             notes = [layer - 1 for layer in below]
@@ -153,8 +153,8 @@ def exit_view(model: PreTrainedModel, layer: nn.Module) -> View:
 def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module) -> View:
     """Return a view of the model's first layers and a given layer, which also returns the state in between."""
     modules = list(layers_of(model))
-    places = [*range(layers), len(modules) - 1]
-    return View(model, [*modules[:layers], layer], places, "the first layers and the exit layer", [layers - 1])
+    indices = [*range(layers), len(modules) - 1]
+    return View(model, [*modules[:layers], layer], indices, "the first layers and the exit layer", [layers - 1])
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -189,8 +189,8 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[int]) -> Any:
-    """Return a shallow copy of the inner model with these layers, in place of those at `places` of its list."""
+def view_of(model: PreTrainedModel, layers: list[nn.Module], indices: Sequence[int]) -> Any:
+    """Return a shallow copy of the inner model with these layers, in place of those at `indices` of its list."""
     path = _path_to_layers(model)
     child: nn.Module = nn.ModuleList()
     child._modules = {str(i): layer for i, layer in enumerate(layers)}
@@ -198,18 +198,18 @@ def view_of(model: PreTrainedModel, layers: list[nn.Module], places: Sequence[in
         view = copy.copy(parent)
         view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original
         view._modules = {**parent._modules, name: child}
-        _cut_kinds(view, places)
+        _cut_kinds(view, indices)
         child = view
     return child
 
 
-def _cut_kinds(view: Any, places: Sequence[int]) -> None:
+def _cut_kinds(view: Any, indices: Sequence[int]) -> None:
     """Cut lists of attention kinds to the layers, for families that look a layer's kind up by its index."""
     config: Any = getattr(view, "config", None)
     if getattr(config, "layer_types", None):
         view.config = copy.copy(config)
         # Not by assignment: configurations check the length of the list against the number of layers.
-        view.config.__dict__["layer_types"] = [config.layer_types[place] for place in places]
+        view.config.__dict__["layer_types"] = [config.layer_types[place] for place in indices]
 
 
 class _Stand(nn.Module):

@@ -16,17 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from outdraft.api.text import decode_text
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.data.conversations import Conversation, ConversationSet
-from outdraft.data.messages import Message
-from outdraft.data.text_file import write_whole
-from outdraft.data.tokenization import TemplateRefuses, render
+from outdraft.data.conversations import Conversation, ConversationSet, Message
+from outdraft.data.text import decode_text
+from outdraft.data.tokenization import TemplateRefuses, render, variables_of
 from outdraft.drafting.repeats import Repeats
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.output import whole_lines, write_whole
 from outdraft.target.target import Target
 
 ENDED, CUT = "stop", "length"
@@ -66,6 +65,7 @@ class AnswerSettings:
         seed: seed of all draws.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
         repeats: settings of n-gram drafts, if rows use them.
+        switches: variables of the chat template.
     """
 
     target: Target
@@ -74,6 +74,7 @@ class AnswerSettings:
     seed: int = 0
     prefix_tokens: int = 32
     repeats: Repeats | None = None
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -153,7 +154,7 @@ class AnsweredConversation:
             return []
         marks = ("finished", "finish_reason")
         said = [{name: one[name] for name in one if name not in marks} for one in [*self._told, *question]]
-        text = render(tokenizer, said, add_generation_prompt=True, tools=self.conversation.tools)
+        text = render(tokenizer, said, True, variables_of(self.conversation, self.settings.switches))
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _question(self) -> list[Message]:
@@ -253,12 +254,7 @@ class AnswerFile:
         self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self.path.open("r+b") as lines:
-                lines.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.path), start=1):
             try:
                 record = json.loads(line)
                 self.present[_name(record)] = _questions(record)

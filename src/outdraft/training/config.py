@@ -51,6 +51,8 @@ class DrafterConfig(BaseModel):
     """What to do with a line that cannot be used: stop, or leave it out and report it."""
     max_length: int = Field(2048, ge=3)
     """Tokens of an example; longer ones are cut."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template itself is told, as JSON: {"enable_thinking": false}."""
 
     # --- the drafter
     intermediate_size: int | None = Field(None, ge=1)

@@ -19,13 +19,11 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
-from outdraft.losses.features import Reading, pad, weights_fingerprint
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, target_id
-from outdraft.losses.teacher import TopProbs, most_probable, predicting
+from outdraft.losses.objective import Objective, Reading, pad, weights_fingerprint
+from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, target_id
+from outdraft.output import write_whole
 from outdraft.training.preparation import Preparation
 
 try:
@@ -147,9 +145,9 @@ class FeatureStore:
         entry = self._index[fingerprint(example)]
         features, ids, probs = self._maps
         rows = features[entry.row : entry.row + entry.tokens].clone()
-        places = said_range(example)
-        counted = predicting(example.loss_mask)[places.start : places.stop]
-        said = slice(entry.said, entry.said + len(places))
+        positions = said_range(example)
+        counted = predicting(example.loss_mask)[positions.start : positions.stop]
+        said = slice(entry.said, entry.said + len(positions))
         return rows, TopProbs(ids[said][counted].long(), probs[said][counted].float())
 
     def reload(self) -> None:
@@ -168,15 +166,15 @@ class FeatureStore:
         lengths = torch.tensor([len(example) for example in batch], device=ids.device)
         read = self.reading(ids, lengths)
         rows = [read[i, : len(example)] for i, example in enumerate(batch)]
-        places = [said_range(example) for example in batch]
+        positions = [said_range(example) for example in batch]
         goals = torch.cat(
-            [self.reading.features(row)[place.start : place.stop] for row, place in zip(rows, places, strict=True)]
+            [self.reading.features(row)[place.start : place.stop] for row, place in zip(rows, positions, strict=True)]
         )
         if self.top_k:
             all_ids, all_probs = (part.cpu() for part in most_probable(target, goals, self.top_k))
         else:
             all_ids, all_probs = torch.empty(len(goals), 0, dtype=torch.long), torch.empty(len(goals), 0)
-        counts = [len(place) for place in places]
+        counts = [len(place) for place in positions]
         said = map(TopProbs, all_ids.split(counts), all_probs.split(counts))
         return [row.cpu() for row in rows], list(said)
 
@@ -268,8 +266,8 @@ def batches_of_like_length(examples: Sequence[Example], tokens: int) -> Iterator
 
 def said_range(example: Example) -> range:
     """Return the teacher's positions: from before the first response token to before the last, gaps included."""
-    places = predicting(example.loss_mask).nonzero()[:, 0]
-    return range(int(places[0]), int(places[-1]) + 1) if len(places) else range(0)
+    positions = predicting(example.loss_mask).nonzero()[:, 0]
+    return range(int(positions[0]), int(positions[-1]) + 1) if len(positions) else range(0)
 
 
 def fingerprint(example: Example) -> str:

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from outdraft.data.conversations import Conversation
-from outdraft.data.text_file import write_whole
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
-from outdraft.losses.features import TrainingExamples, collate
-from outdraft.losses.objective import Objective
+from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
+from outdraft.output import write_whole
+from outdraft.training.config import DrafterConfig
 
 BATCH = 8
 STEPS = 4
@@ -205,7 +205,7 @@ def measurement(
     measure_tau: MeasureTau | None,
     conversations: Sequence[Conversation],
     tokenizer: Any,
-    max_length: int,
+    config: DrafterConfig,
 ) -> MeasureTau | None:
     """Combine the measurements of tau and of guesses on held-out conversations; None with neither."""
     spoken = [
@@ -213,7 +213,8 @@ def measurement(
     ]
     held = None
     with contextlib.suppress(UserError):  # none is left within the length of training: then nothing is measured on them
-        held = HeldOut(objective, tokenize(spoken, tokenizer, max_length)) if spoken else None
+        if spoken:
+            held = HeldOut(objective, tokenize(spoken, tokenizer, config.max_length, config.chat_template_kwargs))
     if measure_tau is None and held is None:
         return None
 

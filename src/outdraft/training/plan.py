@@ -11,16 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from outdraft.losses.features import TrainingExamples, collate
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, parameter_count
-from outdraft.losses.teacher import most_probable, predicting
-from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
+from outdraft.losses.objective import Objective, TrainingExamples, collate
+from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
 from outdraft.methods.fspad.beginning import inner_width
+from outdraft.methods.registry import MeasuredSetting, method_called
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, feature_store
-from outdraft.training.objective import objective_for
-from outdraft.training.preparation import Preparation, at_exit, prepare
+from outdraft.training.preparation import Preparation, objective_for, prepare, with_measured
 from outdraft.training.progress import duration
 from outdraft.training.trainer import use_bf16
 
@@ -56,8 +53,8 @@ class TrainPlan:
     feature_cache_bytes: int
     """The size of the feature store; 0 where the target runs in every step."""
     notes: list[str] = field(default_factory=list)
-    exit_choice: ExitChoice | None = None
-    """The choice of EESD's exit layer, where it was automatic."""
+    exit_choice: MeasuredSetting | None = None
+    """The setting that was measured on the data (EESD's exit layer), where one was left open."""
 
     def show(self, console: Console) -> None:
         """Print the plan as a table."""
@@ -99,8 +96,8 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
         UserError: `train` would raise one before its first step.
     """
     ready = prepare(target, config)
-    if ready.config.exit_layer == "auto":
-        ready = at_exit(ready, choose_exit(target, ready.examples))
+    measured = method_called(ready.config.method).measure(target, ready.config, ready.examples, {})
+    ready = with_measured(ready, measured)
     config, examples = ready.config, ready.examples
     objective = objective_for(target, config)
     bf16 = use_bf16(config, target.device)
@@ -128,7 +125,7 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
         memory_bytes=measured_bytes or estimated_memory_bytes(target, ready, objective),
         feature_cache_bytes=0 if store is None else store.nbytes(examples.examples),
         notes=ready.notes,
-        exit_choice=ready.choice,
+        exit_choice=ready.measured,
     )
 
 

@@ -1,4 +1,5 @@
-"""Preparation of a run from target and configuration: settings, data, steps, and the checkpoint to resume from.
+"""Preparation of a run from target and configuration: settings, data, steps, network, and the checkpoint to resume
+from.
 
 `train` and `plan` share this preparation, which writes nothing.
 """
@@ -12,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from outdraft.api.prompts import check_switches
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.drafting.run_folder import RUN, last_checkpoint
 from outdraft.errors import UserError
-from outdraft.losses.features import weights_fingerprint
-from outdraft.losses.target_like import TargetLike, parameter_count
-from outdraft.methods.eesd.exit_choice import ExitChoice
+from outdraft.losses.objective import Objective, weights_fingerprint
+from outdraft.losses.teacher import TargetLike, parameter_count
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.registry import MeasuredSetting, method_called
 from outdraft.training.config import DrafterConfig
 
 NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
@@ -47,8 +50,8 @@ class Preparation:
     """The data lines that were left out, with the reason."""
     processes: int
     total_steps: int
-    choice: ExitChoice | None = None
-    """The choice of the exit layer, where it was automatic."""
+    measured: MeasuredSetting | None = None
+    """The setting that was measured on the data, where one was left open."""
 
     @property
     def notes(self) -> list[str]:
@@ -83,7 +86,8 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
     found = read_conversations(config.data, config.on_bad_line)
     if target.tokenizer is None:
         raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
-    examples = tokenize(found, target.tokenizer, config.max_length)
+    switches = check_switches(config.chat_template_kwargs)
+    examples = tokenize(found, target.tokenizer, config.max_length, switches)
     largest = max(int(example.input_ids.max()) for example in examples.examples)
     if largest >= target.vocab_size:
         raise UserError(
@@ -93,9 +97,11 @@ def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
     return Preparation(config, examples, found.skipped, processes, steps_of(config, len(examples), processes))
 
 
-def at_exit(ready: Preparation, choice: ExitChoice) -> Preparation:
-    """Return the preparation with the chosen exit layer."""
-    return replace(ready, config=_with(ready.config, exit_layer=choice.layer), choice=choice)
+def with_measured(ready: Preparation, measured: MeasuredSetting | None) -> Preparation:
+    """Return the preparation with the values of a measured setting; None changes nothing."""
+    if measured is None:
+        return ready
+    return replace(ready, config=_with(ready.config, **measured.settings), measured=measured)
 
 
 def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:
@@ -174,3 +180,21 @@ def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) ->
                 "choose another --output-dir"
             )
     return checkpoint
+
+
+def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
+    """Build a drafter with initial float32 weights (of the seed, another drafter or the target) on the target's device.
+
+    Args:
+        target: the model that the drafter is for.
+        config: the settings, with the preset filled in and the exit layer a number.
+
+    Raises:
+        UserError: the target cannot have such a drafter.
+    """
+    return method_called(config.method).new_network(target, config)
+
+
+def objective_for(target: TargetLike, config: DrafterConfig, drafter: Network | None = None) -> Objective:
+    """Return the objective of the configuration's method; arguments as in `new_drafter`, `drafter` is to be trained."""
+    return method_called(config.method).objective(target, config, drafter or new_drafter(target, config))

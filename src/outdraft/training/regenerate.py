@@ -7,16 +7,16 @@ as soon as some have ended others take their places. A run can be interrupted an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.draft_settings import DraftSettings
+from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import resolve
+from outdraft.api.prompts import check_switches
 from outdraft.api.settings import sampling_settings
 from outdraft.core.shape import TreeShape
 from outdraft.data.conversations import OnBadLine, read_conversations
@@ -25,8 +25,8 @@ from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.losses.target_like import target_id
-from outdraft.target.memory import SHARE, free_bytes, slot_bytes
+from outdraft.losses.teacher import target_id
+from outdraft.target.limits import SHARE, free_bytes, slot_bytes
 from outdraft.target.target import Target
 from outdraft.training.answers import AnsweredConversation, AnswerFile, AnswerSettings, MissingAnswers
 from outdraft.training.progress import AnswerProgress
@@ -92,6 +92,7 @@ def regenerate(
     rows: int | None = None,
     resume: bool = True,
     prefix_tokens: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_bad_line: OnBadLine = "error",
     console: Console | None = None,
     **filters: Any,
@@ -116,6 +117,7 @@ def regenerate(
         rows: answers decoded at once; by default 24 on a CPU.
         resume: keep the lines that are there, a half-written last one excepted; False refuses an existing file.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
         on_bad_line: as in `read_conversations`.
         console: where progress goes; stderr when not given.
         **filters: `top_p` and other sampling settings, as `generate` takes them.
@@ -126,6 +128,7 @@ def regenerate(
     """
     target, drafter = model.target, model.drafter
     _check(model, max_new_tokens, temperatures, rows, filters)
+    switches = check_switches(chat_template_kwargs)
     found = read_conversations(prompts_path, on_bad_line)
     for conversation in found:
         if conversation.text is None and not conversation.bare:
@@ -137,12 +140,13 @@ def regenerate(
         "seed": seed,
         "prefix_tokens": prefix_tokens,
         "filters": filters,
+        **({"chat_template_kwargs": switches} if switches else {}),
     }
     file = AnswerFile(Path(output_path), settings, resume)
     most = rows or (ROWS_CPU if target.device.type == "cpu" else ROWS)
     fixed = DraftSettings(controller="fixed", coupling="dice")
     draft = resolve(fixed, drafter, target.device, sampling=max(temperatures) > 0, rows=most)
-    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.repeats)
+    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.repeats, switches)
     prompts = MissingAnswers(found, answering, temperatures, file, most)
     console = console or Console(stderr=True, highlight=False)
     present, total = len(prompts.names) - len(prompts.missing), len(prompts.missing)

@@ -6,6 +6,7 @@ The caller passes the function that measures the real acceptance length.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import signal
 import threading
@@ -22,21 +23,26 @@ from transformers import TrainerCallback, TrainingArguments
 
 from outdraft.data.conversations import Conversation
 from outdraft.data.provenance import peak_memory_bytes, portable, provenance
-from outdraft.data.text_file import write_whole
 from outdraft.drafting.run_folder import BEGUN_WITH, RUN, step_of
 from outdraft.errors import UserError
-from outdraft.losses.features import TrainingExamples
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import TargetLike, shown_target
+from outdraft.losses.objective import Objective, TrainingExamples
+from outdraft.losses.teacher import TargetLike, shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
-from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 from outdraft.methods.registry import method_called
+from outdraft.output import write_whole
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
 from outdraft.training.model_card import CARD, model_card
-from outdraft.training.objective import new_drafter, objective_for
-from outdraft.training.preparation import Preparation, at_exit, checkpoint_of, prepare, run_identity
+from outdraft.training.preparation import (
+    Preparation,
+    checkpoint_of,
+    new_drafter,
+    objective_for,
+    prepare,
+    run_identity,
+    with_measured,
+)
 from outdraft.training.progress import ProgressReport, ReadingReport
 from outdraft.training.trainer import ObjectiveTrainer, training_arguments
 
@@ -45,8 +51,6 @@ try:
     from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise UserError("training needs the package's train extra; pip install 'outdraft[train]'") from error
-
-CHOICE = "exit_choice"
 
 SAME_WISH_SECONDS = 1.0
 """The time within which two signals count as one request."""
@@ -111,9 +115,8 @@ def train(
         console = Console(quiet=True)
     for note in ready.notes:
         console.print(note, highlight=False)
-    if config.exit_layer == "auto":
-        ready = at_exit(ready, _exit_choice(target, ready, resume, console))
-        config = ready.config
+    ready = _measured(target, ready, resume, console)
+    config = ready.config
     drafter = new_drafter(target, config)
     method_called(config.method).adapt(drafter, ready.examples)
     objective = objective_for(target, config, drafter)
@@ -126,14 +129,14 @@ def train(
     PartialState().wait_for_everyone()  # nobody writes before all have read
     if checkpoint is None and args.should_save:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(config.output_dir / RUN, {**identity, **_choice_record(ready), BEGUN_WITH: begun_with or {}})
+        _write_json(config.output_dir / RUN, {**identity, **_measured_record(ready), BEGUN_WITH: begun_with or {}})
     store = feature_store(target, ready, objective)
     if store is not None:
         _read_target(store, ready, args, console)
 
     stop, progress = OrderlyStop(), ProgressReport(console)
     best = BestWeights(config.output_dir, objective.drafter, config.patience)
-    measure = measurement(objective, measure_tau, held_out, target.tokenizer, config.max_length)
+    measure = measurement(objective, measure_tau, held_out, target.tokenizer, config)
     if checkpoint is not None:
         best.resume()
     elif args.should_save:
@@ -188,24 +191,23 @@ def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
         )
 
 
-def _exit_choice(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> ExitChoice:
-    """Choose the exit layer once for all processes: an interrupted run's own choice, else by measurement."""
-    choice: ExitChoice | None = None
+def _measured(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> Preparation:
+    """Decide a setting that is left open once for all processes: as an interrupted run did, else by measurement."""
+    record: dict[str, Any] = {}
     if resume:
-        try:
-            choice = ExitChoice.recorded(json.loads((ready.config.output_dir / RUN).read_text())[CHOICE])
-        except (OSError, ValueError, KeyError, TypeError):
-            choice = None  # a run that has not got that far, or whose layer was set by hand
-    if choice is None:
-        found = [choose_exit(target, ready.examples) if PartialState().is_main_process else None]
-        choice = broadcast_object_list(found)[0]
-    assert choice is not None
-    choice.show(console)
-    return choice
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads((ready.config.output_dir / RUN).read_text())
+    method, main = method_called(ready.config.method), PartialState().is_main_process
+    found = [method.measure(target, ready.config, ready.examples, record) if main else None]
+    measured = broadcast_object_list(found)[0]
+    if measured is not None:
+        measured.show(console)
+    return with_measured(ready, measured)
 
 
-def _choice_record(ready: Preparation) -> dict[str, Any]:
-    return {} if ready.choice is None else {CHOICE: asdict(ready.choice)}
+def _measured_record(ready: Preparation) -> dict[str, Any]:
+    measured: Any = ready.measured
+    return {} if measured is None else {method_called(ready.config.method).measured: asdict(measured)}
 
 
 def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArguments, console: Console) -> None:
@@ -267,7 +269,7 @@ def _save(
         peak_memory_bytes=result.peak_memory_bytes,
         metrics=result.metrics,
         tau=result.tau,
-        **_choice_record(ready),
+        **_measured_record(ready),
     )
     _write_json(result.folder / "provenance.json", record)
     write_whole(result.folder / CARD, model_card(record))

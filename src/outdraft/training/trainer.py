@@ -25,9 +25,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from outdraft.drafting.folder import WEIGHTS
 from outdraft.drafting.run_folder import PARTIAL, publish
 from outdraft.errors import UserError, first_line
-from outdraft.losses.features import TrainingExamples, collate
-from outdraft.losses.objective import Objective
-from outdraft.losses.target_like import shown_target
+from outdraft.losses.objective import Objective, TrainingExamples, collate
+from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
 from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig

@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.draft_settings import DraftKeywords, DraftSettings
+from outdraft.api.draft_settings import DraftKeywords, DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.resolved_draft import resolve
+from outdraft.api.prompts import encode, read_prompts
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.core.sampling_settings import SamplingSettings
+from outdraft.data.provenance import environment
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import progress
 from outdraft.evaluation.audit.findings import Audit, Finding, judge
@@ -28,8 +29,6 @@ from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise
 from outdraft.evaluation.audit.texts import sampled_texts, samples_finding, token_ranks, tokens_finding
 from outdraft.evaluation.audit.watch import Recorder, Watch
-from outdraft.evaluation.environment import environment
-from outdraft.evaluation.prompts import encode, read_prompts
 from outdraft.reference import load_prompts
 from outdraft.training.progress import duration
 

@@ -11,17 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from outdraft.api.loading import load_target
+from outdraft.data.provenance import environment, load_average
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
 from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
-from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
 from outdraft.evaluation.bench.result import BenchResult, Comparison
-from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
-from outdraft.evaluation.environment import environment, load_average
 from outdraft.evaluation.report.pages import check_bench_page, save_bench
 from outdraft.reference import load_prompts
 from outdraft.target.named import named

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.text import decode_text
-from outdraft.data.records import BadRecord as NoPrompt
-from outdraft.data.records import read_records
-from outdraft.data.text_file import plain_suffix
+from outdraft.api.prompts import Prompt, encode_one, prompt_of
+from outdraft.data.records import BadRecord, plain_suffix, read_records
+from outdraft.data.text import decode_text
 from outdraft.errors import UserError
-from outdraft.evaluation.bench.settings import SUITES
-from outdraft.evaluation.prompts import Prompt, encode_one, prompt_of
+from outdraft.evaluation.bench.methods import SUITES
 
 MULTI_TURN = "multi-turn"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -100,12 +98,12 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
         read = _reader(suite, file, several=path.is_dir())
         for source, number, content in read_records(file):
             try:
-                if isinstance(content, NoPrompt):
+                if isinstance(content, BadRecord):
                     raise content
                 question = read(content, number, source)
                 if question.id in known:
-                    raise NoPrompt(f"question {question.id} stands at {known[question.id]} already")
-            except NoPrompt as problem:
+                    raise BadRecord(f"question {question.id} stands at {known[question.id]} already")
+            except BadRecord as problem:
                 if on_bad_line == "error":
                     raise UserError(f"{source}: {problem}; mend the line, or go on with --on-bad-line skip") from None
                 found.left_out.append(LeftOut(source, str(problem)))
@@ -148,7 +146,7 @@ def _files(path: Path, suite: str | None) -> list[Path]:
 
 
 Reader = Callable[[Any, int, str], Question]
-"""A function from record, line number and `file:line` to a question; it may raise `NoPrompt`."""
+"""A function from record, line number and `file:line` to a question; it may raise `BadRecord`."""
 
 
 def _reader(suite: str, file: Path, several: bool) -> Reader:
@@ -159,7 +157,7 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
         turns = _text_turns(record)
         identity, category = record.get("question_id", number), str(record.get("category", ""))
         if not isinstance(identity, int | str):
-            raise NoPrompt('"question_id" must be a number or a text')
+            raise BadRecord('"question_id" must be a number or a text')
         if suite == "eagle":
             group = file.stem
             identity = f"{file.stem}-{identity}" if several else identity
@@ -169,14 +167,14 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
             group = category
         else:
             known = (*MT_BENCH, *SPEC_BENCH[1:]) if suite == "spec-bench" else MT_BENCH
-            raise NoPrompt(f"category '{category}' is none of {suite}'s ({', '.join(known)})")
+            raise BadRecord(f"category '{category}' is none of {suite}'s ({', '.join(known)})")
         return Question(identity, category or group, group, turns, source=source)
 
     def arithmetic(record: Any, number: int, source: str) -> Question:
         """Read a record `{"question", "answer"}`."""
         text = record.get("question") if isinstance(record, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise NoPrompt('"question" must be a non-empty string')
+            raise BadRecord('"question" must be a non-empty string')
         return Question(number, "gsm8k", "gsm8k", (text,), source=source)
 
     def free(record: Any, number: int, source: str) -> Question:
@@ -188,9 +186,9 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
 def _text_turns(record: Any) -> tuple[str, ...]:
     turns = record.get("turns") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise NoPrompt('"turns" must be a list of texts')
+        raise BadRecord('"turns" must be a list of texts')
     if not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise NoPrompt('every one of "turns" must be a non-empty string')
+        raise BadRecord('every one of "turns" must be a non-empty string')
     return tuple(turns)
 
 

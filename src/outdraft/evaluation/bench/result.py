@@ -12,12 +12,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from outdraft.data.provenance import busy
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.divergences import Divergence
 from outdraft.evaluation.bench.measure import PLAIN, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
 from outdraft.evaluation.bench.summary import Summary, scattered
-from outdraft.evaluation.environment import busy
 from outdraft.output import counted, number
 
 

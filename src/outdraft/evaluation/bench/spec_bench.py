@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from outdraft.api.loading import first_line
-from outdraft.data.text_file import BadText, text_lines
+from outdraft.data.records import BadText, json_lines, text_lines
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, Answer, Run
 from outdraft.evaluation.bench.questions import MT_BENCH, MULTI_TURN, Question, answer_text
@@ -95,7 +95,7 @@ def file_name(contender: str, suffix: str = "") -> str:
 def write(path: Path, lines: Iterable[Record]) -> None:
     """Write an answer file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(path, json_lines(lines))
 
 
 def read(path: Path) -> list[Record]:

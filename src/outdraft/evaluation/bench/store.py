@@ -19,10 +19,10 @@ from typing import Any
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import Answer, Pair, Run
+from outdraft.evaluation.bench.methods import BenchSettings
 from outdraft.evaluation.bench.questions import Question, QuestionSet
-from outdraft.evaluation.bench.settings import BenchSettings
 from outdraft.output import plain as in_json
-from outdraft.output import write_whole
+from outdraft.output import whole_lines, write_whole
 
 SETTINGS, RUNS = "settings.json", "runs.jsonl"
 
@@ -106,12 +106,7 @@ class Store:
         if not file.exists():
             return {}
         found: dict[tuple[float, int, int], dict[str, Run]] = {}
-        whole = file.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            with file.open("r+b") as cut:
-                cut.truncate(end)
-        for number, line in enumerate(whole[:end].splitlines(), start=1):
+        for number, line in enumerate(whole_lines(file), start=1):
             try:
                 record = json.loads(line)
                 place = (float(record["temperature"]), int(record["question"]), int(record["repetition"]))

@@ -15,13 +15,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from outdraft.api.text import Detokenizer
+from outdraft.data.provenance import busy
+from outdraft.data.text import Detokenizer
 from outdraft.errors import UserError
 from outdraft.evaluation.audit.findings import Audit, noise_line, sampling_line
 from outdraft.evaluation.bench.measure import PLAIN, Answer
 from outdraft.evaluation.bench.result import BenchResult, Comparison, closing, temperature_name, verdict
 from outdraft.evaluation.bench.summary import Summary, scattered
-from outdraft.evaluation.environment import busy
 from outdraft.evaluation.report.charts import charts
 from outdraft.output import counted, number, write_whole
 from outdraft.output import plain as in_json

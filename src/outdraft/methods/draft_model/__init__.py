@@ -1,4 +1,4 @@
-"""Drafting with a smaller language model of the same tokenizer."""
+"""Drafting with a smaller language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafting with a smaller language model of the same tokenizer; padding and added tokens may differ.
+"""Drafting with a smaller language model; padding and added tokens may differ, and other tokenizers go through text.
 
 The small model keeps a cache of its own over the decided tokens and runs ahead on its own proposals. Of the target it
 needs only the tokens.
@@ -15,23 +15,26 @@ from torch.nn.utils.rnn import pad_sequence
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.expand import RunAhead, grow
-from outdraft.drafting.shared_vocabulary import SharedVocabulary
+from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
+from outdraft.drafting.draft_cache import RunAhead
+from outdraft.drafting.expand import grow
+from outdraft.drafting.vocabulary import DifferentTokenizers, SharedVocabulary
 from outdraft.errors import UserError
+from outdraft.methods.draft_model.retokenised import RetokenisedState, Translation
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
 class DraftModel(Drafter):
-    """Any causal language model with the target's vocabulary, or most of it (`drafting/shared_vocabulary.py`).
+    """Any causal language model with the target's vocabulary, or most of it (`drafting/vocabulary.py`), or with another
+    tokenizer (`retokenised.py`).
 
     Args:
         model: the small model.
         target: the model that it drafts for.
 
     Raises:
-        UserError: tokenizers or devices differ, or the family cannot run ahead.
+        UserError: devices differ, a tokenizer does not keep texts, or the family cannot run ahead.
     """
 
     method = "draft-model"
@@ -39,7 +42,14 @@ class DraftModel(Drafter):
     def __init__(self, model: Target, target: Target):
         if model.device != target.device:
             raise UserError(f"the draft model is on {model.device}, the target on {target.device}; move it there")
-        self.shared = SharedVocabulary(model, target)
+        self.translation: Translation | None = None
+        try:
+            self.shared = SharedVocabulary(model, target)
+        except DifferentTokenizers:
+            self.translation = Translation.between(model.tokenizer, target.tokenizer)
+            if self.translation is None:
+                raise
+            self.limits = Limits(probs=False)
         if model.slot_limit is not None:
             raise UserError(
                 f"{type(model.model).__name__} has a table of cache slots, in which there is no room to run ahead; "
@@ -47,11 +57,13 @@ class DraftModel(Drafter):
             )
         self.model = model
 
-    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _DraftModelState:
+    def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _DraftModelState | RetokenisedState:
+        if self.translation is not None:
+            return RetokenisedState(self.model, self.translation, prompts, run.cache.capacity)
         return _DraftModelState(self.model, self.shared, prompts, run.cache.capacity)
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
-        return TreeShape.chain(5, candidates="sampled" if sampling else "top-k")
+        return TreeShape.chain(5, candidates="sampled" if sampling and self.limits.probs else "top-k")
 
     @property
     def num_parameters(self) -> int:

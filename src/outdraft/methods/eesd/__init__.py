@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,8 +12,10 @@ from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Writte
 if TYPE_CHECKING:
     import torch
 
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.data.tokenization import ExampleSet
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.eesd.drafter import EarlyExit
+    from outdraft.methods.eesd.exit_choice import ExitChoice
     from outdraft.methods.eesd.loss import ExitObjective
     from outdraft.methods.eesd.network import ExitLayer
     from outdraft.target.target import Target
@@ -68,6 +71,20 @@ class Eesd(Method):
             raise UserError('method eesd needs "exit_layer"; give a number of layers or auto with --exit-layer')
         if isinstance(settings.exit_layer, int) and settings.exit_layer < 1:
             raise UserError(f'"exit_layer" must be at least 1, not {settings.exit_layer}')
+
+    measured = "exit_choice"
+
+    def measure(
+        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+    ) -> ExitChoice | None:
+        from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
+
+        if settings.exit_layer != "auto":
+            return None
+        try:
+            return ExitChoice.recorded(record[self.measured])
+        except (KeyError, TypeError):  # a run that has not got that far, or whose layer was set by hand
+            return choose_exit(target, examples)
 
     def new_network(self, target: TargetLike, settings: Any) -> ExitLayer:
         from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig

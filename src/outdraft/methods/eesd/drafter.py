@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.expand import RunAhead, grow
-from outdraft.drafting.intake import take_in
+from outdraft.drafting.draft_cache import RunAhead, take_in
+from outdraft.drafting.expand import grow
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache

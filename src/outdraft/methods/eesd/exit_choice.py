@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.features import Reading, pad
-from outdraft.losses.target_like import TargetLike
+from outdraft.losses.objective import Reading, pad
+from outdraft.losses.teacher import TargetLike
 from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
 LONGEST_CHAIN = 12
@@ -69,6 +69,10 @@ class ExitChoice:
     def recorded(cls, record: dict[str, Any]) -> ExitChoice:
         """Rebuild a choice from its `asdict`."""
         return cls(**{**record, "candidates": [ExitCandidate(**candidate) for candidate in record["candidates"]]})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"exit_layer": self.layer}
 
     @property
     def reason(self) -> str:

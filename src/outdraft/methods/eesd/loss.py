@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from outdraft.losses.cross_entropy import HardLabels, soft_cross_entropy
-from outdraft.losses.features import Reading, reader_of
-from outdraft.losses.objective import Objective, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.target_like import TargetLike
-from outdraft.losses.teacher import TopProbs, most_probable
+from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
+from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of

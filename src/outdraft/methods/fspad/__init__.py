@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.fspad.drafter import FeatureDrafter
     from outdraft.methods.fspad.network import FeatureHead
     from outdraft.methods.fspad.objective import FeatureObjective

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outdraft.data.tokenization import ExampleSet
 from outdraft.errors import UserError
-from outdraft.losses.target_like import TargetLike
+from outdraft.losses.teacher import TargetLike
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
 from outdraft.target.named import named, shipped_drafter

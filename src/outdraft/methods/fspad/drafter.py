@@ -17,8 +17,8 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.expand import RunAhead, grow
-from outdraft.drafting.masks import DraftMask, causal_mask
+from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
+from outdraft.drafting.expand import grow
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
 from outdraft.methods.fspad.draft_step import DraftStep

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outdraft.losses.cross_entropy import Guess, Head, soft_cross_entropies
+from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.teacher import TopProbs
-from outdraft.losses.token_loss import SOFT, TokenLoss
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead
 
 NOISE_WIDTH = 0.2

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.losses.cross_entropy import Head
-from outdraft.losses.features import Reading, reader_of
-from outdraft.losses.objective import Objective, stored_teacher
-from outdraft.losses.target_like import TargetLike
-from outdraft.losses.teacher import TopProbs, most_probable, within
-from outdraft.losses.token_loss import TokenLoss
+from outdraft.losses.cross_entropy import Head, TokenLoss
+from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
+from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, within
 from outdraft.methods.fspad.beginning import scale_of
 from outdraft.methods.fspad.loss import DrafterLoss, counted_positions, feature_noise
 from outdraft.methods.fspad.network import FeatureHead, scaled

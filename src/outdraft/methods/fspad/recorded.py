@@ -188,7 +188,9 @@ class _Draft:
         if self.chains is not None:
             return Tree.chains(tokens, self.chains, candidates, rest[0] if rest else None)
         parents, depths, ancestors = rest
-        return Tree(tokens, parents, [count] * rows, levels=levels, _depths=depths, _ancestors=ancestors)
+        tree = Tree(tokens, parents, [count] * rows, levels=levels)
+        tree.depths, tree.ancestors = depths, ancestors
+        return tree
 
     @property
     def depths(self) -> int:

@@ -10,7 +10,7 @@ from outdraft.methods.registry import DrafterFacts, Method
 if TYPE_CHECKING:
     import torch
 
-    from outdraft.losses.target_like import TargetLike
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.medusa.drafter import Medusa, MedusaHeads
     from outdraft.methods.medusa.loss import MedusaObjective
     from outdraft.target.target import Target

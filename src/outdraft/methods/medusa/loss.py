@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies
-from outdraft.losses.features import Reading, reader_of
-from outdraft.losses.objective import Objective, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.target_like import TargetLike
-from outdraft.losses.teacher import TopProbs, most_probable
+from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
+from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
 from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.target import Target
 

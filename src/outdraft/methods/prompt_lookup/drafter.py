@@ -14,7 +14,7 @@ from torch import Tensor
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowContext, Update
-from outdraft.drafting.ngrams import Text
+from outdraft.drafting.repeats import Text
 from outdraft.target.runner import ModelRunner
 
 

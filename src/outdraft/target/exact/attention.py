@@ -44,12 +44,12 @@ class Paths:
     the `j`-th slot after them unless it is there. The order of queries keeps moves few.
 
     Args:
-        seen: `(rows, tokens, m)` as in `attention_mask`.
+        mask: `(rows, tokens, m)` as in `attention_mask`.
         slots: `(rows, m)` as in `attention_mask`.
         lengths: committed tokens of every row.
     """
 
-    def __init__(self, seen: Tensor, slots: Tensor, lengths: Sequence[int]):
+    def __init__(self, mask: Tensor, slots: Tensor, lengths: Sequence[int]):
         self.lengths = list(lengths)
         self.steps: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # (query, keys seen, moves to, from)
         self.moved: list[list[int]] = []
@@ -57,7 +57,7 @@ class Paths:
         places = (slots - torch.tensor(self.lengths)[:, None]).tolist()
         for row, length in enumerate(self.lengths):
             paths = [
-                [place for place, there in zip(places[row], line, strict=True) if there] for line in seen[row].tolist()
+                [place for place, there in zip(places[row], line, strict=True) if there] for line in mask[row].tolist()
             ]
             held: dict[int, int] = {}
             steps = []
@@ -162,12 +162,12 @@ def reads_in_place(heads: int, kv_heads: int, width: int, value_width: int, dtyp
         for precision in {dtype, torch.float32}:
             query = torch.randn(1, heads, 1, width, generator=dice).to(precision)
             kept = [torch.randn(1, kv_heads, length + 5, w, generator=dice).to(precision) for w in (width, value_width)]
-            seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
+            mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
             keys, values = (both[:, :, :length].repeat_interleave(groups, dim=1) for both in kept)
-            expected = scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+            expected = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             keys, values = (both[0, :, None, :length].expand(-1, groups, -1, -1) for both in kept)
             queries = query[0].unflatten(0, (kv_heads, groups))
-            given = scaled_dot_product_attention(queries, keys, values, attn_mask=seen.expand(kv_heads, 1, 1, -1))
+            given = scaled_dot_product_attention(queries, keys, values, attn_mask=mask.expand(kv_heads, 1, 1, -1))
             if not torch.equal(given.flatten(0, 1), expected[0]):
                 return False
     return True

@@ -101,14 +101,14 @@ class ExactTarget(Target):
 
     # --- what a Target does ------------------------------------------------------------------------------------
 
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        self._check(*seen.shape[:2])  # before the inner model is looked up, as the check may replace it
-        return super().forward(tokens, positions, seen, slots, cache)
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        self._check(*mask.shape[:2])  # before the inner model is looked up, as the check may replace it
+        return super().forward(tokens, positions, mask, slots, cache)
 
-    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        self._check(*seen.shape[:2])
-        inputs = super().inputs(positions, seen, slots, cache)
-        self._now.paths = Paths(seen, slots, cache.lengths)
+    def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        self._check(*mask.shape[:2])
+        inputs = super().inputs(positions, mask, slots, cache)
+        self._now.paths = Paths(mask, slots, cache.lengths)
         return inputs
 
     def head(self, features: Tensor) -> Tensor:

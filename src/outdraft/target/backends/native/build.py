@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from outdraft.errors import UserError, first_line
-from outdraft.user_cache import made_once
+from outdraft.output import made_once
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi")

@@ -1,14 +1,16 @@
-"""Weights as int8 rows with a scale each, half the size of bfloat16, for files that ship inside the package."""
+"""Packs weights as int8 rows with a float32 scale each; `outdraft.reference.quantize` reads them back."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-PACKED = "model.int8.safetensors"
-"""The name of the file of packed weights in a folder of a model or a drafter."""
-
-SCALE = ".scale"
+from outdraft.reference.quantize import COMPANIONS, PACKED, SCALE, UNPACKED
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,11 +27,6 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / best).round().clamp(-127, 127).to(torch.int8), best.squeeze(1)
 
 
-def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """Return the bfloat16 matrix that packed rows stand for."""
-    return (rows.float() * scale.float()[:, None]).to(torch.bfloat16)
-
-
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pack a state: matrices become int8 rows and a scale vector, other floats bfloat16; integers stay."""
     packed: dict[str, Tensor] = {}
@@ -41,10 +38,13 @@ def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
-def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the bfloat16 state that a packed state stands for."""
-    return {
-        name: dequantize_rows(tensor, packed[name + SCALE]) if tensor.dtype == torch.int8 else tensor
-        for name, tensor in packed.items()
-        if not name.endswith(SCALE)
-    }
+def pack_folder(source: Path, destination: Path) -> None:
+    """Pack the Hugging Face folder ``source`` into ``destination``."""
+    destination.mkdir(parents=True, exist_ok=True)
+    save_file(pack(load_file(source / UNPACKED)), destination / PACKED, metadata={"format": "pt"})
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, destination / name)
+    settings = json.loads((destination / "config.json").read_text())
+    settings["dtype"] = "bfloat16"
+    (destination / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
