@@ -10,48 +10,33 @@ itself; DSpark's slot j predicts the token after it, with a bias that the token 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.fspad.network import RMSNorm
+from outdraft.methods.tapped import TappedConfig
 from outdraft.target.cache import SlotCache
 
 Kind = Literal["dflash", "dspark"]
-TapUnit = Literal["none given", "output", "input"]
 Angles = tuple[Tensor, Tensor]
 """The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
 
 
-@dataclass
-class DFlashConfig:
+@dataclass(kw_only=True)
+class DFlashConfig(TappedConfig):
     """The shapes and switches of the network; switches default to DFlash's first release."""
 
-    hidden_size: int
-    """The width d of the drafter."""
-    intermediate_size: int
     num_hidden_layers: int
     """The number N of draft layers."""
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    """The number of entries of the target's embedding."""
-    target_hidden_size: int
-    """The width of each tap."""
     block_size: int
     """The number B of rows of a block, the anchor's included."""
     mask_token_id: int
     kind: Kind = "dflash"
-    tap_ids: tuple[int, ...] = ()
-    """The target's layers to read, as the folder numbers them from 0; empty for DFlash's equal spacing."""
-    tap_unit: TapUnit = "none given"
-    """The convention of `tap_ids`: the outputs or the inputs of these layers are read."""
     num_taps: int = 5
     num_target_layers: int = 0
     """The number of layers of the target that it was trained for; 0 where the folder does not say."""
@@ -61,25 +46,15 @@ class DFlashConfig:
     """For each layer, True if block rows see only earlier rows of the block; empty where no layer is causal."""
     windows: tuple[int, ...] = ()
     """For each layer, the window in positions, a row's own included; 0 is no window, empty none in any layer."""
-    draft_vocab_size: int = 0
-    """The size of the draft vocabulary; 0 is the whole vocabulary."""
     own_head: bool = False
-    """True if the drafter has its own output layer; else it uses the target's."""
     own_embedding: bool = False
     head_norms: bool = True
-    """True for an RMSNorm on every query and key head, as in Qwen3."""
-    attention_bias: bool = False
-    """True for biases on the query, key and value projections."""
     markov_rank: int = 0
     """The rank of DSpark's Markov head; 0 for none."""
     input_embedding_scale: float = 0.0
     """The factor on the embedding's bare rows; 0 takes the output of the target's embedding module."""
     output_multiplier: float = 1.0
     final_logit_softcapping: float = 0.0
-    rms_norm_eps: float = 1e-6
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    """The rotary settings, as `transformers` names them."""
-    max_position_embeddings: int = 2048
 
     @property
     def proposals(self) -> int:
@@ -92,20 +67,12 @@ class DFlashConfig:
         layers = self.num_hidden_layers
         return list(zip(self.causal or [False] * layers, self.windows or [0] * layers, strict=True))
 
-    def taps(self, layers: int) -> tuple[int, ...]:
-        """Return the layers whose outputs are read, of a target with `layers` layers. They count from 1, as
-        `hidden_states[k]` of `transformers` does.
+    def usual_taps(self, layers: int) -> tuple[int, ...]:
+        return spaced(self.num_taps, layers)
 
-        Raises:
-            UserError: their number is not the number that the network reads.
-        """
-        found = tuple(layer + (self.tap_unit == "output") for layer in self.tap_ids) or spaced(self.num_taps, layers)
-        if len(found) != self.num_taps:
-            raise UserError(
-                f"the drafter reads {self.num_taps} layers of its target and its config.json names {len(found)}; "
-                "put the config.json beside it that belongs to it"
-            )
-        return found
+    @property
+    def fits(self) -> dict[str, int]:
+        return super().fits | ({"num_layers": self.num_target_layers} if self.num_target_layers else {})
 
 
 def spaced(count: int, layers: int) -> tuple[int, ...]:
@@ -222,9 +189,7 @@ class DFlashNetwork(Network):
 
     @property
     def fits(self) -> dict[str, int]:
-        own = self.config
-        facts = {"hidden_size": own.target_hidden_size, "vocab_size": own.vocab_size}
-        return facts | ({"num_layers": own.num_target_layers} if own.num_target_layers else {})
+        return self.config.fits
 
     def take_in(self, taps: Tensor, angles: Angles, cache: SlotCache) -> None:
         """Write the context rows of `(rows, tokens, taps * target width)` into reserved slots of every layer."""

@@ -7,33 +7,20 @@ rotary position t. The residual is g, so that the layer's output can stand in fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from outdraft.methods.eagle3.network import Eagle3Head
 from outdraft.methods.fspad.drafter import FeatureDrafter
-from outdraft.methods.fspad.layer_step import LayerStep, turning
+from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.target.cache import SlotCache
 
 MOST_POSITIONS = 2**17
 """The largest length of rotary tables, where the target's context is longer. Published configs name shorter contexts
 than the drafters are used for."""
-
-
-class RotaryConfig(Protocol):
-    """The rotary settings in a drafter's config."""
-
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: int
-    rope: dict[str, Any]
-    max_position_embeddings: int
 
 
 class Eagle3Step(LayerStep):
@@ -47,7 +34,7 @@ class Eagle3Step(LayerStep):
 
     def __init__(self, head: Eagle3Head, embed: Callable[[Tensor], Tensor], context_length: int):
         config = head.config
-        frequencies, scale = rotary_frequencies(config)
+        frequencies, scale = head.frequencies()
         positions = max(config.max_position_embeddings, min(context_length, MOST_POSITIONS))
         super().__init__(head, frequencies, positions, scale, beside=head.lm_head)
         self._config, self._embed = config, embed
@@ -105,24 +92,3 @@ class Eagle3Drafter(FeatureDrafter):
         where the target's embedding scales them."""
         table = self.head.embed_tokens or self.target.model.get_input_embeddings()
         return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
-
-
-def rotary_frequencies(config: RotaryConfig) -> tuple[Tensor, float]:
-    """Return the `(head_dim / 2,)` rotary frequencies, and the factor of cosines and sines.
-
-    Raises:
-        KeyError: the kind of rotary positions is unknown, or lacks a number.
-    """
-    rope = config.rope
-    if rope["rope_type"] == "default":
-        return turning(config.head_dim, rope["rope_theta"]), 1.0
-    longest = rope["factor"] * rope.get("original_max_position_embeddings", 0)
-    shape = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=max(config.max_position_embeddings, int(longest)),
-        rope_parameters=dict(rope),
-    )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](shape, torch.device("cpu"))
-    return frequencies.double(), scale

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +17,14 @@ from outdraft.drafting.folder import (
     CONFIG,
     check_value,
     find_folder,
-    fitting,
     is_own,
     read_config,
-    read_settings,
     read_weights,
-    section,
     some,
-    warn_of_unknown,
 )
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import UNFOLDED
+from outdraft.methods.checkpoint import UNFOLDED, Checkpoint, assembled, draft_tokens, read_own
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
-
-Layout = Literal["outdraft", "fspad", "eagle"]
-
-KEPT = "draft_tokens"
-"""The name of the tensor of a reduced draft vocabulary."""
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -52,27 +42,13 @@ REMADE = re.compile(r"rotary_emb\.inv_freq$")
 """The names of buffers in old checkpoints that follow from the config."""
 
 
-@dataclass
-class DrafterCheckpoint:
-    """A loaded drafter and what its folder says about it."""
-
-    head: FeatureHead
-    target_id: str | None
-    """The target that the drafter was trained for; official folders do not name it."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """The training's own record: settings, data, metrics."""
-    layout: Layout = "outdraft"
-    target: dict[str, Any] = field(default_factory=dict)
-    """Facts about the target: id, hidden_size, vocab_size and whatever else was saved."""
-
-
 def load_drafter(
     folder_or_hub_id: str | Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
-) -> DrafterCheckpoint:
+) -> Checkpoint[FeatureHead]:
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
     Args:
@@ -86,59 +62,44 @@ def load_drafter(
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
+    if is_own(config):
+        _refuse_method(str(config["method"]), folder)
+        own = read_own(folder, config, FeatureHeadConfig)
+        head = _build(own.config, own.tensors, {}, own.file, dtype, device)
+        return Checkpoint(scaled(head, own.training.get(UNFOLDED, 1.0)), target=own.target, training=own.training)
     file, tensors = read_weights(folder)
-    own = is_own(config)
-    head_config = _own_config(config, folder) if own else official_config(config, tensors, folder)
-    names = {} if own else {our_name(name): name for name in tensors if not REMADE.search(name)}
-    head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file)
-    if head.embed_tokens is not None:
-        head.embed_tokens.requires_grad_(False)
-    head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
-    layout: Layout = "outdraft" if own else "eagle" if head.method == "eagle" else "fspad"
-    target, training = section(config, "target"), section(config, "training")
-    return DrafterCheckpoint(scaled(head, training.get(UNFOLDED, 1.0)), target.get("id"), training, layout, target)
+    names = {our_name(name): name for name in tensors if not REMADE.search(name)}
+    found = {ours: tensors[theirs] for ours, theirs in names.items()}
+    head = _build(official_config(config, tensors, folder), found, names, file, dtype, device)
+    return Checkpoint(head, head.method)
 
 
-def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
-    method = config.get("method")
+def _refuse_method(method: str, folder: Path) -> None:
     if method == "eesd":
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
     if method not in ("fspad", "eagle"):
         raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
-    return read_settings(FeatureHeadConfig, config, folder)
 
 
-def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
+def _build(
+    config: FeatureHeadConfig,
+    tensors: dict[str, Tensor],
+    names: Mapping[str, str],
+    file: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> FeatureHead:
     """Build a head with these weights, or raise the error that says which do not fit; `names` are the file's."""
-    with torch.device("meta"):  # no random start, which would be overwritten
+
+    def build() -> FeatureHead:
         head = FeatureHead(config)
         if "embed_tokens.weight" in tensors:
             head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-    wanted = head.state_dict()
-    kept = {KEPT: _draft_tokens(tensors, config, file)} if KEPT in wanted else {}
-    weights = {name: place for name, place in wanted.items() if name not in kept}
-    shown = {name: official_name(name, config) for name in weights} if names else None
-    head.load_state_dict({**fitting(tensors, weights, file, shown=shown), **kept}, assign=True)
-    warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
-    return head
+        return head
 
-
-def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file: str) -> Tensor:
-    """Return the ids of the draft vocabulary."""
-    found = tensors.get(KEPT)
-    if found is None:
-        raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
-    ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
-    if (
-        len(ids) != config.draft_vocab_size
-        or len(set(ids)) != len(ids)
-        or not all(0 <= token < config.vocab_size for token in ids)
-    ):
-        raise UserError(
-            f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
-            "config.json says; copy or train it again"
-        )
-    return torch.tensor(ids)
+    kept = draft_tokens(tensors, config, file) if config.draft_vocab_size else None
+    shown = (lambda name: official_name(name, config)) if names else str
+    return assembled(build, tensors, file, dtype=dtype, device=device, kept=kept, names=names, shown=shown)
 
 
 # --- official layouts -----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class MedusaMethod(Method):
     ) -> MedusaHeads:
         from outdraft.methods.medusa.folder import load_medusa
 
-        return load_medusa(source, dtype=dtype, device=device).heads
+        return load_medusa(source, dtype=dtype, device=device).network
 
     def bind(self, network: Any, target: Target) -> Medusa:
         from outdraft.methods.medusa.drafter import Medusa
@@ -45,13 +45,13 @@ class MedusaMethod(Method):
         from outdraft.methods.medusa.folder import load_medusa
 
         loaded = load_medusa(folder)
-        config = loaded.heads.config
+        config = loaded.network.config
         return DrafterFacts(
             self.name,
             "outdraft",
-            count(loaded.heads.parameters()),
-            loaded.target.get("id"),
-            loaded.heads.fits,
+            count(loaded.network.parameters()),
+            loaded.target_id,
+            loaded.network.fits,
             loaded.training,
             {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head},
         )
