@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -180,6 +181,29 @@ class OwnFolder(NamedTuple):
     target: dict[str, Any]
     training: dict[str, Any]
 
+    def assembled(
+        self, network: Callable[[Any], AnyNetwork], dtype: torch.dtype | None, device: torch.device | str
+    ) -> AnyNetwork:
+        """Build the network of these settings with these tensors, its draft vocabulary included."""
+        kept = None
+        if count := getattr(self.config, "draft_vocab_size", 0):
+            if (kept := self.tensors.get(KEPT)) is None:
+                raise UserError(f"{self.file} lacks {KEPT}; it is incomplete, copy or train it again")
+            if kept.is_floating_point() or not names_tokens(kept, count, self.config.vocab_size):
+                raise UserError(
+                    f"{self.file}: {KEPT} must be {count} different token ids below {self.config.vocab_size}, as its "
+                    "config.json says; copy or train it again"
+                )
+            kept = kept.long()
+        build = partial(network, self.config)
+        return assembled(build, self.tensors, self.file, dtype=dtype, device=device, kept=kept)
+
+
+def names_tokens(ids: Tensor, count: int, vocab_size: int) -> bool:
+    """Return True if these are `count` different ids of tokens."""
+    one_each = ids.shape == (count,) and len(ids.unique()) == count
+    return one_each and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
+
 
 def read_own(folder: Path, config: dict[str, Any], kind: type) -> OwnFolder:
     """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout.
@@ -187,10 +211,9 @@ def read_own(folder: Path, config: dict[str, Any], kind: type) -> OwnFolder:
     Raises:
         UserError: the folder is damaged; the message names the fix.
     """
+    settings: Any = read_settings(kind, config, folder)
     file, tensors = read_weights(folder)
-    return OwnFolder(
-        read_settings(kind, config, folder), tensors, file, section(config, "target"), section(config, "training")
-    )
+    return OwnFolder(settings, tensors, file, section(config, "target"), section(config, "training"))
 
 
 def assembled(
@@ -227,6 +250,8 @@ def assembled(
     """
     with torch.device("meta"):  # no random start, which would be overwritten
         network = build()
+        if "embed_tokens.weight" in tensors and getattr(network, "embed_tokens", network) is None:
+            network.embed_tokens = nn.Embedding(network.config.vocab_size, network.config.hidden_size)
     wanted = network.state_dict()
     labels = {**{name: shown(name) for name in wanted}, **(names or {})}
     given = {} if kept is None else {KEPT: kept}
@@ -244,28 +269,6 @@ def assembled(
     if isinstance(embedding := getattr(network, "embed_tokens", None), nn.Module):
         embedding.requires_grad_(False)
     return network.to(device=device, dtype=dtype or next(iter(weights.values())).dtype).eval()
-
-
-def draft_tokens(tensors: Mapping[str, Tensor], config: Any, file: str) -> Tensor:
-    """Return the ids of the draft vocabulary in a folder of outdraft's own layout.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    found = tensors.get(KEPT)
-    if found is None:
-        raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
-    ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
-    if (
-        len(ids) != config.draft_vocab_size
-        or len(set(ids)) != len(ids)
-        or not all(0 <= token < config.vocab_size for token in ids)
-    ):
-        raise UserError(
-            f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
-            "config.json says; copy or train it again"
-        )
-    return torch.tensor(ids)
 
 
 def refuse_another(facts: Mapping[str, Any], target: Any) -> None:

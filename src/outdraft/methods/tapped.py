@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from outdraft.drafting.folder import CONFIG, check_value
 from outdraft.errors import UserError, first_line
+from outdraft.methods.checkpoint import names_tokens
 from outdraft.methods.fspad.network import turning
 
 TapUnit = Literal["none given", "output", "input"]
@@ -141,6 +142,11 @@ def layer_settings(
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"'{folder}' has hidden_act '{layer['hidden_act']}'; only drafters with silu can be loaded")
     shape = _filled(layer, folder)
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        raise UserError(
+            f"'{folder / CONFIG}' has num_attention_heads that are no multiple of num_key_value_heads; copy or "
+            "download the drafter again"
+        )
     query, fc = tensors.get(f"{attention}q_proj.weight"), tensors.get("fc.weight")
     heads, head_dim = shape.num_attention_heads, shape.head_dim or shape.hidden_size // shape.num_attention_heads
     if query is not None and query.shape[0] % heads == 0:
@@ -176,6 +182,8 @@ def _filled(layer: Mapping[str, Any], folder: Path) -> Any:
     values = {name: layer[name] for name in READ if layer.get(name) is not None}
     for name in SHAPES:
         check_value(name, values.get(name, 1), (int,), folder)
+    for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta"):
+        check_value(name, values.get(name, 1), (int,) if name.startswith("max") else (int, float), folder)
     try:
         return kind(**values)
     except Exception as error:  # validators of `transformers` raise what they like
@@ -223,7 +231,7 @@ def draft_tokens_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vo
         return None
     else:
         raise UserError(f"{file} lacks d2t, which says what its {count} draft tokens are; download it again")
-    if len(ids) != count or len(ids.unique()) != count or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+    if not names_tokens(ids, count, vocab):
         raise UserError(
             f"{file}: d2t must lead to {count} different token ids below {vocab}, as its config.json says; "
             "download it again"

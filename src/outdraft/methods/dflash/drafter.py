@@ -75,7 +75,7 @@ class DFlash(Drafter):
 
     def angles(self, positions: Tensor) -> Angles:
         """Return the rotary cosines and sines of `(rows, tokens)` positions."""
-        turns = positions[:, None, :, None] * self._frequencies
+        turns = (positions[:, None, :, None] * self._frequencies).repeat(1, 1, 1, 2)
         dtype = self.network.norm.weight.dtype
         return (turns.cos() * self._turn_scale).to(dtype), (turns.sin() * self._turn_scale).to(dtype)
 

@@ -175,8 +175,6 @@ def _check(config: DFlashConfig, read: _Settings) -> None:
     """Raise UserError where settings and tensors contradict each other."""
     if config.mask_token_id >= config.vocab_size:
         raise read.error(f"has mask_token_id {config.mask_token_id}, beyond its {config.vocab_size} tokens")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise read.error("has num_attention_heads that are no multiple of num_key_value_heads")
     if (read.get("markov_rank") or 0) and not config.markov_rank:
         raise UserError(f"'{read.folder}' lacks markov_head.markov_w1.weight; it is incomplete, download it again")
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outdraft.methods.checkpoint import Network
-from outdraft.methods.fspad.network import RMSNorm
+from outdraft.methods.fspad.network import Attention, RMSNorm, rotate
 from outdraft.methods.tapped import TappedConfig
 from outdraft.target.cache import SlotCache
 
 Kind = Literal["dflash", "dspark"]
 Angles = tuple[Tensor, Tensor]
-"""The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
+"""The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim)`."""
 
 
 @dataclass(kw_only=True)
@@ -83,26 +83,19 @@ def spaced(count: int, layers: int) -> tuple[int, ...]:
     return tuple(round(1 + place * (layers - 4) / (count - 1)) + 1 for place in range(count))
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(Attention):
     """Attention of block rows over the context rows in a cache and over each other."""
 
     def __init__(self, config: DFlashConfig):
-        super().__init__()
-        d, size, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.size, self.shared = size, config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(d, config.num_attention_heads * size, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, d, bias=False)
-        norms = config.head_norms
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
+        super().__init__(config, config.hidden_size, config.head_norms)
 
     def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """Project `(rows, tokens, d)` context or block rows to keys and values `(rows, kv_heads, tokens, head_dim)`."""
-        return turned(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
+        return rotate(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int
+    ) -> Tensor:
         """Attend from the block's normed states; the block's keys and values stay pending in the cache.
 
         Args:
@@ -113,16 +106,17 @@ class BlockAttention(nn.Module):
             layer: this layer's index in the cache.
         """
         keys, values = cache.update(*self.keys_and_values(x, angles), layer)
-        q = turned(self._heads(self.q_proj(x), self.q_norm), angles)
+        q = rotate(self._heads(self.q_proj(x), self.q_norm), angles)
         rows, heads, nodes, size = q.shape
         # Heads that share keys are further queries of one head, so that the keys are read once.
-        q = q.reshape(rows, heads // self.shared, self.shared * nodes, size)
-        seen = None if mask is None else mask.repeat(1, 1, self.shared, 1)
+        shared = heads // self.kv_heads
+        q = q.reshape(rows, self.kv_heads, shared * nodes, size)
+        seen = None if mask is None else mask.repeat(1, 1, shared, 1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
         return self.o_proj(out.reshape(rows, heads, nodes, size).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        x = x.unflatten(-1, (-1, self.size))
+        x = x.unflatten(-1, (-1, self.head_dim))
         return (x if norm is None else norm(x)).transpose(1, 2)
 
 
@@ -203,10 +197,3 @@ class DFlashNetwork(Network):
         for layer, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
             x = block(x, angles, mask, cache, layer)
         return self.norm(x)
-
-
-def turned(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate `(rows, heads, tokens, head_dim)`, channel j with channel j + head_dim / 2."""
-    left, right = x.chunk(2, dim=-1)
-    cos, sin = angles
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

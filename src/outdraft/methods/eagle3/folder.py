@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from outdraft.drafting.folder import CONFIG, check_value, find_folder, is_own, read_config, read_weights
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Checkpoint, assembled, draft_tokens, read_own
+from outdraft.methods.checkpoint import Checkpoint, assembled, read_own
 from outdraft.methods.eagle3 import is_eagle3
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.tapped import BESIDE, draft_tokens_of, layer_section, layer_settings, tap_ids, verifier_of
@@ -48,9 +48,7 @@ def load_eagle3(
     config = read_config(folder)
     if is_own(config) and config["method"] == Eagle3Head.method:
         own = read_own(folder, config, Eagle3Config)
-        kept = draft_tokens(own.tensors, own.config, own.file) if own.config.draft_vocab_size else None
-        head = _build(own.config, own.tensors, own.file, kept=kept, dtype=dtype, device=device)
-        return Checkpoint(head, target=own.target, training=own.training)
+        return Checkpoint(own.assembled(Eagle3Head, dtype, device), target=own.target, training=own.training)
     if not is_eagle3(config):
         raise UserError(f"'{folder}' holds no EAGLE-3 drafter; leave --method out")
     file, tensors = read_weights(folder)
@@ -63,8 +61,8 @@ def load_eagle3(
     kept = draft_tokens_of(config, found, settings.vocab_size, file)
     settings.draft_vocab_size = 0 if kept is None else len(kept)
     layer = "layers.0." if layout == "speculators" else "midlayer."
-    head = _build(
-        settings,
+    head = assembled(
+        lambda: Eagle3Head(settings),
         found,
         file,
         kept=kept,
@@ -75,16 +73,6 @@ def load_eagle3(
         beside=BESIDE,
     )
     return Checkpoint(head, layout, {} if (target := verifier_of(config)) is None else {"id": target})
-
-
-def _build(config: Eagle3Config, tensors: Mapping[str, Tensor], file: str, **more: Any) -> Eagle3Head:
-    def build() -> Eagle3Head:
-        head = Eagle3Head(config)
-        if "embed_tokens.weight" in tensors:
-            head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        return head
-
-    return assembled(build, tensors, file, **more)
 
 
 def _layout(config: Mapping[str, Any]) -> str:

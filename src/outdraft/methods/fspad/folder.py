@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from outdraft.drafting.folder import (
-    CONFIG,
-    check_value,
-    find_folder,
-    is_own,
-    read_config,
-    read_weights,
-    some,
-)
+from outdraft.drafting.folder import CONFIG, find_folder, is_own, read_config, read_weights, some
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import UNFOLDED, Checkpoint, assembled, draft_tokens, read_own
+from outdraft.methods.checkpoint import UNFOLDED, Checkpoint, assembled, read_own
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
+from outdraft.methods.tapped import SHAPES, layer_settings
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -65,12 +58,20 @@ def load_drafter(
     if is_own(config):
         _refuse_method(str(config["method"]), folder)
         own = read_own(folder, config, FeatureHeadConfig)
-        head = _build(own.config, own.tensors, {}, own.file, dtype, device)
+        head = own.assembled(FeatureHead, dtype, device)
         return Checkpoint(scaled(head, own.training.get(UNFOLDED, 1.0)), target=own.target, training=own.training)
     file, tensors = read_weights(folder)
+    settings = official_config(config, tensors, folder)
     names = {our_name(name): name for name in tensors if not REMADE.search(name)}
-    found = {ours: tensors[theirs] for ours, theirs in names.items()}
-    head = _build(official_config(config, tensors, folder), found, names, file, dtype, device)
+    head = assembled(
+        lambda: FeatureHead(settings),
+        {ours: tensors[theirs] for ours, theirs in names.items()},
+        file,
+        dtype=dtype,
+        device=device,
+        names=names,
+        shown=lambda name: official_name(name, settings),
+    )
     return Checkpoint(head, head.method)
 
 
@@ -79,27 +80,6 @@ def _refuse_method(method: str, folder: Path) -> None:
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
     if method not in ("fspad", "eagle"):
         raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
-
-
-def _build(
-    config: FeatureHeadConfig,
-    tensors: dict[str, Tensor],
-    names: Mapping[str, str],
-    file: str,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-) -> FeatureHead:
-    """Build a head with these weights, or raise the error that says which do not fit; `names` are the file's."""
-
-    def build() -> FeatureHead:
-        head = FeatureHead(config)
-        if "embed_tokens.weight" in tensors:
-            head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        return head
-
-    kept = draft_tokens(tensors, config, file) if config.draft_vocab_size else None
-    shown = (lambda name: official_name(name, config)) if names else str
-    return assembled(build, tensors, file, dtype=dtype, device=device, kept=kept, names=names, shown=shown)
 
 
 # --- official layouts -----------------------------------------------------------------------------------------
@@ -111,40 +91,20 @@ def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folde
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if name not in config:
             raise UserError(f"'{folder / CONFIG}' lacks {name}; it must be the drafter's own Llama config")
-    values = {
-        "num_key_value_heads": config["num_attention_heads"],
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        **{key: value for key, value in config.items() if value is not None},
-    }
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        check_value(name, values[name], (int,), folder)
-    check_value("max_position_embeddings", values["max_position_embeddings"], (int,), folder)
-    check_value("rms_norm_eps", values["rms_norm_eps"], (int, float), folder)
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"'{folder}' has hidden_act '{values['hidden_act']}'; only drafters with silu can be loaded")
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    query = tensors.get("layers.0.self_attn.q_proj.weight")
-    # The authors' code splits the width whatever the config's head_dim says; where both exist the tensor decides.
-    head_dim = values.get("head_dim", width // heads)
-    if query is not None and heads * head_dim != width and query.shape[:1] == (width,):
-        head_dim = width // heads
-    check_value("head_dim", head_dim, (int,), folder)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if kind not in ("default", None):
+        raise UserError(
+            f"'{folder}' scales its rotary positions ('{kind}'), which is not supported; train one (outdraft train)"
+        )
+    layer = layer_settings(config, tensors, folder, "layers.0.self_attn.")
     down = tensors.get("layers.0.mlp.down_proj.weight")
     return FeatureHeadConfig(
-        hidden_size=width,
-        intermediate_size=values["intermediate_size"],
-        num_attention_heads=heads,
-        num_key_value_heads=values["num_key_value_heads"],
-        head_dim=head_dim,
-        vocab_size=values["vocab_size"],
+        **{name: layer[name] for name in (*SHAPES, "attention_bias", "rms_norm_eps", "max_position_embeddings")},
         feature_sampling=any(name.startswith(("fc.fc.", "fc.mlp.")) for name in tensors),
-        partial_alignment=down is not None and down.shape[:1] == (2 * width,),
+        partial_alignment=down is not None and down.shape[:1] == (2 * layer["hidden_size"],),
         fc_bias="fc.bias" in tensors or "fc.fc.bias" in tensors,
-        attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
-        rms_norm_eps=values["rms_norm_eps"],
-        rope_theta=_rope_theta(values, folder),
-        max_position_embeddings=values["max_position_embeddings"],
+        rope_theta=float(layer["rope"]["rope_theta"]),
     )
 
 
@@ -166,20 +126,6 @@ def _refuse_others(config: dict[str, Any], tensors: Mapping[str, Tensor], folder
         raise UserError(f"'{folder}' holds no drafter (no fc.* weights) but {kind}; give a drafter's folder")
     if config.get("num_hidden_layers", 1) != 1 or any(name.startswith("layers.1.") for name in tensors):
         raise UserError(f"'{folder}' has more than one layer; only one-layer FSPAD and EAGLE-1/2 drafters load")
-
-
-def _rope_theta(config: dict[str, Any], folder: Path) -> float:
-    rope = config.get("rope_parameters")
-    rope = rope if isinstance(rope, dict) else {}
-    scaling = config.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-    if kind not in ("default", None):
-        raise UserError(
-            f"'{folder}' scales its rotary positions ('{kind}'), which is not supported; train one (outdraft train)"
-        )
-    theta: Any = config.get("rope_theta", rope.get("rope_theta", 10000.0))
-    check_value("rope_theta", theta, (int, float), folder)
-    return float(theta)
 
 
 def our_name(official: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from outdraft.drafting.folder import find_folder, is_own, read_config
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Checkpoint, assembled, read_own
+from outdraft.methods.checkpoint import Checkpoint, read_own
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
 
@@ -32,5 +32,4 @@ def load_medusa(
     if not is_own(config) or config["method"] != MedusaHeads.method:
         raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")
     own = read_own(folder, config, MedusaConfig)
-    heads = assembled(lambda: MedusaHeads(own.config), own.tensors, own.file, dtype=dtype, device=device)
-    return Checkpoint(heads, target=own.target, training=own.training)
+    return Checkpoint(own.assembled(MedusaHeads, dtype, device), target=own.target, training=own.training)
