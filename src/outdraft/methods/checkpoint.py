@@ -34,7 +34,7 @@ from outdraft.drafting.folder import (
     write_folder,
 )
 from outdraft.errors import UserError, first_line
-from outdraft.methods.registry import FALLBACK, Method, methods
+from outdraft.methods.registry import FALLBACK, DrafterFacts, Method, methods
 
 UNFOLDED = "embedding_scale_to_fold"
 """The key of a checkpoint's training record with the factor that its weights expect embeddings to be scaled by."""
@@ -168,6 +168,11 @@ class Checkpoint(Generic[AnyNetwork]):
     def target_id(self) -> str | None:
         """The target that the drafter was trained for, where the folder names it."""
         return self.target.get("id")
+
+    def facts(self, more: Mapping[str, Any]) -> DrafterFacts:
+        """Describe the drafter for `outdraft info`; `more` are the facts that only its method has."""
+        network, weights = self.network, count(self.network.parameters())
+        return DrafterFacts(network.method, self.layout, weights, self.target_id, network.fits, self.training, more)
 
 
 class OwnFolder(NamedTuple):

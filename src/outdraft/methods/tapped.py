@@ -87,6 +87,11 @@ class TappedConfig:
             )
         return found
 
+    def reads(self, usual: str) -> str:
+        """Return a phrase on the layers that are read, in the folder's own numbers; `usual` is that for no numbers."""
+        ids = ", ".join(map(str, self.tap_ids))
+        return f"the {self.tap_unit} of layers {ids} (counted from 0)" if ids else usual
+
     @property
     def fits(self) -> dict[str, int]:
         """The sizes that the target must have, by name."""

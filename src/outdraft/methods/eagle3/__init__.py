@@ -72,21 +72,19 @@ class Eagle3(Method):
         return Eagle3Drafter(network, target)
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.eagle3.folder import load_eagle3
 
         loaded = load_eagle3(folder)
-        head, config = loaded.network, loaded.network.config
-        ids = ", ".join(map(str, config.tap_ids))
-        more = {
-            "reads": f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "layers 2, L/2 and L-3 of L",
-            **{name: value for name in SWITCHES if (value := getattr(config, name))},
-            "own_head": config.own_head,
-            "own_embedding": head.embed_tokens is not None,
-            "context": config.max_position_embeddings,
-        }
-        parameters, target = count(head.parameters()), loaded.target_id
-        return DrafterFacts(self.name, loaded.layout, parameters, target, head.fits, loaded.training, more)
+        config = loaded.network.config
+        return loaded.facts(
+            {
+                "reads": config.reads("layers 2, L/2 and L-3 of L"),
+                **{name: value for name in SWITCHES if (value := getattr(config, name))},
+                "own_head": config.own_head,
+                "own_embedding": loaded.network.embed_tokens is not None,
+                "context": config.max_position_embeddings,
+            }
+        )
 
     def new_network(self, target: TargetLike, settings: Any) -> Eagle3Head:
         from outdraft.methods.eagle3.loss import new_head

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.methods.eagle3.network import Eagle3Head
+from outdraft.methods.eagle3.network import Eagle3Head, fused
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
@@ -49,7 +49,7 @@ class Eagle3Step(LayerStep):
     ) -> DraftOutput:
         """Run one draft step as `LayerStep.__call__` does; the target's feature, before the taps, is ignored."""
         rows, nodes = tokens.shape
-        g = self._state(features.flatten(0, 1))
+        g = fused(features.flatten(0, 1).to(self.dtype), self._config, self._tap_norms, self._taps_norm, self._fc)
         state = self._state_norm(g)
         embeddings = self._embedding_norm(self._embed(tokens.flatten()).to(self.dtype))
         read = self._attend(torch.cat([embeddings, state], dim=-1), rows, nodes, angles, mask, cache)
@@ -58,17 +58,6 @@ class Eagle3Step(LayerStep):
         out = self._down.plus(self._up.times(u, self._gate.silu(u)), a)
         normed = self._final_norm(out).view(rows, nodes, -1)
         return DraftOutput(normed, normed if self._config.norm_output else out.view(rows, nodes, -1))
-
-    def _state(self, features: Tensor) -> Tensor:
-        """Return g, projected from the target's `(nodes, tap width)` feature and taps; a fed-back g passes as it is."""
-        features, width = features.to(self.dtype), self._config.target_hidden_size
-        if features.shape[1] != (1 + self._config.num_taps) * width:
-            return features
-        taps = features[:, width:]
-        if self._tap_norms:
-            parts = zip(self._tap_norms, taps.split(width, dim=-1), strict=True)
-            taps = torch.cat([norm(part) for norm, part in parts], dim=-1)
-        return self._fc(taps if self._taps_norm is None else self._taps_norm(taps))
 
 
 class Eagle3Drafter(FeatureDrafter):

@@ -8,6 +8,7 @@ drafted, give the draft logits. The layer's output stands in for g in later step
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from outdraft.methods.fspad.network import Attention, DraftNetwork, DraftOutput, KeysAndValues, RMSNorm
 from outdraft.methods.tapped import TappedConfig, rotary_frequencies
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Eagle3Head(DraftNetwork):
         """
         if positions is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-        g = self.state(features)
+        g = fused(features, self.config, list(self.fc_norm or ()), self.input_norm, self.fc)
         state = self.hidden_norm(g)
         x = torch.cat([self.input_layernorm(embeddings), state], dim=-1)
         a = (state if self.config.norm_before_residual else g) + self.self_attn(
@@ -101,13 +104,21 @@ class Eagle3Head(DraftNetwork):
         normed = self.norm(out)
         return DraftOutput(normed, normed if self.config.norm_output else out)
 
-    def state(self, features: Tensor) -> Tensor:
-        """Return g from the target's `(..., (1 + taps) * width)` feature and taps; a fed-back g passes as it is."""
-        width = self.config.target_hidden_size
-        if features.shape[-1] != (1 + self.config.num_taps) * width:
-            return features
-        taps = features[..., width:]
-        if self.fc_norm is not None:
-            parts = zip(self.fc_norm, taps.split(width, dim=-1), strict=True)
-            taps = torch.cat([norm(part) for norm, part in parts], dim=-1)
-        return self.fc(taps if self.input_norm is None else self.input_norm(taps))
+
+def fused(features: Tensor, config: Eagle3Config, norms: Sequence[Map], whole: Map | None, fc: Map) -> Tensor:
+    """Return g from the target's `(..., (1 + taps) * width)` feature and taps; a fed-back g passes as it is.
+
+    Args:
+        features: the target's, or the drafter's own state, which its width tells.
+        config: the network's.
+        norms: EAGLE-3.1's norm of every tap, or none.
+        whole: the norm over all taps side by side, or None.
+        fc: the projection to the drafter's width.
+    """
+    width = config.target_hidden_size
+    if features.shape[-1] != (1 + config.num_taps) * width:
+        return features
+    taps = features[..., width:]
+    if norms:
+        taps = torch.cat([norm(part) for norm, part in zip(norms, taps.split(width, dim=-1), strict=True)], dim=-1)
+    return fc(taps if whole is None else whole(taps))

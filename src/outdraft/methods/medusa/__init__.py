@@ -41,19 +41,12 @@ class MedusaMethod(Method):
         return Medusa(network, target)
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.medusa.folder import load_medusa
 
         loaded = load_medusa(folder)
         config = loaded.network.config
-        return DrafterFacts(
-            self.name,
-            "outdraft",
-            count(loaded.network.parameters()),
-            loaded.target_id,
-            loaded.network.fits,
-            loaded.training,
-            {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head},
+        return loaded.facts(
+            {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head}
         )
 
     def new_network(self, target: TargetLike, settings: Any) -> MedusaHeads:
