@@ -67,7 +67,7 @@ def test_what_records_say_of_settings_is_true_of_the_settings() -> None:
         for recipe in method.presets.values():
             assert set(recipe) <= set(DrafterConfig.model_fields)
         assert bool(method.settings) == method.trained == bool(method.card)
-    assert readers("unroll_steps") == ("fspad", "eagle") and readers("own_head") == ("eesd", "medusa")
+    assert readers("unroll_steps") == ("eagle3", "fspad", "eagle") and readers("own_head") == ("eesd", "medusa")
     assert readers("learning_rate") == ()
 
 
