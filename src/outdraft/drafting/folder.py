@@ -220,7 +220,7 @@ def _layers(name: str, value: Any, folder: Path) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise UserError(f"'{folder / CONFIG}': {name} must be a list, not {value!r}; copy or train the drafter again")
     for one in value:
-        if one != 0:  # the first layer, where they count from 0
+        if one != 0 or not name.endswith("_ids"):  # ids count from 0
             check_value(name, one, (int,), folder)
     return tuple(value)
 

@@ -191,12 +191,12 @@ class OwnFolder(NamedTuple):
     ) -> AnyNetwork:
         """Build the network of these settings with these tensors, its draft vocabulary included."""
         kept = None
-        if count := getattr(self.config, "draft_vocab_size", 0):
+        if size := getattr(self.config, "draft_vocab_size", 0):
             if (kept := self.tensors.get(KEPT)) is None:
                 raise UserError(f"{self.file} lacks {KEPT}; it is incomplete, copy or train it again")
-            if kept.is_floating_point() or not names_tokens(kept, count, self.config.vocab_size):
+            if kept.is_floating_point() or not names_tokens(kept, size, self.config.vocab_size):
                 raise UserError(
-                    f"{self.file}: {KEPT} must be {count} different token ids below {self.config.vocab_size}, as its "
+                    f"{self.file}: {KEPT} must be {size} different token ids below {self.config.vocab_size}, as its "
                     "config.json says; copy or train it again"
                 )
             kept = kept.long()
