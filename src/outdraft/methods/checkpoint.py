@@ -59,7 +59,8 @@ class Network(nn.Module):
     @property
     def fits(self) -> dict[str, int]:
         """Return the sizes that the target must have, by name."""
-        return {"hidden_size": self.config.hidden_size, "vocab_size": self.config.vocab_size}
+        own = self.config
+        return getattr(own, "fits", None) or {"hidden_size": own.hidden_size, "vocab_size": own.vocab_size}
 
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)

@@ -181,10 +181,6 @@ class DFlashNetwork(Network):
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
 
-    @property
-    def fits(self) -> dict[str, int]:
-        return self.config.fits
-
     def take_in(self, taps: Tensor, angles: Angles, cache: SlotCache) -> None:
         """Write the context rows of `(rows, tokens, taps * target width)` into reserved slots of every layer."""
         context = self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype)))

@@ -68,10 +68,6 @@ class Eagle3Head(DraftNetwork):
         self.embed_tokens = None
         self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
 
-    @property
-    def fits(self) -> dict[str, int]:
-        return self.config.fits
-
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.taps(layers)
 
