@@ -86,8 +86,14 @@ def eagle3_drafter(target: Target, kept: bool = True, **switches: bool) -> Eagle
 
 def block_drafter(target: Target, **switches: Any) -> DFlash:
     """Two layers of random weights, the second one with a window, over two layers of the target; three candidates."""
-    shapes = (target.hidden_size, 24, 2, 2, 1, 8, target.vocab_size, target.hidden_size)
-    more: dict[str, Any] = {"block_size": 4, "tap_ids": (1, target.num_layers - 1), "tap_unit": "input", "num_taps": 2}
+    shapes = (target.hidden_size, 24, 2, 1, 8, target.vocab_size, target.hidden_size)
+    more: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "block_size": 4,
+        "tap_ids": (1, target.num_layers - 1),
+        "tap_unit": "input",
+        "num_taps": 2,
+    }
     config = DFlashConfig(*shapes, mask_token_id=1, causal=(False, True), windows=(0, 4), **{**more, **switches})
     torch.manual_seed(9)
     network = DFlashNetwork(config)

@@ -295,7 +295,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, tensors: dict[str, Any], me
         ({"mask_token_id": 32}, "has mask_token_id 32, beyond its 32 tokens"),
         ({"block_size": 1.5}, "must have a whole number block_size"),
         ({"target_layer_ids": [1, 3]}, "reads 3 layers of its target and its"),
-        ({"target_layer_ids": "all"}, "must have a list of layers target_layer_ids"),
+        ({"target_layer_ids": "all"}, "target_layer_ids must be a list of layers"),
         ({"target_hidden_size": 16}, "needs embed_tokens.weight of its own"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
         ({"output_multiplier": "much"}, "output_multiplier must be a positive number"),

@@ -24,9 +24,10 @@ from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.methods.checkpoint import method_of
-from outdraft.methods.eagle3.drafter import Eagle3Drafter, rotary_frequencies
+from outdraft.methods.eagle3.drafter import Eagle3Drafter
 from outdraft.methods.eagle3.folder import load_eagle3
 from outdraft.methods.fspad.folder import load_drafter
+from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.target import Target
 from test_losslessness import SHAPES, Recorded, finish, rows_of
 

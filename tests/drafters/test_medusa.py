@@ -206,8 +206,8 @@ def saved(folder: Path, with_outputs: bool = False, **changes: Any) -> Path:
 def test_the_round_trip_is_exact(tmp_path: Path, own_head: bool) -> None:
     before = medusa_drafter(Target(tiny("llama-gqa")), own_head).heads
     loaded = load_medusa(saved(tmp_path / "heads", own_head))
-    assert loaded.heads.config == before.config and loaded.target["id"] == "some/target"
-    wanted, found = before.state_dict(), loaded.heads.state_dict()
+    assert loaded.network.config == before.config and loaded.target["id"] == "some/target"
+    wanted, found = before.state_dict(), loaded.network.state_dict()
     assert list(wanted) == list(found) and all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
@@ -216,7 +216,7 @@ def test_the_round_trip_is_exact(tmp_path: Path, own_head: bool) -> None:
 def test_a_folder_and_a_network_become_the_same_drafter(tmp_path: Path, own_head: bool, backend: str) -> None:
     target = Target(tiny("llama-gqa", dtype=torch.float32), backend=backend)
     drafter = load_drafter_for(target, saved(tmp_path / "heads", own_head), backend=backend)
-    heads = load_medusa(tmp_path / "heads").heads
+    heads = load_medusa(tmp_path / "heads").network
     other = load_drafter_for(target, heads, backend=backend)
     assert isinstance(drafter, Medusa) and isinstance(other, Medusa) and drafter.method == "medusa"
     assert drafter.num_parameters == other.num_parameters == sum(weight.numel() for weight in heads.parameters())

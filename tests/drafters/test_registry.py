@@ -67,7 +67,7 @@ def test_what_records_say_of_settings_is_true_of_the_settings() -> None:
         for recipe in method.presets.values():
             assert set(recipe) <= set(DrafterConfig.model_fields)
         assert bool(method.settings) == method.trained == bool(method.card)
-    assert readers("unroll_steps") == ("fspad", "eagle") and readers("own_head") == ("eesd", "medusa")
+    assert readers("unroll_steps") == ("eagle3", "fspad", "eagle") and readers("own_head") == ("eesd", "medusa")
     assert readers("learning_rate") == ()
 
 
@@ -88,7 +88,7 @@ def test_help_lists_the_methods(verb: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unknown_method_is_answered_with_those_that_there_are(folders: Folders) -> None:
     wrong = run("generate", "hi", "--model", folders.target, "--method", "clever")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1) and ", ".join(names()) in wrong.stderr
-    with pytest.raises(UserError, match="\"method\" cannot be 'prompt-lookup': Input should be 'eesd', "):
+    with pytest.raises(UserError, match="\"method\" cannot be 'prompt-lookup': Input should be 'eagle3', "):
         DrafterConfig(output_dir="none", method="prompt-lookup")
 
 

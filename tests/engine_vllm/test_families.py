@@ -5,6 +5,7 @@ Random targets and heads of 32 tokens: drafts of no sense are right now and then
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import outdraft
 from models import tiny
 from outdraft.export.export import export_drafter
 from outdraft.methods.checkpoint import save_drafter
+from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 
 SHAPE: dict[str, Any] = {
@@ -45,13 +47,43 @@ CASES: dict[str, tuple[str, dict[str, bool], str]] = {
 }
 
 
+EAGLE3: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, EAGLE-3": ("llama-gqa", {}),
+    "qwen3, EAGLE-3.1 of the whole vocabulary": (
+        "qwen3",
+        {"tap_norms": True, "norm_output": True, "draft_vocab_size": 0},
+    ),
+    "qwen2, other norms and two layers": (
+        "qwen2",
+        {"norm_before_fc": True, "norm_before_residual": True, "tap_ids": (2, 5), "num_taps": 2},
+    ),
+}
+
+
 def saved(root: Path, family: str, changes: dict[str, bool]) -> tuple[str, str]:
     """Folders of a random target and of a random head whose drafts vary."""
-    model = tiny(family, dtype=torch.float32, num_hidden_layers=3, **SHAPE)
+    return saved_with(root, family, 3, lambda: FeatureHead(replace(CONFIG, **changes)))
+
+
+def saved_eagle3(root: Path, family: str, changes: dict[str, Any]) -> tuple[str, str]:
+    """The same for EAGLE-3, on three layers of six, drafting all tokens but a few."""
+    taps = {"target_hidden_size": 128, "tap_ids": (1, 3, 5), "tap_unit": "input", "draft_vocab_size": 28}
+
+    def build() -> Eagle3Head:
+        head = Eagle3Head(Eagle3Config(**{**SHAPE, "vocab_size": 32, **taps, **changes}))
+        if head.draft_tokens is not None:
+            head.draft_tokens += 2
+        return head
+
+    return saved_with(root, family, 6, build)
+
+
+def saved_with(root: Path, family: str, layers: int, build: Callable[[], Any]) -> tuple[str, str]:
+    model = tiny(family, dtype=torch.float32, num_hidden_layers=layers, **SHAPE)
     model.generation_config.eos_token_id = model.config.eos_token_id = 31
     model.save_pretrained(root / "target")
     torch.manual_seed(5)
-    head = FeatureHead(replace(CONFIG, **changes))
+    head = build()
     with torch.no_grad():
         for weight in head.parameters():
             if weight.ndim == 2:
@@ -64,7 +96,15 @@ def saved(root: Path, family: str, changes: dict[str, bool]) -> tuple[str, str]:
 @pytest.mark.parametrize("case", CASES)
 def test_texts_and_counters_are_ours(tmp_path: Path, case: str) -> None:
     family, changes, architecture = CASES[case]
-    target, head = saved(tmp_path, family, changes)
+    assert_texts_and_counters_are_ours(tmp_path, *saved(tmp_path, family, changes), architecture)
+
+
+@pytest.mark.parametrize("case", EAGLE3)
+def test_an_eagle3_heads_texts_and_counters_are_ours(tmp_path: Path, case: str) -> None:
+    assert_texts_and_counters_are_ours(tmp_path, *saved_eagle3(tmp_path, *EAGLE3[case]), "LlamaForCausalLMEagle3")
+
+
+def assert_texts_and_counters_are_ours(tmp_path: Path, target: str, head: str, architecture: str) -> None:
     exported = export_drafter(target, head, "vllm", tmp_path / "exported")
     assert exported.architecture == architecture
     prompts = [[1 + (7 * k + j) % 30 for j in range(5 + k)] for k in range(12)]

@@ -28,7 +28,7 @@ class Engine:
         assert Engine.running == 0, "another engine is still running"
         speculative = None
         if drafter is not None:
-            method = "draft_model" if drafter.method == "eesd" else "eagle"
+            method = {"eesd": "draft_model", "eagle3": "eagle3"}.get(drafter.method, "eagle")
             speculative = {"method": method, "model": drafter.folder, "num_speculative_tokens": CHAIN}
         self.llm = LLM(
             model=target,

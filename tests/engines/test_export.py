@@ -16,14 +16,24 @@ from transformers import AutoModelForCausalLM
 import outdraft
 from models import tiny
 from outdraft import UserError
+from outdraft.api.loading import load_drafter_for
+from outdraft.core.dice import Dice
+from outdraft.core.sampling_settings import SamplingSettings
+from outdraft.core.shape import TreeShape
 from outdraft.export.export import Exported, export_drafter
 from outdraft.methods.checkpoint import save_drafter, target_facts
+from outdraft.methods.eagle3 import export as eagle3_export
+from outdraft.methods.eagle3.folder import load_eagle3
+from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.eesd import export as exit_export
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad import export as head_export
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
+from outdraft.methods.vllm_folder import check_tensors
+from outdraft.target.target import Target
+from test_losslessness import Recorded, finish, rows_of
 
 CONFIG = FeatureHeadConfig(
     hidden_size=32,
@@ -198,10 +208,138 @@ def test_every_tensor_is_checked(change: Callable[[dict[str, Any]], Any], word: 
     head = random_head()
     config = head_export.engine_config(head.config, tiny("llama-gqa").config, torch.float32)
     tensors = {name: tensor.detach().clone() for name, tensor in head_export.engine_tensors(head).items()}
-    head_export.check_tensors(config, tensors)
+    shapes = head_export.expected_shapes(config, tensors)
+    check_tensors(shapes, tensors)
     change(tensors)
     with pytest.raises(UserError, match=word):
-        head_export.check_tensors(config, tensors)
+        check_tensors(shapes, tensors)
+
+
+# --- EAGLE-3 -------------------------------------------------------------------------------------------------------
+
+
+def saved_eagle3(folder: Path, layers: int = 6, kept: bool = True, **changes: Any) -> Path:
+    """A head of random weights, its norms random too, that drafts a few tokens."""
+    shape = {name: getattr(CONFIG, name) for name in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    taps = {"tap_ids": (1, 3, layers - 1), "tap_unit": "input", "draft_vocab_size": 12 if kept else 0}
+    torch.manual_seed(6)
+    head = Eagle3Head(Eagle3Config(**{**shape, **heads, "target_hidden_size": 32, **taps, **changes}))
+    if head.draft_tokens is not None:
+        head.draft_tokens.copy_(torch.tensor([1, 2, 3, 5, 8, 13, 14, 15, 21, 22, 27, 30]))
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.add_(0.2 * torch.randn_like(weight)) if weight.ndim == 1 else weight.mul_(3)
+    return save_drafter(folder, head, target_id="tiny")
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "EAGLE-3": {},
+    "3.1": {"tap_norms": True, "norm_output": True},
+    "other norms": {"norm_before_fc": True, "norm_before_residual": True},
+    "whole vocabulary": {"kept": False},
+    "default layers": {"tap_ids": (), "tap_unit": "none given", "layers": 8},
+    "layers by their outputs": {"tap_ids": (0, 2, 4), "tap_unit": "output"},
+    "positions as in Llama 3.1": {
+        "rope": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_an_exported_eagle3_head_drafts_the_same_when_it_is_loaded(tmp_path: Path, name: str) -> None:
+    layers = SWITCHES[name].get("layers", 6)
+    drafter = saved_eagle3(tmp_path / "head", **SWITCHES[name])
+    target = saved_target(tmp_path / "target", num_hidden_layers=layers)
+    done = exported(tmp_path, drafter, target)
+    assert (done.architecture, done.method, done.plugin) == ("LlamaForCausalLMEagle3", "eagle3", False)
+    assert '"method": "eagle3"' in done.command and 0 < done.difference < 1e-5
+    there, here = load_eagle3(tmp_path / "out").network, load_eagle3(drafter).network
+    assert all(torch.equal(weight, there.state_dict()[key]) for key, weight in here.state_dict().items())
+    assert there.layers_read(layers) == here.layers_read(layers)
+    model = Target(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
+    for shape in (TreeShape.chain(3), TreeShape(2, 3, 9), TreeShape.chain(3, candidates="sampled")):
+        drafts = []
+        for folder in (drafter, done.folder):
+            recorded = Recorded(load_drafter_for(model, folder, method="eagle3"))
+            settings, chances = SamplingSettings(temperature=1.0), [Dice(1), Dice(2)]
+            finish(model, recorded, rows_of(model, [[1, 5, 9], [7, 3, 3, 8, 2]], settings, 16, chances), shape)
+            drafts.append([tree.tokens[0].tolist() for _, tree in recorded.proposed])
+        assert drafts[0] == drafts[1] and len({tuple(tokens) for tokens in drafts[0]}) > 8
+
+
+def test_eagle3_layers_and_tokens_are_written_as_vllm_counts_them(tmp_path: Path) -> None:
+    """vLLM reads the input of a layer, and adds the offset to the index in the output layer."""
+    target = saved_target(tmp_path / "target", num_hidden_layers=6)
+    exported(tmp_path, saved_eagle3(tmp_path / "head", tap_ids=(0, 2, 4), tap_unit="output"), target)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5] and config["num_aux_hidden_states"] == 3
+    assert config["draft_vocab_size"] == 12 == len(tensors["d2t"]) and tensors["d2t"].dtype == torch.int64
+    kept = torch.arange(12) + tensors["d2t"]
+    assert torch.equal(tensors["t2d"].nonzero()[:, 0], kept) and kept[:5].tolist() == [1, 2, 3, 5, 8]
+    assert {key for key in tensors if key.startswith("midlayer.")} and "embed_tokens.weight" not in tensors
+
+
+EAGLE3_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers out of order": ({"tap_ids": (4, 1, 3)}, "vLLM only layers in rising order"),
+    "a bias": ({"fc_bias": True}, "fc_bias"),
+    "head norms": ({"head_norms": True}, "head_norms"),
+    "another width": ({"hidden_size": 64, "target_hidden_size": 64}, "hidden_size 64"),
+}
+
+
+@pytest.mark.parametrize("case", EAGLE3_REFUSED)
+def test_an_eagle3_head_that_vllm_would_run_otherwise_is_refused(tmp_path: Path, case: str) -> None:
+    changes, word = EAGLE3_REFUSED[case]
+    drafter, target = saved_eagle3(tmp_path / "d", **changes), saved_target(tmp_path / "t", num_hidden_layers=6)
+    with pytest.raises(UserError, match=word):
+        exported(tmp_path, drafter, target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_others_eagle3_folders_need_no_export(tmp_path: Path) -> None:
+    target = saved_target(tmp_path / "target", num_hidden_layers=6)
+    done = exported(tmp_path, saved_eagle3(tmp_path / "head"), target)
+    with pytest.raises(UserError, match="an EAGLE-3 folder already, which engines read as it is"):
+        export_drafter(str(target), done.folder, "vllm", tmp_path / "again")
+    with pytest.raises(UserError, match="no EAGLE-3 head; use --engine vllm"):
+        export_drafter(str(target), str(tmp_path / "head"), "hf", tmp_path / "again")
+
+
+MISTAKES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "attention reads state and embedding swapped": lambda tensors: {
+        **tensors,
+        "midlayer.input_layernorm.weight": tensors["midlayer.hidden_norm.weight"],
+        "midlayer.hidden_norm.weight": tensors["midlayer.input_layernorm.weight"],
+    },
+    "gate and up swapped": lambda tensors: {
+        **tensors,
+        "midlayer.mlp.gate_proj.weight": tensors["midlayer.mlp.up_proj.weight"],
+        "midlayer.mlp.up_proj.weight": tensors["midlayer.mlp.gate_proj.weight"],
+    },
+    "ids in place of offsets": lambda tensors: {**tensors, "d2t": tensors["d2t"] + torch.arange(12)},
+    "taps in another order": lambda tensors: {**tensors, "fc.weight": tensors["fc.weight"].roll(32, 1)},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_eagle3_folder_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    right = eagle3_export._tensors
+    monkeypatch.setattr(eagle3_export, "_tensors", lambda head: MISTAKES[mistake](right(head)))
+    target = saved_target(tmp_path / "target", num_hidden_layers=6)
+    with pytest.raises(UserError, match="does not compute what the drafter does"):
+        exported(tmp_path, saved_eagle3(tmp_path / "head"), target)
+    assert not (tmp_path / "out").exists()
 
 
 # --- EESD ----------------------------------------------------------------------------------------------------------

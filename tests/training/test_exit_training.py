@@ -215,7 +215,7 @@ def test_the_plan_counts_the_exit_layer_and_writes_nothing(chats: Path, tmp_path
         ({"exit_layer": 0}, '"exit_layer" must be at least 1, not 0'),
         ({"exit_layer": "last"}, "exit_layer"),
         ({"feature_noise": True}, '"feature_noise" is a setting of fspad and eagle, not of eesd'),
-        ({"unroll_steps": 2}, '"unroll_steps" is a setting of fspad and eagle, not of eesd'),
+        ({"unroll_steps": 2}, '"unroll_steps" is a setting of eagle3, fspad and eagle, not of eesd'),
         ({"w_reg": 1.0}, '"w_reg" is a setting of fspad and eagle'),
         ({"hard_weight": 0.3}, '"hard_weight" belongs to loss mixed, not soft'),
         ({"preset": "paper"}, "FSPAD's published recipe"),

@@ -115,7 +115,7 @@ def test_training_lowers_the_loss_agrees_more_and_leaves_the_target(
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["config"]["medusa_num_heads"] == 3 and not {"w_reg", "exit_layer"} & record["config"].keys()
     assert DrafterConfig(**record["config"]).method == "medusa"  # a record is a configuration again
-    assert set(weights(tmp_path / "run")) == set(load_medusa(tmp_path / "run").heads.state_dict())
+    assert set(weights(tmp_path / "run")) == set(load_medusa(tmp_path / "run").network.state_dict())
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gemma2", "granite"])
@@ -126,7 +126,7 @@ def test_every_family_trains_and_comes_back(family: str, dtype: torch.dtype, cha
     result = quiet(target, {**values, "precision": "bf16" if dtype == torch.bfloat16 else "fp32"})
     assert 0 < result.metrics["loss"] < 100
     assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
-    heads = load_medusa(tmp_path / "run").heads
+    heads = load_medusa(tmp_path / "run").network
     assert tau_meter(target, [[5, 6, 7], [9]], 6)(heads)["tau"] >= 1
 
 

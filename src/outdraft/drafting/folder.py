@@ -194,13 +194,18 @@ def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path)
             f"'{folder}' was written by outdraft {version} and has settings unknown here: {some(unknown)}; ignored",
             stacklevel=4,
         )
-    required = [name for name, f in known.items() if f.default is MISSING]
+    required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in config]:
         raise UserError(f"'{folder / CONFIG}' lacks {some(missing)}; it is incomplete, copy or train it again")
     values = {name: config[name] for name in known if name in config}
     for name, value in values.items():
         default = known[name].default
         if type(value) is type(default) and value == default:
+            continue
+        kind_of = dict if known[name].default_factory is not MISSING else str if isinstance(default, str) else None
+        if kind_of is not None:
+            if not isinstance(value, kind_of):
+                raise UserError(f"'{folder / CONFIG}': {name} cannot be {value!r}; copy or train the drafter again")
             continue
         if isinstance(default, tuple):
             values[name] = _layers(name, value, folder)
@@ -215,7 +220,8 @@ def _layers(name: str, value: Any, folder: Path) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise UserError(f"'{folder / CONFIG}': {name} must be a list, not {value!r}; copy or train the drafter again")
     for one in value:
-        check_value(name, one, (int,), folder)
+        if one != 0 or not name.endswith("_ids"):  # ids count from 0
+            check_value(name, one, (int,), folder)
     return tuple(value)
 
 

@@ -6,23 +6,42 @@ its own folders.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import outdraft
-from outdraft.drafting.folder import CONFIG, WEIGHTS, find_folder, is_own, local_folder, read_config, write_folder
+from outdraft.drafting.folder import (
+    CONFIG,
+    WEIGHTS,
+    find_folder,
+    fitting,
+    is_own,
+    local_folder,
+    read_config,
+    read_settings,
+    read_weights,
+    section,
+    some,
+    warn_of_unknown,
+    write_folder,
+)
 from outdraft.errors import UserError, first_line
-from outdraft.methods.registry import FALLBACK, Method, methods
+from outdraft.methods.registry import FALLBACK, DrafterFacts, Method, methods
 from outdraft.target.target import Target
 
 UNFOLDED = "embedding_scale_to_fold"
 """The key of a checkpoint's training record with the factor that its weights expect embeddings to be scaled by."""
 
+KEPT = "draft_tokens"
+"""The name of the tensor of a reduced draft vocabulary."""
 
 TARGET_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 """The facts about the target that a folder stores beside its name."""
@@ -46,7 +65,11 @@ class Network(nn.Module):
     @property
     def fits(self) -> dict[str, int]:
         """Return the sizes that the target must have, by name."""
-        return {"hidden_size": self.config.hidden_size, "vocab_size": self.config.vocab_size}
+        own = self.config
+        return getattr(own, "fits", None) or {"hidden_size": own.hidden_size, "vocab_size": own.vocab_size}
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -129,6 +152,151 @@ def target_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint(Generic[AnyNetwork]):
+    """A loaded drafter and what its folder says about it."""
+
+    network: AnyNetwork
+    layout: str = "outdraft"
+    """The folder's layout: `outdraft`, or the name of whose it is."""
+    target: dict[str, Any] = field(default_factory=dict)
+    """Facts about the target: id, hidden_size, vocab_size and whatever else was saved; others' folders name few."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """The training's own record: settings, data, metrics."""
+
+    @property
+    def head(self) -> AnyNetwork:
+        """The network, by its older name."""
+        return self.network
+
+    @property
+    def target_id(self) -> str | None:
+        """The target that the drafter was trained for, where the folder names it."""
+        return self.target.get("id")
+
+    def facts(self, more: Mapping[str, Any]) -> DrafterFacts:
+        """Describe the drafter for `outdraft info`; `more` are the facts that only its method has."""
+        network, weights = self.network, count(self.network.parameters())
+        return DrafterFacts(network.method, self.layout, weights, self.target_id, network.fits, self.training, more)
+
+
+class OwnFolder(NamedTuple):
+    """The content of a folder of outdraft's own layout."""
+
+    config: Any
+    """The network's settings."""
+    tensors: dict[str, Tensor]
+    file: str
+    """The file of the tensors, for messages."""
+    target: dict[str, Any]
+    training: dict[str, Any]
+
+    def assembled(
+        self, network: Callable[[Any], AnyNetwork], dtype: torch.dtype | None, device: torch.device | str
+    ) -> AnyNetwork:
+        """Build the network of these settings with these tensors, its draft vocabulary included."""
+        kept = None
+        if size := getattr(self.config, "draft_vocab_size", 0):
+            if (kept := self.tensors.get(KEPT)) is None:
+                raise UserError(f"{self.file} lacks {KEPT}; it is incomplete, copy or train it again")
+            if kept.is_floating_point() or not names_tokens(kept, size, self.config.vocab_size):
+                raise UserError(
+                    f"{self.file}: {KEPT} must be {size} different token ids below {self.config.vocab_size}, as its "
+                    "config.json says; copy or train it again"
+                )
+            kept = kept.long()
+        build = partial(network, self.config)
+        return assembled(build, self.tensors, self.file, dtype=dtype, device=device, kept=kept)
+
+
+def names_tokens(ids: Tensor, count: int, vocab_size: int) -> bool:
+    """Return True if these are `count` different ids of tokens."""
+    one_each = ids.shape == (count,) and len(ids.unique()) == count
+    return one_each and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
+
+
+def read_own(folder: Path, config: dict[str, Any], kind: type) -> OwnFolder:
+    """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout.
+
+    Raises:
+        UserError: the folder is damaged; the message names the fix.
+    """
+    settings: Any = read_settings(kind, config, folder)
+    file, tensors = read_weights(folder)
+    return OwnFolder(settings, tensors, file, section(config, "target"), section(config, "training"))
+
+
+def assembled(
+    build: Callable[[], AnyNetwork],
+    tensors: Mapping[str, Tensor],
+    file: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    kept: Tensor | None = None,
+    names: Mapping[str, str] | None = None,
+    shown: Callable[[str], str] = str,
+    beside: re.Pattern[str] | None = None,
+    kind: str | None = None,
+    **messages: str,
+) -> AnyNetwork:
+    """Build a network of the tensors of a file.
+
+    Args:
+        build: makes the network; called where new weights take no memory.
+        tensors: the file's, under the network's names.
+        file: the file, for messages.
+        dtype: precision of the weights; as stored when None.
+        device: device of the weights.
+        kept: the ids of a reduced draft vocabulary.
+        names: the names in the file of tensors that it has, for messages.
+        shown: gives the name in the file of a tensor that it lacks, for messages.
+        beside: names of tensors that are no weights.
+        kind: what drafters of this kind are called, if tensors without a place are an error; else a warning tells them.
+        messages: further arguments of `fitting`.
+
+    Raises:
+        UserError: tensors are missing or do not fit.
+    """
+    with torch.device("meta"):  # no random start, which would be overwritten
+        network = build()
+        if "embed_tokens.weight" in tensors and getattr(network, "embed_tokens", network) is None:
+            network.embed_tokens = nn.Embedding(network.config.vocab_size, network.config.hidden_size)
+    wanted = network.state_dict()
+    labels = {**{name: shown(name) for name in wanted}, **(names or {})}
+    given = {} if kept is None else {KEPT: kept}
+    places = {name: place for name, place in wanted.items() if name not in given}
+    weights = fitting(tensors, places, file, shown=labels, **messages)
+    unknown = [
+        labels.get(name, name) for name in tensors if name not in wanted and not (beside and beside.search(name))
+    ]
+    if unknown and kind is not None:
+        raise UserError(
+            f"{file} holds {some(unknown)}, which {kind} have no place for; choose a drafter of a kind that loads"
+        )
+    warn_of_unknown(unknown, file)
+    network.load_state_dict({**weights, **given}, assign=True)
+    if isinstance(embedding := getattr(network, "embed_tokens", None), nn.Module):
+        embedding.requires_grad_(False)
+    return network.to(device=device, dtype=dtype or next(iter(weights.values())).dtype).eval()
+
+
+def refuse_another(facts: Mapping[str, Any], target: Any) -> None:
+    """Raise UserError where a target differs from the one that a drafter was trained for.
+
+    Args:
+        facts: what the drafter's target must be, by name.
+        target: has these names.
+    """
+    for name, own in facts.items():
+        others = target[name] if isinstance(target, Mapping) else getattr(target, name)
+        if own != others:
+            raise UserError(
+                f"the drafter was trained for a target with {name} {own}, this one has {others}; "
+                "choose its own drafter or train one (outdraft train)"
+            )
 
 
 def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Method:

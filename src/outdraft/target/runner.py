@@ -85,7 +85,7 @@ class ModelRunner:
         most = most or PREFILL_CHUNK
         target, cache = self.target, self.cache
         longest = max(len(prompt) for prompt in prompts)
-        # Padding repeats the prompt: on one token over and over, models are chaotic, and forwards could not be compared.
+        # Padding repeats the prompt: on one token over and over models are chaotic, so that no forwards compare.
         padded = [prompt.repeat(-(-longest // len(prompt)))[:longest] for prompt in prompts]
         tokens = torch.stack(padded).to(target.device)
         for start in range(0, longest, most):

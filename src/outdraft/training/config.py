@@ -63,10 +63,10 @@ class DrafterConfig(BaseModel):
     """FSPAD's separate outputs for token and feature; the method decides when not given (an ablation switch)."""
 
     tap_layers: list[int] | Literal["auto"] | None = None
-    """The target's layers whose outputs the drafter reads beside the features, counted from 1, or auto for a low, a
-    middle and a high one (beyond the paper)."""
+    """The target's layers whose outputs the drafter reads, counted from 1, or auto for a low, a middle and a high one
+    (beyond FSPAD's paper; EAGLE-3's default)."""
     state_norm: bool = False
-    """Normalise what the drafter reads as the feature, its own fed-back one too (beyond the paper)."""
+    """Normalise what the drafter reads of the target and of itself (beyond FSPAD's paper; EAGLE-3.1's norms)."""
     draft_vocab_size: PositiveInt | Literal["auto", "all"] | None = "auto"
     """Draft only so many tokens, the most frequent ones of the responses, or all of them; auto takes 16,384 where the
     target has 32,000 or more, 32,768 from 100,000 on, and all of a smaller vocabulary."""
@@ -74,8 +74,8 @@ class DrafterConfig(BaseModel):
     """Train on embeddings times this, and fold it into the weights that are saved: with auto embeddings come near to
     the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
     init_from: str | None = None
-    """Drafter whose weights to begin with: a folder, a hub id (official FSPAD and EAGLE ones too), `smollm2` or
-    `reference`; its shape must be this run's."""
+    """Drafter whose weights to begin with: a folder, a hub id (official FSPAD, EAGLE and EAGLE-3 ones too), `smollm2`
+    or `reference`; its shape must be this run's, and is for EAGLE-3."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -111,7 +111,8 @@ class DrafterConfig(BaseModel):
     feature_noise: bool = True
     """Add the published uniform noise, (U(0,1) - 0.5) * 0.2 * 512 / length, to the features that the drafter reads."""
     unroll_steps: int = Field(1, ge=1, le=16)
-    """Draft steps trained on the drafter's own features, as it decodes (beyond the paper; each costs a forward)."""
+    """Draft steps trained on the drafter's own features, as it decodes (beyond FSPAD's paper, EAGLE-3's training-time
+    test; each costs a forward)."""
     unroll_decay: float = Field(0.8, gt=0, le=1)
     """Weight of every further draft step relative to the one before."""
     unroll_from: float = Field(0.0, ge=0, lt=1)
@@ -172,8 +173,8 @@ class DrafterConfig(BaseModel):
     """Steps between measurements on what is held out: the real acceptance length tau, and top-1 agreement for each
     draft step. A tenth of the run where that is less, unless set by hand."""
     patience: int = Field(0, ge=0)
-    """Stop FSPAD's or EAGLE's training after so many measurements in a row without a longer held-out chain; 0 runs to
-    the end. In any case the weights with the longest one are saved."""
+    """Stop the training of FSPAD, EAGLE or EAGLE-3 after so many measurements in a row without a longer held-out
+    chain; 0 runs to the end. In any case the weights with the longest one are saved."""
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
     """Trackers to log to, as in transformers (tensorboard, wandb, none)."""
 
@@ -189,9 +190,9 @@ class DrafterConfig(BaseModel):
         """Refuse settings of another method, instead of ignoring them."""
         for name in sorted(self.model_fields_set):
             if not self._reads(name) and getattr(self, name) is not None:
-                raise UserError(
-                    f'"{name}" is a setting of {" and ".join(readers(name))}, not of {self.method}; leave it out'
-                )
+                *some, last = readers(name)
+                these = f"{', '.join(some)} and {last}" if some else last
+                raise UserError(f'"{name}" is a setting of {these}, not of {self.method}; leave it out')
         method = method_called(self.method)
         if self.preset == "paper" and not method.paper_preset:
             raise UserError(

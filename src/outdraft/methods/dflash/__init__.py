@@ -70,14 +70,12 @@ class DFlashMethod(Method):
             yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.dflash.folder import load_dflash
 
         loaded = load_dflash(folder)
-        network, config = loaded.network, loaded.network.config
-        ids = ", ".join(map(str, config.tap_ids))
+        config = loaded.network.config
         more = {
-            "reads": f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "equally spaced layers",
+            "reads": config.reads("equally spaced layers"),
             "block_size": config.block_size,
             "proposals": f"{config.proposals}, {loaded.slots}",
             "causal_layers": sum(config.causal),
@@ -89,8 +87,7 @@ class DFlashMethod(Method):
             "own_embedding": config.own_embedding,
             "context": config.max_position_embeddings,
         }
-        parameters = count(network.parameters())
-        return DrafterFacts(self.name, loaded.layout, parameters, loaded.target_id, network.fits, more=more)
+        return loaded.facts(more)
 
 
 METHODS = (

@@ -20,9 +20,9 @@ from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Upda
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Block
 from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.errors import UserError
+from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
-from outdraft.methods.eagle3.drafter import rotary_frequencies
+from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
@@ -42,13 +42,7 @@ class DFlash(Drafter):
     """
 
     def __init__(self, network: DFlashNetwork, target: Target):
-        for name, own in network.fits.items():
-            others = getattr(target, name)
-            if own != others:
-                raise UserError(
-                    f"the drafter was trained for a target with {name} {own}, this one has {others}; "
-                    "choose its own drafter or train one (outdraft train)"
-                )
+        refuse_another(network.fits, target)
         self.network, self.target, self.method, config = network, target, network.method, network.config
         self.reads = Reads(features=False, layers=config.taps(target.num_layers))
         target.reader(self.reads)  # a layer that the target lacks is told now
@@ -81,7 +75,7 @@ class DFlash(Drafter):
 
     def angles(self, positions: Tensor) -> Angles:
         """Return the rotary cosines and sines of `(rows, tokens)` positions."""
-        turns = positions[:, None, :, None] * self._frequencies
+        turns = (positions[:, None, :, None] * self._frequencies).repeat(1, 1, 1, 2)
         dtype = self.network.norm.weight.dtype
         return (turns.cos() * self._turn_scale).to(dtype), (turns.sin() * self._turn_scale).to(dtype)
 

@@ -12,40 +12,42 @@ where these show them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from outdraft.drafting.folder import CONFIG, check_value, find_folder, fitting, read_config, read_weights, some
+from outdraft.drafting.folder import CONFIG, check_value, find_folder, read_config, read_weights
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Checkpoint, assembled
 from outdraft.methods.dflash import kind_of, other_kind
-from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork, Kind, TapUnit
-from outdraft.methods.eagle3.folder import check_rope, draft_tokens_of, filled, layer_section
-
-BESIDE = re.compile(r"^d2t$|^t2d$|rotary_emb\.inv_freq$|^verifier_")
-"""The names of tensors that are no weights of the drafter."""
+from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork, Kind
+from outdraft.methods.tapped import (
+    BESIDE,
+    TapUnit,
+    draft_tokens_of,
+    layer_section,
+    layer_settings,
+    tap_ids,
+    verifier_of,
+)
 
 UNUSED = "confidence_head."
 """The prefix of DSpark's acceptance estimator, which outdraft's controllers replace."""
 
+MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+
 
 @dataclass
-class DFlashCheckpoint:
-    """A loaded drafter and what its folder says about it."""
+class DFlashCheckpoint(Checkpoint[DFlashNetwork]):
+    """A loaded drafter and what its folder says about it; its layout is `z-lab`, `speculators` or `deepspec`."""
 
-    network: DFlashNetwork
-    layout: str
-    """`z-lab`, `speculators` or `deepspec`."""
-    target_id: str | None
-    """The target that the drafter was trained for; only speculators' folders name it."""
-    slots: str
+    slots: str = ""
     """A phrase that says what the anchor's slot predicts, and how that is known."""
-    unused: list[str]
+    unused: list[str] = field(default_factory=list)
     """The names of known tensors that are not read."""
 
 
@@ -84,24 +86,22 @@ def load_dflash(
     settings, slots = _settings(read, tensors, layout, cast(Kind, kind_of(config)))
     kept = draft_tokens_of(config, tensors, settings.vocab_size, file)
     settings.draft_vocab_size = 0 if kept is None else len(kept)
-    with torch.device("meta"):  # no random start, which would be overwritten
-        network = DFlashNetwork(settings)
-    wanted = {name: place for name, place in network.state_dict().items() if name != "draft_tokens"}
     unused = [name for name in tensors if name.startswith(UNUSED)]
-    unknown = [name for name in tensors if name not in wanted and name not in unused and not BESIDE.search(name)]
-    if any(name.startswith("markov_head.") for name in unknown):
+    if any(name.startswith("markov_head.") and name not in MARKOV for name in tensors):
         raise UserError(f"{file} holds a gated or recurrent Markov head, which does not load; choose another drafter")
-    weights = fitting(tensors, wanted, file, shown={name: names.get(name, name) for name in wanted})
-    if unknown:
-        raise UserError(
-            f"{file} holds {some(names[name] for name in unknown)}, which DFlash and DSpark have no place for; "
-            "choose a drafter of a kind that loads"
-        )
-    network.load_state_dict(weights if kept is None else {**weights, "draft_tokens": kept}, assign=True)
-    network.requires_grad_(False)
-    network.to(device=device, dtype=dtype or network.fc.weight.dtype)
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    return DFlashCheckpoint(network.eval(), layout, verifier.get("name_or_path"), slots, unused)
+    network = assembled(
+        lambda: DFlashNetwork(settings),
+        {name: tensor for name, tensor in tensors.items() if name not in unused},
+        file,
+        dtype=dtype,
+        device=device,
+        kept=kept,
+        names=names,
+        beside=BESIDE,
+        kind="DFlash and DSpark",
+    )
+    target = verifier_of(config)
+    return DFlashCheckpoint(network, layout, {} if target is None else {"id": target}, {}, slots, unused)
 
 
 class _Settings:
@@ -139,71 +139,44 @@ class _Settings:
 
 def _settings(read: _Settings, tensors: Mapping[str, Tensor], layout: str, kind: Kind) -> tuple[DFlashConfig, str]:
     """Return the network's settings, and a phrase on what the anchor's slot predicts."""
-    folder, layer = read.folder, layer_section(read.config)
-    if layer.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"'{folder}' has hidden_act '{layer['hidden_act']}'; only drafters with silu can be loaded")
-    shape, layers = filled(layer, folder), _Settings(layer, folder).whole("num_hidden_layers", 1)
-    query, fc = tensors.get("layers.0.self_attn.q_proj.weight"), tensors.get("fc.weight")
-    heads, head_dim = shape.num_attention_heads, shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    if query is not None and query.shape[0] % heads == 0:
-        head_dim = query.shape[0] // heads  # trainers differ in what they make of a head_dim that is absent
-    width = read.whole("target_hidden_size", 1) if read.get("target_hidden_size") else shape.hidden_size
+    layer = layer_section(read.config)
+    shape = layer_settings(read.config, tensors, read.folder, "layers.0.self_attn.")
+    layers = _Settings(layer, read.folder).whole("num_hidden_layers", 1)
     said = read.flag("sample_from_anchor", "shift_label")
     anchor_first = said if said is not None else kind == "dspark" or layout == "deepspec"
     causal, windows = _sights(read, layer, layers)
     markov = tensors.get("markov_head.markov_w1.weight")
     ids, unit = _tap_ids(read, layout)
+    shape["num_taps"] = shape.get("num_taps", len(ids))
     found = DFlashConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
+        **shape,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=head_dim,
-        vocab_size=shape.vocab_size,
-        target_hidden_size=width,
         block_size=read.whole("block_size", 1 if anchor_first else 2),
         mask_token_id=read.whole("mask_token_id", 0),
         kind=kind,
         tap_ids=ids,
         tap_unit=unit,
-        num_taps=max(1, fc.shape[-1] // width) if fc is not None else len(ids),
         num_target_layers=read.whole("num_target_layers", 1) if read.get("num_target_layers") else 0,
         anchor_first=anchor_first,
         causal=causal,
         windows=windows,
-        own_head="lm_head.weight" in tensors,
         own_embedding="embed_tokens.weight" in tensors,
-        head_norms="layers.0.self_attn.q_norm.weight" in tensors,
-        attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
         markov_rank=0 if markov is None else markov.shape[-1],
         input_embedding_scale=read.number("input_embedding_scale", 0.0),
         output_multiplier=read.number("output_multiplier", 1.0),
         final_logit_softcapping=read.number("final_logit_softcapping", 0.0),
-        rms_norm_eps=shape.rms_norm_eps,
-        rope=shape.rope_parameters,
-        max_position_embeddings=shape.max_position_embeddings,
     )
-    _check(found, read, tensors)
-    check_rope(found, folder)
+    _check(found, read)
     who = "as its config.json says" if said is not None else f"as {'DSpark' if kind == 'dspark' else layout} trains it"
     return found, f"the anchor's slot predicting {'the next token' if anchor_first else 'nothing'} ({who})"
 
 
-def _check(config: DFlashConfig, read: _Settings, tensors: Mapping[str, Tensor]) -> None:
+def _check(config: DFlashConfig, read: _Settings) -> None:
     """Raise UserError where settings and tensors contradict each other."""
     if config.mask_token_id >= config.vocab_size:
         raise read.error(f"has mask_token_id {config.mask_token_id}, beyond its {config.vocab_size} tokens")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise read.error("has num_attention_heads that are no multiple of num_key_value_heads")
     if (read.get("markov_rank") or 0) and not config.markov_rank:
         raise UserError(f"'{read.folder}' lacks markov_head.markov_w1.weight; it is incomplete, download it again")
-    borrowed = [name for name in ("embed_tokens", "lm_head") if f"{name}.weight" not in tensors]
-    if borrowed and config.hidden_size != config.target_hidden_size:
-        raise UserError(
-            f"'{read.folder}' is {config.hidden_size} wide, its target {config.target_hidden_size}, so it needs "
-            f"{borrowed[0]}.weight of its own, which is not there; copy or download it again"
-        )
 
 
 def _tap_ids(read: _Settings, layout: str) -> tuple[tuple[int, ...], TapUnit]:
@@ -214,9 +187,7 @@ def _tap_ids(read: _Settings, layout: str) -> tuple[tuple[int, ...], TapUnit]:
     ids = read.get(name)
     if ids is None and layout == "z-lab":
         return (), "none given"
-    if not isinstance(ids, list) or not ids or not all(type(one) is int for one in ids):
-        raise read.error(f"must have a list of layers {name}, not {ids!r}")
-    return tuple(ids), cast(TapUnit, unit)
+    return tap_ids(ids, name, read.folder), cast(TapUnit, unit)
 
 
 def _sights(read: _Settings, layer: Mapping[str, Any], layers: int) -> tuple[tuple[bool, ...], tuple[int, ...]]:

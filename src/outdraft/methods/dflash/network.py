@@ -10,48 +10,33 @@ itself; DSpark's slot j predicts the token after it, with a bias that the token 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
-from outdraft.methods.fspad.network import RMSNorm
+from outdraft.methods.fspad.network import Attention, RMSNorm, rotate
+from outdraft.methods.tapped import TappedConfig
 from outdraft.target.cache import SlotCache
 
 Kind = Literal["dflash", "dspark"]
-TapUnit = Literal["none given", "output", "input"]
 Angles = tuple[Tensor, Tensor]
-"""The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim / 2)`."""
+"""The cosines and sines of rotary positions, each `(rows, 1, tokens, head_dim)`."""
 
 
-@dataclass
-class DFlashConfig:
+@dataclass(kw_only=True)
+class DFlashConfig(TappedConfig):
     """The shapes and switches of the network; switches default to DFlash's first release."""
 
-    hidden_size: int
-    """The width d of the drafter."""
-    intermediate_size: int
     num_hidden_layers: int
     """The number N of draft layers."""
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    """The number of entries of the target's embedding."""
-    target_hidden_size: int
-    """The width of each tap."""
     block_size: int
     """The number B of rows of a block, the anchor's included."""
     mask_token_id: int
     kind: Kind = "dflash"
-    tap_ids: tuple[int, ...] = ()
-    """The target's layers to read, as the folder numbers them from 0; empty for DFlash's equal spacing."""
-    tap_unit: TapUnit = "none given"
-    """The convention of `tap_ids`: the outputs or the inputs of these layers are read."""
     num_taps: int = 5
     num_target_layers: int = 0
     """The number of layers of the target that it was trained for; 0 where the folder does not say."""
@@ -61,25 +46,15 @@ class DFlashConfig:
     """For each layer, True if block rows see only earlier rows of the block; empty where no layer is causal."""
     windows: tuple[int, ...] = ()
     """For each layer, the window in positions, a row's own included; 0 is no window, empty none in any layer."""
-    draft_vocab_size: int = 0
-    """The size of the draft vocabulary; 0 is the whole vocabulary."""
     own_head: bool = False
-    """True if the drafter has its own output layer; else it uses the target's."""
     own_embedding: bool = False
     head_norms: bool = True
-    """True for an RMSNorm on every query and key head, as in Qwen3."""
-    attention_bias: bool = False
-    """True for biases on the query, key and value projections."""
     markov_rank: int = 0
     """The rank of DSpark's Markov head; 0 for none."""
     input_embedding_scale: float = 0.0
     """The factor on the embedding's bare rows; 0 takes the output of the target's embedding module."""
     output_multiplier: float = 1.0
     final_logit_softcapping: float = 0.0
-    rms_norm_eps: float = 1e-6
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    """The rotary settings, as `transformers` names them."""
-    max_position_embeddings: int = 2048
 
     @property
     def proposals(self) -> int:
@@ -92,20 +67,12 @@ class DFlashConfig:
         layers = self.num_hidden_layers
         return list(zip(self.causal or [False] * layers, self.windows or [0] * layers, strict=True))
 
-    def taps(self, layers: int) -> tuple[int, ...]:
-        """Return the layers whose outputs are read, of a target with `layers` layers. They count from 1, as
-        `hidden_states[k]` of `transformers` does.
+    def usual_taps(self, layers: int) -> tuple[int, ...]:
+        return spaced(self.num_taps, layers)
 
-        Raises:
-            UserError: their number is not the number that the network reads.
-        """
-        found = tuple(layer + (self.tap_unit == "output") for layer in self.tap_ids) or spaced(self.num_taps, layers)
-        if len(found) != self.num_taps:
-            raise UserError(
-                f"the drafter reads {self.num_taps} layers of its target and its config.json names {len(found)}; "
-                "put the config.json beside it that belongs to it"
-            )
-        return found
+    @property
+    def fits(self) -> dict[str, int]:
+        return super().fits | ({"num_layers": self.num_target_layers} if self.num_target_layers else {})
 
 
 def spaced(count: int, layers: int) -> tuple[int, ...]:
@@ -116,26 +83,19 @@ def spaced(count: int, layers: int) -> tuple[int, ...]:
     return tuple(round(1 + place * (layers - 4) / (count - 1)) + 1 for place in range(count))
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(Attention):
     """Attention of block rows over the context rows in a cache and over each other."""
 
     def __init__(self, config: DFlashConfig):
-        super().__init__()
-        d, size, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.size, self.shared = size, config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(d, config.num_attention_heads * size, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, d, bias=False)
-        norms = config.head_norms
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if norms else None
+        super().__init__(config, config.hidden_size, config.head_norms)
 
     def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """Project `(rows, tokens, d)` context or block rows to keys and values `(rows, kv_heads, tokens, head_dim)`."""
-        return turned(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
+        return rotate(self._heads(self.k_proj(x), self.k_norm), angles), self._heads(self.v_proj(x), None)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, angles: Angles, mask: Tensor | None, cache: SlotCache, layer: int
+    ) -> Tensor:
         """Attend from the block's normed states; the block's keys and values stay pending in the cache.
 
         Args:
@@ -146,16 +106,17 @@ class BlockAttention(nn.Module):
             layer: this layer's index in the cache.
         """
         keys, values = cache.update(*self.keys_and_values(x, angles), layer)
-        q = turned(self._heads(self.q_proj(x), self.q_norm), angles)
+        q = rotate(self._heads(self.q_proj(x), self.q_norm), angles)
         rows, heads, nodes, size = q.shape
         # Heads that share keys are further queries of one head, so that the keys are read once.
-        q = q.reshape(rows, heads // self.shared, self.shared * nodes, size)
-        seen = None if mask is None else mask.repeat(1, 1, self.shared, 1)
+        shared = heads // self.kv_heads
+        q = q.reshape(rows, self.kv_heads, shared * nodes, size)
+        seen = None if mask is None else mask.repeat(1, 1, shared, 1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
         return self.o_proj(out.reshape(rows, heads, nodes, size).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        x = x.unflatten(-1, (-1, self.size))
+        x = x.unflatten(-1, (-1, self.head_dim))
         return (x if norm is None else norm(x)).transpose(1, 2)
 
 
@@ -220,12 +181,6 @@ class DFlashNetwork(Network):
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
 
-    @property
-    def fits(self) -> dict[str, int]:
-        own = self.config
-        facts = {"hidden_size": own.target_hidden_size, "vocab_size": own.vocab_size}
-        return facts | ({"num_layers": own.num_target_layers} if own.num_target_layers else {})
-
     def take_in(self, taps: Tensor, angles: Angles, cache: SlotCache) -> None:
         """Write the context rows of `(rows, tokens, taps * target width)` into reserved slots of every layer."""
         context = self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype)))
@@ -238,10 +193,3 @@ class DFlashNetwork(Network):
         for layer, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
             x = block(x, angles, mask, cache, layer)
         return self.norm(x)
-
-
-def turned(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate `(rows, heads, tokens, head_dim)`, channel j with channel j + head_dim / 2."""
-    left, right = x.chunk(2, dim=-1)
-    cos, sin = angles
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

@@ -1,17 +1,20 @@
-"""EAGLE-3 (arXiv 2503.01840) and 3.1: drafters that others have trained, from their folders as they are."""
+"""EAGLE-3 (arXiv 2503.01840) and 3.1: one layer on several layers of the target, trained here or by others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from outdraft.methods.registry import DrafterFacts, Method, Reading
+from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Reading, Written
 
 if TYPE_CHECKING:
     import torch
 
+    from outdraft.data.tokenization import ExampleSet
+    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.eagle3.drafter import Eagle3Drafter
+    from outdraft.methods.eagle3.loss import Eagle3Objective
     from outdraft.methods.eagle3.network import Eagle3Head
     from outdraft.target.target import Target
 
@@ -30,8 +33,28 @@ class Eagle3(Method):
     """EAGLE-3, the method of this folder."""
 
     name = "eagle3"
-    summary = "EAGLE-3 and 3.1 drafters that others have trained"
-    no_export = "'{folder}' is an EAGLE-3 folder already, which engines read as it is (vLLM: method eagle3)"
+    summary = "a layer on several layers of the target, trained as it drafts"
+    trained = True
+    settings = frozenset(
+        {
+            "intermediate_size",
+            "tap_layers",
+            "state_norm",
+            "draft_vocab_size",
+            "init_from",
+            "token_loss",
+            "token_top_k",
+            "token_top_k_weight",
+            "unroll_steps",
+            "unroll_decay",
+            "unroll_from",
+            "patience",
+        }
+    )
+    # The paper unrolls seven steps, each at the cost of one more forward; the preset small has fewer.
+    presets: ClassVar = {"tiny": {"unroll_steps": 4}, "base": {"unroll_steps": 7}}
+    card = "an EAGLE-3 head ([arXiv 2503.01840](https://arxiv.org/abs/2503.01840))"
+    no_export = None
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return is_eagle3(config)
@@ -41,7 +64,7 @@ class Eagle3(Method):
     ) -> Eagle3Head:
         from outdraft.methods.eagle3.folder import load_eagle3
 
-        return load_eagle3(source, dtype=dtype, device=device).head
+        return load_eagle3(source, dtype=dtype, device=device).network
 
     def bind(self, network: Any, target: Target) -> Eagle3Drafter:
         from outdraft.methods.eagle3.drafter import Eagle3Drafter
@@ -63,20 +86,42 @@ class Eagle3(Method):
             yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.eagle3.folder import load_eagle3
 
         loaded = load_eagle3(folder)
-        head, config = loaded.head, loaded.head.config
-        ids = ", ".join(map(str, config.tap_ids))
-        more = {
-            "reads": f"the {config.tap_unit} of layers {ids} (counted from 0)" if ids else "layers 2, L/2 and L-3 of L",
-            **{name: value for name in SWITCHES if (value := getattr(config, name))},
-            "own_head": config.own_head,
-            "own_embedding": head.embed_tokens is not None,
-            "context": config.max_position_embeddings,
-        }
-        return DrafterFacts(self.name, loaded.layout, count(head.parameters()), loaded.target_id, head.fits, more=more)
+        config = loaded.network.config
+        return loaded.facts(
+            {
+                "reads": config.reads("layers 2, L/2 and L-3 of L"),
+                **{name: value for name in SWITCHES if (value := getattr(config, name))},
+                "own_head": config.own_head,
+                "own_embedding": loaded.network.embed_tokens is not None,
+                "context": config.max_position_embeddings,
+            }
+        )
+
+    def new_network(self, target: TargetLike, settings: Any) -> Eagle3Head:
+        from outdraft.methods.eagle3.loss import new_head
+
+        return new_head(target, settings)
+
+    def adapt(self, network: Any, examples: ExampleSet) -> None:
+        from outdraft.methods.fspad.beginning import keep_frequent
+
+        if network.fresh:  # a drafter that training goes on with keeps its tokens
+            keep_frequent(network, examples)
+
+    def objective(self, target: TargetLike, settings: Any, network: Any) -> Eagle3Objective:
+        from outdraft.methods.eagle3.loss import Eagle3Objective
+
+        return Eagle3Objective(target, settings, network)
+
+    def export(
+        self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
+    ) -> Written:
+        from outdraft.methods.eagle3.export import export_eagle3
+
+        return export_eagle3(source, target, folder, engine, dtype)
 
 
 METHODS = (Eagle3(),)

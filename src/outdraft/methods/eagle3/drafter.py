@@ -7,33 +7,20 @@ rotary position t. The residual is g, so that the layer's output can stand in fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from outdraft.methods.eagle3.network import Eagle3Head
+from outdraft.methods.eagle3.network import Eagle3Head, fused
 from outdraft.methods.fspad.drafter import FeatureDrafter
-from outdraft.methods.fspad.layer_step import LayerStep, turning
+from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.target.cache import SlotCache
 
 MOST_POSITIONS = 2**17
 """The largest length of rotary tables, where the target's context is longer. Published configs name shorter contexts
 than the drafters are used for."""
-
-
-class RotaryConfig(Protocol):
-    """The rotary settings in a drafter's config."""
-
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: int
-    rope: dict[str, Any]
-    max_position_embeddings: int
 
 
 class Eagle3Step(LayerStep):
@@ -47,7 +34,7 @@ class Eagle3Step(LayerStep):
 
     def __init__(self, head: Eagle3Head, embed: Callable[[Tensor], Tensor], context_length: int):
         config = head.config
-        frequencies, scale = rotary_frequencies(config)
+        frequencies, scale = head.frequencies()
         positions = max(config.max_position_embeddings, min(context_length, MOST_POSITIONS))
         super().__init__(head, frequencies, positions, head.post_attention_layernorm, scale, beside=head.lm_head)
         self._config, self._embed = config, embed
@@ -62,24 +49,13 @@ class Eagle3Step(LayerStep):
     ) -> DraftOutput:
         """Run one draft step as `LayerStep.__call__` does; the target's feature, before the taps, is ignored."""
         rows, nodes = tokens.shape
-        g = self._state(features.flatten(0, 1))
+        g = fused(features.flatten(0, 1).to(self.dtype), self._config, self._tap_norms, self._taps_norm, self._fc)
         state = self._state_norm(g)
         embeddings = self._embedding_norm(self._embed(tokens.flatten()).to(self.dtype))
         x, residual = torch.cat([embeddings, state], dim=-1), state if self._config.norm_before_residual else g
         out = self._through(x, residual, rows, nodes, angles, mask, cache)
         normed = self._final_norm(out)
         return DraftOutput(normed, normed if self._config.norm_output else out)
-
-    def _state(self, features: Tensor) -> Tensor:
-        """Return g, projected from the target's `(nodes, tap width)` feature and taps; a fed-back g passes as it is."""
-        features, width = features.to(self.dtype), self._config.target_hidden_size
-        if features.shape[1] != (1 + self._config.num_taps) * width:
-            return features
-        taps = features[:, width:]
-        if self._tap_norms:
-            parts = zip(self._tap_norms, taps.split(width, dim=-1), strict=True)
-            taps = torch.cat([norm(part) for norm, part in parts], dim=-1)
-        return self._fc(taps if self._taps_norm is None else self._taps_norm(taps))
 
 
 class Eagle3Drafter(FeatureDrafter):
@@ -103,24 +79,3 @@ class Eagle3Drafter(FeatureDrafter):
         where the target's embedding scales them."""
         table = self.head.embed_tokens or self.target.model.get_input_embeddings()
         return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
-
-
-def rotary_frequencies(config: RotaryConfig) -> tuple[Tensor, float]:
-    """Return the `(head_dim / 2,)` rotary frequencies, and the factor of cosines and sines.
-
-    Raises:
-        KeyError: the kind of rotary positions is unknown, or lacks a number.
-    """
-    rope = config.rope
-    if rope["rope_type"] == "default":
-        return turning(config.head_dim, rope["rope_theta"]), 1.0
-    longest = rope["factor"] * rope.get("original_max_position_embeddings", 0)
-    shape = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=max(config.max_position_embeddings, int(longest)),
-        rope_parameters=dict(rope),
-    )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](shape, torch.device("cpu"))
-    return frequencies.double(), scale

@@ -89,24 +89,17 @@ class Fspad(Method):
                 yield Reading(theta, theta)
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.fspad.folder import load_drafter
 
         loaded = load_drafter(folder)
-        config = loaded.head.config
-        return DrafterFacts(
-            loaded.head.method,
-            loaded.layout,
-            count(loaded.head.parameters()),
-            loaded.target_id,
-            loaded.head.fits,
-            loaded.training,
+        config = loaded.network.config
+        return loaded.facts(
             {
                 "feature_sampling": config.feature_sampling,
                 "partial_alignment": config.partial_alignment,
                 "context": config.max_position_embeddings,
                 **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
-            },
+            }
         )
 
     def new_network(self, target: TargetLike, settings: Any) -> FeatureHead:

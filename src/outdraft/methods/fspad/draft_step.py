@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct, turning
-from outdraft.methods.fspad.network import DraftOutput, FeatureHead
+from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
+from outdraft.methods.fspad.network import DraftOutput, FeatureHead, turning
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache

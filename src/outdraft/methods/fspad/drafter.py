@@ -20,7 +20,7 @@ from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
 from outdraft.drafting.expand import grow
 from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.errors import UserError
+from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
@@ -45,13 +45,7 @@ class FeatureDrafter(Drafter):
     """
 
     def __init__(self, head: DraftNetwork, target: Target):
-        for name, own in head.fits.items():
-            others = getattr(target, name)
-            if own != others:
-                raise UserError(
-                    f"the drafter was trained for a target with {name} {own}, this one has {others}; "
-                    "choose its own drafter or train one (outdraft train)"
-                )
+        refuse_another(head.fits, target)
         self.head, self.target, self.method = head, target, head.method
         self.reads = Reads(layers=tuple(head.layers_read(target.num_layers)))
         target.reader(self.reads)  # a layer that the target lacks is told now

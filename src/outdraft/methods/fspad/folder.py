@@ -7,34 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from outdraft.drafting.folder import (
-    CONFIG,
-    check_value,
-    find_folder,
-    fitting,
-    is_own,
-    read_config,
-    read_settings,
-    read_weights,
-    section,
-    some,
-    warn_of_unknown,
-)
+from outdraft.drafting.folder import CONFIG, find_folder, is_own, read_config, read_weights, some
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import UNFOLDED
+from outdraft.methods.checkpoint import UNFOLDED, Checkpoint, assembled, read_own
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
-
-Layout = Literal["outdraft", "fspad", "eagle"]
-
-KEPT = "draft_tokens"
-"""The name of the tensor of a reduced draft vocabulary."""
+from outdraft.methods.tapped import SHAPES, layer_settings
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -52,27 +35,13 @@ REMADE = re.compile(r"rotary_emb\.inv_freq$")
 """The names of buffers in old checkpoints that follow from the config."""
 
 
-@dataclass
-class DrafterCheckpoint:
-    """A loaded drafter and what its folder says about it."""
-
-    head: FeatureHead
-    target_id: str | None
-    """The target that the drafter was trained for; official folders do not name it."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """The training's own record: settings, data, metrics."""
-    layout: Layout = "outdraft"
-    target: dict[str, Any] = field(default_factory=dict)
-    """Facts about the target: id, hidden_size, vocab_size and whatever else was saved."""
-
-
 def load_drafter(
     folder_or_hub_id: str | Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
-) -> DrafterCheckpoint:
+) -> Checkpoint[FeatureHead]:
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
     Args:
@@ -86,59 +55,31 @@ def load_drafter(
     """
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
+    if is_own(config):
+        _refuse_method(str(config["method"]), folder)
+        own = read_own(folder, config, FeatureHeadConfig)
+        head = own.assembled(FeatureHead, dtype, device)
+        return Checkpoint(scaled(head, own.training.get(UNFOLDED, 1.0)), target=own.target, training=own.training)
     file, tensors = read_weights(folder)
-    own = is_own(config)
-    head_config = _own_config(config, folder) if own else official_config(config, tensors, folder)
-    names = {} if own else {our_name(name): name for name in tensors if not REMADE.search(name)}
-    head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file)
-    if head.embed_tokens is not None:
-        head.embed_tokens.requires_grad_(False)
-    head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
-    layout: Layout = "outdraft" if own else "eagle" if head.method == "eagle" else "fspad"
-    target, training = section(config, "target"), section(config, "training")
-    return DrafterCheckpoint(scaled(head, training.get(UNFOLDED, 1.0)), target.get("id"), training, layout, target)
+    settings = official_config(config, tensors, folder)
+    names = {our_name(name): name for name in tensors if not REMADE.search(name)}
+    head = assembled(
+        lambda: FeatureHead(settings),
+        {ours: tensors[theirs] for ours, theirs in names.items()},
+        file,
+        dtype=dtype,
+        device=device,
+        names=names,
+        shown=lambda name: official_name(name, settings),
+    )
+    return Checkpoint(head, head.method)
 
 
-def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
-    method = config.get("method")
+def _refuse_method(method: str, folder: Path) -> None:
     if method == "eesd":
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
     if method not in ("fspad", "eagle"):
         raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
-    return read_settings(FeatureHeadConfig, config, folder)
-
-
-def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
-    """Build a head with these weights, or raise the error that says which do not fit; `names` are the file's."""
-    with torch.device("meta"):  # no random start, which would be overwritten
-        head = FeatureHead(config)
-        if "embed_tokens.weight" in tensors:
-            head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-    wanted = head.state_dict()
-    kept = {KEPT: _draft_tokens(tensors, config, file)} if KEPT in wanted else {}
-    weights = {name: place for name, place in wanted.items() if name not in kept}
-    shown = {name: official_name(name, config) for name in weights} if names else None
-    head.load_state_dict({**fitting(tensors, weights, file, shown=shown), **kept}, assign=True)
-    warn_of_unknown([names.get(name, name) for name in tensors if name not in wanted], file)
-    return head
-
-
-def _draft_tokens(tensors: Mapping[str, Tensor], config: FeatureHeadConfig, file: str) -> Tensor:
-    """Return the ids of the draft vocabulary."""
-    found = tensors.get(KEPT)
-    if found is None:
-        raise UserError(f"{file} lacks {KEPT}; it is incomplete, copy or train it again")
-    ids = found.tolist() if not found.is_floating_point() and found.dim() == 1 else []
-    if (
-        len(ids) != config.draft_vocab_size
-        or len(set(ids)) != len(ids)
-        or not all(0 <= token < config.vocab_size for token in ids)
-    ):
-        raise UserError(
-            f"{file}: {KEPT} must be {config.draft_vocab_size} different token ids below {config.vocab_size}, as its "
-            "config.json says; copy or train it again"
-        )
-    return torch.tensor(ids)
 
 
 # --- official layouts -----------------------------------------------------------------------------------------
@@ -150,40 +91,20 @@ def official_config(config: dict[str, Any], tensors: Mapping[str, Tensor], folde
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if name not in config:
             raise UserError(f"'{folder / CONFIG}' lacks {name}; it must be the drafter's own Llama config")
-    values = {
-        "num_key_value_heads": config["num_attention_heads"],
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        **{key: value for key, value in config.items() if value is not None},
-    }
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        check_value(name, values[name], (int,), folder)
-    check_value("max_position_embeddings", values["max_position_embeddings"], (int,), folder)
-    check_value("rms_norm_eps", values["rms_norm_eps"], (int, float), folder)
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"'{folder}' has hidden_act '{values['hidden_act']}'; only drafters with silu can be loaded")
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    query = tensors.get("layers.0.self_attn.q_proj.weight")
-    # The authors' code splits the width whatever the config's head_dim says; where both exist the tensor decides.
-    head_dim = values.get("head_dim", width // heads)
-    if query is not None and heads * head_dim != width and query.shape[:1] == (width,):
-        head_dim = width // heads
-    check_value("head_dim", head_dim, (int,), folder)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if kind not in ("default", None):
+        raise UserError(
+            f"'{folder}' scales its rotary positions ('{kind}'), which is not supported; train one (outdraft train)"
+        )
+    layer = layer_settings(config, tensors, folder, "layers.0.self_attn.")
     down = tensors.get("layers.0.mlp.down_proj.weight")
     return FeatureHeadConfig(
-        hidden_size=width,
-        intermediate_size=values["intermediate_size"],
-        num_attention_heads=heads,
-        num_key_value_heads=values["num_key_value_heads"],
-        head_dim=head_dim,
-        vocab_size=values["vocab_size"],
+        **{name: layer[name] for name in (*SHAPES, "attention_bias", "rms_norm_eps", "max_position_embeddings")},
         feature_sampling=any(name.startswith(("fc.fc.", "fc.mlp.")) for name in tensors),
-        partial_alignment=down is not None and down.shape[:1] == (2 * width,),
+        partial_alignment=down is not None and down.shape[:1] == (2 * layer["hidden_size"],),
         fc_bias="fc.bias" in tensors or "fc.fc.bias" in tensors,
-        attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
-        rms_norm_eps=values["rms_norm_eps"],
-        rope_theta=_rope_theta(values, folder),
-        max_position_embeddings=values["max_position_embeddings"],
+        rope_theta=float(layer["rope"]["rope_theta"]),
     )
 
 
@@ -205,20 +126,6 @@ def _refuse_others(config: dict[str, Any], tensors: Mapping[str, Tensor], folder
         raise UserError(f"'{folder}' holds no drafter (no fc.* weights) but {kind}; give a drafter's folder")
     if config.get("num_hidden_layers", 1) != 1 or any(name.startswith("layers.1.") for name in tensors):
         raise UserError(f"'{folder}' has more than one layer; only one-layer FSPAD and EAGLE-1/2 drafters load")
-
-
-def _rope_theta(config: dict[str, Any], folder: Path) -> float:
-    rope = config.get("rope_parameters")
-    rope = rope if isinstance(rope, dict) else {}
-    scaling = config.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-    if kind not in ("default", None):
-        raise UserError(
-            f"'{folder}' scales its rotary positions ('{kind}'), which is not supported; train one (outdraft train)"
-        )
-    theta: Any = config.get("rope_theta", rope.get("rope_theta", 10000.0))
-    check_value("rope_theta", theta, (int, float), folder)
-    return float(theta)
 
 
 def our_name(official: str) -> str:

@@ -227,11 +227,6 @@ class LayerStep:
         return tuple(table[:, None].to(self.device, self.dtype) for table in tables)  # type: ignore[return-value]
 
 
-def turning(head_dim: int, theta: float) -> Tensor:
-    """Return the `(head_dim / 2,)` unscaled rotary frequencies."""
-    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-
 class Linear:
     """The linear map `x W^T + b` over `(rows, in)`, fused with common next operations.
 

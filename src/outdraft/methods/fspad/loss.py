@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.teacher import TopProbs
-from outdraft.methods.fspad.network import DraftOutput, FeatureHead
+from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 
 NOISE_WIDTH = 0.2
 NOISE_LENGTH = 512
@@ -26,7 +26,7 @@ class LossSums(NamedTuple):
     """Sums over the counted positions, scalars in float32; divide by `positions` for the means of the paper."""
 
     regression: Tensor
-    """The regression loss SmoothL1(r_t, f_{t+1}), for each position the mean over d."""
+    """The regression loss SmoothL1(r_t, f_{t+1}), for each position the mean over d; 0 for drafters without it."""
     token: Tensor
     """The token loss - sum_v softmax(head(f_{t+1}))_v log softmax(head(p_t))_v, or another `TokenLoss` of both."""
     agreed: Tensor
@@ -37,6 +37,8 @@ class LossSums(NamedTuple):
 
 class DrafterLoss(nn.Module):
     """The drafter together with its loss, the module that is trained (and wrapped for several processes).
+
+    A drafter with an output layer of its own (EAGLE-3) learns tokens alone: what it feeds back is free.
 
     Args:
         drafter: the only parameters here.
@@ -52,7 +54,7 @@ class DrafterLoss(nn.Module):
 
     def __init__(
         self,
-        drafter: FeatureHead,
+        drafter: DraftNetwork,
         head: Head,
         chunk_size: int = 512,
         unroll_steps: int = 1,
@@ -88,20 +90,31 @@ class DrafterLoss(nn.Module):
         outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, noise, steps or self.unroll_steps)
         return self._compare(outputs, spoken, goal, said)
 
-    def hits(self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def hits(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        loss_mask: Tensor,
+        steps: int,
+        best_of: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
         """Mark where each of the draft steps guesses the target's best token; arguments as in `forward`.
+
+        Args:
+            best_of: maps `(positions, hidden)` target features to the best tokens, in ids of the drafter's output.
 
         Returns:
             Two masks `(batch, tokens - 2, steps)`: True at hits, and True at positions that count.
         """
         outputs, spoken, goal = self._unrolled(embeddings, features, loss_mask, None, steps)
+        read: Head = self.drafter.lm_head or (lambda p: self._head(p.to(goal.dtype)))
         counted, right = spoken[0], torch.zeros(*spoken[0].shape, steps, dtype=torch.bool, device=goal.device)
         for rows in counted.nonzero().split(self.chunk_size):
             here = tuple(rows.T)
             with torch.autocast(goal.device.type, enabled=False):
-                best = self._teacher(goal[here]).ids[:, 0] if self._teacher else self._head(goal[here]).argmax(-1)
+                best = best_of(goal[here])
                 for k, out in enumerate(outputs):
-                    right[..., k][here] = self._head(out.p[here].to(goal.dtype)).argmax(-1) == best
+                    right[..., k][here] = read(out.p[here]).argmax(-1) == best
         return right, torch.stack(spoken, dim=-1)
 
     def _unrolled(
@@ -131,12 +144,13 @@ class DrafterLoss(nn.Module):
         step does; all share one evaluation of the target."""
         counted = spoken[0]
         goal = features[counted]
-        exact = torch.promote_types(outputs[0].r.dtype, torch.float32)
+        exact, own = torch.promote_types(outputs[0].r.dtype, torch.float32), self.drafter.lm_head
         regressions, guesses = [], []
         for out, here in zip(outputs, spoken, strict=True):
-            distance = F.smooth_l1_loss(out.r[here].to(exact), features[here].to(exact), reduction="none", beta=1.0)
-            regressions.append(distance.mean(dim=-1).sum())
-            guesses.append(Guess(out.p[counted], None if here is counted else here[counted]))
+            if own is None:
+                distance = F.smooth_l1_loss(out.r[here].to(exact), features[here].to(exact), reduction="none", beta=1.0)
+                regressions.append(distance.mean(dim=-1).sum())
+            guesses.append(Guess(out.p[counted], None if here is counted else here[counted], own))
         if said is None and self._teacher is not None:
             pieces = [self._teacher(piece) for piece in goal.split(self.chunk_size)]
             said = TopProbs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
@@ -150,7 +164,7 @@ class DrafterLoss(nn.Module):
         )
         weights = self.unroll_decay ** torch.arange(len(outputs), dtype=exact, device=goal.device)
         weights /= weights.sum()
-        regression = (torch.stack(regressions) * weights).sum()
+        regression = (torch.stack(regressions) * weights).sum() if regressions else weights.new_zeros(())
         return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +99,10 @@ class RMSNorm(nn.Module):
 class DraftNetwork(Network):
     """The protocol of a network on the target's features, as decoding (`drafter.py`) needs it."""
 
+    norm: RMSNorm
     embed_tokens: nn.Embedding | None
     """The checkpoint's own embedding; None uses the target's."""
-    lm_head: nn.Module | None
+    lm_head: nn.Linear | None
     """The drafter's own output layer, over the draft vocabulary; None uses the target's."""
     draft_tokens: Tensor | None
     """The ids of the draft vocabulary; None for the whole vocabulary."""
@@ -109,6 +110,28 @@ class DraftNetwork(Network):
     def layers_read(self, layers: int) -> tuple[int, ...]:
         """Return the layers whose outputs are read, counted from 1, of a target with `layers` layers."""
         raise NotImplementedError
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Return the `(head_dim / 2,)` rotary frequencies in float64, and the factor of cosines and sines."""
+        raise NotImplementedError
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines `(batch, 1, nodes, head_dim)` of the positions, rounded once from float64."""
+        table = self._rotary_table
+        if table is None or table[0].dtype != dtype or table[0].device != positions.device:
+            frequencies, scale = self.frequencies()
+            places = torch.arange(self.config.max_position_embeddings, dtype=torch.float64)
+            angles = (places[:, None] * frequencies).repeat(1, 2)
+            table = tuple((part * scale).to(positions.device, dtype) for part in (angles.cos(), angles.sin()))
+            self._rotary_table = table
+        return table[0][positions][:, None], table[1][positions][:, None]
+
+    _rotary_table: tuple[Tensor, ...] | None = None  # no buffer: `.to(bfloat16)` must not round angles
+
+
+def turning(head_dim: int, theta: float) -> Tensor:
+    """Return the `(head_dim / 2,)` unscaled rotary frequencies."""
+    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
 class LayerTaps(nn.Module):
@@ -167,24 +190,35 @@ class Fusion(nn.Module):
 
 
 class Attention(nn.Module):
-    """The grouped-query attention with rotary positions, over a cache or, without one, causally over its input."""
+    """The grouped-query attention with rotary positions, over a cache or, without one, causally over its input.
 
-    def __init__(self, config: FeatureHeadConfig):
+    Args:
+        config: the drafter's.
+        width: width of the input.
+        head_norms: True for an RMSNorm on every query and key head.
+    """
+
+    def __init__(self, config: Any, width: int, head_norms: bool = False):
         super().__init__()
-        d, self.head_dim = config.hidden_size, config.head_dim
+        self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
-        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if head_norms else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if head_norms else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeysAndValues | None
     ) -> Tensor:
         batch, nodes, _ = x.shape
-        q = rotate(self.q_proj(x).view(batch, nodes, self.heads, self.head_dim).transpose(1, 2), rotary)
-        k = rotate(self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2), rotary)
+        q = self.q_proj(x).view(batch, nodes, self.heads, self.head_dim)
+        k = self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), rotary), rotate(k.transpose(1, 2), rotary)
         v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, 0)
@@ -214,14 +248,13 @@ class FeatureHead(DraftNetwork):
         self.config = config
         d, i = config.hidden_size, config.intermediate_size
         self.fusion = Fusion(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, d)
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.gate_proj = nn.Linear(d, i, bias=False)
         self.up_proj = nn.Linear(d, i, bias=False)
         self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
         self.embed_tokens = self.lm_head = None
         self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
-        self._rotary_table: tuple[Tensor, Tensor] | None = None  # no buffer: `.to(bfloat16)` must not round angles
 
     @property
     def tap_width(self) -> int:
@@ -265,16 +298,8 @@ class FeatureHead(DraftNetwork):
         p, r = delta.split(self.config.hidden_size, dim=-1)
         return DraftOutput(a + p, a + r)
 
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines `(batch, 1, nodes, head_dim)` of the positions, rounded once from float64."""
-        table, size = self._rotary_table, self.config.max_position_embeddings
-        if table is None or table[0].dtype != dtype or table[0].device != positions.device:
-            exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
-            angles = torch.arange(size, dtype=torch.float64)[:, None] * self.config.rope_theta**-exponents
-            angles = torch.cat([angles, angles], dim=-1)
-            table = (angles.cos().to(positions.device, dtype), angles.sin().to(positions.device, dtype))
-            self._rotary_table = table
-        return table[0][positions][:, None], table[1][positions][:, None]
+    def frequencies(self) -> tuple[Tensor, float]:
+        return turning(self.config.head_dim, self.config.rope_theta), 1.0
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.losses.cross_entropy import Head, TokenLoss
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
 from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, within
-from outdraft.methods.fspad.beginning import scale_of
+from outdraft.methods.fspad.beginning import scale_of, text_config
 from outdraft.methods.fspad.loss import DrafterLoss, counted_positions, feature_noise
 from outdraft.methods.fspad.network import FeatureHead, scaled
 from outdraft.target.target import Target
@@ -26,28 +26,32 @@ class FeatureObjective(Objective):
 
     parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: FeatureHead):
+    def __init__(self, target: TargetLike, config: Any, drafter: Any):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
-        self.top_k = config.teacher_top_k
-        layers, reader = drafter.config.tap_layers, reader_of(target)
-        self.reading = Reading(reader, layers)
-        head: Head = target.head
+        self.top_k, kept = config.teacher_top_k, drafter.draft_tokens
+        layers = drafter.layers_read(text_config(target.model.config).num_hidden_layers)
+        self.reading = Reading(reader_of(target), layers)
         self._places: Tensor | None = None
-        if drafter.draft_tokens is not None and self.top_k and isinstance(target, Target):
-            # Tokens that are never drafted need no logit, and most of a large vocabulary is never drafted.
-            head = DraftVocabulary(drafter.draft_tokens, target).head
+        if kept is not None and (drafter.lm_head is not None or (self.top_k and isinstance(target, Target))):
             self._places = torch.full((target.vocab_size,), -1, device=target.device)
-            self._places[drafter.draft_tokens] = torch.arange(len(drafter.draft_tokens), device=target.device)
+            self._places[kept] = torch.arange(len(kept), device=target.device)
         self.loss = DrafterLoss(
             drafter,
-            head,
+            self._head(),
             config.loss_chunk_size,
             config.unroll_steps,
             config.unroll_decay,
             TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight),
             self._teacher if self.top_k else None,
         )
+
+    def _head(self) -> Head:
+        """Return the target's head, over the tokens that the drafter's own output has."""
+        if self._places is None:
+            return self.target.head
+        # Tokens that are never drafted need no logit, and most of a large vocabulary is never drafted.
+        return DraftVocabulary(self.drafter.draft_tokens, self.target).head  # type: ignore[arg-type]
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return counted_positions(loss_mask)
@@ -69,7 +73,7 @@ class FeatureObjective(Objective):
 
     def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         loss: DrafterLoss = self.loss  # type: ignore[assignment]
-        return loss.hits(self._embed(batch["input_ids"]), features, batch["loss_mask"], steps)
+        return loss.hits(self._embed(batch["input_ids"]), features, batch["loss_mask"], steps, self._best)
 
     def finished(self) -> FeatureHead:
         return self.drafter if self.scale == 1 else scaled(copy.deepcopy(self.drafter), self.scale)
@@ -79,6 +83,9 @@ class FeatureObjective(Objective):
 
     def _teacher(self, goal: Tensor) -> TopProbs:
         return self._known(most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size))
+
+    def _best(self, goal: Tensor) -> Tensor:
+        return self._known(most_probable(self.target, goal, 1, self.config.loss_chunk_size)).ids[:, 0]
 
     def _known(self, said: TopProbs) -> TopProbs:
         """Translate the tokens to ids of the drafter's head."""

@@ -33,7 +33,7 @@ class MedusaMethod(Method):
     ) -> MedusaHeads:
         from outdraft.methods.medusa.folder import load_medusa
 
-        return load_medusa(source, dtype=dtype, device=device).heads
+        return load_medusa(source, dtype=dtype, device=device).network
 
     def bind(self, network: Any, target: Target) -> Medusa:
         from outdraft.methods.medusa.drafter import Medusa
@@ -41,19 +41,12 @@ class MedusaMethod(Method):
         return Medusa(network, target)
 
     def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.checkpoint import count
         from outdraft.methods.medusa.folder import load_medusa
 
         loaded = load_medusa(folder)
-        config = loaded.heads.config
-        return DrafterFacts(
-            self.name,
-            "outdraft",
-            count(loaded.heads.parameters()),
-            loaded.target.get("id"),
-            loaded.heads.fits,
-            loaded.training,
-            {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head},
+        config = loaded.network.config
+        return loaded.facts(
+            {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head}
         )
 
     def new_network(self, target: TargetLike, settings: Any) -> MedusaHeads:

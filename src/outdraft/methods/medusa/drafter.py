@@ -23,7 +23,7 @@ from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Upda
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Network
+from outdraft.methods.checkpoint import Network, refuse_another
 from outdraft.target.backends import count_parameters
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -127,13 +127,7 @@ class Medusa(Drafter):
     method = MedusaHeads.method
 
     def __init__(self, heads: MedusaHeads, target: Target):
-        for name in ("hidden_size", "vocab_size"):
-            own, others = getattr(heads.config, name), getattr(target, name)
-            if own != others:
-                raise UserError(
-                    f"the drafter was trained for a target with {name} {own}, this one has {others}; "
-                    "choose its own drafter or train one (outdraft train)"
-                )
+        refuse_another(heads.fits, target)
         self.limits = Limits(depth=heads.config.num_heads, stepwise=False)
         self.heads, self.target, self.speaking = heads, target, heads.speaking(target)
 
