@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.teacher import TargetLike, TopProbs, predicting
-from outdraft.target.backends import why_not_packed
+from outdraft.target.backends import best_backend
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
 
@@ -56,11 +56,11 @@ class Reading:
         if exit_layer is not None:
             split = Reader(target.model, Reads(False, (exit_layer,), exit_layer))
             states, before = 2, 1
-            self._run = lambda ids: torch.cat(split(input_ids=ids, use_cache=False)[::-1], dim=-1)
+            self._run = lambda ids: torch.cat(split(input_ids=ids, **target.causal_inputs(*ids.shape))[::-1], dim=-1)
             self.name = f"layer {exit_layer} and features"
         elif layers:
             reader = Reader(target.model, Reads(layers=tuple(layers)))
-            self._run = lambda ids: reader(input_ids=ids, use_cache=False)[1]
+            self._run = lambda ids: reader(input_ids=ids, **target.causal_inputs(*ids.shape))[1]
             self.name = f"features and layers {', '.join(map(str, layers))}"
         size = target.hidden_size
         self.width, self._features = states * size, slice(before * size, (before + 1) * size)
@@ -90,11 +90,12 @@ class Reading:
 
 
 def reader_of(target: TargetLike) -> TargetLike:
-    """Return the target for reading only, with packed layers if it is on a CPU and a second copy is small."""
-    if not isinstance(target, Target) or target.backend != "eager" or why_not_packed(target.model) is not None:
+    """Return the target for reading only, on its fastest backend if it is on a CPU and a second copy is small."""
+    if not isinstance(target, Target) or target.backend != "eager" or target.device.type != "cpu":
         return target
     small = sum(weight.nbytes for weight in target.model.parameters()) <= COPIED_BYTES
-    return Target(target.model, target.tokenizer, "packed", target.windows) if small else target
+    best = best_backend(target.model)
+    return Target(target.model, target.tokenizer, best, target.windows) if small and best != "eager" else target
 
 
 def weights_fingerprint(target: TargetLike) -> str:

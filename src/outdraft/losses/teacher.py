@@ -41,6 +41,9 @@ class TargetLike(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def causal_inputs(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Return the inner model's inputs, beside tokens, of a causal forward whose cache nobody reads later."""
+
     def embed(self, ids: Tensor) -> Tensor:
         """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` input embeddings."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from outdraft.core.tensors import causal
 from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
@@ -158,7 +159,17 @@ class Target:
 
     def features(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return `(batch, tokens, hidden)` features of a causal forward without cache; `mask` as in transformers."""
+        if mask is None:
+            return (self._run or self._whole)(input_ids=input_ids, **self.causal_inputs(*input_ids.shape))[0]
         return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def causal_inputs(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Return the inner model's inputs, beside tokens, of a causal forward whose cache nobody reads later."""
+        if not is_native(self.backend):
+            return {"attention_mask": None, "use_cache": False}
+        cache = SlotCache(rows, self.num_layers, tokens)  # our kernels run over a cache
+        slots = cache.reserve(tokens, self.device)
+        return self.inputs(slots, causal(rows, tokens, self.device), slots, cache)
 
     # --- forwards over the cache -------------------------------------------------------------------------------
 

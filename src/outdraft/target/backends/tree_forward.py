@@ -63,7 +63,7 @@ class TreeForward:
         self._compared = False
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
-        sight, cache = inputs.pop("attention_mask"), inputs["past_key_values"]
+        sight, cache = inputs.pop("attention_mask"), inputs.get("past_key_values")
         if not isinstance(sight, Sight):
             return self.forward(attention_mask=sight, **inputs)
         if not self.serves:
