@@ -48,7 +48,6 @@ class DraftStep(LayerStep):
             self._fusion_norm = self._norm(fusion.norm)
             self._fusion_gate, self._fusion_up = self._linear(fusion.gate_proj), self._linear(fusion.up_proj)
             self._fusion_down = self._linear(fusion.down_proj)
-        self._layer_norm = self._norm(head.norm)
         width = config.hidden_size + (config.intermediate_size if fusion.feature_sampling else 0)
         if vocab_size * width * torch.finfo(self.dtype).bits // 8 <= TABLE_BYTES:
             self._tabulate(*plain_linear(fusion.fc), vocab_size, width)
@@ -61,14 +60,7 @@ class DraftStep(LayerStep):
         """Run one draft step with the equations of `FeatureHead.forward`."""
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
-        a = self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h)
-        u = self._layer_norm(a)
-        inner = self._up.times(u, self._gate.silu(u))
-        if not self._config.partial_alignment:
-            out = self._down.plus(inner, a).view(rows, nodes, -1)
-            return DraftOutput(out, out)
-        both = self._down.plus(inner, torch.cat([a, a], dim=-1)).view(rows, nodes, -1)
-        return DraftOutput(*both.chunk(2, dim=-1))
+        return self._outputs(self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h), rows)
 
     def _state(self, features: Tensor) -> Tensor:
         """Return the fusion's input, as `Fusion.state` does."""

@@ -91,9 +91,12 @@ class FeatureDrafter(Drafter):
 class FeatureDraftState(DraftState):
     """The draft cache of one batch: an entry for each pair (token one ahead, target feature)."""
 
+    layers = 1
+    """The layers that write to the cache."""
+
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
         self.drafter, self.network = drafter, drafter.step
-        self.cache = SlotCache(rows, 1, capacity, drafter.target.pool)
+        self.cache = SlotCache(rows, self.layers, capacity, drafter.target.pool)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         recorded = self.drafter.recorded
@@ -133,6 +136,15 @@ class FeatureDraftState(DraftState):
         Returns:
             `(rows, 1, hidden)` outputs at each row's last pair.
         """
+        counts = update.counts
+        p, r = self._read(update)
+        if len(set(counts)) == 1:
+            return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
+        last = integers(counts, p.device)[:, None] - 1
+        return DraftOutput(chosen(p, last), chosen(r, last))
+
+    def _read(self, update: Update) -> DraftOutput:
+        """Run and commit the decided pairs, in chunks; return the `(rows, m, hidden)` outputs at all of them."""
         counts, kept = update.counts, []
         for start in range(0, max(counts), PREFILL_CHUNK):
             count = min(PREFILL_CHUNK, max(counts) - start)
@@ -143,8 +155,4 @@ class FeatureDraftState(DraftState):
             out = self.network(update.tokens[:, piece], update.taps[:, piece], angles, mask, self.cache)
             self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
             kept.append(out)
-        p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
-        if len(set(counts)) == 1:
-            return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
-        last = integers(counts, p.device)[:, None] - 1
-        return DraftOutput(chosen(p, last), chosen(r, last))
+        return DraftOutput(*(torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True)))

@@ -72,6 +72,7 @@ def load_drafter(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    kind: type[FeatureHead] = FeatureHead,
 ) -> DrafterCheckpoint:
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
@@ -80,6 +81,7 @@ def load_drafter(
         dtype: precision of the weights; as stored when None.
         device: device of the weights.
         revision: revision of a hub repository.
+        kind: the class of the network in folders of ours.
 
     Raises:
         UserError: nothing is there, or it is no drafter or damaged; the message names the fix.
@@ -88,9 +90,9 @@ def load_drafter(
     config = read_config(folder)
     file, tensors = read_weights(folder)
     own = is_own(config)
-    head_config = _own_config(config, folder) if own else official_config(config, tensors, folder)
+    head_config = _own_config(config, folder, kind) if own else official_config(config, tensors, folder)
     names = {} if own else {our_name(name): name for name in tensors if not REMADE.search(name)}
-    head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file)
+    head = _build(head_config, {name: tensors[names.get(name, name)] for name in names or tensors}, names, file, kind)
     if head.embed_tokens is not None:
         head.embed_tokens.requires_grad_(False)
     head.to(device=device, dtype=dtype or head.fusion.fc.weight.dtype)
@@ -99,19 +101,26 @@ def load_drafter(
     return DrafterCheckpoint(scaled(head, training.get(UNFOLDED, 1.0)), target.get("id"), training, layout, target)
 
 
-def _own_config(config: dict[str, Any], folder: Path) -> FeatureHeadConfig:
+def _own_config(config: dict[str, Any], folder: Path, kind: type[FeatureHead]) -> FeatureHeadConfig:
     method = config.get("method")
     if method == "eesd":
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
-    if method not in ("fspad", "eagle"):
-        raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
-    return read_settings(FeatureHeadConfig, config, folder)
+    if method not in kind.methods:
+        own = " or ".join(kind.methods)
+        raise UserError(f"'{folder}' holds a drafter of method '{method}', not {own}; give --method {method}")
+    return read_settings(kind.shapes, config, folder)
 
 
-def _build(config: FeatureHeadConfig, tensors: dict[str, Tensor], names: Mapping[str, str], file: str) -> FeatureHead:
+def _build(
+    config: FeatureHeadConfig,
+    tensors: dict[str, Tensor],
+    names: Mapping[str, str],
+    file: str,
+    kind: type[FeatureHead] = FeatureHead,
+) -> FeatureHead:
     """Build a head with these weights, or raise the error that says which do not fit; `names` are the file's."""
     with torch.device("meta"):  # no random start, which would be overwritten
-        head = FeatureHead(config)
+        head = kind(config)
         if "embed_tokens.weight" in tensors:
             head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     wanted = head.state_dict()

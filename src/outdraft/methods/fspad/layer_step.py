@@ -38,11 +38,19 @@ class LayerStep:
         positions: length of the rotary tables.
         scale: factor of cosines and sines.
         beside: an output layer among the head's modules, which is no part of the step.
+        layer: the layer's place in the cache.
     """
 
     def __init__(
-        self, head: Any, frequencies: Tensor, positions: int, scale: float = 1.0, beside: nn.Module | None = None
+        self,
+        head: Any,
+        frequencies: Tensor,
+        positions: int,
+        scale: float = 1.0,
+        beside: nn.Module | None = None,
+        layer: int = 0,
     ):
+        self._layer = layer
         config, attention = head.config, head.self_attn
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._size = config.head_dim
@@ -58,6 +66,8 @@ class LayerStep:
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._head_norms = [self._norm(norm) for norm in norms if norm is not None]
         self._gate, self._up, self._down = map(self._linear, (head.gate_proj, head.up_proj, head.down_proj))
+        self._layer_norm = self._norm(head.norm)
+        self._aligned = head.down_proj.out_features == 2 * attention.o_proj.out_features
         self._cos, self._sin = self._rotary_tables(frequencies, positions, scale)
 
     def __call__(
@@ -85,9 +95,12 @@ class LayerStep:
         last = len(self._cos) - 1
         if len(set(starts)) == 1 and starts[0] + count - 1 <= last:
             return self._cos[None, starts[0] : starts[0] + count], self._sin[None, starts[0] : starts[0] + count]
-        positions = sent(starts, self.device)[:, None] + torch.arange(count, device=self.device)
-        positions.clamp_(max=last)
-        return self._cos[positions], self._sin[positions]
+        return self.angles_at(sent(starts, self.device)[:, None] + torch.arange(count, device=self.device))
+
+    def angles_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of `(rows, count)` positions, clamped to the last one."""
+        at = positions.clamp(max=len(self._cos) - 1)
+        return self._cos[at], self._sin[at]
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `(rows, count, head_dim)` of positions on the device, for pending tokens."""
@@ -114,14 +127,14 @@ class LayerStep:
             mixed = torch.cat([q_norm(q), k_norm(k), v], dim=2)
         if (pending := running()) is not None:
             new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
-            keys, values = pending.held(new, new, 0)
+            keys, values = pending.held(new, new, self._layer)
             q = rotated_and_stored(mixed, angles, keys, values, pending)
             return pending.attend(q, keys, values, size**-0.5, None).view(rows * nodes, -1)
         turned = mixed[:, :, : heads + kv_heads].unflatten(-1, (2, size // 2))
         cos, sin = angles
         turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
         v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
-        k, v = cache.update(turned[:, heads:], v, 0)
+        k, v = cache.update(turned[:, heads:], v, self._layer)
         q, shared = turned[:, :heads], heads // kv_heads
         if shared > 1 and (nodes <= FOLDED or q.is_cuda):
             # Heads that share keys as further queries of one head: the keys are read once.
@@ -132,6 +145,16 @@ class LayerStep:
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
         return out.transpose(1, 2).reshape(rows * nodes, -1)
+
+    def _outputs(self, a: Tensor, rows: int) -> DraftOutput:
+        """Return both outputs `(rows, nodes, hidden)` from the attention's result, residual included."""
+        u = self._layer_norm(a)
+        inner = self._up.times(u, self._gate.silu(u))
+        if not self._aligned:
+            out = self._down.plus(inner, a).view(rows, -1, a.shape[-1])
+            return DraftOutput(out, out)
+        both = self._down.plus(inner, torch.cat([a, a], dim=-1)).view(rows, -1, 2 * a.shape[-1])
+        return DraftOutput(*both.chunk(2, dim=-1))
 
     # --- what is prepared --------------------------------------------------------------------------------------
 

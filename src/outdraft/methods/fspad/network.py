@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -180,10 +180,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeysAndValues | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeysAndValues | None,
+        asking: int | None = None,
     ) -> Tensor:
+        """Attend from the last `asking` tokens of `(batch, nodes, hidden)`, from all of them when not given."""
         batch, nodes, _ = x.shape
-        q = rotate(self.q_proj(x).view(batch, nodes, self.heads, self.head_dim).transpose(1, 2), rotary)
+        count = nodes if asking is None else asking
+        turned = rotary[0][..., -count:, :], rotary[1][..., -count:, :]
+        q = self.q_proj(x[:, nodes - count :]).view(batch, count, self.heads, self.head_dim)
+        q = rotate(q.transpose(1, 2), turned)
         k = rotate(self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2), rotary)
         v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
@@ -199,7 +208,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared
             )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, nodes, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
 
 
 class FeatureHead(DraftNetwork):
@@ -208,6 +217,10 @@ class FeatureHead(DraftNetwork):
     Args:
         config: shapes and switches.
     """
+
+    shapes: ClassVar[type[FeatureHeadConfig]] = FeatureHeadConfig
+    methods: ClassVar[tuple[str, ...]] = ("fspad", "eagle")
+    """The names of the methods whose folders hold such a network."""
 
     def __init__(self, config: FeatureHeadConfig):
         super().__init__()
@@ -230,6 +243,11 @@ class FeatureHead(DraftNetwork):
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.tap_layers
+
+    @property
+    def learned_embeddings(self) -> tuple[Tensor, ...]:
+        """Weights that stand in embeddings' places, and are scaled as these are."""
+        return ()
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -257,13 +275,7 @@ class FeatureHead(DraftNetwork):
         if positions is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         h = self.fusion(embeddings, features)
-        a = h + self.self_attn(h, self.rotary(positions, h.dtype), mask, cache)
-        u = self.norm(a)
-        delta = self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
-        if not self.config.partial_alignment:
-            return DraftOutput(a + delta, a + delta)
-        p, r = delta.split(self.config.hidden_size, dim=-1)
-        return DraftOutput(a + p, a + r)
+        return outputs(self, h + self.self_attn(h, self.rotary(positions, h.dtype), mask, cache))
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `(batch, 1, nodes, head_dim)` of the positions, rounded once from float64."""
@@ -275,6 +287,16 @@ class FeatureHead(DraftNetwork):
             table = (angles.cos().to(positions.device, dtype), angles.sin().to(positions.device, dtype))
             self._rotary_table = table
         return table[0][positions][:, None], table[1][positions][:, None]
+
+
+def outputs(layer: Any, a: Tensor) -> DraftOutput:
+    """Return both outputs of a layer from its attention's result `a`, residual included."""
+    u = layer.norm(a)
+    delta = layer.down_proj(F.silu(layer.gate_proj(u)) * layer.up_proj(u))
+    if delta.shape[-1] == a.shape[-1]:
+        return DraftOutput(a + delta, a + delta)
+    p, r = delta.chunk(2, dim=-1)
+    return DraftOutput(a + p, a + r)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -290,4 +312,6 @@ def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
     drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
     if drafter.fusion.feature_sampling:
         drafter.fusion.gate_proj.weight *= by
+    for learned in drafter.learned_embeddings:
+        learned /= by
     return drafter

@@ -42,6 +42,7 @@ class FeatureObjective(Objective):
             head = DraftVocabulary(drafter.draft_tokens, target).head
             self._places = torch.full((target.vocab_size,), -1, device=target.device)
             self._places[drafter.draft_tokens] = torch.arange(len(drafter.draft_tokens), device=target.device)
+        self.head = head
         self.loss = DrafterLoss(
             drafter,
             head,
