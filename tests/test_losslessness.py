@@ -109,7 +109,9 @@ def one_forward_drafter(target: Target, kept: bool = False, **switches: Any) -> 
     shapes = (target.hidden_size, 24, 2, 1, 8, target.vocab_size)
     more: dict[str, Any] = {"block_size": 3, "transition_rank": 4, "slot_candidates": 3}
     torch.manual_seed(3)
-    head = OneForwardHead(OneForwardConfig(*shapes, draft_vocab_size=target.vocab_size - 1 if kept else 0, **more, **switches))
+    head = OneForwardHead(
+        OneForwardConfig(*shapes, draft_vocab_size=target.vocab_size - 1 if kept else 0, **more, **switches)
+    )
     torch.nn.init.normal_(head.transition.after.weight)
     torch.nn.init.normal_(head.transition.basis)
     if head.draft_tokens is not None:

@@ -200,9 +200,9 @@ class DrafterConfig(BaseModel):
         """Refuse settings of another method, instead of ignoring them."""
         for name in sorted(self.model_fields_set):
             if not self._reads(name) and getattr(self, name) is not None:
-                raise UserError(
-                    f'"{name}" is a setting of {" and ".join(readers(name))}, not of {self.method}; leave it out'
-                )
+                *others, last = readers(name)
+                known = f"{', '.join(others)} and {last}" if others else last
+                raise UserError(f'"{name}" is a setting of {known}, not of {self.method}; leave it out')
         method = method_called(self.method)
         if self.preset == "paper" and not method.paper_preset:
             raise UserError(

@@ -43,7 +43,8 @@ def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
             name = different[0]
             own = getattr(base.config, name)
             raise UserError(
-                f"the drafter in '{settings.init_from}' has {name} {own}, this run's has {block[name]}; set {name} {own}"
+                f"the drafter in '{settings.init_from}' has {name} {own}, this run's has {block[name]}; "
+                f"set {name} {own}"
             )
         base.keeps_tokens = True
         return base.to(target.device)

@@ -25,7 +25,8 @@ from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.methods.fspad.layer_step import LayerStep, turning
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.methods.fspad_1f.network import OneForwardHead, SecondLayer, head_rows
-from outdraft.methods.fspad_1f.tree import best_first, with_spine
+from outdraft.methods.fspad_1f.tree import Tables, best_first, with_spine
+from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -132,10 +133,9 @@ class OneForward(FeatureDrafter):
         rows = head_rows(target.model)
         rows = (rows if kept is None else rows[kept.to(rows.device)]).to(target.device, self.dtype)
         codes = rows @ transition.basis.to(self.dtype)
-        self._before, self._after, self._state = (
-            part.weight.detach().to(self.dtype) for part in (transition.before, transition.after, transition.state)
-        )
-        self._before, self._after = codes @ self._before.T, codes @ self._after.T
+        parts = (transition.before, transition.after, transition.state)
+        before, after, self._state = (plain_linear(part)[0].detach().to(self.dtype) for part in parts)
+        self._before, self._after = codes @ before.T, codes @ after.T
         self._places = torch.arange(target.vocab_size, device=target.device)
         if kept is not None:
             self._places = torch.zeros_like(self._places)
@@ -158,16 +158,18 @@ class OneForward(FeatureDrafter):
         best = logits.topk(min(self.head.config.slot_candidates, logits.shape[-1]))
         return Slots(logits, best.indices, best.values.to(self.dtype), out.r.to(self.dtype) @ self._state.T)
 
-    def tables(self, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of slot 0's candidates `(rows, k)`, and of every later slot's after each candidate
-        of the slot before, `(rows, slots - 1, k, k)`."""
+    def tables(self, slots: Slots) -> Tables:
+        """Return the candidates of the slots with their log-probabilities; those of a slot after a candidate before it
+        sum to what the slot's own distribution gives its candidates."""
         ids, values = slots.ids, slots.values
+        named = ids if self.vocabulary is None else self.vocabulary.tokens[ids]
         sure = values - slots.logits.to(self.dtype).logsumexp(-1, keepdim=True)
         if self.marginal:
-            return sure[:, 0], sure[:, 1:, None].expand(-1, -1, ids.shape[2], -1)
+            return Tables(named, sure[:, 0], sure[:, 1:, None].expand(-1, -1, ids.shape[2], -1))
         asked = self._before[ids[:, :-1]] * slots.states[:, 1:, None]
         scores = values[:, 1:, None] + asked @ self._after[ids[:, 1:]].transpose(-1, -2)
-        return sure[:, 0], scores.log_softmax(-1) + sure[:, 1:, None].logsumexp(-1, keepdim=True)
+        later = scores.log_softmax(-1) + sure[:, 1:, None].logsumexp(-1, keepdim=True)
+        return Tables(named, sure[:, 0], later)
 
     def block(self, slots: Slots) -> Block:
         """Return the slots as a `Step`: later slots give probability to their candidates alone, by the transition."""
@@ -205,18 +207,13 @@ class OneForwardState(FeatureDraftState):
         slots = drafter.slots_of(self._block(update, shape.depth))
         by_noise = rows.coupled or rows.guided(roots.device)
         if not by_noise and (shape.candidates == "top-k" or rows.greedy):
-            return best_first(roots, slots.ids, *drafter.tables(slots), shape, rows.budget, self._kept)
+            return best_first(roots, drafter.tables(slots), shape, rows.budget)
         block = drafter.block(slots)
         if shape.candidates == "spine" and not by_noise:
             drawn = TreeShape.chain(min(shape.depth + 1, shape.size - 1), candidates="sampled")
             chain = drafter.grow(roots, block.first, block, drawn, rows)
-            return with_spine(chain, slots.ids, *drafter.tables(slots), shape, self._kept)
+            return with_spine(chain, drafter.tables(slots), shape)
         return drafter.grow(roots, block.first, block, shape, rows)
-
-    @property
-    def _kept(self) -> Tensor | None:
-        vocabulary = self.drafter.vocabulary
-        return None if vocabulary is None else vocabulary.tokens
 
     def _shortened(self, update: Update) -> Update:
         """Take in all pairs but each row's last; return an update of the last ones."""
@@ -232,8 +229,7 @@ class OneForwardState(FeatureDraftState):
             `(rows, 1 + masked, hidden)` outputs of the slots.
         """
         network, cache, counts = self.network, self.cache, update.counts
-        (rows, new), device = update.tokens.shape, update.tokens.device
-        new = max(counts)
+        rows, new, device = len(counts), max(counts), update.tokens.device
         last = integers(counts, device)[:, None] - 1
         marks = counting(0, masked, device) + network.vocab_size
         tokens = torch.cat([update.tokens[:, :new], marks.expand(rows, -1)], dim=1)

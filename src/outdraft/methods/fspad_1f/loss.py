@@ -1,7 +1,8 @@
 """FSPAD-1F's loss: what the mask rows of sampled anchors say, against the target's distribution at every slot.
 
-Slot 0 of the anchor at t predicts x_{t+2}, as FSPAD's row t does. Mask row j of it predicts x_{t+2+j}, of which f_{t+1+j}
-gives the distribution; the token before it is x_{t+1+j}. Slots count up to the first label that is no response token.
+Slot 0 of the anchor at t predicts x_{t+2}, as FSPAD's row t does. Mask row j of it predicts x_{t+2+j}, of which
+f_{t+1+j} gives the distribution; the token before it is x_{t+1+j}. Slots count up to the first label that is no
+response token.
 
     L = sum_j w_j [ CE(P_j, softmax l_j) + lambda (0.1 CE + 0.9 L1)(P~_j, softmax S_j) ] / sum_j w_j
 
@@ -74,7 +75,7 @@ class OneForwardLoss(nn.Module):
         self.chunk_size, self.slots = chunk_size, drafter.config.block_size - 1
         self._base, self._weigh, self._head, self._codes, self._precision = base, weigh, head, codes, precision
         recalls = [f"recall{k}_{j}" for j in range(1, self.slots + 1) for k in (*RECALLS, "t")]
-        self.sums = namedtuple("OneForwardSums", ["loss", "unary", "moving", "agreed", "positions", *recalls])
+        self._sums: Any = namedtuple("OneForwardSums", ["loss", "unary", "moving", "agreed", "positions", *recalls])
 
     def forward(
         self,
@@ -100,7 +101,7 @@ class OneForwardLoss(nn.Module):
             noise: added to the features that FSPAD's own rows read in their loss.
         """
         counted = counted_positions(loss_mask)
-        out, rows = self.outputs(embeddings, features, anchors)
+        out, _ = self.outputs(embeddings, features, anchors)
         batch, anchor, slot, weight = rows_of(anchors, loss_mask, self.slots)
         at = anchors[batch, anchor]
         places = predicting(loss_mask).flatten().cumsum(0).view(len(loss_mask), -1) - 1
@@ -119,7 +120,7 @@ class OneForwardLoss(nn.Module):
             said_here = TopProbs(*(part[places[:, 1:][counted]] for part in said))
             sums = self._base(embeddings, features, loss_mask, noise, said_here, 1)
             loss = loss + self._weigh(sums)
-        return self.sums(loss=loss, agreed=found["recall1_1"], **found)
+        return self._sums(loss=loss, agreed=found["recall1_1"], **found)
 
     def outputs(self, embeddings: Tensor, features: Tensor, anchors: Tensor) -> tuple[DraftOutput, DraftOutput]:
         """Return the outputs of the anchors' mask rows and those of FSPAD's own rows."""
@@ -180,7 +181,9 @@ class _Chunked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, piece: Callable[..., tuple[Tensor, ...]], size: int, p: Tensor, r: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, piece: Callable[..., tuple[Tensor, ...]], size: int, p: Tensor, r: Tensor, *weights: Tensor
+    ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         gradients = [torch.zeros_like(one) for one in (p, r, *weights)] if wanted else []
         sums = p.new_zeros(3)

@@ -1,10 +1,10 @@
 """FSPAD-1F's network: a trained FSPAD whose first step is slot 0, and mask rows beside it that draft further slots.
 
-Row t of FSPAD holds the pair (x_{t+1}, f_t); the newest row, of the anchor, is slot 0 and predicts as FSPAD's first step
+Row t of FSPAD holds the pair (x_{t+1}, f_t); the newest row, the anchor's, is slot 0 and predicts as FSPAD's first step
 does. Mask row j stands at position t + j with the same feature f_t and a learned vector m_j in the embedding's place.
-FSPAD's feature sampling therefore gates the feature by slot: W_g m_j says which channels matter j steps ahead. A mask row
-sees all rows up to slot 0 and the mask rows before it, so a block may be cut at any length. An optional second layer
-reads r, FSPAD's recurrent state, and only mask rows leave it: whatever it learns, slot 0 stays FSPAD's.
+So FSPAD's feature sampling gates the feature by slot: W_g m_j says which channels matter j steps ahead. A mask row sees
+all rows up to slot 0 and the mask rows before it, so a block may be cut at any length. An optional second layer reads
+r, FSPAD's recurrent state, and only mask rows leave it: whatever it learns, slot 0 stays FSPAD's.
 
 The logits of neighbouring slots are joined by a transition between the k most probable tokens of each: a bilinear score
 of both tokens' codes, which are projections of the target's own head rows.

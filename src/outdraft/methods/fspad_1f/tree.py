@@ -1,8 +1,9 @@
 """Best-first trees over tables of transitions.
 
-A node's score is the sum of log-probabilities on its path. Every row of a table is sorted once; a heap then pops the best
-node, and pushes its next sibling and its own best child. Scores only fall along a path and along a sorted row, so the n
-nodes popped first are the n best nodes of all, parents before children (DDTree's argument, over rows by predecessor).
+A node's score is the sum of log-probabilities on its path. Every row of a table is sorted once; a heap then pops the
+best node, and pushes its next sibling and its own best child. Scores only fall along a path and along a sorted row, so
+the n nodes popped first are the n best nodes of all, parents before children (DDTree's argument, with a row for every
+predecessor).
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import sent
@@ -25,190 +29,153 @@ class Node(NamedTuple):
     """A candidate of a row's tree."""
 
     token: int
-    """The place among its slot's candidates."""
     parent: int
     """The index of its parent, 0 for the root."""
     level: int
     score: float
 
 
-class Tables(NamedTuple):
-    """One row's tables on the host; each of their rows is sorted, best first."""
+@dataclass
+class Tables:
+    """The candidates of all slots and their log-probabilities, on the device.
 
-    scores: list[list[list[float]]]
-    """`[slot][candidate of the slot before][rank]` log-probabilities; slot 0 has one row."""
-    order: list[list[list[int]]]
-    """The candidates in that order."""
-    ids: list[list[int]]
-    """`[slot][candidate]` token ids."""
-
-    def popped(self, width: int, depth: int) -> Iterator[Node]:
-        """Yield the row's nodes, best first, of at most `width` children each and levels up to `depth`."""
-        heap = [(-self.scores[0][0][0], 0, 0, 0, 0, 0)]  # score, a number for ties, level, parent, table row, rank
-        count = pushed = 0
-        while heap:
-            negative, _, level, parent, row, rank = heapq.heappop(heap)
-            if negative == math.inf:
-                return
-            token, above = self.order[level][row][rank], -negative - self.scores[level][row][rank]
-            count += 1
-            yield Node(token, parent, level, -negative)
-            if rank + 1 < min(width, len(self.order[level][row])):
-                pushed += 1
-                sibling = above + self.scores[level][row][rank + 1]
-                heapq.heappush(heap, (-sibling, pushed, level, parent, row, rank + 1))
-            if level < depth:
-                pushed += 1
-                child = -negative + self.scores[level + 1][token][0]
-                heapq.heappush(heap, (-child, pushed, level + 1, count, token, 0))
-
-
-def host_tables(ids: Tensor, first: Tensor, later: Tensor, kept: Tensor | None) -> list[Tables]:
-    """Bring the tables of all rows to the host, in one transfer.
-
-    Args:
-        ids: `(rows, slots, k)` candidates of every slot, best first in slot 0.
+    Attributes:
+        ids: `(rows, slots, k)` token ids of every slot's candidates, best first in slot 0.
         first: `(rows, k)` log-probabilities of slot 0's.
-        later: `(rows, slots - 1, k, k)` log-probabilities of later slots' after each candidate before.
-        kept: token ids of the draft vocabulary, which `ids` index; None where they are token ids.
+        later: `(rows, slots - 1, k, k)` log-probabilities of a later slot's after each candidate of the slot before.
     """
-    rows, slots, k = ids.shape
-    scores, order = later.sort(dim=-1, descending=True, stable=True)
-    named = ids if kept is None else kept[ids]
-    parts = [named.flatten(1), first, scores.flatten(1), order.flatten(1)]
-    flat = torch.cat([part.double() for part in parts], dim=1).tolist()
-    found = []
-    for row in flat:
-        named_, rest = row[: slots * k], row[slots * k :]
-        first_, rest = rest[:k], rest[k:]
-        scores_, order_ = rest[: (slots - 1) * k * k], rest[(slots - 1) * k * k :]
-        found.append(
-            Tables(
-                [[first_], *_split(scores_, k)],
-                [[list(range(k))], *_split([int(place) for place in order_], k)],
-                [[int(token) for token in named_[slot * k : (slot + 1) * k]] for slot in range(slots)],
-            )
+
+    ids: Tensor
+    first: Tensor
+    later: Tensor
+
+    def lists(self, roots: Tensor, width: int) -> tuple[list[int], list[list[list[list[float]]]]]:
+        """Bring roots and tables to the host, in one transfer.
+
+        Returns:
+            Every row's root, and for every row `[slot][place]` lists of the best `width` children: the first k places
+            hold their log-probabilities after each candidate before, the next k places which candidates they are, the
+            last one the slot's ids.
+        """
+        k = self.ids.shape[2]
+        scores, order = torch.cat([self.first[:, None, None].expand(-1, -1, k, -1), self.later], dim=1).sort(
+            dim=-1, descending=True, stable=True
         )
-    return found
+        ids = F.pad(self.ids, (0, 1))
+        ids[:, 0, k] = roots
+        parts = [
+            F.pad(part, (0, k + 1 - part.shape[-1])).double() for part in (scores[..., :width], order[..., :width])
+        ]
+        found = torch.cat([*parts, ids.double()[:, :, None]], dim=2).tolist()
+        return [int(row[0][-1][k]) for row in found], found
+
+    @property
+    def k(self) -> int:
+        """The number of candidates of a slot."""
+        return self.ids.shape[2]
 
 
-def _split(numbers: list, k: int) -> list[list[list]]:
-    return [
-        [numbers[start + row * k : start + (row + 1) * k] for row in range(k)]
-        for start in range(0, len(numbers), k * k)
-    ]
+def popped(table: list[list[list[float]]], k: int, width: int, depth: int) -> Iterator[Node]:
+    """Yield the nodes of a row's table (`Tables.lists`), best first, with `width` children each, to level `depth`."""
+    width = min(width, k)
+    heap = [(-table[0][0][0], 0, 0, 0, 0, 0)]  # score, a number for ties, level, parent, row of the table, rank
+    count = pushed = 0
+    while heap:
+        negative, _, level, parent, row, rank = heapq.heappop(heap)
+        if negative == math.inf:
+            return
+        scores, candidate = table[level][row], int(table[level][k + row][rank])
+        count, pushed = count + 1, pushed + 2
+        yield Node(int(table[level][-1][candidate]), parent, level, -negative)
+        if rank + 1 < width:
+            sibling = negative + scores[rank] - scores[rank + 1]
+            heapq.heappush(heap, (sibling, pushed, level, parent, row, rank + 1))
+        if level < depth:
+            child = negative - table[level + 1][candidate][0]
+            heapq.heappush(heap, (child, pushed + 1, level + 1, count, candidate, 0))
 
 
-def best_first(
-    roots: Tensor,
-    ids: Tensor,
-    first: Tensor,
-    later: Tensor,
-    shape: TreeShape,
-    budget: Budget | None,
-    kept: Tensor | None,
-) -> Tree:
+def best_first(roots: Tensor, tables: Tables, shape: TreeShape, budget: Budget | None) -> Tree:
     """Build trees of the best nodes, as many as the shape allows, or the budget where there is one.
 
     Args:
         roots: `(rows,)` root tokens.
-        ids, first, later, kept: as in `host_tables`.
+        tables: those of all rows.
         shape: largest size; `top_k` bounds the children of a node.
         budget: decides how many levels and nodes each row has.
     """
-    tables = host_tables(ids, first, later, kept)
-    grown: list[list[Node]] = []
-    for table in tables:
-        nodes = table.popped(shape.top_k, shape.depth)
-        grown.append([node for node, _ in zip(nodes, range(shape.size - 1), strict=False)])
+    named, found = tables.lists(roots, shape.top_k)
+    grown = [list(islice(popped(own, tables.k, shape.top_k, shape.depth), shape.size - 1)) for own in found]
     if budget is not None:
-        grown = _within(grown, budget, shape)
-    texts = [
-        [(table.ids[node.level][node.token], node.parent) for node in own]
-        for table, own in zip(tables, grown, strict=True)
-    ]
-    return _tree(roots.tolist(), texts, shape, roots.device)
+        grown = _within(grown, budget, shape.depth + 1)
+    return _tree(named, [[(node.token, node.parent) for node in own] for own in grown], shape, roots.device)
 
 
-def _within(grown: list[list[Node]], budget: Budget, shape: TreeShape) -> list[list[Node]]:
+def _within(grown: list[list[Node]], budget: Budget, levels: int) -> list[list[Node]]:
     """Cut every row's nodes, best first, to the levels and to the number that the budget wants."""
-    masses = [[0.0] * (shape.depth + 1) for _ in grown]
-    for row, own in zip(masses, grown, strict=True):
-        for node in own:
-            row[node.level] += math.exp(node.score)
-    levels, wanted = [0] * len(grown), budget.going
-    for level in range(shape.depth + 1):
+    masses = [[sum(math.exp(n.score) for n in own if n.level == level) for level in range(levels)] for own in grown]
+    deep, wanted = [0] * len(grown), budget.going
+    for level in range(levels):
         if level:
             wanted = budget.wants(max(sum(node.level == level for node in own) for own in grown))
         if not any(wanted):
             break
-        levels = [level + 1 if going else most for going, most in zip(wanted, levels, strict=True)]
+        deep = [level + 1 if going else most for going, most in zip(wanted, deep, strict=True)]
         above = [row[level - 1] if level else 1.0 for row in masses]
-        budget.drafted([row[level] / mass if mass else None for row, mass in zip(masses, above, strict=True)])
-    cut = [[node for node in own if node.level < most] for own, most in zip(grown, levels, strict=True)]
-    # Nodes of a level that was cut leave gaps in the numbers of those behind them.
-    cut = [_renumbered(own, kept) for own, kept in zip(grown, cut, strict=True)]
+        budget.drafted([row[level] / mass if row[level] else None for row, mass in zip(masses, above, strict=True)])
+    cut = [_shallow(own, most) for own, most in zip(grown, deep, strict=True)]
     gains = [[math.exp(node.score) for node in own] for own in cut]
     sizes = budget.sizes(gains, [[node.level for node in own] for own in cut])
     return [own[:size] for own, size in zip(cut, sizes, strict=True)]
 
 
-def _renumbered(before: Sequence[Node], kept: Sequence[Node]) -> list[Node]:
-    """Renumber the parents of nodes of which some were left out, none of them a parent of those kept."""
-    if len(before) == len(kept):
-        return list(kept)
-    deepest = max((node.level for node in kept), default=-1)
-    places, count = {0: 0}, 0
-    for place, node in enumerate(before, start=1):
-        if node.level <= deepest:
-            count += 1
-            places[place] = count
-    return [node._replace(parent=places[node.parent]) for node in kept]
+def _shallow(nodes: list[Node], levels: int) -> list[Node]:
+    """Keep the nodes of the first levels; parents are renumbered."""
+    places, kept = {0: 0}, []
+    for place, node in enumerate(nodes, start=1):
+        if node.level < levels:
+            kept.append(node._replace(parent=places[node.parent]))
+            places[place] = len(kept)
+    return kept
 
 
-def with_spine(chain: Tree, ids: Tensor, first: Tensor, later: Tensor, shape: TreeShape, kept: Tensor | None) -> Tree:
+def with_spine(chain: Tree, tables: Tables, shape: TreeShape) -> Tree:
     """Add the best chosen nodes to chains that were drawn; the drawn child of a node comes before the chosen ones.
 
     Args:
         chain: a chain of every row with the distributions that it was drawn from.
-        ids, first, later, kept: as in `host_tables`.
+        tables: those of all rows.
         shape: largest size.
     """
-    tables, grown = host_tables(ids, first, later, kept), []
-    tokens, _ = chain.lists
-    for table, drawn, count in zip(tables, tokens, chain.counts, strict=True):
+    named, found = tables.lists(chain.tokens[:, 0], shape.top_k)
+    grown = []
+    for table, drawn, count in zip(found, chain.lists[0], chain.counts, strict=True):
         nodes = [(drawn[place], place - 1) for place in range(1, count)]
-        spine = {(place - 1, drawn[place]): place for place in range(1, count)}
-        index = [0]  # of every popped node in the whole tree
-        for node in table.popped(shape.top_k, shape.depth):
-            if len(nodes) >= shape.size - 1 or count == 1:
+        places = [0]  # of every popped node in the whole tree
+        for node in popped(table, tables.k, shape.top_k, shape.depth):
+            if len(nodes) >= shape.size - 1 or count == 1:  # a row that drew nothing drafts nothing
                 break
-            parent, token = index[node.parent], table.ids[node.level][node.token]
-            if (parent, token) in spine:
-                index.append(spine[parent, token])
-                continue
-            nodes.append((token, parent))
-            index.append(len(nodes))
+            parent = places[node.parent]
+            if (
+                parent + 1 < count and drawn[parent + 1] == node.token
+            ):  # the drawn child of a drawn node, or of the root
+                places.append(parent + 1)
+            else:
+                nodes.append((node.token, parent))
+                places.append(len(nodes))
         grown.append(nodes)
-    tree = _tree([drawn[0] for drawn in tokens], grown, shape, chain.tokens.device)
-    probs = chain.draft_probs
-    if probs is None:
+    tree = _tree(named, grown, shape, chain.tokens.device)
+    if chain.draft_probs is None:
         return tree
-    more = tree.nodes - probs.shape[1]
-    tree.candidates, tree.draft_probs = "spine", torch.nn.functional.pad(probs, (0, 0, 0, more))
-    return tree
+    more = tree.nodes - chain.draft_probs.shape[1]
+    return replace(tree, candidates="spine", draft_probs=F.pad(chain.draft_probs, (0, 0, 0, more)))
 
 
-def _tree(
-    roots: Sequence[int], grown: Sequence[Sequence[tuple[int, int]]], shape: TreeShape, device: torch.device
-) -> Tree:
+def _tree(roots: Sequence[int], grown: Sequence[list[tuple[int, int]]], shape: TreeShape, device: torch.device) -> Tree:
     """Build the trees of `(token, parent)` nodes, parents before children."""
     counts = [1 + len(nodes) for nodes in grown]
-    most = max(counts)
-    tokens = [
-        [root, *(token for token, _ in own)] + [0] * (most - 1 - len(own))
-        for root, own in zip(roots, grown, strict=True)
-    ]
-    parents = [[-1, *(parent for _, parent in own)] + [0] * (most - 1 - len(own)) for own in grown]
+    padded = [own + [(0, 0)] * (max(counts) - 1 - len(own)) for own in grown]
+    tokens = [[root, *(token for token, _ in own)] for root, own in zip(roots, padded, strict=True)]
+    parents = [[-1, *(parent for _, parent in own)] for own in padded]
     both = sent([tokens, parents], device)
     return Tree(both[0], both[1], counts, levels=shape.depth + 1, _lists=(tokens, parents))
