@@ -19,7 +19,7 @@ from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, outputs
-from outdraft.methods.fspad_1f.loss import GAMMA, drawn_anchors, rows_of
+from outdraft.methods.fspad_1f.loss import GAMMA, drawn_anchors, mask_rows
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
@@ -113,7 +113,7 @@ def test_the_loss_is_the_equation_s(second_layer: bool, progress: float, base: P
                 total += weight * (unary + min(1.0, 3 * progress) * moved)
     assert moved_total > 0 and int(sums.positions) == sum(int(mask[2:].sum()) for mask in masks)
     assert float(sums.unary) == pytest.approx(unary_total, rel=1e-6)
-    assert float(sums.moving) == pytest.approx(moved_total, rel=1e-6)
+    assert float(sums.moved) == pytest.approx(moved_total, rel=1e-6)
     assert float(objective.total(sums)) == pytest.approx(total, rel=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_anchors_are_drawn_by_row_step_and_seed_without_replacement() -> None:
         assert torch.equal(drawn_anchors(mask[row : row + 1], 6, seeds[row : row + 1])[0], anchors[row])
     assert not torch.equal(drawn_anchors(mask, 6, [1, 2, 3, 4]), anchors)
     none = drawn_anchors(torch.zeros(2, 3, dtype=torch.bool), 6, [0, 1])
-    assert (none == -1).all() and len(rows_of(none, torch.zeros(2, 3), 3)[0]) == 0
+    assert (none == -1).all() and len(mask_rows(none, torch.zeros(2, 3), 3).batch) == 0
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
