@@ -1,8 +1,8 @@
 """Drafting with a `OneForwardHead`: one forward takes in the decided pairs and gives the logits of all slots.
 
 The cache keeps keys and values of FSPAD's rows, as FSPAD's does, in both layers; mask rows are written behind them and
-forgotten. Candidates that are chosen come from a best-first tree over tables of k x k transitions (`tree.py`);
-candidates that are drawn, or chosen under noise, grow level by level from the same transitions.
+forgotten. Candidates that are chosen come from a best-first tree over tables of k x k transitions (`tree.py`), under
+noise shared with the target as well; candidates that are drawn grow level by level from the same transitions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import causal, chosen, counting, integers
+from outdraft.core.tensors import causal, chosen, counting, integers, sent
 from outdraft.core.tree import Tree, attention_mask
 from outdraft.drafting.base import Limits, RowContext, Update
 from outdraft.drafting.masks import causal_mask
@@ -152,11 +152,22 @@ class OneForward(FeatureDrafter):
             return super().default_shape(device, sampling)
         return CPU_TREE.at_most(self.head.config.block_size, CPU_TREE.size)
 
-    def slots_of(self, out: DraftOutput) -> Slots:
-        """Return the slots of `(rows, slots, hidden)` outputs, through one product with the head."""
-        logits = self.logits(out.p)
+    def slots_of(self, out: DraftOutput, coupled: RowContext | None = None) -> Slots:
+        """Return the slots of `(rows, slots, hidden)` outputs, through one product with the head.
+
+        Of coupled rows the logits are those at the rows' temperatures, less the logarithm of the noise that will choose
+        the target's tokens: their candidates are the tokens that the drafter would choose.
+        """
+        logits, states = self.logits(out.p), out.r.to(self.dtype) @ self._state.T
+        if coupled is not None:
+            noise = torch.stack([torch.stack([c.at(d) for d in range(logits.shape[1])]) for c in coupled.chances])  # type: ignore[attr-defined]
+            noise = noise if self.vocabulary is None else noise[..., self.vocabulary.tokens]
+            scores = [warper.scores(own) for warper, own in zip(coupled.warpers, logits, strict=True)]
+            logits = torch.stack(scores) - noise.log()
+            warmth = [warper.temperature or 1.0 for warper in coupled.warpers]
+            states = states / sent(warmth, states.device, states.dtype)[:, None, None]
         best = logits.topk(min(self.head.config.slot_candidates, logits.shape[-1]))
-        return Slots(logits, best.indices, best.values.to(self.dtype), out.r.to(self.dtype) @ self._state.T)
+        return Slots(logits, best.indices, best.values.to(self.dtype), states)
 
     def tables(self, slots: Slots) -> Tables:
         """Return the candidates of the slots with their log-probabilities; those of a slot after a candidate before it
@@ -204,12 +215,12 @@ class OneForwardState(FeatureDraftState):
         if shape.size == 1:
             self._read(update)
             return Tree.roots(roots)
-        slots = drafter.slots_of(self._block(update, shape.depth))
-        by_noise = rows.coupled or rows.guided(roots.device)
-        if not by_noise and (shape.candidates == "top-k" or rows.greedy):
+        named = rows.guided(roots.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
+        slots = drafter.slots_of(self._block(update, shape.depth), rows if rows.coupled and not named else None)
+        if not named and (shape.candidates == "top-k" or rows.greedy or rows.coupled):
             return best_first(roots, drafter.tables(slots), shape, rows.budget)
         block = drafter.block(slots)
-        if shape.candidates == "spine" and not by_noise:
+        if shape.candidates == "spine" and not named:
             drawn = TreeShape.chain(min(shape.depth + 1, shape.size - 1), candidates="sampled")
             chain = drafter.grow(roots, block.first, block, drawn, rows)
             return with_spine(chain, drafter.tables(slots), shape)
