@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import outdraft
 from models import tiny
@@ -16,9 +17,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
 from outdraft.methods.fspad.drafter import FeatureDrafter
-from outdraft.methods.fspad.loss import Streams
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead, FeatureHeadConfig
-from outdraft.methods.fspad_1f import drafter as drafting
 from outdraft.methods.fspad_1f.drafter import OneForward, Slots
 from outdraft.methods.fspad_1f.network import head_rows
 from outdraft.methods.fspad_1f.tree import Tables, best_first
@@ -32,32 +31,31 @@ def made(**switches: Any) -> OneForward:
     return one_forward_drafter(Target(tiny("llama-gqa")), **switches)
 
 
+def drafted_slots(drafter: OneForward, state: Any, update: Update) -> torch.Tensor:
+    """The logits of all slots after an update."""
+    first = state._take_in(update)
+    masked = state.network.masked(first.r, drafter.head.config.block_size - 1, state.cache)
+    return drafter.logits(torch.cat([first.p, masked.p], dim=1))
+
+
+def state_of(drafter: OneForward, texts: list[list[int]]) -> Any:
+    run = drafter.target.runner(drafter.target.new_cache(len(texts), 32))
+    return drafter.begin([torch.tensor(text) for text in texts], run)
+
+
 def slots_of(drafter: OneForward, texts: list[list[int]], first: int) -> torch.Tensor:
     """The slots' logits after all but the last tokens of the texts, in a batch that takes `first` pairs in before."""
-    run = drafter.target.runner(drafter.target.new_cache(len(texts), 32))
-    state = drafter.begin([torch.tensor(text) for text in texts], run)
-    features = [drafter.target.features(torch.tensor([text]))[0] for text in texts]
-    rows = RowContext([], [], [])
-    found = None
-    for start, end in ((0, first), (first, None)) if first else ((0, None),):
-        pairs = [list(range(len(text) - 1))[start:end] for text in texts]
-        counts = [len(own) for own in pairs]
-        tokens, taps = (
-            torch.zeros(len(texts), max(counts), dtype=torch.long),
-            features[0].new_zeros(len(texts), max(counts), features[0].shape[1]),
-        )
-        for row, own in enumerate(pairs):
-            tokens[row, : len(own)] = torch.tensor([texts[row][t + 1] for t in own])
-            taps[row, : len(own)] = features[row][own]
-        update = Update(tokens, taps, counts)
-        if end is not None:
-            state.propose(update, TreeShape(0, 1, 1), rows)
-        else:
-            if max(counts) > drafting.MOST_BESIDE:
-                update = state._shortened(update)
-            found = drafter.slots_of(state._block(update, drafter.head.config.block_size - 1)).logits
-    assert found is not None
-    return found
+    state = state_of(drafter, texts)
+    features = [drafter.target.features(torch.tensor([text]))[0, :-1] for text in texts]
+    tokens = [torch.tensor(text[1:]) for text in texts]
+
+    def update(piece: slice) -> Update:
+        parts = [pad_sequence([row[piece] for row in whole], batch_first=True) for whole in (tokens, features)]
+        return Update(parts[0], parts[1], [len(row[piece]) for row in tokens])
+
+    if first:
+        state.propose(update(slice(first)), TreeShape(0, 1, 1), RowContext([], [], []))
+    return drafted_slots(drafter, state, update(slice(first, None)))
 
 
 def trained_slots(drafter: OneForward, text: list[int], anchors: list[int]) -> torch.Tensor:
@@ -65,19 +63,15 @@ def trained_slots(drafter: OneForward, text: list[int], anchors: list[int]) -> t
     head, target = drafter.head, drafter.target
     embedded = target.embed(torch.tensor([text]))[:, 1:]
     features = target.features(torch.tensor([text]))[:, :-1]
-    memory, at = Streams(), torch.tensor([anchors])
-    rows = head(embedded, features, None, None, memory)
-    out = head.masked(rows, features[:, anchors], at, memory, head.config.block_size - 1)
-    p = torch.cat([rows.p[0, anchors][:, None], out.p[0]], dim=1)
-    return drafter.logits(p)
+    rows, fused = head(embedded, features), head.fusion(embedded, features)
+    out = head.masked(fused, rows.r, torch.tensor([anchors]), head.config.block_size - 1)
+    return drafter.logits(torch.cat([rows.p[0, anchors][:, None], out.p[0]], dim=1))
 
 
-@pytest.mark.parametrize("most_beside", [64, 2])
 @pytest.mark.parametrize("first", [0, 1, 4])
 @pytest.mark.parametrize("second_layer", [True, False])
 @torch.inference_mode()
-def test_decoding_drafts_what_training_trains(monkeypatch, second_layer, first, most_beside):
-    monkeypatch.setattr(drafting, "MOST_BESIDE", most_beside)
+def test_decoding_drafts_what_training_trains(second_layer: bool, first: int) -> None:
     drafter = made(second_layer=second_layer)
     found = slots_of(drafter, TEXTS, first)
     for row, text in enumerate(TEXTS):
@@ -88,8 +82,7 @@ def test_decoding_drafts_what_training_trains(monkeypatch, second_layer, first, 
 
 
 @torch.inference_mode()
-def test_slot_0_is_fspads_first_step_whatever_the_block_has_learned() -> None:
-    """In the same bits where products have the same shapes, which mask rows beside it make other ones."""
+def test_slot_0_is_fspads_first_step_bit_for_bit_whatever_the_block_has_learned() -> None:
     drafter, text = made(), TEXTS[0]
     shapes = {field.name: getattr(drafter.head.config, field.name) for field in fields(FeatureHeadConfig)}
     alone = FeatureHead(FeatureHeadConfig(**shapes)).double().eval()
@@ -97,15 +90,14 @@ def test_slot_0_is_fspads_first_step_whatever_the_block_has_learned() -> None:
     taps, tokens = drafter.target.features(torch.tensor([text]))[:, :-1], torch.tensor([text[1:]])
     update, run = Update(tokens, taps, [len(text) - 1]), drafter.target.runner(drafter.target.new_cache(1, 32))
     said = FeatureDrafter(alone, drafter.target).begin([torch.tensor(text)], run)._take_in(update)
-    own: Any = drafter.begin([torch.tensor(text)], run)
-    assert torch.equal(own._block(update, 0).p, said.p)
+    assert torch.equal(state_of(drafter, [text])._take_in(update).p, said.p)
     before = slots_of(drafter, [text], 0)[0]
-    torch.testing.assert_close(before[0], drafter.logits(said.p)[0, 0], rtol=0, atol=1e-12)
     for name, weight in drafter.head.named_parameters():
         if name.startswith(("slots", "second", "transition")):
             weight.normal_()
     after = slots_of(OneForward(drafter.head, drafter.target), [text], 0)[0]
     assert torch.equal(after[0], before[0]) and not torch.allclose(before[1:], after[1:])
+    torch.testing.assert_close(before[0], drafter.logits(said.p)[0, 0], rtol=0, atol=1e-12)
 
 
 def test_a_shorter_block_drafts_the_same_slots():

@@ -49,14 +49,12 @@ def base(tmp_path: Path) -> Path:
 
 
 def alone(head: OneForwardHead, embedded: Tensor, features: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """p and r of the mask rows after anchor t, in one plain causal forward of FSPAD's rows and the mask rows."""
-    slots = head.slots[None]
-    rows = torch.cat([embedded[:, : t + 1], slots], dim=1)
-    read = torch.cat([features[:, : t + 1], features[:, t : t + 1].expand(-1, slots.shape[1], -1)], dim=1)
-    p, r = head(rows, read)
-    if head.second is not None:
-        angles = head.rotary(torch.arange(rows.shape[1])[None], r.dtype)
-        p, r = outputs(head.second, r + head.second.self_attn(head.second.input_norm(r), angles, None, None))
+    """p and r of the mask rows after anchor t, in one plain causal forward of FSPAD's inputs and those of mask rows."""
+    embedded, features = embedded[:, : t + 1], features[:, : t + 1]
+    r, slots = head(embedded, features).r[:, -1:], head.slots[None]
+    h = torch.cat([head.fusion(embedded, features), head.fusion(slots, r.expand(-1, slots.shape[1], -1))], dim=1)
+    layer: Any = head if head.second is None else head.second
+    p, r = outputs(layer, h + layer.self_attn(h, head.rotary(torch.arange(h.shape[1])[None], h.dtype), None, None))
     return p[0, t + 1 :], r[0, t + 1 :]
 
 

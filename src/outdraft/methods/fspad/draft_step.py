@@ -60,7 +60,7 @@ class DraftStep(LayerStep):
         """Run one draft step with the equations of `FeatureHead.forward`."""
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
-        return self._outputs(self._o.plus(self._attend(h, rows, nodes, angles, mask, cache), h), rows)
+        return self.outputs(self._attend(h, rows, nodes, angles, mask, cache), h, rows)
 
     def _state(self, features: Tensor) -> Tensor:
         """Return the fusion's input, as `Fusion.state` does."""

@@ -118,24 +118,14 @@ class LayerStep:
     ) -> Tensor:
         """Return the heads' outputs `(rows * nodes, heads * head_dim)` from the layer's input."""
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
-        parts = [linear(x) for linear in self._qkv]
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        mixed = mixed.view(rows, nodes, heads + 2 * kv_heads, size)
-        if self._head_norms:
-            q, k, v = mixed.split([heads, kv_heads, kv_heads], dim=2)
-            q_norm, k_norm = self._head_norms
-            mixed = torch.cat([q_norm(q), k_norm(k), v], dim=2)
         if (pending := running()) is not None:
+            mixed = self._mixed(x, rows, nodes)
             new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
             keys, values = pending.held(new, new, self._layer)
             q = rotated_and_stored(mixed, angles, keys, values, pending)
             return pending.attend(q, keys, values, size**-0.5, None).view(rows * nodes, -1)
-        turned = mixed[:, :, : heads + kv_heads].unflatten(-1, (2, size // 2))
-        cos, sin = angles
-        turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
-        v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
-        k, v = cache.update(turned[:, heads:], v, self._layer)
-        q, shared = turned[:, :heads], heads // kv_heads
+        q, k, v = self.projected(x, rows, nodes, angles, cache)
+        shared = heads // kv_heads
         if shared > 1 and (nodes <= FOLDED or q.is_cuda):
             # Heads that share keys as further queries of one head: the keys are read once.
             q = q.reshape(rows, kv_heads, shared * nodes, size)
@@ -146,8 +136,34 @@ class LayerStep:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
         return out.transpose(1, 2).reshape(rows * nodes, -1)
 
-    def _outputs(self, a: Tensor, rows: int) -> DraftOutput:
-        """Return both outputs `(rows, nodes, hidden)` from the attention's result, residual included."""
+    def projected(
+        self, x: Tensor, rows: int, nodes: int, angles: tuple[Tensor, Tensor], cache: SlotCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries of the layer's input, and the keys and values of all slots, the new ones written."""
+        heads, kv_heads, size = self._heads, self._kv_heads, self._size
+        mixed = self._mixed(x, rows, nodes)
+        turned = mixed[:, :, : heads + kv_heads].unflatten(-1, (2, size // 2))
+        cos, sin = angles
+        turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
+        v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
+        k, v = cache.update(turned[:, heads:], v, self._layer)
+        return turned[:, :heads], k, v
+
+    def _mixed(self, x: Tensor, rows: int, nodes: int) -> Tensor:
+        """Return queries, keys and values `(rows, nodes, all heads, head_dim)` of the layer's input."""
+        heads, kv_heads, size = self._heads, self._kv_heads, self._size
+        parts = [linear(x) for linear in self._qkv]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        mixed = mixed.view(rows, nodes, heads + 2 * kv_heads, size)
+        if self._head_norms:
+            q, k, v = mixed.split([heads, kv_heads, kv_heads], dim=2)
+            q_norm, k_norm = self._head_norms
+            mixed = torch.cat([q_norm(q), k_norm(k), v], dim=2)
+        return mixed
+
+    def outputs(self, read: Tensor, x: Tensor, rows: int) -> DraftOutput:
+        """Return both outputs `(rows, nodes, hidden)` from what the heads read and the layer's input."""
+        a = self._o.plus(read, x)
         u = self._layer_norm(a)
         inner = self._up.times(u, self._gate.silu(u))
         if not self._aligned:

@@ -1,21 +1,23 @@
 """Drafting with a `OneForwardHead`: one forward takes in the decided pairs and gives the logits of all slots.
 
-The cache keeps keys and values of FSPAD's rows, as FSPAD's does, in both layers; mask rows are written behind them and
-forgotten. Candidates that are chosen come from a best-first tree over tables of k x k transitions (`tree.py`), under
-noise shared with the target as well; candidates that are drawn grow level by level from the same transitions.
+FSPAD's layer takes the pairs in as it does in FSPAD, the second layer runs the mask rows, and one product with the head
+gives all logits. The cache keeps keys and values of FSPAD's rows in both layers; those of mask rows are forgotten.
+Candidates that are chosen come from a best-first tree over tables of k x k transitions (`tree.py`), under noise shared
+with the target as well; candidates that are drawn grow level by level from the same transitions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import causal, chosen, counting, integers, sent
-from outdraft.core.tree import Tree, attention_mask
+from outdraft.core.tensors import counting, sent
+from outdraft.core.tree import Tree
 from outdraft.drafting.base import Limits, RowContext, Update
 from outdraft.drafting.masks import causal_mask
 from outdraft.drafting.sample import Block
@@ -24,46 +26,24 @@ from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.methods.fspad.layer_step import LayerStep, turning
 from outdraft.methods.fspad.network import DraftOutput
-from outdraft.methods.fspad_1f.network import OneForwardHead, SecondLayer, head_rows
+from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
 from outdraft.methods.fspad_1f.tree import Tables, best_first, with_spine
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
-MOST_BESIDE = 64
-"""The most decided tokens of a row that are taken in together with mask rows; of longer texts only the last one is."""
-
 CPU_TREE = TreeShape(depth=5, top_k=8, size=16)
 """The default tree on a CPU."""
 
 
-class SecondStep(LayerStep):
-    """The forward of the second layer, arranged for drafting."""
-
-    def __init__(self, layer: SecondLayer):
-        config = layer.config
-        super().__init__(layer, turning(config.head_dim, config.rope_theta), config.max_position_embeddings, layer=1)
-        self._input_norm = self._norm(layer.input_norm)
-
-    def over(
-        self, r: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache, masked: int
-    ) -> DraftOutput | None:
-        """Write keys and values of all `(rows, nodes, hidden)` r; return the outputs of the last `masked` nodes."""
-        rows, nodes, width = r.shape
-        read = self._attend(self._input_norm(r).flatten(0, 1), rows, nodes, angles, mask, cache)
-        if not masked:
-            return None
-        last = read.view(rows, nodes, -1)[:, -masked:].flatten(0, 1)
-        return self._outputs(self._o.plus(last, r[:, -masked:].reshape(-1, width)), rows)
-
-
 class BlockStep(DraftStep):
-    """The forward of both layers. Mask row j has the token id `vocab_size + j - 1`, whose embedding is its slot's."""
+    """The forward of FSPAD's rows, and of mask rows. Mask row j has the token id `vocab_size + j - 1`, whose embedding
+    is its slot's."""
 
     def __init__(self, drafter: OneForward, head: OneForwardHead):
         self.vocab_size = vocab = drafter.target.vocab_size
-        slots = head.slots
+        slots, config = head.slots, head.config
 
         def embed(tokens: Tensor) -> Tensor:
             known = drafter.embed(tokens.clamp(max=vocab - 1))
@@ -71,27 +51,27 @@ class BlockStep(DraftStep):
             return torch.where((tokens < vocab)[..., None], known, own)
 
         super().__init__(head, embed, vocab + len(slots))
-        self._second = None if head.second is None else SecondStep(head.second)
+        turns, positions = turning(config.head_dim, config.rope_theta), config.max_position_embeddings
+        self.second = None if head.second is None else LayerStep(head.second, turns, positions, layer=1)
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: SlotCache,
-        masked: int = 0,
-    ) -> DraftOutput:
-        """Run a forward whose last `masked` nodes are mask rows; their outputs are the last layer's."""
-        out = super().__call__(tokens, features, angles, mask, cache)
-        if self._second is None:
-            return out
-        further = self._second.over(out.r, angles, mask, cache, masked)
-        if further is None:
-            return out
-        return DraftOutput(
-            *(torch.cat([own[:, :-masked], more], dim=1) for own, more in zip(out, further, strict=True))
-        )
+    def _attend(self, x: Tensor, rows: int, nodes: int, angles: Any, mask: Tensor | None, cache: SlotCache) -> Tensor:
+        """Attend as FSPAD does; the second layer's keys and values of FSPAD's rows are written, too."""
+        if self.second is not None:
+            self.second.projected(x, rows, nodes, angles, cache)
+        return super()._attend(x, rows, nodes, angles, mask, cache)
+
+    def masked(self, r: Tensor, count: int, cache: SlotCache) -> DraftOutput:
+        """Return the `(rows, count, hidden)` outputs of mask rows after slot 0, whose r is `(rows, 1, hidden)`."""
+        rows = len(r)
+        tokens = (counting(0, count, r.device) + self.vocab_size).repeat(rows)
+        h = self._fuse(tokens, self._state(r.expand(-1, count, -1).flatten(0, 1)))
+        angles = self.angles(cache.lengths, count)
+        cache.reserve(count, r.device)
+        mask = causal_mask(cache, count, self.dtype, self.device)
+        attend = super()._attend if self.second is None else self.second._attend
+        out = (self.second or self).outputs(attend(h, rows, count, angles, mask, cache), h, rows)
+        cache.rollback()
+        return out
 
 
 @dataclass
@@ -210,13 +190,15 @@ class OneForwardState(FeatureDraftState):
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         drafter, roots = self.drafter, update.roots
         shape = shape.at_most(drafter.head.config.block_size, shape.size)
-        if max(update.counts) > MOST_BESIDE:
-            update = self._shortened(update)
+        first = self._take_in(update)
         if shape.size == 1:
-            self._read(update)
             return Tree.roots(roots)
+        out = first
+        if shape.depth:
+            masked = self.network.masked(first.r, shape.depth, self.cache)
+            out = DraftOutput(*(torch.cat(parts, dim=1) for parts in zip(first, masked, strict=True)))
         named = rows.guided(roots.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
-        slots = drafter.slots_of(self._block(update, shape.depth), rows if rows.coupled and not named else None)
+        slots = drafter.slots_of(out, rows if rows.coupled and not named else None)
         if not named and (shape.candidates == "top-k" or rows.greedy or rows.coupled):
             return best_first(roots, drafter.tables(slots), shape, rows.budget)
         block = drafter.block(slots)
@@ -225,44 +207,3 @@ class OneForwardState(FeatureDraftState):
             chain = drafter.grow(roots, block.first, block, drawn, rows)
             return with_spine(chain, drafter.tables(slots), shape)
         return drafter.grow(roots, block.first, block, shape, rows)
-
-    def _shortened(self, update: Update) -> Update:
-        """Take in all pairs but each row's last; return an update of the last ones."""
-        counts = [count - 1 for count in update.counts]
-        self._read(Update(update.tokens[:, :-1], update.taps[:, :-1], counts))
-        last = integers(counts, update.tokens.device)[:, None]
-        return Update(update.tokens.gather(1, last), chosen(update.taps, last), [1] * len(counts))
-
-    def _block(self, update: Update, masked: int) -> DraftOutput:
-        """Run the decided pairs and `masked` mask rows, and commit the pairs.
-
-        Returns:
-            `(rows, 1 + masked, hidden)` outputs of the slots.
-        """
-        network, cache, counts = self.network, self.cache, update.counts
-        rows, new, device = len(counts), max(counts), update.tokens.device
-        last = integers(counts, device)[:, None] - 1
-        marks = counting(0, masked, device) + network.vocab_size
-        tokens = torch.cat([update.tokens[:, :new], marks.expand(rows, -1)], dim=1)
-        context = chosen(update.taps, last).expand(-1, masked, -1)
-        features = torch.cat([update.taps[:, :new], context], dim=1)
-        even = len(set(counts)) == 1
-        angles = network.angles(cache.lengths, new + masked) if even else self._angles(counts, new, masked)
-        slots = cache.reserve(new + masked, device)
-        if even:
-            mask = causal_mask(cache, new + masked, network.dtype, device)
-        else:
-            seen = causal(rows, new + masked, device).clone()
-            seen[:, new:, :new] &= (counting(0, new, device) <= last)[:, None]
-            mask = attention_mask(seen, slots, cache.lengths, cache.extent, slots)
-        out = network(tokens, features, angles, mask, cache, masked)
-        cache.commit([range(count) for count in counts])
-        first = DraftOutput(*(chosen(part, last) for part in out))
-        return DraftOutput(*(torch.cat([own, part[:, new:]], dim=1) for own, part in zip(first, out, strict=True)))
-
-    def _angles(self, counts: Sequence[int], new: int, masked: int) -> tuple[Tensor, Tensor]:
-        """Return the angles of rows that take in different numbers of pairs: mask rows stand right after each row's."""
-        device = self.network.device
-        starts, order = integers(self.cache.lengths, device)[:, None], counting(0, new + masked, device)
-        behind = order - (new - integers(counts, device))[:, None]
-        return self.network.angles_at(starts + torch.where(order < new, order, behind))

@@ -26,7 +26,7 @@ from outdraft.losses.cross_entropy import Head
 from outdraft.losses.objective import stored_teacher
 from outdraft.losses.target_like import TargetLike
 from outdraft.losses.teacher import TopProbs, most_probable, predicting
-from outdraft.methods.fspad.loss import DrafterLoss, Streams, counted_positions
+from outdraft.methods.fspad.loss import DrafterLoss, counted_positions
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.methods.fspad.objective import FeatureObjective, noise_seed
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
@@ -135,13 +135,11 @@ class OneForwardLoss(nn.Module):
         self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, tokens: Tensor, said: TopProbs, anchors: Tensor
     ) -> tuple[DraftOutput, MaskRows, Compared]:
         """Run FSPAD's rows and the anchors' mask rows; return the outputs of the former, and how the latter did."""
-        memory, dtype = Streams(), self.drafter.norm.weight.dtype
+        dtype = self.drafter.norm.weight.dtype
         embedded, seen = embeddings[:, 1:-1].to(dtype), features[:, :-2].to(dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._base is not None):
-            own = self.drafter(embedded, seen, None, None, memory)
-        at = anchors.clamp(min=0)
-        contexts = seen.gather(1, at[..., None].expand(-1, -1, seen.shape[-1]))
-        out = self.drafter.masked(own, contexts, at, memory, self.slots)
+            own, fused = self.drafter(embedded, seen), self.drafter.fusion(embedded, seen)
+        out = self.drafter.masked(fused, own.r, anchors.clamp(min=0), self.slots)
         rows = mask_rows(anchors, loss_mask, self.slots)
         there = rows.at + 1 + rows.slot
         teacher = TopProbs(*(part[_places(loss_mask)[rows.batch, there]] for part in said))

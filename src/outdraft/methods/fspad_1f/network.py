@@ -1,10 +1,11 @@
-"""FSPAD-1F's network: a trained FSPAD whose first step is slot 0, and mask rows beside it that draft further slots.
+"""FSPAD-1F's network: a trained FSPAD whose first step is slot 0, and mask rows after it that draft further slots.
 
 Row t of FSPAD holds the pair (x_{t+1}, f_t); the newest row, the anchor's, is slot 0 and predicts as FSPAD's first step
-does. Mask row j stands at position t + j with the same feature f_t and a learned vector m_j in the embedding's place.
-So FSPAD's feature sampling gates the feature by slot: W_g m_j says which channels matter j steps ahead. A mask row sees
-all rows up to slot 0 and the mask rows before it, so a block may be cut at any length. An optional second layer reads
-r, FSPAD's recurrent state, and only mask rows leave it: whatever it learns, slot 0 stays FSPAD's.
+does. Mask row j stands at position t + j. Where FSPAD's second step would have a token's embedding and slot 0's state
+r, it has a learned vector m_j and the same r. So feature sampling gates r by slot: W_g m_j says which channels matter
+j steps ahead. Mask rows pass a second layer, which begins as a copy of FSPAD's, or FSPAD's own again. They see all rows
+up to slot 0 and the mask rows before them, so a block may be cut at any length. Whatever mask rows learn, slot 0 stays
+FSPAD's.
 
 The logits of neighbouring slots are joined by a transition between the k most probable tokens of each: a bilinear score
 of both tokens' codes, which are projections of the target's own head rows.
@@ -25,7 +26,6 @@ from outdraft.methods.fspad.network import (
     DraftOutput,
     FeatureHead,
     FeatureHeadConfig,
-    KeysAndValues,
     RMSNorm,
     outputs,
 )
@@ -44,7 +44,7 @@ class OneForwardConfig(FeatureHeadConfig):
     block_size: int = 8
     """The number B of tokens of a block; B - 1 of them come from mask rows."""
     second_layer: bool = True
-    """True for a second layer over the mask rows."""
+    """True for a layer of their own for mask rows; else they pass FSPAD's again."""
     transition_rank: int = 128
     """The rank of the transition between neighbouring slots."""
     slot_candidates: int = 16
@@ -60,28 +60,15 @@ class OneForwardConfig(FeatureHeadConfig):
 
 
 class SecondLayer(nn.Module):
-    """One more layer, over the states r of all rows; only mask rows ask and come out."""
+    """The layer of the mask rows; it reads the fused inputs of all rows, as FSPAD's own does."""
 
     def __init__(self, config: OneForwardConfig):
         super().__init__()
         self.config = config
         d, i = config.hidden_size, config.intermediate_size
-        self.input_norm, self.norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn, self.norm = Attention(config), RMSNorm(d, config.rms_norm_eps)
         self.gate_proj, self.up_proj = nn.Linear(d, i, bias=False), nn.Linear(d, i, bias=False)
         self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
-
-    def forward(self, rows: Tensor, masked: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> DraftOutput:
-        """Return the outputs of the mask rows.
-
-        Args:
-            rows: `(batch, tokens, hidden)` r of FSPAD's own rows.
-            masked: `(batch, slots, hidden)` r of the mask rows.
-            rotary: cosines and sines of both, FSPAD's rows first.
-            mask: `(batch, 1, slots, tokens + slots)` True where a mask row may look.
-        """
-        x = self.input_norm(torch.cat([rows, masked], dim=1))
-        return outputs(self, masked + self.self_attn(x, rotary, mask, None, masked.shape[1]))
 
 
 class Transition(nn.Module):
@@ -139,35 +126,31 @@ class OneForwardHead(FeatureHead):
         own = ("slots", "second.", "transition.")
         return [weight for name, weight in self.named_parameters() if not name.startswith(own)]
 
-    def masked(
-        self, rows: DraftOutput, contexts: Tensor, anchors: Tensor, cache: KeysAndValues, slots: int
-    ) -> DraftOutput:
-        """Run the mask rows of several anchors of a whole sequence, for training.
+    def masked(self, fused: Tensor, r: Tensor, anchors: Tensor, slots: int) -> DraftOutput:
+        """Run the mask rows of several anchors of whole sequences, for training.
 
         Args:
-            rows: the outputs of FSPAD's rows, positions 0, 1, ...; their keys and values are in `cache`.
-            contexts: `(batch, anchors, tap width)` the features that the anchors' rows read.
+            fused: `(batch, tokens, hidden)` the fused inputs of FSPAD's rows, at positions 0, 1, ...
+            r: `(batch, tokens, hidden)` their states r.
             anchors: `(batch, anchors)` positions of slot 0.
-            cache: returns keys and values of FSPAD's rows, then the new ones'.
             slots: mask rows of each anchor.
 
         Returns:
             `(batch, anchors, slots, hidden)` outputs.
         """
-        (batch, count), length, device = anchors.shape, rows.r.shape[1], anchors.device
-        last = self.config.max_position_embeddings - 1
-        positions = (anchors[..., None] + torch.arange(1, slots + 1, device=device)).flatten(1).clamp(max=last)
-        inputs = self.slots[:slots].to(rows.r.dtype).expand(batch, count, -1, -1).flatten(1, 2)
-        seen = torch.arange(length, device=device) <= anchors[..., None]
-        seen = seen[:, :, None].expand(-1, -1, slots, -1).flatten(1, 2)
-        own = torch.block_diag(*[causal(1, slots, device)[0]] * count).bool().expand(batch, -1, -1)
-        mask = torch.cat([seen, own], dim=2)[:, None]
-        read = contexts[:, :, None].expand(-1, -1, slots, -1).flatten(1, 2)
-        out = self(inputs, read, positions, mask, cache)
-        if self.second is not None:
-            places = torch.cat([torch.arange(length, device=device).expand(batch, -1), positions], dim=1)
-            out = self.second(rows.r, out.r, self.rotary(places, out.r.dtype), mask)
-        return DraftOutput(*(part.unflatten(1, (count, slots)) for part in out))
+        (batch, count), length, device = anchors.shape, fused.shape[1], anchors.device
+        own = self.slots[:slots].to(r.dtype).expand(batch, count, -1, -1)
+        read = r.gather(1, anchors[..., None].expand(-1, -1, r.shape[-1]))[:, :, None].expand(-1, -1, slots, -1)
+        h = self.fusion(own, read).flatten(1, 2)
+        places = torch.arange(length, device=device)
+        positions = (anchors[..., None] + torch.arange(1, slots + 1, device=device)).flatten(1)
+        positions = torch.cat([places.expand(batch, -1), positions], dim=1)
+        angles = self.rotary(positions.clamp(max=self.config.max_position_embeddings - 1), h.dtype)
+        seen = (places <= anchors[..., None])[:, :, None].expand(-1, -1, slots, -1).flatten(1, 2)
+        block = torch.block_diag(*[causal(1, slots, device)[0]] * count).bool().expand(batch, -1, -1)
+        mask, layer = torch.cat([seen, block], dim=2)[:, None], self.second or self
+        a = h + layer.self_attn(torch.cat([fused, h], dim=1), angles, mask, None, h.shape[1])
+        return DraftOutput(*(part.unflatten(1, (count, slots)) for part in outputs(layer, a)))
 
 
 def head_rows(model: Any) -> Tensor:
