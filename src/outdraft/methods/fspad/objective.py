@@ -36,9 +36,10 @@ class FeatureObjective(Objective):
         if kept is not None and (drafter.lm_head is not None or (self.top_k and isinstance(target, Target))):
             self._places = torch.full((target.vocab_size,), -1, device=target.device)
             self._places[kept] = torch.arange(len(kept), device=target.device)
+        self.head = self._head()
         self.loss = DrafterLoss(
             drafter,
-            self._head(),
+            self.head,
             config.loss_chunk_size,
             config.unroll_steps,
             config.unroll_decay,
