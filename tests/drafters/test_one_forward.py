@@ -12,15 +12,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import outdraft
-from models import tiny
+from models import VOCAB, tiny
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.drafter import OneForward, Slots
-from outdraft.methods.fspad_1f.network import head_rows
+from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead, head_rows
 from outdraft.methods.fspad_1f.tree import Tables, best_first
+from outdraft.target.backends import accelerate, why_not_native
 from outdraft.target.target import Target
 from test_losslessness import one_forward_drafter
 
@@ -79,6 +80,27 @@ def test_decoding_drafts_what_training_trains(second_layer: bool, first: int) ->
         torch.testing.assert_close(found[row], alone[1], rtol=0, atol=1e-12)
         torch.testing.assert_close(slots_of(drafter, [text], 0)[0], alone[1], rtol=0, atol=1e-12)
         torch.testing.assert_close(trained_slots(drafter, text[:5], [3])[0], alone[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
+@pytest.mark.parametrize("head_dim", [16, 8], ids=["one-call", "mask"])
+@pytest.mark.parametrize("second_layer", [True, False])
+@torch.inference_mode()
+def test_slots_on_our_kernels_are_those_of_training_in_any_company(second_layer: bool, head_dim: int) -> None:
+    model = tiny("llama-gqa", dtype=torch.float32, head_dim=16, hidden_size=48, intermediate_size=80)
+    shapes = OneForwardConfig(48, 80, 4, 2, head_dim, VOCAB, block_size=4, second_layer=second_layer)
+    torch.manual_seed(3)
+    head = OneForwardHead(shapes).eval()
+    stock, target = OneForward(head, Target(model)), Target(model, backend="native")
+    drafter = OneForward(accelerate(head, "native"), target)
+    assert (drafter.step.native is not None) == (head_dim == 16)
+    for first in (0, 4):
+        found = slots_of(drafter, TEXTS, first)
+        for row, text in enumerate(TEXTS):
+            trained = trained_slots(stock, text, [len(text) - 2])[0]
+            torch.testing.assert_close(found[row], trained, rtol=1e-4, atol=1e-4)
+            if head_dim == 16:
+                assert torch.equal(found[row], slots_of(drafter, [text], 0)[0])
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 
 from outdraft.errors import UserError
 from outdraft.losses.teacher import TargetLike
-from outdraft.methods.checkpoint import method_of
+from outdraft.methods.checkpoint import method_of, refuse_another
 from outdraft.methods.fspad.beginning import new_head, scale_of
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, scaled
@@ -61,12 +61,7 @@ def begun_from(source: str, target: TargetLike) -> FeatureHead:
     place = shipped_drafter(source, "fspad") if named(source) is not None else source
     kind: type[FeatureHead] = OneForwardHead if method_of(place).name == NAME else FeatureHead
     base = load_drafter(place, dtype=torch.float32, kind=kind).head
-    for name, own in base.fits.items():
-        if own != getattr(target, name):
-            raise UserError(
-                f"the drafter in '{source}' was trained for a target with {name} {own}, this one has "
-                f"{getattr(target, name)}; begin from one that was trained for it"
-            )
+    refuse_another(base.fits, target)
     base.embed_tokens = None
     return base
 

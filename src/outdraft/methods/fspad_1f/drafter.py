@@ -20,7 +20,7 @@ from outdraft.core.tensors import counting, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Limits, RowContext, Update
 from outdraft.drafting.sample import Block
-from outdraft.drafting.vocabulary import NEVER
+from outdraft.drafting.vocabulary import NEVER, indices_in
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.methods.fspad.layer_step import LayerStep
@@ -117,10 +117,8 @@ class OneForward(FeatureDrafter):
         parts = (transition.before, transition.after, transition.state)
         before, after, self._state = (plain_linear(part)[0].detach().to(self.dtype) for part in parts)
         self._before, self._after = codes @ before.T, codes @ after.T
-        self._places = torch.arange(target.vocab_size, device=target.device)
-        if kept is not None:
-            self._places = torch.zeros_like(self._places)
-            self._places[kept] = torch.arange(len(kept), device=target.device)
+        every = torch.arange(target.vocab_size, device=target.device) if kept is None else kept.to(target.device)
+        self._indices = indices_in(every, target.vocab_size).clamp(min=0)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> OneForwardState:
         return OneForwardState(self, len(prompts), run.cache.capacity + self.head.config.block_size)
@@ -169,7 +167,7 @@ class OneForward(FeatureDrafter):
             return Block(slots.logits)
 
         def moved(level: int, tokens: Tensor, logits: Tensor) -> Tensor:
-            asked = self._before[self._places[tokens]] * slots.states[:, level, None]
+            asked = self._before[self._indices[tokens]] * slots.states[:, level, None]
             ids = slots.ids[:, level]
             scores = slots.values[:, level, None] + asked @ self._after[ids].transpose(-1, -2)
             everywhere = scores.new_full(logits.shape, NEVER)
@@ -198,7 +196,7 @@ class OneForwardState(FeatureDraftState):
         if shape.depth:
             masked = self.masked(first.r, shape.depth)
             out = DraftOutput(*(torch.cat(parts, dim=1) for parts in zip(first, masked, strict=True)))
-        named = rows.guided(roots.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
+        named = rows.named(roots.device)
         slots = drafter.slots_of(out, rows if rows.coupled and not named else None)
         if not named and (shape.candidates == "top-k" or rows.greedy or rows.coupled):
             return best_first(roots, drafter.tables(slots), shape, rows.budget)
