@@ -100,7 +100,7 @@ def law_and_statistics(
 
 @pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])
 @pytest.mark.parametrize("shape", [TreeShape.chain(2), TreeShape(1, 2, 5)], ids=["chain", "tree"])
-@pytest.mark.parametrize("kind", ["fspad", "eesd", "draft-model", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["fspad", "fspad-1f", "eesd", "draft-model", "prompt-lookup"])
 def test_every_controller_keeps_the_law_of_deterministic_candidates(kind, shape, name):
     model, near = small(4)
     target = Target(model)
@@ -110,6 +110,15 @@ def test_every_controller_keeps_the_law_of_deterministic_candidates(kind, shape,
         assert distance(law, expected_law(model, PROMPT, PLAIN, 3)) < EXACT
         drafted += statistics.drafted
     assert drafted > 0
+
+
+@pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])
+def test_every_controller_keeps_the_law_of_a_drawn_spine(name):
+    model, near = small(4)
+    drafter = DRAFTERS["fspad-1f"](Target(model), near)
+    law, statistics = law_and_statistics(drafter, drafter.target, name, NARROW, TreeShape(2, 2, 6, "spine"), 0, 2)
+    assert distance(law, expected_law(model, PROMPT, NARROW, 2)) < EXACT
+    assert statistics.drafted > 0
 
 
 @pytest.mark.parametrize("name", [*CONTROLLERS, "auto"])

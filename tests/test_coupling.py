@@ -18,6 +18,8 @@ from outdraft.methods import registry
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.registry import register
+from outdraft.target.target import Target
+from test_losslessness import one_forward_drafter
 
 LENGTH = 20
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6, 7, 5]]
@@ -58,6 +60,7 @@ DRAFTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "lookahead": lambda model: {"method": "lookahead"},
     "fspad": lambda model: {"draft_model": head(model)},
     "fspad-reduced": lambda model: {"draft_model": head(model, draft_vocab_size=12)},
+    "fspad-1f": lambda model: {"draft_model": one_forward_drafter(Target(model), True).head},
     "eesd": lambda model: {"draft_model": ExitLayer.beginning(model, ExitLayerConfig(1))},
     "draft-model": lambda model: {"draft_model": tiny("llama-gqa").float()},
 }

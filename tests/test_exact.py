@@ -38,7 +38,10 @@ from test_losslessness import DRAFTERS, GREEDY, dice, exit_drafter, finish, rows
 
 PROMPTS = [[5, 9, 9, 3, 5, 9], [7], [1, 2, 3, 4, 1, 2, 3, 4], [30, 8, 30]]
 SHAPES = {"chain": TreeShape.chain(3), "tree": TreeShape(2, 3, 7)}
-KINDS = ("fspad", "fspad-beyond", "eagle3", "dflash", "dspark", "eesd", "medusa", "draft-model", "prompt-lookup")
+KINDS = (
+    *("fspad", "fspad-beyond", "eagle3", "dflash", "dspark", "fspad-1f"),
+    *("eesd", "medusa", "draft-model", "prompt-lookup"),
+)
 LENGTH = 32
 
 

@@ -41,6 +41,8 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad import drafter as feature_drafting
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.fspad_1f.drafter import OneForward
+from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.cache import SlotCache
@@ -108,6 +110,21 @@ def anchor_first_drafter(target: Target) -> DFlash:
     return block_drafter(target, kind="dspark", anchor_first=True, block_size=3, markov_rank=4, **own)
 
 
+def one_forward_drafter(target: Target, kept: bool = False, **switches: Any) -> OneForward:
+    """FSPAD's random weights, two mask rows, and a transition that matters; all tokens but the first."""
+    shapes = (target.hidden_size, 24, 2, 1, 8, target.vocab_size)
+    more: dict[str, Any] = {"block_size": 3, "transition_rank": 4, "slot_candidates": 3}
+    torch.manual_seed(3)
+    head = OneForwardHead(
+        OneForwardConfig(*shapes, draft_vocab_size=target.vocab_size - 1 if kept else 0, **more, **switches)
+    )
+    torch.nn.init.normal_(head.transition.after.weight)
+    torch.nn.init.normal_(head.transition.basis)
+    if head.draft_tokens is not None:
+        head.draft_tokens += 1
+    return OneForward(head.to(target.dtype).eval(), target)
+
+
 def exit_drafter(target: Target, own_head: bool = False) -> EarlyExit:
     """Half of the target's layers, at least one, and a copy of its last layer a little off."""
     config = ExitLayerConfig(max(1, target.num_layers // 2), own_head)
@@ -142,6 +159,8 @@ DRAFTERS: dict[str, Callable[[Target, PreTrainedModel], Drafter]] = {
     "eagle3.1": lambda target, _: eagle3_drafter(target, False, tap_norms=True, norm_output=True, head_norms=True),
     "dflash": lambda target, _: block_drafter(target),
     "dspark": lambda target, _: anchor_first_drafter(target),
+    "fspad-1f": lambda target, _: one_forward_drafter(target),
+    "fspad-1f-marginal": lambda target, _: one_forward_drafter(target, True, second_layer=False, marginal=True),
     "prompt-lookup": lambda *_: PromptLookup(longest=2),
     "draft-model": lambda target, near: DraftModel(Target(near), target),
     "eesd": lambda target, _: exit_drafter(target),
@@ -252,6 +271,8 @@ PROMPT = (0, 2, 1, 0, 2)
         "eagle3.1",
         "dflash",
         "dspark",
+        "fspad-1f",
+        "fspad-1f-marginal",
         "prompt-lookup",
         "draft-model",
         "eesd",
@@ -270,7 +291,10 @@ def test_deterministic_candidates_keep_the_law(kind, settings, shape, ends):
 @pytest.mark.parametrize("candidates", ["sampled", "sampled-with-replacement"])
 @pytest.mark.parametrize(
     "kind",
-    ["fspad", "fspad-beyond", "eagle", "eagle3", "eagle3.1", "dflash", "dspark", "draft-model", "eesd", "medusa"],
+    [
+        *("fspad", "fspad-beyond", "eagle", "eagle3", "eagle3.1", "dflash", "dspark", "fspad-1f", "fspad-1f-marginal"),
+        *("draft-model", "eesd", "medusa"),
+    ],
 )
 def test_a_drawn_tree_keeps_the_law(kind, candidates, settings):
     """Two chains of two candidates where two tokens are left to decide: the tree reaches past `max_new_tokens`."""
@@ -285,7 +309,14 @@ def test_drawn_candidates_keep_the_law_over_two_rounds(kind, width):
     assert_same_law(kind, 4, (0, 2, 1, 3), NARROW, 3, shape, ends=(1,))
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+@pytest.mark.parametrize("settings", [PLAIN, NARROW, SHAPED], ids=["plain", "top-k", "shaped"])
+@pytest.mark.parametrize("kind", ["fspad-1f", "fspad-1f-marginal"])
+def test_a_drawn_spine_with_chosen_siblings_keeps_the_law(kind, settings):
+    statistics = assert_same_law(kind, 3, PROMPT, settings, 3, TreeShape(1, 2, 6, "spine"))
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "fspad-1f"])
 def test_drawn_blocks_keep_the_law_to_their_end(kind):
     """All candidates that a block proposes; those of the last round reach past `max_new_tokens`."""
     statistics = assert_same_law(kind, 3, PROMPT, NARROW, 3, TreeShape.chain(3, candidates="sampled"))
@@ -305,7 +336,11 @@ def test_plain_decoding_keeps_the_law():
 
 
 @pytest.mark.parametrize(
-    "kind", ["fspad", "fspad-beyond", "eagle3", "dflash", "dspark", "draft-model", "eesd", "medusa", "prompt-lookup"]
+    "kind",
+    [
+        *("fspad", "fspad-beyond", "eagle3", "dflash", "dspark", "fspad-1f"),
+        *("draft-model", "eesd", "medusa", "prompt-lookup"),
+    ],
 )
 def test_each_row_of_a_batch_keeps_its_own_law(kind):
     """Prompts, limits and settings of their own; the joint law is the product, as rows share no dice."""

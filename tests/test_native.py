@@ -18,6 +18,7 @@ from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.target.backends import accelerate, count_parameters, why_not_native
 from outdraft.target.backends.native import build, operations
 from outdraft.target.backends.native.modules import NativeLayer, NativeLinear
@@ -177,7 +178,8 @@ def test_drafted_text_is_plain_text_in_bfloat16(family: str) -> None:
     torch.manual_seed(0)
     head = FeatureHead(FeatureHeadConfig(48, 80, 4, 2, 16, VOCAB)).to(torch.bfloat16).eval()
     layer = ExitLayer.beginning(model, ExitLayerConfig(1)).to(torch.bfloat16)
-    for drafter, method in ((head, None), (layer, None), (None, "prompt-lookup")):
+    block = OneForwardHead(OneForwardConfig(48, 80, 4, 2, 16, VOCAB, block_size=4)).to(torch.bfloat16).eval()
+    for drafter, method in ((head, None), (block, None), (layer, None), (None, "prompt-lookup")):
         loaded = load(model, drafter, method=method, backend="native")
         for settings in ({}, {"num_speculative_tokens": 3}, {"tree_size": 12, "tree_top_k": 3}):
             if method is not None and "tree_size" in settings:

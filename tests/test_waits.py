@@ -24,6 +24,7 @@ from outdraft.engine.round import Batch
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.target.backends.graphs import Replayed
 
 ASKING = {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu}
@@ -95,6 +96,9 @@ DRAFTERS: dict[str, Callable[[], dict[str, Any]]] = {
     "eagle": lambda: {"draft_model": head(feature_sampling=False, partial_alignment=False)},
     "eagle3": lambda: {"draft_model": eagle3(draft_vocab_size=9)},
     "eagle3.1": lambda: {"draft_model": eagle3(tap_norms=True, norm_output=True, head_norms=True)},
+    "fspad-1f": lambda: {
+        "draft_model": OneForwardHead(OneForwardConfig(**shapes(), block_size=4, slot_candidates=4, draft_vocab_size=9))
+    },
     "eesd": lambda: {"draft_model": ExitLayer.beginning(tiny("llama-gqa"), ExitLayerConfig(1))},
     "prompt-lookup": lambda: {"method": "prompt-lookup"},
 }
@@ -115,6 +119,7 @@ NOISY: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 1}
         ("fspad", CHAIN, 1),
         ("eagle", GREEDY, 1),
         ("eagle3", GREEDY, 1),
+        ("fspad-1f", GREEDY, 2),  # its tables, and what was accepted
         ("prompt-lookup", {}, 2),
         ("plain", {"temperature": 1.0, "seed": 1}, 1),
         ("fspad", NOISY, 1),
@@ -130,7 +135,7 @@ def test_a_round_asks_the_device_so_often(
     monkeypatch.setattr(Batch, "round", asked.around(Batch.round))
     monkeypatch.setattr(verify, "WALKING", ())  # as on a GPU
     given = {**settings, "max_new_tokens": 12, "eos_token_id": 10**6, "controller": "fixed"}
-    if drafter in ("fspad", "eagle", "eagle3"):
+    if drafter in ("fspad", "eagle", "eagle3", "fspad-1f"):
         given["prompt_lookup_min"] = 0
     model.generate(PROMPTS[:1] * rows, **given)
     assert asked.rounds > 2

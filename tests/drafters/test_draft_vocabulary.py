@@ -176,7 +176,7 @@ def test_more_than_the_vocabulary_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["eesd", "medusa"])
 def test_methods_without_it_refuse_the_setting(method: str) -> None:
-    with pytest.raises(UserError, match=f'"draft_vocab_size" is a setting of eagle3, fspad and eagle, not of {method}'):
+    with pytest.raises(UserError, match=f"is a setting of eagle3, fspad, eagle and fspad-1f, not of {method}"):
         DrafterConfig(data="x", output_dir="y", method=method, draft_vocab_size=8, exit_layer=None)
 
 

@@ -155,7 +155,7 @@ def test_the_plan_counts_the_heads(chats: Path, tmp_path: Path) -> None:
     ("values", "says"),
     [
         ({"exit_layer": 1}, '"exit_layer" is a setting of eesd, not of medusa'),
-        ({"w_cls": 0.1}, '"w_cls" is a setting of fspad and eagle, not of medusa'),
+        ({"w_cls": 0.1}, '"w_cls" is a setting of fspad, eagle and fspad-1f, not of medusa'),
         ({"method": "fspad"}, '"medusa_num_heads" is a setting of medusa, not of fspad'),
         ({"hard_weight": 0.2}, '"hard_weight" belongs to loss mixed, not soft'),
         ({"preset": "paper"}, "auto for medusa"),

@@ -46,7 +46,8 @@ class DraftSettings:
     """Draft a chain of so many tokens instead of a tree."""
     candidates: CandidateKind | None = None
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
-    draft `tree_top_k` chains sampled from the drafter's probabilities."""
+    draft `tree_top_k` chains sampled from the drafter's probabilities; `spine` one such chain, and beside it the most
+    probable candidates of a drafter that has all levels at once."""
     prompt_lookup_min: int | None = None
     """Draft what followed last time if this many tokens at the end of the text occurred before; 0 is off. [4]"""
     prompt_lookup_num_tokens: int | None = None

@@ -78,7 +78,7 @@ class Warper:
         """The error that a processor raised while a batch was computed (`probs_of`)."""
         self.guides = [processor for processor in extra if getattr(processor, "guides_drafts", False)]
         """Those of `extra` that rule tokens out, cheaply enough to be asked of drafts, too."""
-        self.greedy = settings.temperature == 0
+        self.greedy, self.temperature = settings.temperature == 0, settings.temperature
         s = settings
         reading: list[hf.LogitsProcessor] = list(extra)  # those that look at the tokens before the node
         ends = list(eos_token_ids)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from outdraft.errors import UserError
 
-CandidateKind = Literal["top-k", "sampled", "sampled-with-replacement"]
+CandidateKind = Literal["top-k", "sampled", "sampled-with-replacement", "spine"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class TreeShape:
     size: int
     """Nodes that the target verifies, the root included."""
     candidates: CandidateKind = "top-k"
-    """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's distribution."""
+    """Most probable candidates in EAGLE-2's dynamic tree, or `top_k` chains sampled from the drafter's distribution;
+    `spine` is one sampled chain with most probable candidates beside it, where the drafter has all levels at once."""
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("top_k", 1), ("size", 1)):

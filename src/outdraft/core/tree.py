@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from outdraft.core.tensors import counting, integers, itself, sent
 
-Candidates = Literal["point", "with_replacement", "without_replacement"]
+Candidates = Literal["point", "with_replacement", "without_replacement", "spine"]
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Tree:
         parents: `(rows, nodes)` index of the parent, -1 for the root; padding points to the root.
         counts: real nodes of each row, the root included; the rest is padding.
         candidates: how a node's children were chosen: `point` (deterministically, by whatever rule) or drawn from
-            `draft_probs`, independently or without replacement, in the order of their indices.
+            `draft_probs`, independently or without replacement, in the order of their indices. In a `spine` tree the
+            first child of a node was drawn, where `draft_probs` has a distribution, and all others were chosen.
         draft_probs: `(rows, nodes, vocab)` the exact distribution each node's children were drawn from; None for
             `point`.
         levels: upper bound of the nodes' depth; None if unknown.

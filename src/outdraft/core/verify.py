@@ -35,7 +35,7 @@ from outdraft.core.coupling import Coupled, under
 from outdraft.core.dice import Chance, draw_each
 from outdraft.core.sampling import Warper, probs_of
 from outdraft.core.tensors import sent
-from outdraft.core.tree import Tree
+from outdraft.core.tree import Candidates, Tree
 
 AT_ONCE = 2**25
 """Largest number of probabilities, over all nodes and rows, for which the distributions of chains are made at once."""
@@ -78,7 +78,7 @@ def verify(
     if len(coupled) == len(chances):
         return verify_coupled(tree, logits, warpers, prefixes, coupled)
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
-    if alike and logits.numel() <= AT_ONCE and _is_chains(tree):
+    if alike and logits.numel() <= AT_ONCE and tree.candidates != "spine" and _is_chains(tree):
         return verify_chains(tree, warpers[0].probs(logits), chances)
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 
@@ -120,8 +120,9 @@ def verify_sampled(
         for i, (row, node, p) in enumerate(zip(rows, nodes, probs, strict=True)):
             guesses = children[row].get(node, [])
             q = tree.draft_probs[row, node].to(p.dtype) if tree.draft_probs is not None else None
-            without_replacement = tree.candidates == "without_replacement"
-            place, p = decide(p, q, [tokens[row][child] for child in guesses], without_replacement, chances[row])
+            if tree.candidates == "spine" and q is not None and not q.any():
+                q = None
+            place, p = decide(p, q, [tokens[row][child] for child in guesses], tree.candidates, chances[row])
             if place is None:
                 ended.append(i)
                 left.append(p)
@@ -137,7 +138,7 @@ def verify_sampled(
 
 
 def decide(
-    p: Tensor, q: Tensor | None, guesses: Sequence[int], without_replacement: bool, chance: Chance
+    p: Tensor, q: Tensor | None, guesses: Sequence[int], candidates: Candidates, chance: Chance
 ) -> tuple[int | None, Tensor]:
     """Decide the token after one node: one of the guesses, or a draw from what is left of the target's distribution.
 
@@ -145,7 +146,7 @@ def decide(
         p: `(vocab,)` the target's distribution after the node.
         q: `(vocab,)` the distribution that the guesses were drawn from; None if they were chosen deterministically.
         guesses: tokens of the node's children, in order.
-        without_replacement: True if no guess could be drawn twice.
+        candidates: how the guesses were chosen; of a spine's only the first was drawn.
         chance: the row's source of random numbers.
 
     Returns:
@@ -154,7 +155,9 @@ def decide(
     for place, x in enumerate(guesses):
         if chance.accept(acceptance(p, q, torch.tensor(x, device=p.device)).item()):
             return place, p
-        p, q = residual(p, q, x, without_replacement)
+        p, q = residual(p, q, x, candidates == "without_replacement")
+        if candidates == "spine":
+            q = None
     return None, p
 
 

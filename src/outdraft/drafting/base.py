@@ -137,6 +137,10 @@ class RowContext:
         """Whether drafts on this device are masked: masks are the host's, so that elsewhere they cost a transfer."""
         return device.type == "cpu" and any(warper.guides for warper in self.warpers)
 
+    def named(self, device: torch.device) -> bool:
+        """Whether warpers look up candidates on this device by their ids among all tokens."""
+        return self.guided(device) or (self.coupled and any(warper.names_tokens for warper in self.warpers))
+
     @property
     def coupled(self) -> bool:
         """True if rows draw by noise shared with the target (`coupling.py`) rather than by dice."""

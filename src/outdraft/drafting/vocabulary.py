@@ -31,6 +31,13 @@ NEVER = -3e4
 """Logit of a token that is not kept; finite, so that a distribution exists even if a user bans all kept tokens."""
 
 
+def indices_in(kept: Tensor, vocab_size: int) -> Tensor:
+    """Return the `(vocab,)` index of every token among the `(kept,)` ids; -1 of those that are not kept."""
+    indices = torch.full((vocab_size,), -1, device=kept.device)
+    indices[kept] = torch.arange(len(kept), device=kept.device)
+    return indices
+
+
 class DraftVocabulary:
     """The tokens that may be drafted.
 
@@ -73,8 +80,7 @@ class DraftVocabulary:
 
     def grow(self, roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
         """Run `expand.grow` on logits of the kept tokens; `step` and the tree use the target's ids."""
-        named = rows.guided(logits.device) or (rows.coupled and any(warper.names_tokens for warper in rows.warpers))
-        if named or (shape.candidates != "top-k" and not rows.greedy and not rows.coupled):
+        if rows.named(logits.device) or (shape.candidates != "top-k" and not rows.greedy and not rows.coupled):
             # Warpers look tokens up by their ids, and verification needs the distribution of all.
             return grow(roots, self.everywhere(logits), lambda *level: self.everywhere(step(*level)), shape, rows)
         if rows.coupled:

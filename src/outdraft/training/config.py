@@ -84,6 +84,19 @@ class DrafterConfig(BaseModel):
     """Medusa's heads: tokens guessed ahead."""
     medusa_num_layers: int = Field(1, ge=1)
     """Residual blocks of each of Medusa's heads."""
+    block_size: int = Field(8, ge=2)
+    """FSPAD-1F's tokens of one draft forward, the first of which is FSPAD's own."""
+    second_layer: bool = True
+    """FSPAD-1F's second layer, over all but the first of them."""
+    transition_rank: int = Field(128, ge=1)
+    """Rank of FSPAD-1F's transition between neighbouring tokens of a draft."""
+    slot_candidates: int = Field(16, ge=1)
+    """Most probable tokens of each place of a draft that FSPAD-1F's transition compares."""
+    anchors: int = Field(32, ge=1)
+    """Places of each example from which FSPAD-1F learns to draft, drawn anew in every step."""
+    train_base: bool | None = None
+    """Train the FSPAD that FSPAD-1F begins with too, its second stage; when not given only where there is none to begin
+    with."""
 
     # --- the loss
     loss: Literal["soft", "hard", "mixed"] = "soft"

@@ -76,6 +76,8 @@ def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
     probs: dict[int, Tensor] = {}
     for parent, children in tree.children(row).items():
         left = tree.draft_probs[row, parent].double()
+        if tree.candidates == "spine":
+            children = children[:1] if left.any() else []
         for child in children:
             probs[child] = left
             if tree.candidates == "without_replacement":

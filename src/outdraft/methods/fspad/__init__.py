@@ -62,14 +62,23 @@ class Fspad(Method):
     )
     paper_preset = True
     card = "an FSPAD head ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))"
-    no_export = None
+    shown: ClassVar[tuple[str, ...]] = ("feature_sampling", "partial_alignment")
+    """The settings that `describe` names."""
+    no_export: str | None = None
+
+    @property
+    def network(self) -> type[FeatureHead]:
+        """The class of the network."""
+        from outdraft.methods.fspad.network import FeatureHead
+
+        return FeatureHead
 
     def load(
         self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
     ) -> FeatureHead:
         from outdraft.methods.fspad.folder import load_drafter
 
-        return load_drafter(source, dtype=dtype, device=device).head.eval()
+        return load_drafter(source, dtype=dtype, device=device, kind=self.network).head.eval()
 
     def bind(self, network: Any, target: Target) -> FeatureDrafter:
         from outdraft.methods.fspad.drafter import FeatureDrafter
@@ -91,12 +100,11 @@ class Fspad(Method):
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.fspad.folder import load_drafter
 
-        loaded = load_drafter(folder)
+        loaded = load_drafter(folder, kind=self.network)
         config = loaded.network.config
         return loaded.facts(
             {
-                "feature_sampling": config.feature_sampling,
-                "partial_alignment": config.partial_alignment,
+                **{name: getattr(config, name) for name in self.shown},
                 "context": config.max_position_embeddings,
                 **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
             }

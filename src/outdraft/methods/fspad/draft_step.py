@@ -60,7 +60,10 @@ class DraftStep(LayerStep):
         """Run one draft step with the equations of `FeatureHead.forward`."""
         rows, nodes = tokens.shape
         h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
-        out = self._through(h, h, rows, nodes, angles, mask, cache)
+        return self._outputs(self._through(h, h, rows, nodes, angles, mask, cache))
+
+    def _outputs(self, out: Tensor) -> DraftOutput:
+        """Split what a layer gives into p and r."""
         return DraftOutput(*(out.chunk(2, dim=-1) if self._config.partial_alignment else (out, out)))
 
     def _state(self, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ run back. The network's equations are those of `network.py` and `eagle3/network.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
+
+Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], DraftOutput]
+"""(angles, mask, cache) -> outputs, as in `LayerStep.__call__`."""
 
 
 class FeatureDrafter(Drafter):
@@ -86,9 +90,12 @@ class FeatureDrafter(Drafter):
 class FeatureDraftState(DraftState):
     """The draft cache of one batch: an entry for each pair (token one ahead, target feature)."""
 
+    layers = 1
+    """The number of layers whose keys and values the cache holds."""
+
     def __init__(self, drafter: FeatureDrafter, rows: int, capacity: int):
         self.drafter, self.network = drafter, drafter.step
-        self.cache = SlotCache(rows, 1, capacity, drafter.target.pool)
+        self.cache = SlotCache(rows, self.layers, capacity, drafter.target.pool)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         recorded = self.drafter.recorded
@@ -125,7 +132,7 @@ class FeatureDraftState(DraftState):
 
             def over_pending(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
                 positions, seen, _ = ahead.place(tokens, parents)
-                return self._over(tokens, features, positions, seen)
+                return self._over(positions, seen, partial(network, tokens, features))
 
             return over_pending
         sight = DraftMask(cache, network.dtype, network.device)
@@ -139,12 +146,19 @@ class FeatureDraftState(DraftState):
 
         return over_mask
 
-    def _over(self, tokens: Tensor, features: Tensor, positions: Tensor, seen: Tensor) -> DraftOutput:
-        """Run `(rows, nodes)` tokens, the last of those pending."""
-        pending = Pending(integers(self.cache.lengths, tokens.device).int(), seen, positions, (None,), self.cache)
-        angles = self.network.turns(positions[:, -tokens.shape[1] :])
+    def _over(self, positions: Tensor, seen: Tensor, forward: Forward) -> DraftOutput:
+        """Run the last of the pending tokens, those of which `(rows, tokens, pending)` says what they see."""
+        pending = Pending(integers(self.cache.lengths, seen.device).int(), seen, positions, (None,), self.cache)
         with running_over(pending):
-            return self.network(tokens, features, angles, None, self.cache)
+            return forward(self.network.turns(positions[:, -seen.shape[1] :]), None, self.cache)
+
+    def _causal(self, count: int, device: torch.device, forward: Forward) -> DraftOutput:
+        """Run `count` tokens of every row after the committed ones, each of which sees all before it."""
+        slots = self.cache.reserve(count, device)
+        if self.network.native is not None:
+            return self._over(slots, causal(len(slots), count, device), forward)
+        mask = causal_mask(self.cache, count, self.network.dtype, self.network.device)
+        return forward(self.network.angles(self.cache.lengths, count), mask, self.cache)
 
     def _take_in(self, update: Update) -> DraftOutput:
         """Run the decided pairs with the target's true features, and commit them to the cache.
@@ -156,14 +170,8 @@ class FeatureDraftState(DraftState):
         for start in range(0, max(counts), PREFILL_CHUNK):
             count = min(PREFILL_CHUNK, max(counts) - start)
             piece = slice(start, start + count)
-            tokens, taps, rows = update.tokens[:, piece], update.taps[:, piece], len(counts)
-            slots = self.cache.reserve(count, tokens.device)
-            if self.network.native is not None:
-                out = self._over(tokens, taps, slots, causal(rows, count, tokens.device))
-            else:
-                angles = self.network.angles(self.cache.lengths, count)
-                mask = causal_mask(self.cache, count, self.network.dtype, self.network.device)
-                out = self.network(tokens, taps, angles, mask, self.cache)
+            tokens, taps = update.tokens[:, piece], update.taps[:, piece]
+            out = self._causal(count, tokens.device, partial(self.network, tokens, taps))
             self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
             kept.append(out)
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))

@@ -6,7 +6,7 @@ Official layouts are a Llama config and the weights beside it; names and shapes 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def load_drafter(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    kind: type[FeatureHead] = FeatureHead,
 ) -> Checkpoint[FeatureHead]:
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
@@ -49,6 +50,7 @@ def load_drafter(
         dtype: precision of the weights; as stored when None.
         device: device of the weights.
         revision: revision of a hub repository.
+        kind: the class of the network in folders of ours.
 
     Raises:
         UserError: nothing is there, or it is no drafter or damaged; the message names the fix.
@@ -56,9 +58,9 @@ def load_drafter(
     folder = find_folder(folder_or_hub_id, revision)
     config = read_config(folder)
     if is_own(config):
-        _refuse_method(str(config["method"]), folder)
-        own = read_own(folder, config, FeatureHeadConfig)
-        head = own.assembled(FeatureHead, dtype, device)
+        _refuse_method(str(config["method"]), folder, kind.methods)
+        own = read_own(folder, config, kind.shapes)
+        head = own.assembled(kind, dtype, device)
         return Checkpoint(scaled(head, own.training.get(UNFOLDED, 1.0)), target=own.target, training=own.training)
     file, tensors = read_weights(folder)
     settings = official_config(config, tensors, folder)
@@ -75,11 +77,12 @@ def load_drafter(
     return Checkpoint(head, head.method)
 
 
-def _refuse_method(method: str, folder: Path) -> None:
+def _refuse_method(method: str, folder: Path, known: Sequence[str]) -> None:
     if method == "eesd":
         raise UserError(f"'{folder}' holds an exit layer (eesd), which loads only together with its target")
-    if method not in ("fspad", "eagle"):
-        raise UserError(f"'{folder}' holds a drafter of method '{method}', not fspad or eagle; give --method {method}")
+    if method not in known:
+        own = " or ".join(known)
+        raise UserError(f"'{folder}' holds a drafter of method '{method}', not {own}; give --method {method}")
 
 
 # --- official layouts -----------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class LayerStep:
         mlp_norm: the norm before the MLP.
         scale: factor of cosines and sines.
         beside: an output layer among the head's modules, which is no part of the step.
+        layer: the layer's place in the cache.
 
     Attributes:
         native: the layer as one call over pending tokens, on backend `native`; else None.
@@ -54,7 +55,9 @@ class LayerStep:
         mlp_norm: RMSNorm,
         scale: float = 1.0,
         beside: nn.Module | None = None,
+        layer: int = 0,
     ):
+        self._layer = layer
         config, attention = head.config, head.self_attn
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._size = config.head_dim
@@ -136,7 +139,7 @@ class LayerStep:
         """
         pending = running()
         if self.native is not None and pending is not None:
-            keys, values = pending.cache.whole(self.native.probe, self.native.probe, 0)
+            keys, values = pending.cache.whole(self.native.probe, self.native.probe, self._layer)
             tokens = view_of(pending, angles, None).over(keys, values)
             return self.native(x.view(rows, nodes, -1), tokens, residual)
         a = self._o.plus(self._attend(x, rows, nodes, angles, mask, cache), residual)
@@ -155,6 +158,29 @@ class LayerStep:
         cache: SlotCache,
     ) -> Tensor:
         """Return the heads' outputs `(rows * nodes, heads * head_dim)` from the layer's input."""
+        q, k, v = self.stored(x, rows, nodes, angles, cache)
+        heads, kv_heads, size = self._heads, self._kv_heads, self._size
+        if (pending := running()) is not None:
+            return pending.attend(q, k, v, size**-0.5, None).view(rows * nodes, -1)
+        shared = heads // kv_heads
+        if shared > 1 and (nodes <= FOLDED or q.is_cuda):
+            # Heads that share keys as further queries of one head: the keys are read once.
+            q = q.reshape(rows, kv_heads, shared * nodes, size)
+            seen = None if mask is None else mask.repeat(1, 1, shared, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            out = out.reshape(rows, heads, nodes, size)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
+        return out.transpose(1, 2).reshape(rows * nodes, -1)
+
+    def stored(
+        self, x: Tensor, rows: int, nodes: int, angles: tuple[Tensor, Tensor], cache: SlotCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the keys and values of the layer's input to the cache.
+
+        Returns:
+            `(rows, heads, nodes, head_dim)` queries, and the keys and values of all slots.
+        """
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         parts = [linear(x) for linear in self._qkv]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -165,24 +191,13 @@ class LayerStep:
             mixed = torch.cat([q_norm(q), k_norm(k), v], dim=2)
         if (pending := running()) is not None:
             new = mixed[:, :, heads + kv_heads :].transpose(1, 2)  # as many and as wide as keys
-            keys, values = pending.held(new, new, 0)
-            q = rotated_and_stored(mixed, angles, keys, values, pending)
-            return pending.attend(q, keys, values, size**-0.5, None).view(rows * nodes, -1)
+            keys, values = pending.held(new, new, self._layer)
+            return rotated_and_stored(mixed, angles, keys, values, pending), keys, values
         turned = mixed[:, :, : heads + kv_heads].unflatten(-1, (2, size // 2))
         cos, sin = angles
         turned = torch.addcmul(turned * cos, turned.flip(-2), sin).flatten(-2).transpose(1, 2)
         v = mixed[:, :, heads + kv_heads :].transpose(1, 2)
-        k, v = cache.update(turned[:, heads:], v, 0)
-        q, shared = turned[:, :heads], heads // kv_heads
-        if shared > 1 and (nodes <= FOLDED or q.is_cuda):
-            # Heads that share keys as further queries of one head: the keys are read once.
-            q = q.reshape(rows, kv_heads, shared * nodes, size)
-            seen = None if mask is None else mask.repeat(1, 1, shared, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-            out = out.reshape(rows, heads, nodes, size)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
-        return out.transpose(1, 2).reshape(rows * nodes, -1)
+        return turned[:, :heads], *cache.update(turned[:, heads:], v, self._layer)
 
     # --- what is prepared --------------------------------------------------------------------------------------
 

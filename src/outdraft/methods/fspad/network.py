@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -211,14 +211,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if head_norms else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeysAndValues | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeysAndValues | None,
+        asking: int | None = None,
     ) -> Tensor:
+        """Attend from the last `asking` tokens of `(batch, nodes, hidden)`, from all of them when not given."""
         batch, nodes, _ = x.shape
-        q = self.q_proj(x).view(batch, nodes, self.heads, self.head_dim)
+        count = nodes if asking is None else asking
+        q = self.q_proj(x[:, nodes - count :]).view(batch, count, self.heads, self.head_dim)
         k = self.k_proj(x).view(batch, nodes, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), rotary), rotate(k.transpose(1, 2), rotary)
+        q = rotate(q.transpose(1, 2), (rotary[0][..., -count:, :], rotary[1][..., -count:, :]))
+        k = rotate(k.transpose(1, 2), rotary)
         v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, 0)
@@ -233,7 +241,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared
             )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, nodes, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
 
 
 class FeatureHead(DraftNetwork):
@@ -242,6 +250,10 @@ class FeatureHead(DraftNetwork):
     Args:
         config: shapes and switches.
     """
+
+    shapes: ClassVar[type[FeatureHeadConfig]] = FeatureHeadConfig
+    methods: ClassVar[tuple[str, ...]] = ("fspad", "eagle")
+    """The names of the methods whose folders hold such a network."""
 
     def __init__(self, config: FeatureHeadConfig):
         super().__init__()
@@ -263,6 +275,11 @@ class FeatureHead(DraftNetwork):
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.tap_layers
+
+    @property
+    def learned_embeddings(self) -> tuple[Tensor, ...]:
+        """Weights that stand in embeddings' places, and are scaled as these are."""
+        return ()
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -290,16 +307,20 @@ class FeatureHead(DraftNetwork):
         if positions is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         h = self.fusion(embeddings, features)
-        a = h + self.self_attn(h, self.rotary(positions, h.dtype), mask, cache)
-        u = self.norm(a)
-        delta = self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
-        if not self.config.partial_alignment:
-            return DraftOutput(a + delta, a + delta)
-        p, r = delta.split(self.config.hidden_size, dim=-1)
-        return DraftOutput(a + p, a + r)
+        return outputs(self, h + self.self_attn(h, self.rotary(positions, h.dtype), mask, cache))
 
     def frequencies(self) -> tuple[Tensor, float]:
         return turning(self.config.head_dim, self.config.rope_theta), 1.0
+
+
+def outputs(layer: Any, a: Tensor) -> DraftOutput:
+    """Return both outputs of a layer from its attention's result `a`, residual included."""
+    u = layer.norm(a)
+    delta = layer.down_proj(F.silu(layer.gate_proj(u)) * layer.up_proj(u))
+    if delta.shape[-1] == a.shape[-1]:
+        return DraftOutput(a + delta, a + delta)
+    p, r = delta.chunk(2, dim=-1)
+    return DraftOutput(a + p, a + r)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -315,4 +336,6 @@ def scaled(drafter: FeatureHead, by: float) -> FeatureHead:
     drafter.fusion.fc.weight[:, : drafter.config.hidden_size] *= by
     if drafter.fusion.feature_sampling:
         drafter.fusion.gate_proj.weight *= by
+    for learned in drafter.learned_embeddings:
+        learned /= by
     return drafter

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from outdraft.drafting.vocabulary import DraftVocabulary
+from outdraft.drafting.vocabulary import DraftVocabulary, indices_in
 from outdraft.losses.cross_entropy import Head, TokenLoss
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
 from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, within
@@ -34,11 +34,11 @@ class FeatureObjective(Objective):
         self.reading = Reading(reader_of(target), layers)
         self._places: Tensor | None = None
         if kept is not None and (drafter.lm_head is not None or (self.top_k and isinstance(target, Target))):
-            self._places = torch.full((target.vocab_size,), -1, device=target.device)
-            self._places[kept] = torch.arange(len(kept), device=target.device)
+            self._places = indices_in(kept.to(target.device), target.vocab_size)
+        self.head = self._head()
         self.loss = DrafterLoss(
             drafter,
-            self._head(),
+            self.head,
             config.loss_chunk_size,
             config.unroll_steps,
             config.unroll_decay,
