@@ -186,7 +186,7 @@ def filled(cache: SlotCache, lengths: Sequence[int], first: float) -> Any:
 def held(cache: SlotCache, row: int) -> list[list[float]]:
     return [
         cache._buffers[buffer][place, 0, row, 0, : cache.lengths[row]].flatten().tolist()
-        for buffer, place in cache._places.values()
+        for buffer, place in cache._located.values()
     ]
 
 

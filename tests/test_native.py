@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import platform
 import warnings
 from typing import Any
 
@@ -298,6 +300,22 @@ def test_the_name_of_the_library_changes_with_sources_and_processor(
     (tmp_path / "layers.cpp").write_text("other")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     assert build._name(compiler, ("-march=native",)) != name
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
+def test_narrower_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """The source for AVX2, on whatever processor runs the tests; only its sums of lanes are in another order."""
+    compiler = next(filter(build.shutil.which, ("c++", "g++", "clang++")))
+    build._compile(compiler, ("-mavx2", "-mfma"), tmp_path)
+    narrow = ctypes.CDLL(str(tmp_path / "kernels.so"))
+    assert narrow.outdraft_lanes() == 8
+    monkeypatch.setattr(operations, "library", lambda: narrow)
+    for dtype in DTYPES:
+        test_products_are_right_and_do_not_depend_on_the_tokens_beside(100, 66, dtype)
+        test_features_are_those_of_stock_layers("qwen3", dtype)
+        test_a_tree_gives_every_node_the_bits_of_one_token_forwards("mistral-sliding", dtype)
+        for bits in (8, 4):
+            test_quantised_products_are_those_of_their_weights_in_any_company(bits, dtype)
 
 
 def test_compiled_names_native_now() -> None:

@@ -51,10 +51,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
     assert len({len(mark) for mark in marks.values()}) == 3
     monkeypatch.setattr(jobs, "Warper", made)
 
-    def failing(self: Any, tokens: Any, accepted: Any) -> bool:
+    def failing(self: Any, tokens: Any, *guesses: Any) -> bool:
         if getattr(self, "poisoned", False) and len(tokens) > 2:
             raise ValueError("no such token")
-        return take(self, tokens, accepted)
+        return take(self, tokens, *guesses)
 
     def text(tokenizer: Any, stops: Any, prompt: Any) -> Any:
         answer = AnswerText(tokenizer, stops, prompt)

@@ -19,7 +19,7 @@ from outdraft.drafting.folder import is_hub_id, not_on_hub
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
-from outdraft.target.backends import default_backend, default_dtype
+from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target.gguf_file import record_in
 from outdraft.target.named import base_of, place_of
 from outdraft.target.target import refuse_unfit
@@ -47,6 +47,7 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
             "device": str(place),
             "dtype": str(dtype).removeprefix("torch."),
             "backend": default_backend(place, dtype),
+            **({} if place.type != "cpu" or (why := why_not_native()) is None else {"not_native_because": why}),
             "tree": {"depth": tree.depth, "top_k": tree.top_k, "size": tree.size},
         },
         "versions": versions(),

@@ -119,7 +119,8 @@ class Attention {
     for (int64_t t = 0; t < count_; t++) {
       const std::vector<int64_t>& slots = own_slots(seen + t * p_.pending, shared, room);
       weigh([&](int64_t i) { return slots[i]; }, (int64_t)slots.size(), shared, t * group_, group_, room);
-      for (int64_t g = 0; g < group_; g++) finish(t, g, room.sums.data() + (t * group_ + g) * width_);
+      for (int64_t g = 0; g < group_; g++)
+        finish(t, g, room.sums.data() + (t * group_ + g) * width_, scores_[(t * group_ + g) * room_]);
     }
   }
 
@@ -171,6 +172,7 @@ class Attention {
     }
   }
 
+  // Turns a query's scores into weights, and its first score into the factor by which their sum becomes one.
   void softmax(int64_t t, int64_t q, int64_t count) {
     float* scores = scores_ + q * room_;
     int64_t padded = (count + LANES - 1) / LANES * LANES;
@@ -181,6 +183,7 @@ class Attention {
       begin = std::max<int64_t>(0, std::min(position - p_.window + 1, count - 1));
       for (int64_t i = 0; i < begin; i++) scores[i] = -INFINITY;
     }
+    T* weights = weights_ + q * room_;
     Floats most = all(-INFINITY), total{};
     for (int64_t i = 0; i < padded; i += LANES) most = larger(most, *(const LooseFloats*)(scores + i));
     float largest = most[0];
@@ -190,11 +193,9 @@ class Attention {
       Floats e = exponential((x - largest) * h_.scale);
       e = x == -INFINITY ? Floats{} : e;
       total += e;
-      *(LooseFloats*)(scores + i) = e;
+      Type<T>::store(weights + i, e);
     }
-    float factor = 1.0f / sum_of(total);
-    T* weights = weights_ + q * room_;
-    for (int64_t i = 0; i < padded; i += LANES) Type<T>::store(weights + i, *(const LooseFloats*)(scores + i) * factor);
+    scores[0] = 1.0f / sum_of(total);
   }
 
   // Adds `count` values, whose first one has index `start` (even), weighed for queries from `first` on.
@@ -224,9 +225,9 @@ class Attention {
     }
   }
 
-  void finish(int64_t t, int64_t g, const float* sums) {
+  void finish(int64_t t, int64_t g, const float* sums, float factor) {
     T* out = out_ + ((row_ * p_.tokens + first_ + t) * h_.heads + head_ + g) * width_;
-    for (int64_t i = 0; i < width_; i += LANES) Type<T>::store(out + i, *(const LooseFloats*)(sums + i));
+    for (int64_t i = 0; i < width_; i += LANES) Type<T>::store(out + i, *(const LooseFloats*)(sums + i) * factor);
   }
 
   const Heads& h_;

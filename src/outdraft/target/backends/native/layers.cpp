@@ -1,8 +1,8 @@
 // Layers of a transformer over few tokens on a CPU, at the speed of its memory.
 //
-// Weights lie in panels of sixteen outputs. A panel has a line of 64 bytes for every two inputs (bfloat16) or every
-// input (float32), and one instruction multiplies a line with inputs that all lanes share. So weights are read once and
-// in order, for up to sixteen tokens at a time.
+// Weights lie in panels of LANES outputs, as many as a register holds. A panel has a line of that size for every two
+// inputs (bfloat16) or every input (float32), and one instruction multiplies a line with inputs that all lanes share. So
+// weights are read once and in order, for several tokens at a time.
 //
 // Every number of a result is a sum in one fixed order, which depends neither on the tokens beside it nor on threads:
 // a product runs over inputs, attention over the keys that a token sees, in the order of their positions. A token that
@@ -57,6 +57,8 @@ void by_type(int half, Work work) {
 }  // namespace
 
 extern "C" {
+
+int outdraft_lanes() { return LANES; }
 
 void outdraft_linear(int half, int threads, const Weight* w, const void* x, int64_t tokens, void* out,
                      const void* added) {

@@ -1,4 +1,5 @@
-// Vectors of sixteen numbers, float32 or bfloat16, by the compiler's own vector types: one source for every processor.
+// Vectors of a register's numbers, float32 or bfloat16, by the compiler's own vector types: one source for every
+// processor.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +12,19 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
-typedef float Floats __attribute__((vector_size(64), aligned(64)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(64)));
-typedef float LooseFloats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t LooseWords __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(64)));
-typedef uint8_t LooseBytes __attribute__((vector_size(16), aligned(1)));
-typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2)));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t LooseWords __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 struct bfloat16 {
   uint16_t bits;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from typing import Any
@@ -14,7 +15,7 @@ from outdraft.target.backends.tree_attention import Pending
 
 TYPES = (torch.float32, torch.bfloat16)
 LANES = 16
-"""Numbers of a vector; heads and halves of an MLP must be multiples of it."""
+"""Numbers of the largest vector; heads and halves of an MLP must be multiples of it."""
 
 GROUP = 32
 """Inputs of a quantised matrix that share a scale."""
@@ -69,7 +70,10 @@ class CLayer(Structure):
 def why_not_native() -> str | None:
     """Return why this machine has no kernels, None if it has."""
     found = library()
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    narrow = found.outdraft_lanes() < 8 and platform.machine() not in ("arm64", "aarch64")
+    return "this processor has no AVX2, and oneDNN is faster without" if narrow else None
 
 
 def _kernels() -> Any:
@@ -92,13 +96,13 @@ class Weight:
         weight = weight.detach()
         self.outputs, self.inputs = weight.shape
         self.dtype, self.half, self.bits = weight.dtype, int(weight.dtype == torch.bfloat16), bits
-        order = torch.arange(self.outputs)
+        order, lanes = torch.arange(self.outputs), _kernels().outdraft_lanes()
         if gated:  # panels of gates and of gated values in turn
-            order = order.view(2, -1, LANES).transpose(0, 1).flatten()
-        padded = weight.new_zeros(-(-self.outputs // LANES) * LANES, self.inputs)
+            order = order.view(2, -1, lanes).transpose(0, 1).flatten()
+        padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
         padded[: self.outputs] = weight[order]
         self._order, self.scales = order, None
-        panels = padded.view(-1, LANES, self.inputs)
+        panels = padded.view(-1, lanes, self.inputs)
         if bits is None:
             words = panels.unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
             self.lines = words.view(torch.int32)
@@ -162,9 +166,9 @@ def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def blocks(numbers: Tensor, bits: int) -> Tensor:
-    """Arrange `(panels, LANES, inputs)` whole numbers in blocks of 64 bytes, as weights.h reads them."""
+    """Arrange `(panels, LANES, inputs)` whole numbers in blocks as weights.h reads them."""
     shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
-    parts = numbers.view(torch.uint8).unflatten(1, (4, 4)).unflatten(3, shape)
+    parts = numbers.view(torch.uint8).unflatten(1, (-1, 4)).unflatten(3, shape)
     if bits == 4:
         parts = parts[:, :, :, :, 0] | parts[:, :, :, :, 1] << 4
     return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
@@ -172,7 +176,7 @@ def blocks(numbers: Tensor, bits: int) -> Tensor:
 
 def unblocked(lines: Tensor, bits: int) -> Tensor:
     """Return the `(panels, LANES, inputs)` whole numbers of `blocks`."""
-    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, 4, 4, blocks, lines, inputs of a pair)
+    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, lanes / 4, 4, blocks, lines, inputs of a pair)
     if bits == 4:
         parts = torch.stack([parts & 15, parts >> 4], dim=4)
     return parts.flatten(3).flatten(1, 2).contiguous().view(torch.int8)

@@ -8,10 +8,13 @@
 
 namespace {
 
+// Tokens of a tile of one to four panels, whose sums stay in registers; LANES at most.
 #if defined(__AVX512F__)
-constexpr int MOST_TOKENS[] = {16, 14, 8, 6};  // of a tile of one to four panels, whose sums stay in registers
+constexpr int MOST_TOKENS[] = {16, 14, 8, 6};
+#elif defined(__AVX2__)
+constexpr int MOST_TOKENS[] = {8, 6, 4, 2};
 #else
-constexpr int MOST_TOKENS[] = {4, 2, 1, 1};
+constexpr int MOST_TOKENS[] = {4, 4, 4, 4};
 #endif
 constexpr int PANELS = 4, MANY = 2;  // of a tile, at most and for many tokens
 constexpr int SUMS = 32 * LANES;  // of the largest tile
@@ -41,7 +44,7 @@ inline void transpose(const uint32_t* const* rows, int64_t column, uint32_t* out
 }
 #endif
 
-// Words of up to sixteen rows side by side, [words][LANES]: a panel whose outputs are the rows, or a tile's tokens.
+// Words of up to LANES rows side by side, [words][LANES]: a panel whose outputs are the rows, or a tile's tokens.
 template <class Rows>
 void side_by_side(Rows row, int rows, int64_t words, uint32_t* out) {
   int64_t i = 0;

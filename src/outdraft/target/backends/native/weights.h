@@ -1,4 +1,4 @@
-// Weights as they lie in memory: sixteen outputs a panel, whole numbers of four or eight bits where they are quantised.
+// Weights as they lie in memory: LANES outputs a panel, whole numbers of four or eight bits where they are quantised.
 #pragma once
 
 #include "numbers.h"
@@ -18,7 +18,7 @@ struct Weight {
 inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
 
 // The numbers of a group as lines of bfloat16, two inputs each. Eight bits: -127 to 127; four bits: 128 to 143, since
-// that takes one instruction. A block of 64 bytes holds, for eight bits, lines 2b and 2b + 1; for four bits, 4b and
+// that takes one instruction. A block of 4 * LANES bytes holds, for eight bits, lines 2b and 2b + 1; for four bits, 4b and
 // 4b + 1 in its lower halves of bytes and the next two in its upper ones. Of every 16 bytes, eight belong to each line.
 #if defined(__AVX512VBMI__)
 inline void unpack_eight(const uint8_t* at, Words* lines) {
@@ -72,13 +72,13 @@ void unpack_line(const uint8_t* block, int second, Words* line, Number number) {
 
 inline void unpack_eight(const uint8_t* at, Words* lines) {
   for (int i = 0; i < PAIRS; i++)
-    unpack_line(at + i / 2 * 64, i % 2, lines + i, [](uint8_t x) { return (float)(int8_t)x; });
+    unpack_line(at + i / 2 * 4 * LANES, i % 2, lines + i, [](uint8_t x) { return (float)(int8_t)x; });
 }
 
 inline void unpack_four(const uint8_t* at, Words* lines) {
   for (int i = 0; i < PAIRS; i++) {
     int shift = i % 4 / 2 * 4;
-    unpack_line(at + i / 4 * 64, i % 2, lines + i, [&](uint8_t x) { return 128.0f + (x >> shift & 15); });
+    unpack_line(at + i / 4 * 4 * LANES, i % 2, lines + i, [&](uint8_t x) { return 128.0f + (x >> shift & 15); });
   }
 }
 #endif
