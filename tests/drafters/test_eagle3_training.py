@@ -307,7 +307,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         new_head(Target(tiny("llama-gqa", num_hidden_layers=1)), config)
     with pytest.raises(UserError, match="in rising order"):
         new_head(deep(), DrafterConfig(output_dir=tmp_path, method="eagle3", tap_layers=[4, 2]))
-    with pytest.raises(UserError, match='"w_reg" is a setting of fspad and eagle, not of eagle3'):
+    with pytest.raises(UserError, match='"w_reg" is a setting of fspad, eagle and fspad-1f, not of eagle3'):
         DrafterConfig(output_dir=tmp_path, method="eagle3", w_reg=1.0)
     for damage in ({"rope": 3}, {"tap_unit": 4}, {"norm_output": "yes"}):
         folder = save_drafter(
