@@ -125,6 +125,9 @@ class Costs:
         self._step: dict[int, Average] = {}
         self._rest: dict[int, Average] = {}
         self._verify: dict[int, Line] = {}
+        # Plain rounds by themselves: on weights of few bits the second token of a pass costs more than later ones.
+        self._single: dict[int, Average] = {}
+        self._plain_rest: dict[int, Average] = {}
         self._plain: dict[int, int] = {}  # rounds since the last plain one
 
     @classmethod
@@ -170,8 +173,12 @@ class Costs:
         if self._fixed is not None:
             return
         key = bucket(rows)
-        self._verify.setdefault(key, Line(1 << key)).observe(rows * nodes, verify_seconds)
-        self._rest.setdefault(key, Average()).observe(rest_seconds)
+        if nodes == 1:
+            self._single.setdefault(key, Average()).observe(verify_seconds)
+            self._plain_rest.setdefault(key, Average()).observe(rest_seconds)
+        else:
+            self._verify.setdefault(key, Line(1 << key)).observe(rows * nodes, verify_seconds)
+            self._rest.setdefault(key, Average()).observe(rest_seconds)
         self._plain[key] = 0 if nodes == 1 else self._plain.get(key, PLAIN_EVERY) + 1
 
     def plain_is_due(self, rows: int = 1) -> bool:
@@ -201,14 +208,23 @@ class Costs:
         """Return the seconds of the target's pass over so many nodes per row, the root included."""
         if self._fixed is not None:
             return self._fixed.verify_base + self._fixed.verify_per_node * (nodes - 1)
-        known = nearest(self._verify, rows)
-        return known.at(rows * nodes) if known else VERIFY * (1 + NODE_SHARE * (rows * nodes - 1))
+        own, known = self._single.get(bucket(rows)), nearest(self._verify, rows)
+        if own is not None and nodes <= 1:
+            return own.value
+        if known is not None:
+            return max(known.at(rows * nodes), own.value if own is not None else 0.0)
+        single, least = (
+            nearest(self._single, rows),
+            1 << min(self._single, key=lambda key: abs(key - bucket(rows)), default=0),
+        )
+        return (single.value if single else VERIFY) * (1 + NODE_SHARE * (rows * nodes - least))
 
-    def rest(self, rows: int = 1) -> float:
-        """Return the seconds of everything else in a round."""
+    def rest(self, rows: int = 1, plain: bool = False) -> float:
+        """Return the seconds of everything else in a round, or in one that drafts nothing."""
         if self._fixed is not None:
             return self._fixed.rest
-        known = nearest(self._rest, rows)
+        own, other = (self._plain_rest, self._rest) if plain else (self._rest, self._plain_rest)
+        known = nearest(own, rows) or nearest(other, rows)
         return known.value if known else 0.0
 
     @property
@@ -219,19 +235,26 @@ class Costs:
     def round(self, levels: int, nodes: float, rows: int = 1) -> float:
         """Return the seconds of a round with so many levels and so many nodes per row, the root included."""
         drafting = self.begin(rows) + (levels - 1) * self.step(rows) if levels else 0.0
-        return drafting + self.verify(nodes, rows) + self.rest(rows)
+        return drafting + self.verify(nodes, rows) + self.rest(rows, plain=nodes <= 1)
 
     def plain(self, rows: int = 1) -> float:
         """Return the seconds of a round that drafts nothing, which is the cost of a token without drafting."""
-        return self.verify(1, rows) + self.rest(rows)
+        return self.verify(1, rows) + self.rest(rows, plain=True)
 
     def drafted(self, levels: int, nodes: float, rows: int = 1) -> float:
         """Return the seconds beyond a plain round for drafting `levels` (at least one) and verifying `nodes`."""
         return self.begin(rows) + (levels - 1) * self.step(rows) + self.added(nodes, rows)
 
     def added(self, nodes: float, rows: int = 1) -> float:
-        """Return the seconds that so many drafted nodes add to the target's pass."""
-        return self.verify(1 + nodes, rows) - self.verify(1, rows)
+        """Return the seconds that so many drafted nodes add to a round that drafts nothing, beside drafting."""
+        if nodes <= 0:
+            return 0.0
+        rest = max(0.0, self.rest(rows) - self.rest(rows, plain=True))
+        return self.verify(1 + nodes, rows) - self.verify(1, rows) + rest
+
+    def further(self, nodes: float, rows: int = 1) -> float:
+        """Return the seconds that so many nodes add to a pass over several."""
+        return self.verify(2 + nodes, rows) - self.verify(2, rows)
 
 
 def bucket(rows: int) -> int:

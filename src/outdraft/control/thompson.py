@@ -208,7 +208,7 @@ def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: 
 
 def worth_going_on(price: float, chance: float, nodes: float, costs: Costs, rows: int) -> bool:
     """Return True if one more level, accepted with probability `chance`, earns more than it costs."""
-    return price * chance > costs.step(rows) + costs.added(nodes, rows)
+    return price * chance > costs.step(rows) + costs.further(nodes, rows)
 
 
 def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
