@@ -106,7 +106,7 @@ class Drafts:
             drafted: for each row that the drafter drafted for, True if its first candidate was accepted.
         """
         drafter = self.drafter
-        if drafter is None or not drafter.num_parameters or drafter.first_drafts >= FIRST_DRAFTS:
+        if not drafted or drafter is None or drafter.first_drafts >= FIRST_DRAFTS or not drafter.num_parameters:
             return
         drafter.first_drafts += len(drafted)
         drafter.first_right += sum(drafted)
