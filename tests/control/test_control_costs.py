@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from outdraft.control import Costs
 from outdraft.control.costs import Average, bucket
+from outdraft.control.settings import PRACTICE, ControlSettings, Pacer
 
 
 def seen(rounds: int, base: float = 0.02, per_node: float = 0.0004, sizes: tuple[int, ...] = (1, 5, 9)) -> Costs:
@@ -167,3 +169,21 @@ def test_an_average_that_settles_begins_with_the_least_of_its_first_values():
         average.observe(value)
         assert average.value == pytest.approx(expected)
     assert average.count == 2
+
+
+def test_first_drafts_run_to_their_limit_and_no_others() -> None:
+    """A pacer's measured costs let controllers cut drafts only after some; given costs and costs made by hand at once."""
+    settings = ControlSettings.parse("calibrated")
+    for costs, drafts in ((Pacer(settings).costs, PRACTICE), (Costs(), 0), (Costs.fixed(1.0, 1.0, 0.1, 0.1), 0)):
+        controller = settings.make(costs, 3, torch.Generator().manual_seed(0))
+        for _ in range(6):  # a drafter that costs ten target passes a level
+            costs.observe_round(1, 0.1, 0.0)
+        cut = 0
+        for draft in range(drafts + 3):
+            wanted = [controller.decide([0.01] * level, 1) for level in range(4)]
+            if draft < drafts:
+                assert wanted == [True, True, True, False], (drafts, draft)
+            cut += not wanted[0]
+            costs.observe_draft(1.0, [1.0, 1.0])
+            costs.observe_round(4, 0.12, 0.0)
+        assert cut >= 2

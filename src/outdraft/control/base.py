@@ -246,6 +246,9 @@ class Adaptive(Controller):
         if levels >= self.limit:
             return False
         added = self.expected_nodes(nodes)
+        if self.costs.practice:
+            self.nodes += added
+            return True
         loss = self.loss(levels + 1, self.nodes + added)
         if self.safeguard.allows(self.wants(confidences, added), loss, levels == 0):
             self.nodes += added

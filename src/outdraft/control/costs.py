@@ -117,9 +117,14 @@ class Fixed:
 
 
 class Costs:
-    """Seconds of the parts of a round."""
+    """Seconds of the parts of a round.
 
-    def __init__(self) -> None:
+    Args:
+        practice: first drafts that controllers do not cut, so that they decide by measured costs and acceptance.
+    """
+
+    def __init__(self, practice: int = 0) -> None:
+        self.practice = practice
         self._fixed: Fixed | None = None
         self._begin: dict[int, Average] = {}
         self._step: dict[int, Average] = {}
@@ -163,6 +168,7 @@ class Costs:
         if self._fixed is not None:
             return
         key = bucket(rows)
+        self.practice = max(0, self.practice - 1)
         if begin_seconds is not None:
             self._begin.setdefault(key, Average()).observe(begin_seconds)
         for seconds in step_seconds:

@@ -33,6 +33,10 @@ WEIGHING = ("beta", "calibrated")
 """Names of controllers that weigh tokens against seconds."""
 
 
+PRACTICE = 4
+"""Drafts after loading that run to their limit: a first answer is short, and guesses of what a draft costs are poor."""
+
+
 @dataclass
 class ControlSettings:
     """The kind of controller and its options; options of other controllers than the named one are ignored."""
@@ -138,7 +142,7 @@ class Pacer:
     """
 
     def __init__(self, settings: ControlSettings, costs: Costs | None = None):
-        self.settings, self.costs, self.experience = settings, costs or Costs(), Experience()
+        self.settings, self.costs, self.experience = settings, costs or Costs(PRACTICE), Experience()
         self._tuners: dict[TreeShape, ShapeTuner] = {}
 
     def controller(self, limit: int, seed: int | None = None) -> Controller:

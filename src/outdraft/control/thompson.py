@@ -75,6 +75,9 @@ class ThompsonController(Adaptive):
             chances.append(survival / max(mass, TINY))
         likely = [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
         size = worth_verifying(self.price, likely, self.costs, self.rows)
+        if self.costs.practice:
+            self.nodes, self.levels = len(likely), len(confidences)
+            return len(likely)
         while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
             size -= 1
         self.nodes, self.levels = size, len(confidences)
