@@ -172,7 +172,7 @@ def test_an_average_that_settles_begins_with_the_least_of_its_first_values():
 
 
 def test_first_drafts_run_to_their_limit_and_no_others() -> None:
-    """A pacer's measured costs let controllers cut drafts only after some; given costs and costs made by hand at once."""
+    """A pacer's measured costs let controllers cut drafts only after some; other costs do so at once."""
     settings = ControlSettings.parse("calibrated")
     for costs, drafts in ((Pacer(settings).costs, PRACTICE), (Costs(), 0), (Costs.fixed(1.0, 1.0, 0.1, 0.1), 0)):
         controller = settings.make(costs, 3, torch.Generator().manual_seed(0))
