@@ -284,11 +284,11 @@ def test_a_machine_without_a_compiler_decodes_on_packed_weights(monkeypatch: pyt
 
 def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     fake = tmp_path / "c++"
-    fake.write_text("#!/bin/sh\necho 'fatal: no room on the device' >&2\nexit 1\n")
+    fake.write_text("#!/bin/sh\necho 'fatal: no space left' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("OUTDRAFT_CACHE", str(tmp_path / "cache"))
-    assert "no room on the device" in str(build.library.__wrapped__())
+    assert "no space left" in str(build.library.__wrapped__())
 
 
 def test_the_name_of_the_library_changes_with_sources_and_processor(

@@ -51,8 +51,7 @@ def custom_generate(
     Args:
         draft_model: as in `load`.
         method: as in `load`.
-        backend: as in `load`; `packed`, the default on a CPU, keeps a second copy of linear layers, `compiled` two
-            more.
+        backend: as in `load`; `native` and `packed`, the defaults on a CPU, keep a second copy of linear layers.
         draft: settings of drafting.
         **settings: the fields of `DraftSettings`, which take precedence over those of `draft`; all but `exact`.
 
