@@ -63,7 +63,7 @@ class BenchSettings:
     """The stock library in the same run, with commas: generate, prompt-lookup[=N], assistant[=PATH], early-exit=N."""
     peers_backend: str = "eager"
     """eager or same: whether --peers run on the model as transformers loads it, which is loaded once more for that, or
-    on the target's own packed or compiled modules."""
+    on the modules of the target's own backend."""
     output_dir: Path | None = None
     """Keep every answer here, in Spec-Bench's format too; an interrupted run goes on from it."""
     report: Path | None = None
