@@ -63,6 +63,14 @@ def test_what_is_stored_is_what_the_target_says(
         assert (said.probs[:, :-1] >= said.probs[:, 1:]).all()
 
 
+def test_padding_repeats_the_example(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    reading = Reading(target)
+    monkeypatch.setattr(reading, "_run", lambda ids: seen.append(ids) or torch.zeros(*ids.shape, reading.width))
+    reading(torch.tensor([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]), torch.tensor([5, 2]))
+    assert seen[0].tolist() == [[5, 6, 7, 8, 9], [3, 4, 3, 4, 3]]
+
+
 def test_its_size_is_known_beforehand(target: Target, examples: ExampleSet, tmp_path: Path) -> None:
     store = store_of(tmp_path, target)
     responses = sum(int(example.loss_mask[1:].sum()) for example in examples.examples)
