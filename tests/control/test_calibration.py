@@ -7,6 +7,7 @@ import math
 import random
 
 import pytest
+from simulated import fixed_costs, make
 
 from outdraft.control.base import Evidence
 from outdraft.control.thompson import Platt, expit, logit
@@ -75,3 +76,16 @@ def test_platt_agrees_with_the_maximum_of_the_posterior():
 
     best = minimize(loss, [0.0, 1.0]).x
     assert platt.line() == pytest.approx(tuple(best), abs=0.12)
+
+
+def test_the_verdict_on_a_cut_tree_is_about_the_candidates_that_were_verified():
+    """A level of mass 0.9 of which one candidate of 0.3 is verified, and accepted in 30 of 100 rounds."""
+    rng, row = random.Random(0), make("calibrated", fixed_costs(slope=0.5), 1)
+    row.safeguard.credit = 1e9
+    for _ in range(300):
+        row.decide([], 3)
+        row.verdict_on([0.3], [0])
+        accepted = int(rng.random() < 0.3)
+        row.observe([0.9], accepted, 1 + accepted, 0.0)
+    assert row.calibration.probability(0.3) == pytest.approx(0.3, abs=0.08)
+    assert row.calibration.probability(0.9) > 0.7  # what it would have been for the whole level was not judged

@@ -8,7 +8,8 @@ import pytest
 from simulated import PLAIN_PASS, answer, fixed_costs, make
 from simulation import Answer, Draft, decode
 
-from outdraft.control import Costs
+from outdraft.control import Costs, Experience
+from outdraft.control.base import LEAST_START, MOST_START, START
 
 ADAPTIVE = [
     ("confidence", {"threshold": 0.0}),
@@ -74,6 +75,50 @@ def test_bad_stretches_do_not_lock_a_good_drafter_out(name: str):
     run = decode(make(name, costs), answer(chances, tokens=1200), costs)
     fixed = min(decode(make("fixed", costs, n), answer(chances, tokens=1200), costs).seconds for n in range(9))
     assert run.seconds < 1.05 * fixed
+
+
+def test_a_row_begins_with_the_credit_of_the_row_before():
+    costs, experience = fixed_costs(), Experience()
+    for tokens, drafts, bounds in (
+        (128, [0.95], (MOST_START, MOST_START)),
+        (64, [0.0], (LEAST_START, START)),
+        (128, [0.0], (LEAST_START, LEAST_START)),
+    ):
+        row = make("calibrated", costs, experience=experience)
+        assert row.safeguard.credit == experience.credit
+        decode(row, answer(drafts, tokens=tokens), costs)
+        row.finish()
+        assert bounds[0] <= experience.credit <= bounds[1]
+
+
+def test_after_one_useless_answer_the_next_ones_cost_less():
+    costs, experience = fixed_costs(), Experience()
+    seconds = []
+    for seed in range(4):
+        row = make("calibrated", costs, seed=seed, experience=experience)
+        seconds.append(decode(row, boastful(), costs).seconds / (128 * costs.plain()))
+        row.finish()
+    assert max(seconds[1:]) < 1.03 and max(seconds[1:]) <= seconds[0]
+
+
+def test_the_first_drafts_after_loading_run_to_their_limit_and_cost_no_credit():
+    costs = Costs(practice=4)
+    row = make("calibrated", costs, 8)
+    credit, depths = row.safeguard.credit, []
+    for _ in range(4):
+        levels = 0
+        while row.decide([0.9] * levels, 4):
+            levels += 1
+        costs.observe_draft(PLAIN_PASS, [PLAIN_PASS] * (levels - 1))
+        row.observe([0.9] * levels, 0, 1, 20 * PLAIN_PASS)
+        depths.append(levels)
+        assert row.safeguard.credit >= credit
+    assert depths == [8] * 4 and row.verified.own == [0.0, 0.0]
+    levels = 0
+    while row.decide([0.9] * levels, 4):
+        levels += 1
+    row.observe([0.9] * levels, 0, 1, 20 * PLAIN_PASS)
+    assert levels == 0 or row.safeguard.credit < credit
 
 
 def test_the_baseline_of_fixed_length_has_no_safeguard():

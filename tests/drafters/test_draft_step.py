@@ -112,6 +112,27 @@ def test_low_precision_and_packed_weights_are_near(monkeypatch, table, dtype, to
         assert (own.double() - stock).abs().mean() < 2 * (rough.double() - stock).abs().mean() + 1e-5 * scale
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fusion_on_native_kernels_is_one_call_and_the_same(monkeypatch, dtype):
+    monkeypatch.setattr(draft_step, "TABLE_BYTES", 0)
+    config = FeatureHeadConfig(64, 96, 4, 2, 16, VOCAB, max_position_embeddings=POSITIONS)
+    torch.manual_seed(2)
+    head = FeatureHead(config).to(dtype).eval()
+    on = accelerate(head, "native")
+    embeddings = torch.randn(VOCAB, 64).to(dtype)
+    step = DraftStep(on, lambda ids: embeddings[ids], VOCAB)
+    assert step._one_fusion is not None
+    for tokens in (torch.tensor([4]), torch.arange(VOCAB).repeat(3)):
+        features = torch.randn(len(tokens), 64).to(dtype)
+        with torch.inference_mode():
+            expected = head.fusion(embeddings[tokens], features).double()
+            found = step._fuse(tokens, features)
+            alone = torch.cat([step._fuse(tokens[i : i + 1], features[i : i + 1]) for i in range(len(tokens))])
+        assert torch.equal(found, alone)
+        least = 1e-5 if dtype == torch.float32 else 0.02  # bits of drafters' weights beside a target in bfloat16
+        assert (found.double() - expected).norm() < least * expected.norm()
+
+
 def test_the_table_keeps_its_bound(monkeypatch):
     head, table = network(torch.float32), embedding(torch.float32)
     needed = VOCAB * (D + 20) * 4

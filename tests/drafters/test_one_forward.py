@@ -246,7 +246,7 @@ class Wanting:
         return [self.level < most for most in self.levels]
 
     def wants(self, nodes: int) -> list[bool]:
-        assert nodes > 0
+        assert nodes == 0
         return self.going
 
     def drafted(self, confidences: list[float | None]) -> None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 HORIZON = 8
 """Experience keeps so many times the rounds that it gives to a row, so that the last row alone does not make it."""
 START = 2.0
-"""First credit of a row, in plain rounds: 1.6% of an answer of 128 tokens."""
+"""First credit after loading, in plain rounds: 1.6% of an answer of 128 tokens."""
+LEAST_START, MOST_START = 1.0, 4.0
+"""Bounds of a row's first credit, which it has of the row before: about two and eight drafts in vain."""
 FIRST_PROBE = 1.0
 """First credit, in plain rounds, for drafts that do not look worthwhile."""
 MOST = 10.0
@@ -68,6 +70,8 @@ class Experience:
 
     def __init__(self) -> None:
         self.rounds = 0.0
+        self.credit = START
+        """The credit with which the next row begins (`Safeguard`): that of the row before, within bounds."""
         self._sums: dict[str, list[float]] = {}
 
     def inherit(self, name: str, memory: float) -> list[float] | None:
@@ -94,7 +98,8 @@ class Safeguard:
 
     A drafted round spends the cost of drafting and of the larger target pass, and earns what was accepted; every round
     earns a little. A level is not drafted if its loss, with nothing accepted, would exceed the credit. So whatever a
-    controller believes, n rounds without acceptance cost at most n * (1 + RATE) + START plain rounds.
+    controller believes, n rounds without acceptance cost at most n * (1 + RATE) plain rounds and the credit before.
+    A row begins with the credit of the one before it: a drafter that earned may lose more than one that did not.
 
     Attributes:
         credit: plain rounds that may be lost.
@@ -224,13 +229,15 @@ class Adaptive(Controller):
     ):
         super().__init__(costs, limit, generator)
         self.discount, self.experience, self.memory = discount, experience, memory
-        self.safeguard = Safeguard()
+        self.safeguard = Safeguard(START if experience is None else experience.credit)
         self.nodes = 0.0
         """Drafted nodes in this round's target pass; the expected number while levels are decided."""
         self.levels = 0
         """Drafted levels of this round, including those of which no candidate is verified."""
         self._learned: dict[str, Evidence] = {}
         self._rounds = 0.0  # drafted rounds, which fade as the evidence does
+        self.practising = False
+        """True in a round whose draft is one of the first, which are not cut and cost no credit."""
 
     @abstractmethod
     def wants(self, confidences: Sequence[float], nodes: float) -> bool:
@@ -242,11 +249,11 @@ class Adaptive(Controller):
     def decide(self, confidences: Sequence[float], nodes: int) -> bool:
         levels = len(confidences)
         if levels == 0:
-            self.nodes, self.levels = 0.0, 0
+            self.nodes, self.levels, self.practising = 0.0, 0, bool(self.costs.practice)
         if levels >= self.limit:
             return False
         added = self.expected_nodes(nodes)
-        if self.costs.practice:
+        if self.practising:
             self.nodes += added
             return True
         loss = self.loss(levels + 1, self.nodes + added)
@@ -264,7 +271,8 @@ class Adaptive(Controller):
                 evidence.fade(self.discount)
         else:
             self.nodes = 0.0
-        self.safeguard.observe(levels > 0, accepted, self.loss(levels, self.nodes) if levels else 0.0)
+        loss = self.loss(levels, self.nodes) if levels and not self.practising else 0.0
+        self.safeguard.observe(levels > 0, accepted, loss)
         self.learn(confidences, accepted, tokens, seconds)
         self.nodes, self.levels = 0.0, 0
 
@@ -275,6 +283,7 @@ class Adaptive(Controller):
     def finish(self) -> None:
         if self.experience is not None:
             self.experience.merge(self._learned, self._rounds, self.memory)
+            self.experience.credit = min(MOST_START, max(LEAST_START, self.safeguard.credit))
             self.experience = None
 
     def evidence(self, name: str, prior: Sequence[float]) -> Evidence:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,13 +76,17 @@ class ThompsonController(Adaptive):
             chances.append(survival / max(mass, TINY))
         likely = [min(1.0, gain * chances[level]) for gain, level in zip(gains, levels, strict=True)]
         size = worth_verifying(self.price, likely, self.costs, self.rows)
-        if self.costs.practice:
+        if self.practising:
             self.nodes, self.levels = len(likely), len(confidences)
             return len(likely)
         while size > 1 and self.loss(len(confidences), size) > self.safeguard.credit:
             size -= 1
         self.nodes, self.levels = size, len(confidences)
+        self.verdict_on(gains[:size], levels[:size])
         return size
+
+    def verdict_on(self, gains: Sequence[float], levels: Sequence[int]) -> None:
+        """Note which of the candidates offered to `size` are verified, and so what this round's verdict is about."""
 
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         levels = len(confidences)
@@ -94,8 +99,9 @@ class ThompsonController(Adaptive):
         if levels:
             self.counts.add(0, accepted)
             self.counts.add(1, float(accepted < levels))
-            self.verified.add(0, self.nodes)
-            self.verified.add(1, levels)
+            if not self.practising:  # nobody cut those drafts
+                self.verified.add(0, self.nodes)
+                self.verified.add(1, levels)
 
 
 class BetaController(ThompsonController):
@@ -123,6 +129,7 @@ class CalibratedController(ThompsonController):
         self.calibration = Platt(self.evidence("platt", Platt.PRIOR))
         self.weight = confidence_weight
         self._survival = [1.0]  # survival of this round's levels, one after another
+        self._verified: list[float] = []  # confidence in each level's candidates that are verified, of cut trees
 
     def draw_theta(self, confidences: Sequence[float]) -> float:
         a, b = self.counts[0], self.counts[1]
@@ -137,10 +144,18 @@ class CalibratedController(ThompsonController):
             self._survival.append(self._survival[-1] * self.calibration.probability(confidence))
         return self._survival
 
+    def verdict_on(self, gains: Sequence[float], levels: Sequence[int]) -> None:
+        masses = [1.0] + [0.0] * (max(levels) + 1)
+        for gain, level in zip(gains, levels, strict=True):
+            masses[level + 1] += gain
+        self._verified = [mass / max(above, TINY) for above, mass in pairwise(masses)]
+
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         super().learn(confidences, accepted, tokens, seconds)
+        judged = self._verified[: len(confidences)] or confidences
+        self._verified = []
         del self._survival[1:]
-        for level, confidence in enumerate(confidences[: accepted + 1]):  # levels below a rejection are not judged
+        for level, confidence in enumerate(judged[: accepted + 1]):  # levels below a rejection are not judged
             self.calibration.observe(confidence, level < accepted)
 
 

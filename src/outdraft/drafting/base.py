@@ -92,7 +92,8 @@ class Budget(Protocol):
         """Return for every row whether it drafts the next level; a row that stopped stays stopped for the round.
 
         Args:
-            nodes: nodes per row that the level adds to verification.
+            nodes: nodes per row that the level adds to verification; 0 if all levels came at once and `sizes` weighs
+                the nodes of all.
         """
 
     def drafted(self, confidences: Sequence[float | None]) -> None:

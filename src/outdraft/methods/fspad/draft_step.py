@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead, turning
 from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.native.operations import Fusion
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 
@@ -44,6 +45,7 @@ class DraftStep(LayerStep):
         self._taps = fusion.taps
         self._state_norm = None if fusion.state_norm is None else self._norm(fusion.state_norm)
         self._table: Tensor | None = None
+        self._one_fusion: Fusion | None = None
         if fusion.feature_sampling:
             self._fusion_norm = self._norm(fusion.norm)
             self._fusion_gate, self._fusion_up = self._linear(fusion.gate_proj), self._linear(fusion.up_proj)
@@ -51,6 +53,11 @@ class DraftStep(LayerStep):
         width = config.hidden_size + (config.intermediate_size if fusion.feature_sampling else 0)
         if vocab_size * width * torch.finfo(self.dtype).bits // 8 <= TABLE_BYTES:
             self._tabulate(*plain_linear(fusion.fc), vocab_size, width)
+        elif self.native is not None and fusion.feature_sampling:
+            parts = (self._fc, self._fusion_gate, self._fusion_up, self._fusion_down)
+            fc, gate, up, down = (getattr(part, "product", None) for part in parts)
+            if fc and gate and up and down:
+                self._one_fusion = Fusion(fc, gate, up, down, (fusion.norm.weight, fusion.norm.eps))
 
     # --- the forward -------------------------------------------------------------------------------------------
 
@@ -84,6 +91,8 @@ class DraftStep(LayerStep):
             gate = known[:, self._config.hidden_size :]
         else:
             embeddings = self._embed(tokens).to(self.dtype)
+            if self._one_fusion is not None:
+                return self._one_fusion(embeddings, features)
             z = self._fc(torch.cat([embeddings, features], dim=-1))
             if not self._config.feature_sampling:
                 return z

@@ -77,6 +77,7 @@ class LayerStep:
         self._down_outputs = head.down_proj.out_features
         self._mlp_norm = self._norm(mlp_norm)
         self._cos, self._sin = self._rotary_tables(frequencies, positions, scale)
+        self._unsigned = self._cos.flatten(1), self._sin[:, :, 1:].expand(-1, -1, 2, -1).flatten(1)
         fits = self._size % LANES == 0 and head.gate_proj.out_features % LANES == 0
         self.native = self._one_call(head, mlp_norm) if self._on_native and fits else None
 
@@ -116,7 +117,8 @@ class LayerStep:
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `(rows, count, head_dim)` of positions on the device, for pending tokens."""
         at = positions.clamp(max=len(self._cos) - 1)
-        return self._cos.flatten(1)[at], self._sin[:, :, 1:].expand(-1, -1, 2, -1).flatten(1)[at]
+        cos, sin = self._unsigned
+        return F.embedding(at, cos), F.embedding(at, sin)
 
     def _through(
         self,
@@ -286,13 +288,13 @@ class NativeProduct(Linear):
     """A linear map on a weight in the layout of our kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self._product, self.bias = narrow(weight, bias), bias
+        self.product, self.bias = narrow(weight, bias), bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x)
+        return self.product(x)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._product(x, other)
+        return self.product(x, other)
 
 
 def narrow(weight: Tensor, bias: Tensor | None) -> Weight:

@@ -112,12 +112,15 @@ def best_first(roots: Tensor, tables: Tables, shape: TreeShape, budget: Budget |
 
 
 def _within(grown: list[list[Node]], budget: Budget, levels: int) -> list[list[Node]]:
-    """Cut every row's nodes, best first, to the levels and to the number that the budget wants."""
+    """Cut every row's nodes, best first, to the levels and to the number that the budget wants.
+
+    All levels came at once, and the budget's `sizes` weighs the nodes of all of them, so a further level costs nothing.
+    """
     masses = [[sum(math.exp(n.score) for n in own if n.level == level) for level in range(levels)] for own in grown]
     deep, wanted = [0] * len(grown), budget.going
     for level in range(levels):
         if level:
-            wanted = budget.wants(max(sum(node.level == level for node in own) for own in grown))
+            wanted = budget.wants(0)
         if not any(wanted):
             break
         deep = [level + 1 if going else most for going, most in zip(wanted, deep, strict=True)]

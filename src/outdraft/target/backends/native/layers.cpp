@@ -46,6 +46,40 @@ void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const
   linear<T>(team, l.down, inner, tokens, out, after, width);
 }
 
+struct Fusion {
+  Weight joined, gate, up, down;
+  const void* norm;
+  float eps;
+};
+
+// z = joined [e ; x], then z + down (silu(gate e) * up norm(z)), of embeddings e and features x, each [tokens][hidden].
+template <class T>
+void fusion(const Team& team, const Fusion& f, const T* e, const T* x, int64_t tokens, T* out, T* room) {
+  int64_t width = f.down.outputs, half = f.joined.inputs / 2, inner = f.down.inputs;
+  T *both = room, *z = both + tokens * 2 * half, *normed = z + tokens * width, *gates = normed + tokens * width;
+  T* gated = gates + tokens * inner;
+  for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
+    std::memcpy(both + 2 * t * half, e + t * half, half * sizeof(T));
+    std::memcpy(both + (2 * t + 1) * half, x + t * half, half * sizeof(T));
+  }
+  linear<T>(team, f.gate, e, tokens, gates, nullptr, 1);
+  team.wait();
+  linear<T>(team, f.joined, both, tokens, z, nullptr, 1);
+  team.wait();
+  norms(team, z, (const T*)f.norm, f.eps, tokens, width, normed);
+  team.wait();
+  int64_t panels = panels_of(inner);
+  multiply(f.up, normed, tokens, team.first(panels), team.last(panels), 1,
+           [&](int64_t token, int64_t panel, int count, const float* sums) {
+             for (int n = 0; n < count; n++) {
+               int64_t at = token * inner + (panel + n) * LANES;
+               Type<T>::store(gated + at, activated(Type<T>::load(gates + at), 0) * *(const LooseFloats*)(sums + n * LANES));
+             }
+           });
+  team.wait();
+  linear<T>(team, f.down, gated, tokens, out, z, width);
+}
+
 template <class Work>
 void by_type(int half, Work work) {
   if (half)
@@ -74,6 +108,16 @@ void outdraft_norm(int half, const void* x, const void* weight, float eps, int64
   by_type(half, [&](auto type) {
     using T = decltype(type);
     norms(Team{0, 1, nullptr}, (const T*)x, (const T*)weight, eps, tokens, width, (T*)out);
+  });
+}
+
+void outdraft_fusion(int half, int threads, const Fusion* f, const void* e, const void* x, int64_t tokens, void* out) {
+  by_type(half, [&](auto type) {
+    using T = decltype(type);
+    thread_local std::vector<T> room;
+    room.resize(tokens * (f->joined.inputs + 2 * f->down.outputs + 2 * f->down.inputs) + LANES);
+    T* own = room.data();
+    together(threads, [&](const Team& team) { fusion(team, *f, (const T*)e, (const T*)x, tokens, (T*)out, own); });
   });
 }
 

@@ -67,6 +67,16 @@ class CLayer(Structure):
     ]
 
 
+class CFusion(Structure):
+    """`Fusion` of layers.cpp."""
+
+    _fields_ = [
+        *((name, CWeight) for name in ("joined", "gate", "up", "down")),
+        ("norm", c_void_p),
+        ("eps", c_float),
+    ]
+
+
 def why_not_native() -> str | None:
     """Return why this machine has no kernels, None if it has."""
     found = library()
@@ -282,5 +292,32 @@ class Layer:
         _kernels().outdraft_layer(
             self._half, torch.get_num_threads(), self._at, tokens, c_void_p(x.data_ptr()),
             None if beside is None else c_void_p(beside.data_ptr()), c_void_p(out.data_ptr()),
+        )  # fmt: skip
+        return out
+
+
+class Fusion:
+    """FSPAD's fusion of embeddings and features as one call (`methods.fspad.network.Fusion`, equations 1 to 3).
+
+    Args:
+        joined: the product of both, side by side.
+        gate, up, down: products of the embedding, of the norm's output and of both gated.
+        norm: weight and epsilon.
+    """
+
+    def __init__(self, joined: Weight, gate: Weight, up: Weight, down: Weight, norm: tuple[Tensor, float]):
+        weight, eps = norm[0].detach().to(joined.dtype).contiguous(), norm[1]
+        self._kept = (joined, gate, up, down, weight)
+        parts = (part.struct for part in (joined, gate, up, down))
+        self.struct = CFusion(*parts, weight.data_ptr(), eps)
+        self._at, self._half = byref(self.struct), joined.half
+
+    def __call__(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Fuse `(tokens, hidden)` embeddings and features of the same width to `(tokens, hidden)`."""
+        embeddings, features = embeddings.contiguous(), features.contiguous()
+        out = torch.empty_like(features)
+        _kernels().outdraft_fusion(
+            self._half, torch.get_num_threads(), self._at, c_void_p(embeddings.data_ptr()),
+            c_void_p(features.data_ptr()), c_int64(len(features)), c_void_p(out.data_ptr()),
         )  # fmt: skip
         return out
