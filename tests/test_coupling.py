@@ -159,6 +159,23 @@ def test_noise_is_the_same_whenever_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(again.step(index), early[index]) for index in (29, 3, 17, 0, 29, 12))
 
 
+@pytest.mark.parametrize("from_uniform", [True, False])
+def test_noise_is_torchs_exponential_noise(monkeypatch: pytest.MonkeyPatch, from_uniform: bool) -> None:
+    monkeypatch.setattr(coupling, "_by_uniform_numbers", lambda: from_uniform)
+    for seed in range(20):
+        own, stock = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        for shape in ((1, 49152), (3, 17), (2, 1)):
+            assert torch.equal(coupling.exponential(shape, own), torch.empty(shape).exponential_(generator=stock))
+        assert torch.equal(own.get_state(), stock.get_state())
+
+
+def test_another_way_to_make_exponential_numbers_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert coupling._by_uniform_numbers.__wrapped__()
+    made = coupling._from_uniform
+    monkeypatch.setattr(coupling, "_from_uniform", lambda shape, generator: made(shape, generator) * (1 + 1e-6))
+    assert not coupling._by_uniform_numbers.__wrapped__()
+
+
 def test_over_the_noise_tokens_have_their_probabilities() -> None:
     law = torch.tensor([0.5, 0.3, 0.15, 0.05])
     noise = Noise(1, 4, torch.device("cpu"), seed=0)
