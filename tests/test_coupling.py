@@ -12,6 +12,7 @@ from torch import Tensor
 
 import outdraft
 from models import tiny
+from outdraft.core import coupling
 from outdraft.core.coupling import Coupled, Noise, under
 from outdraft.errors import UserError
 from outdraft.methods import registry

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int CHUNK = 128;  // keys whose values are rearranged at once
+constexpr int64_t BLOCK = 128;  // keys that are weighed together
 constexpr int TILE = 16;    // tokens of a prompt that attend together
 constexpr int WIDE = 2, AT_ONCE = MOST_TOKENS[WIDE - 1];  // panels and queries of a tile
 
@@ -59,7 +59,20 @@ void turn_and_store(const Team& team, const Heads& h, const Pending& p, T* mixed
 // Values of two keys (bfloat16) or one as a line of every panel.
 template <class T>
 void line_of_values(const T* first, const T* second, int64_t panels, int64_t panel, uint32_t* out) {
-  for (int64_t n = 0; n < panels; n++) {
+  int64_t n = 0;
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2) {
+    alignas(64) static constexpr uint16_t PAIRS[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(PAIRS), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (; n + 2 <= panels; n += 2) {
+      __m512i a = _mm512_loadu_si512(first + n * LANES), b = _mm512_loadu_si512(second + n * LANES);
+      _mm512_storeu_si512(out + n * panel, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_storeu_si512(out + (n + 1) * panel, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+#endif
+  for (; n < panels; n++) {
     if constexpr (sizeof(T) == 4) {
       *(LooseWords*)(out + n * panel) = *(const LooseWords*)(first + n * LANES);
     } else {
@@ -75,56 +88,86 @@ struct Room {
   std::vector<int64_t> slots;
 };
 
-// Attention of some tokens' queries of one head of keys, over keys in the order of their positions.
+// Attention of some tokens' queries of one head of keys, in blocks of keys in the order of their positions: a block's
+// weights are relative to its largest score, and its sums are kept until all blocks are added. So threads may share the
+// blocks of a head.
 template <class T>
 class Attention {
  public:
+  // `found` holds, for every block and query, the sums [width] of weighed values, the largest score, and the weights' sum.
   Attention(const Heads& h, const Pending& p, const T* mixed, T* out, int64_t row, int64_t kv_head, int64_t first,
-            int64_t count)
+            int64_t count, float* found)
       : h_(h), p_(p), mixed_(mixed), out_(out), row_(row), first_(first), count_(count), group_(h.heads / h.kv_heads),
-        head_(kv_head * group_), width_(h.width), words_(h.width / Type<T>::PER_WORD) {
+        head_(kv_head * group_), width_(h.width), words_(h.width / Type<T>::PER_WORD), committed_(p.lengths[row]),
+        found_(found) {
     int64_t at = row * p.row_stride + kv_head * p.head_stride;
     keys_ = (const T*)p.keys + at;
     values_ = (const T*)p.values + at;
-    committed_ = p.lengths[row];
   }
 
-  void run() {
-    thread_local Room room;
-    const uint8_t* seen = p_.seen + (row_ * p_.tokens + first_) * p_.pending;
+  int64_t blocks() const { return (committed_ + p_.pending + BLOCK - 1) / BLOCK; }
+  int64_t queries() const { return count_ * group_; }
+
+  // Arranges the queries; before the first block of a thread.
+  void begin() {
+    const uint8_t* seen = this->seen(0);
     int64_t common = 0;  // pending tokens that all of these see, before any that one does not
     while (common < p_.pending && sees_all(seen, common)) common++;
-    int64_t shared = (committed_ + common) / LANES * LANES;
-    room_ = (committed_ + p_.pending + LANES - 1) / LANES * LANES;
-    int64_t queries = count_ * group_;
-    room.scores.resize(queries * room_);
-    room.words.resize(queries * (words_ + room_ / Type<T>::PER_WORD));
-    room.panels.resize(std::max<int64_t>(WIDE * words_ * LANES, CHUNK * width_ / Type<T>::PER_WORD));
-    room.sums.assign(queries * width_, 0);
-    scores_ = room.scores.data();
-    q_ = room.words.data();
-    weights_ = (T*)(q_ + queries * words_);
+    shared_ = (committed_ + common) / LANES * LANES;
+    Room& r = room();
+    r.scores.resize(queries() * BLOCK);
+    r.words.resize(queries() * (words_ + BLOCK / Type<T>::PER_WORD));
+    r.panels.resize(std::max<int64_t>(WIDE * words_ * LANES, BLOCK * width_ / Type<T>::PER_WORD));
+    scores_ = r.scores.data();
+    q_ = r.words.data();
+    weights_ = (T*)(q_ + queries() * words_);
     for (int64_t t = 0; t < count_; t++)
       for (int64_t g = 0; g < group_; g++) std::memcpy(q_ + (t * group_ + g) * words_, query(t, g), width_ * sizeof(T));
+  }
 
-    auto in_place = [](int64_t slot) { return slot; };
-    score(in_place, shared, 0, 0, queries, room);
+  void block(int64_t b) {
+    int64_t start = b * BLOCK, all = std::max<int64_t>(0, std::min<int64_t>(BLOCK, shared_ - start));
+    float* sums = found_ + b * queries() * (width_ + 2);
+    auto in_place = [&](int64_t i) { return start + i; };
+    score(in_place, all, 0, 0, queries());
     for (int64_t t = 0; t < count_; t++) {
-      const std::vector<int64_t>& slots = own_slots(seen + t * p_.pending, shared, room);
-      int64_t own = (int64_t)slots.size();
-      score([&](int64_t i) { return slots[i]; }, own, shared, t * group_, group_, room);
-      for (int64_t g = 0; g < group_; g++) softmax(t, t * group_ + g, shared + own);
+      int64_t own = each_own(t, start, all, [&](auto slot, int64_t n) { score(slot, n, all, t * group_, group_); });
+      for (int64_t g = 0; g < group_; g++) softmax(t, t * group_ + g, start, all + own, sums);
     }
-    weigh(in_place, shared, 0, 0, queries, room);
-    for (int64_t t = 0; t < count_; t++) {
-      const std::vector<int64_t>& slots = own_slots(seen + t * p_.pending, shared, room);
-      weigh([&](int64_t i) { return slots[i]; }, (int64_t)slots.size(), shared, t * group_, group_, room);
-      for (int64_t g = 0; g < group_; g++)
-        finish(t, g, room.sums.data() + (t * group_ + g) * width_, scores_[(t * group_ + g) * room_]);
+    std::memset(sums, 0, queries() * width_ * sizeof(float));
+    weigh(in_place, all, 0, 0, queries(), sums);
+    for (int64_t t = 0; t < count_; t++)
+      each_own(t, start, all, [&](auto slot, int64_t n) { weigh(slot, n, all, t * group_, group_, sums); });
+  }
+
+  // Adds a query's blocks, each with the factor that makes its weights relative to the largest score of all.
+  void finish(int64_t q) {
+    int64_t count = blocks(), line = queries() * (width_ + 2);
+    const float* most = found_ + queries() * width_ + q;
+    float largest = -INFINITY, total = 0;
+    for (int64_t b = 0; b < count; b++) largest = std::max(largest, most[b * line]);
+    std::vector<float>& sums = room().sums;
+    sums.assign(width_, 0);
+    for (int64_t b = 0; b < count; b++) {
+      if (most[b * line] == -INFINITY) continue;
+      float factor = exponential(all((most[b * line] - largest) * h_.scale))[0];
+      total += factor * most[b * line + queries()];
+      const float* own = found_ + b * line + q * width_;
+      for (int64_t i = 0; i < width_; i += LANES)
+        *(LooseFloats*)(sums.data() + i) += *(const LooseFloats*)(own + i) * factor;
     }
+    T* out = out_ + ((row_ * p_.tokens + first_ + q / group_) * h_.heads + head_ + q % group_) * width_;
+    for (int64_t i = 0; i < width_; i += LANES) Type<T>::store(out + i, *(const LooseFloats*)(sums.data() + i) / total);
   }
 
  private:
+  static Room& room() {
+    thread_local Room room;
+    return room;
+  }
+
+  const uint8_t* seen(int64_t t) const { return p_.seen + (row_ * p_.tokens + first_ + t) * p_.pending; }
+
   bool sees_all(const uint8_t* seen, int64_t token) const {
     for (int64_t t = 0; t < count_; t++)
       if (!seen[t * p_.pending + token]) return false;
@@ -136,120 +179,172 @@ class Attention {
     return mixed_ + (row_ * p_.tokens + first_ + t) * line + (head_ + g) * width_;
   }
 
-  // Slots that a token sees beyond the shared ones, in the order of positions.
-  const std::vector<int64_t>& own_slots(const uint8_t* seen, int64_t shared, Room& room) const {
-    std::vector<int64_t>& slots = room.slots;
+  // Calls use(slot, count) for the keys of a block that a token sees beyond the shared ones; returns how many there are.
+  template <class Use>
+  int64_t each_own(int64_t t, int64_t start, int64_t all, Use use) {
+    if (all == BLOCK) return 0;
+    std::vector<int64_t>& slots = room().slots;  // of all blocks, in the order of positions
     slots.clear();
-    for (int64_t slot = shared; slot < committed_; slot++) slots.push_back(slot);
-    for (int64_t i = std::max<int64_t>(0, shared - committed_); i < p_.pending; i++)
-      if (seen[i]) slots.push_back(committed_ + i);
-    return slots;
+    for (int64_t slot = shared_; slot < committed_; slot++) slots.push_back(slot);
+    for (int64_t i = std::max<int64_t>(0, shared_ - committed_); i < p_.pending; i++)
+      if (seen(t)[i]) slots.push_back(committed_ + i);
+    int64_t before = start + all - shared_, count = std::min((int64_t)slots.size() - before, BLOCK - all);
+    if (count <= 0) return 0;
+    use([&](int64_t i) { return slots[before + i]; }, count);
+    return count;
   }
 
-  // Scores of `count` keys, whose first one has index `start`, for queries from `first` on.
+  // Scores of `count` keys, whose first one has index `start` in the block, for queries from `first` on.
   template <class Slot>
-  void score(Slot slot, int64_t count, int64_t start, int64_t first, int64_t queries, Room& room) {
+  void score(Slot slot, int64_t count, int64_t start, int64_t first, int64_t queries) {
+    if (count <= 0) return;
+    Room& r = room();
     const int64_t panel = words_ * LANES, turns = (queries + AT_ONCE - 1) / AT_ONCE;
     auto from = [&](int64_t turn) { return first + queries * turn / turns; };
-    room.tokens.resize(turns * panel);
-    for (int64_t turn = 0; turn < turns && count > 0; turn++)
+    r.tokens.resize(turns * panel);
+    for (int64_t turn = 0; turn < turns; turn++)
       side_by_side([&](int i) { return q_ + (from(turn) + i) * words_; }, (int)(from(turn + 1) - from(turn)), words_,
-                   room.tokens.data() + turn * panel);
+                   r.tokens.data() + turn * panel);
     for (int64_t k = 0; k < count; k += WIDE * LANES) {
       int n = (int)std::min<int64_t>(WIDE, (count - k + LANES - 1) / LANES);
       for (int i = 0; i < n; i++)
         side_by_side([&](int key) { return (const uint32_t*)(keys_ + slot(k + i * LANES + key) * p_.slot_stride); },
-                     (int)std::min<int64_t>(LANES, count - k - i * LANES), words_, room.panels.data() + i * panel);
+                     (int)std::min<int64_t>(LANES, count - k - i * LANES), words_, r.panels.data() + i * panel);
       for (int64_t turn = 0; turn < turns; turn++) {
         int m = (int)(from(turn + 1) - from(turn));
         alignas(64) float sums[SUMS];
         std::memset(sums, 0, m * n * LANES * sizeof(float));
-        const uint32_t* x = m == 1 ? q_ + from(turn) * words_ : room.tokens.data() + turn * panel;
-        tile_of<T>(m, n)(room.panels.data(), panel, x, words_, nullptr, sums);
+        const uint32_t* x = m == 1 ? q_ + from(turn) * words_ : r.tokens.data() + turn * panel;
+        tile_of<T>(m, n)(r.panels.data(), panel, x, words_, nullptr, sums);
         for (int i = 0; i < m; i++)
-          std::memcpy(scores_ + (from(turn) + i) * room_ + start + k, sums + i * n * LANES, n * LANES * sizeof(float));
+          std::memcpy(scores_ + (from(turn) + i) * BLOCK + start + k, sums + i * n * LANES, n * LANES * sizeof(float));
       }
     }
   }
 
-  // Turns a query's scores into weights, and its first score into the factor by which their sum becomes one.
-  void softmax(int64_t t, int64_t q, int64_t count) {
-    float* scores = scores_ + q * room_;
+  // Turns a query's scores of `count` keys of a block into weights.
+  void softmax(int64_t t, int64_t q, int64_t start, int64_t count, float* sums) {
+    float* scores = scores_ + q * BLOCK;
     int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
-    int64_t begin = 0;
     if (p_.window) {
       int64_t position = p_.positions[row_ * p_.pending + p_.pending - p_.tokens + first_ + t];
-      begin = std::max<int64_t>(0, std::min(position - p_.window + 1, count - 1));
+      int64_t begin = std::min(position - p_.window + 1 - start, count);
       for (int64_t i = 0; i < begin; i++) scores[i] = -INFINITY;
     }
-    T* weights = weights_ + q * room_;
     Floats most = all(-INFINITY), total{};
     for (int64_t i = 0; i < padded; i += LANES) most = larger(most, *(const LooseFloats*)(scores + i));
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    float largest = largest_of(most);
+    T* weights = weights_ + q * BLOCK;
+    // Powers of two where a weight has few bits.
+    const float unit = sizeof(T) == 2 ? h_.scale * 1.44269504088896341f : h_.scale;
+    const float from = largest == -INFINITY ? 0.0f : largest * unit;
     for (int64_t i = 0; i < padded; i += LANES) {
-      Floats x = *(const LooseFloats*)(scores + i);
-      Floats e = exponential((x - largest) * h_.scale);
-      e = x == -INFINITY ? Floats{} : e;
-      total += e;
-      Type<T>::store(weights + i, e);
+      Floats weight = weighed(*(const LooseFloats*)(scores + i) * unit - from);
+      total += weight;
+      Type<T>::store(weights + i, weight);
     }
-    scores[0] = 1.0f / sum_of(total);
+    float* kept = sums + queries() * width_ + q;
+    kept[0] = largest;
+    kept[queries()] = sum_of(total);
   }
 
-  // Adds `count` values, whose first one has index `start` (even), weighed for queries from `first` on.
+  static Floats weighed(Floats x) {
+    if constexpr (sizeof(T) == 2) return power_of_two(x);
+    return x == -INFINITY ? Floats{} : exponential(x);
+  }
+
+  // Adds `count` values, whose first one has index `start` (even) in the block, weighed for queries from `first` on.
   template <class Slot>
-  void weigh(Slot slot, int64_t count, int64_t start, int64_t first, int64_t queries, Room& room) {
-    int64_t per = Type<T>::PER_WORD, panels = width_ / LANES;
+  void weigh(Slot slot, int64_t count, int64_t start, int64_t first, int64_t queries, float* found) {
+    if (count <= 0) return;
+    Room& r = room();
+    int64_t per = Type<T>::PER_WORD, panels = width_ / LANES, lines = (count + per - 1) / per, panel = lines * LANES;
     auto value = [&](int64_t i) { return values_ + slot(std::min(i, count - 1)) * p_.slot_stride; };  // further: weight 0
-    for (int64_t k = 0; k < count; k += CHUNK) {
-      int64_t lines = (std::min<int64_t>(CHUNK, count - k) + per - 1) / per, panel = lines * LANES;
-      for (int64_t i = 0; i < lines; i++)
-        line_of_values(value(k + i * per), value(k + i * per + per - 1), panels, panel, room.panels.data() + i * LANES);
-      for (int64_t turn = 0, turns = (queries + AT_ONCE - 1) / AT_ONCE; turn < turns; turn++) {
-        int64_t q = first + queries * turn / turns;
-        int m = (int)(first + queries * (turn + 1) / turns - q);
-        const uint32_t* x = (const uint32_t*)(weights_ + q * room_ + start + k);
-        room.tokens.resize(lines * LANES);
-        if (m > 1) side_by_side([&](int i) { return x + i * (room_ / per); }, m, lines, room.tokens.data());
-        for (int64_t n = 0; n < panels; n += WIDE) {
-          int wide = (int)std::min<int64_t>(WIDE, panels - n);
-          alignas(64) float sums[SUMS];
-          auto kept = [&](int i) { return room.sums.data() + (q + i) * width_ + n * LANES; };
-          for (int i = 0; i < m; i++) std::memcpy(sums + i * wide * LANES, kept(i), wide * LANES * sizeof(float));
-          tile_of<T>(m, wide)(room.panels.data() + n * panel, panel, m > 1 ? room.tokens.data() : x, lines, nullptr, sums);
-          for (int i = 0; i < m; i++) std::memcpy(kept(i), sums + i * wide * LANES, wide * LANES * sizeof(float));
-        }
+    for (int64_t i = 0; i < lines; i++)
+      line_of_values(value(i * per), value(i * per + per - 1), panels, panel, r.panels.data() + i * LANES);
+    r.tokens.resize(lines * LANES);
+    for (int64_t turn = 0, turns = (queries + AT_ONCE - 1) / AT_ONCE; turn < turns; turn++) {
+      int64_t q = first + queries * turn / turns;
+      int m = (int)(first + queries * (turn + 1) / turns - q);
+      const uint32_t* x = (const uint32_t*)(weights_ + q * BLOCK + start);
+      if (m > 1) side_by_side([&](int i) { return x + i * (BLOCK / per); }, m, lines, r.tokens.data());
+      for (int64_t n = 0; n < panels; n += WIDE) {
+        int wide = (int)std::min<int64_t>(WIDE, panels - n);
+        alignas(64) float sums[SUMS];
+        auto kept = [&](int i) { return found + (q + i) * width_ + n * LANES; };
+        for (int i = 0; i < m; i++) std::memcpy(sums + i * wide * LANES, kept(i), wide * LANES * sizeof(float));
+        tile_of<T>(m, wide)(r.panels.data() + n * panel, panel, m > 1 ? r.tokens.data() : x, lines, nullptr, sums);
+        for (int i = 0; i < m; i++) std::memcpy(kept(i), sums + i * wide * LANES, wide * LANES * sizeof(float));
       }
     }
-  }
-
-  void finish(int64_t t, int64_t g, const float* sums, float factor) {
-    T* out = out_ + ((row_ * p_.tokens + first_ + t) * h_.heads + head_ + g) * width_;
-    for (int64_t i = 0; i < width_; i += LANES) Type<T>::store(out + i, *(const LooseFloats*)(sums + i) * factor);
   }
 
   const Heads& h_;
   const Pending& p_;
   const T* mixed_;
   T* out_;
-  int64_t row_, first_, count_, group_, head_, width_, words_, committed_ = 0, room_ = 0;
+  int64_t row_, first_, count_, group_, head_, width_, words_, committed_, shared_ = 0;
+  float* found_;
   const T *keys_ = nullptr, *values_ = nullptr;
   float* scores_ = nullptr;
   uint32_t* q_ = nullptr;
   T* weights_ = nullptr;
 };
 
+// The attention of all tokens, in parts: a row's tokens of at most TILE, with one head of keys.
 template <class T>
-void attend(const Team& team, const Heads& h, const Pending& p, const T* mixed, T* out) {
-  // Keys are arranged anew for every tile, so there are no more of them than keep all threads busy.
-  int64_t alone = p.rows * h.kv_heads, wanted = alone % team.threads ? (2 * team.threads + alone - 1) / alone : 1;
-  int64_t most = std::min<int64_t>(TILE, (p.tokens + wanted - 1) / wanted);
-  int64_t tiles = (p.tokens + most - 1) / most, items = alone * tiles;
-  for (int64_t item = team.thread; item < items; item += team.threads) {
-    int64_t row = item / (h.kv_heads * tiles), rest = item % (h.kv_heads * tiles), first = rest / h.kv_heads * most;
-    Attention<T>(h, p, mixed, out, row, rest % h.kv_heads, first, std::min(most, p.tokens - first)).run();
+struct Parts {
+  const Heads& h;
+  const Pending& p;
+  const T* mixed;
+  T* out;
+  int64_t tiles, most, count, blocks, room;  // parts and, of the largest one, blocks and numbers found
+
+  Parts(const Heads& h, const Pending& p, const T* mixed, T* out) : h(h), p(p), mixed(mixed), out(out) {
+    tiles = (p.tokens + TILE - 1) / TILE;
+    most = (p.tokens + tiles - 1) / tiles;
+    count = p.rows * h.kv_heads * tiles;
+    blocks = (*std::max_element(p.lengths, p.lengths + p.rows) + p.pending + BLOCK - 1) / BLOCK;
+    room = blocks * most * (h.heads / h.kv_heads) * (h.width + 2);
+  }
+
+  // True if threads share the blocks of a part, since there are few parts.
+  bool shared(int threads) const { return threads > 1 && count < 4 * threads; }
+
+  Attention<T> part(int64_t i, float* found) const {
+    int64_t first = i / h.kv_heads % tiles * most;
+    return Attention<T>(h, p, mixed, out, i / h.kv_heads / tiles, i % h.kv_heads, first,
+                        std::min(most, p.tokens - first), found);
+  }
+};
+
+// `found` is room for what the parts find, if threads share them.
+template <class T>
+void attend(const Team& team, const Heads& h, const Pending& p, const T* mixed, T* out, float* found) {
+  const Parts<T> parts(h, p, mixed, out);
+  if (!parts.shared(team.threads)) {
+    thread_local std::vector<float> own;
+    own.resize(parts.room);
+    for (int64_t i = team.thread; i < parts.count; i += team.threads) {
+      Attention<T> part = parts.part(i, own.data());
+      part.begin();
+      for (int64_t b = 0; b < part.blocks(); b++) part.block(b);
+      for (int64_t q = 0; q < part.queries(); q++) part.finish(q);
+    }
+    return;
+  }
+  int64_t units = parts.count * parts.blocks, first = team.first(units), last = team.last(units);
+  for (int64_t i = first / parts.blocks; i * parts.blocks < last; i++) {
+    Attention<T> part = parts.part(i, found + i * parts.room);
+    part.begin();
+    int64_t before = i * parts.blocks, end = std::min(part.blocks(), last - before);
+    for (int64_t b = std::max<int64_t>(0, first - before); b < end; b++) part.block(b);
+  }
+  team.wait();
+  for (int64_t i = 0; i < parts.count; i++) {
+    Attention<T> part = parts.part(i, found + i * parts.room);
+    for (int64_t q = team.first(part.queries()); q < team.last(part.queries()); q++) part.finish(q);
   }
 }
 

@@ -23,7 +23,8 @@ struct Layer {
 // A layer over x [tokens][inputs of qkv], and what is added after attention [tokens][hidden]. Its output is as wide as the
 // down projection's.
 template <class T>
-void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const T* residual, T* out, T* room) {
+void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const T* residual, T* out, T* room,
+           float* found) {
   int64_t tokens = p.rows * p.tokens, width = l.o.outputs, inputs = l.qkv.inputs;
   T *normed = room, *mixed = normed + tokens * std::max(width, inputs), *attended = mixed + tokens * l.qkv.outputs;
   T *after = attended + tokens * l.o.inputs, *inner = after + tokens * width;
@@ -35,7 +36,7 @@ void layer(const Team& team, const Layer& l, const Pending& p, const T* x, const
   team.wait();
   turn_and_store(team, l.heads, p, mixed);
   team.wait();
-  attend(team, l.heads, p, mixed, attended);
+  attend(team, l.heads, p, mixed, attended, found);
   team.wait();
   linear<T>(team, l.o, attended, tokens, after, residual, width);
   team.wait();
@@ -126,11 +127,15 @@ void outdraft_layer(int half, int threads, const Layer* l, const Pending* p, con
   by_type(half, [&](auto type) {
     using T = decltype(type);
     thread_local std::vector<T> room;
+    thread_local std::vector<float> found;
+    const Parts<T> parts(l->heads, *p, nullptr, nullptr);
+    found.resize(parts.shared(threads) ? parts.count * parts.room : 0);
+    float* shared = found.data();
     int64_t wide = std::max(l->qkv.inputs, l->o.outputs) + l->qkv.outputs + l->o.inputs + l->o.outputs + l->down.inputs;
     room.resize(p->rows * p->tokens * wide + LANES);
     T* own = room.data();
     together(threads, [&](const Team& team) {
-      layer(team, *l, *p, (const T*)x, (const T*)(residual ? residual : x), (T*)out, own);
+      layer(team, *l, *p, (const T*)x, (const T*)(residual ? residual : x), (T*)out, own, shared);
     });
   });
 }

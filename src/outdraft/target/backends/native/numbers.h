@@ -66,7 +66,9 @@ struct Type<bfloat16> {
     return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   }
   static void store(bfloat16* at, Floats x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16((__m512i)bits(x)));
 #else
     *(LooseHalves*)at = __builtin_convertvector(bits(x), LooseHalves);
@@ -98,12 +100,24 @@ void store_part(T* at, Floats x, int count) {
 }
 
 inline float sum_of(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float sum = 0;
   for (int lane = 0; lane < LANES; lane++) sum += x[lane];
   return sum;
 }
 
 inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+inline float largest_of(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
+  float most = x[0];
+  for (int lane = 1; lane < LANES; lane++) most = std::max(most, x[lane]);
+  return most;
+}
 
 inline Floats exponential(Floats x) {  // relative error below 2e-7; Cephes' expf
   x = larger(x, all(-87.3f));
@@ -120,6 +134,17 @@ inline Floats exponential(Floats x) {  // relative error below 2e-7; Cephes' exp
   y = y * x + 5.0000001201e-1f;
   y = y * x * x + x + 1.0f;
   return (Floats)((Words)y + power);
+}
+
+inline Floats power_of_two(Floats x) {  // of x <= 0, for results in bfloat16: relative error below 1e-4
+  Floats whole = x + 12582912.0f;
+  Floats part = x - (whole - 12582912.0f);
+  Floats y = all(5.5171568e-2f);
+  y = y * part + 2.4261111e-1f;
+  y = y * part + 6.9326103e-1f;
+  y = y * part + 9.9992806e-1f;
+  y = (Floats)((Words)y + ((Words)whole << 23));
+  return x < -126.0f ? Floats{} : y;
 }
 
 inline Floats activated(Floats x, int kind) {
