@@ -89,3 +89,15 @@ def test_candidates_are_counted_row_by_row():
     budget.drafted([0.9, 0.9, None])
     sizes = budget.sizes([[0.9, 0.01, 0.01], [0.9, 0.01, 0.01], []], [[0, 0, 0]] * 3)
     assert 1 <= sizes[0] < 3 and sizes[1:] == [3, 0]
+
+
+def test_a_resting_row_is_not_asked_and_the_others_draft():
+    costs = fixed_costs()
+    rows = batch("calibrated", costs, 2)
+    rows[0].resting = 1
+    rows[0].decide = None  # type: ignore[assignment, method-assign]
+    budget = DraftBudget(rows, costs, 4, now=lambda: 0.0)
+    assert budget.going == [False, True]
+    budget.drafted([None, 0.9])
+    budget.observe([0, 1], [0, 1], [1, 2], [1, 2], PLAIN_PASS, 0.0)
+    assert rows[0].resting == 0

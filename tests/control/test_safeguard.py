@@ -121,6 +121,27 @@ def test_the_first_drafts_after_loading_run_to_their_limit_and_cost_no_credit():
     assert levels == 0 or row.safeguard.credit < credit
 
 
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+def test_a_controller_that_keeps_refusing_rests_for_longer_and_longer(name: str):
+    costs = fixed_costs()
+    row = make(name, costs, prior_rejected=1e6)
+    row.safeguard.waited, waits = -1e9, []  # no probes
+    for _ in range(6):
+        assert not row.decide([], 1)
+        waits.append(row.resting)
+        credit = row.safeguard.credit
+        while row.resting:
+            row.rest()
+        assert row.safeguard.credit == pytest.approx(credit + waits[-1] * 0.02)
+        row.observe([], 0, 1, costs.plain())
+    assert waits == [0, 2, 6, 8, 8, 8]
+    row.counts.own[:] = [1e9, 0.0]  # it has become good
+    assert row.decide([], 1)
+    row.observe([0.9], 1, 2, costs.plain())
+    row.counts.own[:] = [0.0, 1e9]
+    assert not row.decide([], 1) and row.resting == 0
+
+
 def test_the_baseline_of_fixed_length_has_no_safeguard():
     costs = fixed_costs()
     run = decode(make("fixed", costs, 4), boastful(), costs)

@@ -38,6 +38,10 @@ BACKOFF = 4
 """Failed probes in a row that each double the wait for the next; further ones do not."""
 
 
+MOST_REST = 8
+"""Most rounds in which a controller that keeps refusing is not asked, so that it costs no time."""
+
+
 class Evidence:
     """Sums of one row: a constant start, and the row's own observations, which fade.
 
@@ -151,6 +155,9 @@ class Controller(ABC):
         generator: the row's own random generator, on the CPU.
     """
 
+    resting = 0
+    """Coming rounds in which the row drafts nothing, unasked; the caller counts them by `rest`."""
+
     pacer: Pacer | None = None
     """The pacer that made the controller, which may have a tuner for the whole batch; None if it was made by hand."""
 
@@ -191,6 +198,9 @@ class Controller(ABC):
             tokens: tokens emitted, the bonus token included.
             seconds: seconds of the whole round.
         """
+
+    def rest(self) -> None:  # noqa: B027
+        """Take note of a round of `resting`, in place of `decide` and `observe`."""
 
     def finish(self) -> None:  # noqa: B027
         """Pass on what was learned, if anything, after the row has ended."""
@@ -235,6 +245,7 @@ class Adaptive(Controller):
         self.levels = 0
         """Drafted levels of this round, including those of which no candidate is verified."""
         self._learned: dict[str, Evidence] = {}
+        self._refused = 0  # refusals since the last draft
         self._rounds = 0.0  # drafted rounds, which fade as the evidence does
         self.practising = False
         """True in a round whose draft is one of the first, which are not cut and cost no credit."""
@@ -259,8 +270,16 @@ class Adaptive(Controller):
         loss = self.loss(levels + 1, self.nodes + added)
         if self.safeguard.allows(self.wants(confidences, added), loss, levels == 0):
             self.nodes += added
+            self._refused = 0
             return True
+        if levels == 0:
+            self._refused += 1
+            self.resting = min(MOST_REST, 2**self._refused - 2)
         return False
+
+    def rest(self) -> None:
+        self.resting -= 1
+        self.safeguard.observe(False, 0, 0.0)
 
     def observe(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         levels = len(confidences)

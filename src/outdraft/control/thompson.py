@@ -88,6 +88,11 @@ class ThompsonController(Adaptive):
     def verdict_on(self, gains: Sequence[float], levels: Sequence[int]) -> None:
         """Note which of the candidates offered to `size` are verified, and so what this round's verdict is about."""
 
+    def rest(self) -> None:
+        super().rest()
+        self.spent.add(0, 1.0)
+        self.spent.add(1, 1.0)
+
     def learn(self, confidences: Sequence[float], accepted: int, tokens: int, seconds: float) -> None:
         levels = len(confidences)
         expected = self.costs.round(levels, 1 + self.nodes, self.rows)

@@ -30,7 +30,9 @@ class Drafts:
     def __init__(self, drafter: Drafter | None):
         self.drafter = drafter
         self.state: DraftState | None = None
-        self.updates: list[Update] = []  # pending: decided tokens that the drafter has not seen
+        self.updates: list[Update] = []  # decided tokens that the drafter has not seen
+        self.pending = 0
+        """The largest number of such tokens of a row."""
         self.asked = False
         """True once the drafter has drafted."""
         self.heeds_budget = True
@@ -40,11 +42,6 @@ class Drafts:
     def able(self) -> bool:
         """True if there is a drafter with a state."""
         return self.state is not None
-
-    @property
-    def pending(self) -> int:
-        """The largest number of decided tokens per row that the drafter has not seen."""
-        return sum(max(update.counts) for update in self.updates)
 
     def slots(self, shape: TreeShape) -> int:
         """Return the slots of the target's cache that a round of this shape takes."""
@@ -67,7 +64,7 @@ class Drafts:
         for i, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
             tokens[i, : counts[i] - 1] = prompt[1:]
             tokens[i, counts[i] - 1] = first
-        self.updates = [Update(tokens.to(taps.device), taps, counts)]
+        self.updates, self.pending = [Update(tokens.to(taps.device), taps, counts)], max(counts)
         self.state = self.drafter.begin([prompt.to(taps.device) for prompt in prompts], run)
 
     def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, counts: list[int]) -> None:
@@ -82,6 +79,7 @@ class Drafts:
         if self.state is not None:
             index = paths[..., None].expand(-1, -1, taps.shape[-1])
             self.updates.append(Update(tokens, taps.gather(1, index), counts))
+            self.pending += max(counts)
 
     def trees(self, plan: Plan, roots: Tensor, rows: Sequence[Row], prefixes: Prefixes) -> Tree:
         """Build the trees of a plan below the `(rows,)` root tokens."""
@@ -93,7 +91,7 @@ class Drafts:
         mixed = plan.budget is None and any(plan.ngrams)
         budget = Others([not chain for chain in plan.ngrams]) if mixed else plan.budget
         context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], budget)
-        update, self.updates, self.asked = Update.join(self.updates), [], True
+        update, self.updates, self.pending, self.asked = Update.join(self.updates), [], 0, True
         tree = self.state.propose(update, plan.shape, context)
         if plan.budget is not None and max(tree.counts) > 1:
             self.heeds_budget = plan.budget.asked
@@ -122,9 +120,11 @@ class Drafts:
         if self.state is not None and other.state is not None:
             self.state.join(other.state)
             self.updates = [Update.beside(Update.join(self.updates), Update.join(other.updates))]
+            self.pending = max(self.updates[0].counts)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         self.updates = [update.select_rows(rows) for update in self.updates]
+        self.pending = sum(max(update.counts) for update in self.updates)
         if self.state is not None:
             self.state.select_rows(rows)

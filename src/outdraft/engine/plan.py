@@ -24,7 +24,7 @@ import torch
 
 from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
-from outdraft.control.tuner import ShapeChoice
+from outdraft.control.tuner import PLAIN, ShapeChoice
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
@@ -104,6 +104,10 @@ def plan_round(batch: Batch) -> Plan:
         if shape == choice.shape:
             return Plan(shape, nothing, choice=choice)
     if tuner is None and controllers:
+        if all(controller.resting for controller in controllers):
+            for controller in controllers:
+                controller.rest()
+            return Plan(PLAIN, nothing)
         levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
         budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
         return Plan(shape, nothing, budget)
@@ -168,7 +172,9 @@ class DraftBudget:
         for controller in controllers:
             controller.rows = len(controllers)
         self.confidences: list[list[float]] = [[] for _ in controllers]
-        self.going = [levels > 0 and not costs.plain_is_due(len(controllers))] * len(controllers)
+        self.resting = [bool(controller.resting) for controller in controllers]
+        able = levels > 0 and not costs.plain_is_due(len(controllers))
+        self.going = [able and not rests for rests in self.resting]
         self._laps: list[float] = []
         # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
         self._usual = pending <= levels + 1
@@ -228,6 +234,9 @@ class DraftBudget:
         self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
         measured = sum(self._laps) + verify_seconds + rest_seconds
         for row, controller in enumerate(self.controllers):
+            if self.resting[row]:
+                controller.rest()
+                continue
             kept = self.confidences[row]
             # Given costs ignore other rows, so that the row decides as if it were not batched.
             seconds = self.costs.round(len(kept), nodes[row], rows) if self.costs.given else measured
