@@ -15,13 +15,15 @@ from math import log2
 from operator import mul
 
 from outdraft.control.base import FIRST_PROBE, MOST, RATE
-from outdraft.control.costs import OUTLIER, PLAIN_EVERY, Average, Costs, believable, bucket
+from outdraft.control.costs import OUTLIER, Average, Costs, believable, bucket
 from outdraft.core.shape import TreeShape
 
 PLAIN = TreeShape(0, 1, 1)
 """The shape that drafts nothing."""
 AGAIN = 12
 """Rounds after which a neighbour of the best shape is tried again."""
+PLAIN_AGAIN = 30
+"""Rounds after which plain decoding is timed again: what it was in a busier minute must not make drafts look good."""
 ENOUGH = 2
 """Timed rounds of a shape before they are used."""
 MEMORY = 10
@@ -134,14 +136,12 @@ class ShapeGrid:
 
 @dataclass
 class Timings:
-    """Measurements of batches of about so many rows: seconds of rounds by shape, and the credit for trials."""
+    """Measurements of batches of about so many rows: seconds of rounds by shape."""
 
     seconds: dict[TreeShape, Average] = field(default_factory=dict)
     drafted: dict[TreeShape, int] = field(default_factory=dict)
     """The round in which each shape was drafted last."""
     rounds: int = 0
-    credit: float = FIRST_PROBE
-    """Rounds that trials may lose, as in `Safeguard`."""
     trying: TreeShape | None = None
     """A shape that is drafted until it is timed."""
 
@@ -195,6 +195,8 @@ class ShapeTuner:
     def __init__(self, bounds: TreeShape, costs: Costs):
         self.grid, self.costs = ShapeGrid(bounds), costs
         self.timings: dict[int, Timings] = {}
+        self.credit = FIRST_PROBE
+        """Rounds that trials may lose, as in `Safeguard`."""
 
     def choose(self, rows: int, pending: int) -> ShapeChoice:
         """Choose the shape of the next round.
@@ -227,14 +229,17 @@ class ShapeTuner:
         """Learn from a round, as in `ShapeChoice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
         known = self.timings[bucket(rows)]
-        known.credit = min(MOST, known.credit + RATE)
+        self.credit = min(MOST, self.credit + RATE)
+        # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
+        usual = levels_of(shape) == 0 or choice.pending <= self.grid.most + 2
         if self._is_timed(known, best) and shape != PLAIN:  # plain is timed when it is due, whatever that loses
             most = self._seconds(known, best, rows)
             spent = self._seconds(known, shape, rows) or believable(seconds, OUTLIER * most)
-            known.credit -= max(0.0, spent / most - self.grid.tokens(shape) / self.grid.tokens(best))
+            if best == PLAIN and not usual and not self.costs.given:
+                spent = max(spent, seconds)  # only the trial made it catch up
+            self.credit -= max(0.0, spent / most - self.grid.tokens(shape) / self.grid.tokens(best))
         self.grid.observe(shape, accepted)
-        # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
-        if levels_of(shape) == 0 or choice.pending <= self.grid.most + 2:
+        if usual:
             known.time(shape, seconds, shape == best)
         if self._is_timed(known, shape):
             known.trying = None
@@ -244,14 +249,14 @@ class ShapeTuner:
         best = self.best(rows)
         if not self._is_timed(known, best):
             return best
-        if not self._is_timed(known, PLAIN) or known.rounds - known.drafted.get(PLAIN, 0) >= PLAIN_EVERY:
+        if not self._is_timed(known, PLAIN) or known.rounds - known.drafted.get(PLAIN, 0) >= PLAIN_AGAIN:
             return PLAIN
         due = [
             shape
             for shape in self.grid.beside(best)
             if not self._is_timed(known, shape) or known.rounds - known.drafted.get(shape, 0) >= AGAIN
         ]
-        able = [shape for shape in due if self._loss(known, shape, best, rows) <= known.credit]
+        able = [shape for shape in due if self._loss(known, shape, best, rows) <= self.credit]
         return min(able, key=lambda shape: (self._is_timed(known, shape), known.drafted.get(shape, 0)), default=None)
 
     def _is_timed(self, known: Timings, shape: TreeShape) -> bool:
