@@ -22,7 +22,7 @@ PLAIN = TreeShape(0, 1, 1)
 """The shape that drafts nothing."""
 AGAIN = 12
 """Rounds after which a neighbour of the best shape is tried again."""
-PLAIN_AGAIN = 30
+PLAIN_AGAIN = 50
 """Rounds after which plain decoding is timed again: what it was in a busier minute must not make drafts look good."""
 ENOUGH = 2
 """Timed rounds of a shape before they are used."""
