@@ -12,7 +12,7 @@ from torch import Tensor
 
 import outdraft
 from models import tiny
-from outdraft.core.coupling import Coupled, Noise, under
+from outdraft.core.coupling import Coupled, FreshNoise, Noise, under
 from outdraft.errors import UserError
 from outdraft.methods import registry
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
@@ -157,11 +157,17 @@ def test_noise_is_the_same_whenever_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     noise, again = (Noise(2, 50, torch.device("cpu"), seed=9) for _ in range(2))
     early = [noise.step(index).clone() for index in range(30)]
     assert all(torch.equal(again.step(index), early[index]) for index in (29, 3, 17, 0, 29, 12))
+    fresh, other = FreshNoise(50), FreshNoise(50)
+    early = [fresh.step(index).clone() for index in range(30)]
+    assert all(torch.equal(fresh.step(index), early[index]) for index in (29, 3, 17, 0, 29, 12))
+    assert len(torch.cat([*early, other.step(0)]).unique()) == 31 * 50, "steps and rows have noise of their own"
 
 
-def test_over_the_noise_tokens_have_their_probabilities() -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_over_the_noise_tokens_have_their_probabilities(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     law = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    noise = Noise(1, 4, torch.device("cpu"), seed=0)
+    monkeypatch.setattr("outdraft.core.coupling.secrets.randbits", lambda bits: 7)
+    noise = FreshNoise(4) if fresh else Noise(1, 4, torch.device("cpu"), seed=0)
     drawn = under(law, torch.stack([noise.step(index)[0] for index in range(20_000)])).bincount(minlength=4)
     assert torch.allclose(drawn / 20_000, law, atol=0.015)
     with pytest.raises(NotImplementedError):

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,34 @@ class Noise:
         if index + 1 == len(self._states):
             self._states.append(self._generator.get_state())
         self._steps[index] = made
+        if len(self._steps) > self._most:
+            self._steps.popitem(last=False)
+
+
+class FreshNoise(Noise):
+    """Noise of a single row on a CPU that no seed repeats.
+
+    NumPy makes it in a fifth of the time that torch's generator takes, whose noise is what seeds stand for. At 16
+    sampled rows of a small model torch's would be a fifth of plain decoding.
+
+    Args:
+        vocab_size: number of tokens.
+    """
+
+    def __init__(self, vocab_size: int):
+        self._own, self._shape, self._seed = None, (1, vocab_size), secrets.randbits(128)
+        self._steps, self._most = OrderedDict(), max(8, KEPT_BYTES // (4 * vocab_size))
+
+    def step(self, index: int) -> Tensor:
+        if index not in self._steps:
+            self._make(index)
+        return self._steps[index]
+
+    def _make(self, index: int) -> None:
+        dice = np.random.Generator(np.random.SFC64([self._seed, index]))
+        # In double precision, as single precision has zeros among its numbers.
+        made = torch.from_numpy(dice.standard_exponential(self._shape)).float()
+        self._steps[index] = made.clamp_(min=torch.finfo(made.dtype).tiny)
         if len(self._steps) > self._most:
             self._steps.popitem(last=False)
 
@@ -156,6 +185,8 @@ def chance_of(
     """
     if warper.greedy:
         return Still(vocab_size, device)
+    if seed is None and device.type == "cpu":
+        return Coupled(FreshNoise(vocab_size), 0, decided)
     return Coupled(Noise(1, vocab_size, device, secrets.randbits(63) if seed is None else seed), 0, decided)
 
 
