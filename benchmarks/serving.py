@@ -5,8 +5,9 @@
 
 All servers run at once and take turns: a block is some questions, asked by so many clients at once of every server, in
 rotating order. Blocks go on until `--minutes` are over, the start of the servers included; every combination of clients
-and temperature gets one in turn while the time lasts. All are asked by the same token ids for the same number of tokens (llama.cpp forbids
-the end of sequence for that, the others go on after it). What does not start or fails is left out, with the reason.
+and temperature gets one in turn while the time lasts. All are asked by the same token ids for the same number of
+tokens (llama.cpp forbids the end of sequence for that, the others go on after it). What does not start or fails is left
+out, with the reason.
 
 - llama.cpp: the binary of its server (`cmake --build build --target llama-server`), and a GGUF file with the model's
   tokens (`peer_gguf.py FOLDER FILE --words`). The server of `llama-cpp-python` answers one request at a time and takes
@@ -14,7 +15,7 @@ the end of sequence for that, the others go on after it). What does not start or
 - vLLM: an environment as in `peers.py`. It gets the weights as a folder, and an FSPAD or EAGLE head without its reduced
   vocabulary, as it has none.
 
-Our texts are compared with those of plain decoding offline, token for token the same seeds included. Writes
+Our texts are compared with those of plain decoding offline, sampled ones by their seeds. Writes
 OUT/serving.md and OUT/serving.json. Run it with nothing else running, and without OMP_NUM_THREADS, which would be our
 server's too.
 """

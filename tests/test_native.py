@@ -286,7 +286,7 @@ def test_a_compiler_with_arguments_is_called_with_them_and_says_why_it_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     fake = tmp_path / "cc ache"
-    fake.write_text("#!/bin/sh\necho \"fatal: no space left for $1\" >&2\nexit 1\n")
+    fake.write_text('#!/bin/sh\necho "fatal: no space left for $1" >&2\nexit 1\n')
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{fake}' g++")
     monkeypatch.setenv("OUTDRAFT_CACHE", str(tmp_path / "cache"))
