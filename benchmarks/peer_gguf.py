@@ -1,10 +1,10 @@
 """A Llama's Hugging Face folder as a GGUF file in bfloat16, weight for weight, for llama.cpp.
 
-    .venv-llama/bin/python benchmarks/peer_gguf.py FOLDER FILE.gguf
+    .venv-llama/bin/python benchmarks/peer_gguf.py FOLDER FILE.gguf [--words]
 
 Matrices keep their bits (float32 is rounded to bfloat16), norms are float32, queries and keys stand in the order in
-which llama.cpp rotates them. The file holds no tokenizer: whoever asks gives token ids. Needs the packages `gguf` and
-`numpy`.
+which llama.cpp rotates them. Whoever asks gives token ids, so the file holds no tokenizer; `--words` adds the tokens of
+a byte-level BPE, with which llama.cpp's server spells its answers. Needs the packages `gguf` and `numpy`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PARTS = {
 }
 
 
-def write_gguf(folder: Path, file: Path) -> None:
-    """Write the folder's model to `file`.
+def write_gguf(folder: Path, file: Path, words: bool = False) -> None:
+    """Write the folder's model to `file`, with its tokens if `words`.
 
     Raises:
         ValueError: it is no plain Llama, or has a tensor that llama.cpp's Llama does not know.
@@ -65,7 +65,10 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     writer.add_rope_dimension_count(head)
-    writer.add_tokenizer_model("none")
+    if words:
+        add_words(writer, folder)
+    else:
+        writer.add_tokenizer_model("none")
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in tensors(path):
             if name == "lm_head.weight" and config.get("tie_word_embeddings"):
@@ -81,6 +84,28 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_words(writer: gguf.GGUFWriter, folder: Path) -> None:
+    """Add the tokens of the folder's tokenizer, which must be a byte-level BPE.
+
+    llama.cpp splits texts otherwise than this tokenizer, so it is for spelling answers and not for reading prompts.
+
+    Raises:
+        ValueError: it is another kind of tokenizer.
+    """
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    if model["type"] != "BPE" or "ByteLevel" not in json.dumps(tokenizer["decoder"]):
+        raise ValueError("only the tokens of a byte-level BPE can be written as GGUF")
+    special = {one["id"]: one["content"] for one in tokenizer["added_tokens"]}
+    tokens = {**{place: token for token, place in model["vocab"].items()}, **special}
+    kinds = [gguf.TokenType.CONTROL if place in special else gguf.TokenType.NORMAL for place in sorted(tokens)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens[place] for place in sorted(tokens)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
 
 
 def llama_name(name: str) -> str:
@@ -119,6 +144,6 @@ def tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["--words"]):
         sys.exit(__doc__)
-    write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), bool(sys.argv[3:]))

@@ -85,6 +85,18 @@ def test_capacity_doubles_and_nothing_is_lost():
     assert held(cache, 0) == [list(range(20))] * 2
 
 
+def test_whole_buffers_are_those_that_hold_the_tokens_after_growth():
+    cache = SlotCache(1, 1, 2)
+    write(cache, torch.tensor([[1, 2]]), 1)
+    cache.commit([[0, 1]])
+    probe = states(torch.zeros(1, 1))
+    before = cache.whole(probe, probe, 0)
+    assert cache.whole(probe, probe, 0) is before
+    write(cache, torch.tensor([[3, 4]]), 1)
+    keys, values = cache.whole(probe, probe, 0)
+    assert keys[0, 0, :4, 0].tolist() == [1, 2, 3, 4] == (-values[0, 0, :4, 0]).tolist()
+
+
 def test_layers_of_different_shapes_have_their_own_place():
     """More heads, wider keys than values, wider values than keys."""
     shapes = {0: (2, 4, 4), 1: (1, 4, 4), 2: (2, 4, 4), 3: (2, 6, 4), 4: (2, 3, 5)}  # heads, key width, value width

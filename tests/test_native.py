@@ -282,19 +282,23 @@ def test_a_machine_without_a_compiler_decodes_on_packed_weights(monkeypatch: pyt
         Target(model, backend="native")
 
 
-def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    fake = tmp_path / "c++"
-    fake.write_text("#!/bin/sh\necho 'fatal: no space left' >&2\nexit 1\n")
+def test_a_compiler_with_arguments_is_called_with_them_and_says_why_it_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    fake = tmp_path / "cc ache"
+    fake.write_text('#!/bin/sh\necho "fatal: no space left for $1" >&2\nexit 1\n')
     fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("CXX", f"'{fake}' g++")
     monkeypatch.setenv("OUTDRAFT_CACHE", str(tmp_path / "cache"))
-    assert "no space left" in str(build.library.__wrapped__())
+    assert "no space left for g++" in str(build.library.__wrapped__())
+    monkeypatch.setenv("CXX", "'g++")
+    assert "CXX cannot be read" in str(build.library.__wrapped__())
 
 
 def test_the_name_of_the_library_changes_with_sources_and_processor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    compiler = next(filter(build.shutil.which, ("c++", "g++", "clang++")))
+    compiler = [next(filter(build.shutil.which, ("c++", "g++", "clang++")))]
     name = build._name(compiler, ("-march=native",))
     assert name == build._name(compiler, ("-march=native",)) != build._name(compiler, ())
     (tmp_path / "layers.cpp").write_text("other")
@@ -305,7 +309,7 @@ def test_the_name_of_the_library_changes_with_sources_and_processor(
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of another processor")
 def test_narrower_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """The source for AVX2, on whatever processor runs the tests; only its sums of lanes are in another order."""
-    compiler = next(filter(build.shutil.which, ("c++", "g++", "clang++")))
+    compiler = [next(filter(build.shutil.which, ("c++", "g++", "clang++")))]
     build._compile(compiler, ("-mavx2", "-mfma"), tmp_path)
     narrow = ctypes.CDLL(str(tmp_path / "kernels.so"))
     assert narrow.outdraft_lanes() == 8

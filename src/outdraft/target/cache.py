@@ -46,6 +46,7 @@ class SlotCache(Cache):
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
         self._located: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
+        self._wholes: dict[int, tuple[Tensor, Tensor]] = {}  # layer index -> its whole keys and values
         self._writing = 0  # tokens per row of the last reserved forward
         self._slots: Tensor | None = None  # (rows, tokens) slots being written; None when all rows write the same ones
         self._rows = torch.empty(0)  # (rows, 1) row indices for these slots
@@ -121,9 +122,13 @@ class SlotCache(Cache):
             key_states, value_states: states of that layer, any number of tokens; only their shapes are read.
             layer_idx: the layer.
         """
-        buffer, index = self._locate(key_states, value_states, layer_idx)
-        both = self._buffers[buffer][index]
-        return both[0, ..., : key_states.shape[-1]], both[1, ..., : value_states.shape[-1]]
+        known = self._wholes.get(layer_idx)
+        if known is None:
+            buffer, index = self._locate(key_states, value_states, layer_idx)
+            both = self._buffers[buffer][index]
+            known = both[0, ..., : key_states.shape[-1]], both[1, ..., : value_states.shape[-1]]
+            self._wholes[layer_idx] = known
+        return known
 
     @property
     def room(self) -> int:
@@ -284,7 +289,7 @@ class SlotCache(Cache):
             self._buffers[i] = grown
             if self._pool is not None:
                 self._pool.give_back([buffer])
-        self._views = {}
+        self._views, self._wholes = {}, {}
         self._room, self.capacity = room, slots
 
     def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,11 @@ def library() -> ctypes.CDLL | str:
     """Return the loaded kernels, or the reason why there are none."""
     if sys.platform == "win32":
         return "the kernels are not built on Windows"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, ("c++", "g++", "clang++"))][:1]
+    except ValueError as error:
+        return f"CXX cannot be read: {first_line(error)}"
+    if not compiler:
         return "no C++ compiler (c++, g++, clang++) is installed"
     tuned = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
     try:
@@ -47,18 +51,18 @@ def library() -> ctypes.CDLL | str:
         return f"the kernels cannot be built: {first_line(said or error)}"
 
 
-def _name(compiler: str, tuned: tuple[str, ...]) -> str:
+def _name(compiler: list[str], tuned: tuple[str, ...]) -> str:
     """Return a name that changes with sources, compiler and processor."""
-    digest = hashlib.sha256(" ".join((compiler, *FLAGS, *tuned, torch.__version__)).encode())
+    digest = hashlib.sha256(" ".join((*compiler, *FLAGS, *tuned, torch.__version__)).encode())
     for source in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(source.read_bytes())
     # What the compiler takes the processor for, with all of its extensions.
-    target = [compiler, *tuned, "-dM", "-E", "-x", "c++", os.devnull]
+    target = [*compiler, *tuned, "-dM", "-E", "-x", "c++", os.devnull]
     digest.update(subprocess.run(target, capture_output=True, check=True, timeout=SECONDS).stdout)
     return f"kernels-{digest.hexdigest()[:16]}"
 
 
-def _compile(compiler: str, tuned: tuple[str, ...], folder: Path) -> None:
+def _compile(compiler: list[str], tuned: tuple[str, ...], folder: Path) -> None:
     print("compiling kernels for this processor, once ...", end=" ", file=sys.stderr, flush=True)
     steps = (
         [*FLAGS, *tuned, "-c", str(SOURCES / "layers.cpp"), "-o", "kernels.o"],
@@ -66,6 +70,6 @@ def _compile(compiler: str, tuned: tuple[str, ...], folder: Path) -> None:
         ["-shared", "kernels.o", "-o", "kernels.so", *(["-undefined", "dynamic_lookup"] * (sys.platform == "darwin"))],
     )
     for step in steps:
-        subprocess.run([compiler, *step], cwd=folder, capture_output=True, check=True, timeout=SECONDS, text=True)
+        subprocess.run([*compiler, *step], cwd=folder, capture_output=True, check=True, timeout=SECONDS, text=True)
     (folder / "kernels.o").unlink()
     print("done", file=sys.stderr, flush=True)
