@@ -17,8 +17,8 @@ from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting import draft_cache
 from outdraft.drafting.base import RowContext, Update
+from outdraft.methods.fspad import drafter as feature_drafter
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import ModelRunner
@@ -113,9 +113,13 @@ class Rounds:
         self.decide(decided)
 
 
+@pytest.mark.parametrize("long", [16, 1], ids=["", "outputs-of-last-pairs-only"])
 @pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_trees_of_ragged_rows_are_the_published_ones_round_after_round(switches: str, shape: TreeShape) -> None:
+def test_trees_of_ragged_rows_are_the_published_ones_round_after_round(
+    monkeypatch: pytest.MonkeyPatch, switches: str, shape: TreeShape, long: int
+) -> None:
+    monkeypatch.setattr(feature_drafter, "LONG", long)
     rounds = Rounds(switches, [5, 2, 9])
     for accepted in ([0, 2, 1], [3, 0, 0], [1, 1, 4]):
         rounds.accept(rounds.check(shape), accepted)
@@ -151,8 +155,10 @@ def test_rows_that_leave_take_their_memory_with_them() -> None:
     rounds.check(TREES["tree"])
 
 
-def test_long_prompts_in_pieces_give_the_same_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_cache, "PREFILL_CHUNK", 4)
+@pytest.mark.parametrize("long", [16, 4], ids=["", "outputs-of-last-pairs-only"])
+def test_long_prompts_in_pieces_give_the_same_trees(monkeypatch: pytest.MonkeyPatch, long: int) -> None:
+    monkeypatch.setattr(feature_drafter, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(feature_drafter, "LONG", long)
     rounds = Rounds("fspad", [11, 3, 8])
     rounds.accept(rounds.check(TREES["narrow"]), [1, 2, 0])
     rounds.check(TREES["narrow"])

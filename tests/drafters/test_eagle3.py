@@ -26,6 +26,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.methods.checkpoint import method_of
 from outdraft.methods.eagle3.drafter import Eagle3Drafter
 from outdraft.methods.eagle3.folder import load_eagle3
+from outdraft.methods.fspad import drafter as feature_drafter
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.target import Target
@@ -75,7 +76,10 @@ def assert_drafts_are_the_equations(
 @pytest.mark.parametrize("tree", [TreeShape.chain(3), TreeShape(2, 3, 9)], ids=["chain", "tree"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_drafts_what_the_equations_say(tmp_path: Path, layout: str, variant: str, tree: TreeShape) -> None:
+def test_every_layout_drafts_what_the_equations_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, variant: str, tree: TreeShape
+) -> None:
+    monkeypatch.setattr(feature_drafter, "LONG", 1 if tree.top_k == 1 else 16)
     shape = Eagle3Shape(**VARIANTS[variant])
     taps = (2, LAYERS // 2, LAYERS - 3)
     folder = eagle3_folder(tmp_path / "drafter", layout, shape, taps)

@@ -16,6 +16,7 @@ from models import VOCAB, tiny
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
+from outdraft.methods.fspad import drafter as feature_drafter
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.drafter import OneForward, Slots
@@ -69,10 +70,14 @@ def trained_slots(drafter: OneForward, text: list[int], anchors: list[int]) -> t
     return drafter.logits(torch.cat([rows.p[0, anchors][:, None], out.p[0]], dim=1))
 
 
+@pytest.mark.parametrize("long", [16, 1], ids=["", "outputs-of-last-pairs-only"])
 @pytest.mark.parametrize("first", [0, 1, 4])
 @pytest.mark.parametrize("second_layer", [True, False])
 @torch.inference_mode()
-def test_decoding_drafts_what_training_trains(second_layer: bool, first: int) -> None:
+def test_decoding_drafts_what_training_trains(
+    monkeypatch: pytest.MonkeyPatch, second_layer: bool, first: int, long: int
+) -> None:
+    monkeypatch.setattr(feature_drafter, "LONG", long)
     drafter = made(second_layer=second_layer)
     found = slots_of(drafter, TEXTS, first)
     for row, text in enumerate(TEXTS):

@@ -16,7 +16,6 @@ from outdraft.methods.eagle3.network import Eagle3Head, fused
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
-from outdraft.target.cache import SlotCache
 
 MOST_POSITIONS = 2**17
 """The largest length of rotary tables, where the target's context is longer. Published configs name shorter contexts
@@ -44,16 +43,14 @@ class Eagle3Step(LayerStep):
         self._embedding_norm, self._state_norm = self._norm(head.input_layernorm), self._norm(head.hidden_norm)
         self._final_norm = self._norm(head.norm)
 
-    def __call__(
-        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
-    ) -> DraftOutput:
-        """Run one draft step as `LayerStep.__call__` does; the target's feature, before the taps, is ignored."""
-        rows, nodes = tokens.shape
+    def _inputs(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        # The target's feature, before the taps, is ignored.
         g = fused(features.flatten(0, 1).to(self.dtype), self._config, self._tap_norms, self._taps_norm, self._fc)
         state = self._state_norm(g)
         embeddings = self._embedding_norm(self._embed(tokens.flatten()).to(self.dtype))
-        x, residual = torch.cat([embeddings, state], dim=-1), state if self._config.norm_before_residual else g
-        out = self._through(x, residual, rows, nodes, angles, mask, cache)
+        return torch.cat([embeddings, state], dim=-1), state if self._config.norm_before_residual else g
+
+    def _outputs(self, out: Tensor) -> DraftOutput:
         normed = self._final_norm(out)
         return DraftOutput(normed, normed if self._config.norm_output else out)
 

@@ -19,7 +19,6 @@ from outdraft.methods.fspad.network import DraftOutput, FeatureHead, turning
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.native.operations import Fusion
 from outdraft.target.backends.packed import plain_linear
-from outdraft.target.cache import SlotCache
 
 TABLE_BYTES = 64 * 2**20
 """The largest memory, in bytes, that the table over the vocabulary may take."""
@@ -61,16 +60,11 @@ class DraftStep(LayerStep):
 
     # --- the forward -------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
-    ) -> DraftOutput:
-        """Run one draft step with the equations of `FeatureHead.forward`."""
-        rows, nodes = tokens.shape
-        h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
-        return self._outputs(self._through(h, h, rows, nodes, angles, mask, cache))
+    def _inputs(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        h = self._fuse(tokens.reshape(-1), self._state(features.flatten(0, 1)))
+        return h, h
 
     def _outputs(self, out: Tensor) -> DraftOutput:
-        """Split what a layer gives into p and r."""
         return DraftOutput(*(out.chunk(2, dim=-1) if self._config.partial_alignment else (out, out)))
 
     def _state(self, features: Tensor) -> Tensor:

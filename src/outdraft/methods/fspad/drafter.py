@@ -8,8 +8,9 @@ run back. The network's equations are those of `network.py` and `eagle3/network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,11 @@ from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
-Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], DraftOutput]
+Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], Any]
 """(angles, mask, cache) -> outputs, as in `LayerStep.__call__`."""
+
+LONG = 16
+"""Pairs from which on only keys and values of all but the last are computed, in a forward of their own."""
 
 
 class FeatureDrafter(Drafter):
@@ -146,13 +150,13 @@ class FeatureDraftState(DraftState):
 
         return over_mask
 
-    def _over(self, positions: Tensor, seen: Tensor, forward: Forward) -> DraftOutput:
+    def _over(self, positions: Tensor, seen: Tensor, forward: Forward) -> Any:
         """Run the last of the pending tokens, those of which `(rows, tokens, pending)` says what they see."""
         pending = Pending(integers(self.cache.lengths, seen.device).int(), seen, positions, (None,), self.cache)
         with running_over(pending):
             return forward(self.network.turns(positions[:, -seen.shape[1] :]), None, self.cache)
 
-    def _causal(self, count: int, device: torch.device, forward: Forward) -> DraftOutput:
+    def _causal(self, count: int, device: torch.device, forward: Forward) -> Any:
         """Run `count` tokens of every row after the committed ones, each of which sees all before it."""
         slots = self.cache.reserve(count, device)
         if self.network.native is not None:
@@ -166,16 +170,34 @@ class FeatureDraftState(DraftState):
         Returns:
             `(rows, 1, hidden)` outputs at each row's last pair.
         """
+        if max(update.counts) > LONG:
+            update = self._read(update)
         counts, kept = update.counts, []
-        for start in range(0, max(counts), PREFILL_CHUNK):
-            count = min(PREFILL_CHUNK, max(counts) - start)
-            piece = slice(start, start + count)
-            tokens, taps = update.tokens[:, piece], update.taps[:, piece]
-            out = self._causal(count, tokens.device, partial(self.network, tokens, taps))
-            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
-            kept.append(out)
+        for tokens, taps, ends in _pieces(update, counts):
+            kept.append(self._causal(tokens.shape[1], tokens.device, partial(self.network, tokens, taps)))
+            self.cache.commit(ends)
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
         if len(set(counts)) == 1:
             return DraftOutput(p[:, counts[0] - 1 : counts[0]], r[:, counts[0] - 1 : counts[0]])
         last = integers(counts, p.device)[:, None] - 1
         return DraftOutput(chosen(p, last), chosen(r, last))
+
+    def _read(self, update: Update) -> Update:
+        """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those pairs."""
+        for tokens, taps, ends in _pieces(update, [count - 1 for count in update.counts]):
+            self._causal(tokens.shape[1], tokens.device, partial(self.network.read, tokens, taps))
+            self.cache.commit(ends)
+        last = integers(update.counts, update.tokens.device)[:, None] - 1
+        return Update(update.tokens.gather(1, last), chosen(update.taps, last), [1] * len(update.counts))
+
+
+def _pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:
+    """Yield tokens and taps of the first pairs of every row, some at a time, and which of them are no padding."""
+    for start in range(0, max(counts), PREFILL_CHUNK):
+        count = min(PREFILL_CHUNK, max(counts) - start)
+        piece = slice(start, start + count)
+        yield (
+            update.tokens[:, piece],
+            update.taps[:, piece],
+            [range(max(0, min(count, total - start))) for total in counts],
+        )

@@ -94,7 +94,16 @@ class LayerStep:
                 over pending tokens, which hold their own ancestor mask.
             cache: `reserve` it first; over pending tokens their own cache is used.
         """
-        raise NotImplementedError
+        rows, nodes = tokens.shape
+        x, residual = self._inputs(tokens, features)
+        return self._outputs(self._through(x, residual, rows, nodes, angles, mask, cache))
+
+    def read(
+        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
+    ) -> None:
+        """Write the keys and values of nodes whose outputs nobody needs; arguments as in `__call__`."""
+        rows, nodes = tokens.shape
+        self.stored(self._inputs(tokens, features)[0], rows, nodes, angles, cache)
 
     def __len__(self) -> int:
         """Length of the rotary tables."""
@@ -119,6 +128,14 @@ class LayerStep:
         at = positions.clamp(max=len(self._cos) - 1)
         cos, sin = self._unsigned
         return F.embedding(at, cos), F.embedding(at, sin)
+
+    def _inputs(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the `(rows * nodes, width)` input of attention, and what is added to its output."""
+        raise NotImplementedError
+
+    def _outputs(self, out: Tensor) -> DraftOutput:
+        """Return p and r of what the MLP gives."""
+        raise NotImplementedError
 
     def _through(
         self,

@@ -60,10 +60,18 @@ class BlockStep(DraftStep):
     ) -> DraftOutput:
         """Run FSPAD's rows; the second layer's keys and values of them are written, too."""
         rows, nodes = tokens.shape
-        h = self._fuse(tokens.reshape(-1), self._state(features.reshape(rows * nodes, -1)))
+        h, _ = self._inputs(tokens, features)
         if self.second is not None:
             self.second.stored(h, rows, nodes, angles, cache)
         return self._outputs(self._through(h, h, rows, nodes, angles, mask, cache))
+
+    def read(
+        self, tokens: Tensor, features: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache
+    ) -> None:
+        (rows, nodes), (h, _) = tokens.shape, self._inputs(tokens, features)
+        self.stored(h, rows, nodes, angles, cache)
+        if self.second is not None:
+            self.second.stored(h, rows, nodes, angles, cache)
 
     def masked(
         self, r: Tensor, count: int, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache

@@ -15,8 +15,9 @@ MARK = "_outdraft_backend"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a result from the model's own, relative to its norm."""
 
-ROUGH = 0.1
-"""Largest relative difference in 16 bits."""
+ROUGH = 0.2
+"""Largest relative difference in 16 bits, of the middle token: on some tokens, such as one over and over, models are
+chaotic, and a forward that computes something else differs at most of them."""
 
 
 def why_not_renamed(model: Any) -> str | None:
@@ -52,11 +53,18 @@ def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) 
 def alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
     """Return True if two results differ by no more than rounding."""
     for one, other in zip(some, others, strict=True):
-        least = TOLERANCE.get(other.dtype, ROUGH)
+        least = TOLERANCE.get(other.dtype)
         one, other = one.double(), other.double()
-        if not bool((one - other).norm() <= least * other.norm()):
+        apart, size = ((one - other).norm(), other.norm()) if least else _of_tokens(one - other, other)
+        if not bool(apart <= (least or ROUGH) * size):
             return False
     return True
+
+
+def _of_tokens(difference: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the middle token's relative difference, and one."""
+    relative = (difference.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-30)).flatten()
+    return relative.median(), torch.ones(())
 
 
 def mark(view: Any, backend: str | None) -> None:
