@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.guided import Grammar, Vocabulary, source_of
 from outdraft.api.prompts import check_prompt, check_switches, encode_chat
-from outdraft.api.settings import model_settings
+from outdraft.api.settings import model_settings, model_stops
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.text import decode_text
@@ -200,7 +200,7 @@ class RequestParser:
             choices=request.n or 1,
             sampling=self._sampling(request),
             max_new_tokens=max(1, min(default, room) if most is None else most),
-            stops=tuple(dict.fromkeys(request.stops)),
+            stops=tuple(dict.fromkeys(request.stops or model_stops(self.target))),
             ends=frozenset(ends),
             seed=request.seed,
             logprobs=logprobs,
