@@ -48,6 +48,17 @@ def test_the_layout_page_lists_folders_in_the_order_of_their_imports() -> None:
     assert names == list(ORDER)
 
 
+def test_tests_that_the_table_of_faults_names_are_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    kinds = re.search(r"\| kind \| tests \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    assert kinds is not None
+    for row in kinds[1].splitlines():
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
+        assert len(named) >= 2, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
 def test_every_page_is_reached_from_the_index() -> None:
     reached, waiting = set(), [DOCS / "index.md"]
     while waiting:

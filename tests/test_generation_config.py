@@ -88,7 +88,31 @@ def test_the_config_is_ignored_on_request() -> None:
         loaded(False, "none")
 
 
-@pytest.mark.parametrize("own", [{"num_beams": 2}, {"guidance_scale": 1.5}, {"forced_eos_token_id": 3}])
+def test_stop_strings_hold_until_others_are_given() -> None:
+    free = loaded(True).generate(PROMPT, max_new_tokens=24)
+    pairs = (free.text[place : place + 2] for place in range(3, 23))
+    stop, other, *_ = (pair for pair in pairs if pair.isascii() and pair.isprintable())
+    model = loaded(True, stop_strings=[stop])
+    with pytest.warns(UserWarning, match="sets stop_strings="):
+        ended = model.generate(PROMPT, max_new_tokens=24)
+    assert ended.finish_reasons == ["stop"] and stop in ended.text and len(ended.text) < len(free.text)
+    ids = torch.tensor([model.tokenizer(PROMPT)["input_ids"]])
+    own = model.target.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, tokenizer=model.tokenizer
+    )
+    assert ended.tokens[0] == own[0, ids.shape[1] :].tolist()
+    assert other in model.generate(PROMPT, max_new_tokens=24, stop_strings=other).text
+    assert model.generate(PROMPT, max_new_tokens=24, stop_strings=[]).tokens == free.tokens
+    assert loaded(True, "vllm", stop_strings=[stop]).generate(PROMPT, max_new_tokens=24).tokens == free.tokens
+
+
+SETTINGS_REFUSED: list[dict[str, Any]] = [
+    *({"num_beams": 2}, {"guidance_scale": 1.5}, {"forced_eos_token_id": 3}, {"max_time": 1.0}),
+    *({"exponential_decay_length_penalty": [5, 1.5]}, {"remove_invalid_values": True}, {"forced_bos_token_id": 3}),
+]
+
+
+@pytest.mark.parametrize("own", SETTINGS_REFUSED, ids=lambda own: next(iter(own)))
 def test_what_cannot_be_kept_is_refused_by_name(own: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"sets {next(iter(own))}, .*generation_config='vllm'"):
         loaded(True, **own).generate(PROMPT)

@@ -54,8 +54,10 @@ def test_every_file_of_lines_gives_the_texts_that_were_written(tmp_path: Path, k
 
 @pytest.mark.parametrize("kind", ENCODINGS)
 def test_a_json_list_and_prompts_a_line_are_read_alike(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "list.json").write_bytes(ENCODINGS[kind](json.dumps([{"text": text} for text in TEXTS]) + "\n"))
-    assert [one.text for one in read_conversations(tmp_path / "list.json")] == TEXTS
+    for name, indent in (("list.json", None), ("list", None), ("indented", 1)):
+        written = json.dumps([{"text": text} for text in TEXTS], indent=indent)
+        (tmp_path / name).write_bytes(ENCODINGS[kind](written + "\n"))
+        assert [one.text for one in read_conversations(tmp_path / name)] == TEXTS
     (tmp_path / "prompts.txt").write_bytes(ENCODINGS[kind]("".join(f"a{text}b\n" for text in TEXTS)))
     assert read_prompts(tmp_path / "prompts.txt") == [f"a{text}b" for text in TEXTS]
 
@@ -66,6 +68,14 @@ def test_compressed_files_of_a_folder_are_read_with_the_others(tmp_path: Path) -
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"no record\n"))
     assert [Path(file).name for file in data_files(tmp_path)] == ["a.jsonl", "b.jsonl.gz"]
     assert [one.text for one in read_conversations(tmp_path)] == ["first", "second"]
+
+
+def test_a_number_that_python_does_not_read_is_a_bad_line(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"data.jsonl:2: broken JSON, Exceeds the limit"):
+        read_conversations(file)
+    assert len(read_conversations(file, on_bad_line="skip").skipped) == 1
 
 
 ZSTD = b"\x28\xb5\x2f\xfd a stand-in"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokens import byte_tokenizer
 
@@ -87,7 +87,14 @@ def word_ends() -> PreTrainedTokenizerFast:
     return _finished(tokenizer)
 
 
-ALL: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+def with_added(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With added tokens that are text: marks, words with spaces around, and letters that the model writes otherwise."""
+    words = ["<think>", AddedToken(" c ", normalized=False), "中文", "é", AddedToken("<l>", lstrip=True, rstrip=True)]
+    tokenizer.add_tokens(words, special_tokens=False)
+    return tokenizer
+
+
+ALL: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "bytes": cache(byte_tokenizer),
     "byte-level": cache(lambda: byte_level(False)),
     "byte-level, prefix space": cache(lambda: byte_level(True)),
@@ -98,5 +105,9 @@ ALL: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "WordPiece": cache(lambda: word_piece(False)),
     "WordPiece that cleans up": cache(lambda: word_piece(True)),
     "word ends": cache(word_ends),
+    "byte-level, added tokens": cache(lambda: with_added(byte_level(False))),
+    "byte fallback, added tokens": cache(lambda: with_added(byte_fallback(True))),
+    "WordPiece, added tokens": cache(lambda: with_added(word_piece(False))),
+    "byte-level by Python": cache(lambda: ByT5Tokenizer(eos_token=END)),
 }
 """By name; each is built once."""

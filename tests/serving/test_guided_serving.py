@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 from running import NAME, Served, tiny_model
 
 from outdraft.serving.tools import CallReader, Tools
@@ -178,6 +179,41 @@ def test_what_cannot_be_followed_is_refused(calling, body, param):
     with pytest.raises(openai.BadRequestError) as refusal:
         client_of(calling).post("/chat/completions", body={"model": NAME, "messages": QUESTION, **body}, cast_to=object)
     assert refusal.value.body["param"] == param
+
+
+class Answer(BaseModel):
+    """No white space, for a model that would write nothing else."""
+
+    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+    a: bool
+
+
+def test_what_the_client_has_parsed_can_be_sent_back(calling: Served) -> None:
+    """With what it put beside the server's text: the text as an object."""
+    client, asked = client_of(calling), {"model": NAME, "temperature": 0}
+    tool = openai.pydantic_function_tool(Answer)
+    told = {"messages": QUESTION, "max_tokens": 60, **asked}
+    parsed = client.chat.completions.parse(response_format=Answer, **told).choices[0].message
+    called = client.chat.completions.parse(tools=[tool], tool_choice="required", **told).choices[0].message
+    assert isinstance(parsed.parsed, Answer)
+    assert isinstance(called.tool_calls[0].function.parsed_arguments, Answer)
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "7"}
+    for said, after in ((parsed, QUESTION), (called, [result])):
+        for back in (said.model_dump(), said.to_dict()):
+            client.chat.completions.create(messages=[*QUESTION, back, *after], max_tokens=2, **asked)
+    function = {"type": "function", "name": "Answer", **{k: tool["function"][k] for k in ("parameters", "strict")}}
+    told = {"input": "red", "max_output_tokens": 60, **asked}
+    for first in (
+        client.responses.parse(text_format=Answer, **told),
+        client.responses.parse(tools=[function], tool_choice="required", **told),
+    ):
+        results = [
+            {"type": "function_call_output", "call_id": item.call_id, "output": "7"}
+            for item in first.output
+            if item.type == "function_call"
+        ]
+        for back in (first.output, [item.model_dump() for item in first.output]):
+            client.responses.create(input=[*QUESTION, *back, *results, *QUESTION], max_output_tokens=2, **asked)
 
 
 def test_a_template_without_tools_refuses_them(client):

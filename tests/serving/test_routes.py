@@ -64,6 +64,8 @@ def test_tokens_of_a_text_and_back(client: Any, served: Served) -> None:
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": [ASKED]}),
         ("/tokenize", {"prompt": "a", "other": 1}),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}),
+        ("/tokenize", {"messages": [ASKED], "add_generation_prompt": False}),
         ("/detokenize", {"tokens": [2**30]}),
         ("/detokenize", {"tokens": "a"}),
     ],
@@ -111,6 +113,12 @@ def test_openais_client_can_send_it_back(served: Served) -> None:
     [
         ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages.1.tool_calls"),
         ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.1.refusal"),
+        ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "takes no reasoning_content"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]},
+            "unknown parameter 'messages.1.content.0.cache_control'",
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages.1.content.0.text: Field required"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "image_url"),
         ({"role": "bogus", "content": "red"}, "messages.1.role: Input should be 'system', "),
         ({"role": "user", "content": None}, "content"),
@@ -122,6 +130,74 @@ def test_what_has_content_and_is_not_understood_is_refused_by_name(
 ) -> None:
     answer = chat(client, messages=[ASKED, message])
     assert answer.status_code == 400 and named in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [], "tool_choice": "auto"},
+        {"top_logprobs": 0},
+        {"stream_options": {}},
+        {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+        {"reasoning_effort": "none", "verbosity": "medium", "length_penalty": 1.0, "priority": 0, "min_tokens": 0},
+        {"add_generation_prompt": True, "continue_final_message": False},
+        {
+            "messages": [ASKED, {"role": "assistant", "content": "blue"}],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+        },
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_accepted(client: Any, body: dict[str, Any]) -> None:
+    answer = chat(client, **{"messages": [ASKED], **body})
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_prompt_that_is_not_what_was_asked_for_is_refused(client: Any) -> None:
+    for messages in ([ASKED], [ASKED, {"role": "assistant", "content": "blue"}]):
+        for name, value in (
+            ("add_generation_prompt", len(messages) == 2),
+            ("continue_final_message", len(messages) < 2),
+        ):
+            answer = chat(client, messages=messages, **{name: value})
+            assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+def test_no_end_before_so_many_tokens(client: Any, served: Served) -> None:
+    first = served.model.generate("red", max_new_tokens=1).tokens[0]
+    asked = {"model": NAME, "prompt": "red", "max_tokens": 6, "temperature": 0, "stop_token_ids": first}
+    for least in (0, 3):
+        said = client.post("/v1/completions", json={**asked, "min_tokens": least}).json()
+        expected = served.model.generate("red", max_new_tokens=6, eos_token_id=first, min_new_tokens=least)
+        assert said["usage"]["completion_tokens"] == len(expected.tokens[0]) >= max(1, least)
+
+
+def test_head_is_get_without_a_body(client: Any) -> None:
+    for path, code in (("/health", 200), ("/v1/models", 200), ("/", 200), ("/nowhere", 404), ("/v1/completions", 405)):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (code, b"")
+        assert answer.headers["content-type"] == client.get(path).headers["content-type"]
+
+
+def test_thoughts_and_tools_reach_a_template_that_takes_them(starting: Callable[..., Served]) -> None:
+    model = tiny_model()
+    model.tokenizer.chat_template = (  # type: ignore[union-attr]
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+        "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "add"}}
+    with starting(model=model).client() as http:
+
+        def text(messages: list[Any], **body: Any) -> str:
+            tokens = http.post("/tokenize", json={"messages": messages, **body}).json()["tokens"]
+            return str(http.post("/detokenize", json={"tokens": tokens}).json()["prompt"])
+
+        said = {"role": "assistant", "content": "a", "reasoning_content": "why "}
+        assert text([ASKED, said, ASKED]) == f"{ASKED['content']}why a{ASKED['content']}"
+        assert text([ASKED], tools=[tool]) == f"add{ASKED['content']}"
+        used = chat(http, messages=[ASKED, said, ASKED]).json()["usage"]["prompt_tokens"]
+        assert used == len(text([ASKED, said, ASKED]))
 
 
 def test_the_chat_template_can_be_switched(starting: Callable[..., Served]) -> None:

@@ -97,6 +97,8 @@ AGENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "calls": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", "42", tool_call_id="1")], "uat"),
     "old calls": ([say("user"), say("assistant", None, function_call=CALL["function"]), say("function", "42")], "uat"),
     "parts": ([say("user", [{"type": "text", "text": "q"}, "r"]), say("assistant", [])], "ua"),
+    "nothing from a tool": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", None)], "uat"),
+    "a tool of Llama's": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("ipython", "42")], "uat"),
     "an object from a tool": ([say("user"), say("assistant"), say("tool", {"sum": 3})], "uat"),
 }
 
@@ -117,19 +119,23 @@ def test_conversations_of_agents_are_read_in_any_order(tmp_path: Path, kind: str
 
 
 def test_calls_of_tools_come_in_the_form_that_templates_write(tmp_path: Path) -> None:
-    calls = [
-        {"messages": [say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", "3", tool_call_id="1")]},
+    calls: list[Any] = [
         {
             "conversations": [
                 {"from": "human", "value": "x"},
-                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": name, "value": json.dumps(CALL["function"])},
             ]
-        },
+        }
+        for name in ("function_call", "tool_call")
     ]
+    calls.insert(
+        0, {"messages": [say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", "3", tool_call_id="1")]}
+    )
     found = [one.messages[1] for one in read_conversations(write(tmp_path, *map(json.dumps, calls)))]
     assert found[0]["content"] == found[1]["content"] == ""
     assert found[0]["tool_calls"] == [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}]
-    assert found[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    for one in found[1:]:
+        assert one["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 
 
 @pytest.mark.parametrize(

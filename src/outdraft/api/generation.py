@@ -22,7 +22,7 @@ from outdraft.api.guided import guides
 from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
 from outdraft.api.output import GenerationOutput, Piece, short
 from outdraft.api.prompts import check_prompt, encode_prompts, whole_numbers
-from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, sampling_settings
+from outdraft.api.settings import LOSSY, GenerateSettings, in_effect, model_settings, model_stops, sampling_settings
 from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.dice import Dice
@@ -230,8 +230,8 @@ class SpeculativeModel:
         if eos is not None:
             ends = [whole("eos_token_id", token) for token in whole_numbers(eos)]
         guided = guides(settings.pop("response_format", None), encoded, self.tokenizer, ends, self.target.eos_token_ids)
-        strings = settings.pop("stop_strings", None) or []
-        strings = [strings] if isinstance(strings, str) else list(strings)
+        given, kept = settings.pop("stop_strings", None), model_stops(self.target)
+        strings = kept if given is None else [given] if isinstance(given, str) else list(given)
         if strings and self.tokenizer is None:
             raise UserError("stop_strings need a tokenizer; use eos_token_id")
         seed = settings.pop("seed", None)
@@ -241,7 +241,7 @@ class SpeculativeModel:
         if asked.exact and settings.get("temperature") is None:
             settings.setdefault("do_sample", False)
         sampling = sampling_settings(settings, own)
-        self._say(in_effect(own, settings))
+        self._say(in_effect(own, settings) | ({"stop_strings": kept} if kept and given is None else {}))
         drawing, device = sampling.temperature > 0, self.target.device
         # Kernels that give a token the same bits in any company make every shape exact.
         free = asked.exact and is_native(self.target.backend)

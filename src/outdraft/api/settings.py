@@ -75,6 +75,7 @@ NOT_KEPT = {
     **{"encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "diversity_penalty": 0, "constraints": None},
     **{"forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None},
     **{"remove_invalid_values": False, "top_h": None, "dola_layers": None, "force_words_ids": None},
+    **{"max_time": None, "token_healing": False},
 }
 """Settings of a model's generation config that are refused, with the value that asks for nothing."""
 
@@ -98,6 +99,13 @@ def model_settings(target: Target) -> dict[str, Any]:
     own = {name: getattr(config, name, None) for name in KEPT}
     own = {name: value for name, value in own.items() if value not in (None, getattr(neutral, name, False))}
     return {name: value for name, value in own.items() if value or name != "temperature"}
+
+
+def model_stops(target: Target) -> list[str]:
+    """Return the stop strings of the model's own generation config, which hold where none are given."""
+    config = target.model.generation_config
+    given = None if target.ignores_generation_config else getattr(config, "stop_strings", None)
+    return [given] if isinstance(given, str) else list(given or [])
 
 
 def in_effect(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

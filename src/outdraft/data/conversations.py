@@ -31,8 +31,12 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "ipython": "tool",
     "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
     "observation": "tool",
 }
 
@@ -88,9 +92,9 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
     if role is None:
         raise BadRecord(f'unknown role "{turn[role_key]}"; known are {", ".join(ROLES)}')
     calls, content = _calls(turn), turn.get(content_key)
-    if said == "function_call" and not calls and (call := _parsed(content)) is not None:
+    if said in ("function_call", "tool_call") and not calls and (call := _parsed(content)) is not None:
         calls, content = [_with_object({"type": "function", "function": call})], None
-    if content is None and calls:
+    if content is None and (calls or role == "tool"):  # a tool may have nothing to say
         content = ""
     elif role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)

@@ -159,7 +159,7 @@ def read_records(source: str | Path) -> Iterator[Found]:
         yield from _numbered(file, _parquet(file))
         return
     first = next((line for _, line in text_lines(file) if isinstance(line, str)), "")
-    if suffix in JSON_SUFFIXES or (suffix != ".txt" and first.startswith("{")):
+    if suffix in JSON_SUFFIXES or (suffix != ".txt" and (first == "[" or first.startswith(("{", "[{")))):
         yield from _json_list(file) if first.startswith("[") else _lines(file, json.loads)
     else:
         yield from _lines(file, lambda text: {"prompt": text})
@@ -223,8 +223,8 @@ def _lines(file: Path, read: Any) -> Iterator[Found]:
             if isinstance(line, BadText):
                 raise BadRecord(str(line))
             content = sound(read(line)) if "\\u" in line else read(line)
-        except json.JSONDecodeError as problem:
-            content = BadRecord(f"broken JSON, {problem}")
+        except ValueError as problem:  # of `json`, or of a number with thousands of digits
+            content = BadRecord(f"broken JSON, {first_line(problem)}")
         except RecursionError:
             content = BadRecord("JSON that is nested too deep")
         except BadRecord as problem:

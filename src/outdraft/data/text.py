@@ -233,9 +233,12 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes
     byte = byte_of(tokenizer, token)
     if byte is not None and spelled != piece:
         return bytes([byte])
+    if not spelled and len(piece) == 1 and piece <= "\xff":  # a part of a character, of ByT5's letters
+        return piece.encode("latin-1")
     if token not in special_ids(tokenizer) and all(letter in _BYTE_LEVEL for letter in piece):
         own = bytes(_BYTE_LEVEL[letter] for letter in piece)
-        if own.decode("utf-8", "replace") == spelled:  # otherwise its letters are plain text
+        # Otherwise its letters are plain text, which may be written otherwise at its place (`##at` of WordPiece).
+        if own.decode("utf-8", "replace") == spelled and (spelled == name or "\ufffd" in spelled):
             return own
     return name.lstrip("\ufffd").encode("utf-8", "replace")
 

@@ -255,10 +255,21 @@ def _report_errors(app: FastAPI) -> None:
 
 def _first_mistake(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, and where; the input itself is not repeated."""
-    mistake = error.errors()[0]
-    where = ".".join(str(part) for part in mistake["loc"] if part != "body")
+    # Of several forms that a field may have, the one that was read furthest is meant.
+    where, mistake = max(((_place(one, error.body), one) for one in error.errors()), key=lambda found: len(found[0]))
     if mistake["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if mistake["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter '{where}'", where, "unknown_parameter")
-    return ApiError(400, f"{where or 'the body'}: {mistake['msg']}", where or None)
+        name = ".".join(where)
+        return ApiError(400, f"unknown parameter '{name}'", name, "unknown_parameter")
+    return ApiError(400, f"{'.'.join(where) or 'the body'}: {mistake['msg']}", ".".join(where) or None)
+
+
+def _place(mistake: dict[str, Any], body: Any) -> list[str]:
+    """Where in the body a mistake is, without the names of the forms that a field may have."""
+    place, path = list[str](), mistake["loc"][1:]
+    for part in path:
+        if part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+            place.append(str(part))
+    return [*place, str(path[-1])] if mistake["type"] == "missing" else place

@@ -1,4 +1,4 @@
-"""ASGI below the routes: a middleware that bounds request bodies, JSON responses, and server-sent events."""
+"""ASGI below the routes: a middleware for request bodies and HEAD, JSON responses, and server-sent events."""
 
 from __future__ import annotations
 
@@ -96,6 +96,8 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server below sends no body
+            scope = {**scope, "method": "GET"}
         try:
             body = await asyncio.wait_for(self._body(receive), self.timeout)
         except ApiError as error:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.guided import Grammar, Vocabulary, source_of
 from outdraft.api.prompts import check_prompt, check_switches, encode_chat
-from outdraft.api.settings import model_settings
+from outdraft.api.settings import model_settings, model_stops
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.text import decode_text
@@ -26,11 +26,12 @@ from outdraft.serving.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     Message,
+    Templated,
     TokenizeRequest,
 )
 from outdraft.serving.responses import PARAMS, ResponsesRequest
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.tools import Tools, check_calls, tools_of
+from outdraft.serving.tools import Tools, check_beside, tools_of
 from outdraft.target.target import Target
 
 COMPLETION_TOKENS = 16
@@ -67,8 +68,8 @@ class RequestParser:
             ApiError: it cannot be answered; the error names the parameter.
         """
         tools = tools_of(request, self.tokenizer)
-        prompt = self._encode_chat(request.messages, request.chat_template_kwargs, tools)
-        if request.top_logprobs is not None and not request.logprobs:
+        prompt = self._encode_chat(request.messages, request, tools)
+        if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         if request.max_tokens is not None and request.max_completion_tokens is not None:
             raise bad_request("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
@@ -88,16 +89,19 @@ class RequestParser:
             error.param = PARAMS.get(str(error.param), error.param)
             raise
 
-    def _encode_chat(
-        self, given: list[Message], switches: dict[str, Any] | None, tools: Tools | None = None
-    ) -> list[int]:
+    def _encode_chat(self, given: list[Message], asked: Templated, tools: Tools | None = None) -> list[int]:
+        begun = given[-1].role == "assistant"
+        for name, follows in (("add_generation_prompt", not begun), ("continue_final_message", begun)):
+            if getattr(asked, name) not in (None, follows):
+                end = "is" if begun else "is not"
+                raise bad_request(f"{name} must be {follows} here: the last message {end} the assistant's", name)
         messages = [message.plain() for message in given]
         _check_text(messages, "messages")
-        check_calls(messages, self.tokenizer)
+        check_beside(messages, self.tokenizer)
         if tools is not None:
             _check_text(tools.offered, "tools")
         try:
-            switches = self.switches | check_switches(switches)
+            switches = self.switches | check_switches(asked.chat_template_kwargs)
         except UserError as error:
             raise bad_request(str(error), "chat_template_kwargs") from error
         try:
@@ -121,10 +125,12 @@ class RequestParser:
                 raise bad_request(
                     "add_special_tokens is for a prompt; the chat template adds its own", "add_special_tokens"
                 )
-            tokens = self._encode_chat(request.messages, request.chat_template_kwargs)
+            chat = ChatRequest.model_construct(messages=request.messages, tools=request.tools)
+            tokens = self._encode_chat(request.messages, request, tools_of(chat, self.tokenizer))
         else:
-            if request.chat_template_kwargs:
-                raise bad_request("chat_template_kwargs are for messages", "chat_template_kwargs")
+            for name in Templated.model_fields:
+                if getattr(request, name):
+                    raise bad_request(f"{name} is for messages", name)
             tokens = self._encode(str(request.prompt), request.add_special_tokens is not False)
         names = self.tokenizer.convert_ids_to_tokens(tokens) if request.return_token_strs else None
         return {"count": len(tokens), "max_model_len": self.context_length, "tokens": tokens, "token_strs": names}
@@ -171,7 +177,7 @@ class RequestParser:
     ) -> GenerationParams:
         """Parse what chats and completions have in common."""
         self.check_model(request.model)
-        if request.stream_options is not None and not request.stream:
+        if request.include_usage and not request.stream:
             raise bad_request("stream_options needs stream: true", "stream_options")
         if request.prompt_logprobs is not None and request.stream:
             raise bad_request("prompt_logprobs are not streamed; leave stream out", "prompt_logprobs")
@@ -194,7 +200,7 @@ class RequestParser:
             choices=request.n or 1,
             sampling=self._sampling(request),
             max_new_tokens=max(1, min(default, room) if most is None else most),
-            stops=tuple(dict.fromkeys(request.stops)),
+            stops=tuple(dict.fromkeys(request.stops or model_stops(self.target))),
             ends=frozenset(ends),
             seed=request.seed,
             logprobs=logprobs,
@@ -252,6 +258,8 @@ class RequestParser:
         names = ("temperature", "top_p", "top_k", "min_p", *PENALTIES)
         asked: dict[str, Any] = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
         asked["logit_bias"] = {int(token): bias for token, bias in (request.logit_bias or {}).items()}
+        if request.min_tokens is not None:
+            asked["min_new_tokens"] = request.min_tokens
         if asked.get("top_k") == -1:
             asked["top_k"] = 0
         if 0 < asked.get("temperature", 0) < LEAST_TEMPERATURE:

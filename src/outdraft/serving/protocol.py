@@ -49,6 +49,8 @@ class StreamOptions(Strict):
 
     include_usage: StrictBool | None = None
     """Send one more chunk at the end, with the request's usage and no choices."""
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class TextPart(Strict):
@@ -64,6 +66,8 @@ class CalledFunction(Strict):
     name: StrictStr
     arguments: StrictStr = "{}"
     """JSON."""
+    parsed_arguments: Any = None
+    """The same as OpenAI's client has read it."""
 
 
 class ToolCall(Strict):
@@ -91,6 +95,10 @@ class Message(Strict):
     name: StrictStr | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    """An assistant's thoughts before the content, for templates that take them."""
+    parsed: Any = None
+    """The content as OpenAI's client has read it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +122,7 @@ class Message(Strict):
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         beside: dict[str, Any] = {"name": self.name, "tool_call_id": self.tool_call_id}
+        beside["reasoning_content"] = self.reasoning_content or None
         beside["tool_calls"] = [call.plain() for call in self.tool_calls or []] or None
         return {"role": self.role, "content": content, **{name: it for name, it in beside.items() if it is not None}}
 
@@ -188,6 +197,8 @@ class SamplingRequest(Strict):
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     """Further tokens that end an answer, as an end of sequence does."""
+    min_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
+    """No end of sequence before so many tokens."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
     structured_outputs: StructuredOutputs | None = None
@@ -238,14 +249,22 @@ class GenerationRequest(SamplingRequest):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(GenerationRequest):
+class Templated(Strict):
+    """What is asked of a conversation's chat template."""
+
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    """Both follow from the conversation: an assistant's message at its end is continued."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The chat template's own switches, such as `enable_thinking`."""
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+
+
+class ChatRequest(GenerationRequest, Templated):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    """The chat template's own switches, such as `enable_thinking`."""
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     """False keeps an answer's first call only."""
@@ -276,7 +295,7 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Templated):
     """POST /tokenize: a text, or a conversation through the chat template."""
 
     model: StrictStr | None = None
@@ -284,7 +303,6 @@ class TokenizeRequest(Strict):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: StrictBool | None = None
     """Whether a text gets the tokenizer's special tokens; yes by default."""
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: StrictBool | None = None
     """Also return the tokens as the vocabulary spells them."""
 
@@ -302,7 +320,7 @@ _STORE = "nothing is stored here"
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": ((None, []), _TOOLS),
-    "tool_choice": ((None, "none"), _TOOLS),
+    "tool_choice": ((None, "none", "auto"), _TOOLS),
     "functions": ((None, []), _TOOLS),
     "function_call": ((None, "none"), _TOOLS),
     "parallel_tool_calls": ((None, True, False), _TOOLS),
@@ -310,8 +328,8 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((None,), _TEXT),
     "prediction": ((None,), "drafts come from the server's drafter"),
     "web_search_options": ((None,), "the server reaches nothing outside"),
-    "reasoning_effort": ((None,), "models here have no such setting"),
-    "verbosity": ((None,), "models here have no such setting"),
+    "reasoning_effort": ((None, "none"), "models here have no such setting"),
+    "verbosity": ((None, "medium"), "models here have no such setting"),
     "service_tier": ((None, "auto", "default"), "there is one tier"),
     "store": ((None, False), _STORE),
     "suffix": ((None, ""), "text is written from left to right"),
@@ -319,6 +337,10 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
     "skip_special_tokens": ((None, True), "special tokens are no text"),
     "spaces_between_special_tokens": ((None, True), "special tokens are no text"),
+    "length_penalty": ((None, 1, 1.0), "it is for beam search"),
+    "priority": ((None, 0), "requests are answered in the order in which they came"),
+    "return_token_ids": ((None, False), "see logprobs and /tokenize"),
+    "return_tokens_as_token_ids": ((None, False), "see logprobs and /tokenize"),
     "use_beam_search": ((None, False), "beam search is not sampling from the model's output distribution"),
 }
 """Parameters of OpenAI and vLLM that are not offered -> the values that ask for nothing, why others are refused."""

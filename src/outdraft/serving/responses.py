@@ -41,6 +41,8 @@ class Part(Strict):
     text: StrictStr
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = None
+    """The text as OpenAI's client has read it."""
 
 
 class _OfText(Strict):
@@ -77,6 +79,8 @@ class FunctionCall(Strict):
     call_id: StrictStr
     name: StrictStr
     arguments: StrictStr
+    parsed_arguments: Any = None
+    """The same as OpenAI's client has read it."""
     id: StrictStr | None = None
     status: StrictStr | None = None
 

@@ -61,7 +61,7 @@ def tools_of(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> Tools 
         ApiError: the chosen tool is not offered, two have one name, or the model's chat template takes no tools.
     """
     choice, given = request.tool_choice, request.tools or []
-    if choice not in (None, "none") and not given:
+    if choice not in (None, "none", "auto") and not given:
         raise bad_request("tool_choice needs tools", "tool_choice")
     if choice == "none" or not given:
         return None
@@ -79,10 +79,11 @@ def tools_of(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> Tools 
     return tools
 
 
-def check_calls(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise an ApiError if a conversation has calls of tools that the chat template would leave out."""
-    if any("tool_calls" in message for message in messages) and not _reads(tokenizer, "tool_calls"):
-        raise bad_request("the model's chat template takes no tool_calls", "messages")
+def check_beside(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise an ApiError if a conversation has calls of tools, or thoughts, that the chat template would leave out."""
+    for name in ("tool_calls", "reasoning_content"):
+        if any(name in message for message in messages) and not _reads(tokenizer, name):
+            raise bad_request(f"the model's chat template takes no {name}", "messages")
 
 
 def _reads(tokenizer: PreTrainedTokenizerBase, name: str, tools: Any = None) -> bool:

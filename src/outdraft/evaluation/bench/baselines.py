@@ -95,6 +95,7 @@ def stock(
                 eos_token_id=ends or None,
                 pad_token_id=ends[0] if ends else 0,
                 streamer=rounds,
+                tokenizer=target.tokenizer,  # for stop strings of the generation config
                 **({"do_sample": False} | sampling),
                 **(extra or {}),
             )
