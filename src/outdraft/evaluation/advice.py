@@ -61,6 +61,7 @@ class AdviceSettings:
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens"):
@@ -161,7 +162,7 @@ def next_steps(advice: Advice) -> list[Step]:
     """Return the commands to run: first those that pay now, then those that would bring more."""
     settings, best, trainable = advice.settings, advice.best, advice.trainable
     model = f"--model {shlex.quote(settings.model)}"
-    for name in ("dtype", "device", "backend"):
+    for name in ("dtype", "device", "backend", "quantize"):
         if (value := getattr(settings, name)) is not None:
             model += f" --{name} {value}"
     drafter = "" if settings.draft_model is None else f" --draft-model {shlex.quote(settings.draft_model)}"

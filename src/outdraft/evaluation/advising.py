@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
 from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.shape import TreeShape
 from outdraft.data.provenance import environment, load_average, peak_memory_bytes
@@ -55,11 +55,12 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
     """
     start = time.perf_counter()
     whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
-    target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
+    backend = quantised_backend(settings.backend, settings.quantize)
+    target = load_target(whole.model, whole.tokenizer, backend=backend)  # the same weights
     prompts = _prompts(settings, target)
-    untrained, left_out = _untrained(whole, target, settings.backend)
+    untrained, left_out = _untrained(whole, target, backend)
     del whole  # a second copy of the weights, where the target's are packed
-    given = load_drafter_for(target, settings.draft_model, backend=settings.backend)
+    given = load_drafter_for(target, settings.draft_model, backend=backend)
     kinds = dict(untrained)
     if given is not None:
         kinds[given.method + " as given"] = given
@@ -102,7 +103,7 @@ def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict
     """Build untrained drafters as `train` would begin them; also return the impossible kinds, with the reason."""
     exit_layer = max(1, target.num_layers // 4)
     wanted: dict[str, dict[str, Any]] = {
-        "fspad": {"method": "fspad"},
+        **{name: {"method": name} for name in ("fspad", "fspad-1f", "eagle3")},
         f"eesd, exit after layer {exit_layer} of {target.num_layers}": {"method": "eesd", "exit_layer": exit_layer},
     }
     found: dict[str, Drafter] = {}
