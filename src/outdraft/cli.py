@@ -32,7 +32,8 @@ def regenerate(
         typer.Option(
             "--data",
             help="Prompts: JSON lines or a JSON list (messages, conversations, prompt, instruction, question, turns or "
-            "text), CSV, Parquet, a text file with a prompt a line, a folder of *.jsonl and *.parquet, or hf:NAME[:SPLIT].",
+            "text), CSV, Parquet, a text file with a prompt a line, a folder of *.jsonl and *.parquet, or "
+            "hf:NAME[:SPLIT].",
         ),
     ],
     output: Annotated[

@@ -78,6 +78,8 @@ class Kind:
     parameters: int
     to_train: bool
     """True if the drafter is untrained, with arbitrary weights."""
+    flags: str = ""
+    """The flags of `outdraft train` for such a drafter."""
     always: bool = True
     """True if it drafts in every round; prompt lookup drafts only where the text repeats, so no tau is its bound."""
 
@@ -161,10 +163,7 @@ class Advice:
 def next_steps(advice: Advice) -> list[Step]:
     """Return the commands to run: first those that pay now, then those that would bring more."""
     settings, best, trainable = advice.settings, advice.best, advice.trainable
-    model = f"--model {shlex.quote(settings.model)}"
-    for name in ("dtype", "device", "backend", "quantize"):
-        if (value := getattr(settings, name)) is not None:
-            model += f" --{name} {value}"
+    model = _flags(settings, "dtype", "device", "backend", "quantize")
     drafter = "" if settings.draft_model is None else f" --draft-model {shlex.quote(settings.draft_model)}"
     steps = []
     if best is not None and best.name == LOOKUP:
@@ -189,9 +188,18 @@ def next_steps(advice: Advice) -> list[Step]:
                 f"outdraft regenerate {model} --data {data} --temperature 0,1 --output answers.jsonl",
             )
         )
+        chosen = _flags(settings, "dtype", "device") + trainable.flags
+        command = f"outdraft train {chosen} --data answers.jsonl --output-dir drafter --dry-run"
+        steps.append(Step("then see what training would take, and train", command))
     if not steps:
         steps.append(Step("plain decoding is the fastest here", f"outdraft chat {model} --method none"))
     return steps
+
+
+def _flags(settings: AdviceSettings, *names: str) -> str:
+    """Format the model and these settings, where they were given, as flags."""
+    given = {"model": shlex.quote(settings.model)} | {name: getattr(settings, name) for name in names}
+    return " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
 
 
 def show(advice: Advice, console: Console) -> None:

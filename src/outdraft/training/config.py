@@ -355,7 +355,10 @@ def _one_line(problem: ValidationError) -> str:
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        said = meant(key, DrafterConfig.model_fields, TRAINING_NAMES) or f"; known are {', '.join(DrafterConfig.model_fields)}"
+        said = (
+            meant(key, DrafterConfig.model_fields, TRAINING_NAMES)
+            or f"; known are {', '.join(DrafterConfig.model_fields)}"
+        )
         return f'unknown training setting "{key}"{said}'
     if first["type"] == "missing":
         return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'
