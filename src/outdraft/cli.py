@@ -6,6 +6,7 @@ Every other verb has a file of its name in `console/`. What a verb calls is impo
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -111,8 +112,10 @@ def regenerate(
     )
     if json:
         print_json(asdict(done))
-    else:
-        results().print(done.line(), markup=False)
+        return
+    results().print(done.line(), markup=False)
+    after = f"next: outdraft train --model {shlex.quote(model)} --data {shlex.quote(str(output))} --output-dir drafter"
+    remarks().print(f"{after} --dry-run", style="dim", markup=False, soft_wrap=True)
 
 
 ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
@@ -173,7 +176,9 @@ def demo(
 def export(
     draft_model: Annotated[
         str,
-        typer.Option("--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` (shipped)."),
+        typer.Option(
+            "--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` for one that ships."
+        ),
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the engine to load.")],
     model: o.Model = "reference",

@@ -56,7 +56,7 @@ def one_of(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-TARGET = "Target: a folder, a GGUF file, a hub id, `smollm2`, or `reference` (shipped)."
+TARGET = "The target model: a folder, GGUF file, hub id, `smollm2` (135M chat model) or `reference` (20M test model)."
 
 Model = Annotated[str, typer.Option("--model", "-m", help=TARGET)]
 DraftModel = Annotated[
@@ -64,7 +64,7 @@ DraftModel = Annotated[
     typer.Option(
         "--draft-model",
         "-d",
-        help="Drafter: its folder or hub id, a smaller model, or `smollm2` or `reference` (shipped).",
+        help="Drafter: its folder or hub id, a smaller model, or `smollm2` or `reference` for one that ships.",
     ),
 ]
 Method = Annotated[

@@ -153,7 +153,7 @@ def train(
         meter.log = trainer.log
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
-    _run(trainer, checkpoint, stop, progress, console, ended=checkpoint is not None and best.out_of_patience)
+    _run(trainer, checkpoint, stop, progress, ended=checkpoint is not None and best.out_of_patience)
 
     tau, step = None, trainer.state.global_step
     if meter is not None and args.should_save:
