@@ -54,9 +54,13 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         UserError: something cannot be loaded, read or decoded.
     """
     start = time.perf_counter()
-    whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
     backend = quantised_backend(settings.backend, settings.quantize)
-    target = load_target(whole.model, whole.tokenizer, backend=backend)  # the same weights
+    place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
+    whole = load_target(settings.model, **place, backend="eager")
+    if settings.quantize is not None:
+        target = load_target(settings.model, **place, backend=backend)
+    else:
+        target = load_target(whole.model, whole.tokenizer, backend=backend)  # the same weights
     prompts = _prompts(settings, target)
     choices = _choices(target)
     untrained, left_out = _untrained(choices, whole, target, backend)
