@@ -220,7 +220,7 @@ def show(advice: Advice, console: Console) -> None:
     held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
     console.print(f"Memory: {held}.")
     if (note := busy(facts)) is not None:
-        console.print(note)
+        console.print(f"{note} Run this again on a quiet machine before you decide.")
     console.print(Text("Now: " + closing(advice.prompts.summaries), "bold"))
     console.print(Text("A trained drafter: " + trained(advice), "bold"))
     for step in advice.next:
