@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import outdraft
-from outdraft.reference import reference_target_path
+from outdraft.target.named import place_of
 
-names = sys.argv[1:] or [str(reference_target_path()), "reference"]
-tokenizer = AutoTokenizer.from_pretrained(names[0])
-model = AutoModelForCausalLM.from_pretrained(names[0], dtype=torch.float32)
+names = sys.argv[1:] or ["reference", "reference"]
+folder = place_of(names[0]).path  # of a model that ships under a name; a folder or hub id is itself
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 question = [{"role": "user", "content": "What is a prime number?"}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")

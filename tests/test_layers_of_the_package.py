@@ -28,6 +28,7 @@ ORDER = (
     "drafter_trainer",
     "console",
     "cli",
+    "__main__",
 )
 
 

@@ -77,6 +77,9 @@ def test_arguments_of_load(folders: Folders, argument: str, named: str) -> None:
         ("generate", "--torch-dtype", "--dtype"),
         ("generate", "--stop-strings", "--stop"),
         ("generate", "--temprature", "did you mean --temperature?"),
+        ("generate", "--temp", "did you mean --temperature?"),
+        ("train", "--lr", "here it is --learning-rate"),
+        ("train", "--num-train-epochs", "here it is --epochs"),
         ("bench", "--method", "did you mean --methods?"),
         ("train", "--max-lenght", "did you mean --max-length?"),
         ("serve", "--assistant-model", "--draft-model"),
@@ -90,6 +93,8 @@ def test_flags(command: str, flag: str, named: str) -> None:
 def test_settings_of_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'learning_rate'"):
         DrafterConfig(data=tmp_path, output_dir=tmp_path, learning_rates=1)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="here it is batch_size"):
+        DrafterConfig(data=tmp_path, output_dir=tmp_path, per_device_train_batch_size=1)  # type: ignore[call-arg]
 
 
 # --- printed -----------------------------------------------------------------------------------------------------

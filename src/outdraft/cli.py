@@ -6,6 +6,7 @@ Every other verb has a file of its name in `console/`. What a verb calls is impo
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -32,12 +33,15 @@ def regenerate(
         typer.Option(
             "--data",
             help="Prompts: JSON lines or a JSON list (messages, conversations, prompt, instruction, question, turns or "
-            "text), Parquet, a text file with a prompt a line, a folder of *.jsonl and *.parquet, or hf:NAME[:SPLIT].",
+            "text), CSV, Parquet, a text file with a prompt a line, a folder of *.jsonl and *.parquet, or "
+            "hf:NAME[:SPLIT].",
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="JSON lines to write, one as each answer ends; run again, it goes on."),
+        typer.Option(
+            "--output", "-o", help="JSON lines file for the answers; run again, the command goes on where it stopped."
+        ),
     ],
     model: o.Model = "reference",
     draft_model: Annotated[
@@ -51,16 +55,18 @@ def regenerate(
     ] = None,
     method: o.Method = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help='Tokens of an answer at most; one cut there has "finished": false.')
+        int, typer.Option("--max-new-tokens", help='Most tokens of an answer; one cut there has "finished": false.')
     ] = 512,
     temperature: Annotated[
         str,
-        typer.Option("--temperature", help="0 is greedy; 0,1 writes two answers to every prompt, one at each."),
+        typer.Option(
+            "--temperature", help="0 is greedy; 0,1 writes two answers to every prompt, one at each temperature."
+        ),
     ] = "0",
     top_p: o.TopP = None,
     top_k: o.TopK = None,
     min_p: o.MinP = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn above temperature 0.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed for temperatures above 0.")] = 0,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", help="Answers decoded at once; by default 24 on a CPU, 64 on a GPU."),
@@ -73,7 +79,10 @@ def regenerate(
     quantize: o.Quantize = None,
     json: o.Json = False,
 ) -> None:
-    """Have the target answer prompts itself: what its drafter should learn from. Interrupted, run it again to go on."""
+    """Write the model's own answers to prompts: the training data for its drafter.
+
+    Stopped by Ctrl-C or a crash, the same command goes on where it was.
+    """
     from outdraft.api.generation import load
     from outdraft.training.regenerate import regenerate as run
 
@@ -103,8 +112,10 @@ def regenerate(
     )
     if json:
         print_json(asdict(done))
-    else:
-        results().print(done.line(), markup=False)
+        return
+    results().print(done.line(), markup=False)
+    after = f"next: outdraft train --model {shlex.quote(model)} --data {shlex.quote(str(output))} --output-dir drafter"
+    remarks().print(f"{after} --dry-run", style="dim", markup=False, soft_wrap=True)
 
 
 ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
@@ -119,9 +130,10 @@ def advise(
     dtype: o.Dtype = None,
     device: o.Device = None,
     backend: o.Backend = None,
+    quantize: o.Quantize = None,
     json: o.Json = False,
 ) -> None:
-    """Say in about two minutes which way of decoding pays for a model on this machine, and what to run next.
+    """Find out in about two minutes which method is fastest for a model on this machine, and what to run next.
 
     Times the target's passes and the drafts of each kind (medians, taken in turns, warm-ups left out), and tries prompt
     lookup on a few prompts. With the time of a plain round as the unit, speed-up = tau / (1 + draft + verify): tau
@@ -130,7 +142,7 @@ def advise(
     from outdraft.evaluation.advice import AdviceSettings, show
     from outdraft.evaluation.advising import advise as find
 
-    settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend)
+    settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend, quantize)
     found = find(settings, remarks())
     print_json(found.as_dict()) if json else show(found, results())
 
@@ -140,7 +152,7 @@ def demo(
         str | None,
         typer.Option("--model", "-m", help="smollm2, or the tiny `reference`; by default the first that is here."),
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts to decode, at most.")] = 28,
+    prompts: Annotated[int, typer.Option("--prompts", help="Most held-out prompts to decode.")] = 28,
     max_new_tokens: o.MaxNewTokens = 64,
     dtype: o.Dtype = None,
     backend: o.Backend = None,
@@ -164,7 +176,9 @@ def demo(
 def export(
     draft_model: Annotated[
         str,
-        typer.Option("--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` (shipped)."),
+        typer.Option(
+            "--draft-model", "-d", help="Drafter: its folder or hub id, `smollm2` or `reference` for one that ships."
+        ),
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the engine to load.")],
     model: o.Model = "reference",
@@ -172,14 +186,14 @@ def export(
         str, typer.Option("--engine", help="vllm, or hf: transformers' assistant_model (EESD only).")
     ] = "vllm",
     method: Annotated[
-        str | None, typer.Option("--method", help="Which of the shipped drafters: fspad, eagle or eesd.")
+        str | None, typer.Option("--method", help="Which of the drafters that ship: fspad, eagle or eesd.")
     ] = None,
     target_dir: Annotated[
         Path | None,
         typer.Option("--target-dir", help="Also write a shipped or GGUF target there, as an ordinary folder."),
     ] = None,
     num_speculative_tokens: Annotated[
-        int, typer.Option("--num-speculative-tokens", help="Length of the chains in the command that is printed.")
+        int, typer.Option("--num-speculative-tokens", help="Tokens of a draft in the command that is printed.")
     ] = 4,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Precision of the written weights; as stored by default.")
@@ -225,7 +239,7 @@ def info(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Say what a model or drafter is, and what it can do on this machine."""
+    """Show what a model or drafter is, and what it can do on this machine."""
     from outdraft.console.facts import describe, table
 
     if (path is None) == (model is None):

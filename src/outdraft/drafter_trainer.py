@@ -174,7 +174,7 @@ class DrafterTrainer:
         measure = tau_meter(reader, beginning[:TAU_PROMPTS])
         config, resume = self._on(data), resume_from_checkpoint
         result = train(self.target, config, resume, measure, console, held_out, self.callbacks, begun_with)
-        self._folder, self._drafter, self._result = result.folder, None, (result, len(beginning[:TAU_PROMPTS]))
+        self._folder, self._drafter, self._result = result.folder, None, (result, beginning[:TAU_PROMPTS])
         return result
 
     def verdict(self) -> TrainingVerdict | None:
@@ -184,9 +184,9 @@ class DrafterTrainer:
             UserError: nothing is trained yet.
         """
         folder = self._trained()
-        result, rows = self._result
+        result, prompts = self._result
         reader: Any = reader_of(self.target)
-        return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, rows)
+        return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, prompts)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Put the trained drafter, its record and its card into a folder; they are in the run's without this.

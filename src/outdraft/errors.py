@@ -33,6 +33,21 @@ OTHER_NAMES = {
 }
 """What other libraries call a setting -> its name here."""
 
+TRAINING_NAMES = {
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "max_seq_length": "max_length",
+    "model_max_length": "max_length",
+    "lr_scheduler_type": "lr_schedule",
+    "dataset": "data",
+    "train_file": "data",
+    "train_data_path": "data",
+}
+"""The same for settings of training."""
+
 
 def meant(name: str, known: Iterable[str], others: Mapping[str, str] = OTHER_NAMES) -> str:
     """What stands in a message after an unknown name: `; did you mean 'temperature'?`, or nothing where none is near.

@@ -49,7 +49,8 @@ def advised(folders: Folders, tmp_path: Path, *more: object) -> dict[str, Any]:
 def test_everything_is_timed_and_prompt_lookup_is_tried(folders: Folders, tmp_path: Path) -> None:
     found = advised(folders, tmp_path)
     assert list(found["passes"]) == ["1", "5", "16"] and min(found["passes"].values()) > 0 < found["head_seconds"]
-    assert list(found["drafts"]) == ["fspad", "eesd, exit after layer 1 of 2", "prompt-lookup"]
+    trained = ["fspad", "fspad-1f", "eagle3", "eesd, exit after layer 1 of 2"]
+    assert list(found["drafts"]) == [*trained, "prompt-lookup"]
     for draft in found["drafts"].values():
         assert draft["tau_to_pay"] == pytest.approx(1 + draft["draft"] + draft["verify"])
         assert draft["speedup_at_tau"]["2.5"] == pytest.approx(2.5 / draft["tau_to_pay"])
@@ -67,7 +68,7 @@ def test_a_drafter_that_is_given_is_tried_too(folders: Folders, tmp_path: Path) 
 
 def test_a_model_of_one_layer_has_no_early_exit(folders: Folders, tmp_path: Path) -> None:
     found = advised(folders, tmp_path, "--model", folders.small_model)
-    assert list(found["drafts"]) == ["fspad", "prompt-lookup"]
+    assert list(found["drafts"]) == ["fspad", "fspad-1f", "prompt-lookup"]
     assert "exit layer" in found["left_out"]["eesd, exit after layer 1 of 1"]
 
 
@@ -82,6 +83,7 @@ def test_it_is_shown_with_the_formula_and_ends_with_a_command(folders: Folders, 
 def test_mistakes_are_one_line_and_exit_code_2(folders: Folders, tmp_path: Path) -> None:
     for args, said in (
         (("--limit", 0), "--limit"),
+        (("--quantize", "int3"), "int8 or int4"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl"),
         (("--max-new-tokens", 5000), "--max-new-tokens"),
         (("--draft-model", folders.wider), "hidden_size"),
@@ -101,7 +103,7 @@ def summary(name: str, speedup: float) -> Summary:
 
 
 def advice(speedups: dict[str, float], tau_to_pay: float, passes: tuple[float, ...] = (1, 1, 1), **own: Any) -> Advice:
-    kind = Kind("fspad", RoundCost(tau_to_pay - 1, 0.0, 0.01), 1, to_train=True)
+    kind = Kind("fspad", RoundCost(tau_to_pay - 1, 0.0, 0.01), 1, to_train=True, flags=" --method fspad")
     summaries = [summary(name, speedup) for name, speedup in {"plain": 1.0, **speedups}.items()]
     settings = AdviceSettings(own.pop("model", "some/model"), **own)
     times = dict(zip((1, 5, 16), passes, strict=True))
@@ -113,9 +115,12 @@ def commands(found: Advice) -> list[str]:
 
 
 def test_what_pays_now_comes_first_and_then_training() -> None:
-    first, second = commands(advice({"prompt-lookup": 1.3}, 1.4))
-    assert first == "outdraft chat --model some/model --method prompt-lookup"
-    assert second.startswith("outdraft regenerate --model some/model --data prompts.jsonl")
+    first, second, third = commands(advice({"prompt-lookup": 1.3}, 1.4, quantize="int8"))
+    assert first == "outdraft chat --model some/model --quantize int8 --method prompt-lookup"
+    assert second.startswith("outdraft regenerate --model some/model --quantize int8 --data prompts.jsonl")
+    assert (
+        third == "outdraft train --model some/model --method fspad --data answers.jsonl --output-dir drafter --dry-run"
+    )
 
 
 def test_training_is_not_advised_where_it_would_not_pay() -> None:

@@ -242,6 +242,16 @@ def test_a_data_set_of_the_hub_is_asked_for_its_split(monkeypatch: pytest.Monkey
         read_conversations("hf:some/set:none")
 
 
+def test_rows_of_a_table_are_records_by_the_names_in_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('prompt,source\n"What, then?",me\nWho?,you\n')
+    (tmp_path / "p.tsv").write_text("instruction\tinput\nAdd\t2 and 3\n")
+    for name, asked in (("p.csv", ["What, then?", "Who?"]), ("p.tsv", ["Add\n\n2 and 3"])):
+        assert [one.questions[0]["content"] for one in read_conversations(tmp_path / name)] == asked
+    (tmp_path / "bad.csv").write_text("colour\nred\n")
+    with pytest.raises(UserError, match=r"bad.csv:#1: unknown shape with keys: colour"):
+        read_conversations(tmp_path / "bad.csv")
+
+
 def test_parquet_rows_are_records(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")

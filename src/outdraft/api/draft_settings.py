@@ -36,32 +36,35 @@ class DraftSettings:
     """Settings of drafting. A setting that is None follows from the drafter, the device and the sampling settings."""
 
     tree_depth: int | None = None
-    """Levels of a tree below its first: a path holds at most depth + 1 drafted tokens."""
+    """Depth of the draft tree below its first level: a path has at most depth + 1 drafted tokens."""
     tree_top_k: int | None = None
-    """Most tokens of a level that are drafted further, and continuations of each; 1 drafts a chain."""
+    """Branching of the draft tree: tokens of a level that are expanded, and continuations of each; 1 drafts a chain."""
     tree_size: int | Literal["auto"] | None = None
     """Nodes that the target verifies, the root included. `auto` chooses depth, width and size by their measured cost on
     this machine."""
     num_speculative_tokens: int | None = None
-    """Draft a chain of so many tokens instead of a tree."""
+    """Draft a chain of this many tokens instead of a tree."""
     candidates: CandidateKind | None = None
     """`top-k` drafts the most probable candidates in EAGLE-2's dynamic tree; `sampled` and `sampled-with-replacement`
     draft `tree_top_k` chains sampled from the drafter's probabilities; `spine` one such chain, and beside it the most
     probable candidates of a drafter that has all levels at once."""
     prompt_lookup_min: int | None = None
-    """Draft what followed last time if this many tokens at the end of the text occurred before; 0 is off. [4]"""
+    """N-gram drafts: where the last tokens, at least this many, stand in the text before, draft what followed them
+    there; 0 is off.  [4]"""
     prompt_lookup_num_tokens: int | None = None
-    """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; no longer than other
-    drafts if a temperature is set.  [20]"""
+    """Most tokens of an n-gram draft, which also has at most twice as many as tokens matched; with a temperature at
+    most as many as other drafts.  [20]"""
     controller: str | ControlSettings | Pacer | None = None
-    """Controller of draft lengths; by default drafts are as long as they pay (CPU) unless a shape is asked for. `fixed`
-    drafts to the limit; `confidence` while the drafter is confident; `beta` and `calibrated` learn by Thompson
-    sampling, the second from the drafter's confidence too; `auto` chooses whole shapes. Options follow:
-    `calibrated,discount=0.95`."""
+    """What decides how long drafts are: `fixed` drafts to the limit; `confidence` while the drafter is confident;
+    `beta` and `calibrated` learn by Thompson sampling what pays, the second from the drafter's confidence too; `auto`
+    chooses whole shapes. Options follow: `calibrated,discount=0.95`. By default calibrated on a CPU unless a shape is
+    given, else fixed."""
     coupling: Coupling | None = None
-    """Randomness with a temperature: `noise` (a seed gives the tokens that transformers samples) or `dice`.  [noise]"""
+    """How tokens are sampled above temperature 0: `noise` (a seed gives the tokens of transformers' generate) or `dice`
+    (accept with probability min(1, p/q)).  [noise]"""
     exact: bool = False
-    """Make greedy text equal to plain decoding's even at near-ties; this is slower."""
+    """Make greedy text equal to plain decoding's even where two tokens are nearly tied: at no cost on backend native,
+    slower on others."""
 
     def __post_init__(self) -> None:
         for name in NUMBERS:

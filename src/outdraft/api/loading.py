@@ -253,6 +253,8 @@ def _has_words(folder: Path) -> bool:
 
 def _model_folder(folder: Path) -> Path:
     """Return the folder itself, or raise the UserError that says why it is no model's."""
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file; give a model's folder, a hub id or a GGUF file")
     if not folder.is_dir():
         raise UserError(f"no model folder at '{folder}'; check the path")
     if not (folder / "config.json").is_file():

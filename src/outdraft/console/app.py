@@ -15,9 +15,13 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from outdraft.errors import UserError
+from outdraft.errors import TRAINING_NAMES, UserError
 
 USER_MISTAKE, INTERNAL, INTERRUPTED = 2, 1, 130
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 OTHER_FLAGS = {
@@ -29,6 +33,8 @@ OTHER_FLAGS = {
     "--assistant-model": "--draft-model",
     "--speculative-model": "--draft-model",
     "--draft-model-path": "--draft-model",
+    "--output-file": "--output",
+    **{_flag(other): _flag(own) for other, own in TRAINING_NAMES.items()},
 }
 """The names of flags in other programs, mapped to their names here."""
 
@@ -123,7 +129,8 @@ def _unknown_flag(error: Any) -> str | None:
         return None
     known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     others = {other: own for other, own in OTHER_FLAGS.items() if own in known and other not in known}
-    (near,) = difflib.get_close_matches(flag, [*known, *others], n=1) or [""]
+    longer = [name for name in known if name.startswith(flag)] if len(flag) > len("--x") else []
+    (near, *_) = longer or difflib.get_close_matches(flag, [*known, *others], n=1) or [""]
     if near in others:
         return f"no such option: {flag}; here it is {others[near]}"
     return f"no such option: {flag}" + (f"; did you mean {near}?" if near else "")

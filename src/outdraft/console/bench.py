@@ -32,14 +32,16 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help=f"Of {','.join(names())}, and METHOD+lookup, which drafts repetitions, too; else prompt lookup, and "
-            "all given both ways.",
+            help=f"Methods to compare, with commas: {', '.join(names())}; METHOD+lookup adds n-gram drafts. By default "
+            "prompt-lookup, and every given drafter with and without n-gram drafts.",
         ),
     ] = None,
     controllers: Annotated[
         str,
         typer.Option(
-            "--controllers", help="Of default,fixed,confidence,beta,calibrated: every drafter runs with each."
+            "--controllers",
+            help="Controllers to compare, with commas: default, fixed, confidence, beta, calibrated. Every drafter "
+            "runs with each.",
         ),
     ] = "default",
     peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",
@@ -68,7 +70,9 @@ def bench(
     ] = False,
     reread: Annotated[
         Path | None,
-        typer.Option("--reread", help="Only Spec-Bench's figures again, from the answer files of this --output-dir."),
+        typer.Option(
+            "--reread", help="Measure nothing; print Spec-Bench's figures for the answer files of this --output-dir."
+        ),
     ] = None,
     dtype: o.Dtype = None,
     device: o.Device = None,

@@ -53,7 +53,7 @@ def chat(
     chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
 ) -> None:
-    """Talk with a model; /plain turns the drafter off and on."""
+    """Chat with a model; /plain turns the drafter off and on."""
     flags = locals()
     from outdraft.api.generation import load
 

@@ -27,7 +27,7 @@ def doctor(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Say whether a drafter fits its target and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
+    """Check that a drafter fits its model and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
     from outdraft.api.prompts import encode, read_prompts
     from outdraft.data.provenance import environment

@@ -74,6 +74,8 @@ def table(facts: dict[str, Any]) -> Table:
 
 
 def _check(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file; give the folder of a model or drafter, a hub id or a GGUF file")
     if not folder.is_dir():
         raise UserError(f"no folder at '{folder}'; check the path")
     if (base := base_of(folder)) is not None:

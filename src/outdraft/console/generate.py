@@ -67,6 +67,7 @@ def generate(
     flags = locals()
     text = _prompt_text(prompt, prompt_file)
     from outdraft.api.generation import load
+    from outdraft.target.backends import is_native
 
     loaded = load(model, draft_model, **o.loading(**flags))
     settings = {
@@ -85,8 +86,8 @@ def generate(
             said.print(legend(), soft_wrap=True)
         streamed = stream(loaded.stream(asked, **settings), results(show_drafts), show_drafts)
         said.print(streamed.line(loaded.plain_seconds), style="dim", markup=False, soft_wrap=True)
-        width = loaded.target.dtype.itemsize
-        if any(streamed.accepted) and width < 4 and not settings.get("temperature") and not exact:
+        rounds = loaded.target.dtype.itemsize < 4 and not is_native(loaded.target.backend)
+        if any(streamed.accepted) and rounds and not settings.get("temperature") and not exact:
             said.print(NEAR_TIES.format(str(loaded.target.dtype).removeprefix("torch.")), style="dim", soft_wrap=True)
         return
     output = loaded.generate(asked, **settings)

@@ -56,7 +56,7 @@ def one_of(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-TARGET = "Target: a folder, a GGUF file, a hub id, `smollm2`, or `reference` (shipped)."
+TARGET = "The target model: a folder, GGUF file, hub id, `smollm2` (135M chat model) or `reference` (20M test model)."
 
 Model = Annotated[str, typer.Option("--model", "-m", help=TARGET)]
 DraftModel = Annotated[
@@ -64,7 +64,7 @@ DraftModel = Annotated[
     typer.Option(
         "--draft-model",
         "-d",
-        help="Drafter: its folder or hub id, a smaller model, or `smollm2` or `reference` (shipped).",
+        help="Drafter: its folder or hub id, a smaller model, or `smollm2` or `reference` for one that ships.",
     ),
 ]
 Method = Annotated[
@@ -75,7 +75,7 @@ Method = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default what the device is fastest in.")
+    str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default the fastest on the device.")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 Backend = Annotated[
@@ -87,7 +87,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="int8|int4",
-        help="Quantise the target's weights (CPU); lossless with regard to that.",
+        help="Quantise the target's weights (CPU); the output is then the quantised model's.",
     ),
 ]
 GenerationConfig = Annotated[
@@ -95,7 +95,7 @@ GenerationConfig = Annotated[
     typer.Option(
         "--generation-config",
         metavar="auto|vllm",
-        help="`vllm` ignores the sampling settings and bans that the model's folder holds, as in vLLM.",
+        help="auto: sampling defaults from the model's generation_config.json; vllm: ignore that file, as vLLM does.",
     ),
 ]
 
@@ -171,13 +171,15 @@ TemplateKwargs = Annotated[
         "--chat-template-kwargs",
         callback=mapping,
         metavar="JSON",
-        help='What the chat template itself is told: {"enable_thinking": false}.',
+        help='Variables for the chat template, as JSON: {"enable_thinking": false}.',
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON alone on stdout; everything else on stderr.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout; everything else goes to stderr.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed; makes sampling repeatable.")]
 Coupling = Annotated[str | None, typer.Option("--coupling", help=DRAFT["coupling"])]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")]
 
 Chain = Annotated[int | None, typer.Option("--num-speculative-tokens", help=DRAFT["num_speculative_tokens"])]
 TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=DRAFT["tree_depth"])]
@@ -212,7 +214,7 @@ LookupMin = Annotated[int | None, typer.Option("--prompt-lookup-min", help=DRAFT
 LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=DRAFT["prompt_lookup_num_tokens"])]
 Controller = Annotated[str | None, typer.Option("--controller", help=DRAFT["controller"])]
 
-ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that the drafter had guessed.")]
+ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that came from drafts.")]
 Exact = Annotated[bool, typer.Option("--exact", help=DRAFT["exact"])]
 
 Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]

@@ -62,7 +62,10 @@ def serve(
         typer.Option("--chat-template-kwargs", callback=o.mapping, metavar="JSON", help=SERVE["chat_template_kwargs"]),
     ] = None,
 ) -> None:
-    """Answer OpenAI's clients, with speculation on; sampling options are what requests that do not say get."""
+    """Serve a model with drafts over OpenAI's API, with a chat page at /.
+
+    Sampling options are the defaults of requests that do not set them.
+    """
     from outdraft.serving.settings import ServeSettings
 
     settings = ServeSettings(

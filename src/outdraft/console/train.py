@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,9 @@ AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Any setting as key=value; an unknown one is answered with the nearest that there is."),
+        typer.Argument(
+            help="Any training setting as key=value, such as learning_rate=5e-4; docs/reference/settings.md lists them."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.TARGET)] = None,
     config: Annotated[
@@ -55,15 +58,18 @@ def train(
         ),
     ] = None,
     hold_out: Annotated[
-        int | None, typer.Option("--hold-out", help="Last conversations kept out of training and measured on (32).")
+        int | None,
+        typer.Option("--hold-out", help="Conversations held out for evaluation, the last ones of the data (32)."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the last checkpoint of --output-dir, with the settings it was begun with."
+            "--resume", help="Continue from the last checkpoint in --output-dir, which also keeps the run's settings."
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory and time; train nothing.")
+    ] = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     json: o.Json = False,
@@ -90,6 +96,9 @@ def train(
         results().print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s{measured}", markup=False)
         if verdict is not None:
             results().print(str(verdict), markup=False)
+        model, drafter = (shlex.quote(str(name)) for name in (trainer.model, result.folder))
+        after = f"next: outdraft bench --model {model} --draft-model {drafter}"
+        remarks().print(after, style="dim", markup=False, soft_wrap=True)
 
 
 def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> DrafterTrainer:

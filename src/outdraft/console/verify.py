@@ -51,7 +51,7 @@ def verify(
     generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
 ) -> None:
-    """Check with evidence that drafting leaves the target's output distribution as it is: exit code 0 if so, 1 if not.
+    """Test that drafting keeps the model's output distribution: exit code 0 if so, 1 if not.
 
     States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
     """

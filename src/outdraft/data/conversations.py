@@ -236,7 +236,7 @@ class ConversationSet:
 def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> ConversationSet:
     """Read all records of a file, of every `*.jsonl` and `*.parquet` of a folder by name, or of `hf:NAME`.
 
-    A file is JSON lines, a JSON list, Parquet, or a text with a prompt a line.
+    A file is JSON lines, a JSON list, a table, Parquet, or a text with a prompt a line.
 
     Args:
         path: the file, the folder or the data set.

@@ -1,4 +1,4 @@
-"""Records of data from JSON lines, JSON lists, Parquet, texts with a prompt a line, and the hub.
+"""Records of data from JSON lines, JSON lists, tables, Parquet, texts with a prompt a line, and the hub.
 
 All prompts and conversations are read here, so that every verb takes the same files; the readers of records decide what
 they mean. Text is plain or compressed UTF-8 or UTF-16, with or without a mark at its beginning. A line ends at a line
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
 import importlib
 import io
@@ -127,6 +128,9 @@ HUB = "hf:"
 """The prefix of names of Hugging Face hub data sets."""
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+"""The suffixes of tables, whose first line names the fields, and what separates these."""
+
 FOLDER_SUFFIXES = (".jsonl", ".parquet")
 """The suffixes of the files that are read of a folder."""
 
@@ -157,6 +161,10 @@ def read_records(source: str | Path) -> Iterator[Found]:
     suffix = plain_suffix(file)
     if suffix == ".parquet":
         yield from _numbered(file, _parquet(file))
+        return
+    if suffix in TABLE_SUFFIXES:
+        table = csv.DictReader(io.StringIO(whole_text(file)), delimiter=TABLE_SUFFIXES[suffix])
+        yield from _numbered(file, table)
         return
     first = next((line for _, line in text_lines(file) if isinstance(line, str)), "")
     if suffix in JSON_SUFFIXES or (suffix != ".txt" and (first == "[" or first.startswith(("{", "[{")))):

@@ -61,6 +61,7 @@ class AdviceSettings:
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens"):
@@ -77,6 +78,8 @@ class Kind:
     parameters: int
     to_train: bool
     """True if the drafter is untrained, with arbitrary weights."""
+    flags: str = ""
+    """The flags of `outdraft train` for such a drafter."""
     always: bool = True
     """True if it drafts in every round; prompt lookup drafts only where the text repeats, so no tau is its bound."""
 
@@ -160,10 +163,7 @@ class Advice:
 def next_steps(advice: Advice) -> list[Step]:
     """Return the commands to run: first those that pay now, then those that would bring more."""
     settings, best, trainable = advice.settings, advice.best, advice.trainable
-    model = f"--model {shlex.quote(settings.model)}"
-    for name in ("dtype", "device", "backend"):
-        if (value := getattr(settings, name)) is not None:
-            model += f" --{name} {value}"
+    model = _flags(settings, "dtype", "device", "backend", "quantize")
     drafter = "" if settings.draft_model is None else f" --draft-model {shlex.quote(settings.draft_model)}"
     steps = []
     if best is not None and best.name == LOOKUP:
@@ -188,9 +188,18 @@ def next_steps(advice: Advice) -> list[Step]:
                 f"outdraft regenerate {model} --data {data} --temperature 0,1 --output answers.jsonl",
             )
         )
+        chosen = _flags(settings, "dtype", "device") + trainable.flags
+        command = f"outdraft train {chosen} --data answers.jsonl --output-dir drafter --dry-run"
+        steps.append(Step("then see what training would take, and train", command))
     if not steps:
         steps.append(Step("plain decoding is the fastest here", f"outdraft chat {model} --method none"))
     return steps
+
+
+def _flags(settings: AdviceSettings, *names: str) -> str:
+    """Format the model and these settings, where they were given, as flags."""
+    given = {"model": shlex.quote(settings.model)} | {name: getattr(settings, name) for name in names}
+    return " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
 
 
 def show(advice: Advice, console: Console) -> None:
@@ -211,7 +220,7 @@ def show(advice: Advice, console: Console) -> None:
     held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
     console.print(f"Memory: {held}.")
     if (note := busy(facts)) is not None:
-        console.print(note)
+        console.print(f"{note} Run this again on a quiet machine before you decide.")
     console.print(Text("Now: " + closing(advice.prompts.summaries), "bold"))
     console.print(Text("A trained drafter: " + trained(advice), "bold"))
     for step in advice.next:

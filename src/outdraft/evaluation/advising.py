@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
 from outdraft.api.prompts import encode, read_prompts
 from outdraft.core.shape import TreeShape
 from outdraft.data.provenance import environment, load_average, peak_memory_bytes
@@ -54,12 +54,18 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         UserError: something cannot be loaded, read or decoded.
     """
     start = time.perf_counter()
-    whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
-    target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
+    backend = quantised_backend(settings.backend, settings.quantize)
+    place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
+    whole = load_target(settings.model, **place, backend="eager")
+    if settings.quantize is not None:
+        target = load_target(settings.model, **place, backend=backend)
+    else:
+        target = load_target(whole.model, whole.tokenizer, backend=backend)  # the same weights
     prompts = _prompts(settings, target)
-    untrained, left_out = _untrained(whole, target, settings.backend)
+    choices = _choices(target)
+    untrained, left_out = _untrained(choices, whole, target, backend)
     del whole  # a second copy of the weights, where the target's are packed
-    given = load_drafter_for(target, settings.draft_model, backend=settings.backend)
+    given = load_drafter_for(target, settings.draft_model, backend=backend)
     kinds = dict(untrained)
     if given is not None:
         kinds[given.method + " as given"] = given
@@ -70,7 +76,14 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         passes,
         head_seconds(target),
         [
-            Kind(name, costs[name], drafter.num_parameters, name in untrained, not drafter.limits.looks_back)
+            Kind(
+                name,
+                costs[name],
+                drafter.num_parameters,
+                to_train=name in untrained,
+                flags="".join(f" --{flag.replace('_', '-')} {value}" for flag, value in choices.get(name, {}).items()),
+                always=not drafter.limits.looks_back,
+            )
             for name, drafter in {**kinds, LOOKUP: PromptLookup()}.items()
         ],
         left_out,
@@ -98,16 +111,21 @@ def _prompts(settings: AdviceSettings, target: Target) -> list[list[int]]:
     return fitting
 
 
-def _untrained(whole: Target, target: Target, backend: str | None) -> tuple[dict[str, Drafter], dict[str, str]]:
-    """Build untrained drafters as `train` would begin them; also return the impossible kinds, with the reason."""
+def _choices(target: Target) -> dict[str, dict[str, Any]]:
+    """Return the settings of the drafters that could be trained, by the names that are shown."""
     exit_layer = max(1, target.num_layers // 4)
-    wanted: dict[str, dict[str, Any]] = {
-        "fspad": {"method": "fspad"},
-        f"eesd, exit after layer {exit_layer} of {target.num_layers}": {"method": "eesd", "exit_layer": exit_layer},
-    }
+    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in ("fspad", "fspad-1f", "eagle3")}
+    shown = f"eesd, exit after layer {exit_layer} of {target.num_layers}"
+    return {**found, shown: {"method": "eesd", "exit_layer": exit_layer}}
+
+
+def _untrained(
+    choices: dict[str, dict[str, Any]], whole: Target, target: Target, backend: str | None
+) -> tuple[dict[str, Drafter], dict[str, str]]:
+    """Build untrained drafters as `train` would begin them; also return the impossible kinds, with the reason."""
     found: dict[str, Drafter] = {}
     left_out = {}
-    for name, choice in wanted.items():
+    for name, choice in choices.items():
         try:
             network = new_drafter(whole, DrafterConfig(data=Path(), output_dir=Path(), **choice))
             drafter = load_drafter_for(target, network, backend=backend)

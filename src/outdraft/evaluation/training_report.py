@@ -186,7 +186,7 @@ class TrainingVerdict:
 
 
 def training_verdict(
-    target: Target, folder: Path, tau: float | None, best_step: int, rows: int = 1
+    target: Target, folder: Path, tau: float | None, best_step: int, prompts: Sequence[list[int]]
 ) -> TrainingVerdict | None:
     """Judge the drafter in `folder`; None where no tau was measured.
 
@@ -195,16 +195,16 @@ def training_verdict(
         folder: folder of the finished run.
         tau: mean acceptance length at its end.
         best_step: the step whose weights were saved.
-        rows: rows that were decoded together for tau, on which the trees depend.
+        prompts: token ids of the prompts that were decoded together for tau; trees depend on their number, and rounds
+            are timed after the first one.
     """
     if tau is None or not math.isfinite(tau):
         return None
     drafter = load_drafter_for(target, folder, backend=target.backend)
     assert drafter is not None  # the run has saved one
     record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    tokens = min(32, target.context_length // 4)
-    prompt = [place % target.vocab_size for place in range(tokens)]
-    shape = resolve(DraftSettings(controller="fixed"), drafter, target.device, rows=rows).shape
+    prompt = prompts[0][: min(32, target.context_length // 4)]
+    shape = resolve(DraftSettings(controller="fixed"), drafter, target.device, rows=len(prompts)).shape
     ways: dict[str, Way] = {PLAIN: (None, NOTHING), drafter.method: (drafter, shape)}
     laps = timed(target, ways, prompt, end=time.perf_counter() + SECONDS)
     cost = RoundCost.of(laps[PLAIN], laps[drafter.method], shape)

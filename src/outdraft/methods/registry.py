@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from outdraft.errors import UserError, first_line
+from outdraft.errors import UserError, first_line, meant
 
 if TYPE_CHECKING:
     import torch
@@ -270,7 +270,8 @@ def method_called(name: str) -> Method:
         UserError: no method has this name.
     """
     if name not in (known := methods()):
-        raise UserError(f"unknown method '{name}'; choose one of {', '.join((*known, NONE))}")
+        there_are = f"; choose one of {', '.join((*known, NONE))}"
+        raise UserError(f"unknown method '{name}'{meant(name, known, {}) or there_are}")
     return known[name]
 
 

@@ -30,7 +30,7 @@ class ServeSettings:
     prefill_chunk: int = 256
     """Prompt tokens run between two rounds of the answers that are being decoded."""
     max_waiting: int = 512
-    """Requests that may wait; further ones are told to come back (429)."""
+    """Requests that may wait; further ones get HTTP 429."""
     max_request_bytes: int = 4 * 2**20
     """Bytes of a request at most."""
     request_timeout: float = 30.0

@@ -233,6 +233,8 @@ class AnswerFile:
     def _claim(self, settings: dict[str, Any], resume: bool) -> None:
         """Take the file over, or raise UserError with the reason."""
         output, record = self.path, self.path.with_name(self.path.name + ".settings.json")
+        if output.is_dir():
+            raise UserError(f"{output} is a folder; give the name of a file, such as {output / 'answers.jsonl'}")
         if not output.exists() or not output.stat().st_size:
             output.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(settings) + "\n")
@@ -242,7 +244,10 @@ class AnswerFile:
         try:
             before = json.loads(record.read_text())
         except (OSError, ValueError):
-            raise UserError(f"{record.name} is missing beside {output}; choose another output") from None
+            raise UserError(
+                f"{output} exists, and {record.name} beside it does not, so it is no output of regenerate to go on "
+                "with; choose another output"
+            ) from None
         if before.get("format") != FORMAT:
             raise UserError(f"{output} was written by another version of outdraft; choose another output")
         for name, value in settings.items():

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_core import PydanticCustomError
 
-from outdraft.errors import UserError, meant
+from outdraft.errors import TRAINING_NAMES, UserError, meant
 from outdraft.methods.registry import method_called, readers, trained
 
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
@@ -43,8 +43,8 @@ class DrafterConfig(BaseModel):
     method: Annotated[str, AfterValidator(_trained)] = "fspad"
     """The drafter's method, of those that can be trained."""
     preset: Preset = "auto"
-    """Recipe for what is not set by hand: tiny (targets below 30M parameters), small (below 1B), base, paper (the
-    published values exactly), or auto (by the target's size)."""
+    """Defaults of the settings that are not given: tiny (targets below 30M parameters), small (below 1B), base, paper
+    (the published values exactly), or auto (by the target's size)."""
 
     # --- data
     on_bad_line: Literal["error", "skip"] = "error"
@@ -52,11 +52,11 @@ class DrafterConfig(BaseModel):
     max_length: int = Field(2048, ge=3)
     """Tokens of an example; longer ones are cut."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What the chat template itself is told, as JSON: {"enable_thinking": false}."""
+    """Variables for the chat template, as JSON: {"enable_thinking": false}."""
 
     # --- the drafter
     intermediate_size: int | None = Field(None, ge=1)
-    """Width of the drafter's inner space; the target's own when not given."""
+    """Width of the drafter's MLP; the target's own when not given."""
     feature_sampling: bool | None = None
     """FSPAD's token-gated fusion; the method decides when not given (an ablation switch)."""
     partial_alignment: bool | None = None
@@ -75,7 +75,7 @@ class DrafterConfig(BaseModel):
     the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
     init_from: str | None = None
     """Drafter whose weights to begin with: a folder, a hub id (official FSPAD, EAGLE and EAGLE-3 ones too), `smollm2`
-    or `reference`; its shape must be this run's, and is for EAGLE-3."""
+    or `reference`. Its sizes must be those of this run's settings; EAGLE-3 takes them from it."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -355,7 +355,10 @@ def _one_line(problem: ValidationError) -> str:
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        said = meant(key, DrafterConfig.model_fields, {}) or f"; known are {', '.join(DrafterConfig.model_fields)}"
+        said = (
+            meant(key, DrafterConfig.model_fields, TRAINING_NAMES)
+            or f"; known are {', '.join(DrafterConfig.model_fields)}"
+        )
         return f'unknown training setting "{key}"{said}'
     if first["type"] == "missing":
         return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'

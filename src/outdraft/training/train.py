@@ -153,7 +153,7 @@ def train(
         meter.log = trainer.log
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
-    _run(trainer, checkpoint, stop, progress, console, ended=checkpoint is not None and best.out_of_patience)
+    _run(trainer, checkpoint, stop, progress, ended=checkpoint is not None and best.out_of_patience)
 
     tau, step = None, trainer.state.global_step
     if meter is not None and args.should_save:
@@ -228,7 +228,6 @@ def _run(
     checkpoint: Path | None,
     stop: OrderlyStop,
     progress: ProgressReport,
-    console: Console,
     ended: bool,
 ) -> None:
     """Run the training loop; it ends with the final weights in the drafter, or KeyboardInterrupt after a checkpoint."""
@@ -242,10 +241,11 @@ def _run(
     finally:
         progress.close()
     if stop.asked and trainer.state.global_step < total:
-        console.print(
-            f"stopped; step {trainer.state.global_step} of {total} is saved, go on with --resume", highlight=False
+        folder = trainer.args.output_dir
+        raise KeyboardInterrupt(
+            f"stopped; step {trainer.state.global_step} of {total} is saved, go on with "
+            f"`outdraft train --resume --output-dir {folder}`"
         )
-        raise KeyboardInterrupt
 
 
 def _save(

@@ -279,5 +279,6 @@ def training_arguments(config: DrafterConfig, device: torch.device, total_steps:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"report_to {', '.join(config.report_to)}: {first_line(error)}; choose another") from error
+        said = first_line(error).rstrip(".")
+        raise UserError(f"report_to {', '.join(config.report_to)}: {said}; or choose another") from error
     return args

@@ -1,0 +1,5 @@
+"""`python -m outdraft` is `outdraft`."""
+
+from outdraft.cli import main
+
+main()
