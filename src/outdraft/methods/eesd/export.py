@@ -24,8 +24,10 @@ from outdraft.target.target import Target
 from outdraft.target.views import Reads, layers_of
 
 
-def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: torch.dtype | None) -> Written:
-    """Write the drafter as a model's folder; arguments as in `Method.export`.
+def export_exit(
+    source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
+) -> Written:
+    """Write the drafter as a model's folder, the same for every engine; arguments as in `Method.export`.
 
     Raises:
         UserError: the family cannot be built with fewer layers.
