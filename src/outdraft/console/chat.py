@@ -24,40 +24,24 @@ HELP = (
 TAU = "; after an answer, tau is how many tokens a pass of the model brought; plain decoding has 1."
 
 
+@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
 def chat(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
     method: o.Method = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
     max_new_tokens: o.MaxNewTokens = 512,
-    temperature: o.Temperature = None,
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     coupling: o.Coupling = None,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
-    prompt_lookup_min: o.LookupMin = None,
-    prompt_lookup_num_tokens: o.LookupTokens = None,
-    controller: o.Controller = None,
     exact: o.Exact = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
+    **flags: Any,
 ) -> None:
     """Talk with a model; /plain turns the drafter off and on."""
-    flags = locals()
     from outdraft.api.generation import load
 
-    loaded = load(model, draft_model, **o.loading(**flags))
+    loaded = load(model, draft_model, **o.loading(method=method, **flags))
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, exact=exact or None, chat_template_kwargs=chat_template_kwargs),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -227,18 +228,46 @@ def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-LOADED = ("method", "dtype", "device", "backend", "quantize", "generation_config")
-SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-DRAFTED = (
-    *("num_speculative_tokens", "tree_depth", "tree_top_k", "tree_size"),
-    *("prompt_lookup_min", "prompt_lookup_num_tokens", "controller"),
-)
-"""The flags that `load` takes, those of sampling, and those of what is drafted."""
+LOADED = {
+    **{"dtype": Dtype, "device": Device, "backend": Backend, "quantize": Quantize},
+    "generation_config": GenerationConfig,
+}
+SAMPLED = {
+    **{"temperature": Temperature, "top_p": TopP, "top_k": TopK, "min_p": MinP},
+    "repetition_penalty": RepetitionPenalty,
+}
+SHAPED = {"num_speculative_tokens": Chain, "tree_depth": TreeDepth, "tree_top_k": TreeTopK, "tree_size": TreeSize}
+DRAFTED = SHAPED | {
+    **{"prompt_lookup_min": LookupMin, "prompt_lookup_num_tokens": LookupTokens},
+    "controller": Controller,
+}
+"""The flags that `load` takes, those of sampling, of the shape of drafts, and of all that is drafted."""
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def with_flags(*groups: Mapping[str, Any]) -> Callable[[Verb], Verb]:
+    """Give a verb the flags of these groups after its own; it gets them as keywords (`**flags`)."""
+    more = [
+        Parameter(
+            name, Parameter.KEYWORD_ONLY, default="auto" if name == "generation_config" else None, annotation=kind
+        )
+        for group in groups
+        for name, kind in group.items()
+    ]
+
+    def given(verb: Verb) -> Verb:
+        whole = signature(verb, eval_str=True)
+        own = [part for part in whole.parameters.values() if part.kind is not Parameter.VAR_KEYWORD]
+        verb.__signature__ = whole.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return verb
+
+    return given
 
 
 def loading(**flags: Any) -> dict[str, Any]:
     """Return those of a verb's flags that `load` takes."""
-    return {name: flags[name] for name in LOADED}
+    return {name: flags[name] for name in ("method", *LOADED)}
 
 
 def drafting(**flags: Any) -> dict[str, Any]:
