@@ -38,8 +38,6 @@ def meant(name: str, known: Iterable[str], others: Mapping[str, str] = OTHER_NAM
     """What stands in a message after an unknown name: `; did you mean 'temperature'?`, or nothing where none is near.
 
     Args:
-        name: as it was given.
-        known: the names that there are.
         others: names of other libraries, and what they are called here.
     """
     if name in others:

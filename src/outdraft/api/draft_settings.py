@@ -239,11 +239,8 @@ def _shape(
 
     Args:
         asked: settings of the user; with `tree_size` `auto` or a controller the numbers are bounds.
-        drafter: the drafter; None drafts nothing.
-        device: device of the target.
         thrown: True if drafts are drawn by dice; trees that are asked for stay EAGLE-2's.
         controlled: True if the length of drafts varies; a default is then the upper bound.
-        rows: number of rows decoded together.
     """
     if drafter is None:
         return TreeShape(0, 1, 1)

@@ -38,13 +38,6 @@ def guides(
 ) -> list[list[LogitsProcessor]]:
     """The logits processors that guide every row; none where the row's text is free.
 
-    Args:
-        formats: a `response_format`, or a list of one for each row.
-        prompts: token ids of every row.
-        tokenizer: of the model.
-        ends: tokens that end an answer.
-        own_ends: those that the model itself ends with.
-
     Raises:
         UserError: a format is unknown or cannot be compiled, or there is no tokenizer or no end token.
     """
@@ -124,8 +117,6 @@ class Vocabulary:
     """A tokenizer as the library sees it: the bytes of every token. Kept for the next request.
 
     Args:
-        tokenizer: of the model.
-        ends: tokens that end an answer.
         own_ends: those that the model itself ends with. A further one ends a guided text only if it is special, for
             the others are letters of the text like any other.
 
@@ -166,10 +157,6 @@ def _library() -> Any:
 class Grammar:
     """What the text of an answer must be, compiled for a vocabulary.
 
-    Args:
-        source: in the library's own words.
-        vocabulary: of the model.
-
     Raises:
         UserError: the source has a mistake or needs what the library does not know.
     """
@@ -195,10 +182,6 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     After a prefix that the grammar itself rules out, and after an end of sequence, logits stay as they are: nothing is
     decided there, though a drafter may look.
-
-    Args:
-        grammar: of the text.
-        prompt_length: tokens before the text.
     """
 
     guides_drafts = True

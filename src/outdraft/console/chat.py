@@ -52,17 +52,7 @@ def chat(
 
 
 class Chat:
-    """A conversation with a model on the terminal.
-
-    Args:
-        model: the model, with its drafter if it has one.
-        settings: settings of `generate` for every answer.
-        tree: settings of the tree for answers with the drafter.
-        console: console of the answers.
-        remarks: console of prompts and figures.
-        show_drafts: colour accepted draft tokens.
-        system: a system message that every conversation begins with.
-    """
+    """A conversation with a model on the terminal."""
 
     def __init__(
         self,

@@ -169,11 +169,6 @@ class DemoResult:
 def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
     """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training.
 
-    Args:
-        settings: settings of the demo.
-        console: where the answer is streamed.
-        remarks: where progress goes.
-
     Raises:
         UserError: the target is missing, or a setting cannot be kept.
     """
@@ -217,15 +212,7 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
 
 
 def race(model: SpeculativeModel, name: str, messages: list[Message], console: Console, max_new_tokens: int) -> Race:
-    """Stream both answers, greedily.
-
-    Args:
-        model: a model with a drafter and a chat template.
-        name: name of its way of drafting.
-        messages: the conversation to answer.
-        console: where it all appears; drafted tokens are tinted where it has colours.
-        max_new_tokens: tokens that each answer may have.
-    """
+    """Stream both answers, greedily."""
     alone = model.with_drafter(None)
     greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     for one in (alone, model):  # first calls are slower

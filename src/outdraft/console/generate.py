@@ -176,9 +176,6 @@ def stream(
     """Print the pieces of a row as they come.
 
     Args:
-        pieces: of one row.
-        console: where they are printed.
-        show_drafts: colour drafted tokens.
         streamed: filled in place, for callers that need the answer so far where Ctrl-C ends it.
     """
     streamed = Streamed() if streamed is None else streamed

@@ -98,7 +98,6 @@ def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> Draf
     Args:
         settings: settings of `DrafterConfig` and of `AROUND`.
         resume: take settings that are not given from the run's folder.
-        remarks: where progress goes.
 
     Raises:
         UserError: the settings cannot work.

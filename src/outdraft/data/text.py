@@ -26,7 +26,6 @@ class Detokenizer:
     space before its first word, if the tokenizer marks words by one.
 
     Args:
-        tokenizer: the model's tokenizer.
         skip_special_tokens: leave the text of special tokens out.
         prompt: tokens that stand before the first one. Their own text is never given out.
     """
@@ -120,7 +119,6 @@ class Stops:
 
     Args:
         strings: stop strings, any of which ends the answer.
-        tokenizer: the model's tokenizer.
 
     Raises:
         UserError: a string is empty, which every text contains.
@@ -224,8 +222,6 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes
     """Return a token's own bytes, which may be a part of a character.
 
     Args:
-        tokenizer: the model's tokenizer.
-        token: id of the token.
         name: text that the token adds at its place; gives the bytes if they are not a part of a character.
     """
     spelled = decode_text(tokenizer, [token], skip_special_tokens=False)

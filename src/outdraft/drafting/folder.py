@@ -236,9 +236,7 @@ def fitting(
     """Copy the tensors that the network wants, all in the precision of the first.
 
     Args:
-        tensors: the tensors that were read.
         wanted: the network's own state dictionary, its weights on any device.
-        file: the file that they were read from, for messages.
         asked_by: what the wanted shapes follow from, for messages.
         fix: what to do about a shape that does not fit.
         shown: names in the file that differ from the network's own.

@@ -23,7 +23,6 @@ class Text:
     """The decided tokens of one row, and where each of its n-grams last ended.
 
     Args:
-        tokens: tokens decided so far.
         longest: length of the longest n-gram, which is looked for first.
         shortest: length of the shortest n-gram.
     """

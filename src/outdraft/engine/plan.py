@@ -147,7 +147,6 @@ class DraftBudget:
     """Decides how far each row of a batch drafts in one round, by the rows' controllers (a `Budget` for drafters).
 
     Args:
-        controllers: one controller per row.
         costs: learns what the round cost.
         levels: largest number of levels in this round.
         nodes: nodes of the first level.
@@ -235,11 +234,7 @@ class DraftBudget:
 
 
 class Clock:
-    """The marks set during one round, and the seconds between them.
-
-    Args:
-        device: the device that does the work.
-    """
+    """The marks set during one round, and the seconds between them."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -61,8 +61,6 @@ class Batch:
     """The rows still running, with the target's cache and the drafter's state for them.
 
     Args:
-        target: the model that decides tokens.
-        drafter: the model that proposes tokens; None is plain decoding.
         rows: rows to decode, filled in place; each wants at least one new token.
         shape: largest shape of the trees; it may change every round.
         costs: as for `decode`.

@@ -111,9 +111,7 @@ class History:
     """The tokens of one row, prompt included. A tensor of them is made on request, in a buffer that grows in place.
 
     Args:
-        prompt: token ids.
         capacity: largest number of tokens to come.
-        device: device of the tensor.
         repeats: when to draft n-grams of the row; None never does.
     """
 

@@ -46,10 +46,6 @@ FEWEST_TOKENS = 16
 def advise(settings: AdviceSettings, remarks: Console) -> Advice:
     """Load the model, time it, try prompts, and give advice.
 
-    Args:
-        settings: the model and the sizes of the measurements.
-        remarks: where progress goes.
-
     Raises:
         UserError: something cannot be loaded, read or decoded.
     """

@@ -240,8 +240,6 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
     """Diagnose the drafter in a folder or hub repository.
 
     Args:
-        target: the model that it shall draft for.
-        draft_model: the drafter.
         prompts: token ids of prompts that the target is used with.
 
     Raises:

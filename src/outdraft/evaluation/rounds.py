@@ -119,7 +119,6 @@ def timed(
     temporary slow-down hits all of them. A first turn and the first rounds of every text do not count.
 
     Args:
-        target: the model.
         ways: ways of drafting by name.
         prompt: token ids of the prompt.
         rounds: counted rounds of a text.

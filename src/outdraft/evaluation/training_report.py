@@ -192,7 +192,6 @@ def training_verdict(
 
     Args:
         target: the target, on the backend that decodes.
-        folder: folder of the finished run.
         tau: mean acceptance length at its end.
         best_step: the step whose weights were saved.
         rows: rows that were decoded together for tau, on which the trees depend.

@@ -121,11 +121,7 @@ def export_drafter(
 
 
 class _Target:
-    """The target as an `ExportTarget`.
-
-    Args:
-        source: its folder or hub id.
-    """
+    """The target as an `ExportTarget`."""
 
     def __init__(self, source: str | Path):
         self.source = source

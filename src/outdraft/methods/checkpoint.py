@@ -249,7 +249,6 @@ def assembled(
         tensors: the file's, under the network's names.
         file: the file, for messages.
         dtype: precision of the weights; as stored when None.
-        device: device of the weights.
         kept: the ids of a reduced draft vocabulary.
         names: the names in the file of tensors that it has, for messages.
         shown: gives the name in the file of a tensor that it lacks, for messages.

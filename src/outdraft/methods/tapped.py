@@ -135,9 +135,7 @@ def layer_settings(
     and the draft vocabulary.
 
     Args:
-        config: the folder's.
         tensors: the folder's, under the network's names.
-        folder: the folder, for messages.
         attention: the prefix of the first layer's attention.
 
     Raises:

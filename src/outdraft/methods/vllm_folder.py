@@ -42,11 +42,8 @@ def llama_config(config: Any, target: Any, dtype: torch.dtype, name: str, rope: 
     """Make the Llama config of a drafter of one layer.
 
     Args:
-        config: the drafter's.
         target: the target's text config.
-        dtype: precision of the tensors.
         name: the class that the engine runs.
-        rope: the rotary settings.
     """
     ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
@@ -95,7 +92,6 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
 
     Args:
         shapes: shapes of what it asks for, by name.
-        tensors: the folder's.
     """
     if missing := [name for name in shapes if name not in tensors]:
         raise UserError(f"the drafter lacks {some(missing)}, which vLLM asks for; copy or train it again")
@@ -115,8 +111,6 @@ class Files:
     """The parts of a forward, in float32, from exported files alone.
 
     Args:
-        config: the folder's.
-        tensors: the folder's.
         rope: the rotary frequencies and the factor of cosines and sines, where the config scales them.
     """
 

@@ -45,11 +45,8 @@ class Engine:
     """Decodes jobs until it is stopped.
 
     Args:
-        target: the model.
         drafting: how to draft for jobs that do not decline the drafter.
-        settings: the server's.
         context_length: tokens that prompt and answer may have.
-        metrics: where everything is counted.
         threads: CPU threads that the model computes with.
 
     Raises:

@@ -46,10 +46,8 @@ class RequestParser:
     """Turns requests into `GenerationParams`.
 
     Args:
-        target: the model.
         tokenizer: the model's; no other thread may use it.
         names: names that clients may ask for the model by.
-        settings: the server's.
     """
 
     def __init__(self, target: Target, tokenizer: PreTrainedTokenizerBase, names: list[str], settings: ServeSettings):

@@ -83,11 +83,6 @@ def cores() -> int:
 class Service:
     """A model, its engine and the application over it.
 
-    Args:
-        model: with its drafter.
-        settings: of the server.
-        draft: what to draft.
-
     Raises:
         UserError: the model has no tokenizer, or settings that cannot be.
     """

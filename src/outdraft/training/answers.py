@@ -193,7 +193,6 @@ class AnswerFile:
     that answers by others do not get into it. A half-written last line, as a killed run leaves it, is cut off.
 
     Args:
-        path: the file.
         settings: the generation settings of the answers, as JSON values.
         resume: True keeps existing lines; False refuses an existing file.
 

@@ -86,13 +86,7 @@ class ProgressReport(TrainerCallback):
 
 
 class ReadingReport:
-    """The progress of the target's run over the data, with speed and time left; a context manager.
-
-    Args:
-        console: where it is shown.
-        examples: number of examples to read.
-        tokens: total tokens to read.
-    """
+    """The progress of the target's run over the data, with speed and time left; a context manager."""
 
     def __init__(self, console: Console, examples: int, tokens: int):
         self.console, self.examples, self.tokens = console, examples, tokens
@@ -125,7 +119,6 @@ class AnswerProgress:
     """The progress of a run's answers, with speed, tau and time left; a context manager.
 
     Args:
-        console: where it is shown.
         total: answers to write.
         longest: most tokens of an answer.
         drafting: True with a drafter, which has a tau.

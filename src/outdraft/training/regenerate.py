@@ -209,8 +209,6 @@ class RowPool:
     New rows with prompts of like length run together.
 
     Args:
-        target: the model that verifies.
-        drafter: the drafter; None is plain decoding.
         shape: shape of all trees, so that a row's draws do not depend on other rows.
         most: most rows at once; fewer if memory does not hold their caches.
     """

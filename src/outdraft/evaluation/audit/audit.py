@@ -46,8 +46,6 @@ def run_audit(
     """Check whether `model` with these settings keeps its target's output distribution.
 
     Args:
-        model: target and drafter.
-        settings: settings of the audit.
         remarks: where progress goes; nowhere when None.
         prompts: token ids, in place of the settings' prompts.
         about: names for the report, such as the model's.

@@ -57,10 +57,7 @@ def power_of(samples: float, distance: float, freedom: float, alpha: float, allo
     is the least favourable case.
 
     Args:
-        samples: number of samples.
         distance: the error, in total variation over the cells.
-        freedom: degrees of freedom.
-        alpha: level of the test.
         allowed: noncentrality a sample that rounding may cause and the test allows.
     """
     return survival(critical(alpha, freedom, samples * allowed), freedom, 4 * samples * distance**2)

@@ -129,12 +129,8 @@ def greedy_finding(
 
     Args:
         probs: unwarped target probabilities of the greedy settings.
-        prompts: token ids.
         plain, drafted: each decoder's new tokens of every prompt.
-        statistics: statistics of the drafted decoding.
-        noise: the measured noise.
         alpha: level of the test for too many ties.
-        advance: called with 1 a prompt.
     """
     found: list[TokenDivergence] = []
     differing = 0
@@ -162,12 +158,7 @@ def equality_finding(
     """Judge texts that must be equal but for near-ties.
 
     Args:
-        name: key of the check.
-        question: the check as a question.
         counts: numbers of texts, of identical ones and of tokens, in this order, by their keys in the figures.
-        found: tokens that differ.
-        statistics: statistics of the drafted decoding.
-        noise: the measured noise.
         alpha: level of the test for too many ties.
     """
     total, exact, tokens = counts.values()

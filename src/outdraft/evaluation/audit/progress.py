@@ -109,9 +109,6 @@ def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool)
     """Forecast the seconds of every check, by its name.
 
     Args:
-        settings: settings of the audit.
-        paces: measured speeds.
-        prompts: number of prompts.
         samples: True if the settings sample.
     """
     count, tokens = min(prompts, settings.limit), settings.max_new_tokens
@@ -151,12 +148,7 @@ KNOWN = 0.05
 
 
 class Course:
-    """The progress of an audit's checks, one after the other.
-
-    Args:
-        console: where it is shown.
-        expected: forecast seconds of each check.
-    """
+    """The progress of an audit's checks, one after the other."""
 
     def __init__(self, console: Console, expected: Mapping[str, float]):
         self.console, self.expected = console, expected

@@ -56,13 +56,7 @@ def stock_text(probs: StockProbs, prompt: Sequence[int], seed: int, max_new_toke
 
 
 class SeededProbs:
-    """The stock model's probabilities along texts, tilted by a seed's noise: the seed chooses the most probable token.
-
-    Args:
-        probs: exact probabilities of the audit's settings.
-        prompt: token ids.
-        seed: the text's seed.
-    """
+    """The stock model's probabilities along texts, tilted by a seed's noise: the seed chooses the most probable token."""
 
     def __init__(self, probs: StockProbs, prompt: list[int], seed: int):
         self.probs, self.prompt = probs, prompt
@@ -98,8 +92,6 @@ def divergences(
     """List the tokens of a drafted text that are not the seed's, and the first difference from the stock text.
 
     Args:
-        seeded: the stock model's probabilities under the seed's noise.
-        number: number of the prompt, from 0.
         expected, found: the stock text and the drafted one.
         noise: rounding of the stock model under such noise.
         edges: True if a token without probability may be rounding at a filter's edge.
@@ -126,15 +118,7 @@ def seeded_finding(
     settings: AuditSettings,
     advance: Callable[[int], None],
 ) -> Finding:
-    """Compare drafted texts of several seeds after every prompt with stock `generate`'s.
-
-    Args:
-        model: target and drafter.
-        probs: exact probabilities of the audit's settings.
-        prompts: token ids.
-        settings: settings of the audit.
-        advance: called with 1 a prompt.
-    """
+    """Compare drafted texts of several seeds after every prompt with stock `generate`'s."""
     generation = {name: value for name, value in settings.generation.items() if name != "candidates"}
     generation |= {"coupling": "noise", "max_new_tokens": settings.max_new_tokens}
     texts: list[tuple[SeededProbs, list[int], list[int]]] = []

@@ -26,7 +26,6 @@ def stock_logits(
     """Yield `(texts, vocab)` logits after the prompt, then after every further token of the texts.
 
     Args:
-        target: the model.
         prompt: the same for all texts.
         texts: texts of any lengths; logits past a text's own end are meaningless.
         piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the

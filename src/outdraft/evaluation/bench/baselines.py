@@ -132,9 +132,7 @@ def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float)
 
     Args:
         emitted: tokens of every target forward, the prompt's first; the last may reach past the answer's end.
-        tokens: number of tokens of the answer.
         prefill: seconds to the first token.
-        seconds: total seconds.
 
     Returns:
         The statistics, whose rounds are the forwards after the one over the prompt; and for every token whether it was

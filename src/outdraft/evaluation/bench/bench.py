@@ -38,8 +38,6 @@ def run_bench(
     """Load, measure and sum up; with an output folder, resume an earlier run of the same settings.
 
     Args:
-        settings: settings of the comparison.
-        remarks: where progress goes.
         others: makes more contenders from the model that the baselines run on.
 
     Raises:
@@ -138,13 +136,7 @@ def measured(
 
     Args:
         target: the model, which also judges divergences.
-        rivals: the contenders.
         prompts: prompts as in `measure.compare`.
-        temperature: 0 is greedy.
-        repetitions: repetitions of every prompt.
-        max_new_tokens: most tokens of every answer.
-        seed: seed of the draws.
-        remarks: where progress goes.
         questions: the prompts' questions, where groups matter.
         store: keeps complete pairs, and knows those of earlier runs.
         end: deadline as in `measure.compare`; only for single prompts without questions or a store.

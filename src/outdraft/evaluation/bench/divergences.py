@@ -82,7 +82,6 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
     """Judge differing texts, all against the same noise.
 
     Args:
-        target: the model that judges.
         differences: differences of all prompts and contenders; those from one plain text share one run over it.
 
     Returns:

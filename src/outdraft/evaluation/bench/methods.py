@@ -133,11 +133,9 @@ def contenders(
     """Build plain decoding first, then the requested contenders.
 
     Args:
-        target: the same for all.
         draft_models: `PATH` or `NAME=PATH` each.
         methods: methods to compare, `METHOD+lookup` with n-gram drafts; None takes prompt lookup and every given
             drafter, with and without them.
-        backend: backend of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
         controllers: every drafter runs with each of them; `default` is `generate`'s own choice.
         shipped: name of the model whose shipped drafters stand for those that are not given.

@@ -209,12 +209,7 @@ def _digest(files: Iterator[Path] | Sequence[Path]) -> str:
 
 
 class Dialogue:
-    """One question put to one model; a `measure.Script`.
-
-    Args:
-        question: the question that is asked.
-        target: gives tokenizer and context.
-    """
+    """One question put to one model; a `measure.Script`."""
 
     def __init__(self, question: Question, target: Any):
         self.question, self._tokenizer, self._context = question, target.tokenizer, target.context_length

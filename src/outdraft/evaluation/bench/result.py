@@ -83,7 +83,6 @@ class BenchResult:
         """Print a table for every temperature, and one by group where there are several.
 
         Args:
-            console: where it is printed.
             all_figures: print the other ways of computing a speed-up, too.
         """
         facts = self.environment

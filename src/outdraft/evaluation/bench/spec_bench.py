@@ -131,7 +131,6 @@ def figures(lines: Sequence[Record], base: Sequence[Record], tokenizer: Any) -> 
     """Compute Spec-Bench's own `tau` and `speedup`, means over repetitions as in its report of several runs.
 
     Args:
-        lines: answers of the method.
         base: answers of plain decoding to the same questions.
         tokenizer: counts the tokens of plain decoding's texts, each with its beginning-of-text token.
     """

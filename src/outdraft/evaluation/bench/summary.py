@@ -117,10 +117,6 @@ def summarise(
     """Compute a contender's figures against the plain runs of the same prompts and repetitions.
 
     Args:
-        name: the contender's name.
-        method: its drafting method.
-        parameters: number of its drafter's parameters.
-        runs: the contender's runs.
         plain: the plain runs, in the same order.
         divergences: divergences of its greedy texts; None when sampling.
     """

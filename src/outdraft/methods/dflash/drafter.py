@@ -35,7 +35,6 @@ class DFlash(Drafter):
 
     Args:
         network: on the target's device and in its precision.
-        target: the model it was trained for.
 
     Raises:
         UserError: the shapes say that it is another model's drafter, or the target has no such layers.

@@ -160,11 +160,7 @@ class MarkovHead(nn.Module):
 
 
 class DFlashNetwork(Network):
-    """The network of DFlash and DSpark; its weights are named as in published folders.
-
-    Args:
-        config: shapes and switches.
-    """
+    """The network of DFlash and DSpark; its weights are named as in published folders."""
 
     draft_tokens: Tensor | None
     """The ids of the draft vocabulary; None for the whole vocabulary."""

@@ -107,10 +107,7 @@ class RetokenisedState(DraftState):
     """The small model's cache over its own tokens of every row's text.
 
     Args:
-        model: the small model.
-        translation: from its tokens to the target's.
         prompts: `(tokens,)` target tokens of every row.
-        capacity: tokens per row to expect.
     """
 
     def __init__(self, model: Target, translation: Translation, prompts: Sequence[Tensor], capacity: int):

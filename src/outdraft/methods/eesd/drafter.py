@@ -33,7 +33,6 @@ class EarlyExit(Drafter):
 
     Args:
         exit_layer: the network, on the target's device and in its precision.
-        target: the model it was trained for.
 
     Raises:
         UserError: the target has no such layer.

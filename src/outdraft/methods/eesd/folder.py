@@ -41,7 +41,6 @@ def load_exit_layer(
     """Load an exit layer from an outdraft folder or the Hugging Face Hub.
 
     Args:
-        folder_or_hub_id: a folder, else a hub id.
         model: the target that it was trained for, whose family the layer belongs to.
         dtype: precision of the weights; as stored when None.
         device: device of the weights; the model's when None.

@@ -42,7 +42,6 @@ class ExitLoss(nn.Module):
     Args:
         drafter: the only parameters here.
         target: lends final norm and head.
-        chunk_size: positions whose logits are held at once.
         hard_weight: weight of the response's own token; the target's distribution has the rest up to 1.
     """
 

@@ -35,7 +35,6 @@ class ExitLayer(Network):
     """A layer on the hidden states after the target's first `config.exit_layer` layers.
 
     Args:
-        config: its settings.
         layer: a layer of the target's family.
         head: its own output layer, if `config.own_head`.
     """
@@ -111,12 +110,7 @@ def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
 
 
 class BoundExit:
-    """An exit layer with the final norm and the head of its target; it holds views, no weights.
-
-    Args:
-        exit_layer: the layer, on any backend.
-        target: the model it belongs to.
-    """
+    """An exit layer with the final norm and the head of its target; it holds views, no weights."""
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
         self._view = exit_view(target.model, exit_layer.layer)

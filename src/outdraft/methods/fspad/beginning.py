@@ -41,10 +41,6 @@ LENIENT = {"max_position_embeddings"}
 def new_head(target: TargetLike, settings: Any) -> FeatureHead:
     """Build a drafter with initial float32 weights, on the target's device.
 
-    Args:
-        target: the model that it will draft for.
-        settings: a `DrafterConfig` with its preset filled in.
-
     Raises:
         UserError: the target cannot have such a drafter.
     """
@@ -135,7 +131,6 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
     """Derive the drafter's configuration from a target.
 
     Args:
-        target: the model whose shapes are taken.
         method: `fspad` or `eagle` (both switches off, arXiv 2401.15077).
         overrides: fields of `FeatureHeadConfig` that replace what was derived; None means derive, and `auto` for
             `tap_layers` a low, a middle and a high layer.

@@ -42,7 +42,6 @@ class FeatureDrafter(Drafter):
 
     Args:
         head: the network, on the target's device and in its precision.
-        target: the model it was trained for.
 
     Raises:
         UserError: the shapes say that it is another model's drafter.

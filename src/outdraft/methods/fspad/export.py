@@ -74,12 +74,7 @@ def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
-    """Raise UserError where vLLM would run another drafter than outdraft, or none.
-
-    Args:
-        config: the drafter's.
-        target: the target's text config.
-    """
+    """Raise UserError where vLLM would run another drafter than outdraft, or none."""
     for name, what, instead in (
         ("tap_layers", "reads several layers of the target (tap_layers)", "without"),
         ("state_norm", "normalises what it reads (state_norm)", "without"),
@@ -124,7 +119,6 @@ def expected_shapes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """List every tensor that the engine asks for, with its shape, from the folder's config alone.
 
     Args:
-        config: the folder's.
         tensors: the folder's; an embedding is asked for only where there is one.
     """
     d, i = config["hidden_size"], config["intermediate_size"]
@@ -156,8 +150,6 @@ def read_forward(
     """Compute p and r from the exported files, in float32, causally over the pairs.
 
     Args:
-        config: the folder's.
-        tensors: the folder's.
         embeddings: `(tokens, hidden)` of x_{t+1}.
         features: `(tokens, hidden)` f_t.
 

@@ -46,9 +46,7 @@ def load_drafter(
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
     Args:
-        folder_or_hub_id: a folder, else a hub id.
         dtype: precision of the weights; as stored when None.
-        device: device of the weights.
         revision: revision of a hub repository.
         kind: the class of the network in folders of ours.
 

@@ -100,12 +100,7 @@ class LayerStep:
         return len(self._cos)
 
     def angles(self, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the positions from every row's start on, clamped to the last position.
-
-        Args:
-            starts: first position of every row.
-            count: number of positions of each row.
-        """
+        """Return cosines and sines of the positions from every row's start on, clamped to the last position."""
         last = len(self._cos) - 1
         if len(set(starts)) == 1 and starts[0] + count - 1 <= last:
             return self._cos[None, starts[0] : starts[0] + count], self._sin[None, starts[0] : starts[0] + count]

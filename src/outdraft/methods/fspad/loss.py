@@ -197,9 +197,7 @@ def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
         keys), and from there to t the features drafted in steps 1 .. j, each at its own position.
 
     Args:
-        length: number of positions.
         step: draft steps taken before, j.
-        device: device of the mask.
     """
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
     drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
@@ -217,9 +215,7 @@ def feature_noise(
 
     Args:
         lengths: the rows' true lengths L.
-        width: hidden size.
         tokens: padded length.
-        seeds: one for every row.
 
     Returns:
         `(batch, tokens, hidden)` float32.

@@ -193,8 +193,6 @@ class Attention(nn.Module):
     """The grouped-query attention with rotary positions, over a cache or, without one, causally over its input.
 
     Args:
-        config: the drafter's.
-        width: width of the input.
         head_norms: True for an RMSNorm on every query and key head.
     """
 
@@ -245,11 +243,7 @@ class Attention(nn.Module):
 
 
 class FeatureHead(DraftNetwork):
-    """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs.
-
-    Args:
-        config: shapes and switches.
-    """
+    """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs."""
 
     shapes: ClassVar[type[FeatureHeadConfig]] = FeatureHeadConfig
     methods: ClassVar[tuple[str, ...]] = ("fspad", "eagle")

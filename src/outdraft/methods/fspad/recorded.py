@@ -124,10 +124,8 @@ class _Draft:
     """The recording of one kind of draft.
 
     Args:
-        drafter: the drafter whose network is recorded.
         room: rows of the drafter's buffers, to which a batch is padded.
         new: decided tokens of a row, padded.
-        shape: shape of the trees.
         rows: the rows whose settings draw candidates; None where candidates are chosen.
         taps: a tensor of taps, for width, precision and device.
     """

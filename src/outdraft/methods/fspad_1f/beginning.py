@@ -24,7 +24,6 @@ def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
     """Build a drafter with initial float32 weights, on the target's device.
 
     Args:
-        target: the model that it will draft for.
         settings: a `DrafterConfig` with its preset filled in; `init_from` names an FSPAD, whose shape and weights are
             taken, or a drafter of this method, which is trained on.
 

@@ -77,8 +77,6 @@ class OneForwardLoss(nn.Module):
         base: the loss of FSPAD's own rows with the function to the sum to be minimised; None where FSPAD is frozen.
         head: the target's frozen head over the draft vocabulary.
         codes: `(draft vocab, codes)` of the tokens of the draft vocabulary.
-        precision: precision of the head.
-        chunk_size: mask rows whose logits are held at once.
     """
 
     def __init__(

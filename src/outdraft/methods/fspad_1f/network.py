@@ -94,11 +94,7 @@ class Transition(nn.Module):
 
 
 class OneForwardHead(FeatureHead):
-    """FSPAD's network with mask rows and a transition.
-
-    Args:
-        config: shapes and switches.
-    """
+    """FSPAD's network with mask rows and a transition."""
 
     shapes: ClassVar[type[FeatureHeadConfig]] = OneForwardConfig
     methods: ClassVar[tuple[str, ...]] = (NAME,)

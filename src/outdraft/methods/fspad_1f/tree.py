@@ -100,7 +100,6 @@ def best_first(roots: Tensor, tables: Tables, shape: TreeShape, budget: Budget |
 
     Args:
         roots: `(rows,)` root tokens.
-        tables: those of all rows.
         shape: largest size; `top_k` bounds the children of a node.
         budget: decides how many levels and nodes each row has.
     """
@@ -144,8 +143,6 @@ def with_spine(chain: Tree, tables: Tables, shape: TreeShape) -> Tree:
 
     Args:
         chain: a chain of every row with the distributions that it was drawn from.
-        tables: those of all rows.
-        shape: largest size.
     """
     named, found = tables.lists(chain.tokens[:, 0], shape.top_k)
     grown = []

@@ -65,11 +65,7 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHeads(Network):
-    """All Medusa heads; without output layers of their own they use the target's.
-
-    Args:
-        config: the heads' shapes.
-    """
+    """All Medusa heads; without output layers of their own they use the target's."""
 
     method = "medusa"
 
@@ -118,7 +114,6 @@ class Medusa(Drafter):
 
     Args:
         heads: the network, on the target's device and in its precision.
-        target: the model it was trained for.
 
     Raises:
         UserError: the shapes say that it is another model's drafter.

@@ -41,7 +41,6 @@ class MedusaLoss(nn.Module):
     Args:
         drafter: the only parameters here.
         target: lends its output layer, or the function through the heads' own ones.
-        chunk_size: positions whose logits are held at once.
         hard_weight: weight of the response's own token; the target's distribution has the rest up to 1. The paper's
             loss is 1.
     """

@@ -49,11 +49,7 @@ TRIED = 5
 
 
 class Doubles:
-    """Makes fused replacements for one model, and remembers which kinds of modules have one.
-
-    Args:
-        join: makes their linear layers.
-    """
+    """Makes fused replacements for one model, and remembers which kinds of modules have one."""
 
     def __init__(self, join: Join):
         self.join, self.rotation = join, Rotation()
@@ -115,7 +111,6 @@ class FusedMLP(nn.Module):
 
     Args:
         mlp: a module with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
-        join: makes the linear layers.
     """
 
     def __init__(self, mlp: Any, join: Join):
@@ -138,7 +133,6 @@ class FusedAttention(nn.Module):
 
     Args:
         attention: the module, called as `transformers` calls it.
-        join: makes the linear layers.
         rotation: tables and masks shared by the layers of a model.
     """
 
