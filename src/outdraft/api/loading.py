@@ -192,7 +192,6 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
 
 
 def _smaller(model: Target, target: Target) -> Drafter:
-    """Make a drafter of a smaller language model."""
     return method_called("draft-model").bind(model, target)
 
 
@@ -247,7 +246,6 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
 
 def _has_words(folder: Path) -> bool:
-    """Return True if the folder holds a tokenizer."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 

@@ -74,7 +74,6 @@ class Chat:
         self.plain = model.drafter is None
 
     def run(self) -> None:
-        """Talk until /quit or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- gives `input` line editing and a history
         self.remarks.print(HELP, style="dim")
@@ -147,7 +146,6 @@ class Chat:
             self.remarks.print("the conversation has filled the model's context; /reset begins anew")
 
     def _read(self) -> str | None:
-        """Read the next line; None at the end of the input."""
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:

@@ -98,7 +98,6 @@ class Race:
 
     @property
     def ratio(self) -> float:
-        """The ratio of the drafted answer's tokens per second to the plain one's."""
         return self.drafted.tokens_per_second / self.plain.tokens_per_second
 
     def line(self) -> str:
@@ -114,7 +113,6 @@ class Race:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return both answers for JSON."""
         return {
             "question": self.question,
             "method": self.name,
@@ -137,7 +135,6 @@ class DemoResult:
     """The figures of the drafter trained in the demo; None without training."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the headline figures by method, with everything else beside them."""
         summaries = self.comparison.summaries
         return {
             "model": self.model,
@@ -212,7 +209,6 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
 
 
 def race(model: SpeculativeModel, name: str, messages: list[Message], console: Console, max_new_tokens: int) -> Race:
-    """Stream both answers, greedily."""
     alone = model.with_drafter(None)
     greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     for one in (alone, model):  # first calls are slower

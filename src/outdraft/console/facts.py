@@ -55,7 +55,6 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> Table:
-    """Make a table of the facts for the terminal."""
     built = Table(show_header=False)
     for name, value in facts.items():
         if isinstance(value, dict):

@@ -133,7 +133,6 @@ class Streamed:
         return len(self.accepted) / self.seconds if self.seconds else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the answer and its figures for JSON."""
         return {
             "text": self.text,
             "tokens": len(self.tokens),

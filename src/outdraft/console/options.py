@@ -224,7 +224,6 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Return the settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -299,7 +298,6 @@ def tree(drafter: object, **flags: Any) -> dict[str, Any]:
 
 
 def listed(text: str) -> list[str]:
-    """Split a text at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -15,7 +15,6 @@ from outdraft.errors import UserError
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """Decode one list of tokens to text."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 

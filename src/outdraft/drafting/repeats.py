@@ -34,7 +34,6 @@ class Text:
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append newly decided tokens."""
         for token in tokens:
             # The n-grams that end here are earlier ones only now that something follows.
             end = len(self.tokens)

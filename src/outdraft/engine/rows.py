@@ -133,7 +133,6 @@ class History:
         return self.buffer[: self.written]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Append newly decided tokens."""
         self.known += tokens
         if self._text is not None:
             self._text.extend(tokens)

@@ -128,7 +128,6 @@ class Advice:
         return min((kind for kind in self.kinds if kind.to_train), key=lambda kind: kind.cost.tau_to_pay, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the advice for JSON."""
         best, trainable = self.best, self.trainable
         return {
             "model": self.settings.model,
@@ -194,7 +193,6 @@ def next_steps(advice: Advice) -> list[Step]:
 
 
 def show(advice: Advice, console: Console) -> None:
-    """Print the timings, the results on the prompts, and the advice."""
     facts = advice.environment
     console.print(
         f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['device']}, {facts['dtype']}, "

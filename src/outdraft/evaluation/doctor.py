@@ -217,7 +217,6 @@ class Diagnosis:
         return dict(self.facts.training.get("tau") or {})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         facts, names = self.facts, ("method", "layout", "parameters", "trained_for")
         return {
             **{name: getattr(self, name) for name in ("verdict", "reason", "fix", "setting", "noted")},

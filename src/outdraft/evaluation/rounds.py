@@ -75,7 +75,6 @@ class RoundCost:
         return 1 + self.draft + self.verify
 
     def speedup(self, tau: float) -> float:
-        """Return the speed-up over plain decoding at `tau` tokens a round."""
         return tau / self.tau_to_pay
 
     def as_dict(self) -> dict[str, float]:

@@ -159,11 +159,9 @@ class TrainingVerdict:
 
     @property
     def speedup(self) -> float:
-        """The expected speed-up over plain decoding."""
         return self.cost.speedup(self.tau)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict for JSON."""
         return {
             "tau": self.tau,
             "expected_speedup": self.speedup,

@@ -341,5 +341,4 @@ def other_ropes(read: Mapping[str, Any], target: Target) -> list[dict[str, Any]]
 
 
 def count(weights: Iterable[Tensor]) -> int:
-    """Count the elements of these weights."""
     return sum(weight.numel() for weight in weights)

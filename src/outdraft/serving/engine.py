@@ -119,7 +119,6 @@ class Engine:
                 self._commands.put(lambda: None)
 
     def join(self, seconds: float | None = None) -> None:
-        """Wait for the end."""
         self._thread.join(seconds)
 
     # --- in the engine's thread --------------------------------------------------------------------------------

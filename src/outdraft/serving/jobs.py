@@ -279,7 +279,6 @@ class Job:
 
     @property
     def statistics(self) -> Statistics:
-        """Statistics of all answers together."""
         return Statistics.sum(answer.row.statistics for answer in self.answers)
 
     def summary(self, reason: str | None) -> str:

@@ -34,7 +34,6 @@ class Drafting:
 
     @classmethod
     def none(cls) -> Drafting:
-        """Plain decoding."""
         return cls(None, lambda rows: TreeShape(0, 1, 1), None)
 
     @property
@@ -64,6 +63,5 @@ class Lane:
         self.reset()
 
     def reset(self) -> None:
-        """Begin with no rows."""
         costs = self.drafting.pacer.costs if self.drafting.pacer is not None else None
         self.decoder = Decoder(self.target, self.drafting.drafter, self.drafting.largest, costs)

@@ -217,7 +217,6 @@ class AnswerFile:
         self._lines.close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append an answer."""
         self._lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.present[_name(record)] = _questions(record)
 

@@ -146,7 +146,6 @@ class BestWeights:
         self._weights.unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Put the best weights into the drafter."""
         if self._weights.is_file():
             self.drafter.load_state_dict(safetensors.torch.load_file(self._weights))
 

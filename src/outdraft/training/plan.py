@@ -57,7 +57,6 @@ class TrainPlan:
     """The setting that was measured on the data (EESD's exit layer), where one was left open."""
 
     def show(self, console: Console) -> None:
-        """Print the plan as a table."""
         if self.exit_choice is not None:
             self.exit_choice.show(console)
         table = Table(title="training plan", show_header=False)

@@ -50,7 +50,6 @@ def _bar(console: Console, name: str, *columns: ProgressColumn) -> Progress:
 
 
 def _figures(known: Mapping[str, float]) -> str:
-    """Format the figures that are shown, of those known."""
     return "  ".join(f"{name} {known[name]:{form}}" for name, form in SHOWN.items() if name in known)
 
 
@@ -167,7 +166,6 @@ class AnswerProgress:
         self._emitted += row.statistics.emitted
 
     def answered(self, finished: bool) -> None:
-        """Count a conversation whose turns have all ended."""
         self.answers += 1
         self.finished += finished
 

@@ -177,7 +177,6 @@ def regenerate(
 
 
 def _answer(pool: RowPool, prompts: MissingAnswers, file: AnswerFile, progress: AnswerProgress) -> None:
-    """Decode and write all missing answers."""
     asked: dict[int, AnsweredConversation] = {}  # by the row that is being decoded
     while True:
         coming = prompts.take(pool.free, pool.fits)
@@ -222,7 +221,6 @@ class RowPool:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows in decoding."""
         return self._decoder.rows
 
     @property
@@ -237,7 +235,6 @@ class RowPool:
         return len(rows) == 1 or len(rows) * max(map(self._width, rows)) <= self._slots
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Admit new rows."""
         group: list[Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt), reverse=True):
             longest = len(group[0].prompt) if group else 0

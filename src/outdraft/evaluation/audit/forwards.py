@@ -94,7 +94,6 @@ def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
 
 
 def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
-    """Compare every node of the kept trees."""
     variations: list[float] = []
     worst = (0.0, "")
     for tree in trees.kept:

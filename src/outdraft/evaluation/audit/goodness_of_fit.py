@@ -101,12 +101,10 @@ class Fit:
         return survival(self.statistic, self.freedom, noncentrality) if self.freedom > 0 else 1.0
 
     def __add__(self, other: Fit) -> Fit:
-        """Add the fits of independent samples."""
         return Fit(self.statistic + other.statistic, self.freedom + other.freedom)
 
 
 def fit(observed: Sequence[float], expected: Sequence[float]) -> Fit:
-    """Compute Pearson's statistic; cells that expect too few are pooled, smallest first, by expectations alone."""
     groups = pooled(expected)
     statistic = 0.0
     for group in groups:
@@ -179,7 +177,6 @@ class Ranks:
         return counts
 
     def fit(self) -> Fit:
-        """Compute Pearson's test of uniformity."""
         if len(self.values) < 2 * LEAST_EXPECTED:
             return Fit(0.0, 0)
         counts = self.histogram()

@@ -94,7 +94,6 @@ class BenchSettings:
             raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
 
     def shown(self, suite: str, prompts: int) -> dict[str, Any]:
-        """All settings, for the result."""
         return {
             "model": self.model,
             "draft_models": self.draft_models,

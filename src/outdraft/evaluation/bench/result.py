@@ -59,7 +59,6 @@ class BenchResult:
     """The lines that could not be used, and the questions too long for the model."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result for JSON."""
         return {
             "settings": self.settings,
             "environment": self.environment,

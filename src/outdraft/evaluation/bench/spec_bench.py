@@ -93,7 +93,6 @@ def file_name(contender: str, suffix: str = "") -> str:
 
 
 def write(path: Path, lines: Iterable[Record]) -> None:
-    """Write an answer file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json_lines(lines))
 
@@ -159,7 +158,6 @@ class Reread:
     """The figures by file (without its suffix), then by task, all questions first."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON."""
         return {"folder": str(self.folder), "methods": self.methods}
 
     def table(self) -> Table:
@@ -229,7 +227,6 @@ def groups_of(lines: Sequence[Record]) -> list[str]:
 
 
 def tokenizer_of(model: str) -> Any:
-    """Load a model's tokenizer, without its weights."""
     path = str(place_of(model).path)
     try:
         return AutoTokenizer.from_pretrained(path)

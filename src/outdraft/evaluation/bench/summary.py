@@ -86,7 +86,6 @@ class Summary:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures for JSON."""
         return {
             **self.headline(),
             "method": self.method,

@@ -84,7 +84,6 @@ class ExitChoice:
         )
 
     def show(self, console: Console) -> None:
-        """Print the comparison and the reason."""
         table = Table(title=f"where to exit (measured on {self.response_tokens:,} response tokens)")
         for name in ("layer", "as it is", "probe agrees", "draft cost", "best chain", "speed-up"):
             table.add_column(name, justify="right")

@@ -86,7 +86,6 @@ def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
 
 
 def architecture(config: FeatureHeadConfig) -> str:
-    """Return the name of the class that vLLM runs the drafter with."""
     if config.feature_sampling or config.partial_alignment:
         return FSPAD
     return EAGLE_WITH_BIAS if config.fc_bias else EAGLE
@@ -111,7 +110,6 @@ def engine_config(config: FeatureHeadConfig, target: Any, dtype: torch.dtype) ->
 
 
 def engine_tensors(head: FeatureHead) -> dict[str, Tensor]:
-    """Return the drafter's tensors under their official names."""
     return {official_name(name, head.config): tensor for name, tensor in head.state_dict().items()}
 
 

@@ -71,7 +71,6 @@ class Tables:
 
     @property
     def k(self) -> int:
-        """The number of candidates of a slot."""
         return self.ids.shape[2]
 
 
