@@ -56,7 +56,7 @@ def stock_text(probs: StockProbs, prompt: Sequence[int], seed: int, max_new_toke
 
 
 class SeededProbs:
-    """The stock model's probabilities along texts, tilted by a seed's noise: the seed chooses the most probable token."""
+    """The stock model's probabilities along texts, tilted by a seed's noise: it chooses the most probable token."""
 
     def __init__(self, probs: StockProbs, prompt: list[int], seed: int):
         self.probs, self.prompt = probs, prompt
