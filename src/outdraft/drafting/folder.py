@@ -38,7 +38,7 @@ AROUND = {"method", "outdraft_version", "target", "training"}
 Settings = TypeVar("Settings")
 
 
-def find_folder(source: str | Path, revision: str | None) -> Path:
+def find_folder(source: str | Path) -> Path:
     """Return the folder itself, or the local copy of a hub repository."""
     path = Path(source).expanduser()
     if path.exists():
@@ -50,9 +50,9 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
     text = str(source)
     try:
         fetch = huggingface_hub.snapshot_download
-        folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(fetch(text, allow_patterns=["*.json", "*.safetensors"]))
         if not any((folder / name).exists() for name in WEIGHT_FILES[:2]):
-            folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "pytorch_model*.bin"]))
+            folder = Path(fetch(text, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
         raise not_on_hub(text, error) from error
     return folder

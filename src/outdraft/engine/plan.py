@@ -26,6 +26,7 @@ from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.tuner import ShapeChoice
 from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
 from outdraft.engine.rows import Row
@@ -241,10 +242,8 @@ class Clock:
         self.marks: list[Any] = []
 
     def now(self) -> float:
-        """Return the host's time in seconds, once all of the device's work is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        """Return the time as `core.tensors.now` does."""
+        return now(self.device)
 
     def start(self) -> None:
         """Forget all marks and set the first."""

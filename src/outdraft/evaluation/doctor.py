@@ -245,7 +245,7 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
         UserError: no drafter is there, or its shapes are another target's.
     """
     method = method_of(draft_model)
-    facts = method.describe(find_folder(draft_model, None))
+    facts = method.describe(find_folder(draft_model))
     network = load_network(draft_model, target, target.dtype, target.device)
     drafters, settings = [method.bind(network, target)], list[Mapping[str, Any]]()
     for reading in method.readings(network, target):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.engine.round import decode
@@ -161,11 +162,7 @@ def head_seconds(target: Target, times: int = 9) -> float:
     features = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
     found = []
     for _ in range(WARM_UP + times):
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        start = time.perf_counter()
+        start = now(target.device)
         target.head(features)
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        found.append(time.perf_counter() - start)
+        found.append(now(target.device) - start)
     return median(found[WARM_UP:])

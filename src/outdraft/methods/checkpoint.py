@@ -298,13 +298,13 @@ def refuse_another(facts: Mapping[str, Any], target: Any) -> None:
             )
 
 
-def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Method:
+def method_of(folder_or_hub_id: str | Path) -> Method:
     """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD.
 
     Raises:
         UserError: the path is no drafter's folder at all.
     """
-    config = read_config(find_folder(folder_or_hub_id, revision))
+    config = read_config(find_folder(folder_or_hub_id))
     known = methods()
     if is_own(config):
         return known.get(str(config["method"]), known[FALLBACK])

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from outdraft.api.draft_settings import DraftSettings, Pacers, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.settings import model_settings, sampling_settings
+from outdraft.data.provenance import usable_cores
 from outdraft.errors import UserError, first_line
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Engine
@@ -72,12 +73,7 @@ def threads_of(asked: int | None) -> int:
     usual = torch.get_num_threads()
     if any(name in os.environ for name in THREAD_VARIABLES):
         return usual
-    return max(1, min(usual, cores() - 1))
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usual, (usable_cores() or 1) - 1))
 
 
 class Service:

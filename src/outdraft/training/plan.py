@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from outdraft.core.tensors import now
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
 from outdraft.methods.fspad.beginning import inner_width
@@ -183,10 +183,6 @@ def _timed(
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time the second run, since the first pays for allocation and compilation."""
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = now(device)
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now(device) - began

@@ -33,35 +33,20 @@ TESTS = 4
 FREEDOM = 28
 """The approximate degrees of freedom of the test of the first tokens."""
 
-(
-    PLAIN,
-    NOISE,
-    STOCK,
-    DRAFTED,
-    TWICE,
-    TWICE_SAMPLED,
-    PLAIN_SAMPLED,
-    DRAFTED_SAMPLED,
-    LAWS,
-    SEEDED,
-    CELLS,
-    SAMPLES,
-    FORWARDS,
-) = (
-    "plain greedy texts",
-    "rounding noise of the stock model",
-    "plain decoding against the stock model",
-    "drafted greedy texts",
-    "candidates drafted twice",
-    "sampled candidates drafted twice",
-    "plain sampled texts",
-    "drafted sampled texts",
-    "exact probabilities along the texts",
-    "seeded texts against stock generate",
-    "exact probabilities of the first tokens",
-    "samples of the first tokens",
-    "trees node by node",
-)
+PLAIN = "plain greedy texts"
+NOISE = "rounding noise of the stock model"
+STOCK = "plain decoding against the stock model"
+DRAFTED = "drafted greedy texts"
+TWICE = "candidates drafted twice"
+TWICE_SAMPLED = "sampled candidates drafted twice"
+PLAIN_SAMPLED = "plain sampled texts"
+DRAFTED_SAMPLED = "drafted sampled texts"
+LAWS = "exact probabilities along the texts"
+SEEDED = "seeded texts against stock generate"
+CELLS = "exact probabilities of the first tokens"
+SAMPLES = "samples of the first tokens"
+FORWARDS = "trees node by node"
+"""The names of the checks."""
 
 
 @dataclass(frozen=True)

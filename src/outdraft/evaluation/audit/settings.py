@@ -66,18 +66,8 @@ class AuditSettings:
         # What is tested statistically is the rule that throws dice. Shared noise leaves nothing to chance: its texts
         # are plain decoding's own.
         self.generation = {"coupling": "dice", **self.generation}
-        least = {"first_tokens": 2, "cells": 2, "texts": 2}
-        for name in (
-            "limit",
-            "max_new_tokens",
-            "batch_size",
-            "prefixes",
-            "text_prompts",
-            "seeds",
-            "permutations",
-            "trees",
-        ):
-            least[name] = 1
+        least = {"first_tokens": 2, "cells": 2, "texts": 2, "limit": 1, "max_new_tokens": 1, "batch_size": 1}
+        least |= {"prefixes": 1, "text_prompts": 1, "seeds": 1, "permutations": 1, "trees": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from outdraft.core.tensors import now
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.objective import Reading, pad
 from outdraft.losses.teacher import TargetLike
@@ -182,12 +183,10 @@ def _seconds(works: Sequence[Callable[[], object]], device: torch.device) -> lis
     times: list[list[float]] = [[] for _ in works]
     for repeat in range(REPEATS + 2):
         for work, found in zip(works, times, strict=True):
-            began = time.perf_counter()
+            began = now(device)
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             if repeat >= 2:  # the first pay for allocation
-                found.append(time.perf_counter() - began)
+                found.append(now(device) - began)
     return [statistics.median(found) for found in times]
 
 
