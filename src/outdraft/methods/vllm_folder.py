@@ -6,7 +6,7 @@ Exports check what they have written with it. It shares no code with the network
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+import outdraft
 from outdraft.drafting.folder import CONFIG, WEIGHTS, shape_of, some
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Checkpoint
 from outdraft.methods.tapped import SHAPES
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -63,12 +65,27 @@ def llama_config(config: Any, target: Any, dtype: torch.dtype, name: str, rope: 
 
 
 def written_and_read(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    folder: Path,
+    checkpoint: Checkpoint[Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shapes: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, tuple[int, ...]]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write an engine's folder; return what its files hold."""
+    """Write an engine's folder, with what it was made of; return what its files hold.
+
+    Args:
+        shapes: lists the tensors that the engine's loader asks for, from the folder's config and tensors.
+
+    Raises:
+        UserError: other tensors are there.
+    """
+    about = {"version": outdraft.__version__, "method": checkpoint.network.method, "target": checkpoint.target_id}
+    config = {**config, "outdraft_export": about}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    written, read = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    check_tensors(shapes(written, read), read)
+    return written, read
 
 
 def layer_shapes(config: Mapping[str, Any], layer: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -103,7 +120,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
             raise UserError(
                 f"the drafter's {name} is {shape_of(tensors[name])} where vLLM asks for {wanted}; train it again"
             )
-        if not torch.isfinite(tensors[name]).all():
+        if not torch.isfinite(tensors[name].float()).all():
             raise UserError(f"the drafter's {name} holds values that are no numbers; train it again")
 
 

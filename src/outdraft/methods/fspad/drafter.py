@@ -17,16 +17,13 @@ from torch import Tensor
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
-from outdraft.drafting.expand import grow
-from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 from outdraft.methods.fspad.recorded import RecordedDrafts
-from outdraft.target.backends import count_parameters
+from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
@@ -37,32 +34,17 @@ Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], DraftOutpu
 """(angles, mask, cache) -> outputs, as in `LayerStep.__call__`."""
 
 
-class FeatureDrafter(Drafter):
-    """A trained network bound to its target's embedding and head.
-
-    Args:
-        head: the network, on the target's device and in its precision.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter.
-    """
+class FeatureDrafter(NetworkDrafter):
+    """A trained network bound to its target's embedding and head."""
 
     def __init__(self, head: DraftNetwork, target: Target):
-        refuse_another(head.fits, target)
-        self.head, self.target, self.method = head, target, head.method
-        self.reads = Reads(layers=tuple(head.layers_read(target.num_layers)))
-        target.reader(self.reads)  # a layer that the target lacks is told now
+        self.head = head
+        super().__init__(head, target, Reads(layers=tuple(head.layers_read(target.num_layers))))
         self.step = self.arranged()
-        kept = head.draft_tokens
-        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
         self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> FeatureDraftState:
         return FeatureDraftState(self, len(prompts), run.cache.capacity)
-
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.head)
 
     def arranged(self) -> LayerStep:
         """Return the network's forward, arranged for drafting."""
@@ -74,11 +56,6 @@ class FeatureDrafter(Drafter):
         if self.vocabulary is not None:
             head = self.vocabulary.head
         return head(p.to(self.target.dtype))
-
-    @property
-    def grow(self) -> Callable[..., Tree]:
-        """The function `expand.grow`, restricted to the draft vocabulary."""
-        return grow if self.vocabulary is None else self.vocabulary.grow
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look tokens up in the checkpoint's own embedding where it has one, else in the target's."""

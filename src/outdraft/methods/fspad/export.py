@@ -13,20 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import outdraft
 from outdraft.errors import UserError
 from outdraft.methods.fspad import EAGLE, EAGLE_WITH_BIAS, FSPAD
 from outdraft.methods.fspad.folder import load_drafter, official_name
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
-from outdraft.methods.vllm_folder import (
-    Files,
-    check_tensors,
-    layer_shapes,
-    llama_config,
-    refuse_target,
-    written_and_read,
-)
+from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refuse_target, written_and_read
 
 
 def export_head(
@@ -47,13 +39,8 @@ def export_head(
     refuse_unexportable(head.config, target.config)
     if dtype is not None:
         head.to(dtype)
-    stored = head.fusion.fc.weight.dtype
-    config = {
-        **engine_config(head.config, target.config, stored),
-        "outdraft_export": {"version": outdraft.__version__, "method": head.method, "target": checkpoint.target_id},
-    }
-    written, read = written_and_read(folder, config, engine_tensors(head))
-    check_tensors(expected_shapes(written, read), read)
+    config = engine_config(head.config, target.config, head.fusion.fc.weight.dtype)
+    written, read = written_and_read(folder, checkpoint, config, engine_tensors(head), expected_shapes)
     name = config["architectures"][0]
     return Written(head.method, name, _both(head, written, read), "eagle", name != EAGLE)
 
