@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
 from outdraft.target.backends import PackedLinear
-from outdraft.target.backends.fused import FOLDED
+from outdraft.target.backends.fused_modules import FOLDED
 from outdraft.target.backends.native.modules import NativeLinear, draft_bits, view_of
 from outdraft.target.backends.native.operations import LANES, Layer, Weight, rms_norm
 from outdraft.target.backends.packed import plain_linear
