@@ -84,9 +84,6 @@ class DraftSettings:
         Args:
             settings: keywords as `generate` takes them; None counts as absent.
             beside: settings that hold where the keywords say nothing.
-
-        Raises:
-            UserError: impossible settings.
         """
         if beside is not None and not isinstance(beside, cls):
             raise UserError(f"draft must be DraftSettings, not {beside!r}")
@@ -262,11 +259,7 @@ def _shape(
 
 
 def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape) -> Repeats | None:
-    """Return when n-gram drafts override the drafter; None for never.
-
-    Raises:
-        UserError: impossible numbers, or there is nothing to override: no drafter, or one that drafts n-grams itself.
-    """
+    """Return when n-gram drafts override the drafter; None for never."""
     least, most = settings.prompt_lookup_min, settings.prompt_lookup_num_tokens
     if drafter is None or drafter.limits.looks_back:
         if least or most:

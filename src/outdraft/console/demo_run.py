@@ -164,11 +164,7 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
-    """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training.
-
-    Raises:
-        UserError: the target is missing, or a setting cannot be kept.
-    """
+    """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training."""
     name = chosen(settings, remarks)
     whole = load_target(name, dtype=settings.dtype, backend="eager")
     target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
@@ -237,11 +233,7 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
 
 
 def chosen(settings: DemoSettings, remarks: Console) -> str:
-    """Choose the model among `MODELS`; print a remark where the real one is not available.
-
-    Raises:
-        UserError: the requested model is not available.
-    """
+    """Choose the model among `MODELS`; print a remark where the real one is not available."""
     if settings.train or settings.model is not None:
         return REFERENCE if settings.train else str(settings.model)
     try:

@@ -102,11 +102,7 @@ GenerationConfig = Annotated[
 
 
 def mapping(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object of switches for the chat template.
-
-    Raises:
-        UserError: the text is no JSON object.
-    """
+    """Parse a JSON object of switches for the chat template."""
     if text is None:
         return None
     if (found := json_object(text)) is None:
@@ -126,11 +122,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def response_format(text: str | None) -> dict[str, Any] | None:
-    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it.
-
-    Raises:
-        UserError: there is no such file, or it holds no JSON object.
-    """
+    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it."""
     if text is None:
         return None
     source = text
@@ -186,11 +178,7 @@ TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=DRAFT["tree_t
 
 
 def whole_or_auto(text: str | None) -> int | str | None:
-    """Parse a whole number, or `auto`.
-
-    Raises:
-        UserError: the text is neither.
-    """
+    """Parse a whole number, or `auto`."""
     if text is None or text == "auto":
         return text
     try:
@@ -283,11 +271,7 @@ def sampling(**flags: Any) -> dict[str, Any]:
 
 
 def tree(drafter: object, **flags: Any) -> dict[str, Any]:
-    """Return what `drafting` does.
-
-    Raises:
-        UserError: there is something to draft, and no drafter.
-    """
+    """Return what `drafting` does; a shape without a drafter is a user's mistake."""
     found = drafting(**flags)
     if found and drafter is None:
         name = next(iter(found))
@@ -302,11 +286,7 @@ def listed(text: str) -> list[str]:
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """Parse numbers between commas.
-
-    Raises:
-        UserError: a part is no number, or there is none.
-    """
+    """Parse numbers between commas."""
     try:
         found = [float(part) for part in listed(text)]
     except ValueError:

@@ -63,11 +63,7 @@ def run_serve(
     draft: dict[str, Any],
     remarks: Console,
 ) -> None:
-    """Load and listen until told to stop.
-
-    Raises:
-        UserError: the web libraries are missing, or something cannot be loaded, set or listened on.
-    """
+    """Load and listen until told to stop."""
     try:
         from outdraft.serving.server import Service, listen
     except ImportError as error:

@@ -151,11 +151,7 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
-    """Write both files, each beside its place and renamed, a new folder as a whole; other files in it stay.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write both files, each beside its place and renamed, a new folder as a whole; other files in it stay."""
     folder = Path(folder).expanduser().resolve()
     text = json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -182,11 +178,7 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[s
 
 
 def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path) -> Settings:
-    """Read the network's dataclass from a config of ours.
-
-    Raises:
-        UserError: a setting is missing or impossible.
-    """
+    """Read the network's dataclass from a config of ours."""
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(config) - set(known) - AROUND):
         version = config["outdraft_version"]

@@ -44,11 +44,7 @@ FEWEST_TOKENS = 16
 
 
 def advise(settings: AdviceSettings, remarks: Console) -> Advice:
-    """Load the model, time it, try prompts, and give advice.
-
-    Raises:
-        UserError: something cannot be loaded, read or decoded.
-    """
+    """Load the model, time it, try prompts, and give advice."""
     start = time.perf_counter()
     whole = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend="eager")
     target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights

@@ -240,9 +240,6 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
 
     Args:
         prompts: token ids of prompts that the target is used with.
-
-    Raises:
-        UserError: no drafter is there, or its shapes are another target's.
     """
     method = method_of(draft_model)
     facts = method.describe(find_folder(draft_model))

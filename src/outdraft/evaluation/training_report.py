@@ -67,9 +67,6 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
 
     Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
-
-    Raises:
-        UserError: the data cannot be used.
     """
     found = read_conversations(data, on_bad_line)
     everything, notes = found.conversations, []

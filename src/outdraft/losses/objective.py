@@ -42,9 +42,6 @@ class Reading:
     Attributes:
         name: distinguishes readings of one target; part of the key under which features are stored.
         width: number of values of one token.
-
-    Raises:
-        UserError: the target has no such layer.
     """
 
     def __init__(self, target: TargetLike, layers: Sequence[int] = (), exit_layer: int | None = None):

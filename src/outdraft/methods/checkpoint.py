@@ -218,11 +218,7 @@ def names_tokens(ids: Tensor, count: int, vocab_size: int) -> bool:
 
 
 def read_own(folder: Path, config: dict[str, Any], kind: type) -> OwnFolder:
-    """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout.
-
-    Raises:
-        UserError: the folder is damaged; the message names the fix.
-    """
+    """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout."""
     settings: Any = read_settings(kind, config, folder)
     file, tensors = read_weights(folder)
     return OwnFolder(settings, tensors, file, section(config, "target"), section(config, "training"))
@@ -255,9 +251,6 @@ def assembled(
         beside: names of tensors that are no weights.
         kind: what drafters of this kind are called, if tensors without a place are an error; else a warning tells them.
         messages: further arguments of `fitting`.
-
-    Raises:
-        UserError: tensors are missing or do not fit.
     """
     with torch.device("meta"):  # no random start, which would be overwritten
         network = build()
@@ -299,11 +292,7 @@ def refuse_another(facts: Mapping[str, Any], target: Any) -> None:
 
 
 def method_of(folder_or_hub_id: str | Path) -> Method:
-    """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD.
-
-    Raises:
-        UserError: the path is no drafter's folder at all.
-    """
+    """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD."""
     config = read_config(find_folder(folder_or_hub_id))
     known = methods()
     if is_own(config):

@@ -137,9 +137,6 @@ def layer_settings(
     Args:
         tensors: the folder's, under the network's names.
         attention: the prefix of the first layer's attention.
-
-    Raises:
-        UserError: they cannot be a drafter's that loads.
     """
     layer = layer_section(config)
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -209,11 +206,7 @@ def _check_rope(config: TappedConfig, folder: Path) -> None:
 
 
 def tap_ids(ids: Any, name: str, folder: Path) -> tuple[int, ...]:
-    """Return a list of layers, as the folder numbers them.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Return a list of layers, as the folder numbers them."""
     if not isinstance(ids, list) or not ids or not all(type(layer) is int for layer in ids):
         raise UserError(f"'{folder / CONFIG}': {name} must be a list of layers, not {ids!r}; copy it again")
     return tuple(ids)

@@ -48,9 +48,6 @@ class Engine:
         drafting: how to draft for jobs that do not decline the drafter.
         context_length: tokens that prompt and answer may have.
         threads: CPU threads that the model computes with.
-
-    Raises:
-        UserError: the cache would hold nothing.
     """
 
     def __init__(

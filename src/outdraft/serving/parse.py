@@ -59,11 +59,7 @@ class RequestParser:
         self._encoding = threading.Lock()  # tokenizers may keep state while they encode
 
     def chat(self, request: ChatRequest) -> GenerationParams:
-        """Parse a conversation, through the chat template.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse a conversation, through the chat template."""
         tools = tools_of(request, self.tokenizer)
         prompt = self._encode_chat(request.messages, request.chat_template_kwargs, tools)
         if request.top_logprobs is not None and not request.logprobs:
@@ -75,11 +71,7 @@ class RequestParser:
         return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
 
     def response(self, request: ResponsesRequest) -> GenerationParams:
-        """Parse a request of the Responses API.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse a request of the Responses API."""
         try:
             return self.chat(request.chat())
         except ApiError as error:
@@ -140,11 +132,7 @@ class RequestParser:
         return {"prompt": decode_text(self.tokenizer, request.tokens, skip_special_tokens=False)}
 
     def completion(self, request: CompletionRequest) -> GenerationParams:
-        """Parse one or several texts, taken as they are.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse one or several texts, taken as they are."""
         prompts = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         if len(prompts) * (request.n or 1) > 128:
             raise bad_request("at most 128 answers a request, prompts times n", "n")

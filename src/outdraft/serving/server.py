@@ -77,11 +77,7 @@ def threads_of(asked: int | None) -> int:
 
 
 class Service:
-    """A model, its engine and the application over it.
-
-    Raises:
-        UserError: the model has no tokenizer, or settings that cannot be.
-    """
+    """A model, its engine and the application over it."""
 
     def __init__(
         self,

@@ -198,9 +198,6 @@ class AnswerFile:
 
     Attributes:
         present: the answers in the file, each with its questions.
-
-    Raises:
-        UserError: other settings, or something else, wrote the file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool = True):

@@ -89,11 +89,7 @@ class TrainPlan:
 
 
 def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
-    """Return size and time of the run that `train` would make.
-
-    Raises:
-        UserError: `train` would raise one before its first step.
-    """
+    """Return size and time of the run that `train` would make."""
     ready = prepare(target, config)
     measured = method_called(ready.config.method).measure(target, ready.config, ready.examples, {})
     ready = with_measured(ready, measured)

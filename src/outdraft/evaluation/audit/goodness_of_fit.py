@@ -24,11 +24,7 @@ BINS = 20
 
 
 def scipy_stats() -> Any:
-    """Import the module `scipy.stats`.
-
-    Raises:
-        UserError: scipy is not installed.
-    """
+    """Import the module `scipy.stats`."""
     try:
         from scipy import stats
     except ImportError:

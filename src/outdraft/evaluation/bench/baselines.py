@@ -169,11 +169,7 @@ def _assisted(target: Target, path: str, assistants: Sequence[Target], backend: 
 
 
 def _early_exit(target: Target, layers: int) -> Contender:
-    """Make a contender that drafts with the target's first layers.
-
-    Raises:
-        UserError: the model does not stop there, so that the stock library could not draft with it.
-    """
+    """Make a contender that drafts with the target's first layers."""
     model: Any = target.model
     if not 1 <= layers < target.num_layers:
         raise UserError(f"--peers early-exit={layers}: the target has {target.num_layers} layers; give 1 to one less")

@@ -39,9 +39,6 @@ def run_bench(
 
     Args:
         others: makes more contenders from the model that the baselines run on.
-
-    Raises:
-        UserError: something cannot be loaded, read or decoded, or the output folder has other settings.
     """
     if settings.report is not None:
         check_bench_page(settings.report)

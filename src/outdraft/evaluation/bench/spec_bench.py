@@ -98,11 +98,7 @@ def write(path: Path, lines: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read the lines of an answer file, Spec-Bench's or outdraft's.
-
-    Raises:
-        UserError: the file is missing, or a line is no answer.
-    """
+    """Read the lines of an answer file, Spec-Bench's or outdraft's."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; give an answer file of Spec-Bench's format")
     found = []

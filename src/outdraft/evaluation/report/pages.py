@@ -115,11 +115,7 @@ def check_bench_page(path: Path) -> None:
 
 
 def plotly_script() -> str:
-    """Return Plotly's own script, from its Python package.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    """Return Plotly's own script, from its Python package."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

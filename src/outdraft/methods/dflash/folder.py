@@ -59,9 +59,6 @@ def load_dflash(
 ) -> DFlashCheckpoint:
     """Load a DFlash or DSpark drafter from a folder or the Hugging Face Hub; arguments as in
     `fspad.folder.load_drafter`.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)

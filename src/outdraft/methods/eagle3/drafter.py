@@ -58,11 +58,7 @@ class Eagle3Step(LayerStep):
 
 
 class Eagle3Drafter(FeatureDrafter):
-    """A trained `Eagle3Head` bound to its target's layers and embedding.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter, or the target has no such layers.
-    """
+    """A trained `Eagle3Head` bound to its target's layers and embedding."""
 
     head: Eagle3Head
 

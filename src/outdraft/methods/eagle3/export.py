@@ -26,11 +26,7 @@ LAYER = "midlayer."
 def export_eagle3(
     source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
 ) -> Written:
-    """Write the drafter's folder for vLLM; arguments as in `Method.export`.
-
-    Raises:
-        UserError: vLLM would run another drafter than outdraft, or none.
-    """
+    """Write the drafter's folder for vLLM; arguments as in `Method.export`."""
     if engine == "hf":
         raise UserError("transformers' assistant_model takes whole language models, no EAGLE-3 head; use --engine vllm")
     checkpoint = load_eagle3(source)

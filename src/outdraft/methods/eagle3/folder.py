@@ -39,9 +39,6 @@ def load_eagle3(
 
     Returns:
         The drafter. Its layout is `outdraft`, `eagle3` (the authors'), `specforge`, `angelslim` or `speculators`.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)

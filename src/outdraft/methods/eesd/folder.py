@@ -15,11 +15,7 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
 
 
 def read_exit_folder(folder_or_hub_id: str | Path) -> OwnFolder:
-    """Read settings and tensors of an exit layer, without its target.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
-    """
+    """Read settings and tensors of an exit layer, without its target."""
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if not is_own(config) or config["method"] != ExitLayer.method:
@@ -43,9 +39,6 @@ def load_exit_layer(
         model: the target that it was trained for, whose family the layer belongs to.
         dtype: precision of the weights; as stored when None.
         device: device of the weights; the model's when None.
-
-    Raises:
-        UserError: nothing is there, or the drafter is damaged or another target's; the message names the fix.
     """
     found = read_exit_folder(folder_or_hub_id)
     facts = target_facts(model)

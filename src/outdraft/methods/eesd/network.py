@@ -77,11 +77,7 @@ class ExitLayer(Network):
 
 
 def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
-    """Build an exit layer of the model's family without weights (`load_state_dict(assign=True)` loads them).
-
-    Raises:
-        UserError: the model has no such layer to exit after.
-    """
+    """Build an exit layer of the model's family without weights (`load_state_dict(assign=True)` loads them)."""
     count = len(layers_of(model))
     if not 1 <= config.exit_layer < count:
         raise UserError(f"the exit layer must be between 1 and {count - 1} for this model, not {config.exit_layer}")

@@ -24,11 +24,7 @@ from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refu
 def export_head(
     source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
 ) -> Written:
-    """Write the drafter's folder for vLLM; arguments as in `Method.export`.
-
-    Raises:
-        UserError: vLLM would run another drafter than outdraft, or none.
-    """
+    """Write the drafter's folder for vLLM; arguments as in `Method.export`."""
     if engine == "hf":
         raise UserError(
             "transformers' assistant_model takes whole language models, which FSPAD's and EAGLE's heads are not; "

@@ -47,9 +47,6 @@ def load_drafter(
     Args:
         dtype: precision of the weights; as stored when None.
         kind: the class of the network in folders of ours.
-
-    Raises:
-        UserError: nothing is there, or it is no drafter or damaged; the message names the fix.
     """
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)

@@ -26,9 +26,6 @@ def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
     Args:
         settings: a `DrafterConfig` with its preset filled in; `init_from` names an FSPAD, whose shape and weights are
             taken, or a drafter of this method, which is trained on.
-
-    Raises:
-        UserError: the target cannot have such a drafter.
     """
     block = {name: getattr(settings, name) for name in BLOCK}
     if settings.init_from is None:

@@ -90,11 +90,7 @@ class Slots:
 
 
 class OneForward(FeatureDrafter):
-    """A trained `OneForwardHead` bound to its target's embedding and head.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter.
-    """
+    """A trained `OneForwardHead` bound to its target's embedding and head."""
 
     head: OneForwardHead
     step: BlockStep

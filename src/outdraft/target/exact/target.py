@@ -78,9 +78,6 @@ class ExactTarget(Target):
 
     Args:
         plain: the stock target.
-
-    Raises:
-        UserError: there is no guarantee for this model or device, with the reason.
     """
 
     ragged = False
