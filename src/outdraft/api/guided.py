@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from outdraft.data.text import special_ids
+from outdraft.data.text import common_length, special_ids
 from outdraft.errors import UserError, first_line
 
 FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
@@ -213,7 +213,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         """Move the matcher behind these tokens of the text; returns whether the grammar allows them all."""
         tokens, path, common = list(tokens), self._path, len(self._path)
         if tokens[:common] != path:
-            common = next((i for i, (a, b) in enumerate(zip(path, tokens, strict=False)) if a != b), len(tokens))
+            common = common_length(path, tokens)
             self._matcher.rollback(len(path) - common)
             del path[common:]
         rest, ends, size = tokens[common:], self.grammar.vocabulary.ends, self.grammar.vocabulary.tokens.vocab_size

@@ -164,7 +164,7 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
-    """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training."""
+    """Train if requested, stream an answer, then compare. Two idle cores need under three minutes without training."""
     name = chosen(settings, remarks)
     whole = load_target(name, dtype=settings.dtype, backend="eager")
     target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights

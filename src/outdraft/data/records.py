@@ -49,7 +49,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str | BadText]]:
-    """Yield non-empty lines with their numbers, or the reason one is unreadable; a damaged archive ends at the damage."""
+    """Yield non-empty lines with their numbers, or why one is unreadable; a damaged archive ends at the damage."""
     lines, number = _text_of(file), 0
     while True:
         number += 1

@@ -14,6 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.errors import UserError
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
     return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outdraft.data.provenance import busy
-from outdraft.errors import UserError
+from outdraft.errors import refuse_below
 from outdraft.evaluation.bench.bench import Comparison
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
@@ -63,9 +63,7 @@ class AdviceSettings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        refuse_below(self, limit=1, max_new_tokens=1)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_network
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
+from outdraft.data.text import common_length
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.folder import find_folder
 from outdraft.errors import UserError
@@ -171,15 +172,10 @@ def drafts_of(target: Target, drafters: Sequence[Drafter], prompts: Sequence[lis
         places = {(one.row, *whole[one.row][: one.start][-CONTEXT:]): one for one in fitting}.values()
         if not places:
             raise UserError("the target ends its answers at once; give other prompts (--data)")
-        accepted = [_agreeing(one.chain[:depth], whole[one.row][one.start :]) for one in places]
+        accepted = [common_length(one.chain[:depth], whole[one.row][one.start :]) for one in places]
         sure = [one.confidence for one in places if one.confidence is not None]
         found.append(Drafts(accepted, depth, sum(sure) / len(sure) if sure else None))
     return found
-
-
-def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
 # --- judging ---------------------------------------------------------------------------------------------------

@@ -117,7 +117,6 @@ def push_to_hub(
     *,
     private: bool | None = None,
     token: str | None = None,
-    message: str | None = None,
 ) -> str:
     """Upload a drafter's folder to the Hugging Face Hub, creating the repository when absent.
 
@@ -138,7 +137,7 @@ def push_to_hub(
             folder_path=folder,
             repo_id=repo_id,
             allow_patterns=[CONFIG, WEIGHTS, "README.md", "LICENSE*", "provenance.json"],
-            commit_message=message or f"Drafter written by outdraft {outdraft.__version__}",
+            commit_message=f"Drafter written by outdraft {outdraft.__version__}",
         )
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
         raise UserError(f"cannot upload to '{repo_id}' ({first_line(error)}); log in with `hf auth login`") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
@@ -154,7 +154,7 @@ class Audit:
             "seconds": self.seconds,
             "expected_seconds": self.expected_seconds,
             "checks": {finding.name: finding.as_dict() for finding in self.findings},
-            "noise": self.noise.as_dict(),
+            "noise": asdict(self.noise),
             "settings": self.settings,
             "environment": self.environment,
         }

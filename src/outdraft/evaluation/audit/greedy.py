@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.stock import Noise, StockProbs, log_ratio
 
@@ -96,8 +97,7 @@ def first_difference(
     probs: StockProbs, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
 ) -> TokenDivergence:
     """Return the first divergence of two texts, whichever of them left the stock model's choice."""
-    shorter = min(len(plain), len(other))
-    place = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
+    place = common_length(plain, other)
     expected = plain[place] if place < len(plain) else None
     found = other[place] if place < len(other) else None
     gap = math.nan
@@ -178,7 +178,7 @@ def equality_finding(
             **counts,
             "divergences": [one.as_dict() for one in found],
             "bugs": len(bugs),
-            "noise": noise.as_dict(),
+            "noise": asdict(noise),
             "too_many_ties_p": chance,
             "drafting": statistics.as_dict(),
         },

@@ -18,6 +18,7 @@ from torch import Tensor
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.coupling import Noise as SharedNoise
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.greedy import TokenDivergence, equality_finding
 from outdraft.evaluation.audit.settings import AuditSettings
@@ -102,8 +103,7 @@ def divergences(
             gap = log_ratio(dist, best, found[place])
             gap = noise.gap if edges and math.isinf(gap) else gap
             listed.append(TokenDivergence(number, place, best, found[place], gap, noise.gap))
-    pairs = zip(expected, found, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    first = common_length(expected, found)
     if all(one.position != first for one in listed):  # the processors or the end differ, not the forward
         asked, given = (text[first] if first < len(text) else None for text in (expected, found))
         listed.insert(0, TokenDivergence(number, first, asked, given, math.nan, noise.gap))

@@ -8,7 +8,7 @@ and backend is the difference between these forwards, so neither a wrong mask no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,9 +126,6 @@ class Noise:
     variation: float = 0.0
     variation_mean: float = 0.0
     flips: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def add(self, single: Tensor, other: Tensor) -> None:
         """Compare the `(vocab,)` probabilities at one position."""

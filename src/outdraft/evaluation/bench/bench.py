@@ -18,7 +18,7 @@ from outdraft.evaluation.bench.divergences import Divergence, divergences_by_met
 from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
 from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
-from outdraft.evaluation.bench.result import BenchResult, Comparison
+from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.report.pages import check_bench_page, save_bench
@@ -138,7 +138,7 @@ def measured(
         store: keeps complete pairs, and knows those of earlier runs.
         end: deadline as in `measure.compare`; only for single prompts without questions or a store.
     """
-    title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    title = temperature_name(temperature)
     known = store.known(temperature) if store is not None else {}
     pairs = len(prompts) * repetitions
     if known:

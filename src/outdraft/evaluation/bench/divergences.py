@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise, stock_logits
 from outdraft.evaluation.bench.measure import Run, Script, script_of
 from outdraft.target.target import Target
@@ -41,8 +42,7 @@ class Difference:
     @property
     def position(self) -> int:
         """The index of the first new token that differs; the shorter text's length where that text ends."""
-        shorter = min(len(self.plain), len(self.other))
-        return next((i for i in range(shorter) if self.plain[i] != self.other[i]), shorter)
+        return common_length(self.plain, self.other)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
-from outdraft.errors import UserError
+from outdraft.errors import UserError, refuse_below
 from outdraft.evaluation.bench.baselines import peers as stock_peers
 from outdraft.evaluation.bench.measure import PLAIN, Contender, speculative
 from outdraft.methods.draft_model.drafter import DraftModel
@@ -73,10 +73,7 @@ class BenchSettings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "repetitions", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        refuse_below(self, limit=1, repetitions=1, max_new_tokens=1)
         for temperature in self.temperatures:
             if temperature < 0:
                 raise UserError(f"temperature must be 0 (greedy) or more, not {temperature:g}")

@@ -51,9 +51,6 @@ class LeftOut:
     source: str
     reason: str
 
-    def as_dict(self) -> dict[str, str]:
-        return {"source": self.source, "reason": self.reason}
-
 
 @dataclass
 class QuestionSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,7 @@ class BenchResult:
         return {
             "settings": self.settings,
             "environment": self.environment,
-            "left_out": [one.as_dict() for one in self.left_out],
+            "left_out": [asdict(one) for one in self.left_out],
             "results": [
                 {
                     "temperature": one.temperature,

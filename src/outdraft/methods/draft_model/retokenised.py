@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
-from outdraft.data.text import answer_text, decode_text, special_ids
+from outdraft.data.text import answer_text, common_length, decode_text, special_ids
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead
 from outdraft.drafting.expand import grow_chain
@@ -160,5 +160,4 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _common(old: Sequence[int], new: Sequence[int]) -> int:
     """Count the tokens that both begin with, but for the last of `new`, which is run again for its logits."""
-    pairs = zip(old, new[:-1], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new) - 1))
+    return common_length(old, new[:-1])

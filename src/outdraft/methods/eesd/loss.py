@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
-
-LossKind = Literal["soft", "hard", "mixed"]
 
 
 class ExitSums(NamedTuple):

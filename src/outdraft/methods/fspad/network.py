@@ -262,11 +262,6 @@ class FeatureHead(DraftNetwork):
         self.embed_tokens = self.lm_head = None
         self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
 
-    @property
-    def tap_width(self) -> int:
-        """The number of values read of the target at a position: its feature, then the outputs of `tap_layers`."""
-        return (1 + len(self.config.tap_layers)) * self.config.hidden_size
-
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.tap_layers
 

@@ -21,7 +21,7 @@ def load_medusa(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Checkpoint[MedusaHeads]:
-    """Load Medusa's heads from an outdraft folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`."""
+    """Load Medusa's heads from a folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`."""
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if not is_own(config) or config["method"] != MedusaHeads.method:
