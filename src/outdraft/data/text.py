@@ -31,14 +31,11 @@ class Detokenizer:
     space before its first word, if the tokenizer marks words by one.
 
     Args:
-        skip_special_tokens: leave the text of special tokens out.
         prompt: tokens that stand before the first one. Their own text is never given out.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
-    ):
-        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
+        self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.special = special_ids(tokenizer)
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
@@ -53,7 +50,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """Return the new text that this token makes certain; empty while a character is unfinished."""
         self.tokens.append(token)
-        if self.skip and token in self.special:
+        if token in self.special:
             return ""
         self._window.append(token)
         text = self._text()
@@ -76,13 +73,13 @@ class Detokenizer:
         """Return the text that a token would add after the pending text, without an unfinished character."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
-        text = decode_text(self.tokenizer, [*self._window, token], self.skip)
+        text = decode_text(self.tokenizer, [*self._window, token])
         if text.endswith("\ufffd"):
             text = "" if self._is_byte(token) else text[:-1]
         return text[self._seen :]
 
     def _text(self) -> str:
-        return decode_text(self.tokenizer, self._window, self.skip)
+        return decode_text(self.tokenizer, self._window)
 
     def _is_byte(self, token: int) -> bool:
         return byte_of(self.tokenizer, token) is not None

@@ -45,7 +45,6 @@ class SlotCache(LayerCache):
     others to join, and only rows that change their index are copied.
 
     Args:
-        rows: number of sequences.
         num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
         capacity: slots per row, doubled when a forward needs more.
         pool: lends buffers of rounded sizes; None makes them as large as asked for.

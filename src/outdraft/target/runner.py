@@ -51,7 +51,6 @@ class ModelRunner:
     """Runs the target with the cache of the rows that it decodes.
 
     Args:
-        target: the model.
         cache: an empty cache for these rows.
         reads: what is read of the target for every token.
     """
@@ -131,7 +130,6 @@ class ModelRunner:
         """Run the first part over a level of `(rows, nodes)` candidates; the first call runs it over the roots.
 
         Args:
-            tokens: the candidates.
             parents: indices of their parents in the level before.
             positions, mask, slots: as in `attention_mask`, of all levels so far.
 

@@ -76,21 +76,7 @@ class Pace:
         return cls(seconds[FEW], max(0.0, (seconds[MANY] - seconds[FEW]) / (MANY - FEW)), prefill)
 
 
-@dataclass(frozen=True)
-class Paces:
-    """The measured speed of plain and drafted decoding."""
-
-    plain: Pace
-    drafted: Pace
-
-    @classmethod
-    def timed(cls, model: SpeculativeModel, settings: AuditSettings, prompts: Sequence[list[int]]) -> Paces:
-        """Time a few rounds without the drafter and with it."""
-        alone = model.with_drafter(None)
-        return cls(Pace.timed(alone, prompts, settings.sampling), Pace.timed(model, prompts, settings.generation))
-
-
-def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool) -> dict[str, float]:
+def expected(settings: AuditSettings, plain: Pace, drafted: Pace, prompts: int, samples: bool) -> dict[str, float]:
     """Forecast the seconds of every check, by its name.
 
     Args:
@@ -98,7 +84,6 @@ def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool)
     """
     count, tokens = min(prompts, settings.limit), settings.max_new_tokens
     few, batches = min(NOISE_PROMPTS, count), -(-count // MANY)
-    plain, drafted = paces.plain, paces.drafted
     a_text = tokens * plain.one + plain.prefill  # one row, token by token
     rows = min(MANY, count)
     twice = 2 * tokens * drafted.step(min(TWICE_PROMPTS, count))

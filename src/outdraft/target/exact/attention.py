@@ -103,7 +103,6 @@ def attend(
         value: as `key`.
         attention_mask: `(rows, 1, tokens, slots)` bool.
         dropout: 0, as the model is in evaluation mode.
-        scaling: scale of the scores.
         **kwargs: further arguments of model families; a position bias is refused.
     """
     now: Now = module._outdraft_now

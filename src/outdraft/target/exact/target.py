@@ -74,11 +74,7 @@ def exactly(target: Target) -> ExactTarget:
 
 
 class ExactTarget(Target):
-    """A target whose forward over trees gives every node the bits of plain decoding.
-
-    Args:
-        plain: the stock target.
-    """
+    """A target whose forward over trees gives every node the bits of plain decoding."""
 
     ragged = False
 
@@ -191,9 +187,6 @@ class ExactTarget(Target):
 class InvariantTarget(ExactTarget):
     """A target whose kernels give every token the same bits in any company (backend `native`), so that nothing needs to
     run apart.
-
-    Args:
-        plain: the stock target.
 
     Raises:
         UserError: a forward over trees differs from one-token forwards after all.
