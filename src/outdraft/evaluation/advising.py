@@ -145,7 +145,7 @@ def _answers(
     rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
     if given is not None and not given.limits.looks_back:
         rivals += [
-            speculative(given.method + more, target, given, repeats=bool(more), controller=CONTROLLER)
+            speculative(given.method + more, target, given, ngrams=bool(more), controller=CONTROLLER)
             for more in ("", WITH_LOOKUP)
         ]
     affordable = int(ANSWER_SECONDS / (each * len(rivals) * len(prompts)))

@@ -25,6 +25,7 @@ from outdraft.core.tree import Tree
 from outdraft.data.text import common_length
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.folder import find_folder
+from outdraft.drafting.ngrams import FullDrafts
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network, method_of
 from outdraft.methods.registry import DrafterFacts
@@ -82,20 +83,13 @@ class Drafts:
         return sum(math.comb(len(signs), k) for k in range(sum(signs), len(signs) + 1)) / 2 ** len(signs)
 
 
-class _Confidences:
+class _Confidences(FullDrafts):
     """A `Budget` that stops nothing and keeps the confidences of the first level."""
 
-    def __init__(self, rows: int):
-        self.going, self.first = [True] * rows, list[float | None]()
-
-    def wants(self, nodes: int) -> list[bool]:
-        return self.going
+    first: Sequence[float | None] = ()
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
         self.first = self.first or list(confidences)
-
-    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
-        return [len(own) for own in gains]
 
 
 class _Guess(NamedTuple):
@@ -142,7 +136,7 @@ class _ProbeState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         for one, state, guesses in zip(self.probe.drafters, self.states, self.probe.guesses, strict=True):
-            budget = _Confidences(len(self.rows))
+            budget = _Confidences([True] * len(self.rows))
             own = replace(update, taps=self.probe.taps(update.taps, one.reads, self.width))
             tree = state.propose(own, shape, replace(rows, budget=budget))
             for place, (row, count) in enumerate(zip(self.rows, tree.counts, strict=True)):

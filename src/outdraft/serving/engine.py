@@ -165,7 +165,7 @@ class Engine:
                 break
             self._queue.pop()
             lane = self._lanes[job.params.speculative]
-            answer.row.repeats = lane.drafting.repeats
+            answer.row.ngrams = lane.drafting.ngrams
             pacer, seed = lane.drafting.pacer, None if job.params.seed is None else job.params.seed + answer.index
             if lane.drafting.sampling is None:
                 device, row = self.target.device, answer.row

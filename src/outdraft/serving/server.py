@@ -59,7 +59,7 @@ def drafting(model: SpeculativeModel, settings: DraftSettings) -> Drafting:
 
     first = resolved(1)  # impossible settings are told now
     drawn = resolved(1, sampling=True).shape if first.dice else None
-    return Drafting(model.drafter, lambda rows: resolved(rows).shape, drawn, first.pacer, first.repeats)
+    return Drafting(model.drafter, lambda rows: resolved(rows).shape, drawn, first.pacer, first.ngrams)
 
 
 def threads_of(asked: int | None) -> int:

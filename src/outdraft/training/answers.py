@@ -22,7 +22,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.conversations import Conversation, ConversationSet, Message
 from outdraft.data.text import decode_text
 from outdraft.data.tokenization import TemplateRefuses, render, variables_of
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.output import whole_lines, write_whole
@@ -64,7 +64,7 @@ class AnswerSettings:
         filters: sampling settings other than the temperature.
         seed: seed of all draws.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
-        repeats: settings of n-gram drafts, if rows use them.
+        ngrams: settings of n-gram drafts, if rows use them.
         switches: variables of the chat template.
     """
 
@@ -73,7 +73,7 @@ class AnswerSettings:
     filters: dict[str, Any]
     seed: int = 0
     prefix_tokens: int = 32
-    repeats: Repeats | None = None
+    ngrams: NgramSettings | None = None
     switches: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -107,7 +107,7 @@ class AnsweredConversation:
         ends = target.eos_token_ids
         warper = Warper(sampling, len(prompt), target.vocab_size, ends, (), target.device)
         dice = Dice(self.name.seed(settings.seed, self._turn))
-        return Row(prompt, warper, dice, most, frozenset(ends), repeats=settings.repeats)
+        return Row(prompt, warper, dice, most, frozenset(ends), ngrams=settings.ngrams)
 
     def take(self, row: Row) -> None:
         """Take in the answer of the last `next_row`, which has ended."""

@@ -146,7 +146,7 @@ def regenerate(
     most = rows or (ROWS_CPU if target.device.type == "cpu" else ROWS)
     fixed = DraftSettings(controller="fixed", coupling="dice")
     draft = resolve(fixed, drafter, target.device, sampling=max(temperatures) > 0, rows=most)
-    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.repeats, switches)
+    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.ngrams, switches)
     prompts = MissingAnswers(found, answering, temperatures, file, most)
     console = console or Console(stderr=True, highlight=False)
     present, total = len(prompts.names) - len(prompts.missing), len(prompts.missing)
@@ -253,7 +253,7 @@ class RowPool:
 
     def _width(self, row: Row) -> int:
         """Return the most cache slots that a row takes."""
-        repeated = 0 if row.repeats is None else row.repeats.most
+        repeated = 0 if row.ngrams is None else row.ngrams.most
         return min(len(row.prompt) + row.max_new_tokens, self._context) + self._spare + repeated
 
 

@@ -164,16 +164,14 @@ def contenders(
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
         shape = {} if drafter.method in without_model() else tree or {}
-        for repeats in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
-            if methods is not None and drafter.method + repeats not in methods:
+        for suffix in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
+            if methods is not None and drafter.method + suffix not in methods:
                 continue
             for controller in controllers:
-                called = name + repeats if len(controllers) == 1 else f"{name}{repeats} {controller}"
+                called = name + suffix if len(controllers) == 1 else f"{name}{suffix} {controller}"
                 if controller == DEFAULT:
                     controller = resolve(DraftSettings(**shape), drafter, target.device).controller
-                found.append(
-                    speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
-                )
+                found.append(speculative(called, target, drafter, ngrams=bool(suffix), controller=controller, **shape))
     return found
 
 

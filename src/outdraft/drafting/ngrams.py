@@ -67,7 +67,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Repeats:
+class NgramSettings:
     """When to draft n-grams of the text, and how many tokens of them."""
 
     least: int = 4
@@ -96,8 +96,8 @@ class Repeats:
         return text.after(end, min(limit, self.most, 2 * text.alike(end, self.most)))
 
 
-class Others:
-    """A `Budget` for rows without n-gram drafts: they draft to their full length, and the others draft nothing.
+class FullDrafts:
+    """A `Budget` that lets some rows draft to their full length, and the others nothing.
 
     Args:
         drafting: for every row, True if the drafter drafts for it.
