@@ -150,8 +150,8 @@ class Stops:
             self._spelled += spelled
         self._spelled += new
         text = self._spelled + pending
-        places = [text.find(one, max(0, searched - len(one) + 1)) for one in self.strings]
-        found = [place for place in places if place >= 0]
+        starts = [text.find(one, max(0, searched - len(one) + 1)) for one in self.strings]
+        found = [place for place in starts if place >= 0]
         return self._shown(min(found)) if found else None
 
     def uncertain(self) -> int:

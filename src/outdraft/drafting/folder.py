@@ -111,11 +111,11 @@ def read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     if not found.endswith(".index.json"):
         return f"'{folder / found}'", _read_tensors(folder / found)
     index = _read_json(folder / found)
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"'{folder / found}' has no weight_map; download the drafter again")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"'{folder / found}' names '{name}', which is not in the folder; download it again")
         tensors.update(_read_tensors(folder / name))

@@ -258,8 +258,8 @@ def assembled(
     wanted = network.state_dict()
     labels = {**{name: shown(name) for name in wanted}, **(names or {})}
     given = {} if kept is None else {KEPT: kept}
-    places = {name: place for name, place in wanted.items() if name not in given}
-    weights = fitting(tensors, places, file, shown=labels, **messages)
+    missing = {name: value for name, value in wanted.items() if name not in given}
+    weights = fitting(tensors, missing, file, shown=labels, **messages)
     unknown = [
         labels.get(name, name) for name in tensors if name not in wanted and not (beside and beside.search(name))
     ]

@@ -158,8 +158,8 @@ class Files:
             out = x @ w[f"{at}{name}_proj.weight"].T + w.get(f"{at}{name}_proj.bias", torch.zeros(()))
             return out.view(len(x), -1, size)
 
-        places = torch.arange(len(x), dtype=torch.float64)[:, None]
-        turn = torch.polar(torch.tensor(self.turn_scale).double(), places * self.rates).to(torch.complex64)[:, None]
+        order = torch.arange(len(x), dtype=torch.float64)[:, None]
+        turn = torch.polar(torch.tensor(self.turn_scale).double(), order * self.rates).to(torch.complex64)[:, None]
 
         def turned(x: Tensor) -> Tensor:
             pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn

@@ -74,10 +74,10 @@ class ModelRunner:
             outputs.append(ModelRunner(self.target, own, self.reads).prefill([prompts[row] for row in group]))
             self.cache.join(own)
         order = [row for group in groups for row in group]
-        places = sorted(range(len(order)), key=order.__getitem__)  # of every row among the groups
-        self.cache.select_rows(places)
+        index = sorted(range(len(order)), key=order.__getitem__)  # of every row among the groups
+        self.cache.select_rows(index)
         parts = ([part for output in own for part in output] for own in zip(*outputs, strict=True))
-        return Output(*(pad_sequence([whole[at] for at in places], batch_first=True) for whole in map(list, parts)))
+        return Output(*(pad_sequence([whole[at] for at in index], batch_first=True) for whole in map(list, parts)))
 
     def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
         """Run prompts as `prefill` does, in pieces of at most `most` tokens of every row."""

@@ -219,9 +219,9 @@ class AnswerFile:
 
     def arrange(self, order: Sequence[Name]) -> None:
         """Sort the lines into this order, all others after them."""
-        places = {name: place for place, name in enumerate(order)}
+        index = {name: place for place, name in enumerate(order)}
         lines = self.path.read_bytes().splitlines(keepends=True)
-        arranged = sorted(lines, key=lambda line: places.get(_name(json.loads(line)), len(places)))
+        arranged = sorted(lines, key=lambda line: index.get(_name(json.loads(line)), len(index)))
         if arranged != lines:
             write_whole(self.path, b"".join(arranged))
 

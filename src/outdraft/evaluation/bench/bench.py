@@ -183,14 +183,14 @@ def summed_up(
     }
 
     def of(rival: Contender, group: str | None) -> Summary:
-        places = {i for i, question in enumerate(questions) if question.group == group}
+        indices = {i for i, question in enumerate(questions) if question.group == group}
         own, plain, stock = (
-            [run for run in runs.get(name, []) if group is None or run.prompt in places]
+            [run for run in runs.get(name, []) if group is None or run.prompt in indices]
             for name in (rival.name, PLAIN, STOCK)
         )
         found = parted[rival.name]
         if found is not None and group is not None:
-            found = [divergence for divergence in found if divergence.prompt in places]
+            found = [divergence for divergence in found if divergence.prompt in indices]
         summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
         if stock:
             summary.over_stock, summary.over_stock_interval = paired(own, stock)

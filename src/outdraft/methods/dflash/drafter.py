@@ -84,10 +84,10 @@ class DFlash(NetworkDrafter):
         (is_causal, window), (rows, size), lengths = sight, slots.shape, cache.lengths
         if not is_causal and len(set(lengths)) == 1 and (not window or window >= cache.extent):
             return None
-        seen = causal(rows, size, slots.device)
+        mask = causal(rows, size, slots.device)
         if not is_causal:
-            seen = torch.ones_like(seen)
-        return attention_mask(seen, slots, lengths, cache.extent, slots, window or None)
+            mask = torch.ones_like(mask)
+        return attention_mask(mask, slots, lengths, cache.extent, slots, window or None)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         scale, own = self.network.config.input_embedding_scale, self.network.embed_tokens

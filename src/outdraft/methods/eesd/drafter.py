@@ -61,8 +61,8 @@ class EarlyExitState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         found = self._keep_accepted(update)
-        seen = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
-        left = [count - known for count, known in zip(update.counts, seen, strict=True)]
+        starts = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
+        left = [count - known for count, known in zip(update.counts, starts, strict=True)]
         roots = update.roots[:, None]
         lower, none = RunAhead(self.run.cache, self.last_position), torch.zeros_like(roots)
         if self._at_once and not any(left):
@@ -70,7 +70,7 @@ class EarlyExitState(DraftState):
             self.cache.commit([range(1)] * len(left))
         else:
             hidden = self.run.ahead(roots, none, *lower.place(roots, none))
-            newest = self._take_in(update.taps, seen, left, hidden)
+            newest = self._take_in(update.taps, starts, left, hidden)
         self.taken = [1] * len(left)
         upper = RunAhead(self.cache, self.last_position)
 
@@ -136,14 +136,14 @@ class EarlyExitState(DraftState):
         new = taps.gather(1, index.expand(-1, -1, taps.shape[-1]))
         new[range(len(counts)), counts] = hidden[:, 0]
 
-        def forward(piece: slice, positions: Tensor, seen: Tensor, slots: Tensor) -> tuple[Tensor]:
-            return (self._exit(new[:, piece], positions, seen, slots),)
+        def forward(piece: slice, positions: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor]:
+            return (self._exit(new[:, piece], positions, mask, slots),)
 
         (newest,) = take_in(self.cache, [count + 1 for count in counts], self.last_position, device, forward)
         return newest
 
-    def _exit(self, hidden: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
-        inputs = self.drafter.target.inputs(positions, seen, slots, self.cache)
+    def _exit(self, hidden: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        inputs = self.drafter.target.inputs(positions, mask, slots, self.cache)
         return self.drafter.exit.features(hidden, **inputs)
 
 

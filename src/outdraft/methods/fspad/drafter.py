@@ -107,8 +107,8 @@ class FeatureDraftState(DraftState):
             ahead = RunAhead(cache, len(network) - 1)
 
             def over_pending(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
-                positions, seen, _ = ahead.place(tokens, parents)
-                return self._over(positions, seen, partial(network, tokens, features))
+                positions, mask, _ = ahead.place(tokens, parents)
+                return self._over(positions, mask, partial(network, tokens, features))
 
             return over_pending
         sight = DraftMask(cache, network.dtype, network.device)
@@ -122,11 +122,11 @@ class FeatureDraftState(DraftState):
 
         return over_mask
 
-    def _over(self, positions: Tensor, seen: Tensor, forward: Forward) -> DraftOutput:
+    def _over(self, positions: Tensor, mask: Tensor, forward: Forward) -> DraftOutput:
         """Run the last of the pending tokens, those of which `(rows, tokens, pending)` says what they see."""
-        pending = Pending(integers(self.cache.lengths, seen.device).int(), seen, positions, (None,), self.cache)
+        pending = Pending(integers(self.cache.lengths, mask.device).int(), mask, positions, (None,), self.cache)
         with running_over(pending):
-            return forward(self.network.turns(positions[:, -seen.shape[1] :]), None, self.cache)
+            return forward(self.network.turns(positions[:, -mask.shape[1] :]), None, self.cache)
 
     def _causal(self, count: int, device: torch.device, forward: Forward) -> DraftOutput:
         """Run `count` tokens of every row after the committed ones, each of which sees all before it."""

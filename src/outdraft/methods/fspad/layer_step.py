@@ -161,8 +161,8 @@ class LayerStep:
         if shared > 1 and (nodes <= FOLDED or q.is_cuda):
             # Heads that share keys as further queries of one head: the keys are read once.
             q = q.reshape(rows, kv_heads, shared * nodes, size)
-            seen = None if mask is None else mask.repeat(1, 1, shared, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            mask = None if mask is None else mask.repeat(1, 1, shared, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out = out.reshape(rows, heads, nodes, size)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)

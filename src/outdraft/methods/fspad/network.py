@@ -120,8 +120,8 @@ class DraftNetwork(Network):
         table = self._rotary_table
         if table is None or table[0].dtype != dtype or table[0].device != positions.device:
             frequencies, scale = self.frequencies()
-            places = torch.arange(self.config.max_position_embeddings, dtype=torch.float64)
-            angles = (places[:, None] * frequencies).repeat(1, 2)
+            order = torch.arange(self.config.max_position_embeddings, dtype=torch.float64)
+            angles = (order[:, None] * frequencies).repeat(1, 2)
             table = tuple((part * scale).to(positions.device, dtype) for part in (angles.cos(), angles.sin()))
             self._rotary_table = table
         return table[0][positions][:, None], table[1][positions][:, None]
@@ -233,8 +233,8 @@ class Attention(nn.Module):
             # Heads that share keys as further queries of one head: with shared heads and a mask torch would hold all
             # scores in single precision.
             folded = q.reshape(batch, self.kv_heads, -1, self.head_dim)
-            seen = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-            out = F.scaled_dot_product_attention(folded, k, v, seen).reshape(q.shape)
+            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+            out = F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared

@@ -137,16 +137,16 @@ class FusedAttention(nn.Module):
         name = self.config._attn_implementation
         if name in DIRECT and attention_mask is not None:
             shared = heads != kv_heads
-            seen = self._rotation.added(attention_mask, query.dtype)
-            if shared and seen is not None and tokens <= FOLDED and query.device.type == "cpu" and seen.shape[1] == 1:
+            mask = self._rotation.added(attention_mask, query.dtype)
+            if shared and mask is not None and tokens <= FOLDED and query.device.type == "cpu" and mask.shape[1] == 1:
                 # Heads that share keys as further queries of one head.
                 query = query.reshape(rows, kv_heads, -1, size)
-                seen = self._rotation.repeated(seen, heads // kv_heads)
-                out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling)
+                mask = self._rotation.repeated(mask, heads // kv_heads)
+                out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.scaling)
                 out = out.view(rows, heads, tokens, size)
                 return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1)), None
             out = F.scaled_dot_product_attention(
-                query, key, value, seen, is_causal=seen is None, scale=self.scaling, enable_gqa=shared
+                query, key, value, mask, is_causal=mask is None, scale=self.scaling, enable_gqa=shared
             )
             return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1)), None
         interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, sdpa_attention_forward)

@@ -209,11 +209,11 @@ class InvariantTarget(ExactTarget):
             self.exactness.checks += 1
         self.exactness.check_seconds = time.perf_counter() - start
 
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        return self.plain.forward(tokens, positions, seen, slots, cache)
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        return self.plain.forward(tokens, positions, mask, slots, cache)
 
-    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        return self.plain.inputs(positions, seen, slots, cache)
+    def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        return self.plain.inputs(positions, mask, slots, cache)
 
     def head(self, features: Tensor) -> Tensor:
         return self.plain.head(features)
