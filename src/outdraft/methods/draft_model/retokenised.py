@@ -143,7 +143,8 @@ class RetokenisedState(DraftState):
 
     def _take_in(self, texts: list[list[int]]) -> Tensor:
         """Run what is new in the rows' texts, forget what a text tokenises to no more, and return the next logits."""
-        kept = [_common(old, new) for old, new in zip(self.texts, texts, strict=True)]
+        # All but the last token of a text, which is run again for its logits.
+        kept = [common_length(old, new[:-1]) for old, new in zip(self.texts, texts, strict=True)]
         self.cache.cut(kept)
         self.texts, device = texts, self.model.device
         news = [text[count:] for text, count in zip(texts, kept, strict=True)]
@@ -156,8 +157,3 @@ class RetokenisedState(DraftState):
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _common(old: Sequence[int], new: Sequence[int]) -> int:
-    """Count the tokens that both begin with, but for the last of `new`, which is run again for its logits."""
-    return common_length(old, new[:-1])
