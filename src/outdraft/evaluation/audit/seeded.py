@@ -81,10 +81,8 @@ class SeededProbs:
                 if (other[one.topk(2).indices] > 0).all() and (one > 0).sum() > 1:
                     noise.add(one, other)
                 else:
-                    noise.positions, noise.flips = (
-                        noise.positions + 1,
-                        noise.flips + int(one.argmax() != other.argmax()),
-                    )
+                    noise.positions += 1
+                    noise.flips += int(one.argmax() != other.argmax())
 
 
 def divergences(
