@@ -25,7 +25,7 @@ from outdraft.target.backends import (
     count_parameters,
     default_backend,
     default_dtype,
-    fused,
+    fused_modules,
     why_not_native,
 )
 from outdraft.target.backends.tree_attention import has_triton
@@ -93,7 +93,7 @@ def test_modules_are_known_by_what_they_hold(family: str, doubles: dict[str, int
 def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
     model = tiny(family, dtype=torch.float32)
     with torch.inference_mode():
-        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (2, fused.FOLDED), (2, fused.FOLDED + 1)):
+        for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (2, fused_modules.FOLDED), (2, fused_modules.FOLDED + 1)):
             ours, stock = (
                 tree_features(Target(model, backend=backend), rows, nodes) for backend in ("packed", "eager")
             )
@@ -103,11 +103,11 @@ def test_doubles_give_over_trees_what_stock_modules_give(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2-sliding", "gemma3"])
 def test_prompts_are_read_as_stock_modules_read_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every token sees all before it by the kernel for that, everywhere else under the mask."""
-    monkeypatch.setattr(fused, "LONG", 16)
+    monkeypatch.setattr(fused_modules, "LONG", 16)
     model = tiny(family, dtype=torch.float32)
     prompts = [torch.arange(3, 43) % VOCAB, torch.arange(20) % VOCAB]
     kinds: dict[str, list[bool]] = {"packed": [], "eager": []}
-    real = fused.F.scaled_dot_product_attention
+    real = fused_modules.F.scaled_dot_product_attention
     with torch.inference_mode():
         for pieces in (1024, 24):
             found = []
@@ -117,7 +117,7 @@ def test_prompts_are_read_as_stock_modules_read_them(family: str, monkeypatch: p
                     seen.append(bool(settings.get("is_causal")))
                     return real(*args, **settings)
 
-                monkeypatch.setattr(fused.F, "scaled_dot_product_attention", recorded)
+                monkeypatch.setattr(fused_modules.F, "scaled_dot_product_attention", recorded)
                 target = Target(model, backend=backend)
                 run = ModelRunner(target, target.new_cache(2, 64))
                 out = Output.cat(list(run.prefill_in_pieces(prompts, pieces))).features

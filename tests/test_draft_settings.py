@@ -20,7 +20,7 @@ from outdraft.control.settings import Pacer
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter, Limits
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import UserError
 from outdraft.evaluation.audit.watch import Watch
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
@@ -76,7 +76,7 @@ def test_a_drafter_under_watch_is_asked_for_the_same_drafts(name: str) -> None:
 
 
 def facts(draft: ResolvedDraft) -> tuple[Any, ...]:
-    return draft.shape, draft.repeats, draft.controller, type(draft.pacer), draft.dice
+    return draft.shape, draft.ngrams, draft.controller, type(draft.pacer), draft.dice
 
 
 def test_medusa_is_audited_with_its_tree() -> None:
@@ -200,17 +200,17 @@ def test_the_machine_decides_alone() -> None:
 
 
 def test_beside_drafters_repetitions_are_on_unless_they_look_back() -> None:
-    def repeats(drafter: Drafter | None, **settings: Any) -> Repeats | None:
-        return resolve(DraftSettings(**settings), drafter, CPU).repeats
+    def ngrams(drafter: Drafter | None, **settings: Any) -> NgramSettings | None:
+        return resolve(DraftSettings(**settings), drafter, CPU).ngrams
 
-    assert repeats(Plain()) == repeats(Plain(), prompt_lookup_min=None) == Repeats(4, 20)
-    assert repeats(Plain(), prompt_lookup_min=2, prompt_lookup_num_tokens=5) == Repeats(2, 5)
-    assert repeats(Plain(), prompt_lookup_min=0, prompt_lookup_num_tokens=5) is None
+    assert ngrams(Plain()) == ngrams(Plain(), prompt_lookup_min=None) == NgramSettings(4, 20)
+    assert ngrams(Plain(), prompt_lookup_min=2, prompt_lookup_num_tokens=5) == NgramSettings(2, 5)
+    assert ngrams(Plain(), prompt_lookup_min=0, prompt_lookup_num_tokens=5) is None
     for back in (None, PromptLookup(), Lookahead(window=5, ngram=3, pool=3)):
-        assert repeats(back) is None and repeats(back, prompt_lookup_min=0) is None
-    assert repeats(Plain(), exact=True) == repeats(Plain(), exact=True, num_speculative_tokens=3) == Repeats(4, 3)
-    assert repeats(Plain(), exact=True, prompt_lookup_num_tokens=2) == Repeats(4, 2)
-    assert repeats(Plain(), exact=True, tree_depth=0, tree_size=1) == Repeats(4, 1)
+        assert ngrams(back) is None and ngrams(back, prompt_lookup_min=0) is None
+    assert ngrams(Plain(), exact=True) == ngrams(Plain(), exact=True, num_speculative_tokens=3) == NgramSettings(4, 3)
+    assert ngrams(Plain(), exact=True, prompt_lookup_num_tokens=2) == NgramSettings(4, 2)
+    assert ngrams(Plain(), exact=True, tree_depth=0, tree_size=1) == NgramSettings(4, 1)
 
 
 # --- the keywords ----------------------------------------------------------------------------------------------------

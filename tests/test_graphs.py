@@ -18,7 +18,7 @@ from models import perturbed, tiny
 from outdraft.api.generation import load
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
-from outdraft.target.backends import accelerate, fused, graphs, tree_attention
+from outdraft.target.backends import accelerate, fused, fused_modules, graphs, tree_attention
 from outdraft.target.backends.view import with_attention
 from outdraft.target.limits import slot_bytes
 from outdraft.target.runner import ModelRunner, Output
@@ -63,7 +63,7 @@ def test_features_over_trees_are_those_of_stock_modules(family: str, dtype: torc
     """One row and several of uneven lengths; three rows where four have room, nine nodes in a recording of ten."""
     model = tiny(family, dtype=dtype)
     target, eager = on_graphs(model), Target(model)
-    for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (3, 9), (2, fused.FOLDED + 1)):
+    for rows, nodes in ((2, 5), (1, 1), (1, 9), (3, 1), (3, 9), (2, fused_modules.FOLDED + 1)):
         torch.testing.assert_close(tree_features(target, rows, nodes), tree_features(eager, rows, nodes), **CLOSE)
     assert target._run.serves and {(key[2], key[3]) for key in target._run.recordings} == {
         (2, 5), (1, 1), (1, 10), (4, 1), (4, 10), (2, 20)

@@ -669,7 +669,8 @@ def test_a_draft_model_says_what_it_would_say_alone():
     ids=["trigram", "round-and-round", "latest", "longest-first", "nothing", "one-token", "overlap"],
 )
 def test_prompt_lookup_continues_the_latest_longest_match(text, most, expected):
-    assert PromptLookup(longest=3).continuation(text, most) == expected
+    found = PromptLookup(longest=3).text(text)
+    assert found.after(found.match()[1], most) == expected
 
 
 def test_a_draft_model_must_fit_its_target():

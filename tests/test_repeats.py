@@ -22,7 +22,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
@@ -59,7 +59,7 @@ SHALLOW["drawn chain"] = TreeShape.chain(1, candidates="sampled")
 
 def repeating(rows: list[Row], least: int, most: int = 3) -> list[Row]:
     for row in rows:
-        row.repeats = Repeats(least, most)
+        row.ngrams = NgramSettings(least, most)
     return rows
 
 
@@ -145,7 +145,9 @@ COMPANY = [((0, 2, 1, 0, 2), NARROW, 3), ((1, 1, 0), GREEDY, 5)]
 """The second row has one text, so that the runs of both are few."""
 
 
-def joint_law(drafter: Drafter, target: Target, shape: TreeShape, repeats: Sequence[Repeats | None], tally: Tally):
+def joint_law(
+    drafter: Drafter, target: Target, shape: TreeShape, repeats: Sequence[NgramSettings | None], tally: Tally
+):
     def run(new_chance: Callable[[], ScriptedChance]) -> tuple:
         rows = [
             row
@@ -153,7 +155,7 @@ def joint_law(drafter: Drafter, target: Target, shape: TreeShape, repeats: Seque
             for row in rows_of(target, [prompt], settings, length, [new_chance()])
         ]
         for row, own in zip(rows, repeats, strict=True):
-            row.repeats = own
+            row.ngrams = own
         return tuple(tuple(row.tokens) for row in tally.finish(target, drafter, rows, shape))
 
     return law_of(run)
@@ -177,7 +179,7 @@ def test_rows_of_a_batch_keep_their_laws_whether_one_repeats_or_all_do(kind, sha
     """The joint law is the product, for trees of one row's repetition beside the other's draft."""
     model, near = small(3)
     target, tally = Target(model), Tally()
-    repeats = [Repeats(1, 2), Repeats(1, 2) if company == "all" else None]
+    repeats = [NgramSettings(1, 2), NgramSettings(1, 2) if company == "all" else None]
     law = joint_law(DRAFTERS[kind](target, near), target, shape, repeats, tally)
     assert distance(law, product_law(model)) < EXACT
     assert tally.is_telling()
@@ -204,7 +206,7 @@ def test_what_a_drafter_drafts_for_a_repeating_row_gives_way(name):
     model, near = small(3)
     target, tally = Target(model), Tally()
     drafter = Deaf(DRAFTERS["draft-model"](target, near))
-    law = joint_law(drafter, target, SHAPES[name], [Repeats(1, 1), None], tally)
+    law = joint_law(drafter, target, SHAPES[name], [NgramSettings(1, 1), None], tally)
     assert distance(law, product_law(model)) < EXACT
     assert tally.both > 0
 
@@ -225,7 +227,7 @@ def test_a_repetition_under_the_drafters_law_is_found_out(monkeypatch):
 
     model, near = small(3)
     target, shape = Target(model), TreeShape(0, 2, 3, "sampled")
-    expected, repeats = product_law(model), [Repeats(1, 2), None]
+    expected, repeats = product_law(model), [NgramSettings(1, 2), None]
     drafter = DRAFTERS["draft-model"](target, near)
     assert distance(joint_law(drafter, target, shape, repeats, Tally()), expected) < EXACT
     monkeypatch.setattr(decoding, "spliced", claiming)
@@ -249,8 +251,8 @@ class Peeking(Drafter):
             assert tree.draft_probs is not None and tree.rows == 1
             if tree.draft_probs[0, 0, tree.tokens[0, 1]] >= self.least:
                 return tree
-            found = Repeats(1, 2).text(rows.prefixes[0].tolist())
-            chain = Repeats(1, 2).candidates(found, 2)
+            found = NgramSettings(1, 2).text(rows.prefixes[0].tolist())
+            chain = NgramSettings(1, 2).candidates(found, 2)
             return decoding.spliced(Tree.roots(tree.tokens[:, 0]), [chain])
 
         state.propose = peeking  # type: ignore[method-assign]

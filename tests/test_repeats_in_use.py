@@ -21,7 +21,7 @@ from outdraft.api.draft_settings import DraftSettings
 from outdraft.api.generation import SpeculativeModel
 from outdraft.cli import app
 from outdraft.core.tree import Tree
-from outdraft.drafting.repeats import Repeats, Text, spliced
+from outdraft.drafting.ngrams import NgramSettings, Text, spliced
 from outdraft.engine.rows import History
 from outdraft.errors import UserError
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
@@ -83,12 +83,12 @@ def test_tokens_alike_are_counted_backwards_and_continuations_go_round(tokens, e
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, st.integers(1, 3), st.integers(1, 6), st.integers(0, 8))
 def test_candidates_follow_what_was_found_and_are_no_more_than_asked_for(tokens, least, most, limit):
-    repeats = Repeats(least, most)
-    found = repeats.candidates(repeats.text(tokens), limit)
+    ngrams = NgramSettings(least, most)
+    found = ngrams.candidates(ngrams.text(tokens), limit)
     n, end = latest(tokens, least, least)
     assert len(found) == (min(limit, most, 2 * Text(tokens, 1, 1).alike(end, most)) if n else 0)
     assert found[:1] == (tokens[end : end + 1] if n else [])[: min(1, limit)]
-    prefix = History(tokens[:5], 30, torch.device("cpu"), repeats)
+    prefix = History(tokens[:5], 30, torch.device("cpu"), ngrams)
     prefix.append(tokens[5:])
     assert prefix.repeated(limit) == found and prefix.tokens.tolist() == tokens
 
@@ -266,10 +266,10 @@ def test_custom_generate_takes_the_settings():
 
 
 def test_a_server_drafts_repetitions_too(fast):
-    assert drafting(fast, DraftSettings()).repeats == Repeats()
-    assert drafting(fast, DraftSettings(prompt_lookup_min=2)).repeats == Repeats(2)
-    assert drafting(fast, DraftSettings(prompt_lookup_min=0)).repeats is None
-    assert drafting(fast.with_drafter(PromptLookup()), DraftSettings()).repeats is None
+    assert drafting(fast, DraftSettings()).ngrams == NgramSettings()
+    assert drafting(fast, DraftSettings(prompt_lookup_min=2)).ngrams == NgramSettings(2)
+    assert drafting(fast, DraftSettings(prompt_lookup_min=0)).ngrams is None
+    assert drafting(fast.with_drafter(PromptLookup()), DraftSettings()).ngrams is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

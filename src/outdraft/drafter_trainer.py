@@ -264,7 +264,7 @@ class DrafterTrainer:
     def _begun_with(self, data: str | Path, asked: str | Path | None) -> dict[str, Any]:
         """The settings that `outdraft train` would have to be given for this run, from any folder."""
         config = self.config
-        places = {
+        origins = {
             "model": self.model if isinstance(self.model, str | Path) else target_id(self.target),
             "data": data,
             "eval_data": asked,
@@ -273,7 +273,7 @@ class DrafterTrainer:
         around = {"dtype": self.dtype, "device": self.device}
         return {
             **config.model_dump(mode="json", include=config.model_fields_set - {"output_dir"}),
-            **{name: _found_from_anywhere(place) for name, place in places.items() if place is not None},
+            **{name: _found_from_anywhere(place) for name, place in origins.items() if place is not None},
             **{name: str(value).removeprefix("torch.") for name, value in around.items() if value is not None},
             "hold_out": self.hold_out,
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -18,6 +19,14 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's exception, for a message of our own."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def refuse_below(settings: Any, **least: int) -> None:
+    """Raise the UserError that names the flag of a setting below its least value; None is no value."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
 
 
 OTHER_NAMES = {
@@ -53,8 +62,6 @@ def meant(name: str, known: Iterable[str], others: Mapping[str, str] = OTHER_NAM
     """What stands in a message after an unknown name: `; did you mean 'temperature'?`, or nothing where none is near.
 
     Args:
-        name: as it was given.
-        known: the names that there are.
         others: names of other libraries, and what they are called here.
     """
     if name in others:

@@ -36,7 +36,7 @@ MOVED = {
     "drafters.growth": "drafting.expand",
     "drafting.intake": "drafting.draft_cache",
     "drafting.masks": "drafting.draft_cache",
-    "drafting.ngrams": "drafting.repeats",
+    "drafting.repeats": "drafting.ngrams",
     "drafting.run_ahead": "drafting.draft_cache",
     "drafting.shared_vocabulary": "drafting.vocabulary",
     "engine.clock": "engine.plan",
@@ -74,7 +74,11 @@ MOVED = {
 }
 
 
-RENAMED = {"drafting.base": {"Pace": "Budget"}, "target.runner": {"TargetRun": "ModelRunner"}}
+RENAMED = {
+    "drafting.base": {"Pace": "Budget"},
+    "drafting.ngrams": {"Repeats": "NgramSettings"},
+    "target.runner": {"TargetRun": "ModelRunner"},
+}
 """Old names of what such modules hold, and the new ones."""
 
 

@@ -91,7 +91,6 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The folder of this name in the cache. It appears whole or not at all, however many processes ask for it at once.
 
     Args:
-        name: of the folder.
         make: fills an empty folder; called only where there is none of this name.
 
     Raises:

@@ -8,15 +8,15 @@ import pytest
 from rich.console import Console
 
 from outdraft.evaluation.audit import AuditSettings
-from outdraft.evaluation.audit.progress import Course, Pace, Paces, expected
+from outdraft.evaluation.audit.progress import Course, Pace, expected
 
-PACES = Paces(Pace(0.02, 0.002, 0.1), Pace(0.03, 0.003, 0.1))
+PACES = (Pace(0.02, 0.002, 0.1), Pace(0.03, 0.003, 0.1))
 
 
 def test_a_sampled_audit_is_mostly_its_samples_and_a_quick_one_is_not() -> None:
     settings = AuditSettings({"temperature": 1.0})
-    full = expected(settings, PACES, 24, samples=True)
-    quick = expected(settings.made_quick(), PACES, 24, samples=True)
+    full = expected(settings, *PACES, 24, samples=True)
+    quick = expected(settings.made_quick(), *PACES, 24, samples=True)
     assert full["samples of the first tokens"] > 0.5 * sum(full.values())
     assert sum(quick.values()) < sum(full.values()) / 4
     # An error five times as large takes a twenty-fifth of the samples.
@@ -24,7 +24,7 @@ def test_a_sampled_audit_is_mostly_its_samples_and_a_quick_one_is_not() -> None:
 
 
 def test_greedy_audits_expect_no_samples() -> None:
-    found = expected(AuditSettings(), PACES, 24, samples=False)
+    found = expected(AuditSettings(), *PACES, 24, samples=False)
     assert "samples of the first tokens" not in found and "drafted greedy texts" in found
     assert found["drafted greedy texts"] == pytest.approx(3 * 48 * (0.03 + 7 * 0.003))
 

@@ -53,7 +53,7 @@ def both_ways(head: FeatureHead, on: FeatureHead, dtype: torch.dtype, lengths: S
         count: int, seen: Tensor, positions: Tensor, slots: Tensor, angles: tuple, mask: Tensor | None, decided: bool
     ) -> None:
         tokens = torch.randint(0, VOCAB, (rows, count), generator=generator)
-        width = head.tap_width if decided else D
+        width = (1 + len(head.config.tap_layers)) * D if decided else D
         features = torch.randn(rows, count, width, generator=generator, dtype=torch.float64).to(dtype)
         full = attention_mask(seen, slots, stock_cache.lengths, stock_cache.extent, positions)
         stock = head(table[tokens], features, positions[:, -count:], full, stock_cache)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +31,9 @@ from outdraft.methods import registry
 from outdraft.methods.checkpoint import method_of, save_drafter, target_facts
 from outdraft.methods.registry import Method, methods, names, readers, register, trained, without_model
 from outdraft.target.target import Target
-from outdraft.training.config import PRESETS, DrafterConfig
+from outdraft.training.config import DrafterConfig
 from outdraft.training.preparation import new_drafter
+from outdraft.training.presets import PRESETS
 
 FOLDERS = Path(registry.__file__).parent
 
@@ -74,8 +76,8 @@ def test_what_records_say_of_settings_is_true_of_the_settings() -> None:
 @pytest.mark.parametrize("name", methods())
 def test_a_method_says_what_it_exports_or_why_it_does_not(name: str) -> None:
     method = methods()[name]
-    overridden = type(method).export is not Method.export
-    assert overridden == (method.no_export is None)
+    exports = bool(method.exporter) or type(method).export is not Method.export
+    assert exports == (method.no_export is None)
 
 
 @pytest.mark.parametrize("verb", ["generate", "bench", "train"])
@@ -179,6 +181,14 @@ def test_a_name_is_given_once(own: None) -> None:
         other.name = name
         with pytest.raises(UserError, match=f"two drafting methods are called '{name}'"):
             register(other)
+
+
+@pytest.mark.parametrize("name", registry._installed())
+def test_every_part_that_a_record_names_exists(name: str) -> None:
+    record = registry._installed()[name]
+    parts = ("loader", "drafter", "beginning", "training", "exporter", "network")
+    named = {part: place for part in parts if (place := getattr(record, part, ""))}
+    assert all(callable(resolve_name(place)) for place in named.values())
 
 
 def test_a_folder_of_methods_is_all_that_a_method_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

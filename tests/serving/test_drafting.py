@@ -27,7 +27,7 @@ def test_many_greedy_rows_draft_as_a_batch_does(monkeypatch: pytest.MonkeyPatch)
     largest = max(model.drafter.slots(shape) for shape in (GREEDY_CHAIN, BATCH_CHAIN))
     assert drafts.sampling is None, "no text depends on what is drafted"
     assert drafting(model, DraftSettings(candidates="sampled")).sampling == TreeShape.chain(4, candidates="sampled")
-    assert drafts.slots == largest + drafts.repeats.most
+    assert drafts.slots == largest + drafts.ngrams.most
     assert drafting(model, DraftSettings(prompt_lookup_min=0)).slots == largest
     named = drafting(model, DraftSettings(num_speculative_tokens=2))
     assert named.greedy(1) == named.greedy(16)

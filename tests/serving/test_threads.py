@@ -15,7 +15,7 @@ from outdraft.serving.settings import ServeSettings
 def test_one_core_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, cores: int, usual: int, expected: int) -> None:
     for name in server.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server, "cores", lambda: cores)
+    monkeypatch.setattr(server, "usable_cores", lambda: cores)
     monkeypatch.setattr(server.torch, "get_num_threads", lambda: usual)
     assert server.threads_of(None) == expected
     assert server.threads_of(3) == 3
@@ -24,6 +24,6 @@ def test_one_core_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch, cores: 
 
 
 def test_there_is_a_core_to_count() -> None:
-    assert server.cores() >= 1
+    assert (server.usable_cores() or 0) >= 1
     with pytest.raises(UserError, match="--threads must be at least 1"):
         ServeSettings(threads=0)

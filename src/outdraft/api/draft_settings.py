@@ -18,7 +18,7 @@ from outdraft.control.settings import Pacer
 from outdraft.core.sampling_settings import whole
 from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_CHAIN, CandidateKind, TreeShape, gpu_tree
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,9 +87,6 @@ class DraftSettings:
         Args:
             settings: keywords as `generate` takes them; None counts as absent.
             beside: settings that hold where the keywords say nothing.
-
-        Raises:
-            UserError: impossible settings.
         """
         if beside is not None and not isinstance(beside, cls):
             raise UserError(f"draft must be DraftSettings, not {beside!r}")
@@ -148,7 +145,7 @@ class ResolvedDraft:
 
     shape: TreeShape
     """Largest shape of the trees."""
-    repeats: Repeats | None
+    ngrams: NgramSettings | None
     """When n-gram drafts override the drafter; None for never."""
     pacer: Pacer | None
     """Makes a controller for every row; None drafts as far as the shape goes."""
@@ -201,7 +198,7 @@ def resolve(
     wanted = _controller(settings, asked, drafter, device, timed=not (served or (sampling and dice and seeded)))
     pacer = None if drafter is None else _pacer(wanted, asked.tree_size == AUTO, {} if pacers is None else pacers)
     shape = _shape(asked, drafter, device, sampling and dice, pacer is not None, rows)
-    return ResolvedDraft(shape, _repeats(settings, drafter, shape), pacer, dice, settings.exact)
+    return ResolvedDraft(shape, _ngrams(settings, drafter, shape), pacer, dice, settings.exact)
 
 
 def _controller(
@@ -242,11 +239,8 @@ def _shape(
 
     Args:
         asked: settings of the user; with `tree_size` `auto` or a controller the numbers are bounds.
-        drafter: the drafter; None drafts nothing.
-        device: device of the target.
         thrown: True if drafts are drawn by dice; trees that are asked for stay EAGLE-2's.
         controlled: True if the length of drafts varies; a default is then the upper bound.
-        rows: number of rows decoded together.
     """
     if drafter is None:
         return TreeShape(0, 1, 1)
@@ -267,12 +261,8 @@ def _shape(
     return shape if drafter.limits.depth is None else shape.at_most(drafter.limits.depth, shape.size)
 
 
-def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape) -> Repeats | None:
-    """Return when n-gram drafts override the drafter; None for never.
-
-    Raises:
-        UserError: impossible numbers, or there is nothing to override: no drafter, or one that drafts n-grams itself.
-    """
+def _ngrams(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape) -> NgramSettings | None:
+    """Return when n-gram drafts override the drafter; None for never."""
     least, most = settings.prompt_lookup_min, settings.prompt_lookup_num_tokens
     if drafter is None or drafter.limits.looks_back:
         if least or most:
@@ -286,6 +276,7 @@ def _repeats(settings: DraftSettings, drafter: Drafter | None, shape: TreeShape)
         return None
     if least == 0:
         return None
-    repeats = Repeats(Repeats.least if least is None else least, Repeats.most if most is None else most)
+    given = {name: value for name, value in (("least", least), ("most", most)) if value is not None}
+    ngrams = NgramSettings(**given)
     # In exact mode every node costs, so n-gram drafts may be no larger than other drafts.
-    return replace(repeats, most=max(1, min(repeats.most, shape.size - 1))) if settings.exact else repeats
+    return replace(ngrams, most=max(1, min(ngrams.most, shape.size - 1))) if settings.exact else ngrams

@@ -261,7 +261,7 @@ class SpeculativeModel:
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, processors, device)
             own_seed = None if seed is None else seed + i
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
-            row = Row(ids, warper, Dice(own_seed), max_new_tokens, frozenset(ends), should_stop, repeats=draft.repeats)
+            row = Row(ids, warper, Dice(own_seed), max_new_tokens, frozenset(ends), should_stop, ngrams=draft.ngrams)
             if drawing and not draft.dice:
                 row.chance = chance_of(warper, self.target.vocab_size, device, own_seed, row.tokens)
             if draft.pacer is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from outdraft.data.text import special_ids
+from outdraft.data.text import common_length, special_ids
 from outdraft.errors import UserError, first_line
 
 FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
@@ -37,13 +37,6 @@ def guides(
     own_ends: Iterable[int],
 ) -> list[list[LogitsProcessor]]:
     """The logits processors that guide every row; none where the row's text is free.
-
-    Args:
-        formats: a `response_format`, or a list of one for each row.
-        prompts: token ids of every row.
-        tokenizer: of the model.
-        ends: tokens that end an answer.
-        own_ends: those that the model itself ends with.
 
     Raises:
         UserError: a format is unknown or cannot be compiled, or there is no tokenizer or no end token.
@@ -124,8 +117,6 @@ class Vocabulary:
     """A tokenizer as the library sees it: the bytes of every token. Kept for the next request.
 
     Args:
-        tokenizer: of the model.
-        ends: tokens that end an answer.
         own_ends: those that the model itself ends with. A further one ends a guided text only if it is special, for
             the others are letters of the text like any other.
 
@@ -166,10 +157,6 @@ def _library() -> Any:
 class Grammar:
     """What the text of an answer must be, compiled for a vocabulary.
 
-    Args:
-        source: in the library's own words.
-        vocabulary: of the model.
-
     Raises:
         UserError: the source has a mistake or needs what the library does not know.
     """
@@ -195,10 +182,6 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     After a prefix that the grammar itself rules out, and after an end of sequence, logits stay as they are: nothing is
     decided there, though a drafter may look.
-
-    Args:
-        grammar: of the text.
-        prompt_length: tokens before the text.
     """
 
     guides_drafts = True
@@ -230,7 +213,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         """Move the matcher behind these tokens of the text; returns whether the grammar allows them all."""
         tokens, path, common = list(tokens), self._path, len(self._path)
         if tokens[:common] != path:
-            common = next((i for i, (a, b) in enumerate(zip(path, tokens, strict=False)) if a != b), len(tokens))
+            common = common_length(path, tokens)
             self._matcher.rollback(len(path) - common)
             del path[common:]
         rest, ends, size = tokens[common:], self.grammar.vocabulary.ends, self.grammar.vocabulary.tokens.vocab_size

@@ -98,7 +98,7 @@ def custom_generate(
             warper = Warper(sampling, len(prompt), target.vocab_size, (), processors, target.device)
             stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
             row = Row(
-                prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, repeats=chosen.repeats
+                prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, ngrams=chosen.ngrams
             )
             if noise is not None:
                 row.chance = Coupled(noise, i, row.tokens)

@@ -184,7 +184,7 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
         return _smaller(load_target(source, backend="eager"), target)
     if not isinstance(source, str | Path):
         raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
-    if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source, None)):
+    if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
         return _smaller(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     network = load_network(source, target, target.dtype, target.device)
@@ -192,7 +192,6 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
 
 
 def _smaller(model: Target, target: Target) -> Drafter:
-    """Make a drafter of a smaller language model."""
     return method_called("draft-model").bind(model, target)
 
 
@@ -247,7 +246,6 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
 
 def _has_words(folder: Path) -> bool:
-    """Return True if the folder holds a tokenizer."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 

@@ -61,8 +61,6 @@ def encode_chat(
     with.
 
     Args:
-        messages: the conversation.
-        tokenizer: the tokenizer, which has the template.
         switches: variables of the template (`chat_template_kwargs`), such as `enable_thinking`.
         tools: functions that the answer may call, in OpenAI's format.
 

@@ -16,6 +16,7 @@ from outdraft.output import print_json, remarks, results
 BENCH = o.field_help("evaluation/bench/methods.py", "BenchSettings")
 
 
+@o.with_flags(o.SHAPED)
 def bench(
     context: typer.Context,
     data: Annotated[
@@ -52,10 +53,6 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", help=BENCH["repetitions"])] = 1,
     max_new_tokens: o.MaxNewTokens = 128,
     seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
     include_transformers: Annotated[
         bool, typer.Option("--include-transformers", help=BENCH["include_transformers"])
     ] = False,
@@ -79,6 +76,7 @@ def bench(
     backend: o.Backend = None,
     quantize: o.Quantize = None,
     json: o.Json = False,
+    **shape: Any,
 ) -> None:
     """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
     if reread is not None:
@@ -103,7 +101,7 @@ def bench(
         "controllers": o.listed(controllers) or ["default"],
         "temperatures": o.numbers("--temperatures", temperatures),
         "peers": o.listed(peers),
-        "tree": o.drafting(**flags),
+        "tree": o.drafting(**shape),
         "backend": quantised_backend(backend, quantize),
     }
     as_they_are = {field.name: flags[field.name] for field in fields(BenchSettings) if field.name not in parsed}

@@ -24,40 +24,24 @@ HELP = (
 TAU = "; after an answer, tau is how many tokens a pass of the model brought; plain decoding has 1."
 
 
+@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
 def chat(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
     method: o.Method = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
     max_new_tokens: o.MaxNewTokens = 512,
-    temperature: o.Temperature = None,
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     coupling: o.Coupling = None,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
-    prompt_lookup_min: o.LookupMin = None,
-    prompt_lookup_num_tokens: o.LookupTokens = None,
-    controller: o.Controller = None,
     exact: o.Exact = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
     show_drafts: o.ShowDrafts = False,
+    **flags: Any,
 ) -> None:
     """Chat with a model; /plain turns the drafter off and on."""
-    flags = locals()
     from outdraft.api.generation import load
 
-    loaded = load(model, draft_model, **o.loading(**flags))
+    loaded = load(model, draft_model, **o.loading(method=method, **flags))
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, exact=exact or None, chat_template_kwargs=chat_template_kwargs),
@@ -68,17 +52,7 @@ def chat(
 
 
 class Chat:
-    """A conversation with a model on the terminal.
-
-    Args:
-        model: the model, with its drafter if it has one.
-        settings: settings of `generate` for every answer.
-        tree: settings of the tree for answers with the drafter.
-        console: console of the answers.
-        remarks: console of prompts and figures.
-        show_drafts: colour accepted draft tokens.
-        system: a system message that every conversation begins with.
-    """
+    """A conversation with a model on the terminal."""
 
     def __init__(
         self,
@@ -100,7 +74,6 @@ class Chat:
         self.plain = model.drafter is None
 
     def run(self) -> None:
-        """Talk until /quit or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- gives `input` line editing and a history
         self.remarks.print(HELP, style="dim")
@@ -173,7 +146,6 @@ class Chat:
             self.remarks.print("the conversation has filled the model's context; /reset begins anew")
 
     def _read(self) -> str | None:
-        """Read the next line; None at the end of the input."""
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:

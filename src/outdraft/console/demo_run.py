@@ -98,7 +98,6 @@ class Race:
 
     @property
     def ratio(self) -> float:
-        """The ratio of the drafted answer's tokens per second to the plain one's."""
         return self.drafted.tokens_per_second / self.plain.tokens_per_second
 
     def line(self) -> str:
@@ -114,7 +113,6 @@ class Race:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return both answers for JSON."""
         return {
             "question": self.question,
             "method": self.name,
@@ -137,7 +135,6 @@ class DemoResult:
     """The figures of the drafter trained in the demo; None without training."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the headline figures by method, with everything else beside them."""
         summaries = self.comparison.summaries
         return {
             "model": self.model,
@@ -167,16 +164,7 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> DemoResult:
-    """Train if requested, stream an answer, then compare. Two idle cores need less than three minutes without training.
-
-    Args:
-        settings: settings of the demo.
-        console: where the answer is streamed.
-        remarks: where progress goes.
-
-    Raises:
-        UserError: the target is missing, or a setting cannot be kept.
-    """
+    """Train if requested, stream an answer, then compare. Two idle cores need under three minutes without training."""
     name = chosen(settings, remarks)
     whole = load_target(name, dtype=settings.dtype, backend="eager")
     target = load_target(whole.model, whole.tokenizer, backend=settings.backend)  # the same weights
@@ -217,15 +205,6 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
 
 
 def race(model: SpeculativeModel, name: str, messages: list[Message], console: Console, max_new_tokens: int) -> Race:
-    """Stream both answers, greedily.
-
-    Args:
-        model: a model with a drafter and a chat template.
-        name: name of its way of drafting.
-        messages: the conversation to answer.
-        console: where it all appears; drafted tokens are tinted where it has colours.
-        max_new_tokens: tokens that each answer may have.
-    """
     alone = model.with_drafter(None)
     greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     for one in (alone, model):  # first calls are slower
@@ -254,11 +233,7 @@ def race(model: SpeculativeModel, name: str, messages: list[Message], console: C
 
 
 def chosen(settings: DemoSettings, remarks: Console) -> str:
-    """Choose the model among `MODELS`; print a remark where the real one is not available.
-
-    Raises:
-        UserError: the requested model is not available.
-    """
+    """Choose the model among `MODELS`; print a remark where the real one is not available."""
     if settings.train or settings.model is not None:
         return REFERENCE if settings.train else str(settings.model)
     try:

@@ -46,9 +46,6 @@ def train_drafter(target: Target, folder: Path, seconds: float, remarks: Console
 
     Args:
         target: the target on the plain backend, since gradients pass through its head.
-        folder: where the drafter is saved.
-        seconds: time for it all.
-        remarks: where progress goes.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

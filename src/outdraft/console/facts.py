@@ -28,11 +28,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
-    """Return facts about a folder, GGUF file, name or hub id of a model or drafter.
-
-    Raises:
-        UserError: nothing readable is there.
-    """
+    """Return facts about a folder, GGUF file, name or hub id of a model or drafter."""
     asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
@@ -55,7 +51,6 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> Table:
-    """Make a table of the facts for the terminal."""
     built = Table(show_header=False)
     for name, value in facts.items():
         if isinstance(value, dict):

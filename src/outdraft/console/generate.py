@@ -26,6 +26,7 @@ NEAR_TIES = (
 )
 
 
+@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; from stdin when left out.")] = None,
     model: o.Model = "reference",
@@ -37,39 +38,22 @@ def generate(
         typer.Option("--chat/--raw", help="Through the chat template or as it is; chat where there is a template."),
     ] = None,
     max_new_tokens: o.MaxNewTokens = 256,
-    temperature: o.Temperature = None,
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     coupling: o.Coupling = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be repeated.")] = None,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
-    prompt_lookup_min: o.LookupMin = None,
-    prompt_lookup_num_tokens: o.LookupTokens = None,
-    controller: o.Controller = None,
     exact: o.Exact = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
     response_format: o.ResponseFormat = None,
     show_drafts: o.ShowDrafts = False,
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Answer one prompt, streaming the text."""
-    flags = locals()
     text = _prompt_text(prompt, prompt_file)
     from outdraft.api.generation import load
     from outdraft.target.backends import is_native
 
-    loaded = load(model, draft_model, **o.loading(**flags))
+    loaded = load(model, draft_model, **o.loading(method=method, **flags))
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),
@@ -150,7 +134,6 @@ class Streamed:
         return len(self.accepted) / self.seconds if self.seconds else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the answer and its figures for JSON."""
         return {
             "text": self.text,
             "tokens": len(self.tokens),
@@ -193,9 +176,6 @@ def stream(
     """Print the pieces of a row as they come.
 
     Args:
-        pieces: of one row.
-        console: where they are printed.
-        show_drafts: colour drafted tokens.
         streamed: filled in place, for callers that need the answer so far where Ctrl-C ends it.
     """
     streamed = Streamed() if streamed is None else streamed

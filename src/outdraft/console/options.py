@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -101,11 +102,7 @@ GenerationConfig = Annotated[
 
 
 def mapping(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object of switches for the chat template.
-
-    Raises:
-        UserError: the text is no JSON object.
-    """
+    """Parse a JSON object of switches for the chat template."""
     if text is None:
         return None
     if (found := json_object(text)) is None:
@@ -125,11 +122,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def response_format(text: str | None) -> dict[str, Any] | None:
-    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it.
-
-    Raises:
-        UserError: there is no such file, or it holds no JSON object.
-    """
+    """Read what an answer's text must be: a `response_format`, or a JSON schema, as JSON or as a file of it."""
     if text is None:
         return None
     source = text
@@ -187,11 +180,7 @@ TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=DRAFT["tree_t
 
 
 def whole_or_auto(text: str | None) -> int | str | None:
-    """Parse a whole number, or `auto`.
-
-    Raises:
-        UserError: the text is neither.
-    """
+    """Parse a whole number, or `auto`."""
     if text is None or text == "auto":
         return text
     try:
@@ -225,22 +214,49 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Return the settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
-LOADED = ("method", "dtype", "device", "backend", "quantize", "generation_config")
-SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-DRAFTED = (
-    *("num_speculative_tokens", "tree_depth", "tree_top_k", "tree_size"),
-    *("prompt_lookup_min", "prompt_lookup_num_tokens", "controller"),
-)
-"""The flags that `load` takes, those of sampling, and those of what is drafted."""
+LOADED = {
+    **{"dtype": Dtype, "device": Device, "backend": Backend, "quantize": Quantize},
+    "generation_config": GenerationConfig,
+}
+SAMPLED = {
+    **{"temperature": Temperature, "top_p": TopP, "top_k": TopK, "min_p": MinP},
+    "repetition_penalty": RepetitionPenalty,
+}
+SHAPED = {"num_speculative_tokens": Chain, "tree_depth": TreeDepth, "tree_top_k": TreeTopK, "tree_size": TreeSize}
+DRAFTED = SHAPED | {
+    **{"prompt_lookup_min": LookupMin, "prompt_lookup_num_tokens": LookupTokens},
+    "controller": Controller,
+}
+"""The flags that `load` takes, those of sampling, of the shape of drafts, and of all that is drafted."""
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def with_flags(*groups: Mapping[str, Any]) -> Callable[[Verb], Verb]:
+    """Give a verb the flags of these groups after its own; it gets them as keywords (`**flags`)."""
+    more = [
+        Parameter(
+            name, Parameter.KEYWORD_ONLY, default="auto" if name == "generation_config" else None, annotation=kind
+        )
+        for group in groups
+        for name, kind in group.items()
+    ]
+
+    def given(verb: Verb) -> Verb:
+        whole = signature(verb, eval_str=True)
+        own = [part for part in whole.parameters.values() if part.kind is not Parameter.VAR_KEYWORD]
+        verb.__signature__ = whole.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return verb
+
+    return given
 
 
 def loading(**flags: Any) -> dict[str, Any]:
     """Return those of a verb's flags that `load` takes."""
-    return {name: flags[name] for name in LOADED}
+    return {name: flags[name] for name in ("method", *LOADED)}
 
 
 def drafting(**flags: Any) -> dict[str, Any]:
@@ -257,11 +273,7 @@ def sampling(**flags: Any) -> dict[str, Any]:
 
 
 def tree(drafter: object, **flags: Any) -> dict[str, Any]:
-    """Return what `drafting` does.
-
-    Raises:
-        UserError: there is something to draft, and no drafter.
-    """
+    """Return what `drafting` does; a shape without a drafter is a user's mistake."""
     found = drafting(**flags)
     if found and drafter is None:
         name = next(iter(found))
@@ -272,16 +284,11 @@ def tree(drafter: object, **flags: Any) -> dict[str, Any]:
 
 
 def listed(text: str) -> list[str]:
-    """Split a text at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """Parse numbers between commas.
-
-    Raises:
-        UserError: a part is no number, or there is none.
-    """
+    """Parse numbers between commas."""
     try:
         found = [float(part) for part in listed(text)]
     except ValueError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SERVE = o.field_help("serving/settings.py", "ServeSettings")
 
 
+@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
 def serve(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
@@ -39,70 +40,22 @@ def serve(
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
     threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
-    temperature: o.Temperature = None,
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
-    prompt_lookup_min: o.LookupMin = None,
-    prompt_lookup_num_tokens: o.LookupTokens = None,
-    controller: o.Controller = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    generation_config: o.GenerationConfig = "auto",
     allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
         str | None,
         typer.Option("--chat-template-kwargs", callback=o.mapping, metavar="JSON", help=SERVE["chat_template_kwargs"]),
     ] = None,
+    **flags: Any,
 ) -> None:
     """Serve a model with drafts over OpenAI's API, with a chat page at /.
 
     Sampling options are the defaults of requests that do not set them.
     """
+    own = {name: value for name, value in locals().items() if name in SERVE and value is not None}
     from outdraft.serving.settings import ServeSettings
 
-    settings = ServeSettings(
-        host=host,
-        port=port,
-        served_model_name=served_model_name or [],
-        api_key=api_key,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        kv_cache_tokens=kv_cache_tokens,
-        prefill_chunk=prefill_chunk,
-        max_waiting=max_waiting,
-        max_request_bytes=max_request_bytes,
-        request_timeout=request_timeout,
-        shutdown_timeout=shutdown_timeout,
-        threads=threads,
-        log_requests=log_requests,
-        allow_origin=allow_origin or [],
-        chat_template_kwargs=chat_template_kwargs or {},  # type: ignore[arg-type]
-        defaults=o.given(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
-        ),
-    )
-    draft = o.given(
-        num_speculative_tokens=num_speculative_tokens,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_size=tree_size,
-        prompt_lookup_min=prompt_lookup_min,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        controller=controller,
-    )
-    loading = {
-        **{"method": method, "dtype": dtype, "device": device, "backend": backend, "quantize": quantize},
-        "generation_config": generation_config,
-    }
-    run_serve(model, draft_model, loading, settings, draft, remarks())
+    settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
+    run_serve(model, draft_model, o.loading(method=method, **flags), settings, o.drafting(**flags), remarks())
 
 
 def run_serve(
@@ -113,11 +66,7 @@ def run_serve(
     draft: dict[str, Any],
     remarks: Console,
 ) -> None:
-    """Load and listen until told to stop.
-
-    Raises:
-        UserError: the web libraries are missing, or something cannot be loaded, set or listened on.
-    """
+    """Load and listen until told to stop."""
     try:
         from outdraft.serving.server import Service, listen
     except ImportError as error:

@@ -107,10 +107,6 @@ def trainer_of(settings: dict[str, Any], resume: bool, remarks: Console) -> Draf
     Args:
         settings: settings of `DrafterConfig` and of `AROUND`.
         resume: take settings that are not given from the run's folder.
-        remarks: where progress goes.
-
-    Raises:
-        UserError: the settings cannot work.
     """
     from outdraft.drafter_trainer import DrafterTrainer
     from outdraft.drafting.run_folder import begun_with
@@ -134,9 +130,6 @@ def read_settings(file: Path | None, overrides: Iterable[str], **flags: Any) -> 
     """Read settings from a YAML file, then `key=value` arguments, then flags; later ones win.
 
     Flags that are None or empty were not given.
-
-    Raises:
-        UserError: the file is missing or holds no mapping, or an override is not `key=value`.
     """
     settings = _from_file(file) if file is not None else {}
     for override in overrides:

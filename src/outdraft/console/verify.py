@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from outdraft.output import print_json, remarks, results
 AUDIT = o.field_help("evaluation/audit/settings.py", "AuditSettings")
 
 
+@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
 def verify(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
@@ -24,18 +25,6 @@ def verify(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", help=AUDIT["limit"])] = 24,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help=AUDIT["max_new_tokens"])] = 48,
-    temperature: o.Temperature = None,
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
-    repetition_penalty: o.RepetitionPenalty = None,
-    num_speculative_tokens: o.Chain = None,
-    tree_depth: o.TreeDepth = None,
-    tree_top_k: o.TreeTopK = None,
-    tree_size: o.TreeSize = None,
-    prompt_lookup_min: o.LookupMin = None,
-    prompt_lookup_num_tokens: o.LookupTokens = None,
-    controller: o.Controller = None,
     greedy: Annotated[bool, typer.Option("--greedy/--no-greedy", help=AUDIT["greedy"])] = True,
     total_variation: Annotated[float, typer.Option("--total-variation", help=AUDIT["total_variation"])] = 0.02,
     power: Annotated[float, typer.Option("--power", help=AUDIT["power"])] = 0.95,
@@ -44,38 +33,23 @@ def verify(
     seed: Annotated[int, typer.Option("--seed", help=AUDIT["seed"])] = 0,
     quick: Annotated[bool, typer.Option("--quick", help=AUDIT["quick"])] = False,
     report: Annotated[Path | None, typer.Option("--report", help="Save what was found as an HTML page.")] = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    generation_config: o.GenerationConfig = "auto",
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Test that drafting keeps the model's output distribution: exit code 0 if so, 1 if not.
 
     States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
     """
-    flags = locals()
+    own = {name: value for name, value in locals().items() if name in AUDIT and name != "quick"}
     from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings, run_audit
     from outdraft.evaluation.audit.findings import show
     from outdraft.evaluation.report.pages import save_audit
 
-    settings = AuditSettings(
-        generation=o.sampling(**flags) | o.drafting(**flags),
-        greedy=greedy,
-        data=data,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        total_variation=total_variation,
-        power=power,
-        alpha=alpha,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    settings = AuditSettings(generation=o.sampling(**flags) | o.drafting(**flags), **own)
     if quick:
         settings = settings.made_quick()
-    loaded = load(model, draft_model, **o.loading(**flags))
+    loaded = load(model, draft_model, **o.loading(method=method, **flags))
     if report is not None:
         _check_writable(report)  # before minutes of work
     audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})

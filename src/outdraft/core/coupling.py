@@ -32,8 +32,6 @@ class Noise:
 
     Args:
         rows: number of rows that stock `generate` would decode together.
-        vocab_size: number of tokens.
-        device: device of the probabilities.
         seed: as for `torch.manual_seed`; None continues torch's own generator of the device.
     """
 
@@ -121,12 +119,7 @@ class Coupled:
 
 
 class Still(Coupled):
-    """Noise of greedy rows among coupled ones: all ones, because a point mass is the same under any noise.
-
-    Args:
-        vocab_size: number of tokens.
-        device: device of the probabilities.
-    """
+    """Noise of greedy rows among coupled ones: all ones, because a point mass is the same under any noise."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._ones = torch.ones(1, device=device).expand(vocab_size)
@@ -170,9 +163,6 @@ def chance_of(
     """Make noise for one row, so that its text does not depend on the batch.
 
     Args:
-        warper: the row's warper.
-        vocab_size: number of tokens.
-        device: device of the probabilities.
         seed: seed of the row; None takes a fresh one from the system.
         decided: new tokens of the row, a list that grows while the row is decoded.
     """
@@ -189,12 +179,7 @@ def under(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
-    """Call `Noise.leave` for a batch that was decoded, if its rows are coupled.
-
-    Args:
-        chances: sources of random numbers of the rows.
-        tokens: new tokens of each row.
-    """
+    """Call `Noise.leave` for a batch that was decoded, if its rows are coupled."""
     if chances and isinstance(chances[0], Coupled):
         chances[0].noise.leave(max(map(len, tokens)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from outdraft.errors import UserError
@@ -52,10 +52,9 @@ class SamplingSettings:
     """Drop improbable tokens as epsilon_cutoff does, fewer where many tokens are probable; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "min_new_tokens", "min_length", "no_repeat_ngram_size"):
-            setattr(self, name, whole(name, getattr(self, name)))
-        for name in _NUMBERS:
-            setattr(self, name, real(name, getattr(self, name)))
+        for setting in fields(self):
+            if read := {"int": whole, "float": real}.get(str(setting.type)):
+                setattr(self, setting.name, read(setting.name, getattr(self, setting.name)))
         self.logit_bias = _bias(self.logit_bias)
         self.bad_words_ids = _words(self.bad_words_ids)
         for name in ("suppress_tokens", "begin_suppress_tokens"):
@@ -75,19 +74,6 @@ class SamplingSettings:
         for holds, message in bounds:
             if not holds:
                 raise UserError(message)
-
-
-_NUMBERS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
 
 
 def whole(name: str, value: Any) -> int:

@@ -1,10 +1,11 @@
-"""Small tensors that many forwards share: lengths on the device, ranges, and plain attention masks.
+"""Small tensors that many forwards share (lengths on the device, ranges, plain attention masks), and the time there.
 
-They are made once and must only be read: a change would reach every user of the tensor.
+The tensors are made once and must only be read: a change would reach every user of them.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -45,6 +46,13 @@ def itself(rows: int, count: int, device: torch.device) -> Tensor:
 def chosen(x: Tensor, nodes: Tensor) -> Tensor:
     """Gather the entries of `(rows, n, width)` at `(rows, m)` node indices."""
     return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def now(device: torch.device) -> float:
+    """Return the host's time in seconds, once all of the device's work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _size(count: int) -> int:

@@ -198,7 +198,6 @@ class Conversation:
 
     @property
     def questions(self) -> list[Message]:
-        """The turns that are not the assistant's."""
         return [message for message in self.messages if message["role"] != "assistant"]
 
     def record(self) -> dict[str, Any]:

@@ -81,7 +81,6 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -50,11 +50,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str | BadText]]:
-    """Yield non-empty lines with their numbers, or the reason one is unreadable; a damaged archive ends at the damage.
-
-    Raises:
-        UserError: the file's compression needs a missing package.
-    """
+    """Yield non-empty lines with their numbers, or why one is unreadable; a damaged archive ends at the damage."""
     lines, number = _text_of(file), 0
     while True:
         number += 1
@@ -174,11 +170,7 @@ def read_records(source: str | Path) -> Iterator[Found]:
 
 
 def data_files(path: str | Path) -> list[str | Path]:
-    """List the sources that `path` stands for: itself, or the files of a folder by name.
-
-    Raises:
-        UserError: no such file exists.
-    """
+    """List the sources that `path` stands for: itself, or the files of a folder by name."""
     if str(path).startswith(HUB):
         return [str(path)]
     path = Path(path)

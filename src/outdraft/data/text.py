@@ -14,8 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.errors import UserError
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """Decode one list of tokens to text."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 
@@ -26,15 +31,11 @@ class Detokenizer:
     space before its first word, if the tokenizer marks words by one.
 
     Args:
-        tokenizer: the model's tokenizer.
-        skip_special_tokens: leave the text of special tokens out.
         prompt: tokens that stand before the first one. Their own text is never given out.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
-    ):
-        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
+        self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.special = special_ids(tokenizer)
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
@@ -49,7 +50,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """Return the new text that this token makes certain; empty while a character is unfinished."""
         self.tokens.append(token)
-        if self.skip and token in self.special:
+        if token in self.special:
             return ""
         self._window.append(token)
         text = self._text()
@@ -72,13 +73,13 @@ class Detokenizer:
         """Return the text that a token would add after the pending text, without an unfinished character."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
-        text = decode_text(self.tokenizer, [*self._window, token], self.skip)
+        text = decode_text(self.tokenizer, [*self._window, token])
         if text.endswith("\ufffd"):
             text = "" if self._is_byte(token) else text[:-1]
         return text[self._seen :]
 
     def _text(self) -> str:
-        return decode_text(self.tokenizer, self._window, self.skip)
+        return decode_text(self.tokenizer, self._window)
 
     def _is_byte(self, token: int) -> bool:
         return byte_of(self.tokenizer, token) is not None
@@ -120,7 +121,6 @@ class Stops:
 
     Args:
         strings: stop strings, any of which ends the answer.
-        tokenizer: the model's tokenizer.
 
     Raises:
         UserError: a string is empty, which every text contains.
@@ -150,8 +150,8 @@ class Stops:
             self._spelled += spelled
         self._spelled += new
         text = self._spelled + pending
-        places = [text.find(one, max(0, searched - len(one) + 1)) for one in self.strings]
-        found = [place for place in places if place >= 0]
+        starts = [text.find(one, max(0, searched - len(one) + 1)) for one in self.strings]
+        found = [place for place in starts if place >= 0]
         return self._shown(min(found)) if found else None
 
     def uncertain(self) -> int:
@@ -224,8 +224,6 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes
     """Return a token's own bytes, which may be a part of a character.
 
     Args:
-        tokenizer: the model's tokenizer.
-        token: id of the token.
         name: text that the token adds at its place; gives the bytes if they are not a part of a character.
     """
     spelled = decode_text(tokenizer, [token], skip_special_tokens=False)

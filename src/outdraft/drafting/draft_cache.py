@@ -26,10 +26,8 @@ def take_in(
     """Run the first `counts` tokens of every row and commit them.
 
     Args:
-        cache: the drafter's cache.
         counts: number of tokens of each row, at least one.
         last_position: largest position.
-        device: device of the cache.
         forward: runs a piece of all rows, padding included, over reserved slots.
 
     Returns:
@@ -109,8 +107,6 @@ class DraftMask:
 
     Args:
         cache: the drafter's cache; its committed tokens end with each row's root. The caller rolls it back at the end.
-        dtype: dtype of the masks.
-        device: device of the masks.
     """
 
     def __init__(self, cache: SlotCache, dtype: torch.dtype, device: torch.device):

@@ -38,7 +38,7 @@ AROUND = {"method", "outdraft_version", "target", "training"}
 Settings = TypeVar("Settings")
 
 
-def find_folder(source: str | Path, revision: str | None) -> Path:
+def find_folder(source: str | Path) -> Path:
     """Return the folder itself, or the local copy of a hub repository."""
     path = Path(source).expanduser()
     if path.exists():
@@ -50,9 +50,9 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
     text = str(source)
     try:
         fetch = huggingface_hub.snapshot_download
-        folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(fetch(text, allow_patterns=["*.json", "*.safetensors"]))
         if not any((folder / name).exists() for name in WEIGHT_FILES[:2]):
-            folder = Path(fetch(text, revision=revision, allow_patterns=["*.json", "pytorch_model*.bin"]))
+            folder = Path(fetch(text, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
         raise not_on_hub(text, error) from error
     return folder
@@ -111,11 +111,11 @@ def read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     if not found.endswith(".index.json"):
         return f"'{folder / found}'", _read_tensors(folder / found)
     index = _read_json(folder / found)
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"'{folder / found}' has no weight_map; download the drafter again")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"'{folder / found}' names '{name}', which is not in the folder; download it again")
         tensors.update(_read_tensors(folder / name))
@@ -151,11 +151,7 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
-    """Write both files, each beside its place and renamed, a new folder as a whole; other files in it stay.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write both files, each beside its place and renamed, a new folder as a whole; other files in it stay."""
     folder = Path(folder).expanduser().resolve()
     text = json.dumps(config, indent=2, default=str, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -182,11 +178,7 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[s
 
 
 def read_settings(kind: type[Settings], config: Mapping[str, Any], folder: Path) -> Settings:
-    """Read the network's dataclass from a config of ours.
-
-    Raises:
-        UserError: a setting is missing or impossible.
-    """
+    """Read the network's dataclass from a config of ours."""
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(config) - set(known) - AROUND):
         version = config["outdraft_version"]
@@ -236,9 +228,7 @@ def fitting(
     """Copy the tensors that the network wants, all in the precision of the first.
 
     Args:
-        tensors: the tensors that were read.
         wanted: the network's own state dictionary, its weights on any device.
-        file: the file that they were read from, for messages.
         asked_by: what the wanted shapes follow from, for messages.
         fix: what to do about a shape that does not fit.
         shown: names in the file that differ from the network's own.

@@ -41,7 +41,6 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step after which the checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -161,10 +161,10 @@ class _Chains:
             drawn = draw_each([chance for chance in chances for _ in range(chains)], flat)
             return drawn.clamp(max=last).view(rows, chains)
         drawn = torch.zeros(rows * chains, dtype=torch.long, device=probs.device)
-        places = [row * chains + chain for row, count in enumerate(counts) for chain in range(count)]
-        if places:
-            index = torch.tensor(places, device=probs.device)
-            drawn[index] = draw_each([chances[place // chains] for place in places], flat[index]).clamp(max=last)
+        indices = [row * chains + chain for row, count in enumerate(counts) for chain in range(count)]
+        if indices:
+            index = torch.tensor(indices, device=probs.device)
+            drawn[index] = draw_each([chances[place // chains] for place in indices], flat[index]).clamp(max=last)
         return drawn.view(rows, chains)
 
     def _before(self, row: int, chain: int) -> Tensor:

@@ -110,10 +110,6 @@ class DifferentTokenizers(UserError):
 class SharedVocabulary:
     """Maps the target's ids to the draft model's, and the draft model's logits to the target's.
 
-    Args:
-        model: the draft model.
-        target: the model that it drafts for.
-
     Raises:
         DifferentTokenizers: their tokenizers are different ones.
         UserError: their sizes are, and one of the tokenizers is not known.

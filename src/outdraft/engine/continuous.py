@@ -24,7 +24,6 @@ class Decoder:
     """Decodes rows that may be added at any time.
 
     Args:
-        target: the model that decides tokens.
         drafter: the model that proposes tokens; None is plain decoding.
         shape: the tree that takes the most slots of all that will be asked for.
         costs: records what rounds cost; used where rows have controllers (then all rows have one).

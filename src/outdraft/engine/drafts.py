@@ -11,7 +11,7 @@ from torch import Tensor
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.repeats import Others, spliced
+from outdraft.drafting.ngrams import FullDrafts, spliced
 from outdraft.engine.plan import Plan
 from outdraft.engine.rows import Prefixes, Row
 from outdraft.target.runner import ModelRunner
@@ -89,7 +89,7 @@ class Drafts:
         if self.state is None or not plan.asks_drafter:
             return Tree.roots(roots)
         mixed = plan.budget is None and any(plan.ngrams)
-        budget = Others([not chain for chain in plan.ngrams]) if mixed else plan.budget
+        budget = FullDrafts([not chain for chain in plan.ngrams]) if mixed else plan.budget
         context = RowContext(prefixes, [row.warper for row in rows], [row.chance for row in rows], budget)
         update, self.updates, self.pending, self.asked = Update.join(self.updates), [], 0, True
         tree = self.state.propose(update, plan.shape, context)

@@ -26,6 +26,7 @@ from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.tuner import PLAIN, ShapeChoice
 from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
 from outdraft.engine.rows import Row
@@ -151,7 +152,6 @@ class DraftBudget:
     """Decides how far each row of a batch drafts in one round, by the rows' controllers (a `Budget` for drafters).
 
     Args:
-        controllers: one controller per row.
         costs: learns what the round cost.
         levels: largest number of levels in this round.
         nodes: nodes of the first level.
@@ -244,21 +244,15 @@ class DraftBudget:
 
 
 class Clock:
-    """The marks set during one round, and the seconds between them.
-
-    Args:
-        device: the device that does the work.
-    """
+    """The marks set during one round, and the seconds between them."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.marks: list[Any] = []
 
     def now(self) -> float:
-        """Return the host's time in seconds, once all of the device's work is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        """Return the time as `core.tensors.now` does."""
+        return now(self.device)
 
     def start(self) -> None:
         """Forget all marks and set the first."""

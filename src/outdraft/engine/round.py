@@ -61,8 +61,6 @@ class Batch:
     """The rows still running, with the target's cache and the drafter's state for them.
 
     Args:
-        target: the model that decides tokens.
-        drafter: the model that proposes tokens; None is plain decoding.
         rows: rows to decode, filled in place; each wants at least one new token.
         shape: largest shape of the trees; it may change every round.
         costs: as for `decode`.
@@ -81,14 +79,14 @@ class Batch:
         self.clock = Clock(target.device)
         self._unsettled: tuple[list[Any], list[Row]] | None = None  # marks of the last round, and its rows
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
-        repeated = max((row.repeats.most for row in rows if row.repeats is not None), default=0)
+        repeated = max((row.ngrams.most for row in rows if row.ngrams is not None), default=0)
         self.capacity = min(longest, target.context_length) + self.drafts.slots(shape) + repeated
         self.cache = target.new_cache(len(rows), self.capacity)
         self.runner = target.runner(self.cache) if drafter is None else drafter.start(target, self.cache)
         if isinstance(target, ExactTarget):
             target.vouch(self.runner)
         self.roots = torch.empty(0, dtype=torch.long)
-        self.histories = [History(row.prompt, self.capacity, target.device, row.repeats) for row in rows]
+        self.histories = [History(row.prompt, self.capacity, target.device, row.ngrams) for row in rows]
 
     def prefill(self) -> list[Row]:
         """Run the prompts and decide each row's first token, as plain decoding does."""

@@ -13,7 +13,7 @@ from outdraft.control.base import Controller
 from outdraft.core.dice import Chance
 from outdraft.core.sampling import Warper
 from outdraft.core.statistics import Statistics
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import first_line
 
 
@@ -34,7 +34,7 @@ class Row:
         accepted: for every decided token, True if it was drafted.
         copied: for every decided token, True if an n-gram draft that overrode the drafter held it.
         controller: decides how far to draft for the row; None drafts as far as the shape allows.
-        repeats: when n-gram drafts override the drafter; None always asks the drafter.
+        ngrams: when n-gram drafts override the drafter; None always asks the drafter.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
         watch_prompt: called with the logits of the prompt's tokens but the first, a piece at a time.
     """
@@ -52,7 +52,7 @@ class Row:
     copied: list[bool] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     controller: Controller | None = None
-    repeats: Repeats | None = None
+    ngrams: NgramSettings | None = None
     watch: Callable[[Tensor], None] | None = None
     watch_prompt: Callable[[Tensor], None] | None = None
 
@@ -111,18 +111,16 @@ class History:
     """The tokens of one row, prompt included. A tensor of them is made on request, in a buffer that grows in place.
 
     Args:
-        prompt: token ids.
         capacity: largest number of tokens to come.
-        device: device of the tensor.
-        repeats: when to draft n-grams of the row; None never does.
+        ngrams: when to draft n-grams of the row; None never does.
     """
 
-    def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device, repeats: Repeats | None = None):
+    def __init__(self, prompt: Sequence[int], capacity: int, device: torch.device, ngrams: NgramSettings | None = None):
         self.known, self.size, self.device = list(prompt), capacity + len(prompt), device
         self.buffer: Tensor | None = None
         self.written = 0
-        self.repeats = repeats
-        self._text = None if repeats is None else repeats.text(prompt)
+        self.ngrams = ngrams
+        self._text = None if ngrams is None else ngrams.text(prompt)
 
     @property
     def tokens(self) -> Tensor:
@@ -135,16 +133,15 @@ class History:
         return self.buffer[: self.written]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Append newly decided tokens."""
         self.known += tokens
         if self._text is not None:
             self._text.extend(tokens)
 
     def repeated(self, limit: int) -> list[int]:
         """Return at most `limit` n-gram candidates from the row's own text; none if it repeats nothing."""
-        if self.repeats is None or self._text is None:
+        if self.ngrams is None or self._text is None:
             return []
-        return self.repeats.candidates(self._text, limit)
+        return self.ngrams.candidates(self._text, limit)
 
 
 class Prefixes(Sequence[Tensor]):

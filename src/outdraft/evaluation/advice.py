@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outdraft.data.provenance import busy
-from outdraft.errors import UserError
+from outdraft.errors import refuse_below
 from outdraft.evaluation.bench.bench import Comparison
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
@@ -64,9 +64,7 @@ class AdviceSettings:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        refuse_below(self, limit=1, max_new_tokens=1)
 
 
 @dataclass
@@ -131,7 +129,6 @@ class Advice:
         return min((kind for kind in self.kinds if kind.to_train), key=lambda kind: kind.cost.tau_to_pay, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the advice for JSON."""
         best, trainable = self.best, self.trainable
         return {
             "model": self.settings.model,
@@ -203,7 +200,6 @@ def _flags(settings: AdviceSettings, *names: str) -> str:
 
 
 def show(advice: Advice, console: Console) -> None:
-    """Print the timings, the results on the prompts, and the advice."""
     facts = advice.environment
     console.print(
         f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, {facts['device']}, {facts['dtype']}, "

@@ -44,15 +44,7 @@ FEWEST_TOKENS = 16
 
 
 def advise(settings: AdviceSettings, remarks: Console) -> Advice:
-    """Load the model, time it, try prompts, and give advice.
-
-    Args:
-        settings: the model and the sizes of the measurements.
-        remarks: where progress goes.
-
-    Raises:
-        UserError: something cannot be loaded, read or decoded.
-    """
+    """Load the model, time it, try prompts, and give advice."""
     start = time.perf_counter()
     backend = quantised_backend(settings.backend, settings.quantize)
     place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
@@ -171,7 +163,7 @@ def _answers(
     rivals = [speculative(PLAIN, target, None), speculative(LOOKUP, target, PromptLookup())]
     if given is not None and not given.limits.looks_back:
         rivals += [
-            speculative(given.method + more, target, given, repeats=bool(more), controller=CONTROLLER)
+            speculative(given.method + more, target, given, ngrams=bool(more), controller=CONTROLLER)
             for more in ("", WITH_LOOKUP)
         ]
     affordable = int(ANSWER_SECONDS / (each * len(rivals) * len(prompts)))

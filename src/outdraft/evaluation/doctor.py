@@ -22,8 +22,10 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_network
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
+from outdraft.data.text import common_length
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.folder import find_folder
+from outdraft.drafting.ngrams import FullDrafts
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network, method_of
 from outdraft.methods.registry import DrafterFacts
@@ -81,20 +83,13 @@ class Drafts:
         return sum(math.comb(len(signs), k) for k in range(sum(signs), len(signs) + 1)) / 2 ** len(signs)
 
 
-class _Confidences:
+class _Confidences(FullDrafts):
     """A `Budget` that stops nothing and keeps the confidences of the first level."""
 
-    def __init__(self, rows: int):
-        self.going, self.first = [True] * rows, list[float | None]()
-
-    def wants(self, nodes: int) -> list[bool]:
-        return self.going
+    first: Sequence[float | None] = ()
 
     def drafted(self, confidences: Sequence[float | None]) -> None:
         self.first = self.first or list(confidences)
-
-    def sizes(self, gains: Sequence[Sequence[float]], levels: Sequence[Sequence[int]]) -> list[int]:
-        return [len(own) for own in gains]
 
 
 class _Guess(NamedTuple):
@@ -141,7 +136,7 @@ class _ProbeState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         for one, state, guesses in zip(self.probe.drafters, self.states, self.probe.guesses, strict=True):
-            budget = _Confidences(len(self.rows))
+            budget = _Confidences([True] * len(self.rows))
             own = replace(update, taps=self.probe.taps(update.taps, one.reads, self.width))
             tree = state.propose(own, shape, replace(rows, budget=budget))
             for place, (row, count) in enumerate(zip(self.rows, tree.counts, strict=True)):
@@ -171,15 +166,10 @@ def drafts_of(target: Target, drafters: Sequence[Drafter], prompts: Sequence[lis
         places = {(one.row, *whole[one.row][: one.start][-CONTEXT:]): one for one in fitting}.values()
         if not places:
             raise UserError("the target ends its answers at once; give other prompts (--data)")
-        accepted = [_agreeing(one.chain[:depth], whole[one.row][one.start :]) for one in places]
+        accepted = [common_length(one.chain[:depth], whole[one.row][one.start :]) for one in places]
         sure = [one.confidence for one in places if one.confidence is not None]
         found.append(Drafts(accepted, depth, sum(sure) / len(sure) if sure else None))
     return found
-
-
-def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
 # --- judging ---------------------------------------------------------------------------------------------------
@@ -217,7 +207,6 @@ class Diagnosis:
         return dict(self.facts.training.get("tau") or {})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         facts, names = self.facts, ("method", "layout", "parameters", "trained_for")
         return {
             **{name: getattr(self, name) for name in ("verdict", "reason", "fix", "setting", "noted")},
@@ -240,15 +229,10 @@ def diagnose(target: Target, draft_model: str | Path, prompts: Sequence[list[int
     """Diagnose the drafter in a folder or hub repository.
 
     Args:
-        target: the model that it shall draft for.
-        draft_model: the drafter.
         prompts: token ids of prompts that the target is used with.
-
-    Raises:
-        UserError: no drafter is there, or its shapes are another target's.
     """
     method = method_of(draft_model)
-    facts = method.describe(find_folder(draft_model, None))
+    facts = method.describe(find_folder(draft_model))
     network = load_network(draft_model, target, target.dtype, target.device)
     drafters, settings = [method.bind(network, target)], list[Mapping[str, Any]]()
     for reading in method.readings(network, target):

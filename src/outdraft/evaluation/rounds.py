@@ -19,6 +19,7 @@ from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.engine.round import decode
@@ -75,7 +76,6 @@ class RoundCost:
         return 1 + self.draft + self.verify
 
     def speedup(self, tau: float) -> float:
-        """Return the speed-up over plain decoding at `tau` tokens a round."""
         return tau / self.tau_to_pay
 
     def as_dict(self) -> dict[str, float]:
@@ -119,7 +119,6 @@ def timed(
     temporary slow-down hits all of them. A first turn and the first rounds of every text do not count.
 
     Args:
-        target: the model.
         ways: ways of drafting by name.
         prompt: token ids of the prompt.
         rounds: counted rounds of a text.
@@ -163,11 +162,7 @@ def head_seconds(target: Target, times: int = 9) -> float:
     features = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
     found = []
     for _ in range(WARM_UP + times):
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        start = time.perf_counter()
+        start = now(target.device)
         target.head(features)
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        found.append(time.perf_counter() - start)
+        found.append(now(target.device) - start)
     return median(found[WARM_UP:])

@@ -67,9 +67,6 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
 
     Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
-
-    Raises:
-        UserError: the data cannot be used.
     """
     found = read_conversations(data, on_bad_line)
     everything, notes = found.conversations, []
@@ -159,11 +156,9 @@ class TrainingVerdict:
 
     @property
     def speedup(self) -> float:
-        """The expected speed-up over plain decoding."""
         return self.cost.speedup(self.tau)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict for JSON."""
         return {
             "tau": self.tau,
             "expected_speedup": self.speedup,
@@ -192,7 +187,6 @@ def training_verdict(
 
     Args:
         target: the target, on the backend that decodes.
-        folder: folder of the finished run.
         tau: mean acceptance length at its end.
         best_step: the step whose weights were saved.
         prompts: token ids of the prompts that were decoded together for tau; trees depend on their number, and rounds

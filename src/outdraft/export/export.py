@@ -121,11 +121,7 @@ def export_drafter(
 
 
 class _Target:
-    """The target as an `ExportTarget`.
-
-    Args:
-        source: its folder or hub id.
-    """
+    """The target as an `ExportTarget`."""
 
     def __init__(self, source: str | Path):
         self.source = source
@@ -144,11 +140,7 @@ class _Target:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference, relative to the largest value.
-
-    Raises:
-        UserError: the difference is more than rounding.
-    """
+    """Return the largest difference, relative to the largest value."""
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE:
         raise UserError(

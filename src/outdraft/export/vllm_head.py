@@ -47,7 +47,6 @@ class FeatureHeadModel(nn.Module):
 
     Args:
         vllm_config: config of the engine; the drafter's own config is in its speculative part.
-        prefix: prefix of module names.
         start_layer_id: number of the layer, past those of the target.
     """
 
@@ -111,10 +110,6 @@ class FeatureHeadModel(nn.Module):
 class FeatureHeadForCausalLM(EagleLlamaForCausalLM):
     """The model that vLLM's method `eagle` runs: `forward` gives the states (for the logits, for the next step), and
     `compute_logits` uses the head that vLLM puts in.
-
-    Args:
-        vllm_config: config of the engine.
-        prefix: prefix of module names.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

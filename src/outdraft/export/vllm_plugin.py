@@ -61,9 +61,6 @@ nothing, and what comes after has to be tested anew."""
 def guard(version: tuple[int, int, int]) -> bool:
     """Replace vLLM's function by ours, on a CPU and in affected versions only.
 
-    Args:
-        version: version of vLLM.
-
     Returns:
         True if outdraft's function is in place now.
     """

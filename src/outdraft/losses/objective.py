@@ -36,16 +36,12 @@ class Reading:
     """A reader of a target's features after the final norm at every token, with or without hidden states of its layers.
 
     Args:
-        target: the model that is read.
         layers: layers, counted from 1, whose outputs are read too; they stand after the features.
         exit_layer: in place of `layers`, the layer after which the model is cut; its output stands before the features.
 
     Attributes:
         name: distinguishes readings of one target; part of the key under which features are stored.
         width: number of values of one token.
-
-    Raises:
-        UserError: the target has no such layer.
     """
 
     def __init__(self, target: TargetLike, layers: Sequence[int] = (), exit_layer: int | None = None):
@@ -115,7 +111,6 @@ class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
     """A dataset of examples, each with its index and its stored features, if any.
 
     Args:
-        examples: the data.
         stored: gives the features of an example, and the teacher's most probable tokens.
     """
 
@@ -192,8 +187,6 @@ class Objective(ABC):
         """Mark where the drafter guesses the target's best token, and where a guess counts.
 
         Args:
-            batch: a batch of `collate`.
-            features: the batch's features.
             steps: the most draft steps to compare.
 
         Returns:

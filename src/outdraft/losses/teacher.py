@@ -97,7 +97,6 @@ def most_probable(target: TargetLike, goal: Tensor, k: int, rows: int = HEAD_ROW
     """Return the target's most probable tokens for given features.
 
     Args:
-        target: the model whose head runs.
         goal: `(positions, hidden)` features after the final norm.
         k: tokens of every position; all where the vocabulary has fewer.
         rows: positions whose logits are held at once.

@@ -117,7 +117,6 @@ def push_to_hub(
     *,
     private: bool | None = None,
     token: str | None = None,
-    message: str | None = None,
 ) -> str:
     """Upload a drafter's folder to the Hugging Face Hub, creating the repository when absent.
 
@@ -138,7 +137,7 @@ def push_to_hub(
             folder_path=folder,
             repo_id=repo_id,
             allow_patterns=[CONFIG, WEIGHTS, "README.md", "LICENSE*", "provenance.json"],
-            commit_message=message or f"Drafter written by outdraft {outdraft.__version__}",
+            commit_message=f"Drafter written by outdraft {outdraft.__version__}",
         )
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
         raise UserError(f"cannot upload to '{repo_id}' ({first_line(error)}); log in with `hf auth login`") from error
@@ -218,11 +217,7 @@ def names_tokens(ids: Tensor, count: int, vocab_size: int) -> bool:
 
 
 def read_own(folder: Path, config: dict[str, Any], kind: type) -> OwnFolder:
-    """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout.
-
-    Raises:
-        UserError: the folder is damaged; the message names the fix.
-    """
+    """Read settings of the dataclass `kind` and tensors from a folder of outdraft's own layout."""
     settings: Any = read_settings(kind, config, folder)
     file, tensors = read_weights(folder)
     return OwnFolder(settings, tensors, file, section(config, "target"), section(config, "training"))
@@ -249,16 +244,12 @@ def assembled(
         tensors: the file's, under the network's names.
         file: the file, for messages.
         dtype: precision of the weights; as stored when None.
-        device: device of the weights.
         kept: the ids of a reduced draft vocabulary.
         names: the names in the file of tensors that it has, for messages.
         shown: gives the name in the file of a tensor that it lacks, for messages.
         beside: names of tensors that are no weights.
         kind: what drafters of this kind are called, if tensors without a place are an error; else a warning tells them.
         messages: further arguments of `fitting`.
-
-    Raises:
-        UserError: tensors are missing or do not fit.
     """
     with torch.device("meta"):  # no random start, which would be overwritten
         network = build()
@@ -267,8 +258,8 @@ def assembled(
     wanted = network.state_dict()
     labels = {**{name: shown(name) for name in wanted}, **(names or {})}
     given = {} if kept is None else {KEPT: kept}
-    places = {name: place for name, place in wanted.items() if name not in given}
-    weights = fitting(tensors, places, file, shown=labels, **messages)
+    missing = {name: value for name, value in wanted.items() if name not in given}
+    weights = fitting(tensors, missing, file, shown=labels, **messages)
     unknown = [
         labels.get(name, name) for name in tensors if name not in wanted and not (beside and beside.search(name))
     ]
@@ -299,13 +290,9 @@ def refuse_another(facts: Mapping[str, Any], target: Any) -> None:
             )
 
 
-def method_of(folder_or_hub_id: str | Path, revision: str | None = None) -> Method:
-    """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD.
-
-    Raises:
-        UserError: the path is no drafter's folder at all.
-    """
-    config = read_config(find_folder(folder_or_hub_id, revision))
+def method_of(folder_or_hub_id: str | Path) -> Method:
+    """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD."""
+    config = read_config(find_folder(folder_or_hub_id))
     known = methods()
     if is_own(config):
         return known.get(str(config["method"]), known[FALLBACK])
@@ -342,5 +329,4 @@ def other_ropes(read: Mapping[str, Any], target: Target) -> list[dict[str, Any]]
 
 
 def count(weights: Iterable[Tensor]) -> int:
-    """Count the elements of these weights."""
     return sum(weight.numel() for weight in weights)

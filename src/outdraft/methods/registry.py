@@ -15,6 +15,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from outdraft.errors import UserError, first_line, meant
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from outdraft.drafting.base import Drafter
     from outdraft.losses.objective import Objective
     from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.checkpoint import Network
+    from outdraft.methods.checkpoint import Checkpoint, Network
     from outdraft.target.target import Target
 
 GROUP = "outdraft.methods"
@@ -110,7 +111,10 @@ class MeasuredSetting(Protocol):
 
 
 class Method:
-    """A drafting method; subclasses override what applies to them."""
+    """A drafting method; subclasses name their parts, or override the functions that use them.
+
+    Parts are named as `module:name` and imported when they are called, since importing them takes torch.
+    """
 
     name: str
     """The method's name on the command line and in reports."""
@@ -118,6 +122,17 @@ class Method:
     """A few words on the method, for help texts and lists."""
     needs_model = True
     """True if the method needs a drafter from `--draft-model`."""
+
+    loader = ""
+    """A function from a drafter's folder or hub repository, with `dtype` and `device`, to a `Checkpoint`."""
+    drafter = ""
+    """The `Drafter`, made of a network and its target."""
+    beginning = ""
+    """A function from a target and a `DrafterConfig` to a network with initial weights."""
+    training = ""
+    """The `Objective`, made of a target, a `DrafterConfig` and a network."""
+    exporter = ""
+    """A function that writes the drafter for an engine; arguments as in `export`."""
 
     # --- folders and decoding
 
@@ -139,7 +154,14 @@ class Method:
         Raises:
             UserError: no drafter of this method is there, or it is damaged.
         """
-        raise UserError(f"'{source}': method '{self.name}' loads no folders")
+        return self.checkpoint(source, dtype=dtype, device=device).network
+
+    def checkpoint(self, source: str | Path, **where: Any) -> Checkpoint[Any]:
+        """Load a folder with all that it says about the drafter; arguments as in `loader`."""
+        if not self.loader:
+            raise UserError(f"'{source}': method '{self.name}' loads no folders")
+        found: Checkpoint[Any] = resolve_name(self.loader)(source, **where)
+        return found
 
     def bind(self, network: Any, target: Target) -> Drafter:
         """Bind a network to its target.
@@ -151,7 +173,8 @@ class Method:
         Raises:
             UserError: the network is another target's.
         """
-        raise NotImplementedError
+        drafter: Drafter = resolve_name(self.drafter)(network, target)
+        return drafter
 
     def describe(self, folder: Path) -> DrafterFacts:
         """Describe a drafter from its folder, without its target.
@@ -159,7 +182,12 @@ class Method:
         Raises:
             UserError: the folder cannot be read.
         """
-        raise UserError(f"'{folder}' holds a drafter of method '{self.name}', which says nothing of its folders")
+        loaded = self.checkpoint(folder)
+        return loaded.facts(self.more_facts(loaded))
+
+    def more_facts(self, loaded: Any) -> Mapping[str, Any]:
+        """Return the facts about a loaded drafter that only this method has."""
+        return {}
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
         """Yield other readings of a folder, for `outdraft doctor`: those that its files cannot tell from the right one.
@@ -212,14 +240,16 @@ class Method:
         Raises:
             UserError: the target cannot have such a drafter.
         """
-        raise NotImplementedError
+        network: Network = resolve_name(self.beginning)(target, settings)
+        return network
 
     def adapt(self, network: Network, examples: ExampleSet) -> None:
         """Adapt a new network to the training data, such as by a reduced vocabulary."""
 
     def objective(self, target: TargetLike, settings: Any, network: Network) -> Objective:
         """Return the training objective with its loss; arguments as in `new_network`."""
-        raise NotImplementedError
+        objective: Objective = resolve_name(self.training)(target, settings, network)
+        return objective
 
     # --- export
 
@@ -241,7 +271,8 @@ class Method:
         Raises:
             UserError: the engine cannot run the drafter as outdraft does.
         """
-        raise NotImplementedError
+        written: Written = resolve_name(self.exporter)(source, target, folder, engine, dtype)
+        return written
 
 
 _registered: dict[str, Method] = {}

@@ -135,13 +135,8 @@ def layer_settings(
     and the draft vocabulary.
 
     Args:
-        config: the folder's.
         tensors: the folder's, under the network's names.
-        folder: the folder, for messages.
         attention: the prefix of the first layer's attention.
-
-    Raises:
-        UserError: they cannot be a drafter's that loads.
     """
     layer = layer_section(config)
     if layer.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -211,11 +206,7 @@ def _check_rope(config: TappedConfig, folder: Path) -> None:
 
 
 def tap_ids(ids: Any, name: str, folder: Path) -> tuple[int, ...]:
-    """Return a list of layers, as the folder numbers them.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Return a list of layers, as the folder numbers them."""
     if not isinstance(ids, list) or not ids or not all(type(layer) is int for layer in ids):
         raise UserError(f"'{folder / CONFIG}': {name} must be a list of layers, not {ids!r}; copy it again")
     return tuple(ids)

@@ -6,7 +6,7 @@ Exports check what they have written with it. It shares no code with the network
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+import outdraft
 from outdraft.drafting.folder import CONFIG, WEIGHTS, shape_of, some
 from outdraft.errors import UserError
+from outdraft.methods.checkpoint import Checkpoint
 from outdraft.methods.tapped import SHAPES
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,11 +44,8 @@ def llama_config(config: Any, target: Any, dtype: torch.dtype, name: str, rope: 
     """Make the Llama config of a drafter of one layer.
 
     Args:
-        config: the drafter's.
         target: the target's text config.
-        dtype: precision of the tensors.
         name: the class that the engine runs.
-        rope: the rotary settings.
     """
     ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
@@ -66,12 +65,27 @@ def llama_config(config: Any, target: Any, dtype: torch.dtype, name: str, rope: 
 
 
 def written_and_read(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    folder: Path,
+    checkpoint: Checkpoint[Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shapes: Callable[[dict[str, Any], dict[str, Tensor]], dict[str, tuple[int, ...]]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write an engine's folder; return what its files hold."""
+    """Write an engine's folder, with what it was made of; return what its files hold.
+
+    Args:
+        shapes: lists the tensors that the engine's loader asks for, from the folder's config and tensors.
+
+    Raises:
+        UserError: other tensors are there.
+    """
+    about = {"version": outdraft.__version__, "method": checkpoint.network.method, "target": checkpoint.target_id}
+    config = {**config, "outdraft_export": about}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    written, read = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    check_tensors(shapes(written, read), read)
+    return written, read
 
 
 def layer_shapes(config: Mapping[str, Any], layer: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -95,7 +109,6 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
 
     Args:
         shapes: shapes of what it asks for, by name.
-        tensors: the folder's.
     """
     if missing := [name for name in shapes if name not in tensors]:
         raise UserError(f"the drafter lacks {some(missing)}, which vLLM asks for; copy or train it again")
@@ -107,7 +120,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
             raise UserError(
                 f"the drafter's {name} is {shape_of(tensors[name])} where vLLM asks for {wanted}; train it again"
             )
-        if not torch.isfinite(tensors[name]).all():
+        if not torch.isfinite(tensors[name].float()).all():
             raise UserError(f"the drafter's {name} holds values that are no numbers; train it again")
 
 
@@ -115,8 +128,6 @@ class Files:
     """The parts of a forward, in float32, from exported files alone.
 
     Args:
-        config: the folder's.
-        tensors: the folder's.
         rope: the rotary frequencies and the factor of cosines and sines, where the config scales them.
     """
 
@@ -147,8 +158,8 @@ class Files:
             out = x @ w[f"{at}{name}_proj.weight"].T + w.get(f"{at}{name}_proj.bias", torch.zeros(()))
             return out.view(len(x), -1, size)
 
-        places = torch.arange(len(x), dtype=torch.float64)[:, None]
-        turn = torch.polar(torch.tensor(self.turn_scale).double(), places * self.rates).to(torch.complex64)[:, None]
+        order = torch.arange(len(x), dtype=torch.float64)[:, None]
+        turn = torch.polar(torch.tensor(self.turn_scale).double(), order * self.rates).to(torch.complex64)[:, None]
 
         def turned(x: Tensor) -> Tensor:
             pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn

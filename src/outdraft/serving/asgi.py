@@ -84,7 +84,6 @@ class BodyLimits:
     """ASGI middleware that reads a request's body before the application sees the request.
 
     Args:
-        app: the application behind it.
         max_bytes: bytes that a body may have.
         timeout: seconds within which the whole body must arrive.
     """

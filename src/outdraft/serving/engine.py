@@ -45,15 +45,9 @@ class Engine:
     """Decodes jobs until it is stopped.
 
     Args:
-        target: the model.
         drafting: how to draft for jobs that do not decline the drafter.
-        settings: the server's.
         context_length: tokens that prompt and answer may have.
-        metrics: where everything is counted.
         threads: CPU threads that the model computes with.
-
-    Raises:
-        UserError: the cache would hold nothing.
     """
 
     def __init__(
@@ -122,7 +116,6 @@ class Engine:
                 self._commands.put(lambda: None)
 
     def join(self, seconds: float | None = None) -> None:
-        """Wait for the end."""
         self._thread.join(seconds)
 
     # --- in the engine's thread --------------------------------------------------------------------------------
@@ -172,7 +165,7 @@ class Engine:
                 break
             self._queue.pop()
             lane = self._lanes[job.params.speculative]
-            answer.row.repeats = lane.drafting.repeats
+            answer.row.ngrams = lane.drafting.ngrams
             pacer, seed = lane.drafting.pacer, None if job.params.seed is None else job.params.seed + answer.index
             if lane.drafting.sampling is None:
                 device, row = self.target.device, answer.row

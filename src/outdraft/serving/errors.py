@@ -11,11 +11,8 @@ class ApiError(Exception):
     """A request that is not answered.
 
     Args:
-        status: HTTP status code.
-        message: one line that says what is wrong and what would be right.
         param: the parameter that is wrong, if it is one.
         code: OpenAI's error code, for programs.
-        headers: headers of the response.
     """
 
     def __init__(

@@ -84,7 +84,6 @@ class AnswerText:
     """An answer's text while its tokens come: it ends before a stop string and hands out only what is certain.
 
     Args:
-        tokenizer: the model's.
         stops: strings that end the answer and are no part of it; a special token's string is found, too.
         prompt: tokens that the answer follows.
     """
@@ -235,8 +234,6 @@ class Job:
 
     Args:
         params: what the request asks for.
-        target: the model.
-        tokenizer: the model's.
         deliver: takes events, in the engine's thread; must not block.
         id: the request's id, which its response bears.
     """
@@ -282,7 +279,6 @@ class Job:
 
     @property
     def statistics(self) -> Statistics:
-        """Statistics of all answers together."""
         return Statistics.sum(answer.row.statistics for answer in self.answers)
 
     def summary(self, reason: str | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from outdraft.control.settings import Pacer
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.engine.continuous import Decoder
 from outdraft.target.target import Target
 
@@ -23,18 +23,17 @@ class Drafting:
         sampling: the tree as soon as one row draws, where rows throw dice for what is drafted; None where they share
             noise with the target (`coupling.py`), so that no text depends on what is drafted.
         pacer: makes a controller for every row; None drafts as far as the trees go.
-        repeats: when what a row's text repeats is drafted in the drafter's place; None never.
+        ngrams: when what a row's text repeats is drafted in the drafter's place; None never.
     """
 
     drafter: Drafter | None
     greedy: Callable[[int], TreeShape]
     sampling: TreeShape | None
     pacer: Pacer | None = None
-    repeats: Repeats | None = None
+    ngrams: NgramSettings | None = None
 
     @classmethod
     def none(cls) -> Drafting:
-        """Plain decoding."""
         return cls(None, lambda rows: TreeShape(0, 1, 1), None)
 
     @property
@@ -45,7 +44,7 @@ class Drafting:
     @property
     def slots(self) -> int:
         """Slots of the cache that a round takes at most, beside what was decided."""
-        return self._slots(self.largest) + (0 if self.repeats is None else self.repeats.most)
+        return self._slots(self.largest) + (0 if self.ngrams is None else self.ngrams.most)
 
     def _slots(self, shape: TreeShape) -> int:
         return shape.size if self.drafter is None else self.drafter.slots(shape)
@@ -64,6 +63,5 @@ class Lane:
         self.reset()
 
     def reset(self) -> None:
-        """Begin with no rows."""
         costs = self.drafting.pacer.costs if self.drafting.pacer is not None else None
         self.decoder = Decoder(self.target, self.drafting.drafter, self.drafting.largest, costs)

@@ -77,7 +77,6 @@ class Metrics:
             self._queue.observe(time.perf_counter() - job.arrived)
 
     def grown(self, job: Job, delta: Delta, first: bool) -> None:
-        """An answer has grown."""
         now = time.perf_counter()
         self._tokens.inc(delta.tokens)
         self._recent.append((now, delta.tokens))

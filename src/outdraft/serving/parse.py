@@ -47,10 +47,8 @@ class RequestParser:
     """Turns requests into `GenerationParams`.
 
     Args:
-        target: the model.
         tokenizer: the model's; no other thread may use it.
         names: names that clients may ask for the model by.
-        settings: the server's.
     """
 
     def __init__(self, target: Target, tokenizer: PreTrainedTokenizerBase, names: list[str], settings: ServeSettings):
@@ -62,11 +60,7 @@ class RequestParser:
         self._encoding = threading.Lock()  # tokenizers may keep state while they encode
 
     def chat(self, request: ChatRequest) -> GenerationParams:
-        """Parse a conversation, through the chat template.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse a conversation, through the chat template."""
         tools = tools_of(request, self.tokenizer)
         prompt = self._encode_chat(request.messages, request, tools)
         if request.top_logprobs and not request.logprobs:
@@ -78,11 +72,7 @@ class RequestParser:
         return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
 
     def response(self, request: ResponsesRequest) -> GenerationParams:
-        """Parse a request of the Responses API.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse a request of the Responses API."""
         try:
             return self.chat(request.chat())
         except ApiError as error:
@@ -148,11 +138,7 @@ class RequestParser:
         return {"prompt": decode_text(self.tokenizer, request.tokens, skip_special_tokens=False)}
 
     def completion(self, request: CompletionRequest) -> GenerationParams:
-        """Parse one or several texts, taken as they are.
-
-        Raises:
-            ApiError: it cannot be answered; the error names the parameter.
-        """
+        """Parse one or several texts, taken as they are."""
         prompts = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         if len(prompts) * (request.n or 1) > 128:
             raise bad_request("at most 128 answers a request, prompts times n", "n")

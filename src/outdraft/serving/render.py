@@ -23,9 +23,6 @@ class Renderer:
     """Renders one request's answers as they grow.
 
     Args:
-        job: the request.
-        model: the model's name in the response.
-        tokenizer: spells tokens.
         chat: render a chat completion, else a completion of text.
         pieces: report for every piece of text whether a drafter had guessed it.
         echo: the prompts' texts, if answers begin with them.

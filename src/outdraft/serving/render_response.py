@@ -15,14 +15,7 @@ from outdraft.serving.responses import ResponsesRequest
 
 
 class ResponseRenderer(Renderer):
-    """Renders one request's answer as a response, from what it is as a chat.
-
-    Args:
-        request: the request.
-        job: the same as the engine has it.
-        model: the model's name in the response.
-        tokenizer: spells tokens.
-    """
+    """Renders one request's answer as a response, from what it is as a chat."""
 
     def __init__(self, request: ResponsesRequest, job: Job, model: str, tokenizer: PreTrainedTokenizerBase):
         super().__init__(job, model, tokenizer, chat=True)

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from outdraft.api.draft_settings import DraftSettings, Pacers, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.settings import model_settings, sampling_settings
+from outdraft.data.provenance import usable_cores
 from outdraft.errors import UserError, first_line
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Engine
@@ -58,7 +59,7 @@ def drafting(model: SpeculativeModel, settings: DraftSettings) -> Drafting:
 
     first = resolved(1)  # impossible settings are told now
     drawn = resolved(1, sampling=True).shape if first.dice else None
-    return Drafting(model.drafter, lambda rows: resolved(rows).shape, drawn, first.pacer, first.repeats)
+    return Drafting(model.drafter, lambda rows: resolved(rows).shape, drawn, first.pacer, first.ngrams)
 
 
 def threads_of(asked: int | None) -> int:
@@ -72,25 +73,11 @@ def threads_of(asked: int | None) -> int:
     usual = torch.get_num_threads()
     if any(name in os.environ for name in THREAD_VARIABLES):
         return usual
-    return max(1, min(usual, cores() - 1))
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usual, (usable_cores() or 1) - 1))
 
 
 class Service:
-    """A model, its engine and the application over it.
-
-    Args:
-        model: with its drafter.
-        settings: of the server.
-        draft: what to draft.
-
-    Raises:
-        UserError: the model has no tokenizer, or settings that cannot be.
-    """
+    """A model, its engine and the application over it."""
 
     def __init__(
         self,

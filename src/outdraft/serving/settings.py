@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
 
-from outdraft.errors import UserError
+from outdraft.errors import UserError, refuse_below
 
 
 @dataclass
@@ -49,15 +49,8 @@ class ServeSettings:
     """Sampling settings of requests that do not say; temperature 1 unless given here, as in OpenAI's API."""
 
     def __post_init__(self) -> None:
-        least = {"max_num_seqs": 1, "prefill_chunk": 1, "max_waiting": 1, "max_request_bytes": 1, "port": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads must be at least 1, not {self.threads}")
-        for name in ("max_model_len", "kv_cache_tokens"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 2, not {value}")
+        refuse_below(self, max_num_seqs=1, prefill_chunk=1, max_waiting=1, max_request_bytes=1, port=0)
+        refuse_below(self, threads=1, max_model_len=2, kv_cache_tokens=2)
         for name in ("request_timeout", "shutdown_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be seconds, 0 or more, not {getattr(self, name)}")

@@ -100,9 +100,6 @@ class CallReader:
 
     Text is held back while it may be a call, and handed out as text if it turns out to be none: its JSON is broken, or
     the function is not among those offered.
-
-    Args:
-        tools: those offered.
     """
 
     def __init__(self, tools: Tools):
@@ -117,7 +114,6 @@ class CallReader:
         """Take in more of the text; returns the text that is no call, and the calls, in OpenAI's format.
 
         Args:
-            text: what has come.
             last: no more comes.
         """
         self._held += text

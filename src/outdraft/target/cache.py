@@ -20,7 +20,24 @@ from transformers.cache_utils import Cache
 from outdraft.core.tensors import counting, integers, sent
 
 
-class SlotCache(Cache):
+class LayerCache(Cache):
+    """A cache that keeps keys and values in its own way, and what it answers `transformers` without layers there."""
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.get_seq_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class SlotCache(LayerCache):
     """Keys and values of all layers for `rows` sequences of different lengths.
 
     Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
@@ -28,7 +45,6 @@ class SlotCache(Cache):
     others to join, and only rows that change their index are copied.
 
     Args:
-        rows: number of sequences.
         num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
         capacity: slots per row, doubled when a forward needs more.
         pool: lends buffers of rounded sizes; None makes them as large as asked for.
@@ -214,17 +230,8 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.extent - self._writing
 
-    def get_query_offset(self, layer_idx: int | None = None) -> int:
-        return self.extent - self._writing
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.extent, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
 
     @property
     def is_initialized(self) -> bool:
@@ -233,10 +240,6 @@ class SlotCache(Cache):
     @property
     def max_batch_size(self) -> int:
         return self.rows
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
     @property
     def nbytes(self) -> int:

@@ -199,12 +199,7 @@ AS_GPT2 = {
 
 
 def tokenizer_of(file: Path, metadata: Metadata) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Return the tokenizer with its chat template, and warnings about it.
-
-    Args:
-        file: the GGUF file.
-        metadata: its fields.
-    """
+    """Return the tokenizer with its chat template, and warnings about it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.name_or_path = file.name  # no path of this machine goes into what is saved
     notes = []

@@ -98,7 +98,6 @@ def cache_slots(target: Target, rows: int, context_length: int, extra: int, aske
     """Return the number of cache slots for all rows together.
 
     Args:
-        target: target of the cache.
         rows: largest number of rows decoded at once.
         context_length: largest number of tokens per row.
         extra: slots per row that a round needs beside its tokens.

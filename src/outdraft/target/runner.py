@@ -51,7 +51,6 @@ class ModelRunner:
     """Runs the target with the cache of the rows that it decodes.
 
     Args:
-        target: the model.
         cache: an empty cache for these rows.
         reads: what is read of the target for every token.
     """
@@ -75,10 +74,10 @@ class ModelRunner:
             outputs.append(ModelRunner(self.target, own, self.reads).prefill([prompts[row] for row in group]))
             self.cache.join(own)
         order = [row for group in groups for row in group]
-        places = sorted(range(len(order)), key=order.__getitem__)  # of every row among the groups
-        self.cache.select_rows(places)
+        index = sorted(range(len(order)), key=order.__getitem__)  # of every row among the groups
+        self.cache.select_rows(index)
         parts = ([part for output in own for part in output] for own in zip(*outputs, strict=True))
-        return Output(*(pad_sequence([whole[at] for at in places], batch_first=True) for whole in map(list, parts)))
+        return Output(*(pad_sequence([whole[at] for at in index], batch_first=True) for whole in map(list, parts)))
 
     def prefill_in_pieces(self, prompts: Sequence[Tensor], most: int | None = None) -> Iterator[Output]:
         """Run prompts as `prefill` does, in pieces of at most `most` tokens of every row."""
@@ -131,7 +130,6 @@ class ModelRunner:
         """Run the first part over a level of `(rows, nodes)` candidates; the first call runs it over the roots.
 
         Args:
-            tokens: the candidates.
             parents: indices of their parents in the level before.
             positions, mask, slots: as in `attention_mask`, of all levels so far.
 

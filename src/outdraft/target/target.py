@@ -37,7 +37,6 @@ class Target:
 
     Args:
         model: a stock model, in evaluation mode; it stays as it is.
-        tokenizer: its tokenizer, if texts are to be encoded or decoded.
         backend: the backend of its forwards (`backends/`).
         windows: sliding windows by kind of layer; by default those of its configuration.
 

@@ -85,11 +85,7 @@ def tried(target: Target) -> dict[str, int | None]:
 
 
 class _Model:
-    """The model itself, or a smaller one of the same layers, whose features replace the logits.
-
-    Args:
-        target: target of the whole model.
-    """
+    """The model itself, or a smaller one of the same layers, whose features replace the logits."""
 
     def __init__(self, target: Target):
         self.target, self.inner = target, _smaller(target)

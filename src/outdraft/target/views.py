@@ -37,10 +37,8 @@ class View:
     """Some layers of a model, run as the model would be, with its final norm after them.
 
     Args:
-        model: a causal language model, on any backend.
         modules: the layers, the model's own or others like them.
         indices: index of each in the model's list, by which families look up its kind of attention.
-        what: description of the view, for messages.
         notes: indices of modules whose outputs are returned.
         handed: True if the input is hidden states instead of tokens.
     """
@@ -84,10 +82,6 @@ class View:
 
 class Reader:
     """A model, whole or in two parts, that returns what is read of it.
-
-    Args:
-        model: a causal language model, on any backend.
-        reads: what is read.
 
     Raises:
         UserError: no such layer, or the model's layers cannot be found.

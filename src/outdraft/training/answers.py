@@ -22,7 +22,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.conversations import Conversation, ConversationSet, Message
 from outdraft.data.text import decode_text
 from outdraft.data.tokenization import TemplateRefuses, render, variables_of
-from outdraft.drafting.repeats import Repeats
+from outdraft.drafting.ngrams import NgramSettings
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.output import whole_lines, write_whole
@@ -64,7 +64,7 @@ class AnswerSettings:
         filters: sampling settings other than the temperature.
         seed: seed of all draws.
         prefix_tokens: tokens of a text that are kept as the prompt of its continuation.
-        repeats: settings of n-gram drafts, if rows use them.
+        ngrams: settings of n-gram drafts, if rows use them.
         switches: variables of the chat template.
     """
 
@@ -73,7 +73,7 @@ class AnswerSettings:
     filters: dict[str, Any]
     seed: int = 0
     prefix_tokens: int = 32
-    repeats: Repeats | None = None
+    ngrams: NgramSettings | None = None
     switches: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -107,7 +107,7 @@ class AnsweredConversation:
         ends = target.eos_token_ids
         warper = Warper(sampling, len(prompt), target.vocab_size, ends, (), target.device)
         dice = Dice(self.name.seed(settings.seed, self._turn))
-        return Row(prompt, warper, dice, most, frozenset(ends), repeats=settings.repeats)
+        return Row(prompt, warper, dice, most, frozenset(ends), ngrams=settings.ngrams)
 
     def take(self, row: Row) -> None:
         """Take in the answer of the last `next_row`, which has ended."""
@@ -193,15 +193,11 @@ class AnswerFile:
     that answers by others do not get into it. A half-written last line, as a killed run leaves it, is cut off.
 
     Args:
-        path: the file.
         settings: the generation settings of the answers, as JSON values.
         resume: True keeps existing lines; False refuses an existing file.
 
     Attributes:
         present: the answers in the file, each with its questions.
-
-    Raises:
-        UserError: other settings, or something else, wrote the file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool = True):
@@ -218,15 +214,14 @@ class AnswerFile:
         self._lines.close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append an answer."""
         self._lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.present[_name(record)] = _questions(record)
 
     def arrange(self, order: Sequence[Name]) -> None:
         """Sort the lines into this order, all others after them."""
-        places = {name: place for place, name in enumerate(order)}
+        index = {name: place for place, name in enumerate(order)}
         lines = self.path.read_bytes().splitlines(keepends=True)
-        arranged = sorted(lines, key=lambda line: places.get(_name(json.loads(line)), len(places)))
+        arranged = sorted(lines, key=lambda line: index.get(_name(json.loads(line)), len(index)))
         if arranged != lines:
             write_whole(self.path, b"".join(arranged))
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: every field with its help text, the presets by target size, and their checks.
+"""The settings of a training run: every field with its help text, and their checks.
 
 A field's docstring is the only source of its help on the command line and in the documentation. A method's record
 (`methods/registry.py`) lists the settings that it reads and how its presets differ.
@@ -15,8 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from outdraft.errors import TRAINING_NAMES, UserError, meant
 from outdraft.methods.registry import method_called, readers, trained
-
-Preset = Literal["auto", "tiny", "small", "base", "paper"]
+from outdraft.training.presets import PRESETS, Preset, preset_for
 
 
 def _trained(name: str) -> str:
@@ -295,60 +294,6 @@ PART_OF = {
     "feature_cache_dir": Part("features", "cached or auto", lambda features: features != "online"),
 }
 """The settings that are read only with a certain choice in another setting."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # On a target of 0.26M, 300 steps at 1e-3 and 3e-3 ended at an agreement of 0.48 and 0.60.
-    "tiny": {
-        "learning_rate": 2e-3,
-        "lr_schedule": "cosine",
-        "warmup_steps": 50,
-        "max_steps": 2000,
-        "max_length": 512,
-    },
-    # On SmolLM2-135M-Instruct four examples a step learn more of each than sixteen (docs/measurements/training.md).
-    "small": {
-        "learning_rate": 1e-3,
-        "lr_schedule": "cosine",
-        "warmup_steps": 100,
-        "epochs": 4.0,
-        "batch_size": 4,
-        "max_length": 1024,
-        "w_cls": 1.0,
-        "w_reg": 0.1,
-        "unroll_steps": 3,
-        "unroll_from": 0.6,
-    },
-    # The published optimiser with a quarter of its passes: set epochs for more.
-    "base": {"epochs": 5.0},
-    "paper": {
-        "learning_rate": 5e-5,
-        "lr_schedule": "linear",
-        "warmup_steps": 2000,
-        "max_steps": None,
-        "epochs": 20.0,
-        "max_length": 2048,
-        "batch_size": 16,
-        "clip_value": 0.5,
-        "precision": "bf16",
-        "w_reg": 1.0,
-        "w_reg_schedule": "constant",
-        "w_cls": 0.1,
-        "token_loss": "soft",
-        "teacher_top_k": 0,
-        "embedding_scale": 1.0,
-        "draft_vocab_size": None,
-        "feature_noise": True,
-        "unroll_steps": 1,
-        "tap_layers": None,
-        "state_norm": False,
-    },
-}
-"""The values of each preset where the method has no other; every other setting keeps its default."""
-
-
-def preset_for(target_parameters: int) -> Literal["tiny", "small", "base"]:
-    """Return the preset that `auto` stands for: tiny below 30M parameters, small below 1B, else base."""
-    return "tiny" if target_parameters < 30e6 else "small" if target_parameters < 1e9 else "base"
 
 
 def _one_line(problem: ValidationError) -> str:

@@ -60,7 +60,6 @@ class FeatureStore:
 
     Args:
         folder: holds all stores; this one gets a folder of its own, named by its key.
-        target: the model whose features are stored.
         reading: the hidden states that are stored.
         teacher_top_k: number of most probable target tokens to store at every position; 0 stores none.
     """

@@ -39,12 +39,7 @@ MeasureTau = Callable[[Network], dict[str, float]]
 
 
 class HeldOut:
-    """The held-out examples with the target's features, which are read once.
-
-    Args:
-        objective: the drafter in training with its loss.
-        examples: the held-out ones.
-    """
+    """The held-out examples with the target's features, which are read once."""
 
     def __init__(self, objective: Objective, examples: ExampleSet):
         self.objective, self.device = objective, objective.reading.target.device
@@ -106,8 +101,6 @@ class BestWeights:
     """The best weights on the held-out examples, kept beside the checkpoints of a run.
 
     Args:
-        folder: folder of the run.
-        drafter: the drafter in training.
         patience: measurements without a better one after which training may end; 0 never ends it.
     """
 
@@ -153,7 +146,6 @@ class BestWeights:
         self._weights.unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Put the best weights into the drafter."""
         if self._weights.is_file():
             self.drafter.load_state_dict(safetensors.torch.load_file(self._weights))
 
@@ -162,9 +154,7 @@ class TauMeter(TrainerCallback):
     """A callback that measures the held-out metrics every `every` steps in the first process; the others wait.
 
     Args:
-        measure: returns tau and the other metrics.
         every: steps between measurements.
-        best: keeps the best weights.
     """
 
     def __init__(self, measure: MeasureTau, every: int, best: BestWeights):

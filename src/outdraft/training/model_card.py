@@ -19,11 +19,7 @@ NOT_SHOWN = {
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Return the card as Markdown, with the Hub's metadata before it.
-
-    Args:
-        record: the provenance record, as `train` makes it.
-    """
+    """Return the card as Markdown, with the Hub's metadata before it."""
     config, target = record["config"], str(record["target"])
     method = config["method"]
     settings = {name: value for name, value in config.items() if name not in NOT_SHOWN and value is not None}

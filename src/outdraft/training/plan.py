@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from outdraft.core.tensors import now
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
 from outdraft.methods.fspad.beginning import inner_width
@@ -57,7 +57,6 @@ class TrainPlan:
     """The setting that was measured on the data (EESD's exit layer), where one was left open."""
 
     def show(self, console: Console) -> None:
-        """Print the plan as a table."""
         if self.exit_choice is not None:
             self.exit_choice.show(console)
         table = Table(title="training plan", show_header=False)
@@ -90,11 +89,7 @@ class TrainPlan:
 
 
 def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
-    """Return size and time of the run that `train` would make.
-
-    Raises:
-        UserError: `train` would raise one before its first step.
-    """
+    """Return size and time of the run that `train` would make."""
     ready = prepare(target, config)
     measured = method_called(ready.config.method).measure(target, ready.config, ready.examples, {})
     ready = with_measured(ready, measured)
@@ -184,10 +179,6 @@ def _timed(
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time the second run, since the first pays for allocation and compilation."""
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = now(device)
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now(device) - began

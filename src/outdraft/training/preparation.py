@@ -188,9 +188,6 @@ def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
     Args:
         target: the model that the drafter is for.
         config: the settings, with the preset filled in and the exit layer a number.
-
-    Raises:
-        UserError: the target cannot have such a drafter.
     """
     return method_called(config.method).new_network(target, config)
 

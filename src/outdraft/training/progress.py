@@ -50,7 +50,6 @@ def _bar(console: Console, name: str, *columns: ProgressColumn) -> Progress:
 
 
 def _figures(known: Mapping[str, float]) -> str:
-    """Format the figures that are shown, of those known."""
     return "  ".join(f"{name} {known[name]:{form}}" for name, form in SHOWN.items() if name in known)
 
 
@@ -86,13 +85,7 @@ class ProgressReport(TrainerCallback):
 
 
 class ReadingReport:
-    """The progress of the target's run over the data, with speed and time left; a context manager.
-
-    Args:
-        console: where it is shown.
-        examples: number of examples to read.
-        tokens: total tokens to read.
-    """
+    """The progress of the target's run over the data, with speed and time left; a context manager."""
 
     def __init__(self, console: Console, examples: int, tokens: int):
         self.console, self.examples, self.tokens = console, examples, tokens
@@ -125,7 +118,6 @@ class AnswerProgress:
     """The progress of a run's answers, with speed, tau and time left; a context manager.
 
     Args:
-        console: where it is shown.
         total: answers to write.
         longest: most tokens of an answer.
         drafting: True with a drafter, which has a tau.
@@ -174,7 +166,6 @@ class AnswerProgress:
         self._emitted += row.statistics.emitted
 
     def answered(self, finished: bool) -> None:
-        """Count a conversation whose turns have all ended."""
         self.answers += 1
         self.finished += finished
 

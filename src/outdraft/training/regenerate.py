@@ -146,7 +146,7 @@ def regenerate(
     most = rows or (ROWS_CPU if target.device.type == "cpu" else ROWS)
     fixed = DraftSettings(controller="fixed", coupling="dice")
     draft = resolve(fixed, drafter, target.device, sampling=max(temperatures) > 0, rows=most)
-    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.repeats, switches)
+    answering = AnswerSettings(target, max_new_tokens, filters, seed, prefix_tokens, draft.ngrams, switches)
     prompts = MissingAnswers(found, answering, temperatures, file, most)
     console = console or Console(stderr=True, highlight=False)
     present, total = len(prompts.names) - len(prompts.missing), len(prompts.missing)
@@ -177,7 +177,6 @@ def regenerate(
 
 
 def _answer(pool: RowPool, prompts: MissingAnswers, file: AnswerFile, progress: AnswerProgress) -> None:
-    """Decode and write all missing answers."""
     asked: dict[int, AnsweredConversation] = {}  # by the row that is being decoded
     while True:
         coming = prompts.take(pool.free, pool.fits)
@@ -209,8 +208,6 @@ class RowPool:
     New rows with prompts of like length run together.
 
     Args:
-        target: the model that verifies.
-        drafter: the drafter; None is plain decoding.
         shape: shape of all trees, so that a row's draws do not depend on other rows.
         most: most rows at once; fewer if memory does not hold their caches.
     """
@@ -224,7 +221,6 @@ class RowPool:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows in decoding."""
         return self._decoder.rows
 
     @property
@@ -239,7 +235,6 @@ class RowPool:
         return len(rows) == 1 or len(rows) * max(map(self._width, rows)) <= self._slots
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Admit new rows."""
         group: list[Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt), reverse=True):
             longest = len(group[0].prompt) if group else 0
@@ -258,7 +253,7 @@ class RowPool:
 
     def _width(self, row: Row) -> int:
         """Return the most cache slots that a row takes."""
-        repeated = 0 if row.repeats is None else row.repeats.most
+        repeated = 0 if row.ngrams is None else row.ngrams.most
         return min(len(row.prompt) + row.max_new_tokens, self._context) + self._spare + repeated
 
 

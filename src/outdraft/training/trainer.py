@@ -47,10 +47,7 @@ class ObjectiveTrainer(Trainer):
     Args:
         objective: the drafter with its loss; only the drafter's weights train and are saved. Its target is in every
             process, never wrapped, never changed.
-        config: the settings with their preset filled in.
-        data: the examples.
         args: from `training_arguments`.
-        callbacks: progress, measurement of tau.
     """
 
     loss_is_scaled_for_ga = True
@@ -236,9 +233,7 @@ def training_arguments(config: DrafterConfig, device: torch.device, total_steps:
     """Return the Trainer's arguments for a configuration with its preset filled in.
 
     Args:
-        config: the training settings.
         device: the target's, on which the drafter trains.
-        total_steps: optimizer steps of the whole run.
 
     Raises:
         UserError: a tracker that is unknown or not installed.

@@ -46,8 +46,6 @@ def run_audit(
     """Check whether `model` with these settings keeps its target's output distribution.
 
     Args:
-        model: target and drafter.
-        settings: settings of the audit.
         remarks: where progress goes; nowhere when None.
         prompts: token ids, in place of the settings' prompts.
         about: names for the report, such as the model's.
@@ -114,11 +112,12 @@ class _Running:
 
     def _forecast(self) -> dict[str, float]:
         """Forecast the seconds of every check, and show them before the first begins."""
-        paces = progress.Paces.timed(self.model, self.settings, self.prompts)
-        found = progress.expected(self.settings, paces, len(self.prompts), self.samples)
+        plain = progress.Pace.timed(self.plain, self.prompts, self.settings.sampling)
+        drafted = progress.Pace.timed(self.model, self.prompts, self.settings.generation)
+        found = progress.expected(self.settings, plain, drafted, len(self.prompts), self.samples)
         line = f"expected to take about {duration(sum(found.values()))} here; Ctrl-C ends it and keeps what was found"
         if not self.settings.quick:
-            quick = progress.expected(self.settings.made_quick(), paces, len(self.prompts), self.samples)
+            quick = progress.expected(self.settings.made_quick(), plain, drafted, len(self.prompts), self.samples)
             line += f"; --quick, which sees larger errors only, about {duration(sum(quick.values()))}"
         self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
         return found

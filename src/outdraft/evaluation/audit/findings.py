@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
@@ -45,7 +45,6 @@ class Finding:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "question": self.question,
             "passed": self.passed,
@@ -109,7 +108,6 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """The verdict in one sentence."""
         if self.kept:
             found = "KEPT: no check found the output to differ from what the target alone gives."
             return found + self._unseen + self._quick
@@ -148,7 +146,6 @@ class Audit:
         return next(finding for finding in self.findings if finding.name == name)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "kept": self.kept,
             "verdict": self.verdict,
@@ -157,14 +154,13 @@ class Audit:
             "seconds": self.seconds,
             "expected_seconds": self.expected_seconds,
             "checks": {finding.name: finding.as_dict() for finding in self.findings},
-            "noise": self.noise.as_dict(),
+            "noise": asdict(self.noise),
             "settings": self.settings,
             "environment": self.environment,
         }
 
 
 def show(audit: Audit, console: Console) -> None:
-    """Print the checks and the verdict."""
     facts = audit.environment
     console.print(
         f"{audit.settings['method']}, {facts['device']}, {facts['dtype']}, {facts['backend']} backend; "
@@ -195,13 +191,11 @@ def show(audit: Audit, console: Console) -> None:
 
 
 def sampling_line(audit: Audit) -> str:
-    """Return the generation settings in a line."""
     generation = audit.settings["generation"]
     return ", ".join(f"{name} {value}" for name, value in generation.items()) or "greedy"
 
 
 def noise_line(audit: Audit) -> str:
-    """Return the noise floor in a sentence."""
     noise = audit.noise
     return (
         f"noise floor of {audit.environment['dtype']} on the {audit.environment['backend']} backend, one token against "

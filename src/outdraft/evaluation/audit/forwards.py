@@ -94,14 +94,6 @@ def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
 
 
 def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
-    """Compare every node of the kept trees.
-
-    Args:
-        probs: unwarped target probabilities.
-        trees: observed trees.
-        noise: noise of the stock model.
-        advance: called with 1 a tree.
-    """
     variations: list[float] = []
     worst = (0.0, "")
     for tree in trees.kept:

@@ -24,11 +24,7 @@ BINS = 20
 
 
 def scipy_stats() -> Any:
-    """Import the module `scipy.stats`.
-
-    Raises:
-        UserError: scipy is not installed.
-    """
+    """Import the module `scipy.stats`."""
     try:
         from scipy import stats
     except ImportError:
@@ -57,10 +53,7 @@ def power_of(samples: float, distance: float, freedom: float, alpha: float, allo
     is the least favourable case.
 
     Args:
-        samples: number of samples.
         distance: the error, in total variation over the cells.
-        freedom: degrees of freedom.
-        alpha: level of the test.
         allowed: noncentrality a sample that rounding may cause and the test allows.
     """
     return survival(critical(alpha, freedom, samples * allowed), freedom, 4 * samples * distance**2)
@@ -104,12 +97,10 @@ class Fit:
         return survival(self.statistic, self.freedom, noncentrality) if self.freedom > 0 else 1.0
 
     def __add__(self, other: Fit) -> Fit:
-        """Add the fits of independent samples."""
         return Fit(self.statistic + other.statistic, self.freedom + other.freedom)
 
 
 def fit(observed: Sequence[float], expected: Sequence[float]) -> Fit:
-    """Compute Pearson's statistic; cells that expect too few are pooled, smallest first, by expectations alone."""
     groups = pooled(expected)
     statistic = 0.0
     for group in groups:
@@ -182,7 +173,6 @@ class Ranks:
         return counts
 
     def fit(self) -> Fit:
-        """Compute Pearson's test of uniformity."""
         if len(self.values) < 2 * LEAST_EXPECTED:
             return Fit(0.0, 0)
         counts = self.histogram()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.stock import Noise, StockProbs, log_ratio
 
@@ -96,8 +97,7 @@ def first_difference(
     probs: StockProbs, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
 ) -> TokenDivergence:
     """Return the first divergence of two texts, whichever of them left the stock model's choice."""
-    shorter = min(len(plain), len(other))
-    place = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
+    place = common_length(plain, other)
     expected = plain[place] if place < len(plain) else None
     found = other[place] if place < len(other) else None
     gap = math.nan
@@ -129,12 +129,8 @@ def greedy_finding(
 
     Args:
         probs: unwarped target probabilities of the greedy settings.
-        prompts: token ids.
         plain, drafted: each decoder's new tokens of every prompt.
-        statistics: statistics of the drafted decoding.
-        noise: the measured noise.
         alpha: level of the test for too many ties.
-        advance: called with 1 a prompt.
     """
     found: list[TokenDivergence] = []
     differing = 0
@@ -162,12 +158,7 @@ def equality_finding(
     """Judge texts that must be equal but for near-ties.
 
     Args:
-        name: key of the check.
-        question: the check as a question.
         counts: numbers of texts, of identical ones and of tokens, in this order, by their keys in the figures.
-        found: tokens that differ.
-        statistics: statistics of the drafted decoding.
-        noise: the measured noise.
         alpha: level of the test for too many ties.
     """
     total, exact, tokens = counts.values()
@@ -187,7 +178,7 @@ def equality_finding(
             **counts,
             "divergences": [one.as_dict() for one in found],
             "bugs": len(bugs),
-            "noise": noise.as_dict(),
+            "noise": asdict(noise),
             "too_many_ties_p": chance,
             "drafting": statistics.as_dict(),
         },

@@ -33,35 +33,20 @@ TESTS = 4
 FREEDOM = 28
 """The approximate degrees of freedom of the test of the first tokens."""
 
-(
-    PLAIN,
-    NOISE,
-    STOCK,
-    DRAFTED,
-    TWICE,
-    TWICE_SAMPLED,
-    PLAIN_SAMPLED,
-    DRAFTED_SAMPLED,
-    LAWS,
-    SEEDED,
-    CELLS,
-    SAMPLES,
-    FORWARDS,
-) = (
-    "plain greedy texts",
-    "rounding noise of the stock model",
-    "plain decoding against the stock model",
-    "drafted greedy texts",
-    "candidates drafted twice",
-    "sampled candidates drafted twice",
-    "plain sampled texts",
-    "drafted sampled texts",
-    "exact probabilities along the texts",
-    "seeded texts against stock generate",
-    "exact probabilities of the first tokens",
-    "samples of the first tokens",
-    "trees node by node",
-)
+PLAIN = "plain greedy texts"
+NOISE = "rounding noise of the stock model"
+STOCK = "plain decoding against the stock model"
+DRAFTED = "drafted greedy texts"
+TWICE = "candidates drafted twice"
+TWICE_SAMPLED = "sampled candidates drafted twice"
+PLAIN_SAMPLED = "plain sampled texts"
+DRAFTED_SAMPLED = "drafted sampled texts"
+LAWS = "exact probabilities along the texts"
+SEEDED = "seeded texts against stock generate"
+CELLS = "exact probabilities of the first tokens"
+SAMPLES = "samples of the first tokens"
+FORWARDS = "trees node by node"
+"""The names of the checks."""
 
 
 @dataclass(frozen=True)
@@ -91,32 +76,14 @@ class Pace:
         return cls(seconds[FEW], max(0.0, (seconds[MANY] - seconds[FEW]) / (MANY - FEW)), prefill)
 
 
-@dataclass(frozen=True)
-class Paces:
-    """The measured speed of plain and drafted decoding."""
-
-    plain: Pace
-    drafted: Pace
-
-    @classmethod
-    def timed(cls, model: SpeculativeModel, settings: AuditSettings, prompts: Sequence[list[int]]) -> Paces:
-        """Time a few rounds without the drafter and with it."""
-        alone = model.with_drafter(None)
-        return cls(Pace.timed(alone, prompts, settings.sampling), Pace.timed(model, prompts, settings.generation))
-
-
-def expected(settings: AuditSettings, paces: Paces, prompts: int, samples: bool) -> dict[str, float]:
+def expected(settings: AuditSettings, plain: Pace, drafted: Pace, prompts: int, samples: bool) -> dict[str, float]:
     """Forecast the seconds of every check, by its name.
 
     Args:
-        settings: settings of the audit.
-        paces: measured speeds.
-        prompts: number of prompts.
         samples: True if the settings sample.
     """
     count, tokens = min(prompts, settings.limit), settings.max_new_tokens
     few, batches = min(NOISE_PROMPTS, count), -(-count // MANY)
-    plain, drafted = paces.plain, paces.drafted
     a_text = tokens * plain.one + plain.prefill  # one row, token by token
     rows = min(MANY, count)
     twice = 2 * tokens * drafted.step(min(TWICE_PROMPTS, count))
@@ -151,12 +118,7 @@ KNOWN = 0.05
 
 
 class Course:
-    """The progress of an audit's checks, one after the other.
-
-    Args:
-        console: where it is shown.
-        expected: forecast seconds of each check.
-    """
+    """The progress of an audit's checks, one after the other."""
 
     def __init__(self, console: Console, expected: Mapping[str, float]):
         self.console, self.expected = console, expected

@@ -18,6 +18,7 @@ from torch import Tensor
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.coupling import Noise as SharedNoise
 from outdraft.core.statistics import Statistics
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import Finding
 from outdraft.evaluation.audit.greedy import TokenDivergence, equality_finding
 from outdraft.evaluation.audit.settings import AuditSettings
@@ -56,13 +57,7 @@ def stock_text(probs: StockProbs, prompt: Sequence[int], seed: int, max_new_toke
 
 
 class SeededProbs:
-    """The stock model's probabilities along texts, tilted by a seed's noise: the seed chooses the most probable token.
-
-    Args:
-        probs: exact probabilities of the audit's settings.
-        prompt: token ids.
-        seed: the text's seed.
-    """
+    """The stock model's probabilities along texts, tilted by a seed's noise: it chooses the most probable token."""
 
     def __init__(self, probs: StockProbs, prompt: list[int], seed: int):
         self.probs, self.prompt = probs, prompt
@@ -86,10 +81,8 @@ class SeededProbs:
                 if (other[one.topk(2).indices] > 0).all() and (one > 0).sum() > 1:
                     noise.add(one, other)
                 else:
-                    noise.positions, noise.flips = (
-                        noise.positions + 1,
-                        noise.flips + int(one.argmax() != other.argmax()),
-                    )
+                    noise.positions += 1
+                    noise.flips += int(one.argmax() != other.argmax())
 
 
 def divergences(
@@ -98,8 +91,6 @@ def divergences(
     """List the tokens of a drafted text that are not the seed's, and the first difference from the stock text.
 
     Args:
-        seeded: the stock model's probabilities under the seed's noise.
-        number: number of the prompt, from 0.
         expected, found: the stock text and the drafted one.
         noise: rounding of the stock model under such noise.
         edges: True if a token without probability may be rounding at a filter's edge.
@@ -110,8 +101,7 @@ def divergences(
             gap = log_ratio(dist, best, found[place])
             gap = noise.gap if edges and math.isinf(gap) else gap
             listed.append(TokenDivergence(number, place, best, found[place], gap, noise.gap))
-    pairs = zip(expected, found, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    first = common_length(expected, found)
     if all(one.position != first for one in listed):  # the processors or the end differ, not the forward
         asked, given = (text[first] if first < len(text) else None for text in (expected, found))
         listed.insert(0, TokenDivergence(number, first, asked, given, math.nan, noise.gap))
@@ -126,15 +116,7 @@ def seeded_finding(
     settings: AuditSettings,
     advance: Callable[[int], None],
 ) -> Finding:
-    """Compare drafted texts of several seeds after every prompt with stock `generate`'s.
-
-    Args:
-        model: target and drafter.
-        probs: exact probabilities of the audit's settings.
-        prompts: token ids.
-        settings: settings of the audit.
-        advance: called with 1 a prompt.
-    """
+    """Compare drafted texts of several seeds after every prompt with stock `generate`'s."""
     generation = {name: value for name, value in settings.generation.items() if name != "candidates"}
     generation |= {"coupling": "noise", "max_new_tokens": settings.max_new_tokens}
     texts: list[tuple[SeededProbs, list[int], list[int]]] = []

@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.errors import UserError
+from outdraft.errors import UserError, refuse_below
 
 QUICK = {"limit": 8, "max_new_tokens": 24, "text_prompts": 3, "texts": 16, "seeds": 2, "trees": 8}
 """The largest values of a quick look."""
@@ -66,21 +66,8 @@ class AuditSettings:
         # What is tested statistically is the rule that throws dice. Shared noise leaves nothing to chance: its texts
         # are plain decoding's own.
         self.generation = {"coupling": "dice", **self.generation}
-        least = {"first_tokens": 2, "cells": 2, "texts": 2}
-        for name in (
-            "limit",
-            "max_new_tokens",
-            "batch_size",
-            "prefixes",
-            "text_prompts",
-            "seeds",
-            "permutations",
-            "trees",
-        ):
-            least[name] = 1
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(self, name)}")
+        refuse_below(self, first_tokens=2, cells=2, texts=2, limit=1, max_new_tokens=1, batch_size=1, prefixes=1)
+        refuse_below(self, text_prompts=1, seeds=1, permutations=1, trees=1)
         if not 0 < self.total_variation < 1:
             raise UserError(f"--total-variation must lie between 0 and 1, not {self.total_variation:g}")
         if not 0 < self.alpha < 0.5:

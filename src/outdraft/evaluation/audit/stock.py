@@ -8,7 +8,7 @@ and backend is the difference between these forwards, so neither a wrong mask no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ def stock_logits(
     """Yield `(texts, vocab)` logits after the prompt, then after every further token of the texts.
 
     Args:
-        target: the model.
         prompt: the same for all texts.
         texts: texts of any lengths; logits past a text's own end are meaningless.
         piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the
@@ -127,9 +126,6 @@ class Noise:
     variation: float = 0.0
     variation_mean: float = 0.0
     flips: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def add(self, single: Tensor, other: Tensor) -> None:
         """Compare the `(vocab,)` probabilities at one position."""

@@ -74,9 +74,6 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
     """Test whether the tokens' ranks are uniform.
 
     Args:
-        ranks: ranks of the drafted texts' tokens.
-        statistics: statistics of their decoding.
-        settings: settings of the audit.
         alpha: level that the stated power refers to.
         exact: True if a token without probability is a fault; near a filter's edge rounding in low precision lets some
             through.
@@ -128,8 +125,6 @@ def energy_p_value(pairs: Sequence[tuple[Tensor, Tensor]], permutations: int, se
 
     Args:
         pairs: `(n, features)` and `(n, features)` for every stratum; labels are exchanged within it.
-        permutations: number of permutations.
-        seed: seed of the permutations.
 
     Returns:
         the statistic and its p-value, (1 + as large) / (1 + permutations).

@@ -70,7 +70,6 @@ class Watch(Drafter):
     """A drafter whose rounds are reported to listeners.
 
     Args:
-        inner: the watched drafter.
         listeners: called for every round that drafted, once the target has run over its tree.
         chance: makes a row's generator for drafting from the one that verification uses.
         prefill_once: run a prompt that all rows share as one row; the drafter still takes in every row.

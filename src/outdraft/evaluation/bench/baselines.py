@@ -133,9 +133,7 @@ def counted(emitted: Sequence[int], tokens: int, prefill: float, seconds: float)
 
     Args:
         emitted: tokens of every target forward, the prompt's first; the last may reach past the answer's end.
-        tokens: number of tokens of the answer.
         prefill: seconds to the first token.
-        seconds: total seconds.
 
     Returns:
         The statistics, whose rounds are the forwards after the one over the prompt; and for every token whether it was
@@ -172,11 +170,7 @@ def _assisted(target: Target, path: str, assistants: Sequence[Target], backend: 
 
 
 def _early_exit(target: Target, layers: int) -> Contender:
-    """Make a contender that drafts with the target's first layers.
-
-    Raises:
-        UserError: the model does not stop there, so that the stock library could not draft with it.
-    """
+    """Make a contender that drafts with the target's first layers."""
     model: Any = target.model
     if not 1 <= layers < target.num_layers:
         raise UserError(f"--peers early-exit={layers}: the target has {target.num_layers} layers; give 1 to one less")

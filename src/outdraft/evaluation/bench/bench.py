@@ -18,7 +18,7 @@ from outdraft.evaluation.bench.divergences import Divergence, divergences_by_met
 from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
 from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
-from outdraft.evaluation.bench.result import BenchResult, Comparison
+from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.report.pages import check_bench_page, save_bench
@@ -38,12 +38,7 @@ def run_bench(
     """Load, measure and sum up; with an output folder, resume an earlier run of the same settings.
 
     Args:
-        settings: settings of the comparison.
-        remarks: where progress goes.
         others: makes more contenders from the model that the baselines run on.
-
-    Raises:
-        UserError: something cannot be loaded, read or decoded, or the output folder has other settings.
     """
     if settings.report is not None:
         check_bench_page(settings.report)
@@ -138,18 +133,12 @@ def measured(
 
     Args:
         target: the model, which also judges divergences.
-        rivals: the contenders.
         prompts: prompts as in `measure.compare`.
-        temperature: 0 is greedy.
-        repetitions: repetitions of every prompt.
-        max_new_tokens: most tokens of every answer.
-        seed: seed of the draws.
-        remarks: where progress goes.
         questions: the prompts' questions, where groups matter.
         store: keeps complete pairs, and knows those of earlier runs.
         end: deadline as in `measure.compare`; only for single prompts without questions or a store.
     """
-    title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    title = temperature_name(temperature)
     known = store.known(temperature) if store is not None else {}
     pairs = len(prompts) * repetitions
     if known:
@@ -194,14 +183,14 @@ def summed_up(
     }
 
     def of(rival: Contender, group: str | None) -> Summary:
-        places = {i for i, question in enumerate(questions) if question.group == group}
+        indices = {i for i, question in enumerate(questions) if question.group == group}
         own, plain, stock = (
-            [run for run in runs.get(name, []) if group is None or run.prompt in places]
+            [run for run in runs.get(name, []) if group is None or run.prompt in indices]
             for name in (rival.name, PLAIN, STOCK)
         )
         found = parted[rival.name]
         if found is not None and group is not None:
-            found = [divergence for divergence in found if divergence.prompt in places]
+            found = [divergence for divergence in found if divergence.prompt in indices]
         summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
         if stock:
             summary.over_stock, summary.over_stock_interval = paired(own, stock)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outdraft.data.text import common_length
 from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise, stock_logits
 from outdraft.evaluation.bench.measure import Run, Script, script_of
 from outdraft.target.target import Target
@@ -41,8 +42,7 @@ class Difference:
     @property
     def position(self) -> int:
         """The index of the first new token that differs; the shorter text's length where that text ends."""
-        shorter = min(len(self.plain), len(self.other))
-        return next((i for i in range(shorter) if self.plain[i] != self.other[i]), shorter)
+        return common_length(self.plain, self.other)
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,27 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
     """Judge differing texts, all against the same noise.
 
     Args:
-        target: the model that judges.
         differences: differences of all prompts and contenders; those from one plain text share one run over it.
 
     Returns:
         One divergence for every difference, in their order.
     """
     leaving: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for place, one in enumerate(differences):
-        leaving[one.prompt, one.turn].append(place)
-    left = [differences[places[0]] for places in leaving.values()]
+    for index, one in enumerate(differences):
+        leaving[one.prompt, one.turn].append(index)
+    left = [differences[indices[0]] for indices in leaving.values()]
     few = left[:NOISE_TEXTS]
     probs = StockProbs(target, {}, warped=False)
     noise = measured_noise(probs, [one.ids for one in few], [one.plain for one in few], lambda: None)
     found: dict[int, Divergence] = {}
-    for text, places in zip(left, leaving.values(), strict=True):
-        positions = {differences[place].position for place in places}
+    for text, indices in zip(left, leaving.values(), strict=True):
+        positions = {differences[index].position for index in indices}
         steps = stock_logits(target, text.ids, [text.plain[: max(positions)]])
         logits = {position: row[0] for position, row in enumerate(steps) if position in positions}
-        for place in places:
-            one = differences[place]
-            found[place] = _judged(one, logits[one.position], noise)
-    return [found[place] for place in range(len(differences))]
+        for index in indices:
+            one = differences[index]
+            found[index] = _judged(one, logits[one.position], noise)
+    return [found[index] for index in range(len(differences))]
 
 
 def _judged(one: Difference, logits: Tensor, noise: Noise) -> Divergence:

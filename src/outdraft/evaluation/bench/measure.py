@@ -84,18 +84,15 @@ Pair = Mapping[str, Run]
 """The runs of all contenders on one prompt and repetition, by name."""
 
 
-def speculative(name: str, target: Target, drafter: Drafter | None, *, repeats: bool = False, **tree: Any) -> Contender:
+def speculative(name: str, target: Target, drafter: Drafter | None, *, ngrams: bool = False, **tree: Any) -> Contender:
     """Make a contender of outdraft's decoding with a drafter, or plain with None.
 
     Args:
-        name: name of the contender.
-        target: the model.
-        drafter: the drafter.
-        repeats: True for n-gram drafts in its place where texts repeat, as `generate` does by default.
+        ngrams: True for n-gram drafts in its place where texts repeat, as `generate` does by default.
         **tree: as in `generate`.
     """
     model = SpeculativeModel(target, drafter)
-    if drafter is not None and not drafter.limits.looks_back and not repeats:
+    if drafter is not None and not drafter.limits.looks_back and not ngrams:
         tree["prompt_lookup_min"] = 0
 
     def decode(prompt: list[int], settings: dict[str, Any]) -> Answer:
@@ -123,9 +120,6 @@ def compare(
     Args:
         contenders: contenders with distinct names.
         prompts: token ids, or conversations whose later prompts depend on a contender's own answers.
-        repetitions: repetitions of every prompt.
-        max_new_tokens: most tokens of every answer.
-        temperature: 0 is greedy.
         seed: the same draws begin with the same seed for all.
         progress: called after every contender's run.
         known: pairs measured before, by prompt and repetition, which are not measured again.

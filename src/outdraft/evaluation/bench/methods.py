@@ -16,7 +16,7 @@ from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
-from outdraft.errors import UserError
+from outdraft.errors import UserError, refuse_below
 from outdraft.evaluation.bench.baselines import peers as stock_peers
 from outdraft.evaluation.bench.measure import PLAIN, Contender, speculative
 from outdraft.methods.draft_model.drafter import DraftModel
@@ -73,10 +73,7 @@ class BenchSettings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "repetitions", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        refuse_below(self, limit=1, repetitions=1, max_new_tokens=1)
         for temperature in self.temperatures:
             if temperature < 0:
                 raise UserError(f"temperature must be 0 (greedy) or more, not {temperature:g}")
@@ -94,7 +91,6 @@ class BenchSettings:
             raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
 
     def shown(self, suite: str, prompts: int) -> dict[str, Any]:
-        """All settings, for the result."""
         return {
             "model": self.model,
             "draft_models": self.draft_models,
@@ -133,11 +129,9 @@ def contenders(
     """Build plain decoding first, then the requested contenders.
 
     Args:
-        target: the same for all.
         draft_models: `PATH` or `NAME=PATH` each.
         methods: methods to compare, `METHOD+lookup` with n-gram drafts; None takes prompt lookup and every given
             drafter, with and without them.
-        backend: backend of the drafters.
         tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
         controllers: every drafter runs with each of them; `default` is `generate`'s own choice.
         shipped: name of the model whose shipped drafters stand for those that are not given.
@@ -170,16 +164,14 @@ def contenders(
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
         shape = {} if drafter.method in without_model() else tree or {}
-        for repeats in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
-            if methods is not None and drafter.method + repeats not in methods:
+        for suffix in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
+            if methods is not None and drafter.method + suffix not in methods:
                 continue
             for controller in controllers:
-                called = name + repeats if len(controllers) == 1 else f"{name}{repeats} {controller}"
+                called = name + suffix if len(controllers) == 1 else f"{name}{suffix} {controller}"
                 if controller == DEFAULT:
                     controller = resolve(DraftSettings(**shape), drafter, target.device).controller
-                found.append(
-                    speculative(called, target, drafter, repeats=bool(repeats), controller=controller, **shape)
-                )
+                found.append(speculative(called, target, drafter, ngrams=bool(suffix), controller=controller, **shape))
     return found
 
 

@@ -51,9 +51,6 @@ class LeftOut:
     source: str
     reason: str
 
-    def as_dict(self) -> dict[str, str]:
-        return {"source": self.source, "reason": self.reason}
-
 
 @dataclass
 class QuestionSet:
@@ -209,12 +206,7 @@ def _digest(files: Iterator[Path] | Sequence[Path]) -> str:
 
 
 class Dialogue:
-    """One question put to one model; a `measure.Script`.
-
-    Args:
-        question: the question that is asked.
-        target: gives tokenizer and context.
-    """
+    """One question put to one model; a `measure.Script`."""
 
     def __init__(self, question: Question, target: Any):
         self.question, self._tokenizer, self._context = question, target.tokenizer, target.context_length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -59,11 +59,10 @@ class BenchResult:
     """The lines that could not be used, and the questions too long for the model."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result for JSON."""
         return {
             "settings": self.settings,
             "environment": self.environment,
-            "left_out": [one.as_dict() for one in self.left_out],
+            "left_out": [asdict(one) for one in self.left_out],
             "results": [
                 {
                     "temperature": one.temperature,
@@ -83,7 +82,6 @@ class BenchResult:
         """Print a table for every temperature, and one by group where there are several.
 
         Args:
-            console: where it is printed.
             all_figures: print the other ways of computing a speed-up, too.
         """
         facts = self.environment

@@ -93,17 +93,12 @@ def file_name(contender: str, suffix: str = "") -> str:
 
 
 def write(path: Path, lines: Iterable[Record]) -> None:
-    """Write an answer file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json_lines(lines))
 
 
 def read(path: Path) -> list[Record]:
-    """Read the lines of an answer file, Spec-Bench's or outdraft's.
-
-    Raises:
-        UserError: the file is missing, or a line is no answer.
-    """
+    """Read the lines of an answer file, Spec-Bench's or outdraft's."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; give an answer file of Spec-Bench's format")
     found = []
@@ -131,7 +126,6 @@ def figures(lines: Sequence[Record], base: Sequence[Record], tokenizer: Any) -> 
     """Compute Spec-Bench's own `tau` and `speedup`, means over repetitions as in its report of several runs.
 
     Args:
-        lines: answers of the method.
         base: answers of plain decoding to the same questions.
         tokenizer: counts the tokens of plain decoding's texts, each with its beginning-of-text token.
     """
@@ -160,7 +154,6 @@ class Reread:
     """The figures by file (without its suffix), then by task, all questions first."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON."""
         return {"folder": str(self.folder), "methods": self.methods}
 
     def table(self) -> Table:
@@ -230,7 +223,6 @@ def groups_of(lines: Sequence[Record]) -> list[str]:
 
 
 def tokenizer_of(model: str) -> Any:
-    """Load a model's tokenizer, without its weights."""
     path = str(place_of(model).path)
     try:
         return AutoTokenizer.from_pretrained(path)

@@ -86,7 +86,6 @@ class Summary:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures for JSON."""
         return {
             **self.headline(),
             "method": self.method,
@@ -117,10 +116,6 @@ def summarise(
     """Compute a contender's figures against the plain runs of the same prompts and repetitions.
 
     Args:
-        name: the contender's name.
-        method: its drafting method.
-        parameters: number of its drafter's parameters.
-        runs: the contender's runs.
         plain: the plain runs, in the same order.
         divergences: divergences of its greedy texts; None when sampling.
     """

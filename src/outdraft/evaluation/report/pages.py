@@ -83,7 +83,6 @@ def save_audit(audit: Audit, path: Path) -> None:
 
 
 def audit_page(audit: Audit) -> str:
-    """The page's text."""
     names = " with ".join(str(audit.settings[name]) for name in ("model", "draft_model") if audit.settings.get(name))
     return (
         _templates()
@@ -116,11 +115,7 @@ def check_bench_page(path: Path) -> None:
 
 
 def plotly_script() -> str:
-    """Return Plotly's own script, from its Python package.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    """Return Plotly's own script, from its Python package."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -134,7 +129,6 @@ def save_bench(result: BenchResult, path: Path, tokenizer: Any) -> None:
 
 
 def bench_page(result: BenchResult, tokenizer: Any) -> str:
-    """The page's text."""
     figures: list[dict[str, Any]] = []
     comparisons = [_section(place, one, tokenizer, figures) for place, one in enumerate(result.comparisons)]
     settings = result.settings
@@ -182,7 +176,6 @@ def _section(place: int, one: Comparison, tokenizer: Any, figures: list[dict[str
 
 
 def made_on(facts: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Return a line on the machine."""
     threads = counted(facts["threads"], "thread")
     device = facts["gpu"] if str(facts["device"]).startswith("cuda") else f"{facts['cpu']}, {threads}"
     when = facts.get("ended") or facts.get("began") or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

@@ -4,16 +4,11 @@ in one forward, from their folders as they are."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outdraft.methods.registry import DrafterFacts, Method, Reading
+from outdraft.methods.registry import Method, Reading
 
 if TYPE_CHECKING:
-    import torch
-
-    from outdraft.methods.dflash.drafter import DFlash
-    from outdraft.methods.dflash.network import DFlashNetwork
     from outdraft.target.target import Target
 
 OTHERS = {
@@ -30,6 +25,8 @@ OTHERS = {
 class DFlashMethod(Method):
     """DFlash and DSpark, the methods of this folder."""
 
+    loader = "outdraft.methods.dflash.folder:load_dflash"
+    drafter = "outdraft.methods.dflash.drafter:DFlash"
     no_export = "'{folder}' is a folder of {method} already, which engines read as it is (vLLM: method {method})"
 
     def __init__(self, name: str, summary: str):
@@ -37,18 +34,6 @@ class DFlashMethod(Method):
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return kind_of(config) == self.name
-
-    def load(
-        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
-    ) -> DFlashNetwork:
-        from outdraft.methods.dflash.folder import load_dflash
-
-        return load_dflash(source, dtype=dtype, device=device).network
-
-    def bind(self, network: Any, target: Target) -> DFlash:
-        from outdraft.methods.dflash.drafter import DFlash
-
-        return DFlash(network, target)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
         from outdraft.methods.checkpoint import other_layers, other_ropes
@@ -69,12 +54,9 @@ class DFlashMethod(Method):
         for rope in other_ropes(config.rope, target):
             yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
-    def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.dflash.folder import load_dflash
-
-        loaded = load_dflash(folder)
+    def more_facts(self, loaded: Any) -> Mapping[str, Any]:
         config = loaded.network.config
-        more = {
+        return {
             "reads": config.reads("equally spaced layers"),
             "block_size": config.block_size,
             "proposals": f"{config.proposals}, {loaded.slots}",
@@ -87,7 +69,6 @@ class DFlashMethod(Method):
             "own_embedding": config.own_embedding,
             "context": config.max_position_embeddings,
         }
-        return loaded.facts(more)
 
 
 METHODS = (

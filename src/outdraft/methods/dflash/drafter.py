@@ -16,41 +16,26 @@ from torch.nn import functional as F
 from outdraft.core.shape import GPU_TREE, TreeShape
 from outdraft.core.tensors import causal
 from outdraft.core.tree import Tree, attention_mask
-from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
-from outdraft.drafting.expand import grow
+from outdraft.drafting.base import DraftState, Limits, RowContext, Update
 from outdraft.drafting.sample import Block
-from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
+from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.tapped import rotary_frequencies
-from outdraft.target.backends import count_parameters
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
 
-class DFlash(Drafter):
-    """A trained `DFlashNetwork` bound to its target's layers, and to its embedding and head where it has none.
-
-    Args:
-        network: on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter, or the target has no such layers.
-    """
+class DFlash(NetworkDrafter):
+    """A trained `DFlashNetwork` bound to its target's layers, and to its embedding and head where it has none."""
 
     def __init__(self, network: DFlashNetwork, target: Target):
-        refuse_another(network.fits, target)
-        self.network, self.target, self.method, config = network, target, network.method, network.config
-        self.reads = Reads(features=False, layers=config.taps(target.num_layers))
-        target.reader(self.reads)  # a layer that the target lacks is told now
+        self.network, config = network, network.config
+        super().__init__(network, target, Reads(features=False, layers=config.taps(target.num_layers)))
         self.limits = Limits(depth=config.proposals, stepwise=False)
         frequencies, self._turn_scale = rotary_frequencies(config)
         self._frequencies = frequencies.to(target.device)
-        kept = network.draft_tokens
-        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, network.lm_head)
         self._head = self._output()
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> DFlashState:
@@ -63,15 +48,6 @@ class DFlash(Drafter):
         if sampling:
             return TreeShape.chain(self.network.config.proposals, candidates="sampled")
         return TreeShape(self.network.config.proposals - 1, GPU_TREE.top_k, GPU_TREE.size)
-
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.network)
-
-    @property
-    def grow(self) -> Callable[..., Tree]:
-        """The function `expand.grow`, restricted to the draft vocabulary."""
-        return grow if self.vocabulary is None else self.vocabulary.grow
 
     def angles(self, positions: Tensor) -> Angles:
         """Return the rotary cosines and sines of `(rows, tokens)` positions."""
@@ -108,10 +84,10 @@ class DFlash(Drafter):
         (is_causal, window), (rows, size), lengths = sight, slots.shape, cache.lengths
         if not is_causal and len(set(lengths)) == 1 and (not window or window >= cache.extent):
             return None
-        seen = causal(rows, size, slots.device)
+        mask = causal(rows, size, slots.device)
         if not is_causal:
-            seen = torch.ones_like(seen)
-        return attention_mask(seen, slots, lengths, cache.extent, slots, window or None)
+            mask = torch.ones_like(mask)
+        return attention_mask(mask, slots, lengths, cache.extent, slots, window or None)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         scale, own = self.network.config.input_embedding_scale, self.network.embed_tokens

@@ -56,15 +56,11 @@ def load_dflash(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
 ) -> DFlashCheckpoint:
     """Load a DFlash or DSpark drafter from a folder or the Hugging Face Hub; arguments as in
     `fspad.folder.load_drafter`.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
-    folder = find_folder(folder_or_hub_id, revision)
+    folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if kind_of(config) is None:
         raise UserError(f"'{folder}' holds no DFlash or DSpark drafter; leave --method out")

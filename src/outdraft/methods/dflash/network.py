@@ -111,8 +111,8 @@ class BlockAttention(Attention):
         # Heads that share keys are further queries of one head, so that the keys are read once.
         shared = heads // self.kv_heads
         q = q.reshape(rows, self.kv_heads, shared * nodes, size)
-        seen = None if mask is None else mask.repeat(1, 1, shared, 1)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+        mask = None if mask is None else mask.repeat(1, 1, shared, 1)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.o_proj(out.reshape(rows, heads, nodes, size).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -160,11 +160,7 @@ class MarkovHead(nn.Module):
 
 
 class DFlashNetwork(Network):
-    """The network of DFlash and DSpark; its weights are named as in published folders.
-
-    Args:
-        config: shapes and switches.
-    """
+    """The network of DFlash and DSpark; its weights are named as in published folders."""
 
     draft_tokens: Tensor | None
     """The ids of the draft vocabulary; None for the whole vocabulary."""

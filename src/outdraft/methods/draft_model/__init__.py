@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from outdraft.methods.registry import Method
-
-if TYPE_CHECKING:
-    from outdraft.methods.draft_model.drafter import DraftModel
-    from outdraft.target.target import Target
 
 
 class DraftModelMethod(Method):
@@ -16,11 +10,7 @@ class DraftModelMethod(Method):
 
     name = "draft-model"
     summary = "a smaller language model"
-
-    def bind(self, network: Any, target: Target) -> DraftModel:
-        from outdraft.methods.draft_model.drafter import DraftModel
-
-        return DraftModel(network, target)
+    drafter = "outdraft.methods.draft_model.drafter:DraftModel"
 
 
 METHODS = (DraftModelMethod(),)

@@ -29,10 +29,6 @@ class DraftModel(Drafter):
     """Any causal language model with the target's vocabulary, or most of it (`drafting/vocabulary.py`), or with another
     tokenizer (`retokenised.py`).
 
-    Args:
-        model: the small model.
-        target: the model that it drafts for.
-
     Raises:
         UserError: devices differ, a tokenizer does not keep texts, or the family cannot run ahead.
     """

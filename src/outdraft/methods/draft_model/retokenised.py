@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
-from outdraft.data.text import answer_text, decode_text, special_ids
+from outdraft.data.text import answer_text, common_length, decode_text, special_ids
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead
 from outdraft.drafting.expand import grow_chain
@@ -107,10 +107,7 @@ class RetokenisedState(DraftState):
     """The small model's cache over its own tokens of every row's text.
 
     Args:
-        model: the small model.
-        translation: from its tokens to the target's.
         prompts: `(tokens,)` target tokens of every row.
-        capacity: tokens per row to expect.
     """
 
     def __init__(self, model: Target, translation: Translation, prompts: Sequence[Tensor], capacity: int):
@@ -146,7 +143,8 @@ class RetokenisedState(DraftState):
 
     def _take_in(self, texts: list[list[int]]) -> Tensor:
         """Run what is new in the rows' texts, forget what a text tokenises to no more, and return the next logits."""
-        kept = [_common(old, new) for old, new in zip(self.texts, texts, strict=True)]
+        # All but the last token of a text, which is run again for its logits.
+        kept = [common_length(old, new[:-1]) for old, new in zip(self.texts, texts, strict=True)]
         self.cache.cut(kept)
         self.texts, device = texts, self.model.device
         news = [text[count:] for text, count in zip(texts, kept, strict=True)]
@@ -159,9 +157,3 @@ class RetokenisedState(DraftState):
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _common(old: Sequence[int], new: Sequence[int]) -> int:
-    """Count the tokens that both begin with, but for the last of `new`, which is run again for its logits."""
-    pairs = zip(old, new[:-1], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new) - 1))

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Reading, Written
+from outdraft.methods.registry import Method, Reading
 
 if TYPE_CHECKING:
-    import torch
-
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.eagle3.drafter import Eagle3Drafter
-    from outdraft.methods.eagle3.loss import Eagle3Objective
-    from outdraft.methods.eagle3.network import Eagle3Head
     from outdraft.target.target import Target
 
 SWITCHES = (
-    "draft_vocab_size",
-    "tap_norms",
-    "norm_before_fc",
-    "norm_before_residual",
-    "norm_output",
-    "head_norms",
-)
+    "draft_vocab_size", "tap_norms", "norm_before_fc", "norm_before_residual", "norm_output", "head_norms",
+)  # fmt: skip
 """The settings that `describe` names only where they differ from the paper's."""
 
 
@@ -34,23 +22,16 @@ class Eagle3(Method):
 
     name = "eagle3"
     summary = "a layer on several layers of the target, trained as it drafts"
+    loader = "outdraft.methods.eagle3.folder:load_eagle3"
+    drafter = "outdraft.methods.eagle3.drafter:Eagle3Drafter"
+    beginning = "outdraft.methods.eagle3.loss:new_head"
+    training = "outdraft.methods.eagle3.loss:Eagle3Objective"
+    exporter = "outdraft.methods.eagle3.export:export_eagle3"
     trained = True
-    settings = frozenset(
-        {
-            "intermediate_size",
-            "tap_layers",
-            "state_norm",
-            "draft_vocab_size",
-            "init_from",
-            "token_loss",
-            "token_top_k",
-            "token_top_k_weight",
-            "unroll_steps",
-            "unroll_decay",
-            "unroll_from",
-            "patience",
-        }
-    )
+    settings = frozenset({
+        "intermediate_size", "tap_layers", "state_norm", "draft_vocab_size", "init_from", "token_loss", "token_top_k",
+        "token_top_k_weight", "unroll_steps", "unroll_decay", "unroll_from", "patience",
+    })  # fmt: skip
     # The paper unrolls seven steps, each at the cost of one more forward; the preset small has fewer.
     presets: ClassVar = {"tiny": {"unroll_steps": 4}, "base": {"unroll_steps": 7}}
     card = "an EAGLE-3 head ([arXiv 2503.01840](https://arxiv.org/abs/2503.01840))"
@@ -58,18 +39,6 @@ class Eagle3(Method):
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return is_eagle3(config)
-
-    def load(
-        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
-    ) -> Eagle3Head:
-        from outdraft.methods.eagle3.folder import load_eagle3
-
-        return load_eagle3(source, dtype=dtype, device=device).network
-
-    def bind(self, network: Any, target: Target) -> Eagle3Drafter:
-        from outdraft.methods.eagle3.drafter import Eagle3Drafter
-
-        return Eagle3Drafter(network, target)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
         from outdraft.methods.checkpoint import other_layers, other_ropes
@@ -85,43 +54,21 @@ class Eagle3(Method):
         for rope in other_ropes(config.rope, target):
             yield Reading({"rope_parameters": rope, "rope_scaling": None}, {"rope": rope})
 
-    def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.eagle3.folder import load_eagle3
-
-        loaded = load_eagle3(folder)
+    def more_facts(self, loaded: Any) -> Mapping[str, Any]:
         config = loaded.network.config
-        return loaded.facts(
-            {
-                "reads": config.reads("layers 2, L/2 and L-3 of L"),
-                **{name: value for name in SWITCHES if (value := getattr(config, name))},
-                "own_head": config.own_head,
-                "own_embedding": loaded.network.embed_tokens is not None,
-                "context": config.max_position_embeddings,
-            }
-        )
-
-    def new_network(self, target: TargetLike, settings: Any) -> Eagle3Head:
-        from outdraft.methods.eagle3.loss import new_head
-
-        return new_head(target, settings)
+        return {
+            "reads": config.reads("layers 2, L/2 and L-3 of L"),
+            **{name: value for name in SWITCHES if (value := getattr(config, name))},
+            "own_head": config.own_head,
+            "own_embedding": loaded.network.embed_tokens is not None,
+            "context": config.max_position_embeddings,
+        }
 
     def adapt(self, network: Any, examples: ExampleSet) -> None:
         from outdraft.methods.fspad.beginning import keep_frequent
 
         if network.fresh:  # a drafter that training goes on with keeps its tokens
             keep_frequent(network, examples)
-
-    def objective(self, target: TargetLike, settings: Any, network: Any) -> Eagle3Objective:
-        from outdraft.methods.eagle3.loss import Eagle3Objective
-
-        return Eagle3Objective(target, settings, network)
-
-    def export(
-        self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
-    ) -> Written:
-        from outdraft.methods.eagle3.export import export_eagle3
-
-        return export_eagle3(source, target, folder, engine, dtype)
 
 
 METHODS = (Eagle3(),)

@@ -28,7 +28,6 @@ class Eagle3Step(LayerStep):
     Args:
         head: the trained network, on any backend; its weights are read once and stay as they are.
         embed: maps token ids to the embeddings that the head was trained on.
-        context_length: the target's context length in tokens.
     """
 
     def __init__(self, head: Eagle3Head, embed: Callable[[Tensor], Tensor], context_length: int):
@@ -56,15 +55,7 @@ class Eagle3Step(LayerStep):
 
 
 class Eagle3Drafter(FeatureDrafter):
-    """A trained `Eagle3Head` bound to its target's layers and embedding.
-
-    Args:
-        head: the network, on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter, or the target has no such layers.
-    """
+    """A trained `Eagle3Head` bound to its target's layers and embedding."""
 
     head: Eagle3Head
 

@@ -13,19 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import outdraft
 from outdraft.errors import UserError
 from outdraft.methods.eagle3.folder import TAP_IDS, load_eagle3, official_name
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
-from outdraft.methods.vllm_folder import (
-    Files,
-    check_tensors,
-    layer_shapes,
-    llama_config,
-    refuse_target,
-    written_and_read,
-)
+from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refuse_target, written_and_read
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER = "midlayer."
@@ -34,11 +26,7 @@ LAYER = "midlayer."
 def export_eagle3(
     source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
 ) -> Written:
-    """Write the drafter's folder for vLLM; arguments as in `Method.export`.
-
-    Raises:
-        UserError: vLLM would run another drafter than outdraft, or none.
-    """
+    """Write the drafter's folder for vLLM; arguments as in `Method.export`."""
     if engine == "hf":
         raise UserError("transformers' assistant_model takes whole language models, no EAGLE-3 head; use --engine vllm")
     checkpoint = load_eagle3(source)
@@ -50,12 +38,8 @@ def export_eagle3(
     refuse_target(head.config, target.config)
     if dtype is not None:
         head.to(dtype)
-    config = {
-        **engine_config(head.config, target.config, taps, head.fc.weight.dtype),
-        "outdraft_export": {"version": outdraft.__version__, "method": head.method, "target": checkpoint.target_id},
-    }
-    written, read = written_and_read(folder, config, _tensors(head))
-    check_tensors(_shapes(written, read), {name: tensor.float() for name, tensor in read.items()})
+    config = engine_config(head.config, target.config, taps, head.fc.weight.dtype)
+    written, read = written_and_read(folder, checkpoint, config, _tensors(head), _shapes)
     return Written(head.method, ARCHITECTURE, _both(head, written, read), "eagle3", False)
 
 

@@ -34,17 +34,13 @@ def load_eagle3(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
 ) -> Checkpoint[Eagle3Head]:
     """Load an EAGLE-3 drafter from a folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`.
 
     Returns:
         The drafter. Its layout is `outdraft`, `eagle3` (the authors'), `specforge`, `angelslim` or `speculators`.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
     """
-    folder = find_folder(folder_or_hub_id, revision)
+    folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if is_own(config) and config["method"] == Eagle3Head.method:
         own = read_own(folder, config, Eagle3Config)

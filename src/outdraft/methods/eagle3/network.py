@@ -40,11 +40,7 @@ class Eagle3Config(TappedConfig):
 
 
 class Eagle3Head(DraftNetwork):
-    """The weights of an EAGLE-3 drafter.
-
-    Args:
-        config: shapes and switches.
-    """
+    """The weights of an EAGLE-3 drafter."""
 
     method = "eagle3"
     fresh = False
@@ -110,10 +106,8 @@ def fused(features: Tensor, config: Eagle3Config, norms: Sequence[Map], whole: M
 
     Args:
         features: the target's, or the drafter's own state, which its width tells.
-        config: the network's.
         norms: EAGLE-3.1's norm of every tap, or none.
         whole: the norm over all taps side by side, or None.
-        fc: the projection to the drafter's width.
     """
     width = config.target_hidden_size
     if features.shape[-1] != (1 + config.num_taps) * width:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from outdraft.errors import UserError
-from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Written
+from outdraft.methods.registry import DrafterFacts, Method
 
 if TYPE_CHECKING:
     import torch
 
     from outdraft.data.tokenization import ExampleSet
     from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.eesd.drafter import EarlyExit
     from outdraft.methods.eesd.exit_choice import ExitChoice
-    from outdraft.methods.eesd.loss import ExitObjective
     from outdraft.methods.eesd.network import ExitLayer
     from outdraft.target.target import Target
 
@@ -26,6 +24,9 @@ class Eesd(Method):
 
     name = "eesd"
     summary = "the target's own first layers and a trained exit layer"
+    drafter = "outdraft.methods.eesd.drafter:EarlyExit"
+    training = "outdraft.methods.eesd.loss:ExitObjective"
+    exporter = "outdraft.methods.eesd.export:export_exit"
     trained = True
     settings = frozenset({"exit_layer", "own_head", "loss", "hard_weight"})
     # The layer begins as the target's last one and not at random. On the reference target (20M, exit after layer 3),
@@ -45,11 +46,6 @@ class Eesd(Method):
         from outdraft.methods.eesd.folder import load_exit_layer
 
         return load_exit_layer(source, target.model, dtype=dtype, device=device)
-
-    def bind(self, network: Any, target: Target) -> EarlyExit:
-        from outdraft.methods.eesd.drafter import EarlyExit
-
-        return EarlyExit(network, target)
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count
@@ -90,18 +86,6 @@ class Eesd(Method):
         from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 
         return ExitLayer.beginning(target.model, ExitLayerConfig(settings.exit_layer, settings.own_head))
-
-    def objective(self, target: TargetLike, settings: Any, network: Any) -> ExitObjective:
-        from outdraft.methods.eesd.loss import ExitObjective
-
-        return ExitObjective(target, settings, network)
-
-    def export(
-        self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
-    ) -> Written:
-        from outdraft.methods.eesd.export import export_exit
-
-        return export_exit(source, target, folder, dtype)
 
 
 METHODS = (Eesd(),)

@@ -13,39 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
 from outdraft.drafting.expand import grow
 from outdraft.methods.eesd.network import ExitLayer
-from outdraft.target.backends import count_parameters
-from outdraft.target.cache import SlotCache
+from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.target.cache import LayerCache, SlotCache
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads, shortcut_view
 
 
-class EarlyExit(Drafter):
-    """A trained `ExitLayer` on its target's first layers.
-
-    Args:
-        exit_layer: the network, on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the target has no such layer.
-    """
-
-    method = "eesd"
+class EarlyExit(NetworkDrafter):
+    """A trained `ExitLayer` on its target's first layers."""
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
-        self.exit_layer, self.target = exit_layer, target
         split = exit_layer.config.exit_layer
-        self.reads = Reads(features=False, layers=(split,), split=split)
-        target.reader(self.reads)  # a layer that the target lacks is told now
+        super().__init__(exit_layer, target, Reads(features=False, layers=(split,), split=split))
+        self.exit_layer = exit_layer
         self.exit = exit_layer.bind(target)
         self.shortcut = shortcut_view(target.model, split, exit_layer.layer)
 
@@ -56,10 +44,6 @@ class EarlyExit(Drafter):
         """Return the slots that a draft takes: the root, each level's expandable nodes, and at most a whole tree of
         others."""
         return 1 + shape.depth * shape.top_k + shape.size
-
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.exit_layer)
 
 
 class EarlyExitState(DraftState):
@@ -77,8 +61,8 @@ class EarlyExitState(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         found = self._keep_accepted(update)
-        seen = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
-        left = [count - known for count, known in zip(update.counts, seen, strict=True)]
+        starts = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
+        left = [count - known for count, known in zip(update.counts, starts, strict=True)]
         roots = update.roots[:, None]
         lower, none = RunAhead(self.run.cache, self.last_position), torch.zeros_like(roots)
         if self._at_once and not any(left):
@@ -86,7 +70,7 @@ class EarlyExitState(DraftState):
             self.cache.commit([range(1)] * len(left))
         else:
             hidden = self.run.ahead(roots, none, *lower.place(roots, none))
-            newest = self._take_in(update.taps, seen, left, hidden)
+            newest = self._take_in(update.taps, starts, left, hidden)
         self.taken = [1] * len(left)
         upper = RunAhead(self.cache, self.last_position)
 
@@ -152,18 +136,18 @@ class EarlyExitState(DraftState):
         new = taps.gather(1, index.expand(-1, -1, taps.shape[-1]))
         new[range(len(counts)), counts] = hidden[:, 0]
 
-        def forward(piece: slice, positions: Tensor, seen: Tensor, slots: Tensor) -> tuple[Tensor]:
-            return (self._exit(new[:, piece], positions, seen, slots),)
+        def forward(piece: slice, positions: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor]:
+            return (self._exit(new[:, piece], positions, mask, slots),)
 
         (newest,) = take_in(self.cache, [count + 1 for count in counts], self.last_position, device, forward)
         return newest
 
-    def _exit(self, hidden: Tensor, positions: Tensor, seen: Tensor, slots: Tensor) -> Tensor:
-        inputs = self.drafter.target.inputs(positions, seen, slots, self.cache)
+    def _exit(self, hidden: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        inputs = self.drafter.target.inputs(positions, mask, slots, self.cache)
         return self.drafter.exit.features(hidden, **inputs)
 
 
-class _BothCaches(Cache):
+class _BothCaches(LayerCache):
     """A cache for one forward: the target's cache for its first layers, and the exit layer's own after them.
 
     Both have the same slots: the target's holds the root among its pending tokens, the other among its committed ones.
@@ -204,17 +188,8 @@ class _BothCaches(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.first.get_seq_length()
 
-    def get_query_offset(self, layer_idx: int | None = None) -> int:
-        return self.first.get_query_offset()
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.first.get_mask_sizes(query_length)
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
 
     @property
     def is_initialized(self) -> bool:
@@ -223,7 +198,3 @@ class _BothCaches(Cache):
     @property
     def max_batch_size(self) -> int:
         return self.first.rows
-
-    @property
-    def is_compileable(self) -> bool:
-        return False

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from outdraft.core.tensors import now
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.objective import Reading, pad
 from outdraft.losses.teacher import TargetLike
@@ -84,7 +85,6 @@ class ExitChoice:
         )
 
     def show(self, console: Console) -> None:
-        """Print the comparison and the reason."""
         table = Table(title=f"where to exit (measured on {self.response_tokens:,} response tokens)")
         for name in ("layer", "as it is", "probe agrees", "draft cost", "best chain", "speed-up"):
             table.add_column(name, justify="right")
@@ -183,12 +183,10 @@ def _seconds(works: Sequence[Callable[[], object]], device: torch.device) -> lis
     times: list[list[float]] = [[] for _ in works]
     for repeat in range(REPEATS + 2):
         for work, found in zip(works, times, strict=True):
-            began = time.perf_counter()
+            began = now(device)
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             if repeat >= 2:  # the first pay for allocation
-                found.append(time.perf_counter() - began)
+                found.append(now(device) - began)
     return [statistics.median(found) for found in times]
 
 

@@ -24,12 +24,10 @@ from outdraft.target.target import Target
 from outdraft.target.views import Reads, layers_of
 
 
-def export_exit(source: str | Path, target: ExportTarget, folder: Path, dtype: torch.dtype | None) -> Written:
-    """Write the drafter as a model's folder; arguments as in `Method.export`.
-
-    Raises:
-        UserError: the family cannot be built with fewer layers.
-    """
+def export_exit(
+    source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
+) -> Written:
+    """Write the drafter as a model's folder, the same for every engine; arguments as in `Method.export`."""
     stored = getattr(target.config, "dtype", None)
     precision = dtype or stored or torch.float32
     loaded = target.load(precision)
@@ -73,9 +71,6 @@ def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel
     Args:
         exit_layer: the trained layer, in the model's precision.
         model: its target.
-
-    Raises:
-        UserError: the family cannot be built with fewer layers.
     """
     count = exit_layer.config.exit_layer
     config = _shorter(model.config, count)

@@ -14,13 +14,9 @@ from outdraft.methods.checkpoint import TARGET_FACTS, OwnFolder, assembled, read
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
 
 
-def read_exit_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> OwnFolder:
-    """Read settings and tensors of an exit layer, without its target.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
-    """
-    folder = find_folder(folder_or_hub_id, revision)
+def read_exit_folder(folder_or_hub_id: str | Path) -> OwnFolder:
+    """Read settings and tensors of an exit layer, without its target."""
+    folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if not is_own(config) or config["method"] != ExitLayer.method:
         raise UserError(f"'{folder}' holds no exit layer; choose a folder that `outdraft train --method eesd` made")
@@ -36,21 +32,15 @@ def load_exit_layer(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    revision: str | None = None,
 ) -> ExitLayer:
     """Load an exit layer from an outdraft folder or the Hugging Face Hub.
 
     Args:
-        folder_or_hub_id: a folder, else a hub id.
         model: the target that it was trained for, whose family the layer belongs to.
         dtype: precision of the weights; as stored when None.
         device: device of the weights; the model's when None.
-        revision: revision of a hub repository.
-
-    Raises:
-        UserError: nothing is there, or the drafter is damaged or another target's; the message names the fix.
     """
-    found = read_exit_folder(folder_or_hub_id, revision)
+    found = read_exit_folder(folder_or_hub_id)
     facts = target_facts(model)
     refuse_another({name: found.target[name] for name in facts}, facts)
     place: Any = model.get_input_embeddings().weight.device if device is None else device

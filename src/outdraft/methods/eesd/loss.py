@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
-
-LossKind = Literal["soft", "hard", "mixed"]
 
 
 class ExitSums(NamedTuple):
@@ -42,7 +40,6 @@ class ExitLoss(nn.Module):
     Args:
         drafter: the only parameters here.
         target: lends final norm and head.
-        chunk_size: positions whose logits are held at once.
         hard_weight: weight of the response's own token; the target's distribution has the rest up to 1.
     """
 

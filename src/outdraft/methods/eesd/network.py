@@ -35,7 +35,6 @@ class ExitLayer(Network):
     """A layer on the hidden states after the target's first `config.exit_layer` layers.
 
     Args:
-        config: its settings.
         layer: a layer of the target's family.
         head: its own output layer, if `config.own_head`.
     """
@@ -78,11 +77,7 @@ class ExitLayer(Network):
 
 
 def empty(model: PreTrainedModel, config: ExitLayerConfig) -> ExitLayer:
-    """Build an exit layer of the model's family without weights (`load_state_dict(assign=True)` loads them).
-
-    Raises:
-        UserError: the model has no such layer to exit after.
-    """
+    """Build an exit layer of the model's family without weights (`load_state_dict(assign=True)` loads them)."""
     count = len(layers_of(model))
     if not 1 <= config.exit_layer < count:
         raise UserError(f"the exit layer must be between 1 and {count - 1} for this model, not {config.exit_layer}")
@@ -111,12 +106,7 @@ def _lend_buffers(layer: nn.Module, original: nn.Module) -> None:
 
 
 class BoundExit:
-    """An exit layer with the final norm and the head of its target; it holds views, no weights.
-
-    Args:
-        exit_layer: the layer, on any backend.
-        target: the model it belongs to.
-    """
+    """An exit layer with the final norm and the head of its target; it holds views, no weights."""
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
         self._view = exit_view(target.model, exit_layer.layer)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from outdraft.methods.registry import DrafterFacts, ExportTarget, Method, Reading, Written
+from outdraft.methods.registry import Method, Reading
 
 if TYPE_CHECKING:
-    import torch
-
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.fspad.drafter import FeatureDrafter
-    from outdraft.methods.fspad.network import FeatureHead
-    from outdraft.methods.fspad.objective import FeatureObjective
+    from outdraft.methods.checkpoint import Checkpoint
     from outdraft.target.target import Target
 
 FSPAD = "EagleFspadLlamaForCausalLM"
@@ -36,54 +32,27 @@ class Fspad(Method):
 
     name = "fspad"
     summary = "feature sampling and partial alignment"
+    loader = "outdraft.methods.fspad.folder:load_drafter"
+    drafter = "outdraft.methods.fspad.drafter:FeatureDrafter"
+    beginning = "outdraft.methods.fspad.beginning:new_head"
+    training = "outdraft.methods.fspad.objective:FeatureObjective"
+    exporter = "outdraft.methods.fspad.export:export_head"
+    network = "outdraft.methods.fspad.network:FeatureHead"
+    """The class of the network."""
     trained = True
-    settings = frozenset(
-        {
-            "intermediate_size",
-            "feature_sampling",
-            "partial_alignment",
-            "tap_layers",
-            "state_norm",
-            "draft_vocab_size",
-            "init_from",
-            "embedding_scale",
-            "w_reg",
-            "w_reg_schedule",
-            "w_cls",
-            "token_loss",
-            "token_top_k",
-            "token_top_k_weight",
-            "feature_noise",
-            "unroll_steps",
-            "unroll_decay",
-            "unroll_from",
-            "patience",
-        }
-    )
+    settings = frozenset({
+        "intermediate_size", "feature_sampling", "partial_alignment", "tap_layers", "state_norm", "draft_vocab_size",
+        "init_from", "embedding_scale", "w_reg", "w_reg_schedule", "w_cls", "token_loss", "token_top_k",
+        "token_top_k_weight", "feature_noise", "unroll_steps", "unroll_decay", "unroll_from", "patience",
+    })  # fmt: skip
     paper_preset = True
     card = "an FSPAD head ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))"
     shown: ClassVar[tuple[str, ...]] = ("feature_sampling", "partial_alignment")
     """The settings that `describe` names."""
     no_export: str | None = None
 
-    @property
-    def network(self) -> type[FeatureHead]:
-        """The class of the network."""
-        from outdraft.methods.fspad.network import FeatureHead
-
-        return FeatureHead
-
-    def load(
-        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
-    ) -> FeatureHead:
-        from outdraft.methods.fspad.folder import load_drafter
-
-        return load_drafter(source, dtype=dtype, device=device, kind=self.network).head.eval()
-
-    def bind(self, network: Any, target: Target) -> FeatureDrafter:
-        from outdraft.methods.fspad.drafter import FeatureDrafter
-
-        return FeatureDrafter(network, target)
+    def checkpoint(self, source: str | Path, **where: Any) -> Checkpoint[Any]:
+        return super().checkpoint(source, kind=resolve_name(self.network), **where)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
         from outdraft.methods.checkpoint import other_layers, other_ropes
@@ -97,40 +66,18 @@ class Fspad(Method):
                 theta = {"rope_theta": rope["rope_theta"]}
                 yield Reading(theta, theta)
 
-    def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.fspad.folder import load_drafter
-
-        loaded = load_drafter(folder, kind=self.network)
+    def more_facts(self, loaded: Any) -> Mapping[str, Any]:
         config = loaded.network.config
-        return loaded.facts(
-            {
-                **{name: getattr(config, name) for name in self.shown},
-                "context": config.max_position_embeddings,
-                **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
-            }
-        )
-
-    def new_network(self, target: TargetLike, settings: Any) -> FeatureHead:
-        from outdraft.methods.fspad.beginning import new_head
-
-        return new_head(target, settings)
+        return {
+            **{name: getattr(config, name) for name in self.shown},
+            "context": config.max_position_embeddings,
+            **{name: value for name in BEYOND_THE_PAPER if (value := getattr(config, name))},
+        }
 
     def adapt(self, network: Any, examples: ExampleSet) -> None:
         from outdraft.methods.fspad.beginning import keep_frequent
 
         keep_frequent(network, examples)
-
-    def objective(self, target: TargetLike, settings: Any, network: Any) -> FeatureObjective:
-        from outdraft.methods.fspad.objective import FeatureObjective
-
-        return FeatureObjective(target, settings, network)
-
-    def export(
-        self, source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
-    ) -> Written:
-        from outdraft.methods.fspad.export import export_head
-
-        return export_head(source, target, folder, engine, dtype)
 
 
 class Eagle(Fspad):

@@ -39,15 +39,7 @@ LENIENT = {"max_position_embeddings"}
 
 
 def new_head(target: TargetLike, settings: Any) -> FeatureHead:
-    """Build a drafter with initial float32 weights, on the target's device.
-
-    Args:
-        target: the model that it will draft for.
-        settings: a `DrafterConfig` with its preset filled in.
-
-    Raises:
-        UserError: the target cannot have such a drafter.
-    """
+    """Build a drafter with initial float32 weights, on the target's device."""
     shape = feature_head_config(
         target,
         settings.method,
@@ -75,9 +67,6 @@ def begin_from(drafter: FeatureHead, source: str) -> None:
         drafter: drafter of the shape for the target and the settings.
         source: folder, hub id, or `reference` or `smollm2` for the drafter of the same method that ships for these;
             FSPAD's and EAGLE's official folders load as outdraft's own do.
-
-    Raises:
-        UserError: nothing is there, or the drafter has another shape.
     """
     found = load_drafter(shipped_drafter(source, drafter.method) if named(source) is not None else source).head
     there, here = asdict(found.config), asdict(drafter.config)
@@ -135,7 +124,6 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
     """Derive the drafter's configuration from a target.
 
     Args:
-        target: the model whose shapes are taken.
         method: `fspad` or `eagle` (both switches off, arXiv 2401.15077).
         overrides: fields of `FeatureHeadConfig` that replace what was derived; None means derive, and `auto` for
             `tap_layers` a low, a middle and a high layer.

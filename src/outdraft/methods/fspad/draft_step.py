@@ -33,7 +33,6 @@ class DraftStep(LayerStep):
     Args:
         head: the trained network, on any backend; its weights are read once and stay as they are.
         embed: maps token ids to the embeddings that the head was trained on.
-        vocab_size: number of token ids.
     """
 
     def __init__(self, head: FeatureHead, embed: Callable[[Tensor], Tensor], vocab_size: int):

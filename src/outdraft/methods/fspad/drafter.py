@@ -18,16 +18,13 @@ from torch import Tensor
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
+from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
-from outdraft.drafting.expand import grow
-from outdraft.drafting.vocabulary import DraftVocabulary
-from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
 from outdraft.methods.fspad.recorded import RecordedDrafts
-from outdraft.target.backends import count_parameters
+from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
@@ -41,33 +38,17 @@ LONG = 16
 """Pairs from which on only keys and values of all but the last are computed, in a forward of their own."""
 
 
-class FeatureDrafter(Drafter):
-    """A trained network bound to its target's embedding and head.
-
-    Args:
-        head: the network, on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter.
-    """
+class FeatureDrafter(NetworkDrafter):
+    """A trained network bound to its target's embedding and head."""
 
     def __init__(self, head: DraftNetwork, target: Target):
-        refuse_another(head.fits, target)
-        self.head, self.target, self.method = head, target, head.method
-        self.reads = Reads(layers=tuple(head.layers_read(target.num_layers)))
-        target.reader(self.reads)  # a layer that the target lacks is told now
+        self.head = head
+        super().__init__(head, target, Reads(layers=tuple(head.layers_read(target.num_layers))))
         self.step = self.arranged()
-        kept = head.draft_tokens
-        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, head.lm_head)
         self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> FeatureDraftState:
         return FeatureDraftState(self, len(prompts), run.cache.capacity)
-
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.head)
 
     def arranged(self) -> LayerStep:
         """Return the network's forward, arranged for drafting."""
@@ -79,11 +60,6 @@ class FeatureDrafter(Drafter):
         if self.vocabulary is not None:
             head = self.vocabulary.head
         return head(p.to(self.target.dtype))
-
-    @property
-    def grow(self) -> Callable[..., Tree]:
-        """The function `expand.grow`, restricted to the draft vocabulary."""
-        return grow if self.vocabulary is None else self.vocabulary.grow
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look tokens up in the checkpoint's own embedding where it has one, else in the target's."""
@@ -135,8 +111,8 @@ class FeatureDraftState(DraftState):
             ahead = RunAhead(cache, len(network) - 1)
 
             def over_pending(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
-                positions, seen, _ = ahead.place(tokens, parents)
-                return self._over(positions, seen, partial(network, tokens, features))
+                positions, mask, _ = ahead.place(tokens, parents)
+                return self._over(positions, mask, partial(network, tokens, features))
 
             return over_pending
         sight = DraftMask(cache, network.dtype, network.device)
@@ -150,11 +126,11 @@ class FeatureDraftState(DraftState):
 
         return over_mask
 
-    def _over(self, positions: Tensor, seen: Tensor, forward: Forward) -> Any:
+    def _over(self, positions: Tensor, mask: Tensor, forward: Forward) -> Any:
         """Run the last of the pending tokens, those of which `(rows, tokens, pending)` says what they see."""
-        pending = Pending(integers(self.cache.lengths, seen.device).int(), seen, positions, (None,), self.cache)
+        pending = Pending(integers(self.cache.lengths, mask.device).int(), mask, positions, (None,), self.cache)
         with running_over(pending):
-            return forward(self.network.turns(positions[:, -seen.shape[1] :]), None, self.cache)
+            return forward(self.network.turns(positions[:, -mask.shape[1] :]), None, self.cache)
 
     def _causal(self, count: int, device: torch.device, forward: Forward) -> Any:
         """Run `count` tokens of every row after the committed ones, each of which sees all before it."""
@@ -183,7 +159,7 @@ class FeatureDraftState(DraftState):
         return DraftOutput(chosen(p, last), chosen(r, last))
 
     def _read(self, update: Update) -> Update:
-        """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those pairs."""
+        """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those."""
         for tokens, taps, ends in _pieces(update, [count - 1 for count in update.counts]):
             self._causal(tokens.shape[1], tokens.device, partial(self.network.read, tokens, taps))
             self.cache.commit(ends)

@@ -13,30 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import outdraft
 from outdraft.errors import UserError
 from outdraft.methods.fspad import EAGLE, EAGLE_WITH_BIAS, FSPAD
 from outdraft.methods.fspad.folder import load_drafter, official_name
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
-from outdraft.methods.vllm_folder import (
-    Files,
-    check_tensors,
-    layer_shapes,
-    llama_config,
-    refuse_target,
-    written_and_read,
-)
+from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refuse_target, written_and_read
 
 
 def export_head(
     source: str | Path, target: ExportTarget, folder: Path, engine: str, dtype: torch.dtype | None
 ) -> Written:
-    """Write the drafter's folder for vLLM; arguments as in `Method.export`.
-
-    Raises:
-        UserError: vLLM would run another drafter than outdraft, or none.
-    """
+    """Write the drafter's folder for vLLM; arguments as in `Method.export`."""
     if engine == "hf":
         raise UserError(
             "transformers' assistant_model takes whole language models, which FSPAD's and EAGLE's heads are not; "
@@ -47,13 +35,8 @@ def export_head(
     refuse_unexportable(head.config, target.config)
     if dtype is not None:
         head.to(dtype)
-    stored = head.fusion.fc.weight.dtype
-    config = {
-        **engine_config(head.config, target.config, stored),
-        "outdraft_export": {"version": outdraft.__version__, "method": head.method, "target": checkpoint.target_id},
-    }
-    written, read = written_and_read(folder, config, engine_tensors(head))
-    check_tensors(expected_shapes(written, read), read)
+    config = engine_config(head.config, target.config, head.fusion.fc.weight.dtype)
+    written, read = written_and_read(folder, checkpoint, config, engine_tensors(head), expected_shapes)
     name = config["architectures"][0]
     return Written(head.method, name, _both(head, written, read), "eagle", name != EAGLE)
 
@@ -74,12 +57,7 @@ def _both(head: FeatureHead, config: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
-    """Raise UserError where vLLM would run another drafter than outdraft, or none.
-
-    Args:
-        config: the drafter's.
-        target: the target's text config.
-    """
+    """Raise UserError where vLLM would run another drafter than outdraft, or none."""
     for name, what, instead in (
         ("tap_layers", "reads several layers of the target (tap_layers)", "without"),
         ("state_norm", "normalises what it reads (state_norm)", "without"),
@@ -91,7 +69,6 @@ def refuse_unexportable(config: FeatureHeadConfig, target: Any) -> None:
 
 
 def architecture(config: FeatureHeadConfig) -> str:
-    """Return the name of the class that vLLM runs the drafter with."""
     if config.feature_sampling or config.partial_alignment:
         return FSPAD
     return EAGLE_WITH_BIAS if config.fc_bias else EAGLE
@@ -116,7 +93,6 @@ def engine_config(config: FeatureHeadConfig, target: Any, dtype: torch.dtype) ->
 
 
 def engine_tensors(head: FeatureHead) -> dict[str, Tensor]:
-    """Return the drafter's tensors under their official names."""
     return {official_name(name, head.config): tensor for name, tensor in head.state_dict().items()}
 
 
@@ -124,7 +100,6 @@ def expected_shapes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """List every tensor that the engine asks for, with its shape, from the folder's config alone.
 
     Args:
-        config: the folder's.
         tensors: the folder's; an embedding is asked for only where there is one.
     """
     d, i = config["hidden_size"], config["intermediate_size"]
@@ -156,8 +131,6 @@ def read_forward(
     """Compute p and r from the exported files, in float32, causally over the pairs.
 
     Args:
-        config: the folder's.
-        tensors: the folder's.
         embeddings: `(tokens, hidden)` of x_{t+1}.
         features: `(tokens, hidden)` f_t.
 

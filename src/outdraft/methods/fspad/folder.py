@@ -40,22 +40,15 @@ def load_drafter(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
     kind: type[FeatureHead] = FeatureHead,
 ) -> Checkpoint[FeatureHead]:
     """Load a drafter from an outdraft folder or an official FSPAD or EAGLE-1/2 one, local or on the Hugging Face Hub.
 
     Args:
-        folder_or_hub_id: a folder, else a hub id.
         dtype: precision of the weights; as stored when None.
-        device: device of the weights.
-        revision: revision of a hub repository.
         kind: the class of the network in folders of ours.
-
-    Raises:
-        UserError: nothing is there, or it is no drafter or damaged; the message names the fix.
     """
-    folder = find_folder(folder_or_hub_id, revision)
+    folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if is_own(config):
         _refuse_method(str(config["method"]), folder, kind.methods)

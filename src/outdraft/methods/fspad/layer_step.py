@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
 from outdraft.target.backends import PackedLinear
-from outdraft.target.backends.fused import FOLDED
+from outdraft.target.backends.fused_modules import FOLDED
 from outdraft.target.backends.native.modules import NativeLinear, draft_bits, view_of
 from outdraft.target.backends.native.operations import LANES, Layer, Weight, rms_norm
 from outdraft.target.backends.packed import plain_linear
@@ -110,12 +110,7 @@ class LayerStep:
         return len(self._cos)
 
     def angles(self, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the positions from every row's start on, clamped to the last position.
-
-        Args:
-            starts: first position of every row.
-            count: number of positions of each row.
-        """
+        """Return cosines and sines of the positions from every row's start on, clamped to the last position."""
         last = len(self._cos) - 1
         if len(set(starts)) == 1 and starts[0] + count - 1 <= last:
             return self._cos[None, starts[0] : starts[0] + count], self._sin[None, starts[0] : starts[0] + count]
@@ -185,8 +180,8 @@ class LayerStep:
         if shared > 1 and (nodes <= FOLDED or q.is_cuda):
             # Heads that share keys as further queries of one head: the keys are read once.
             q = q.reshape(rows, kv_heads, shared * nodes, size)
-            seen = None if mask is None else mask.repeat(1, 1, shared, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            mask = None if mask is None else mask.repeat(1, 1, shared, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out = out.reshape(rows, heads, nodes, size)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)

@@ -123,18 +123,18 @@ class DrafterLoss(nn.Module):
         """Return the outputs of every draft step, the masks of counted positions, and the goal features."""
         counted = counted_positions(loss_mask)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
-        seen = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
+        noisy = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
-        places = torch.arange(goal.shape[1], device=goal.device)[None]
+        positions = torch.arange(goal.shape[1], device=goal.device)[None]
         memory = Streams() if steps > 1 else None
-        out = self.drafter(embedded, seen[:, :-2], places, None, memory)
+        out = self.drafter(embedded, noisy[:, :-2], positions, None, memory)
         outputs, spoken = [out], [counted]
         for step in range(1, steps):
             own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
-            seen_now = unrolled_mask(own.shape[1], step, own.device)
-            out = self.drafter(embedded, own, places, seen_now, memory)
+            mask = unrolled_mask(own.shape[1], step, own.device)
+            out = self.drafter(embedded, own, positions, mask, memory)
             outputs.append(out)
-            spoken.append(counted & (places >= step))  # at the first places of a sequence nothing was drafted yet
+            spoken.append(counted & (positions >= step))  # at the first places of a sequence nothing was drafted yet
         return outputs, spoken, goal
 
     def _compare(
@@ -197,9 +197,7 @@ def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
         keys), and from there to t the features drafted in steps 1 .. j, each at its own position.
 
     Args:
-        length: number of positions.
         step: draft steps taken before, j.
-        device: device of the mask.
     """
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
     drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
@@ -217,9 +215,7 @@ def feature_noise(
 
     Args:
         lengths: the rows' true lengths L.
-        width: hidden size.
         tokens: padded length.
-        seeds: one for every row.
 
     Returns:
         `(batch, tokens, hidden)` float32.

@@ -120,8 +120,8 @@ class DraftNetwork(Network):
         table = self._rotary_table
         if table is None or table[0].dtype != dtype or table[0].device != positions.device:
             frequencies, scale = self.frequencies()
-            places = torch.arange(self.config.max_position_embeddings, dtype=torch.float64)
-            angles = (places[:, None] * frequencies).repeat(1, 2)
+            order = torch.arange(self.config.max_position_embeddings, dtype=torch.float64)
+            angles = (order[:, None] * frequencies).repeat(1, 2)
             table = tuple((part * scale).to(positions.device, dtype) for part in (angles.cos(), angles.sin()))
             self._rotary_table = table
         return table[0][positions][:, None], table[1][positions][:, None]
@@ -193,8 +193,6 @@ class Attention(nn.Module):
     """The grouped-query attention with rotary positions, over a cache or, without one, causally over its input.
 
     Args:
-        config: the drafter's.
-        width: width of the input.
         head_norms: True for an RMSNorm on every query and key head.
     """
 
@@ -235,8 +233,8 @@ class Attention(nn.Module):
             # Heads that share keys as further queries of one head: with shared heads and a mask torch would hold all
             # scores in single precision.
             folded = q.reshape(batch, self.kv_heads, -1, self.head_dim)
-            seen = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-            out = F.scaled_dot_product_attention(folded, k, v, seen).reshape(q.shape)
+            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+            out = F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared
@@ -245,11 +243,7 @@ class Attention(nn.Module):
 
 
 class FeatureHead(DraftNetwork):
-    """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs.
-
-    Args:
-        config: shapes and switches.
-    """
+    """FSPAD's drafter: fusion, one Llama-style layer without input norm, two outputs."""
 
     shapes: ClassVar[type[FeatureHeadConfig]] = FeatureHeadConfig
     methods: ClassVar[tuple[str, ...]] = ("fspad", "eagle")
@@ -267,11 +261,6 @@ class FeatureHead(DraftNetwork):
         self.down_proj = nn.Linear(i, 2 * d if config.partial_alignment else d, bias=False)
         self.embed_tokens = self.lm_head = None
         self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
-
-    @property
-    def tap_width(self) -> int:
-        """The number of values read of the target at a position: its feature, then the outputs of `tap_layers`."""
-        return (1 + len(self.config.tap_layers)) * self.config.hidden_size
 
     def layers_read(self, layers: int) -> tuple[int, ...]:
         return self.config.tap_layers

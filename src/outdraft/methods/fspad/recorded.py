@@ -124,10 +124,8 @@ class _Draft:
     """The recording of one kind of draft.
 
     Args:
-        drafter: the drafter whose network is recorded.
         room: rows of the drafter's buffers, to which a batch is padded.
         new: decided tokens of a row, padded.
-        shape: shape of the trees.
         rows: the rows whose settings draw candidates; None where candidates are chosen.
         taps: a tensor of taps, for width, precision and device.
     """
@@ -223,17 +221,17 @@ class _Draft:
             taken = network(given.tokens, given.taps, network.turns(pending.positions), None, self.cache)
         roots, base = given.tokens.gather(1, last)[:, 0], given.lengths + given.counts.int()
         r = chosen(taken.r, last)
-        seen = torch.empty(0)
+        mask = torch.empty(0)
         positions: list[Tensor] = []
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r, seen
+            nonlocal r, mask
             nodes = tokens.shape[1]
             features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
             own = itself(rows, nodes, device)
-            seen = torch.cat([chosen(seen, parents), own], dim=2) if positions else own
+            mask = torch.cat([chosen(mask, parents), own], dim=2) if positions else own
             positions.append((base + len(positions))[:, None].expand(rows, nodes))
-            pending = self._pending(base, seen, torch.cat(positions, dim=1))
+            pending = self._pending(base, mask, torch.cat(positions, dim=1))
             with running_over(pending):
                 out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, self.cache)
             r = out.r
@@ -245,5 +243,5 @@ class _Draft:
             return tree.tokens, tree.parents, tree.depths, tree.ancestors
         return (tree.tokens,) if tree.draft_probs is None else (tree.tokens, tree.draft_probs)
 
-    def _pending(self, lengths: Tensor, seen: Tensor, positions: Tensor) -> Pending:
-        return Pending(lengths, seen, positions.long(), (None,), self.cache)
+    def _pending(self, lengths: Tensor, mask: Tensor, positions: Tensor) -> Pending:
+        return Pending(lengths, mask, positions.long(), (None,), self.cache)

@@ -10,12 +10,6 @@ from outdraft.methods.registry import Method
 
 if TYPE_CHECKING:
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.fspad.network import FeatureHead
-    from outdraft.methods.fspad_1f.drafter import OneForward
-    from outdraft.methods.fspad_1f.loss import OneForwardObjective
-    from outdraft.methods.fspad_1f.network import OneForwardHead
-    from outdraft.target.target import Target
 
 BLOCK = frozenset({"block_size", "second_layer", "transition_rank", "slot_candidates", "anchors", "train_base"})
 """The settings that only this method reads."""
@@ -29,41 +23,24 @@ class OneForwardMethod(Fspad):
 
     name = "fspad-1f"
     summary = "FSPAD's first step and mask rows in one forward"
+    drafter = "outdraft.methods.fspad_1f.drafter:OneForward"
+    beginning = "outdraft.methods.fspad_1f.beginning:new_one_forward"
+    training = "outdraft.methods.fspad_1f.loss:OneForwardObjective"
+    exporter = ""
+    network = "outdraft.methods.fspad_1f.network:OneForwardHead"
     settings = (Fspad.settings - UNREAD) | BLOCK
     paper_preset = False
     card = "an FSPAD-1F drafter, which begins with FSPAD ([arXiv 2408.15562](https://arxiv.org/abs/2408.15562))"
     shown: ClassVar = ("block_size", "second_layer", "transition_rank", "marginal")
     no_export = Method.no_export
-    export = Method.export
-
-    @property
-    def network(self) -> type[FeatureHead]:
-        from outdraft.methods.fspad_1f.network import OneForwardHead
-
-        return OneForwardHead
-
-    def bind(self, network: Any, target: Target) -> OneForward:
-        from outdraft.methods.fspad_1f.drafter import OneForward
-
-        return OneForward(network, target)
 
     def check(self, settings: Any) -> None:
         if settings.teacher_top_k == 0:
             raise UserError("fspad-1f learns from the most probable tokens; give teacher_top_k a number above 0")
 
-    def new_network(self, target: TargetLike, settings: Any) -> OneForwardHead:
-        from outdraft.methods.fspad_1f.beginning import new_one_forward
-
-        return new_one_forward(target, settings)
-
     def adapt(self, network: Any, examples: ExampleSet) -> None:
         if not network.keeps_tokens:
             super().adapt(network, examples)
-
-    def objective(self, target: TargetLike, settings: Any, network: Any) -> OneForwardObjective:
-        from outdraft.methods.fspad_1f.loss import OneForwardObjective
-
-        return OneForwardObjective(target, settings, network)
 
 
 METHODS = (OneForwardMethod(),)

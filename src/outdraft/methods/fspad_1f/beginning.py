@@ -24,12 +24,8 @@ def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
     """Build a drafter with initial float32 weights, on the target's device.
 
     Args:
-        target: the model that it will draft for.
         settings: a `DrafterConfig` with its preset filled in; `init_from` names an FSPAD, whose shape and weights are
             taken, or a drafter of this method, which is trained on.
-
-    Raises:
-        UserError: the target cannot have such a drafter.
     """
     block = {name: getattr(settings, name) for name in BLOCK}
     if settings.init_from is None:

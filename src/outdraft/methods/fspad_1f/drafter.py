@@ -98,15 +98,7 @@ class Slots:
 
 
 class OneForward(FeatureDrafter):
-    """A trained `OneForwardHead` bound to its target's embedding and head.
-
-    Args:
-        head: the network, on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter.
-    """
+    """A trained `OneForwardHead` bound to its target's embedding and head."""
 
     head: OneForwardHead
     step: BlockStep

@@ -77,8 +77,6 @@ class OneForwardLoss(nn.Module):
         base: the loss of FSPAD's own rows with the function to the sum to be minimised; None where FSPAD is frozen.
         head: the target's frozen head over the draft vocabulary.
         codes: `(draft vocab, codes)` of the tokens of the draft vocabulary.
-        precision: precision of the head.
-        chunk_size: mask rows whose logits are held at once.
     """
 
     def __init__(
@@ -135,9 +133,9 @@ class OneForwardLoss(nn.Module):
     ) -> tuple[DraftOutput, MaskRows, Compared]:
         """Run FSPAD's rows and the anchors' mask rows; return the outputs of the former, and how the latter did."""
         dtype = self.drafter.norm.weight.dtype
-        embedded, seen = embeddings[:, 1:-1].to(dtype), features[:, :-2].to(dtype)
+        embedded, read = embeddings[:, 1:-1].to(dtype), features[:, :-2].to(dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._base is not None):
-            own, fused = self.drafter(embedded, seen), self.drafter.fusion(embedded, seen)
+            own, fused = self.drafter(embedded, read), self.drafter.fusion(embedded, read)
         out = self.drafter.masked(fused, own.r, anchors.clamp(min=0), self.slots)
         rows = mask_rows(anchors, loss_mask, self.slots)
         there = rows.at + 1 + rows.slot
@@ -189,9 +187,9 @@ def drawn_anchors(loss_mask: Tensor, most: int, seeds: Sequence[int]) -> Tensor:
     wanted = counted_positions(loss_mask) & F.pad(loss_mask[:, 3:].bool(), (0, 1))
     drawn = [torch.rand(wanted.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     order = torch.stack(drawn).to(wanted.device).masked_fill(~wanted, -1.0)
-    keys, places = order.topk(min(most, wanted.shape[1]), dim=1)
+    keys, positions = order.topk(min(most, wanted.shape[1]), dim=1)
     count = max(1, int((keys >= 0).sum(1).max()))
-    return places.masked_fill(keys < 0, -1)[:, :count]
+    return positions.masked_fill(keys < 0, -1)[:, :count]
 
 
 def mask_rows(anchors: Tensor, loss_mask: Tensor, slots: int) -> MaskRows:

@@ -94,11 +94,7 @@ class Transition(nn.Module):
 
 
 class OneForwardHead(FeatureHead):
-    """FSPAD's network with mask rows and a transition.
-
-    Args:
-        config: shapes and switches.
-    """
+    """FSPAD's network with mask rows and a transition."""
 
     shapes: ClassVar[type[FeatureHeadConfig]] = OneForwardConfig
     methods: ClassVar[tuple[str, ...]] = (NAME,)
@@ -142,13 +138,13 @@ class OneForwardHead(FeatureHead):
         own = self.slots[:slots].to(r.dtype).expand(batch, count, -1, -1)
         read = r.gather(1, anchors[..., None].expand(-1, -1, r.shape[-1]))[:, :, None].expand(-1, -1, slots, -1)
         h = self.fusion(own, read).flatten(1, 2)
-        places = torch.arange(length, device=device)
+        order = torch.arange(length, device=device)
         positions = (anchors[..., None] + torch.arange(1, slots + 1, device=device)).flatten(1)
-        positions = torch.cat([places.expand(batch, -1), positions], dim=1)
+        positions = torch.cat([order.expand(batch, -1), positions], dim=1)
         angles = self.rotary(positions.clamp(max=self.config.max_position_embeddings - 1), h.dtype)
-        seen = (places <= anchors[..., None])[:, :, None].expand(-1, -1, slots, -1).flatten(1, 2)
+        before = (order <= anchors[..., None])[:, :, None].expand(-1, -1, slots, -1).flatten(1, 2)
         block = torch.block_diag(*[causal(1, slots, device)[0]] * count).bool().expand(batch, -1, -1)
-        mask, layer = torch.cat([seen, block], dim=2)[:, None], self.second or self
+        mask, layer = torch.cat([before, block], dim=2)[:, None], self.second or self
         a = h + layer.self_attn(torch.cat([fused, h], dim=1), angles, mask, None, h.shape[1])
         return DraftOutput(*(part.unflatten(1, (count, slots)) for part in outputs(layer, a)))
 

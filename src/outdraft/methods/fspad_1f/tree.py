@@ -71,7 +71,6 @@ class Tables:
 
     @property
     def k(self) -> int:
-        """The number of candidates of a slot."""
         return self.ids.shape[2]
 
 
@@ -100,7 +99,6 @@ def best_first(roots: Tensor, tables: Tables, shape: TreeShape, budget: Budget |
 
     Args:
         roots: `(rows,)` root tokens.
-        tables: those of all rows.
         shape: largest size; `top_k` bounds the children of a node.
         budget: decides how many levels and nodes each row has.
     """
@@ -134,11 +132,11 @@ def _within(grown: list[list[Node]], budget: Budget, levels: int) -> list[list[N
 
 def _shallow(nodes: list[Node], levels: int) -> list[Node]:
     """Keep the nodes of the first levels; parents are renumbered."""
-    places, kept = {0: 0}, []
+    indices, kept = {0: 0}, []
     for place, node in enumerate(nodes, start=1):
         if node.level < levels:
-            kept.append(node._replace(parent=places[node.parent]))
-            places[place] = len(kept)
+            kept.append(node._replace(parent=indices[node.parent]))
+            indices[place] = len(kept)
     return kept
 
 
@@ -147,25 +145,23 @@ def with_spine(chain: Tree, tables: Tables, shape: TreeShape) -> Tree:
 
     Args:
         chain: a chain of every row with the distributions that it was drawn from.
-        tables: those of all rows.
-        shape: largest size.
     """
     named, found = tables.lists(chain.tokens[:, 0], shape.top_k)
     grown = []
     for table, drawn, count in zip(found, chain.lists[0], chain.counts, strict=True):
         nodes = [(drawn[place], place - 1) for place in range(1, count)]
-        places = [0]  # of every popped node in the whole tree
+        indices = [0]  # of every popped node in the whole tree
         for node in popped(table, tables.k, shape.top_k, shape.depth):
             if len(nodes) >= shape.size - 1 or count == 1:  # a row that drew nothing drafts nothing
                 break
-            parent = places[node.parent]
+            parent = indices[node.parent]
             if (
                 parent + 1 < count and drawn[parent + 1] == node.token
             ):  # the drawn child of a drawn node, or of the root
-                places.append(parent + 1)
+                indices.append(parent + 1)
             else:
                 nodes.append((node.token, parent))
-                places.append(len(nodes))
+                indices.append(len(nodes))
         grown.append(nodes)
     tree = _tree(named, grown, shape, chain.tokens.device)
     if chain.draft_probs is None:

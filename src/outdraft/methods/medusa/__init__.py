@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from outdraft.methods.registry import DrafterFacts, Method
+from outdraft.methods.registry import Method
 
 if TYPE_CHECKING:
-    import torch
-
     from outdraft.losses.teacher import TargetLike
-    from outdraft.methods.medusa.drafter import Medusa, MedusaHeads
-    from outdraft.methods.medusa.loss import MedusaObjective
-    from outdraft.target.target import Target
+    from outdraft.methods.medusa.drafter import MedusaHeads
 
 
 class MedusaMethod(Method):
@@ -21,6 +17,9 @@ class MedusaMethod(Method):
 
     name = "medusa"
     summary = "a head for every token ahead"
+    loader = "outdraft.methods.medusa.folder:load_medusa"
+    drafter = "outdraft.methods.medusa.drafter:Medusa"
+    training = "outdraft.methods.medusa.loss:MedusaObjective"
     trained = True
     settings = frozenset({"own_head", "loss", "hard_weight", "medusa_num_heads", "medusa_num_layers"})
     # Heads of single layers bear a larger rate than FSPAD's published one; nobody has compared rates here.
@@ -28,37 +27,15 @@ class MedusaMethod(Method):
     card = "a set of Medusa heads ([arXiv 2401.10774](https://arxiv.org/abs/2401.10774))"
     no_export = "Medusa heads have no export; serve them with `outdraft serve`, or train another drafter"
 
-    def load(
-        self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
-    ) -> MedusaHeads:
-        from outdraft.methods.medusa.folder import load_medusa
-
-        return load_medusa(source, dtype=dtype, device=device).network
-
-    def bind(self, network: Any, target: Target) -> Medusa:
-        from outdraft.methods.medusa.drafter import Medusa
-
-        return Medusa(network, target)
-
-    def describe(self, folder: Path) -> DrafterFacts:
-        from outdraft.methods.medusa.folder import load_medusa
-
-        loaded = load_medusa(folder)
+    def more_facts(self, loaded: Any) -> Mapping[str, Any]:
         config = loaded.network.config
-        return loaded.facts(
-            {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head}
-        )
+        return {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head}
 
     def new_network(self, target: TargetLike, settings: Any) -> MedusaHeads:
         from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
         sizes = (target.hidden_size, target.vocab_size, settings.medusa_num_heads, settings.medusa_num_layers)
         return MedusaHeads.beginning(target.model, MedusaConfig(*sizes, settings.own_head)).to(target.device)
-
-    def objective(self, target: TargetLike, settings: Any, network: Any) -> MedusaObjective:
-        from outdraft.methods.medusa.loss import MedusaObjective
-
-        return MedusaObjective(target, settings, network)
 
 
 METHODS = (MedusaMethod(),)

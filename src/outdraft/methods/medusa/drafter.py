@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
+from outdraft.drafting.base import DraftState, Limits, RowContext, Update
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Network, refuse_another
-from outdraft.target.backends import count_parameters
+from outdraft.methods.checkpoint import Network
+from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
@@ -65,11 +65,7 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHeads(Network):
-    """All Medusa heads; without output layers of their own they use the target's.
-
-    Args:
-        config: the heads' shapes.
-    """
+    """All Medusa heads; without output layers of their own they use the target's."""
 
     method = "medusa"
 
@@ -113,30 +109,16 @@ class MedusaHeads(Network):
         return [target.head_through(layer) for layer in self.outputs]
 
 
-class Medusa(Drafter):
-    """The drafter of trained `MedusaHeads` on their target's features.
-
-    Args:
-        heads: the network, on the target's device and in its precision.
-        target: the model it was trained for.
-
-    Raises:
-        UserError: the shapes say that it is another model's drafter.
-    """
-
-    method = MedusaHeads.method
+class Medusa(NetworkDrafter):
+    """The drafter of trained `MedusaHeads` on their target's features."""
 
     def __init__(self, heads: MedusaHeads, target: Target):
-        refuse_another(heads.fits, target)
+        super().__init__(heads, target)
         self.limits = Limits(depth=heads.config.num_heads, stepwise=False)
-        self.heads, self.target, self.speaking = heads, target, heads.speaking(target)
+        self.heads, self.speaking = heads, heads.speaking(target)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> MedusaState:
         return MedusaState(self)
-
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.heads)
 
     def logits(self, features: Tensor, levels: int) -> Tensor:
         """Return the first heads' `(rows, levels, vocab)` logits of `(rows, hidden)` features."""

@@ -20,14 +20,9 @@ def load_medusa(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
 ) -> Checkpoint[MedusaHeads]:
-    """Load Medusa's heads from an outdraft folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`.
-
-    Raises:
-        UserError: nothing is there, or it is another kind of drafter or damaged; the message names the fix.
-    """
-    folder = find_folder(folder_or_hub_id, revision)
+    """Load Medusa's heads from a folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`."""
+    folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if not is_own(config) or config["method"] != MedusaHeads.method:
         raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")

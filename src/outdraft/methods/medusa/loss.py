@@ -41,7 +41,6 @@ class MedusaLoss(nn.Module):
     Args:
         drafter: the only parameters here.
         target: lends its output layer, or the function through the heads' own ones.
-        chunk_size: positions whose logits are held at once.
         hard_weight: weight of the response's own token; the target's distribution has the rest up to 1. The paper's
             loss is 1.
     """
@@ -63,13 +62,13 @@ class MedusaLoss(nn.Module):
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
             said: the target's most probable tokens at the first head's counted positions, if they are known already.
         """
-        seen = features.to(next(self.drafter.parameters()).dtype)
+        inputs = features.to(next(self.drafter.parameters()).dtype)
         speaking = self.drafter.speaking(self._target)
         counted = reached(loss_mask, 1)
         guesses = []
         for k, head in enumerate(self.drafter.heads, start=1):
             behind = k - 1  # the tokens by which this head reads further back than the first, for the same guess
-            here, read = (_moved(x, behind, counted.shape[1]) for x in (reached(loss_mask, k), seen[:, : -1 - k]))
+            here, read = (_moved(x, behind, counted.shape[1]) for x in (reached(loss_mask, k), inputs[:, : -1 - k]))
             own = self.drafter.outputs[k - 1] if self.drafter.config.own_head else None
             guesses.append(Guess(head(read[counted]), here[counted], own, None if own is None else speaking[k - 1]))
         losses, agreed = soft_cross_entropies(

@@ -14,7 +14,7 @@ from torch import Tensor
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowContext, Update
-from outdraft.drafting.repeats import Text
+from outdraft.drafting.ngrams import Text
 from outdraft.target.runner import ModelRunner
 
 
@@ -37,12 +37,6 @@ class PromptLookup(Drafter):
 
     def default_shape(self, device: torch.device, sampling: bool = False) -> TreeShape:
         return TreeShape.chain(10)
-
-    def continuation(self, tokens: list[int], most: int) -> list[int]:
-        """Return up to `most` tokens after the latest earlier occurrence of the end of `tokens`; none without one."""
-        text = self.text(tokens)
-        _, end = text.match()
-        return text.after(end, most)
 
     def text(self, tokens: Sequence[int]) -> Text:
         """Index a row's text, which begins as `tokens`."""

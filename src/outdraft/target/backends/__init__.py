@@ -123,7 +123,6 @@ def forward_of(model: Any, forward: Forward, what: str) -> Forward:
     Args:
         model: model whose layers the forward runs.
         forward: takes the inputs of an inner model by name.
-        what: description of the forward, for messages.
     """
     found = marked_as(model)
     if found == "graphs":

@@ -93,8 +93,6 @@ class GraphedForward(TreeForward):
 
     Args:
         model: a model of `graphs_view`.
-        forward: takes the inputs of an inner model by name.
-        what: description of the forward, for messages.
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):

@@ -118,7 +118,6 @@ def packed_view(
     Norms, MLPs and attentions that have a fused replacement (`fused.py`) are replaced by it.
 
     Args:
-        model: model whose layers are shared.
         linear: makes a packed layer of `(out, in)` weight and bias.
         doubles: makes the replacements of other modules.
     """

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from outdraft.target.cache import LayerCache
 
 ATTENTION = "outdraft_tree"
 """The name under which `transformers` finds our attention."""
@@ -202,7 +203,7 @@ def running_over(pending: Pending) -> Iterator[None]:
         _now.pending = before
 
 
-class Storing(Cache):
+class Storing(LayerCache):
     """The cache that layers get: it writes keys and values to the pending tokens' slots."""
 
     def __init__(self) -> None:
@@ -218,9 +219,6 @@ class Storing(Cache):
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int | None = None) -> int:
         return 0
 
 

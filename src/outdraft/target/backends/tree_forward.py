@@ -51,9 +51,6 @@ class TreeForward:
 
     Args:
         model: a view of a model whose attention is tree attention.
-        forward: takes the inputs of an inner model by name.
-        what: description of the forward, for messages.
-        backend: name of the backend, for messages.
     """
 
     def __init__(self, model: Any, forward: Forward, what: str, backend: str):

@@ -33,7 +33,6 @@ def with_attention(view: Any, name: str, configs: dict[int, Any] | None = None) 
 
     Args:
         view: a copy, whose own tables may be changed.
-        name: name under which `transformers` finds the attention.
         configs: configs made so far, by the original's id.
     """
     configs = {} if configs is None else configs

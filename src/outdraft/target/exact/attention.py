@@ -54,10 +54,11 @@ class Paths:
         self.steps: list[list[tuple[int, int, list[tuple[int, int]]]]] = []  # (query, keys seen, moves to, from)
         self.moved: list[list[int]] = []
         self.visible: dict[tuple[int, int], list[int]] = {}
-        places = (slots - torch.tensor(self.lengths)[:, None]).tolist()
+        columns = (slots - torch.tensor(self.lengths)[:, None]).tolist()
         for row, length in enumerate(self.lengths):
             paths = [
-                [place for place, there in zip(places[row], line, strict=True) if there] for line in mask[row].tolist()
+                [column for column, there in zip(columns[row], line, strict=True) if there]
+                for line in mask[row].tolist()
             ]
             held: dict[int, int] = {}
             steps = []
@@ -103,7 +104,6 @@ def attend(
         value: as `key`.
         attention_mask: `(rows, 1, tokens, slots)` bool.
         dropout: 0, as the model is in evaluation mode.
-        scaling: scale of the scores.
         **kwargs: further arguments of model families; a position bias is refused.
     """
     now: Now = module._outdraft_now

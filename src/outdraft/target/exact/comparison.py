@@ -34,8 +34,6 @@ class Case:
 
     Args:
         plain: the stock target.
-        rows: number of trees.
-        nodes: nodes per tree.
     """
 
     def __init__(self, plain: Target, rows: int, nodes: int):

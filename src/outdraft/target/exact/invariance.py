@@ -94,11 +94,7 @@ def _joined(results: list[Any], dim: int) -> Any:
 
 
 class OneByOne(nn.Module):
-    """Runs another module (or function) for one token at a time.
-
-    Args:
-        inner: the module, which is shared, not copied.
-    """
+    """Runs another module (or function) for one token at a time."""
 
     def __init__(self, inner: Callable[..., Any]):
         super().__init__()
@@ -118,7 +114,6 @@ class Probe(OneByOne):
     """Runs a leaf batched and single, for every shape that it gets, and compares.
 
     Attributes:
-        kind: kind of the leaf.
         stacks: True while all rows have had the same bits either way.
     """
 

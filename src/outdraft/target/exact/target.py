@@ -74,14 +74,7 @@ def exactly(target: Target) -> ExactTarget:
 
 
 class ExactTarget(Target):
-    """A target whose forward over trees gives every node the bits of plain decoding.
-
-    Args:
-        plain: the stock target.
-
-    Raises:
-        UserError: there is no guarantee for this model or device, with the reason.
-    """
+    """A target whose forward over trees gives every node the bits of plain decoding."""
 
     ragged = False
 
@@ -195,9 +188,6 @@ class InvariantTarget(ExactTarget):
     """A target whose kernels give every token the same bits in any company (backend `native`), so that nothing needs to
     run apart.
 
-    Args:
-        plain: the stock target.
-
     Raises:
         UserError: a forward over trees differs from one-token forwards after all.
     """
@@ -219,11 +209,11 @@ class InvariantTarget(ExactTarget):
             self.exactness.checks += 1
         self.exactness.check_seconds = time.perf_counter() - start
 
-    def forward(self, tokens: Tensor, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        return self.plain.forward(tokens, positions, seen, slots, cache)
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
+        return self.plain.forward(tokens, positions, mask, slots, cache)
 
-    def inputs(self, positions: Tensor, seen: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        return self.plain.inputs(positions, seen, slots, cache)
+    def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
+        return self.plain.inputs(positions, mask, slots, cache)
 
     def head(self, features: Tensor) -> Tensor:
         return self.plain.head(features)

@@ -23,7 +23,6 @@ class Text:
     """The decided tokens of one row, and where each of its n-grams last ended.
 
     Args:
-        tokens: tokens decided so far.
         longest: length of the longest n-gram, which is looked for first.
         shortest: length of the shortest n-gram.
     """
@@ -35,7 +34,6 @@ class Text:
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append newly decided tokens."""
         for token in tokens:
             # The n-grams that end here are earlier ones only now that something follows.
             end = len(self.tokens)
@@ -69,7 +67,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Repeats:
+class NgramSettings:
     """When to draft n-grams of the text, and how many tokens of them."""
 
     least: int = 4
@@ -98,8 +96,8 @@ class Repeats:
         return text.after(end, min(limit, self.most, 2 * text.alike(end, self.most)))
 
 
-class Others:
-    """A `Budget` for rows without n-gram drafts: they draft to their full length, and the others draft nothing.
+class FullDrafts:
+    """A `Budget` that lets some rows draft to their full length, and the others nothing.
 
     Args:
         drafting: for every row, True if the drafter drafts for it.
