@@ -35,7 +35,7 @@ from outdraft.evaluation.training_report import (
 from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
-from outdraft.output import write_whole
+from outdraft.output import is_main_process, write_whole
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.model_card import CARD
@@ -277,11 +277,6 @@ class DrafterTrainer:
             **{name: str(value).removeprefix("torch.") for name, value in around.items() if value is not None},
             "hold_out": self.hold_out,
         }
-
-
-def is_main_process() -> bool:
-    """True in that of torchrun's or accelerate's processes which reports."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _repeatable(rows: Rows) -> Rows:

@@ -74,6 +74,7 @@ def bench(
     device: o.Device = None,
     backend: o.Backend = None,
     quantize: o.Quantize = None,
+    tp: o.TensorParallel = False,
     json: o.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
@@ -101,6 +102,7 @@ def bench(
         "peers": o.listed(peers),
         "tree": o.drafting(**flags),
         "backend": quantised_backend(backend, quantize),
+        "tp_plan": "auto" if tp else None,
     }
     as_they_are = {field.name: flags[field.name] for field in fields(BenchSettings) if field.name not in parsed}
     result = run_bench(BenchSettings(**as_they_are, **parsed), remarks())

@@ -57,6 +57,7 @@ def generate(
     device: o.Device = None,
     backend: o.Backend = None,
     quantize: o.Quantize = None,
+    tp: o.TensorParallel = False,
     generation_config: o.GenerationConfig = "auto",
     chat_template_kwargs: o.TemplateKwargs = None,
     response_format: o.ResponseFormat = None,

@@ -90,6 +90,13 @@ Quantize = Annotated[
         help="Quantise the target's weights (CPU); lossless with regard to that.",
     ),
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tp",
+        help="Share the target's layers among the processes of `torchrun --nproc-per-node N -m outdraft.cli ...`.",
+    ),
+]
 GenerationConfig = Annotated[
     str,
     typer.Option(
@@ -238,7 +245,7 @@ DRAFTED = (
 
 def loading(**flags: Any) -> dict[str, Any]:
     """Return those of a verb's flags that `load` takes."""
-    return {name: flags[name] for name in LOADED}
+    return {**{name: flags[name] for name in LOADED}, "tp_plan": "auto" if flags.get("tp") else None}
 
 
 def drafting(**flags: Any) -> dict[str, Any]:

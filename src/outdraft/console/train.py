@@ -13,7 +13,7 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
-from outdraft.output import print_json, remarks, results
+from outdraft.output import is_main_process, print_json, remarks, results
 
 if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
@@ -69,8 +69,6 @@ def train(
     json: o.Json = False,
 ) -> None:
     """Train a drafter for a model."""
-    from outdraft.drafter_trainer import is_main_process
-
     # The flag of a setting has the setting's name.
     settings = {name: value for name, value in locals().items() if name in o.TRAINING or name in AROUND}
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,10 +29,13 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
 from outdraft.engine.rows import Row
+from outdraft.target.ranks import said_by_first
 
 if TYPE_CHECKING:
     from outdraft.engine.round import Batch
 
+
+Seconds = TypeVar("Seconds", float, list[float])
 
 MOST_NODES = 256
 """Largest sum of nodes over all rows that n-gram drafts may be padded to; compiled forwards take no more."""
@@ -239,17 +242,22 @@ class Clock:
 
     Args:
         device: the device that does the work.
+        shared: True if several processes make the same rounds, so that the first one's clock decides.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, shared: bool = False):
+        self.device, self.shared = device, shared
         self.marks: list[Any] = []
 
     def now(self) -> float:
         """Return the host's time in seconds, once all of the device's work is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.agreed(time.perf_counter())
+
+    def agreed(self, seconds: Seconds) -> Seconds:
+        """Return the seconds by which decisions are made, which are the same in every process."""
+        return said_by_first(seconds) if self.shared else seconds
 
     def start(self) -> None:
         """Forget all marks and set the first."""

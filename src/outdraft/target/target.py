@@ -25,6 +25,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
 from outdraft.target.cache import BufferPool, SlotCache
 from outdraft.target.limits import context_of, windows_of
+from outdraft.target.ranks import processes_of
 from outdraft.target.runner import PLAIN, ModelRunner
 from outdraft.target.views import Reader, Reads
 
@@ -48,6 +49,9 @@ class Target:
     ragged = True
     """True if the head may run over any nodes; False if every row must have the same number."""
 
+    shared = False
+    """True if this process holds a part of every layer, and others the rest (`ranks.py`)."""
+
     ignores_generation_config = False
     """True ignores the sampling settings and bans of the model's own generation config, but not its end tokens."""
 
@@ -64,6 +68,7 @@ class Target:
         refuse_unfit(model)
         if model.device.type == "cuda":
             avoid_plans()
+        self.shared = processes_of(model) > 1
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.tokenizer = accelerate(model, backend), tokenizer
         self.config = model.config.get_text_config()

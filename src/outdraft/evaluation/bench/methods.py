@@ -71,6 +71,7 @@ class BenchSettings:
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
+    tp_plan: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("limit", "repetitions", "max_new_tokens"):

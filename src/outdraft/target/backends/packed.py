@@ -73,6 +73,8 @@ def why_not_replaced(model: nn.Module) -> str | None:
     """Return why a model's modules cannot be replaced, None if they can."""
     if hasattr(model, "_hf_hook"):
         return "it is spread over devices"
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        return "processes share its layers"
     if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
         return "it is quantised"
     if getattr(model, "peft_config", None) or any("base_layer" in module._modules for module in model.modules()):

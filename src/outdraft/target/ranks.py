@@ -1,0 +1,101 @@
+"""The processes that share one target by tensor parallelism, each with a part of every layer.
+
+All of them make the same rounds on the same numbers: `transformers` gathers what layers compute, and drafters are whole
+in every process. Where processes would differ (a clock, numbers from the system, functions of the caller's), the first
+one speaks for all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from outdraft.errors import UserError, first_line
+
+Said = TypeVar("Said")
+
+WHOLE = "replicated_with_grad_allreduce"
+"""The name that `transformers` has for a layer that is whole in every process."""
+
+
+def processes_of(model: Any) -> int:
+    """Return the number of processes that share the model's layers; 1 if it is whole here."""
+    return getattr(model, "_tp_size", None) or 1
+
+
+def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that share a model among the processes of `torchrun`.
+
+    Args:
+        path: folder or hub id of the model.
+        plan: the name of the plan, `auto`.
+        device: the device that was asked for; must be None, since each process takes its own.
+        whole_ends: True keeps embedding and output layer whole, so that training may run them on other rows in every
+            process.
+        trust_remote_code: as in `load`.
+
+    Raises:
+        UserError: there are no such processes, or the model cannot be shared among them.
+    """
+    if plan != "auto":
+        raise UserError(f"tp_plan must be auto, not {plan!r}")
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "--tp (tp_plan) shares the model among processes; start them with torchrun --nproc-per-node N -m "
+            "outdraft.cli ..."
+        )
+    if device is not None:
+        raise UserError("with --tp every process takes the device of its rank; leave the device out")
+    count = int(os.environ["WORLD_SIZE"])
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # libraries under here have exceptions of their own
+        raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
+    text = config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+        found = getattr(text, name, None)
+        if found is not None and found % count:
+            raise UserError(f"{count} processes cannot share the model's {name} of {found}; start a divisor of it")
+    if not getattr(text, "base_model_tp_plan", None):
+        raise UserError(f"transformers has no plan to share a '{text.model_type}' model; leave --tp out")
+    from transformers.distributed import DistributedConfig
+
+    if not whole_ends:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    rules = {name: WHOLE for name, module in model.named_modules() if any(module is end for end in ends)}
+    return {"distributed_config": DistributedConfig(tp_plan=rules)}  # in place of those of `auto`
+
+
+def said_by_first(value: Said) -> Said:
+    """Return the first process's value, in every process."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight of which this process may hold a part; every process must ask for it."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def over_all(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """Run a causal forward over the rows of all processes, in every process; return those of this one.
+
+    Args:
+        run: from `(rows, tokens)` ids to `(rows, tokens, width)`.
+        ids: this process's rows, padded on the right; processes may have different numbers of them.
+    """
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, ids.cpu())
+    first = sum(map(len, parts[: torch.distributed.get_rank()]))
+    together = pad_sequence([row for part in parts for row in part], batch_first=True).to(ids.device)
+    return run(together)[first : first + len(ids), : ids.shape[1]]
