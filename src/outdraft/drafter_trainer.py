@@ -73,6 +73,7 @@ class DrafterTrainer:
         hold_out: so many of the last conversations, at most a tenth, are kept out of training and measured on.
         dtype: of the target, as in `load`.
         device: of the target, as in `load`.
+        tp_plan: `auto` shares the target's layers among the processes of `torchrun`, as in `load`.
         console: where progress goes; stderr when not given.
 
     Raises:
@@ -91,6 +92,7 @@ class DrafterTrainer:
         hold_out: int = HELD_OUT,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        tp_plan: str | None = None,
         console: Console | None = None,
     ):
         data = config.data if train_dataset is None else train_dataset
@@ -103,7 +105,7 @@ class DrafterTrainer:
         if tokenizer is not None and isinstance(model, Target):
             raise UserError("a Target has its own tokenizer; leave tokenizer out, or give the model itself")
         self.model, self.config, self.tokenizer, self.callbacks = model, config, tokenizer, tuple(callbacks)
-        self.hold_out, self.dtype, self.device = hold_out, dtype, device
+        self.hold_out, self.dtype, self.device, self.tp_plan = hold_out, dtype, device, tp_plan
         self.console = console or Console(stderr=True, highlight=False)
         self._data, self._eval = _repeatable(data), None if eval_dataset is None else _repeatable(eval_dataset)
         self._target: Target | None = None
@@ -178,12 +180,17 @@ class DrafterTrainer:
         return result
 
     def verdict(self) -> TrainingVerdict | None:
-        """Judge the trained drafter on this machine by its tau and timed rounds; None where no tau was measured.
+        """Judge the trained drafter on this machine by its tau and timed rounds.
+
+        Returns:
+            None where no tau was measured, or where processes share the target.
 
         Raises:
             UserError: nothing is trained yet.
         """
         folder = self._trained()
+        if self.target.shared:  # the first process alone cannot run it
+            return None
         result, rows = self._result
         reader: Any = reader_of(self.target)
         return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, rows)
@@ -236,9 +243,10 @@ class DrafterTrainer:
         device, words = self.device, self.tokenizer
         if isinstance(self.model, PreTrainedModel):
             words = words or self.model.name_or_path or None
-        elif device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        elif device is None and self.tp_plan is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager")
+        sharing: dict[str, Any] = {"tp_plan": self.tp_plan, "whole_ends": True}
+        return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager", **sharing)
 
     def _files(self, folder: Path) -> tuple[str | Path, str | Path | None]:
         """The paths of data and prompts; rows are written to `folder`."""
@@ -270,7 +278,7 @@ class DrafterTrainer:
             "eval_data": asked,
             "feature_cache_dir": config.feature_cache_dir and config.feature_cache_dir.absolute(),
         }
-        around = {"dtype": self.dtype, "device": self.device}
+        around = {"dtype": self.dtype, "device": self.device, "tp_plan": self.tp_plan}
         return {
             **config.model_dump(mode="json", include=config.model_fields_set - {"output_dir"}),
             **{name: _found_from_anywhere(place) for name, place in places.items() if place is not None},

@@ -67,7 +67,8 @@ def load(
             from `draft_model`; without one it is `prompt-lookup`, which needs no training.
         tokenizer: tokenizer to use if the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default the dtype that is fastest on the device.
-        device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
+        device: `cpu`, `cuda`, ...; by default the first GPU if there is one. `auto` spreads the layers over all GPUs,
+            and those that have no room there over host memory (`device_map="auto"` of `transformers`).
         backend: `eager`, `packed`, `native` or `graphs`; by default `native` on a CPU and `graphs` on a GPU.
         quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. What is
             decoded then has the distribution of the quantised model.

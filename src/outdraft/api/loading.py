@@ -38,9 +38,13 @@ DTYPES = {
 }
 
 
+SPREAD = "auto"
+"""The device that stands for all devices: layers are put where there is room for them."""
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the given device, else the first GPU, else the CPU."""
-    if device is None:
+    if device is None or device == SPREAD:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
@@ -98,6 +102,8 @@ def load_target(
     else:
         where = resolve_device(device)
         options: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "trust_remote_code": trust_remote_code}
+        if device == SPREAD:
+            options["spread"] = True
         if tp_plan is not None:
             options |= {"sharing": partial(sharding, plan=tp_plan, device=device, whole_ends=whole_ends)}
         loaded, path, shown_as = _load_place(model, where, **options)
@@ -236,11 +242,20 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def _load_model(
-    path: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, sharing: Any = None
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    sharing: Any = None,
+    spread: bool = False,
 ) -> Any:
     more: dict[str, Any] = {}
     if sharing is not None:
         more = sharing(path, trust_remote_code=trust_remote_code)
+    elif spread:
+        if find_spec("accelerate") is None:
+            raise UserError("device auto needs accelerate: pip install accelerate")
+        more["device_map"] = "auto"
     elif device.type != "cpu" and find_spec("accelerate") is not None:
         more["device_map"] = {"": device}  # straight to where it will live, never whole in the host's memory
     try:

@@ -77,7 +77,12 @@ Method = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default what the device is fastest in.")
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, ..., or auto for layers over all GPUs; by default the first GPU, else the CPU."
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option("--backend", help="eager, packed, native or graphs; native by default on a CPU, graphs on a GPU."),

@@ -18,7 +18,10 @@ from outdraft.output import is_main_process, print_json, remarks, results
 if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
 
-AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}
+AROUND = {
+    **{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")},
+    "eval_data": "eval_dataset",
+}
 """The settings of a run beyond `DrafterConfig`, mapped to the trainer's arguments."""
 
 
@@ -66,11 +69,13 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; train nothing.")] = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
+    tp: o.TensorParallel = False,
     json: o.Json = False,
 ) -> None:
     """Train a drafter for a model."""
     # The flag of a setting has the setting's name.
     settings = {name: value for name, value in locals().items() if name in o.TRAINING or name in AROUND}
+    settings["tp_plan"] = "auto" if tp else None
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
         plan = trainer.plan()

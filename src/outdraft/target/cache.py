@@ -23,13 +23,14 @@ from outdraft.core.tensors import counting, integers, sent
 class SlotCache(Cache):
     """Keys and values of all layers for `rows` sequences of different lengths.
 
-    Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
-    accepted path in all of them at once. Buffers may have more rows than the cache: rows that leave make room for
-    others to join, and only rows that change their index are copied.
+    Layers of one shape on one device share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a
+    commit moves the accepted path in all of them at once. Buffers may have more rows than the cache: rows that leave
+    make room for others to join, and only rows that change their index are copied.
 
     Args:
         rows: number of sequences.
-        num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
+        num_layers: layers of the first buffer; every layer that differs from them in shape or device, or is one more,
+            gets a buffer of its own.
         capacity: slots per row, doubled when a forward needs more.
         pool: lends buffers of rounded sizes; None makes them as large as asked for.
     """
@@ -109,9 +110,9 @@ class SlotCache(Cache):
             new_keys.copy_(key_states)
             new_values.copy_(value_states)
         else:
-            row = self._rows
-            keys[row, :, self._slots] = key_states.transpose(1, 2)
-            values[row, :, self._slots] = value_states.transpose(1, 2)
+            row, slots = self._rows.to(keys.device), self._slots.to(keys.device)
+            keys[row, :, slots] = key_states.transpose(1, 2)
+            values[row, :, slots] = value_states.transpose(1, 2)
         return keys, values
 
     def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +248,8 @@ class SlotCache(Cache):
         width = max(width, value_states.shape[-1])
         for i, buffer in enumerate(self._buffers):
             taken = {index for owner, index in self._located.values() if owner == i}
-            if (buffer.shape[3], buffer.shape[5]) == (heads, width) and len(taken) < buffer.shape[0]:
+            alike = (buffer.shape[3], buffer.shape[5], buffer.device) == (heads, width, key_states.device)
+            if alike and len(taken) < buffer.shape[0]:
                 self._located[layer_idx] = (i, len(taken))
                 return self._located[layer_idx]
         layers = self._num_layers if not self._buffers else 1

@@ -87,6 +87,11 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def whole_weight(layer: Any) -> Tensor:
+    """Return a layer's weight, also if other processes hold parts of it or it was left on disk or in host memory."""
+    return whole(layer._hf_hook.weights_map["weight"] if layer.weight.is_meta else layer.weight)
+
+
 def over_all(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     """Run a causal forward over the rows of all processes, in every process; return those of this one.
 

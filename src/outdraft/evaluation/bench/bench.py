@@ -49,7 +49,7 @@ def run_bench(
     if settings.report is not None:
         check_bench_page(settings.report)
     asked = _questions(settings)
-    place = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
+    place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
     target = load_target(settings.model, **place, tp_plan=settings.tp_plan)
     fitting, too_long = dialogues(
         asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from outdraft.target.backends.fused import Doubles, hooked
+from outdraft.target.ranks import whole_weight
 
 PACKABLE = (torch.bfloat16, torch.float32)
 
@@ -149,4 +150,4 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
     if isinstance(module, PackedLinear):
         return module.dense(), bias
-    return module.weight.detach(), bias  # type: ignore[operator]
+    return whole_weight(module).detach(), bias
