@@ -99,7 +99,7 @@ def test_the_command_line_speaks_once(model: Path) -> None:
         ({"backend": "native"}, "2", "backend 'native'"),
         ({"device": "cpu"}, "2", "leave the device out"),
         ({"tp_plan": "rows"}, "2", "must be auto"),
-        ({}, "3", "num_attention_heads of 8"),
+        ({}, "3", "share 8 num_attention_heads"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

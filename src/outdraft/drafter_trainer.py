@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from outdraft.api.loading import load_network, load_target
+from outdraft.api.loading import load_network, load_target, resolve_device, resolve_dtype
 from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
@@ -36,8 +36,10 @@ from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
 from outdraft.output import is_main_process, write_whole
+from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.memory import DeviceMemory, device_memory
 from outdraft.training.model_card import CARD
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.preparation import NO_DATA
@@ -130,6 +132,24 @@ class DrafterTrainer:
             network: Any = load_network(self._trained(), self.target, device=self.target.device)
             self._drafter = network
         return self._drafter
+
+    def memory(self) -> list[DeviceMemory]:
+        """Tell what 1, 2, 4 and 8 devices need each, by the target's configuration alone; nothing is loaded.
+
+        Raises:
+            UserError: the configuration cannot be read, or the model cannot be a target.
+        """
+        if not isinstance(self.model, str | Path):
+            return []
+        dtype = resolve_dtype(self.dtype, resolve_device(self.device))
+        return device_memory(self.model, self.config, dtype)
+
+    @property
+    def only_described(self) -> bool:
+        """True if the target is a folder with a configuration and no weights."""
+        folder = Path(self.model).expanduser() if isinstance(self.model, str | Path) else Path()
+        files = [file for file in folder.glob("*.*") if file.suffix in (".safetensors", ".bin", ".gguf")]
+        return (folder / CONFIG).is_file() and not files and base_of(folder) is None
 
     def plan(self) -> TrainPlan:
         """Tell what the run would cost: one step is timed, nothing is left on disk.

@@ -55,6 +55,7 @@ def serve(
     device: o.Device = None,
     backend: o.Backend = None,
     quantize: o.Quantize = None,
+    tp: Annotated[bool, typer.Option("--tp", hidden=True)] = False,
     generation_config: o.GenerationConfig = "auto",
     allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
@@ -65,6 +66,10 @@ def serve(
     """Answer OpenAI's clients, with speculation on; sampling options are what requests that do not say get."""
     from outdraft.serving.settings import ServeSettings
 
+    if tp:
+        raise UserError(
+            "serve runs in one process, without --tp; spread the layers with --device auto, or export to vLLM"
+        )
     settings = ServeSettings(
         host=host,
         port=port,

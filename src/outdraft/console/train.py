@@ -78,8 +78,16 @@ def train(
     settings["tp_plan"] = "auto" if tp else None
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
-        plan = trainer.plan()
-        print_json(asdict(plan)) if json else plan.show(results())
+        from outdraft.training.memory import memory_table
+
+        devices = trainer.memory()  # before the target is loaded, which there may be no room for
+        if devices and not json:
+            results().print(memory_table(devices, trainer.config.method))
+        plan = None if trainer.only_described else trainer.plan()
+        if json:
+            print_json({**({} if plan is None else asdict(plan)), "devices": [asdict(one) for one in devices]})
+        elif plan is not None:
+            plan.show(results())
         return
     result = trainer.train(resume_from_checkpoint=resume)
     verdict = trainer.verdict() if is_main_process() else None

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.errors import UserError, first_line
@@ -58,10 +57,8 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
     except Exception as error:  # libraries under here have exceptions of their own
         raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
     text = config.get_text_config()
-    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
-        found = getattr(text, name, None)
-        if found is not None and found % count:
-            raise UserError(f"{count} processes cannot share the model's {name} of {found}; start a divisor of it")
+    if (name := indivisible(text, count)) is not None:
+        raise UserError(f"{count} processes cannot share {getattr(text, name)} {name}; start a divisor of that number")
     if not getattr(text, "base_model_tp_plan", None):
         raise UserError(f"transformers has no plan to share a '{text.model_type}' model; leave --tp out")
     from transformers.distributed import DistributedConfig
@@ -73,6 +70,12 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     rules = {name: WHOLE for name, module in model.named_modules() if any(module is end for end in ends)}
     return {"distributed_config": DistributedConfig(tp_plan=rules)}  # in place of those of `auto`
+
+
+def indivisible(config: Any, count: int) -> str | None:
+    """Return the number in a model's configuration that so many processes cannot share; None if they can share all."""
+    names = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    return next((name for name in names if (getattr(config, name, None) or count) % count), None)
 
 
 def said_by_first(value: Said) -> Said:
@@ -93,14 +96,16 @@ def whole_weight(layer: Any) -> Tensor:
 
 
 def over_all(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """Run a causal forward over the rows of all processes, in every process; return those of this one.
+    """Run a forward over the rows of every process in turn, all processes together; return those of this one.
 
     Args:
         run: from `(rows, tokens)` ids to `(rows, tokens, width)`.
-        ids: this process's rows, padded on the right; processes may have different numbers of them.
+        ids: this process's rows; other processes may have another number of them, of another length.
     """
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, ids.cpu())
-    first = sum(map(len, parts[: torch.distributed.get_rank()]))
-    together = pad_sequence([row for part in parts for row in part], batch_first=True).to(ids.device)
-    return run(together)[first : first + len(ids), : ids.shape[1]]
+    for rank, part in enumerate(parts):
+        found = run(part.to(ids.device))
+        if rank == torch.distributed.get_rank():
+            own = found
+    return own

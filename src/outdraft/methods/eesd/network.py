@@ -62,7 +62,7 @@ class ExitLayer(Network):
         if config.own_head:
             output: Any = model.get_output_embeddings()
             source |= {f"head.{name}": whole(weight) for name, weight in output.state_dict().items()}
-        if any(weight.is_meta for weight in source.values()):
+        if hasattr(model, "hf_device_map") and any(weight.is_meta for weight in source.values()):
             raise UserError(
                 "parts of the target are on disk or in host memory, which cannot be trained from; load it whole"
             )
