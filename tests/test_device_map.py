@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sharing
@@ -17,7 +16,6 @@ from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.target.cache import SlotCache
-from outdraft.target.target import Target
 from training.tiny import byte_tokenizer
 
 PLACES = {
@@ -70,13 +68,6 @@ def test_a_reduced_vocabulary_reads_a_head_on_disk(folder: Path, spread: PreTrai
 def test_an_exit_layer_is_not_begun_from_weights_on_disk(spread: PreTrainedModel) -> None:
     with pytest.raises(UserError, match="on disk"):
         ExitLayer.beginning(spread, ExitLayerConfig(1))
-
-
-def test_parts_moved_by_hand_are_refused(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to("meta"))
-    with pytest.raises(UserError, match="device_map"):
-        Target(model)
 
 
 def test_every_device_has_cache_buffers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
