@@ -36,8 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
 """The last two depend on a clock and on the system's random numbers, which differ between processes."""
 
 
-def written(folder: Path, tokenizer: Any) -> Path:
-    """Write a random Llama that two or four processes can share."""
+def written(folder: Path, tokenizer: Any, tied: bool = False) -> Path:
+    """Write a random Llama that two or four processes can share; its head may be its embedding."""
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=32,
@@ -49,6 +49,7 @@ def written(folder: Path, tokenizer: Any) -> Path:
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=None,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(7)
     model = LlamaForCausalLM(config).eval()

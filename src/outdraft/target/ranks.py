@@ -7,6 +7,7 @@ one speaks for all.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
         raise UserError(f"transformers has no plan to share a '{text.model_type}' model; leave --tp out")
     from transformers.distributed import DistributedConfig
 
+    leave_group_at_exit()
     if not whole_ends:
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     with torch.device("meta"):
@@ -70,6 +72,18 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     rules = {name: WHOLE for name, module in model.named_modules() if any(module is end for end in ends)}
     return {"distributed_config": DistributedConfig(tp_plan=rules)}  # in place of those of `auto`
+
+
+def leave_group_at_exit() -> None:
+    """Leave the process group at the end: a process that ends while the group's threads run aborts, and the launcher
+    then reports finished work as failed."""
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def indivisible(config: Any, count: int) -> str | None:

@@ -5,7 +5,6 @@ The caller passes the function that measures the real acceptance length.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import signal
@@ -30,6 +29,7 @@ from outdraft.losses.teacher import TargetLike, shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.registry import method_called
 from outdraft.output import write_whole
+from outdraft.target.ranks import leave_group_at_exit
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
@@ -153,8 +153,7 @@ def train(
     )
     if meter is not None:
         meter.log = trainer.log
-    atexit.unregister(_leave_group)
-    atexit.register(_leave_group)
+    leave_group_at_exit()
     _run(trainer, checkpoint, stop, progress, console, ended=checkpoint is not None and best.out_of_patience)
 
     tau, step = None, trainer.state.global_step
@@ -176,13 +175,6 @@ def train(
         _save(target, ready, objective, result, checkpoint)
     PartialState().wait_for_everyone()
     return result
-
-
-def _leave_group() -> None:
-    """Leave the process group: a process that ends while the group's threads run aborts, and the launcher then reports
-    a finished training as failed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
