@@ -14,8 +14,9 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
-from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.target.cache import SlotCache
+from outdraft.training.config import DrafterConfig
+from outdraft.training.train import train
 from training.tiny import byte_tokenizer
 
 PLACES = {
@@ -65,9 +66,10 @@ def test_a_reduced_vocabulary_reads_a_head_on_disk(folder: Path, spread: PreTrai
     torch.testing.assert_close(whole.embedding_rows, parts.embedding_rows)
 
 
-def test_an_exit_layer_is_not_begun_from_weights_on_disk(spread: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="on disk"):
-        ExitLayer.beginning(spread, ExitLayerConfig(1))
+def test_layers_in_several_places_train_no_drafter(spread: PreTrainedModel, tmp_path: Path) -> None:
+    config = DrafterConfig(data=tmp_path / "chats.jsonl", output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="--tp"):
+        train(load_target(spread), config)
 
 
 def test_every_device_has_cache_buffers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,6 @@ class ExitLayer(Network):
         if config.own_head:
             output: Any = model.get_output_embeddings()
             source |= {f"head.{name}": whole(weight) for name, weight in output.state_dict().items()}
-        if hasattr(model, "hf_device_map") and any(weight.is_meta for weight in source.values()):
-            raise UserError(
-                "parts of the target are on disk or in host memory, which cannot be trained from; load it whole"
-            )
         odd = next((name for name, weight in source.items() if not weight.is_floating_point()), None)
         if odd is not None or source.keys() != exit_layer.state_dict().keys():
             raise UserError("the target's last layer is quantised or packed; load it unquantised with --backend eager")
