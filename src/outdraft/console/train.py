@@ -80,14 +80,15 @@ def train(
     if dry_run:
         from outdraft.training.memory import memory_table
 
-        devices = trainer.memory()  # before the target is loaded, which there may be no room for
-        if devices and not json:
-            results().print(memory_table(devices, trainer.config.method))
         plan = None if trainer.only_described else trainer.plan()
+        devices = trainer.memory()
         if json:
             print_json({**({} if plan is None else asdict(plan)), "devices": [asdict(one) for one in devices]})
-        elif plan is not None:
+            return
+        if plan is not None:
             plan.show(results())
+        if devices:
+            results().print(memory_table(devices, trainer.config.method))
         return
     result = trainer.train(resume_from_checkpoint=resume)
     verdict = trainer.verdict() if is_main_process() else None

@@ -54,7 +54,7 @@ class DeviceMemory:
 def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype = torch.bfloat16) -> list[DeviceMemory]:
     """Count the memory for 1, 2, 4 and 8 devices that share a target by tensor parallelism.
 
-    Numbers of devices that cannot share it are left out.
+    Numbers of devices that cannot share it are left out; all are if the drafter's size depends on the target's weights.
 
     Args:
         source: folder or hub id of the target; a folder may hold its config.json alone.
@@ -75,7 +75,10 @@ def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype 
         target = Target(model)
         config = config.with_preset(target.num_parameters)
         exit_layer = {"exit_layer": max(1, target.num_layers // 4)} if config.exit_layer == "auto" else {}
-        network = method_called(config.method).new_network(target, config.model_copy(update=exit_layer))
+        try:
+            network = method_called(config.method).new_network(target, config.model_copy(update=exit_layer))
+        except RuntimeError:  # it begins from the target's own outputs, which weights that are nowhere do not give
+            return []
     drafter = sum(weight.numel() for weight in network.parameters())
     text, width = target.config, dtype.itemsize
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None) or 0
