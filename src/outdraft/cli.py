@@ -240,12 +240,12 @@ def info(
     json: o.Json = False,
 ) -> None:
     """Show what a model or drafter is, and what it can do on this machine."""
-    from outdraft.console.facts import describe, table
+    from outdraft.console.facts import describe, tables
 
     if (path is None) == (model is None):
         raise UserError("give one model or drafter, such as `outdraft info smollm2`")
     facts = describe(str(path or model), device)
-    print_json(facts) if json else results().print(table(facts))
+    print_json(facts) if json else results().print(*tables(facts))
 
 
 VERBS = (demo, generate, chat, advise, train, regenerate, info, doctor, bench, verify, serve, export)

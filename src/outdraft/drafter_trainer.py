@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from outdraft.api.loading import load_network, load_target
+from outdraft.api.loading import load_network, load_target, resolve_device, resolve_dtype
 from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
@@ -35,9 +35,11 @@ from outdraft.evaluation.training_report import (
 from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
-from outdraft.output import write_whole
+from outdraft.output import is_main_process, write_whole
+from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.memory import DeviceMemory, device_memory
 from outdraft.training.model_card import CARD
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.preparation import NO_DATA
@@ -73,6 +75,7 @@ class DrafterTrainer:
         hold_out: so many of the last conversations, at most a tenth, are kept out of training and measured on.
         dtype: of the target, as in `load`.
         device: of the target, as in `load`.
+        tp_plan: `auto` shares the target's layers among the processes of `torchrun`, as in `load`.
         console: where progress goes; stderr when not given.
 
     Raises:
@@ -91,6 +94,7 @@ class DrafterTrainer:
         hold_out: int = HELD_OUT,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        tp_plan: str | None = None,
         console: Console | None = None,
     ):
         data = config.data if train_dataset is None else train_dataset
@@ -103,7 +107,7 @@ class DrafterTrainer:
         if tokenizer is not None and isinstance(model, Target):
             raise UserError("a Target has its own tokenizer; leave tokenizer out, or give the model itself")
         self.model, self.config, self.tokenizer, self.callbacks = model, config, tokenizer, tuple(callbacks)
-        self.hold_out, self.dtype, self.device = hold_out, dtype, device
+        self.hold_out, self.dtype, self.device, self.tp_plan = hold_out, dtype, device, tp_plan
         self.console = console or Console(stderr=True, highlight=False)
         self._data, self._eval = _repeatable(data), None if eval_dataset is None else _repeatable(eval_dataset)
         self._target: Target | None = None
@@ -128,6 +132,24 @@ class DrafterTrainer:
             network: Any = load_network(self._trained(), self.target, device=self.target.device)
             self._drafter = network
         return self._drafter
+
+    def memory(self) -> list[DeviceMemory]:
+        """Tell what 1, 2, 4 and 8 devices need each, by the target's configuration alone; nothing is loaded.
+
+        Raises:
+            UserError: the configuration cannot be read, or the model cannot be a target.
+        """
+        if not isinstance(self.model, str | Path):
+            return []
+        dtype = resolve_dtype(self.dtype, resolve_device(self.device))
+        return device_memory(self.model, self.config, dtype)
+
+    @property
+    def only_described(self) -> bool:
+        """True if the target is a folder with a configuration and no weights."""
+        folder = Path(self.model).expanduser() if isinstance(self.model, str | Path) else Path()
+        files = [file for file in folder.glob("*.*") if file.suffix in (".safetensors", ".bin", ".gguf")]
+        return (folder / CONFIG).is_file() and not files and base_of(folder) is None
 
     def plan(self) -> TrainPlan:
         """Tell what the run would cost: one step is timed, nothing is left on disk.
@@ -178,12 +200,17 @@ class DrafterTrainer:
         return result
 
     def verdict(self) -> TrainingVerdict | None:
-        """Judge the trained drafter on this machine by its tau and timed rounds; None where no tau was measured.
+        """Judge the trained drafter on this machine by its tau and timed rounds.
+
+        Returns:
+            None where no tau was measured, or where processes share the target.
 
         Raises:
             UserError: nothing is trained yet.
         """
         folder = self._trained()
+        if self.target.shared:  # the first process alone cannot run it
+            return None
         result, prompts = self._result
         reader: Any = reader_of(self.target)
         return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, prompts)
@@ -236,9 +263,10 @@ class DrafterTrainer:
         device, words = self.device, self.tokenizer
         if isinstance(self.model, PreTrainedModel):
             words = words or self.model.name_or_path or None
-        elif device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        elif device is None and self.tp_plan is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager")
+        sharing: dict[str, Any] = {"tp_plan": self.tp_plan, "whole_ends": True}
+        return load_target(self.model, words, dtype=self.dtype, device=device, backend="eager", **sharing)
 
     def _files(self, folder: Path) -> tuple[str | Path, str | Path | None]:
         """The paths of data and prompts; rows are written to `folder`."""
@@ -270,18 +298,13 @@ class DrafterTrainer:
             "eval_data": asked,
             "feature_cache_dir": config.feature_cache_dir and config.feature_cache_dir.absolute(),
         }
-        around = {"dtype": self.dtype, "device": self.device}
+        around = {"dtype": self.dtype, "device": self.device, "tp_plan": self.tp_plan}
         return {
             **config.model_dump(mode="json", include=config.model_fields_set - {"output_dir"}),
             **{name: _found_from_anywhere(place) for name, place in origins.items() if place is not None},
             **{name: str(value).removeprefix("torch.") for name, value in around.items() if value is not None},
             "hold_out": self.hold_out,
         }
-
-
-def is_main_process() -> bool:
-    """True in that of torchrun's or accelerate's processes which reports."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _repeatable(rows: Rows) -> Rows:

@@ -27,20 +27,33 @@ FILE_WIDTH = 132
 """Columns of tables that go into a file or a pipe."""
 
 
+def is_main_process() -> bool:
+    """Return True in the first of torchrun's or accelerate's processes, which prints, writes and reports for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def remarks() -> Console:
     """For progress and figures beside the result: stderr."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not is_main_process())
 
 
 def results(force_colour: bool = False) -> Console:
     """For the result: stdout; `force_colour` also into a pipe, unless NO_COLOR is set."""
     wanted = force_colour and "NO_COLOR" not in os.environ
     width = None if sys.stdout.isatty() else FILE_WIDTH
-    return Console(highlight=False, soft_wrap=True, force_terminal=True if wanted else None, width=width)
+    return Console(
+        highlight=False,
+        soft_wrap=True,
+        force_terminal=True if wanted else None,
+        width=width,
+        quiet=not is_main_process(),
+    )
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; what is not a number is null."""
+    if not is_main_process():
+        return
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 

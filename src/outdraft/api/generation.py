@@ -7,6 +7,7 @@ output with all statistics.
 from __future__ import annotations
 
 import inspect
+import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from outdraft.engine.rows import Row
 from outdraft.errors import UserError, meant
 from outdraft.target.backends import is_native
 from outdraft.target.exact.target import ExactTarget, exactly
+from outdraft.target.ranks import said_by_first
 from outdraft.target.target import Target
 
 
@@ -49,6 +51,7 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     quantize: str | None = None,
+    tp_plan: str | None = None,
     trust_remote_code: bool = False,
     generation_config: str = "auto",
     **unknown: Any,
@@ -64,10 +67,13 @@ def load(
             from `draft_model`; without one it is `prompt-lookup`, which needs no training.
         tokenizer: tokenizer to use if the model's folder has none.
         dtype: `bfloat16`, `float32`, ...; by default the dtype that is fastest on the device.
-        device: `cpu`, `cuda`, ...; by default the first GPU if there is one.
+        device: `cpu`, `cuda`, ...; by default the first GPU if there is one. `auto` spreads the layers over all GPUs,
+            and those that have no room there over host memory (`device_map="auto"` of `transformers`).
         backend: `eager`, `packed`, `native` or `graphs`; by default `native` on a CPU and `graphs` on a GPU.
         quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. What is
             decoded then has the distribution of the quantised model.
+        tp_plan: `auto` shares the target's layers among the processes of `torchrun` (tensor parallelism), each of which
+            makes the same calls (docs/guides/several-devices.md).
         trust_remote_code: run code from the model's repository.
         generation_config: `auto` keeps the sampling settings and bans of the model's generation config where none are
             given; `vllm` ignores them, as in vLLM.
@@ -87,6 +93,7 @@ def load(
         dtype=dtype,
         device=device,
         backend=quantised_backend(backend, quantize),
+        tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
     )
     if generation_config not in ("auto", "vllm"):
@@ -254,12 +261,14 @@ class SpeculativeModel:
             seeded=seed is not None,
             pacers=self._pacers,
         )
+        # Processes that decode together draw the same numbers, whether or not a seed was given.
+        first_seed = said_by_first(secrets.randbits(62)) if seed is None and self.target.shared else seed
         rows = []
         for i, ids in enumerate(encoded):
             check_prompt(ids, self.target)
             processors = [*extra, *guided[i]]
             warper = Warper(sampling, len(ids), self.target.vocab_size, ends, processors, device)
-            own_seed = None if seed is None else seed + i
+            own_seed = None if first_seed is None else first_seed + i
             should_stop = stops_at(strings, self.tokenizer, ids) if strings and self.tokenizer else None
             row = Row(ids, warper, Dice(own_seed), max_new_tokens, frozenset(ends), should_stop, ngrams=draft.ngrams)
             if drawing and not draft.dice:

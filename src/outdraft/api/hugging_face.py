@@ -21,7 +21,7 @@ from outdraft.api.output import pad
 from outdraft.api.prompts import check_prompt
 from outdraft.api.settings import LOSSY, refuse_unknown
 from outdraft.control.settings import Pacer
-from outdraft.core.coupling import Coupled, Noise, leave_generator
+from outdraft.core.coupling import Coupled, Noise, default_generator, leave_generator
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
@@ -29,6 +29,7 @@ from outdraft.drafting.base import Drafter
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
+from outdraft.target.ranks import said_by_first
 from outdraft.target.target import Target
 
 
@@ -83,6 +84,9 @@ def custom_generate(
         mask = model_kwargs.get("attention_mask")
         draws = bool(generation_config.do_sample)
         sampling = SamplingSettings(temperature=1.0 if draws else 0.0)
+        if target.shared:  # every process goes on from the first one's generator
+            own = default_generator(target.device)
+            own.set_state(said_by_first(own.get_state()))
         chosen = resolve(asked, drafter, target.device, sampling=draws, rows=len(input_ids), seeded=True, pacers=pacers)
         pacer, coupled = chosen.pacer, draws and not chosen.dice
         noise = Noise(len(input_ids), target.vocab_size, target.device) if coupled else None
@@ -91,6 +95,7 @@ def custom_generate(
             prompt = (ids if mask is None else ids[mask[i].bool()]).tolist()
             check_prompt(prompt, target)
             seed = 0 if coupled else int(torch.randint(2**62, ()))
+            seed = said_by_first(seed) if target.shared else seed
             dice = Dice(seed)
             processors = list(logits_processor or [])
             if processors and len(prompt) < len(ids):

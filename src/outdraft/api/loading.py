@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from outdraft.methods.registry import NONE, method_called
 from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import base_of, merged, named, place_of, shipped_drafter, unwrapped
+from outdraft.target.ranks import sharding
 from outdraft.target.target import Target
 from outdraft.target.trial import tried
 
@@ -36,9 +38,13 @@ DTYPES = {
 }
 
 
+SPREAD = "auto"
+"""The device that stands for all devices: layers are put where there is room for them."""
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the given device, else the first GPU, else the CPU."""
-    if device is None:
+    if device is None or device == SPREAD:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
@@ -66,12 +72,15 @@ def load_target(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    tp_plan: str | None = None,
+    whole_ends: bool = False,
     trust_remote_code: bool = False,
 ) -> Target:
     """Load a target from a folder (an adapter's, too), a GGUF file, a hub id, `smollm2`, `reference`, or a loaded
     model.
 
-    A loaded model stays as it is and may be wrapped by torch.compile or PEFT.
+    A loaded model stays as it is and may be wrapped by torch.compile or PEFT. `tp_plan` shares its layers among the
+    processes of `torchrun` (`target/ranks.py`, whose `whole_ends` this is).
 
     Raises:
         UserError: it cannot be loaded or cannot be a target, with the reason.
@@ -79,6 +88,10 @@ def load_target(
     words = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     shown_as = None
     model = unwrapped(model)
+    if tp_plan is not None and isinstance(model, PreTrainedModel):
+        raise UserError("tp_plan shares a model as it is loaded, and this one is; give a folder or a hub id")
+    if tp_plan is not None and backend not in (None, "auto", "eager"):
+        raise UserError(f"backend '{backend}' cannot run layers that processes share (--tp); leave the backend out")
     if isinstance(model, PreTrainedModel):
         loaded: Any = model.eval()
         folder = tokenizer
@@ -88,7 +101,12 @@ def load_target(
         )
     else:
         where = resolve_device(device)
-        loaded, path, shown_as = _load_place(model, resolve_dtype(dtype, where), where, trust_remote_code)
+        options: dict[str, Any] = {"dtype": resolve_dtype(dtype, where), "trust_remote_code": trust_remote_code}
+        if device == SPREAD:
+            options["spread"] = True
+        if tp_plan is not None:
+            options |= {"sharing": partial(sharding, plan=tp_plan, device=device, whole_ends=whole_ends)}
+        loaded, path, shown_as = _load_place(model, where, **options)
         if shown_as is not None:  # otherwise records would name a local folder
             loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
@@ -105,18 +123,18 @@ def load_target(
     return Target(loaded, words, backend, windows)
 
 
-def _load_place(
-    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> tuple[Any, str, str | None]:
+def _load_place(model: str | Path, device: torch.device, **options: Any) -> tuple[Any, str, str | None]:
     """Load a model by name, folder or file; return it, its tokenizer's location, and its name in records if set."""
     if (base := base_of(model)) is not None:
-        loaded, path, _ = _load_place(base, dtype, device, trust_remote_code)
+        if "sharing" in options:
+            raise UserError(f"the adapter '{model}' cannot be merged into layers that processes share; merge it first")
+        loaded, path, _ = _load_place(base, device, **options)
         loaded = merged(loaded, model).eval()
         loaded.config._name_or_path = loaded.name_or_path = str(model)
         return loaded, str(model) if _has_words(Path(model).expanduser()) else path, None
     found = place_of(model)
     path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
-    return _load_model(path, dtype, device, trust_remote_code), path, found.shown_as
+    return _load_model(path, device, **options), path, found.shown_as
 
 
 def quantised_backend(backend: str | None, quantize: str | None) -> str | None:
@@ -222,9 +240,22 @@ def _is_language_model(folder: Path) -> bool:
     return "model_type" in config and recognised(config) is None and any((folder / name).exists() for name in words)
 
 
-def _load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+def _load_model(
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    sharing: Any = None,
+    spread: bool = False,
+) -> Any:
     more: dict[str, Any] = {}
-    if device.type != "cpu" and find_spec("accelerate") is not None:
+    if sharing is not None:
+        more = sharing(path, trust_remote_code=trust_remote_code)
+    elif spread:
+        if find_spec("accelerate") is None:
+            raise UserError("device auto needs accelerate: pip install accelerate")
+        more["device_map"] = "auto"
+    elif device.type != "cpu" and find_spec("accelerate") is not None:
         more["device_map"] = {"": device}  # straight to where it will live, never whole in the host's memory
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from outdraft.errors import TRAINING_NAMES, UserError
+from outdraft.output import is_main_process
 
 USER_MISTAKE, INTERNAL, INTERRUPTED = 2, 1, 130
 
@@ -150,4 +151,5 @@ def _say(message: str, code: int) -> int:
 
 
 def _note(message: Warning | str, *rest: Any, **more: Any) -> None:
-    typer.echo(f"note: {' '.join(str(message).split())}", err=True)
+    if is_main_process():
+        typer.echo(f"note: {' '.join(str(message).split())}", err=True)

@@ -75,6 +75,7 @@ def bench(
     device: o.Device = None,
     backend: o.Backend = None,
     quantize: o.Quantize = None,
+    tp: o.TensorParallel = False,
     json: o.Json = False,
     **shape: Any,
 ) -> None:
@@ -103,6 +104,7 @@ def bench(
         "peers": o.listed(peers),
         "tree": o.drafting(**shape),
         "backend": quantised_backend(backend, quantize),
+        "tp_plan": "auto" if tp else None,
     }
     as_they_are = {field.name: flags[field.name] for field in fields(BenchSettings) if field.name not in parsed}
     result = run_bench(BenchSettings(**as_they_are, **parsed), remarks())

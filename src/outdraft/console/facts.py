@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from outdraft.target.backends import default_backend, default_dtype, why_not_nat
 from outdraft.target.gguf_file import record_in
 from outdraft.target.named import base_of, place_of
 from outdraft.target.target import refuse_unfit
+from outdraft.training.config import DrafterConfig
+from outdraft.training.memory import DeviceMemory, device_memory, memory_table
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -50,9 +53,17 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     }
 
 
+def tables(facts: dict[str, Any]) -> list[Table]:
+    """Make the tables of the facts for the terminal: all but the memory of several devices, and that."""
+    devices = [DeviceMemory(**one) for one in facts.get("devices", ())]
+    return [table(facts), *([memory_table(devices, "fspad")] if devices else [])]
+
+
 def table(facts: dict[str, Any]) -> Table:
     built = Table(show_header=False)
     for name, value in facts.items():
+        if name == "devices":  # a table of its own
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items() if not isinstance(entry, dict | list))
         elif isinstance(value, bool):
@@ -122,6 +133,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         refuse_unfit(model)
     except UserError as error:
         reason = str(error)
+    devices = device_memory(path, DrafterConfig(output_dir=Path())) if reason is None else []
     text = config.get_text_config()
     made_from = record_in(folder) or {}
     return {
@@ -139,6 +151,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "verifies_trees": reason is None,
         "why_not": reason,
         "memory": _memory(text, count(model.parameters())),
+        "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
 

@@ -42,6 +42,7 @@ def generate(
     coupling: o.Coupling = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be repeated.")] = None,
     exact: o.Exact = False,
+    tp: o.TensorParallel = False,
     chat_template_kwargs: o.TemplateKwargs = None,
     response_format: o.ResponseFormat = None,
     show_drafts: o.ShowDrafts = False,
@@ -53,7 +54,7 @@ def generate(
     from outdraft.api.generation import load
     from outdraft.target.backends import is_native
 
-    loaded = load(model, draft_model, **o.loading(method=method, **flags))
+    loaded = load(model, draft_model, **o.loading(method=method, tp=tp, **flags))
     settings = {
         "max_new_tokens": max_new_tokens,
         **o.given(seed=seed, coupling=coupling, stop_strings=stop, exact=exact or None),

@@ -78,7 +78,12 @@ Method = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default the fastest on the device.")
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, ..., or auto for layers over all GPUs; by default the first GPU, else the CPU."
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option("--backend", help="eager, packed, native or graphs; native by default on a CPU, graphs on a GPU."),
@@ -89,6 +94,13 @@ Quantize = Annotated[
         "--quantize",
         metavar="int8|int4",
         help="Quantise the target's weights (CPU); the output is then the quantised model's.",
+    ),
+]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tp",
+        help="Share the target's layers among the processes of `torchrun --nproc-per-node N -m outdraft.cli ...`.",
     ),
 ]
 GenerationConfig = Annotated[
@@ -256,7 +268,8 @@ def with_flags(*groups: Mapping[str, Any]) -> Callable[[Verb], Verb]:
 
 def loading(**flags: Any) -> dict[str, Any]:
     """Return those of a verb's flags that `load` takes."""
-    return {name: flags[name] for name in ("method", *LOADED)}
+    tp_plan = "auto" if flags.get("tp") else None
+    return {**{name: flags[name] for name in ("method", *LOADED)}, "tp_plan": tp_plan}
 
 
 def drafting(**flags: Any) -> dict[str, Any]:

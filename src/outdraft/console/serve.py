@@ -40,6 +40,7 @@ def serve(
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
     threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
+    tp: Annotated[bool, typer.Option("--tp", hidden=True)] = False,
     allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
         str | None,
@@ -54,6 +55,8 @@ def serve(
     own = {name: value for name, value in locals().items() if name in SERVE and value is not None}
     from outdraft.serving.settings import ServeSettings
 
+    if tp:
+        raise UserError("serve runs in one process, without --tp; take --device auto, or export to vLLM")
     settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
     run_serve(model, draft_model, o.loading(method=method, **flags), settings, o.drafting(**flags), remarks())
 

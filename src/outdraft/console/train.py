@@ -14,12 +14,15 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
-from outdraft.output import print_json, remarks, results
+from outdraft.output import is_main_process, print_json, remarks, results
 
 if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
 
-AROUND = {"model": "model", "dtype": "dtype", "device": "device", "eval_data": "eval_dataset", "hold_out": "hold_out"}
+AROUND = {
+    **{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")},
+    "eval_data": "eval_dataset",
+}
 """The settings of a run beyond `DrafterConfig`, mapped to the trainer's arguments."""
 
 
@@ -72,17 +75,26 @@ def train(
     ] = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
+    tp: o.TensorParallel = False,
     json: o.Json = False,
 ) -> None:
     """Train a drafter for a model."""
-    from outdraft.drafter_trainer import is_main_process
-
     # The flag of a setting has the setting's name.
     settings = {name: value for name, value in locals().items() if name in o.TRAINING or name in AROUND}
+    settings["tp_plan"] = "auto" if tp else None
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
-        plan = trainer.plan()
-        print_json(asdict(plan)) if json else plan.show(results())
+        from outdraft.training.memory import memory_table
+
+        plan = None if trainer.only_described else trainer.plan()
+        devices = trainer.memory()
+        if json:
+            print_json({**({} if plan is None else asdict(plan)), "devices": [asdict(one) for one in devices]})
+            return
+        if plan is not None:
+            plan.show(results())
+        if devices:
+            results().print(memory_table(devices, trainer.config.method))
         return
     result = trainer.train(resume_from_checkpoint=resume)
     verdict = trainer.verdict() if is_main_process() else None

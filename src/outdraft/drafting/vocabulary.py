@@ -63,7 +63,8 @@ class DraftVocabulary:
                 f"the target's output layer is a {type(output).__name__}, which cannot be read at some tokens only; "
                 "use a drafter without draft_vocab_size"
             )
-        weight, bias = (None if part is None else part[self.tokens] for part in plain_linear(output))
+        both = (None if part is None else part.to(target.device)[self.tokens] for part in plain_linear(output))
+        weight, bias = both
         assert weight is not None
         reduced: nn.Module
         if isinstance(output, PackedLinear):

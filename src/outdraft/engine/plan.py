@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -30,10 +30,13 @@ from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict
 from outdraft.engine.rows import Row
+from outdraft.target.ranks import said_by_first
 
 if TYPE_CHECKING:
     from outdraft.engine.round import Batch
 
+
+Seconds = TypeVar("Seconds", float, list[float])
 
 MOST_NODES = 256
 """Largest sum of nodes over all rows that n-gram drafts may be padded to; compiled forwards take no more."""
@@ -244,15 +247,23 @@ class DraftBudget:
 
 
 class Clock:
-    """The marks set during one round, and the seconds between them."""
+    """The marks set during one round, and the seconds between them.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Args:
+        shared: True if several processes make the same rounds, so that the first one's clock decides.
+    """
+
+    def __init__(self, device: torch.device, shared: bool = False):
+        self.device, self.shared = device, shared
         self.marks: list[Any] = []
 
     def now(self) -> float:
         """Return the time as `core.tensors.now` does."""
-        return now(self.device)
+        return self.agreed(now(self.device))
+
+    def agreed(self, seconds: Seconds) -> Seconds:
+        """Return the seconds by which decisions are made, which are the same in every process."""
+        return said_by_first(seconds) if self.shared else seconds
 
     def start(self) -> None:
         """Forget all marks and set the first."""

@@ -76,7 +76,7 @@ class Batch:
     ):
         self.target, self.drafts, self.rows, self.shape = target, Drafts(drafter), list(rows), shape
         self.costs = costs or Costs()
-        self.clock = Clock(target.device)
+        self.clock = Clock(target.device, target.shared)
         self._unsettled: tuple[list[Any], list[Row]] | None = None  # marks of the last round, and its rows
         longest = max((len(row.prompt) + row.max_new_tokens for row in rows), default=1)
         repeated = max((row.ngrams.most for row in rows if row.ngrams is not None), default=0)
@@ -86,6 +86,8 @@ class Batch:
         if isinstance(target, ExactTarget):
             target.vouch(self.runner)
         self.roots = torch.empty(0, dtype=torch.long)
+        for row in rows:
+            row.shared = target.shared
         self.histories = [History(row.prompt, self.capacity, target.device, row.ngrams) for row in rows]
 
     def prefill(self) -> list[Row]:
@@ -182,7 +184,7 @@ class Batch:
         if not plan.weighed:
             self._unsettled = self.clock.marks, list(self.rows)
             return
-        laps = self.clock.laps()
+        laps = self.clock.agreed(self.clock.laps())
         plan.observe(self.rows, tree, verdicts, laps)
         for row in self.rows:
             row.statistics.add_seconds(*laps)

@@ -15,6 +15,7 @@ from outdraft.core.sampling import Warper
 from outdraft.core.statistics import Statistics
 from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import first_line
+from outdraft.target.ranks import said_by_first
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Row:
         ngrams: when n-gram drafts override the drafter; None always asks the drafter.
         watch: called with the target's `(tokens, vocab)` logits of newly decided tokens, once those are in `tokens`.
         watch_prompt: called with the logits of the prompt's tokens but the first, a piece at a time.
+        shared: True if several processes decode the row together, so that the first one's `should_stop` ends it.
     """
 
     prompt: list[int]
@@ -55,6 +57,7 @@ class Row:
     ngrams: NgramSettings | None = None
     watch: Callable[[Tensor], None] | None = None
     watch_prompt: Callable[[Tensor], None] | None = None
+    shared: bool = False
 
     def extend(self, tokens: Sequence[int], context_length: int, drafted: int, copied: bool = False) -> int:
         """Append decided tokens one by one, the first `drafted` of them drafted (by an n-gram draft, if `copied`), and
@@ -100,11 +103,16 @@ class Row:
             self.fail(error)
 
     def _stops(self) -> bool:
+        if self.should_stop is None:
+            return False
+        stops = False
         try:
-            return self.should_stop is not None and self.should_stop(self.tokens)
+            stops = self.should_stop(self.tokens)
         except Exception as error:  # stopping criteria and tokenizers are the user's
             self.fail(error)
-            return False
+        if self.shared:
+            stops, self.error, self.finish_reason = said_by_first((stops, self.error, self.finish_reason))
+        return stops
 
 
 class History:

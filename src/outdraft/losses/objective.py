@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.teacher import TargetLike, TopProbs, predicting
 from outdraft.target.backends import best_backend
+from outdraft.target.ranks import over_all, whole
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
 
@@ -69,6 +70,8 @@ class Reading:
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Read a right-padded batch in the target's own precision; values on padding are meaningless.
 
+        If processes share the target's layers, all of them must call this equally often, each with its own batch.
+
         Args:
             input_ids: `(batch, tokens)`.
             lengths: `(batch,)` tokens that are no padding.
@@ -81,7 +84,7 @@ class Reading:
         input_ids = input_ids.gather(1, places)
         # No mask: no token sees the padding to its right, and causal attention is faster without one.
         with torch.autocast(input_ids.device.type, enabled=False):
-            return self._run(input_ids)
+            return over_all(self._run, input_ids) if getattr(self.target, "shared", False) else self._run(input_ids)
 
     def features(self, read: Tensor) -> Tensor:
         """Return the `(..., hidden)` features after the final norm among the values read, `(..., width)`."""
@@ -102,7 +105,7 @@ def weights_fingerprint(target: TargetLike) -> str:
     digest = hashlib.sha256()
     for name, weight in target.model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().flatten()
+        flat = whole(weight.detach()).flatten()
         digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 

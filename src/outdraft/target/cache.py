@@ -40,9 +40,9 @@ class LayerCache(Cache):
 class SlotCache(LayerCache):
     """Keys and values of all layers for `rows` sequences of different lengths.
 
-    Layers of one shape share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a commit moves the
-    accepted path in all of them at once. Buffers may have more rows than the cache: rows that leave make room for
-    others to join, and only rows that change their index are copied.
+    Layers of one shape on one device share one buffer `(layers, 2, rows, kv_heads, capacity, head_dim)`, so that a
+    commit moves the accepted path in all of them at once. Buffers may have more rows than the cache: rows that leave
+    make room for others to join, and only rows that change their index are copied.
 
     Args:
         num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
@@ -126,9 +126,9 @@ class SlotCache(LayerCache):
             new_keys.copy_(key_states)
             new_values.copy_(value_states)
         else:
-            row = self._rows
-            keys[row, :, self._slots] = key_states.transpose(1, 2)
-            values[row, :, self._slots] = value_states.transpose(1, 2)
+            row, slots = self._rows.to(keys.device), self._slots.to(keys.device)
+            keys[row, :, slots] = key_states.transpose(1, 2)
+            values[row, :, slots] = value_states.transpose(1, 2)
         return keys, values
 
     def whole(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,8 @@ class SlotCache(LayerCache):
         width = max(width, value_states.shape[-1])
         for i, buffer in enumerate(self._buffers):
             taken = {index for owner, index in self._located.values() if owner == i}
-            if (buffer.shape[3], buffer.shape[5]) == (heads, width) and len(taken) < buffer.shape[0]:
+            alike = (buffer.shape[3], buffer.shape[5], buffer.device) == (heads, width, key_states.device)
+            if alike and len(taken) < buffer.shape[0]:
                 self._located[layer_idx] = (i, len(taken))
                 return self._located[layer_idx]
         layers = self._num_layers if not self._buffers else 1

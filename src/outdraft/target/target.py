@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
 from outdraft.target.cache import BufferPool, SlotCache
 from outdraft.target.limits import context_of, windows_of
+from outdraft.target.ranks import processes_of, whole_weight
 from outdraft.target.runner import PLAIN, ModelRunner
 from outdraft.target.views import Reader, Reads
 
@@ -47,6 +49,12 @@ class Target:
     ragged = True
     """True if the head may run over any nodes; False if every row must have the same number."""
 
+    shared = False
+    """True if this process holds a part of every layer, and others the rest (`ranks.py`)."""
+
+    gathered_on: torch.device | None = None
+    """If the model's layers lie on several devices or on disk, the device of their outputs, on which rounds run."""
+
     ignores_generation_config = False
     """True ignores the sampling settings and bans of the model's own generation config, but not its end tokens."""
 
@@ -61,8 +69,9 @@ class Target:
         windows: dict[str, int | None] | None = None,
     ):
         refuse_unfit(model)
-        if model.device.type == "cuda":
+        if any(weight.device.type == "cuda" for weight in model.parameters()):
             avoid_plans()
+        self.shared = processes_of(model) > 1
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.tokenizer = accelerate(model, backend), tokenizer
         self.config = model.config.get_text_config()
@@ -74,14 +83,15 @@ class Target:
         configured = windows_of(self.config)
         self.windows = configured if windows is None else windows
         self._ignored = [window for kind, window in configured.items() if window and not self.windows[kind]]
-        self._head = _head(self.model)
+        self._head, self.gathered_on = _head(self.model)
         self._readers: dict[Reads, Reader] = {}
 
     # --- facts -------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.weight.device
+        """The device of rounds."""
+        return self._embedding.weight.device if self.gathered_on is None else self.gathered_on
 
     @property
     def backend(self) -> str:
@@ -132,11 +142,17 @@ class Target:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed `(...,)` ids to `(..., hidden)` by the model's own embedding module (Gemma's scales)."""
-        return self._embedding(ids)
+        embedded = self._embedding(ids)
+        return embedded if self.gathered_on is None else embedded.to(self.gathered_on)
 
     def head(self, features: Tensor) -> Tensor:
         """Map `(..., hidden)` features after the final norm to `(..., vocab)` logits, as the model itself does."""
         return self._head(features)
+
+    @cached_property
+    def embedding_rows(self) -> Tensor:
+        """The `(vocab, hidden)` rows of the embedding, on the device of rounds."""
+        return whole_weight(self._embedding).to(self.device)
 
     def logits(self, features: Tensor, counts: Sequence[int]) -> Tensor:
         """Return `(rows, nodes, vocab)` logits after the first `counts` nodes of every row; entries of padding are
@@ -160,7 +176,7 @@ class Target:
         """Return `(batch, tokens, hidden)` features of a causal forward without cache; `mask` as in transformers."""
         if mask is None:
             return (self._run or self._whole)(input_ids=input_ids, **self.causal_inputs(*input_ids.shape))[0]
-        return self._inner(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self._whole(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
 
     def causal_inputs(self, rows: int, tokens: int) -> dict[str, Any]:
         """Return the inner model's inputs, beside tokens, of a causal forward whose cache nobody reads later."""
@@ -173,7 +189,7 @@ class Target:
     # --- forwards over the cache -------------------------------------------------------------------------------
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
-        return SlotCache(rows, self.num_layers, capacity, self.pool)
+        return SlotCache(rows, 1 if self.gathered_on is not None else self.num_layers, capacity, self.pool)
 
     def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:
         """Return a runner for the rows of an empty cache; it gives what is read beside the features."""
@@ -186,7 +202,7 @@ class Target:
             UserError: no such layer, or the model's layers cannot be found.
         """
         if reads not in self._readers:
-            self._readers[reads] = Reader(self.model, reads)
+            self._readers[reads] = Reader(self.model, reads, self.gathered_on)
         return self._readers[reads]
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
@@ -199,7 +215,8 @@ class Target:
         return run(input_ids=tokens, **self.inputs(positions, mask, slots, cache))[0]
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
-        return (self._inner(**inputs).last_hidden_state,)
+        features = self._inner(**inputs).last_hidden_state
+        return (features if self.gathered_on is None else features.to(self.gathered_on),)
 
     def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
         """Return the inner model's inputs beside tokens; positions, mask and slots as in `attention_mask`."""
@@ -245,10 +262,8 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(
             f"the embedding of {name} is quantised, so its rows cannot be read; leave it out of quantisation"
         )
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise UserError(
-            f"{name} is spread over several devices, which is not supported; load it on one (no device_map)"
-        )
+    if len({parameter.device for parameter in model.parameters()}) > 1 and not hasattr(model, "hf_device_map"):
+        raise UserError(f"{name} was moved to several devices by hand; load it with device_map='auto'")
     if config._attn_implementation not in MASK_READING:
         raise UserError(
             f"attention '{config._attn_implementation}' takes no mask of its own; load with attn_implementation='sdpa'"
@@ -263,25 +278,32 @@ def refuse_unfit(model: PreTrainedModel) -> None:
         raise UserError(f"{name} attends in chunks of positions, which is not supported; choose another family")
 
 
-def _head(model: PreTrainedModel) -> nn.Module | _HeadView:
-    """Return the output layer if the model does nothing more to its logits, else the model's own path to them."""
+def _head(model: PreTrainedModel) -> tuple[nn.Module | _HeadView, torch.device | None]:
+    """Return the output layer if the model does nothing more to its logits, else the model's own path to them.
+
+    The second value is `Target.gathered_on`.
+    """
     head, view = model.get_output_embeddings(), _HeadView(model)
     weight: Any = model.get_input_embeddings().weight
-    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size).to(weight.device, weight.dtype)[
-        None, None
-    ]
+    probe = torch.linspace(-3, 3, model.config.get_text_config().hidden_size, dtype=weight.dtype)[None, None]
+    devices = {parameter.device for parameter in model.parameters()}
+    spread = hasattr(model, "hf_device_map") and (len(devices) > 1 or weight.is_meta)
+    if not spread:
+        probe = probe.to(weight.device)
     with torch.inference_mode():
         try:
             through = view(probe)
+            device = through.device if spread else None
+            probe = probe.to(through.device)
         except Exception as error:  # families raise what they like
             raise UserError(
                 f"{type(model).__name__} makes its logits of something else than its last features "
                 f"({first_line(error)}); choose a model of another family"
             ) from error
         try:
-            return head if torch.equal(head(probe), through) else view
+            return (head if torch.equal(head(probe), through) else view), device
         except RuntimeError:  # features pass through more than this layer
-            return view
+            return view, device
 
 
 class _HeadView:

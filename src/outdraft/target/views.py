@@ -41,6 +41,7 @@ class View:
         indices: index of each in the model's list, by which families look up its kind of attention.
         notes: indices of modules whose outputs are returned.
         handed: True if the input is hidden states instead of tokens.
+        device: device of all outputs; by default that of the layer that makes each.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class View:
         what: str,
         notes: Sequence[int] = (),
         handed: bool = False,
+        device: torch.device | None = None,
     ):
+        self._device = device
         own, self._handed = list(modules), None
         if handed:
             own[0] = self._handed = _Handed(own[0])
@@ -77,7 +80,8 @@ class View:
         if self._handed is not None:
             self._handed.hidden = inputs["inputs_embeds"]
         features = self._inner(**inputs).last_hidden_state
-        return (features, *(noting.take() for noting in self._noting))
+        outputs = (features, *(noting.take() for noting in self._noting))
+        return outputs if self._device is None else tuple(output.to(self._device) for output in outputs)
 
 
 class Reader:
@@ -87,7 +91,7 @@ class Reader:
         UserError: no such layer, or the model's layers cannot be found.
     """
 
-    def __init__(self, model: PreTrainedModel, reads: Reads):
+    def __init__(self, model: PreTrainedModel, reads: Reads, device: torch.device | None = None):
         modules = list(layers_of(model))
         total, split, self.reads = len(modules), reads.split, reads
         if split is not None and not 1 <= split < total:
@@ -101,11 +105,11 @@ class Reader:
         self._noted, self._below = [*below, *above], len(below)
         notes = [layer - first - 1 for layer in above]
         indices = range(first, total)
-        self._last = View(model, modules[first:], indices, name, notes, handed=split is not None)
+        self._last = View(model, modules[first:], indices, name, notes, handed=split is not None, device=device)
         self._first = None
         if split is not None:
             notes = [layer - 1 for layer in below]
-            self._first = View(model, modules[:split], range(split), "the first layers", notes)
+            self._first = View(model, modules[:split], range(split), "the first layers", notes, device=device)
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Run all layers; return `(rows, tokens, hidden)` features and `(rows, tokens, width)` states that are read."""
@@ -139,16 +143,16 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
-def exit_view(model: PreTrainedModel, layer: nn.Module) -> View:
-    """Return a view of one given layer on hidden states, with the model's final norm after it."""
-    return View(model, [layer], [len(layers_of(model)) - 1], "the exit layer", handed=True)
+def exit_view(model: PreTrainedModel, layer: nn.Module, device: torch.device | None = None) -> View:
+    """Return a view of one given layer on hidden states, with the final norm after it; `device` as in `View`."""
+    return View(model, [layer], [len(layers_of(model)) - 1], "the exit layer", handed=True, device=device)
 
 
-def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module) -> View:
+def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module, device: torch.device | None = None) -> View:
     """Return a view of the model's first layers and a given layer, which also returns the state in between."""
     modules = list(layers_of(model))
-    indices = [*range(layers), len(modules) - 1]
-    return View(model, [*modules[:layers], layer], indices, "the first layers and the exit layer", [layers - 1])
+    indices, what = [*range(layers), len(modules) - 1], "the first layers and the exit layer"
+    return View(model, [*modules[:layers], layer], indices, what, [layers - 1], device=device)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -241,7 +241,9 @@ def feature_store(target: TargetLike, ready: Preparation, objective: Objective) 
     With `features="auto"` they are stored if a run reads its data more than once and the budget has room for them.
     """
     config, examples = ready.config, ready.examples
-    if config.features == "online":
+    if getattr(target, "shared", False) and config.features == "cached":
+        raise UserError("features of a target that processes share (--tp) are not stored; leave features out")
+    if config.features == "online" or getattr(target, "shared", False):
         return None
     folder = config.feature_cache_dir or config.output_dir / "features"
     store = FeatureStore(folder, target, objective.reading, objective.top_k)

@@ -25,6 +25,7 @@ from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
 from outdraft.output import write_whole
+from outdraft.target.ranks import said_by_first
 from outdraft.training.config import DrafterConfig
 
 BATCH = 8
@@ -151,19 +152,25 @@ class BestWeights:
 
 
 class TauMeter(TrainerCallback):
-    """A callback that measures the held-out metrics every `every` steps in the first process; the others wait.
+    """A callback that measures the held-out metrics every `every` steps in the first process.
+
+    The others wait, or measure the same with it if processes share the target's layers.
 
     Args:
         every: steps between measurements.
+        shared: True if processes share the target's layers.
     """
 
-    def __init__(self, measure: MeasureTau, every: int, best: BestWeights):
-        self._measure, self.every, self.best = measure, every, best
+    def __init__(self, measure: MeasureTau, every: int, best: BestWeights, shared: bool = False):
+        self._measure, self.every, self.best, self.shared = measure, every, best, shared
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps and args.should_save:
+        measures = args.should_save or self.shared
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps and measures:
             found = self.measured()
+            if not args.should_save:
+                return
             due = control.should_log
             self.log(dict(found))
             control.should_log = due  # an entry of our own does not stand in for the step's
@@ -184,7 +191,8 @@ class TauMeter(TrainerCallback):
         """Measure the final weights; restore earlier weights if these did better, and return True then."""
         found = self.measured()
         self.log(dict(found))
-        if found.get(CHAIN, 0.0) < self.best.score:
+        worse = found.get(CHAIN, 0.0) < self.best.score
+        if said_by_first(worse) if self.shared else worse:
             self.best.restore()
             return self.measured(), True
         return found, False

@@ -13,10 +13,10 @@ from rich.table import Table
 from outdraft.core.tensors import now
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
-from outdraft.methods.fspad.beginning import inner_width
 from outdraft.methods.registry import MeasuredSetting, method_called
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, feature_store
+from outdraft.training.memory import drafting_bytes
 from outdraft.training.preparation import Preparation, objective_for, prepare, with_measured
 from outdraft.training.progress import duration
 from outdraft.training.trainer import use_bf16
@@ -128,15 +128,9 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
     """Sum up target, drafter with gradients and AdamW's moments, a piece's activations, and a chunk's logits."""
     config = ready.config
     weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
-    trained = 16 * sum(weight.numel() for weight in objective.drafter.parameters())
+    drafter = sum(weight.numel() for weight in objective.drafter.parameters())
     tokens = config.batch_size // config.gradient_accumulation_steps * max(map(len, ready.examples.examples))
-    # Every token has some twenty tensors of width d (inputs, noise, residuals, p, r, gradients) and eight of width i.
-    inner = config.intermediate_size or inner_width(target)
-    activations = 4 * tokens * (20 * target.hidden_size + 8 * inner)
-    reduced = config.draft_vocabulary_for(target.vocab_size) if config.teacher_top_k else None
-    kept = reduced or target.vocab_size
-    logits = 4 * 4 * min(tokens, config.loss_chunk_size) * kept
-    return weights + trained + activations + logits
+    return weights + drafting_bytes(target, config, drafter, tokens)
 
 
 def _timed(

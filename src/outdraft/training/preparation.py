@@ -114,6 +114,8 @@ def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
     by_hand = "max_length" in config.model_fields_set
     if getattr(target, "backend", "eager") != "eager":  # packed layers compute no gradients, and hide their weights
         raise UserError(f"a target on backend '{target.backend}' cannot train a drafter; load it with backend eager")  # type: ignore[attr-defined]
+    if getattr(target, "gathered_on", None) is not None:
+        raise UserError("a target in several places cannot train a drafter; share it among processes (torchrun, --tp)")
     config = config.with_preset(parameter_count(target))
     if config.max_length > target.context_length:
         if by_hand:

@@ -5,7 +5,6 @@ The caller passes the function that measures the real acceptance length.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import signal
@@ -30,6 +29,7 @@ from outdraft.losses.teacher import TargetLike, shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.registry import method_called
 from outdraft.output import write_whole
+from outdraft.target.ranks import leave_group_at_exit
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
@@ -87,7 +87,8 @@ def train(
 ) -> TrainResult:
     """Train a drafter for `target` (arXiv 2408.15562 or 2406.03853) and save it to `config.output_dir`.
 
-    It runs in a single process, or in each of `torchrun` / `accelerate launch`; every process holds its own target.
+    It runs in a single process, or in each of `torchrun` / `accelerate launch`. Every process trains the drafter on
+    batches of its own; the target is whole in each, or its layers are shared among them (`Target.shared`).
 
     Args:
         target: stays as it is; its weights are frozen.
@@ -111,6 +112,7 @@ def train(
     target.model.eval().requires_grad_(False)
     args = training_arguments(config, target.device, ready.total_steps)
     _check_devices(target, args)
+    shared = getattr(target, "shared", False)
     if not args.should_save:
         console = Console(quiet=True)
     for note in ready.notes:
@@ -141,7 +143,7 @@ def train(
         best.resume()
     elif args.should_save:
         best.forget()
-    meter = TauMeter(measure, config.evaluation_for(ready.total_steps), best) if measure else None
+    meter = TauMeter(measure, config.evaluation_for(ready.total_steps), best, shared) if measure else None
     trainer = ObjectiveTrainer(
         objective,
         config,
@@ -151,12 +153,11 @@ def train(
     )
     if meter is not None:
         meter.log = trainer.log
-    atexit.unregister(_leave_group)
-    atexit.register(_leave_group)
+    leave_group_at_exit()
     _run(trainer, checkpoint, stop, progress, ended=checkpoint is not None and best.out_of_patience)
 
     tau, step = None, trainer.state.global_step
-    if meter is not None and args.should_save:
+    if meter is not None and (args.should_save or shared):
         tau, restored = meter.last()
         if restored:
             step = best.step
@@ -176,13 +177,6 @@ def train(
     return result
 
 
-def _leave_group() -> None:
-    """Leave the process group: a process that ends while the group's threads run aborts, and the launcher then reports
-    a finished training as failed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
     if target.device.type != args.device.type or (target.device.index or 0) != (args.device.index or 0):
         raise UserError(
@@ -197,7 +191,8 @@ def _measured(target: TargetLike, ready: Preparation, resume: bool, console: Con
     if resume:
         with contextlib.suppress(OSError, ValueError):
             record = json.loads((ready.config.output_dir / RUN).read_text())
-    method, main = method_called(ready.config.method), PartialState().is_main_process
+    method = method_called(ready.config.method)
+    main = PartialState().is_main_process or getattr(target, "shared", False)
     found = [method.measure(target, ready.config, ready.examples, record) if main else None]
     measured = broadcast_object_list(found)[0]
     if measured is not None:

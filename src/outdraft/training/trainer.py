@@ -76,7 +76,8 @@ class ObjectiveTrainer(Trainer):
 
     def _in_groups(self, items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
         """Divide a batch into groups of examples of like length, each padded to its own, or leave it one group."""
-        if not self.config.length_groups:
+        shared = getattr(self.objective.reading.target, "shared", False)  # processes run its layers equally often
+        if not self.config.length_groups or shared:
             return {GROUPS: [collate(items)]}
         lengths = [len(item["example"]) for item in items]  # type: ignore[arg-type]
         cost = GROUP_COST.get(self.args.device.type, GROUP_COST["cuda"])

@@ -22,6 +22,7 @@ from outdraft.evaluation.bench.result import BenchResult, Comparison, temperatur
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.report.pages import check_bench_page, save_bench
+from outdraft.output import is_main_process
 from outdraft.reference import load_prompts
 from outdraft.target.named import named
 from outdraft.target.target import Target
@@ -43,7 +44,8 @@ def run_bench(
     if settings.report is not None:
         check_bench_page(settings.report)
     asked = _questions(settings)
-    target = load_target(settings.model, dtype=settings.dtype, device=settings.device, backend=settings.backend)
+    place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
+    target = load_target(settings.model, **place, tp_plan=settings.tp_plan)
     fitting, too_long = dialogues(
         asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
     )
@@ -90,12 +92,12 @@ def run_bench(
         store.end(**ended)
         facts |= store.sittings[-1]  # those of the last measurement, which need not be now
         facts["sittings"] = store.sittings
-        for one in comparisons:
+        for one in comparisons if is_main_process() else ():
             write_answers(store.folder, one, target, several=len(comparisons) > 1)
     result = BenchResult(
         settings.shown(asked.suite, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
     )
-    if settings.report is not None:
+    if settings.report is not None and is_main_process():
         save_bench(result, settings.report, target.tokenizer)
         remarks.print(f"report: {settings.report}", highlight=False)
     return result

@@ -71,6 +71,7 @@ class BenchSettings:
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
+    tp_plan: str | None = None
 
     def __post_init__(self) -> None:
         refuse_below(self, limit=1, repetitions=1, max_new_tokens=1)

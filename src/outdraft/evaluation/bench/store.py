@@ -21,8 +21,8 @@ from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import Answer, Pair, Run
 from outdraft.evaluation.bench.methods import BenchSettings
 from outdraft.evaluation.bench.questions import Question, QuestionSet
+from outdraft.output import is_main_process, whole_lines, write_whole
 from outdraft.output import plain as in_json
-from outdraft.output import whole_lines, write_whole
 
 SETTINGS, RUNS = "settings.json", "runs.jsonl"
 
@@ -59,10 +59,11 @@ class Store:
             self._save()
         answers = {name: [asdict(answer) for answer in run.answers] for name, run in pair.items()}
         line = {"temperature": temperature, "question": prompt, "repetition": repetition, "answers": answers}
-        with (self.folder / RUNS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if is_main_process():
+            with (self.folder / RUNS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self._pairs[temperature, prompt, repetition] = dict(pair)
 
     @property
@@ -117,7 +118,8 @@ class Store:
 
     def _save(self) -> None:
         state = {"settings": self._settings, "sittings": self.sittings}
-        write_whole(self.folder / SETTINGS, json.dumps(state, indent=2))
+        if is_main_process():
+            write_whole(self.folder / SETTINGS, json.dumps(state, indent=2))
 
 
 def _run(prompt: int, repetition: int, answers: list[dict[str, Any]]) -> Run:

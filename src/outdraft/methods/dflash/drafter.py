@@ -93,8 +93,7 @@ class DFlash(NetworkDrafter):
         scale, own = self.network.config.input_embedding_scale, self.network.embed_tokens
         if own is None and not scale:
             return self.target.embed(tokens)
-        table = (own or self.target.model.get_input_embeddings()).weight
-        return F.embedding(tokens, table) * (scale or 1.0)  # type: ignore[arg-type]
+        return F.embedding(tokens, self.target.embedding_rows if own is None else own.weight) * (scale or 1.0)
 
     def _output(self) -> Callable[[Tensor], Tensor]:
         """Return the function from normed states to logits over the draft vocabulary."""

@@ -65,5 +65,5 @@ class Eagle3Drafter(FeatureDrafter):
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up unscaled rows of the checkpoint's own embedding or the target's, as trainers of EAGLE-3 do, also
         where the target's embedding scales them."""
-        table = self.head.embed_tokens or self.target.model.get_input_embeddings()
-        return F.embedding(tokens, table.weight)  # type: ignore[arg-type]
+        own = self.head.embed_tokens
+        return F.embedding(tokens, self.target.embedding_rows if own is None else own.weight)

@@ -35,7 +35,11 @@ class EarlyExit(NetworkDrafter):
         super().__init__(exit_layer, target, Reads(features=False, layers=(split,), split=split))
         self.exit_layer = exit_layer
         self.exit = exit_layer.bind(target)
-        self.shortcut = shortcut_view(target.model, split, exit_layer.layer)
+        if target.gathered_on is not None:  # layers below hand over what lies on other devices
+            from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+            add_hook_to_module(exit_layer.layer, AlignDevicesHook(target.device, skip_keys="past_key_values"))
+        self.shortcut = shortcut_view(target.model, split, exit_layer.layer, target.gathered_on)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> EarlyExitState:
         return EarlyExitState(self, run)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import TARGET_FACTS, Network
+from outdraft.target.ranks import whole
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
 
@@ -56,10 +57,10 @@ class ExitLayer(Network):
             UserError: the model has no such layer to exit after, or its weights cannot be trained.
         """
         exit_layer = empty(model, config)
-        source = {f"layer.{name}": weight for name, weight in layers_of(model)[-1].state_dict().items()}
+        source = {f"layer.{name}": whole(weight) for name, weight in layers_of(model)[-1].state_dict().items()}
         if config.own_head:
             output: Any = model.get_output_embeddings()
-            source |= {f"head.{name}": weight for name, weight in output.state_dict().items()}
+            source |= {f"head.{name}": whole(weight) for name, weight in output.state_dict().items()}
         odd = next((name for name, weight in source.items() if not weight.is_floating_point()), None)
         if odd is not None or source.keys() != exit_layer.state_dict().keys():
             raise UserError("the target's last layer is quantised or packed; load it unquantised with --backend eager")
@@ -109,7 +110,7 @@ class BoundExit:
     """An exit layer with the final norm and the head of its target; it holds views, no weights."""
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
-        self._view = exit_view(target.model, exit_layer.layer)
+        self._view = exit_view(target.model, exit_layer.layer, target.gathered_on)
         self.head: Callable[[Tensor], Tensor] = (
             target.head if exit_layer.head is None else target.head_through(exit_layer.head)
         )

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from outdraft.target.backends.fused import Doubles, hooked
+from outdraft.target.ranks import whole_weight
 
 PACKABLE = (torch.bfloat16, torch.float32)
 
@@ -73,6 +74,8 @@ def why_not_replaced(model: nn.Module) -> str | None:
     """Return why a model's modules cannot be replaced, None if they can."""
     if hasattr(model, "_hf_hook"):
         return "it is spread over devices"
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        return "processes share its layers"
     if getattr(model, "hf_quantizer", None) is not None or quantised_part(model) is not None:
         return "it is quantised"
     if getattr(model, "peft_config", None) or any("base_layer" in module._modules for module in model.modules()):
@@ -146,4 +149,4 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
     if isinstance(module, PackedLinear):
         return module.dense(), bias
-    return module.weight.detach(), bias  # type: ignore[operator]
+    return whole_weight(module).detach(), bias
