@@ -101,11 +101,25 @@ def reader_of(target: TargetLike) -> TargetLike:
 def weights_fingerprint(target: TargetLike) -> str:
     """Hash names, shapes and evenly spaced values of all weights; fast at any size, and any training changes it."""
     digest = hashlib.sha256()
-    for name, weight in target.model.state_dict().items():
+    model = target.model
+    # Some quantisers add scales to what is saved, and round them anew whenever it is.
+    kept = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {name for part in kept for name, _ in part}
+    for name, weight in model.state_dict().items():
+        if name not in own:
+            continue
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
+        for part in _parts(weight.detach()):
+            flat = part.flatten()
+            digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(weight: Any) -> list[Tensor]:
+    """Return the plain tensors that a tensor consists of: itself, or the numbers and scales of a quantised one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [part for name in weight.__tensor_flatten__()[0] for part in _parts(getattr(weight, name))]
 
 
 class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):
