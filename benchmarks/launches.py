@@ -2,13 +2,14 @@
 
 Backend `graphs` runs on a CPU what it would record on a GPU, so every operation is seen: those inside of a recording
 are one launch together, those outside are one each; views and empty tensors are none. What asks for a tensor's value is
-a wait; a tensor made of host numbers outside of a recording is a copy to the device.
+a wait; a tensor made of host numbers outside of a recording is a copy to the device, which waits unless it is pinned.
 
-    python benchmarks/launches.py
+    python benchmarks/launches.py [METHOD...]
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import outdraft
-from outdraft.core import verify
+from outdraft.core import sampling, verify
 from outdraft.drafting import expand
 from outdraft.engine.round import Batch
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
@@ -36,6 +37,8 @@ SHAPES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+METHODS = ("none", "fspad", "eesd", "prompt-lookup", "fspad-1f")
+KINDS = ("outside", "replays", "waits", "copies", "pinned")
 SKIPPED = 3
 """Rounds that are not counted: the first ones record, and make tables that later ones share."""
 
@@ -51,10 +54,20 @@ class Operations(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         shares = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if name == "lift_fresh":
-            self.counts["copies"] += not self.recorded
+            self.counts["pinned" if _pinned() else "copies"] += not self.recorded
         elif not shares and "empty" not in name and not name.startswith("_local_scalar"):
             self.counts["inside" if self.recorded else "outside"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _pinned() -> bool:
+    """Return True within the functions that copy from pinned memory, which does not wait."""
+    frame: Any = sys._getframe(2)
+    for _ in range(4):
+        if frame is None or frame.f_code.co_name in ("sent", "put"):
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name in ("sent", "put")
 
 
 class Waits(TorchFunctionMode):
@@ -115,15 +128,17 @@ def counted(method: str, settings: dict[str, Any], rows: int) -> dict[str, float
         model.generate(prompts, max_new_tokens=40, eos_token_id=10**6, **settings)
     finally:
         Batch.round, Replayed.__call__ = own_round, own_call  # type: ignore[method-assign]
-    return {kind: counts[kind] / (rounds - SKIPPED) for kind in ("outside", "replays", "inside", "waits", "copies")}
+    return {kind: counts[kind] / (rounds - SKIPPED) for kind in KINDS}
 
 
 def main() -> None:
     verify.WALKING = ()  # as on a GPU
-    expand.greatest = lambda scores: scores.argmax(-1)
+    for module in (expand, sampling, verify):  # NumPy's is for CPUs
+        module.greatest = lambda scores: scores.argmax(-1)  # type: ignore[attr-defined]
     torch.set_num_threads(1)
-    print("| method | rows | T | launches outside | replays | waits | copies |\n|---|---|---|---|---|---|---|")
-    for method in ("none", "fspad", "eesd", "prompt-lookup", "fspad-1f"):
+    print("| method | rows | T | launches outside | replays | waits | copies, waiting | copies, pinned |")
+    print("|---" * 8 + "|")
+    for method in sys.argv[1:] or METHODS:
         trained = method in ("fspad", "eesd", "fspad-1f")
         for temperature in (0.0, 1.0):
             for rows in (1, 8):
@@ -132,7 +147,7 @@ def main() -> None:
                     settings |= {"tree_depth": 5, "tree_top_k": 4, "tree_size": 16, "controller": "fixed"}
                     settings["prompt_lookup_min"] = 0
                 found = counted(method, settings, rows)
-                figures = " | ".join(f"{found[kind]:.1f}" for kind in ("outside", "replays", "waits", "copies"))
+                figures = " | ".join(f"{found[kind]:.1f}" for kind in KINDS)
                 print(f"| {method} | {rows} | {temperature:g} | {figures} |", flush=True)
 
 

@@ -193,9 +193,7 @@ def test_a_change_of_one_layers_weights_changes_the_fingerprint(model: PreTraine
 def test_drafters_are_trained_on_it(model: PreTrainedModel, method: str, tmp_path: Path) -> None:
     data = write_chats(tmp_path / "chats.jsonl", 12)
     more: dict[str, Any] = {"exit_layer": 1} if method == "eesd" else {"draft_vocab_size": 200}
-    run = trainer(
-        model, tmp_path / "drafter", data, {"method": method, **more}, tokenizer=byte_tokenizer()
-    )
+    run = trainer(model, tmp_path / "drafter", data, {"method": method, **more}, tokenizer=byte_tokenizer())
     run.train()
     texts = outdraft.load(model, str(tmp_path / "drafter")).generate(PROMPTS, max_new_tokens=12, **ENDLESS).tokens
     assert all(max(gaps(model, prompt, text)) < 0.1 for prompt, text in zip(PROMPTS, texts, strict=True))

@@ -115,7 +115,7 @@ def _weights(exit_layer: ExitLayer, model: PreTrainedModel, small: PreTrainedMod
     inside = {
         f"{prefix}.{place}.{name}": weight
         for place, (module, like) in enumerate(zip(modules, layers_of(small), strict=True))
-        for name, weight in plain_weights(module, like.state_dict()).items()  # type: ignore[arg-type]
+        for name, weight in plain_weights(module, like.state_dict()).items()
     }
     output: Any = small.get_output_embeddings()
     at = next(name for name, module in small.named_modules() if module is output)

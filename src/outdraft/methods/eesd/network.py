@@ -63,10 +63,12 @@ class ExitLayer(Network):
             f"{part}.{name}": weight.to(torch.float32, copy=True)
             for part, own in exit_layer._modules.items()
             if own is not None
-            for name, weight in plain_weights(originals[part], own.state_dict()).items()  # type: ignore[arg-type]
+            for name, weight in plain_weights(originals[part], own.state_dict()).items()
         }
         if weights.keys() != exit_layer.state_dict().keys():
-            raise UserError("the target's last layer has weights of another form than its family's; load it unquantised")
+            raise UserError(
+                "the target's last layer has weights of another form than its family's; load it unquantised"
+            )
         exit_layer.load_state_dict(weights, assign=True)
         return exit_layer.requires_grad_(True)
 

@@ -166,7 +166,8 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight.detach(), bias
     kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     floats = (part.dtype for part in kept if part.is_floating_point() and part.dtype.itemsize >= 2)
-    units = torch.eye(module.in_features, dtype=next(floats, torch.float32), device=kept[0].device)  # type: ignore[arg-type]
+    width: Any = module.in_features
+    units = torch.eye(width, dtype=next(floats, torch.float32), device=kept[0].device)
     columns = torch.cat([module(part) for part in units.split(UNITS)])
     return (columns if bias is None else columns - bias).T.contiguous(), bias
 
