@@ -114,7 +114,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and kept buffers, in the order of `state_dict`."""
     for path, module in model.named_modules(remove_duplicate=False):
         kept = {name: part for name, part in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        for name, weight in (module._parameters | kept).items():
+        for name, weight in (*module._parameters.items(), *kept.items()):
             if weight is not None:
                 yield f"{path}.{name}" if path else name, weight
 
