@@ -121,6 +121,7 @@ NOISY: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 1}
         ("eagle3", GREEDY, 1),
         ("fspad-1f", GREEDY, 2),  # its tables, and what was accepted
         ("prompt-lookup", {}, 2),
+        ("eesd", GREEDY, 4),  # the tree, what of the last one ran ahead, what was accepted; comparisons at first
         ("plain", {"temperature": 1.0, "seed": 1}, 1),
         ("fspad", NOISY, 1),
         ("plain", {"temperature": 1.0, "seed": 1, "coupling": "dice"}, 4),
@@ -135,7 +136,7 @@ def test_a_round_asks_the_device_so_often(
     monkeypatch.setattr(Batch, "round", asked.around(Batch.round))
     monkeypatch.setattr(verify, "WALKING", ())  # as on a GPU
     given = {**settings, "max_new_tokens": 12, "eos_token_id": 10**6, "controller": "fixed"}
-    if drafter in ("fspad", "eagle", "eagle3", "fspad-1f"):
+    if drafter in ("fspad", "eagle", "eagle3", "fspad-1f", "eesd"):
         given["prompt_lookup_min"] = 0
     model.generate(PROMPTS[:1] * rows, **given)
     assert asked.rounds > 2

@@ -118,6 +118,9 @@ def load_target(
         backend = best_backend(loaded)
     if backend in QUANTISED and loaded is model:
         raise UserError("quantize changes weights, and a loaded model's are its owner's; give a folder or a hub id")
+    if loaded._forward_pre_hooks:  # some quantisers unpack weights at the first forward of the whole model
+        with torch.no_grad():
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device))
     target = Target(loaded, words)
     windows = tried(target)
     return Target(loaded, words, backend, windows)
@@ -263,7 +266,8 @@ def _load_model(
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
-    return model.eval() if more else model.eval().to(device)
+    # Quantised models refuse to be moved, and need not be here.
+    return model.eval() if model.device == device else model.eval().to(device)
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -39,14 +39,15 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder, asked)
     place = resolve_device(device)
     dtype = default_dtype(place)
+    why = "it is quantised" if facts.get("quantised_by") else why_not_native()
     tree = GREEDY_CHAIN if place.type == "cpu" else GPU_TREE
     return {
         **facts,
         "here": {
             "device": str(place),
             "dtype": str(dtype).removeprefix("torch."),
-            "backend": default_backend(place, dtype),
-            **({} if place.type != "cpu" or (why := why_not_native()) is None else {"not_native_because": why}),
+            "backend": "eager" if facts.get("quantised_by") else default_backend(place, dtype),
+            **({} if place.type != "cpu" or why is None else {"not_native_because": why}),
             "tree": {"depth": tree.depth, "top_k": tree.top_k, "size": tree.size},
         },
         "versions": versions(),
@@ -135,10 +136,12 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         reason = str(error)
     devices = device_memory(path, DrafterConfig(output_dir=Path())) if reason is None else []
     text = config.get_text_config()
+    quantised: Any = getattr(config, "quantization_config", None)
     made_from = record_in(folder) or {}
     return {
         "kind": "model",
         **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
+        **({} if quantised is None else {"quantised_by": _quantiser(quantised)}),
         "family": config.model_type,
         "class": type(model).__name__,
         "parameters": count(model.parameters()),
@@ -154,6 +157,12 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
+
+
+def _quantiser(config: Any) -> str:
+    """Return the name of the library that a folder's weights were quantised by."""
+    settings = config if isinstance(config, dict) else config.to_dict()
+    return str(settings.get("quant_method", "an unnamed quantiser"))
 
 
 def _memory(text: Any, parameters: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def sent(numbers: Any, device: torch.device, dtype: torch.dtype = torch.long) ->
     """Copy host numbers to a tensor on the device, without waiting for the device's queued work."""
     made = torch.tensor(numbers, dtype=dtype)
     return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
+
+
+def listed(parts: Sequence[Tensor]) -> list[list[list[int]]]:
+    """Return the `(rows, n)` integers of every part as lists, in one transfer to the host."""
+    rows, ends = torch.cat(list(parts), dim=1).tolist(), accumulate(part.shape[1] for part in parts)
+    return [[row[end - part.shape[1] : end] for row in rows] for part, end in zip(parts, ends, strict=True)]
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from outdraft.drafting.expand import Step, grow
 from outdraft.errors import UserError
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.native.modules import NativeLinear, draft_bits
-from outdraft.target.backends.packed import plain_linear
+from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.target import Target
 
 NEVER = -3e4
@@ -58,7 +58,7 @@ class DraftVocabulary:
     def _reduced(self, target: Target) -> Callable[[Tensor], Tensor]:
         """Return the target's head on the kept tokens."""
         output = target.model.get_output_embeddings()
-        if not isinstance(output, nn.Linear | PackedLinear):
+        if not is_linear(output):
             raise UserError(
                 f"the target's output layer is a {type(output).__name__}, which cannot be read at some tokens only; "
                 "use a drafter without draft_vocab_size"

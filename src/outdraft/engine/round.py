@@ -219,7 +219,7 @@ class Batch:
             drafted = len(verdict.tokens) - 1
             tokens = verdict.tokens[:drafted] if lost[i] else verdict.tokens
             taken = row.extend(tokens, self.target.context_length, drafted, copied=bool(plan.ngrams[i]))
-            if taken:
+            if taken and row.watch is not None:
                 row.tell(row.watch, logits[i, verdict.path[:taken]])
             if lost[i] and row.finish_reason is None:
                 row.fail(row.warper.error)

@@ -29,6 +29,7 @@ from outdraft.drafting.ngrams import FullDrafts
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network, method_of
 from outdraft.methods.registry import DrafterFacts
+from outdraft.target.backends.packed import plain_linear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
@@ -276,7 +277,7 @@ def _judged(target: Target, network: Network, drafts: Drafts, facts: DrafterFact
 
 def _overwritten(target: Target, network: Network) -> bool:
     """Return True if the output layers that training made the drafter's own equal the target's."""
-    theirs, kept = target.model.get_output_embeddings().weight, getattr(network, "draft_tokens", None)
+    theirs, kept = plain_linear(target.model.get_output_embeddings())[0], getattr(network, "draft_tokens", None)
     theirs = theirs if kept is None else theirs[kept.to(theirs.device)]
     heads = network.own_heads
     return bool(heads) and all(own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype)) for own in heads)

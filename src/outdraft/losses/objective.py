@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -103,11 +103,29 @@ def reader_of(target: TargetLike) -> TargetLike:
 def weights_fingerprint(target: TargetLike) -> str:
     """Hash names, shapes and evenly spaced values of all weights; fast at any size, and any training changes it."""
     digest = hashlib.sha256()
-    for name, weight in target.model.state_dict().items():
+    # Not by state_dict, at which bitsandbytes converts 4-bit weights in place.
+    for name, weight in _weights(target.model):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = whole(weight.detach()).flatten()
-        digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
+        for part in _parts(whole(weight.detach())):
+            flat = part.flatten()
+            digest.update(flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and kept buffers, in the order of `state_dict`."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = {name: part for name, part in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, weight in (*module._parameters.items(), *kept.items()):
+            if weight is not None:
+                yield f"{path}.{name}" if path else name, weight
+
+
+def _parts(weight: Any) -> list[Tensor]:
+    """Return the plain tensors that a tensor consists of: itself, or the numbers and scales of a quantised one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [part for name in weight.__tensor_flatten__()[0] for part in _parts(getattr(weight, name))]
 
 
 class TrainingExamples(torch.utils.data.Dataset[dict[str, object]]):

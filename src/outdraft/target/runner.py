@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from outdraft.core.tensors import causal, counting, integers
+from outdraft.core.tensors import causal, counting, integers, listed, sent
 from outdraft.core.tree import Tree
 from outdraft.target.cache import SlotCache
 from outdraft.target.views import Reads
@@ -150,7 +150,7 @@ class ModelRunner:
         carried = torch.cat([level.carried for level in self._levels], dim=1)
         self._levels = []
         device = tree.tokens.device
-        index = torch.tensor(indices, device=device)
+        index = sent(indices, device)
         if any(missing):
             carried = torch.cat([carried, self._run_missing(tree, index, missing)], dim=1)
         self.cache.arrange(indices)
@@ -164,7 +164,10 @@ class ModelRunner:
 
         A node matches the candidate that ran ahead with its token after its parent; padding stands for the root.
         """
-        levels = [torch.stack([level.tokens, level.parents]).tolist() for level in self._levels]
+        parts = [part for level in self._levels for part in (level.tokens, level.parents)]
+        tokens_of_all, parents_of_all, *lists = listed([tree.tokens, tree.parents, *parts])
+        tree.__dict__["lists"] = tokens_of_all, parents_of_all  # so that nothing asks for them again
+        levels = list(zip(lists[::2], lists[1::2], strict=True))
         indices: list[list[int]] = []
         missing: list[list[int]] = []
         for row, (tokens, parents) in enumerate(zip(*tree.lists, strict=True)):
@@ -188,7 +191,7 @@ class ModelRunner:
     def _run_missing(self, tree: Tree, indices: Tensor, missing: list[list[int]]) -> Tensor:
         """Run the first part over the nodes that did not run ahead, most of them leaves; padded with roots."""
         count, device = max(len(new) for new in missing), tree.tokens.device
-        nodes = torch.tensor([new + [0] * (count - len(new)) for new in missing], device=device)
+        nodes = sent([new + [0] * (count - len(new)) for new in missing], device)
         pending = self.cache.pending
         self.cache.reserve(count, device)
         slots = self.cache.pending_slots(0, pending + count, device)

@@ -21,6 +21,7 @@ from outdraft.methods.eagle3.folder import load_eagle3
 from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.objective import FeatureObjective
+from outdraft.target.backends.packed import is_linear, plain_linear
 
 COMMON = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -83,12 +84,13 @@ def _begun_from(settings: Any, target: TargetLike) -> Eagle3Head:
 
 @torch.no_grad()
 def begin_output(head: Eagle3Head, target: TargetLike) -> None:
-    """Copy the target's output rows of the draft vocabulary to a fresh head's output layer, where it has plain ones."""
-    weight: Any = getattr(target.model.get_output_embeddings(), "weight", None)
+    """Copy the target's output rows of the draft vocabulary to a fresh head's output layer, where it is linear."""
+    theirs: Any = target.model.get_output_embeddings()
     output, kept = head.lm_head, head.draft_tokens
-    plain = isinstance(weight, Tensor) and weight.is_floating_point()
-    if head.fresh and output is not None and plain and weight.shape == (target.vocab_size, output.in_features):
-        output.weight.copy_(weight if kept is None else weight[kept])
+    if head.fresh and output is not None and is_linear(theirs):
+        weight = plain_linear(theirs)[0]
+        if weight.shape == (target.vocab_size, output.in_features):
+            output.weight.copy_(weight if kept is None else weight[kept])
     head.fresh = False
 
 

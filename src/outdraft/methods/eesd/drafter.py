@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
+from outdraft.core.tensors import counting, listed, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
@@ -101,10 +102,11 @@ class EarlyExitState(DraftState):
 
     def _keep_accepted(self, update: Update) -> list[int]:
         """Commit the exit layer's entries of accepted candidates; return their number for every row."""
-        levels = [torch.stack(level).tolist() for level in self._expanded]
+        decided, *lists = listed([update.tokens, *(part for level in self._expanded for part in level)])
+        levels = list(zip(lists[::2], lists[1::2], strict=True))
         self._expanded = []
         paths = []
-        for row, (tokens, count) in enumerate(zip(update.tokens.tolist(), update.counts, strict=True)):
+        for row, (tokens, count) in enumerate(zip(decided, update.counts, strict=True)):
             path, above, first = list[int](), 0, 0
             for token, (level_tokens, level_parents) in zip(tokens[: count - 1], levels, strict=False):
                 nodes = zip(level_tokens[row], level_parents[row], strict=True)
@@ -135,10 +137,10 @@ class EarlyExitState(DraftState):
             hidden: `(rows, 1, hidden)` early hidden state of the root.
         """
         device, longest = taps.device, max(counts)
-        index = torch.tensor(starts, device=device)[:, None] + torch.arange(longest + 1, device=device)
+        index = sent(starts, device)[:, None] + counting(0, longest + 1, device)
         index = index.clamp_(max=taps.shape[1] - 1)[..., None]
         new = taps.gather(1, index.expand(-1, -1, taps.shape[-1]))
-        new[range(len(counts)), counts] = hidden[:, 0]
+        new[counting(0, len(counts), device), sent(counts, device)] = hidden[:, 0]
 
         def forward(piece: slice, positions: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor]:
             return (self._exit(new[:, piece], positions, mask, slots),)

@@ -20,6 +20,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
+from outdraft.target.backends.packed import plain_weights
 from outdraft.target.target import Target
 from outdraft.target.views import Reads, layers_of
 
@@ -108,15 +109,15 @@ def _weights(exit_layer: ExitLayer, model: PreTrainedModel, small: PreTrainedMod
     prefix = next(name for name, module in small.named_modules() if module is layers_of(small))
     inside = {
         f"{prefix}.{place}.{name}": weight
-        for place, module in enumerate(modules)
-        for name, weight in module.state_dict().items()
+        for place, (module, like) in enumerate(zip(modules, layers_of(small), strict=True))
+        for name, weight in plain_weights(module, like.state_dict()).items()
     }
     output: Any = small.get_output_embeddings()
     at = next(name for name, module in small.named_modules() if module is output)
     source: Any = exit_layer.head if exit_layer.head is not None else model.get_output_embeddings()
     outside = {
         **{name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{prefix}.")},
-        **{f"{at}.{name}": weight for name, weight in source.state_dict().items()},
+        **{f"{at}.{name}": weight for name, weight in plain_weights(source, output.state_dict()).items()},
     }
     found = {name: weight.detach().clone() for name, weight in {**outside, **inside}.items()}
     if missing := sorted(set(small.state_dict()) - set(found)):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import TARGET_FACTS, Network
-from outdraft.target.ranks import whole
+from outdraft.target.backends.packed import plain_weights
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
 
@@ -57,14 +57,17 @@ class ExitLayer(Network):
             UserError: the model has no such layer to exit after, or its weights cannot be trained.
         """
         exit_layer = empty(model, config)
-        source = {f"layer.{name}": whole(weight) for name, weight in layers_of(model)[-1].state_dict().items()}
-        if config.own_head:
-            output: Any = model.get_output_embeddings()
-            source |= {f"head.{name}": whole(weight) for name, weight in output.state_dict().items()}
-        odd = next((name for name, weight in source.items() if not weight.is_floating_point()), None)
-        if odd is not None or source.keys() != exit_layer.state_dict().keys():
-            raise UserError("the target's last layer is quantised or packed; load it unquantised with --backend eager")
-        weights = {name: weight.detach().to(torch.float32, copy=True) for name, weight in source.items()}
+        originals = {"layer": layers_of(model)[-1], "head": model.get_output_embeddings()}
+        weights = {
+            f"{part}.{name}": weight.to(torch.float32, copy=True)
+            for part, own in exit_layer._modules.items()
+            if own is not None
+            for name, weight in plain_weights(originals[part], own.state_dict()).items()
+        }
+        if weights.keys() != exit_layer.state_dict().keys():
+            raise UserError(
+                "the target's last layer has weights of another form than its family's; load it unquantised"
+            )
         exit_layer.load_state_dict(weights, assign=True)
         return exit_layer.requires_grad_(True)
 

@@ -25,6 +25,7 @@ from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
@@ -89,8 +90,8 @@ class MedusaHeads(Network):
         if not config.own_head:
             return cls(config)
         output = model.get_output_embeddings()
-        weight, bias = getattr(output, "weight", None), getattr(output, "bias", None)
-        if weight is None or not weight.is_floating_point() or weight.shape != (config.vocab_size, config.hidden_size):
+        weight, bias = plain_linear(output) if is_linear(output) else (None, None)
+        if weight is None or weight.shape != (config.vocab_size, config.hidden_size):
             raise UserError("the target's output layer is no plain linear one; leave own_head out")
         heads = cls(replace(config, own_head_bias=bias is not None))
         with torch.no_grad():

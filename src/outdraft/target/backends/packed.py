@@ -7,7 +7,7 @@ around them; the original stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from outdraft.target.backends.fused import Doubles, hooked
-from outdraft.target.ranks import whole_weight
+from outdraft.target.ranks import whole, whole_weight
 
 PACKABLE = (torch.bfloat16, torch.float32)
+
+UNITS = 256
+"""Unit vectors that a quantised layer runs over at once."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,14 +95,15 @@ def quantised_part(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         own = [tensor for tensor in module._parameters.values() if tensor is not None]
         # Layers that keep their weight in a form of their own still say what shape it stands for.
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, PackedLinear):
+        if is_linear(module) and not isinstance(module, PackedLinear):
             own.append(getattr(module, "weight", None))
-        if not all(_plain(tensor) for tensor in own):
+        if not all(is_plain(tensor) for tensor in own):
             return name
     return None
 
 
-def _plain(weight: Any) -> bool:
+def is_plain(weight: Any) -> bool:
+    """Return True for a tensor of plain floating-point numbers, which can be read and copied as what they stand for."""
     if type(weight) not in (nn.Parameter, Tensor):  # libraries keep packed numbers in kinds of tensors of their own
         return False
     return weight.is_floating_point() and weight.element_size() >= 2
@@ -144,9 +148,42 @@ def _packed(module: nn.Module | None, linear: Callable[..., PackedLinear], doubl
     return _view(module, linear, doubles) if double is None else double
 
 
+def is_linear(module: Any) -> bool:
+    """Return True for linear layers of any library: they say their width, whatever they keep their weight in."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+@torch.no_grad()
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return weight `(out, in)` and bias of a linear layer on any backend."""
-    bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
+    """Return weight `(out, in)` and bias of a linear layer on any backend and of any quantiser.
+
+    A weight that is not kept as plain numbers is what the layer makes of unit vectors.
+    """
+    bias: Any = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach()
     if isinstance(module, PackedLinear):
         return module.dense(), bias
-    return whole_weight(module).detach(), bias
+    weight: Any = None if getattr(module, "weight", None) is None else whole_weight(module)
+    if not is_linear(module) or is_plain(weight):
+        return weight.detach(), bias
+    kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    floats = (part.dtype for part in kept if part.is_floating_point() and part.dtype.itemsize >= 2)
+    width: Any = module.in_features
+    units = torch.eye(width, dtype=next(floats, torch.float32), device=kept[0].device)
+    columns = torch.cat([module(part) for part in units.split(UNITS)])
+    return (columns if bias is None else columns - bias).T.contiguous(), bias
+
+
+def plain_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return those of the named weights that the module has; of quantised linear layers, what they stand for."""
+    found = {}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        try:
+            part = module.get_submodule(path)
+            weight = plain_linear(part)[0] if last == "weight" and is_linear(part) else whole(getattr(part, last))
+        except AttributeError:
+            continue
+        if is_plain(weight):
+            found[name] = weight.detach()
+    return found
