@@ -272,4 +272,4 @@ def _place(mistake: dict[str, Any], body: Any) -> list[str]:
         if part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int):
             body = body[part]
             place.append(str(part))
-    return [*place, str(path[-1])] if mistake["type"] == "missing" else place
+    return [*place, *map(str, path[-1:])] if mistake["type"] == "missing" else place
