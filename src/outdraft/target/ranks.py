@@ -106,7 +106,8 @@ def whole(weight: Tensor) -> Tensor:
 
 def whole_weight(layer: Any) -> Tensor:
     """Return a layer's weight, also if other processes hold parts of it or it was left on disk or in host memory."""
-    return whole(layer._hf_hook.weights_map["weight"] if layer.weight.is_meta else layer.weight)
+    elsewhere = getattr(getattr(layer, "_hf_hook", None), "weights_map", None) if layer.weight.is_meta else None
+    return whole(layer.weight if elsewhere is None else elsewhere["weight"])
 
 
 def over_all(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
