@@ -185,7 +185,8 @@ def resolve(
             probabilities: the target accepts them far more often than the most probable tokens.
         rows: number of rows decoded together. Only greedy shapes depend on it: a seed's text does not.
         seeded: True if the rows' randomness has a seed.
-        served: True if other rows come and go meanwhile, as in a server; measured time then decides only on request.
+        served: True if other rows come and go meanwhile, as in a server; where rows throw dice, measured time then
+            decides only on request, so that a seed's text does not depend on them.
         pacers: pacers of earlier calls; new ones are added.
 
     Raises:
@@ -195,7 +196,7 @@ def resolve(
         raise UserError("exact=True is for greedy decoding; leave it out, or temperature and do_sample")
     asked = EXACT_CHAIN if settings.exact and not settings.shaped else settings
     dice = settings.coupling == "dice" or (settings.coupling is None and settings.drawn)
-    wanted = _controller(settings, asked, drafter, device, timed=not (served or (sampling and dice and seeded)))
+    wanted = _controller(settings, asked, drafter, device, timed=not (dice and (served or (sampling and seeded))))
     pacer = None if drafter is None else _pacer(wanted, asked.tree_size == AUTO, {} if pacers is None else pacers)
     shape = _shape(asked, drafter, device, sampling and dice, pacer is not None, rows)
     return ResolvedDraft(shape, _ngrams(settings, drafter, shape), pacer, dice, settings.exact)

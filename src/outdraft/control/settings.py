@@ -55,7 +55,7 @@ class ControlSettings:
     """calibrated: k, how many observed levels the drafter's calibrated confidence counts for."""
     discount: float = 0.98
     """beta, calibrated: weight of an observation after one more drafted round, in (0, 1]; 1 forgets nothing."""
-    memory: float = 32.0
+    memory: float = 8.0
     """beta, calibrated: most rounds that experience of finished rows counts for; 0 starts every row afresh."""
 
     def __post_init__(self) -> None:

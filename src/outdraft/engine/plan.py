@@ -87,7 +87,9 @@ class Plan:
         if self.budget is not None:
             depths = [row.statistics.depths[-1] for row in rows]
             emitted = [len(verdict.tokens) for verdict in verdicts]
-            self.budget.observe(depths, accepted, emitted, tree.counts, *laps[1:])
+            drafting, verifying, rest = laps
+            rest += max(0.0, drafting - self.budget.seconds)  # what is done before and after the levels
+            self.budget.observe(depths, accepted, emitted, tree.counts, verifying, rest)
 
 
 def plan_round(batch: Batch) -> Plan:
@@ -185,6 +187,11 @@ class DraftBudget:
         self.wants(nodes)
 
     @property
+    def seconds(self) -> float:
+        """Seconds of the levels that were drafted."""
+        return sum(self._laps)
+
+    @property
     def asked(self) -> bool:
         """Whether the drafter told it of any level that it drafted."""
         return bool(self._laps)
@@ -235,7 +242,7 @@ class DraftBudget:
         if self._laps:
             self.costs.observe_draft(self._laps[0] if self._usual else None, self._laps[1:], rows)
         self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
-        measured = sum(self._laps) + verify_seconds + rest_seconds
+        measured = self.seconds + verify_seconds + rest_seconds
         for row, controller in enumerate(self.controllers):
             if self.resting[row]:
                 controller.rest()
