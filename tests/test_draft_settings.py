@@ -141,6 +141,7 @@ def test_by_default_a_cpu_drafts_as_far_as_it_pays() -> None:
     for sampling in (False, True):  # noise gives the same text however far is drafted
         assert resolve(DraftSettings(), Plain(), CPU, sampling=sampling, seeded=True).controller == "calibrated"
     assert resolve(DraftSettings(coupling="dice"), Plain(), CPU, seeded=True).controller == "calibrated"
+    assert resolve(DraftSettings(), Plain(), CPU, served=True).controller == "calibrated"
     dice = {"sampling": True, "seeded": True}
     for drafter, device, settings, given in (
         (None, CPU, {}, {}),
@@ -148,7 +149,7 @@ def test_by_default_a_cpu_drafts_as_far_as_it_pays() -> None:
         (Plain(), CPU, {"num_speculative_tokens": 4}, {}),
         (Plain(), CPU, {"exact": True}, {}),
         (Plain(), CPU, {"coupling": "dice"}, dice),
-        (Plain(), CPU, {}, {"served": True}),
+        (Plain(), CPU, {"coupling": "dice"}, {"served": True}),
     ):
         assert resolve(DraftSettings(**settings), drafter, device, **given).controller == "fixed"
 
