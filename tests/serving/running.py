@@ -58,7 +58,7 @@ def tiny_model() -> SpeculativeModel:
 
 def start(model: SpeculativeModel, **settings: Any) -> Served:
     settings = {"served_model_name": [NAME], "shutdown_timeout": 10, **settings}
-    draft = DraftSettings(**settings.pop("tree", {}), controller=settings.pop("controller", None))
+    draft = DraftSettings(**settings.pop("tree", {}), controller=settings.pop("controller", "fixed"))
     service = Service(model, ServeSettings(host="127.0.0.1", port=0, **settings), draft)
     listening = listen("127.0.0.1", 0)
     ready = threading.Event()
