@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from running import Served, tiny_model
+from running import NAME, Served, tiny_model
 
 from outdraft.api.draft_settings import DraftSettings
 from outdraft.core.shape import BATCH, BATCH_CHAIN, GREEDY_CHAIN, TreeShape
@@ -45,3 +46,22 @@ def test_answers_are_the_offline_ones(starting: Callable[..., Served], tree: dic
     offline = {prompt: served.model.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS}
     assert texts == [offline[body["prompt"]] for body in bodies]
     assert served.figure("spec_decode_num_accepted_tokens_total") > 0
+
+
+def test_many_clients_get_offline_texts_while_measured_costs_decide(starting: Callable[..., Served]) -> None:
+    """The default controller: rows come and go, the tuner and the rows' controllers choose what is drafted."""
+    openai = pytest.importorskip("openai", reason="OpenAI's client")
+    served = starting(controller=None)
+    asked: list[dict[str, Any]] = [
+        {"prompt": f"cat {i}", "max_tokens": 6 + 5 * (i % 4), "seed": i, "temperature": (0.0, 0.9)[i % 3 == 0]}
+        for i in range(24)
+    ]
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda one: client.completions.create(model=NAME, **one).choices[0].text, asked))
+    for one, text in zip(asked, found, strict=True):
+        offline = served.model.generate(
+            one["prompt"], max_new_tokens=one["max_tokens"], seed=one["seed"], temperature=one["temperature"]
+        )
+        assert text == offline.text
+    assert served.figure("spec_decode_num_draft_tokens_total") > 0
