@@ -38,7 +38,7 @@ class ServeSettings:
     shutdown_timeout: float = 30.0
     """Seconds that running requests have to finish once the server was told to stop."""
     threads: int | None = None
-    """Threads of the model on a CPU; by default OMP_NUM_THREADS or all cores, one less on other backends than native."""
+    """Threads of the model on a CPU; by default OMP_NUM_THREADS or all cores (one less where not native)."""
     log_requests: bool = False
     """Log a line as every request ends: id, tokens in and out, tau, seconds, why it ended; never its text."""
     allow_origin: list[str] = field(default_factory=list)
