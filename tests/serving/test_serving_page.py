@@ -94,10 +94,11 @@ def test_an_answer_can_be_stopped_and_mistakes_are_shown(served: Served, tmp_pat
 LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
 SLOWLY = """
     const reading = ReadableStreamDefaultReader.prototype.read;
-    let reads = 0;
+    let held = false;
+    const shown = () => document.querySelector("article.assistant .text")?.textContent;
     ReadableStreamDefaultReader.prototype.read = function () {
-        reads += 1;
-        if (reads <= 4) return reading.call(this);
+        if (!shown()) return reading.call(this);
+        held = true;
         return new Promise((_, no) => running.signal.addEventListener("abort", () => no(running.signal.reason)));
     };
     globalThis.again = () => { ReadableStreamDefaultReader.prototype.read = reading; };
@@ -108,7 +109,7 @@ def test_a_stopped_answer_is_kept_and_goes_on(served: Served, tmp_path: Path) ->
     with Page(served.url, tmp_path) as seen:
         seen.wait("model.method")
         seen.value(f"""{SLOWLY} document.getElementById("most").value = 20; answer("red")""")
-        seen.wait("turns.length == 1 && reads > 4 && document.querySelector('article.assistant .text').textContent")
+        seen.wait("turns.length == 1 && held && shown()")
         seen.value("document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }))")
         seen.wait("!running")
         part = seen.value("turns[1].content")
