@@ -92,24 +92,31 @@ def test_an_answer_can_be_stopped_and_mistakes_are_shown(served: Served, tmp_pat
 
 
 LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
-SLOWLY = """
-    const reading = ReadableStreamDefaultReader.prototype.read;
-    let held = false;
-    const shown = () => document.querySelector("article.assistant .text")?.textContent;
-    ReadableStreamDefaultReader.prototype.read = function () {
-        if (!shown()) return reading.call(this);
-        held = true;
+HELD = """
+    const reading = ReadableStreamDefaultReader.prototype.read, decoder = new TextDecoder(), encoder = new TextEncoder();
+    let heard = [], given = false;
+    ReadableStreamDefaultReader.prototype.read = async function () {
+        while (heard.length < 4) {
+            const { done, value } = await reading.call(this);
+            if (done) break;
+            heard = (heard.join("\\n\\n") + decoder.decode(value, { stream: true })).split("\\n\\n");
+        }
+        if (!given) {
+            given = true;
+            return { done: false, value: encoder.encode(heard.slice(0, 3).join("\\n\\n") + "\\n\\n") };
+        }
         return new Promise((_, no) => running.signal.addEventListener("abort", () => no(running.signal.reason)));
     };
     globalThis.again = () => { ReadableStreamDefaultReader.prototype.read = reading; };
 """
+"""The page is given the first three events of a stream and then waits, however fast the answer was written."""
 
 
 def test_a_stopped_answer_is_kept_and_goes_on(served: Served, tmp_path: Path) -> None:
     with Page(served.url, tmp_path) as seen:
         seen.wait("model.method")
-        seen.value(f"""{SLOWLY} document.getElementById("most").value = 20; answer("red")""")
-        seen.wait("turns.length == 1 && held && shown()")
+        seen.value(f"""{HELD} document.getElementById("most").value = 20; answer("red")""")
+        seen.wait("turns.length == 1 && document.querySelector('article.assistant .text')?.textContent")
         seen.value("document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }))")
         seen.wait("!running")
         part = seen.value("turns[1].content")
