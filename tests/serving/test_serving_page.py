@@ -93,7 +93,8 @@ def test_an_answer_can_be_stopped_and_mistakes_are_shown(served: Served, tmp_pat
 
 LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
 HELD = """
-    const reading = ReadableStreamDefaultReader.prototype.read, decoder = new TextDecoder(), encoder = new TextEncoder();
+    const reading = ReadableStreamDefaultReader.prototype.read;
+    const decoder = new TextDecoder(), encoder = new TextEncoder();
     let heard = [], given = false;
     ReadableStreamDefaultReader.prototype.read = async function () {
         while (heard.length < 4) {
