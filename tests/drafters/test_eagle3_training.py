@@ -4,7 +4,7 @@ planted mistakes between the two, whole runs, resumption, and drafters to go on 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from outdraft.methods.eagle3.drafter import Eagle3Drafter
 from outdraft.methods.eagle3.folder import load_eagle3, official_name
 from outdraft.methods.eagle3.loss import Eagle3Objective, new_head
 from outdraft.methods.eagle3.network import Eagle3Head
-from outdraft.methods.fspad import loss as unrolling
+from outdraft.methods.fspad import unrolled
 from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
@@ -122,18 +122,17 @@ def test_every_step_of_training_is_the_equations(family: str, switches: dict[str
     assert_training_is_the_equations(started(Target(tiny(family, num_hidden_layers=6)), **switches))
 
 
-def seen_too_far(length: int, step: int, device: Any) -> Tensor:
-    right = unrolling_mask(length, step, device).view(length, step + 1, length).clone()
-    right[:, 0] |= right.new_ones(length, length).tril(1 - step)
-    return right.view(1, 1, length, (step + 1) * length)
-
-
-unrolling_mask = unrolling.unrolled_mask
+def seen_too_far(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    step, length = len(keys) - 1, q.shape[2]
+    mask = unrolled.unrolled_mask(length, step, q.device).view(length, step + 1, length).clone()
+    mask[:, 0] |= mask.new_ones(length, length).tril(1 - step)
+    wide = mask.view(1, 1, length, (step + 1) * length)
+    return unrolled.grouped_attention(q, torch.cat(tuple(keys), dim=2), torch.cat(tuple(values), dim=2), wide)
 
 
 MISTAKES: dict[str, Callable[[Eagle3Objective, pytest.MonkeyPatch], Any]] = {
     "a step sees one of the target's features too many": lambda _, patch: patch.setattr(
-        unrolling, "unrolled_mask", seen_too_far
+        unrolled, "banded", seen_too_far
     ),
     "layers off by one": lambda objective, _: setattr(objective, "reading", Reading(objective.target, (1, 3))),
     "positions from one on": lambda objective, patch: patch.setattr(

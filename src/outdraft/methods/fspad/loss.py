@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.teacher import TopProbs
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
+from outdraft.methods.fspad.unrolled import Unrolled
 
 NOISE_WIDTH = 0.2
 NOISE_LENGTH = 512
@@ -126,13 +127,12 @@ class DrafterLoss(nn.Module):
         noisy = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
         positions = torch.arange(goal.shape[1], device=goal.device)[None]
-        memory = Streams() if steps > 1 else None
-        out = self.drafter(embedded, noisy[:, :-2], positions, None, memory)
+        seen = Unrolled()
+        out = self.drafter(embedded, noisy[:, :-2], positions, None, seen)
         outputs, spoken = [out], [counted]
         for step in range(1, steps):
             own = F.pad(out.r[:, :-1], (0, 0, 1, 0))  # at t, what the step before has made of t - 1
-            mask = unrolled_mask(own.shape[1], step, own.device)
-            out = self.drafter(embedded, own, positions, mask, memory)
+            out = self.drafter(embedded, own, positions, None, seen)
             outputs.append(out)
             spoken.append(counted & (positions >= step))  # at the first places of a sequence nothing was drafted yet
         return outputs, spoken, goal
@@ -168,41 +168,9 @@ class DrafterLoss(nn.Module):
         return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
 
 
-class Streams:
-    """The keys and values of the draft steps so far, with gradients, in the form of an attention layer's cache.
-
-    A later step never changes what an earlier one has seen, so each runs once.
-    """
-
-    def __init__(self) -> None:
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Add `(batch, heads, tokens, head_dim)` of a step; return those of all steps, concatenated."""
-        self._keys.append(key_states)
-        self._values.append(value_states)
-        return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
-
-
 def counted_positions(loss_mask: Tensor) -> Tensor:
     """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
     return loss_mask[:, 2:].bool()
-
-
-def unrolled_mask(length: int, step: int, device: torch.device | str) -> Tensor:
-    """Build the `(1, 1, length, (step + 1) * length)` mask of a drafter that is unrolled on its own features.
-
-    At draft step j, position t sees what it would see in decoding: the target's features up to t-j (the first `length`
-        keys), and from there to t the features drafted in steps 1 .. j, each at its own position.
-
-    Args:
-        step: draft steps taken before, j.
-    """
-    everything = torch.ones(length, length, dtype=torch.bool, device=device)
-    drafted = [everything.tril(back).triu(back) for back in range(1 - step, 1)]
-    blocks = torch.stack([everything.tril(-step), *drafted], dim=1)  # (queries, steps, keys)
-    return blocks.view(1, 1, length, (step + 1) * length)
 
 
 def feature_noise(

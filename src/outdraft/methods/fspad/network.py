@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Network
+from outdraft.methods.fspad.unrolled import Unrolled, grouped_attention
 
 
 class KeysAndValues(Protocol):
@@ -213,7 +214,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: KeysAndValues | None,
+        cache: KeysAndValues | Unrolled | None,
         asking: int | None = None,
     ) -> Tensor:
         """Attend from the last `asking` tokens of `(batch, nodes, hidden)`, from all of them when not given."""
@@ -226,19 +227,11 @@ class Attention(nn.Module):
         q = rotate(q.transpose(1, 2), (rotary[0][..., -count:, :], rotary[1][..., -count:, :]))
         k = rotate(k.transpose(1, 2), rotary)
         v = self.v_proj(x).view(batch, nodes, self.kv_heads, self.head_dim).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, 0)
-        shared = self.heads != self.kv_heads
-        if shared and mask is not None and q.is_cuda:
-            # Heads that share keys as further queries of one head: with shared heads and a mask torch would hold all
-            # scores in single precision.
-            folded = q.reshape(batch, self.kv_heads, -1, self.head_dim)
-            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-            out = F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+        if isinstance(cache, Unrolled):
+            out = cache.attend(q, k, v)
         else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and nodes > 1, enable_gqa=shared
-            )
+            k, v = (k, v) if cache is None else cache.update(k, v, 0)
+            out = grouped_attention(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
 
 
@@ -281,7 +274,7 @@ class FeatureHead(DraftNetwork):
         features: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeysAndValues | None = None,
+        cache: KeysAndValues | Unrolled | None = None,
     ) -> DraftOutput:
         """Run one draft step for every pair (token one ahead, feature).
 
