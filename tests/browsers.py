@@ -35,6 +35,10 @@ def browser() -> str:
     return found
 
 
+class Refused(Exception):
+    """The browser does not do what it was told."""
+
+
 class Page:
     """One page in a browser of its own.
 
@@ -80,7 +84,14 @@ class Page:
     def wait(self, expression: str) -> Any:
         """Until it is true, and makes sense: a page may still be loading."""
         guarded = f"(() => {{ try {{ const it = {expression}; return it instanceof Node || it }} catch {{}} }})()"
-        return _waited(lambda: self.value(guarded))
+
+        def found() -> Any:
+            try:
+                return self.value(guarded)
+            except Refused:  # a page that is being loaded anew evaluates nothing
+                return None
+
+        return _waited(found)
 
     def _call(self, method: str, **parameters: Any) -> Any:
         self._asked += 1
@@ -90,6 +101,8 @@ class Page:
             if message.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
                 self.complaints.append(json.dumps(message["params"]))
             if message.get("id") == self._asked:
+                if "error" in message:
+                    raise Refused(message["error"]["message"])
                 return message["result"]
 
     # --- WebSocket (RFC 6455), as far as a client of this kind needs it ------------------------------------------
