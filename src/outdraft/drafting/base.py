@@ -21,7 +21,7 @@ from outdraft.core.coupling import Coupled
 from outdraft.core.dice import Chance
 from outdraft.core.sampling import Warper
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_CHAIN, GPU_TREE, TreeShape
-from outdraft.core.tensors import integers
+from outdraft.core.tensors import chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
@@ -80,6 +80,11 @@ class Update:
         """Keep only these rows, in this order."""
         index = torch.tensor(list(rows), device=self.tokens.device)
         return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
+
+    def newest(self) -> Update:
+        """Return each row's last token alone."""
+        last = integers(self.counts, self.tokens.device)[:, None] - 1
+        return Update(self.tokens.gather(1, last), chosen(self.taps, last), [1] * len(self.counts))
 
 
 class Budget(Protocol):
@@ -158,6 +163,14 @@ class DraftState(ABC):
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
+
+    def read(self, update: Update) -> Update:
+        """Take in decided tokens without drafting, as far as the state can, and return those that are left.
+
+        Rows read their prompts so before they join others, to which they would be padded. By default nothing is read,
+        and rows draft once before they join.
+        """
+        return update
 
     def join(self, other: Any) -> None:
         """Append the rows of another state of the same drafter, between rounds.

@@ -1,8 +1,9 @@
 """Continuous batching: rows enter and leave while others are being decoded.
 
-Admitted rows run their prompts piece by piece in a batch of their own. They make one round there, in which the drafter
-reads the prompt, and then join the running batch. So a running row never waits for more than one piece, and no row is
-padded to another row's prompt. This module decodes rows; it does not decide which requests are admitted.
+Admitted rows run their prompts piece by piece in a batch of their own, and their drafter reads them there; one that
+cannot do so without drafting makes a round. Then they join the running batch. So a running row never waits for more
+than one piece, and no row is padded to another row's prompt. This module decodes rows; it does not decide which
+requests are admitted.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class _Newcomers:
         gained = next(self._pieces)
         if gained:
             self._begun = True
-            self.ready = self.batch.drafts.drafter is None or not self.batch.rows
+            self.ready = not self.batch.rows or self.batch.read()
         return gained
 
     def leave(self) -> None:

@@ -34,7 +34,7 @@ class Drafts:
         self.pending = 0
         """The largest number of such tokens of a row."""
         self.asked = False
-        """True once the drafter has drafted."""
+        """True once the drafter has read the prompts."""
         self.heeds_budget = True
         """Whether the drafter asks the budget that it is given before each level."""
 
@@ -66,6 +66,15 @@ class Drafts:
             tokens[i, counts[i] - 1] = first
         self.updates, self.pending = [Update(tokens.to(taps.device), taps, counts)], max(counts)
         self.state = self.drafter.begin([prompt.to(taps.device) for prompt in prompts], run)
+
+    def read(self) -> bool:
+        """Have the drafter read what was decided, as far as it can without drafting; return True if it has read so
+        much that these rows can join others, to which what is left is padded."""
+        if self.state is not None and self.updates:
+            self.updates = [self.state.read(Update.join(self.updates))]
+            self.pending = max(self.updates[0].counts)
+            self.asked = self.pending == 1
+        return self.state is None or self.asked
 
     def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, counts: list[int]) -> None:
         """Queue the tokens that a round decided, for the drafter's next update.

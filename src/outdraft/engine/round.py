@@ -113,6 +113,13 @@ class Batch:
             self.clock.start()
         yield self._begin(prompts, Output.cat(pieces))
 
+    def read(self) -> bool:
+        """Have the drafter read the prompts; return True if these rows can join others without a round of their own."""
+        self.clock.start()
+        ready = self.drafts.read()
+        self._spend()
+        return ready
+
     def join(self, other: Batch) -> None:
         """Append the rows of another batch of the same target and drafter, between rounds; drop that batch after."""
         self.cache.join(other.cache)

@@ -131,6 +131,10 @@ class DFlashState(DraftState):
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
 
+    def read(self, update: Update) -> Update:
+        self._take_in(Update(update.tokens, update.taps, [count - 1 for count in update.counts]))
+        return update.newest()
+
     def join(self, other: DFlashState) -> None:
         self.cache.join(other.cache)
 

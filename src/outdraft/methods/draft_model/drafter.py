@@ -93,6 +93,12 @@ class _DraftModelState(DraftState):
         self.cache.select_rows(rows)
         self.known = [self.known[row] for row in rows]
 
+    def read(self, update: Update) -> Update:
+        if any(known < count - 1 for known, count in zip(self.known, update.counts, strict=True)):
+            return update
+        self.known = [known - count + 1 for known, count in zip(self.known, update.counts, strict=True)]
+        return update.newest()
+
     def join(self, other: _DraftModelState) -> None:
         self.cache.join(other.cache)
         self.known += other.known

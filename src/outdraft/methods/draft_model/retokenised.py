@@ -137,6 +137,9 @@ class RetokenisedState(DraftState):
         self.cache.select_rows(rows)
         self.texts = [self.texts[row] for row in rows]
 
+    def read(self, update: Update) -> Update:
+        return update.newest()  # it reads texts
+
     def join(self, other: RetokenisedState) -> None:
         self.cache.join(other.cache)
         self.texts += other.texts

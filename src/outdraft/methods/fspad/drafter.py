@@ -147,7 +147,7 @@ class FeatureDraftState(DraftState):
             `(rows, 1, hidden)` outputs at each row's last pair.
         """
         if max(update.counts) > LONG:
-            update = self._read(update)
+            update = self.read(update)
         counts, kept = update.counts, []
         for tokens, taps, ends in _pieces(update, counts):
             kept.append(self._causal(tokens.shape[1], tokens.device, partial(self.network, tokens, taps)))
@@ -158,13 +158,12 @@ class FeatureDraftState(DraftState):
         last = integers(counts, p.device)[:, None] - 1
         return DraftOutput(chosen(p, last), chosen(r, last))
 
-    def _read(self, update: Update) -> Update:
+    def read(self, update: Update) -> Update:
         """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those."""
         for tokens, taps, ends in _pieces(update, [count - 1 for count in update.counts]):
             self._causal(tokens.shape[1], tokens.device, partial(self.network.read, tokens, taps))
             self.cache.commit(ends)
-        last = integers(update.counts, update.tokens.device)[:, None] - 1
-        return Update(update.tokens.gather(1, last), chosen(update.taps, last), [1] * len(update.counts))
+        return update.newest()
 
 
 def _pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:

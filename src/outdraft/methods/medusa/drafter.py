@@ -145,5 +145,8 @@ class MedusaState(DraftState):
     def select_rows(self, rows: Sequence[int]) -> None:
         pass
 
+    def read(self, update: Update) -> Update:
+        return update.newest()
+
     def join(self, other: MedusaState) -> None:
         pass
