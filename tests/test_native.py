@@ -6,6 +6,7 @@ import copy
 import ctypes
 import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from models import VOCAB, tiny
 from outdraft.api.generation import load
+from outdraft.api.loading import load_target
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
@@ -23,6 +25,7 @@ from outdraft.target.backends import accelerate, count_parameters, why_not_nativ
 from outdraft.target.backends.native import build, operations
 from outdraft.target.backends.native.modules import NativeLayer, NativeLinear
 from outdraft.target.backends.native.operations import Weight, rms_norm
+from outdraft.target.backends.native.released import STAYS, ReleasedLinear
 from outdraft.target.exact.target import exactly
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
@@ -231,6 +234,56 @@ def test_the_original_stays_as_it_is() -> None:
     assert isinstance(view.get_output_embeddings(), NativeLinear) and count_parameters(view) == count_parameters(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(isinstance(module, NativeLayer | NativeLinear) for module in model.modules())
+
+
+def released(model: Any) -> list[ReleasedLinear]:
+    return [module for module in model.modules() if isinstance(module, ReleasedLinear)]
+
+
+@pytest.mark.parametrize("backend", ["native", "native-int8", "native-int4"])
+def test_a_model_that_was_loaded_here_keeps_one_copy_of_its_layers(backend: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": True}
+    model = wide("llama-gqa", **changes)
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path, dtype="float32", backend=backend)
+    layers = [module for module in target.model.modules() if isinstance(module, NativeLayer)]
+    assert len(released(target.model)) == 7 * len(layers) == 14
+    assert all(part._parameters["weight"].is_meta for part in released(target.model))  # type: ignore[union-attr]
+    assert target.num_parameters == count_parameters(model) == count_parameters(target.model)
+
+    kept = Target(copy.deepcopy(model), backend=backend)  # a model of somebody else's, whose weights stay
+    assert not released(kept.model)
+    expected = kept.model.state_dict()
+    for name, tensor in target.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    found = []
+    for one in (target, kept):
+        with torch.inference_mode():
+            run = run_of(one, [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6])])
+            found.append(run.tree(Tree.chains(torch.tensor([[7, 8], [9, 1]]), 1)).features)
+    assert torch.equal(*found)
+    assert len(released(target.model)) == 14, "the comparison with the stock modules reads weights once"
+
+
+def test_a_released_layer_is_plain_again_where_something_else_runs_it() -> None:
+    model = wide("llama-gqa")
+    whole = copy.deepcopy(model)
+    target = Target(model, backend="native", owned=True)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    for _ in range(STAYS):
+        assert len(released(model)) == 14
+        torch.testing.assert_close(target.model(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not released(model)
+
+    target = Target(model, backend="native", owned=True)
+    first = model.model.layers[0]
+    assert isinstance(first.mlp.up_proj, ReleasedLinear)
+    assert torch.equal(copy.deepcopy(first).mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
+    model.double()
+    assert not released(model) and first.self_attn.k_proj.weight.dtype == torch.float64
+    target = Target(model.float(), backend="native", owned=True)
+    model.load_state_dict({name: 2 * tensor for name, tensor in whole.state_dict().items()})
+    assert torch.equal(first.self_attn.v_proj.weight, 2 * whole.model.layers[0].self_attn.v_proj.weight)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def load_target(
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device))
     target = Target(loaded, words)
     windows = tried(target)
-    return Target(loaded, words, backend, windows)
+    return Target(loaded, words, backend, windows, owned=loaded is not model)
 
 
 def _load_place(model: str | Path, device: torch.device, **options: Any) -> tuple[Any, str, str | None]:

@@ -38,9 +38,10 @@ class Target:
     """A causal language model with access to its cache, mask and head.
 
     Args:
-        model: a stock model, in evaluation mode; it stays as it is.
+        model: a stock model, in evaluation mode; it stays as it is, unless it is `owned`.
         backend: the backend of its forwards (`backends/`).
         windows: sliding windows by kind of layer; by default those of its configuration.
+        owned: True if nobody else uses the model: on our CPU kernels its layers then keep no second copy of weights.
 
     Raises:
         UserError: the family cannot verify trees, with the reason.
@@ -67,13 +68,14 @@ class Target:
         tokenizer: PreTrainedTokenizerBase | None = None,
         backend: str = "eager",
         windows: dict[str, int | None] | None = None,
+        owned: bool = False,
     ):
         refuse_unfit(model)
         if any(weight.device.type == "cuda" for weight in model.parameters()):
             avoid_plans()
         self.shared = processes_of(model) > 1
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model, self.tokenizer = accelerate(model, backend), tokenizer
+        self.model, self.tokenizer = accelerate(model, backend, owned), tokenizer
         self.config = model.config.get_text_config()
         self._inner: Any = self.model.base_model
         self._accelerated = self.model

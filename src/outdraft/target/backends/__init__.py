@@ -74,15 +74,18 @@ WHY_NOT_PARTS: dict[str, Callable[[Any], str | None]] = {
     "packed": why_not_packed,
     "graphs": lambda network: None,
 }
-VIEWS: dict[str, Callable[[Any], Any]] = {"native": native_view, "packed": packed_view, "graphs": graphs_view}
+VIEWS: dict[str, Callable[[Any], Any]] = {"packed": packed_view, "graphs": graphs_view}
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, backend: str) -> Model:
+def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
     """Return the model on this backend: itself, or a view that shares everything but what the backend replaces.
 
     If a backend cannot serve the model, the next simpler one does, with one warning that says why.
+
+    Args:
+        owned: True if nobody else uses the model, whose weights need not stay as they are beside the backend's.
 
     Raises:
         UserError: no such backend.
@@ -96,7 +99,7 @@ def accelerate(model: Model, backend: str) -> Model:
     if backend in QUANTISED and whole:
         if (reason := why_not_quantised(model)) is not None:
             raise UserError(f"backend '{backend}' cannot serve this model ({reason}); quantise it with torchao instead")
-        view: Any = quantised_view(model, QUANTISED[backend])
+        view: Any = quantised_view(model, QUANTISED[backend], owned)
         mark(view, backend)
         return view
     backend = "native" if backend in QUANTISED else backend
@@ -108,7 +111,7 @@ def accelerate(model: Model, backend: str) -> Model:
             WHY_NOT[name](model) if whole or name == "packed" else why_not_parts(model) if name == "native" else None
         )
         if reason is None:
-            view = VIEWS[name](model)
+            view = native_view(model, owned and whole) if name == "native" else VIEWS[name](model)
             break
         instead = SIMPLER[name][0]
         warnings.warn(f"backend '{name}' cannot serve this model ({reason}); using '{instead}'", stacklevel=2)

@@ -24,6 +24,7 @@ from outdraft.target.backends.native.operations import (
     rms_norm,
     why_not_native,
 )
+from outdraft.target.backends.native.released import release
 from outdraft.target.backends.packed import PackedLinear, packed_view, why_not_replaced
 from outdraft.target.backends.tree_attention import Pending, running, running_over
 
@@ -106,11 +107,12 @@ class NativeLayer(nn.Module):
         layer: the stock layer, whose attributes it shows.
         in_tuple: True if the stock layer returns a tuple.
         bits: 8 or 4 quantises the weights, which the stock layer then has too; None keeps them.
+        owned: True if nobody else uses the stock layer, which then keeps no weights of its own (`released.py`).
     """
 
     layer_idx: int
 
-    def __init__(self, layer: Any, in_tuple: bool = False, bits: int | None = None):
+    def __init__(self, layer: Any, in_tuple: bool = False, bits: int | None = None, owned: bool = False):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         for name, value in vars(layer).items():  # what a model's forward may look up, such as the kind of attention
@@ -127,7 +129,10 @@ class NativeLayer(nn.Module):
             (mlp.down_proj,),
         )
         weights = [Weight(*fused.joined(*own), gated=own[0] is mlp.gate_proj, bits=bits) for own in parts]
-        for weight, own in zip(weights, parts, strict=True) if bits is not None else ():
+        for weight, own in zip(weights, parts, strict=True) if owned or bits is not None else ():
+            if owned:
+                release(own, weight)
+                continue
             for part, kept in zip(own, weight.dense().split([part.out_features for part in own]), strict=True):
                 part.weight.data.copy_(kept)
         qkv, o, gate_up, down = weights
@@ -185,9 +190,9 @@ def _of(norm: Any) -> tuple[Tensor, float]:
 class NativeDoubles(Doubles):
     """Replacements by our kernels for one model."""
 
-    def __init__(self, bits: int | None = None) -> None:
+    def __init__(self, bits: int | None = None, owned: bool = False) -> None:
         super().__init__(linear)
-        self.bits = bits
+        self.bits, self.owned = bits, owned
         self._tuples: dict[Any, bool | None] = {}
         """Whether layers of a kind return tuples; None if our kernels compute something else."""
 
@@ -197,7 +202,7 @@ class NativeDoubles(Doubles):
             if kind not in self._tuples:
                 self._tuples[kind] = _alike(module)
             if (in_tuple := self._tuples[kind]) is not None:
-                return NativeLayer(module, in_tuple, self.bits)
+                return NativeLayer(module, in_tuple, self.bits, self.owned)
         double = super().double(module)
         return NativeNorm(module) if isinstance(double, FusedNorm) and module.weight.dtype in TYPES else double
 
@@ -265,14 +270,15 @@ def _alike(layer: Any) -> bool | None:
     return None if fused.turns_a_part(own.self_attn) else isinstance(found, tuple)
 
 
-def native_view(model: Any) -> Any:
-    """Return a shallow copy of the module tree on our kernels; the original stays as it is."""
-    return packed_view(model, linear, NativeDoubles())
+def native_view(model: Any, owned: bool = False) -> Any:
+    """Return a shallow copy of the module tree on our kernels; the original stays as it is, or gives its layers'
+    weights away if it is `owned`."""
+    return packed_view(model, linear, NativeDoubles(owned=owned))
 
 
-def quantised_view(model: Any, bits: int) -> Any:
+def quantised_view(model: Any, bits: int, owned: bool = False) -> Any:
     """Return `native_view` with weights of eight or four bits. The original gets the same weights, in its precision."""
-    return packed_view(model, quantised_linear, NativeDoubles(bits))
+    return packed_view(model, quantised_linear, NativeDoubles(bits, owned))
 
 
 def why_not_parts(model: Any) -> str | None:
