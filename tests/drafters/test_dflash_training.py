@@ -244,7 +244,7 @@ def test_training_agrees_more_and_writes_the_layout_that_it_began_from(layout: s
     result = quiet(target, values, measure_tau=tau_meter(target, [[1, 40, 41, 42]], 8), held_out=held)
     history = json.loads((tmp_path / "run/checkpoint-30/trainer_state.json").read_text())["log_history"]
     first = next(entry for entry in history if "loss" in entry)
-    assert result.metrics["loss"] < first["loss"] - 0.1 and result.metrics["acc"] > first["acc"]
+    assert result.metrics["loss"] < first["loss"] - 0.05 and result.metrics["acc"] > first["acc"]
     assert result.metrics["acc"] == result.metrics["top1_slot_1"] and "top1_slot_3" in result.metrics
     assert result.tau is not None and result.tau["tau"] >= 1
     proposals = 4 if layout == "deepspec" else 3
@@ -271,7 +271,7 @@ def test_training_agrees_more_and_writes_the_layout_that_it_began_from(layout: s
     assert isinstance(drafter, DFlash) and drafter.reads.layers == TAPS
     assert load_drafter_for(target, tmp_path / "run/checkpoint-30") is not None
     found = quiet(target, going_on(data, tmp_path / "more", tmp_path / "run", max_steps=1))
-    assert found.metrics["loss"] < first["loss"] - 0.1
+    assert found.metrics["loss"] < first["loss"] - 0.05
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
