@@ -180,9 +180,9 @@ def test_embeddings_are_the_targets_own_or_scaled_as_the_config_says(tmp_path: P
     model = tiny("gemma3", num_hidden_layers=8, layer_types=["full_attention"] * 8)
     tokens, table = torch.tensor([[3, 4]]), model.get_input_embeddings().weight
     plain = bound(block_folder(tmp_path / "plain", "z-lab", PLAIN, TAPS), model)
-    assert torch.equal(plain._embed(tokens), model.get_input_embeddings()(tokens))
+    assert torch.equal(plain.embed(tokens), model.get_input_embeddings()(tokens))
     scaled = bound(block_folder(tmp_path / "scaled", "z-lab", BlockShape(input_embedding_scale=2.0), TAPS), model)
-    assert torch.equal(scaled._embed(tokens), 2 * table[tokens])
+    assert torch.equal(scaled.embed(tokens), 2 * table[tokens])
 
 
 @pytest.mark.parametrize("backend", ["packed", "graphs"])

@@ -90,7 +90,7 @@ def test_help_lists_the_methods(verb: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unknown_method_is_answered_with_those_that_there_are(folders: Folders) -> None:
     wrong = run("generate", "hi", "--model", folders.target, "--method", "clever")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1) and ", ".join(names()) in wrong.stderr
-    with pytest.raises(UserError, match="\"method\" cannot be 'prompt-lookup': Input should be 'eagle3', "):
+    with pytest.raises(UserError, match="\"method\" cannot be 'prompt-lookup': Input should be 'dflash', "):
         DrafterConfig(output_dir="none", method="prompt-lookup")
 
 

@@ -145,7 +145,9 @@ def test_what_goes_beyond_the_paper_is_fspad_s_and_eagle_s(name: str) -> None:
     value = {"tap_layers": "auto", "state_norm": True, "token_loss": "top-k", "w_reg_schedule": "linear"}.get(name, 0.5)
     with_what_it_needs = {"unroll_steps": 2, name: value}
     assert getattr(config(method="eagle", **with_what_it_needs), name) == value
-    with pytest.raises(UserError, match=f'"{name}" is a setting of (eagle3, )?fspad(, | and )eagle.*, not of medusa'):
+    with pytest.raises(
+        UserError, match=f'"{name}" is a setting of (dflash, dspark, )?(eagle3, )?fspad(, | and )eagle.*, not of medusa'
+    ):
         config(method="medusa", **{name: value})
 
 

@@ -208,7 +208,7 @@ class Objective(ABC):
         """Mark where the drafter guesses the target's best token, and where a guess counts.
 
         Args:
-            steps: the most draft steps to compare.
+            steps: the most draft steps to compare; a drafter of blocks compares all places of a block.
 
         Returns:
             Two `(rows, positions, steps)` masks; None for a drafter whose guesses are not compared.

@@ -57,6 +57,14 @@ class Network(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     """The facts about the target (`target_facts`) without which the folder cannot be read."""
 
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the settings and the tensors that a folder of this network holds."""
+        return asdict(self.config), self.state_dict()
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the weights from the tensors that `stored` has given."""
+        self.load_state_dict(tensors)
+
     @property
     def own_heads(self) -> list[Tensor]:
         """Return the `(draft vocabulary, hidden)` weights of output layers that training makes the drafter's own."""
@@ -101,14 +109,15 @@ def save_drafter(
     facts = {**head.fits, **(target or {})}
     if missing := [name for name in head.needs if name not in facts]:
         raise ValueError(f"an {head.method} drafter is saved with target_facts(model), which has {', '.join(missing)}")
+    settings, tensors = head.stored()
     config = {
         "method": head.method,
         "outdraft_version": outdraft.__version__,
-        **asdict(head.config),
+        **settings,
         "target": {"id": target_id, **facts},
         "training": dict(training or {}),
     }
-    return write_folder(folder, config, head.state_dict())
+    return write_folder(folder, config, tensors)
 
 
 def push_to_hub(

@@ -74,7 +74,8 @@ class DrafterConfig(BaseModel):
     the size of the features beside them, which are ten times as large in many models. 1 trains on them as they are."""
     init_from: str | None = None
     """Drafter whose weights to begin with: a folder, a hub id (official FSPAD, EAGLE and EAGLE-3 ones too), `smollm2`
-    or `reference`. Its sizes must be those of this run's settings; EAGLE-3 takes them from it."""
+    or `reference`. Its sizes must be those of this run's settings; EAGLE-3 takes them from it, and so do DFlash and
+    DSpark, which always begin with a drafter."""
     exit_layer: int | Literal["auto"] | None = None
     """The target's layers that run before EESD's exit layer, or auto: measured on the data, the fastest is taken."""
     own_head: bool = False
@@ -92,7 +93,7 @@ class DrafterConfig(BaseModel):
     slot_candidates: int = Field(16, ge=1)
     """Most probable tokens of each place of a draft that FSPAD-1F's transition compares."""
     anchors: int = Field(32, ge=1)
-    """Places of each example from which FSPAD-1F learns to draft, drawn anew in every step."""
+    """Places of each example from which FSPAD-1F, DFlash and DSpark learn to draft, drawn anew in every step."""
     train_base: bool | None = None
     """Train the FSPAD that FSPAD-1F begins with too, its second stage; when not given only where there is none to begin
     with."""

@@ -30,7 +30,7 @@ from outdraft.training.config import DrafterConfig
 
 BATCH = 8
 STEPS = 4
-"""The number of draft steps that are compared."""
+"""The number of draft steps that are compared, and that a chain has."""
 
 CHAIN = "held_out_chain"
 """The metric that selects the best weights."""
@@ -87,7 +87,7 @@ class Hits:
     def chains(self) -> Tensor:
         """Return `(chains,)` tokens that a chain from each position yields: step 1 there, step 2 one further, and so
         on."""
-        steps = self.hits.shape[-1]
+        steps = min(self.hits.shape[-1], STEPS)
         whole = self.spoken[:, : max(self.spoken.shape[1] - steps + 1, 0), 0]
         length, alive = torch.ones(whole.shape, device=whole.device), whole.clone()
         for k in range(steps):

@@ -76,7 +76,7 @@ def _measured(record: Mapping[str, Any]) -> str:
     lines = []
     if "tau" in tau:
         lines.append(f"- tau {tau['tau']:.2f} tokens a pass of the model in greedy decoding, at the end of training")
-    shown = [f"{tau[name]:.0%}" for k in range(1, 9) if (name := f"held_out_top1_{k}") in tau]
+    shown = [f"{tau[name]:.0%}" for k in range(1, 17) if (name := f"held_out_top1_{k}") in tau]
     if shown:
         lines.append(f"- top-1 agreement on held-out answers, draft step by draft step: {', '.join(shown)}")
     if "acc" in record["metrics"]:

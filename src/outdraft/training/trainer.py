@@ -158,7 +158,7 @@ class ObjectiveTrainer(Trainer):
         save_drafter(place, self._drafter, target_id=shown_target(target), training=about, target=facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._drafter.load_state_dict(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        self._drafter.load_stored(safetensors.torch.load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load weights and log of a run that has finished its steps."""

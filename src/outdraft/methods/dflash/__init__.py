@@ -1,11 +1,12 @@
 """DFlash (arXiv 2602.06036) and DSpark (arXiv 2607.05147): drafters that others have trained, which draft a whole block
-in one forward, from their folders as they are."""
+in one forward, from their folders as they are, and training that goes on with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from outdraft.errors import UserError
 from outdraft.methods.registry import Method, Reading
 
 if TYPE_CHECKING:
@@ -27,13 +28,29 @@ class DFlashMethod(Method):
 
     loader = "outdraft.methods.dflash.folder:load_dflash"
     drafter = "outdraft.methods.dflash.drafter:DFlash"
+    beginning = "outdraft.methods.dflash.loss:begun_from"
+    training = "outdraft.methods.dflash.loss:BlockObjective"
+    trained = True
+    settings = frozenset({"init_from", "anchors", "token_loss", "token_top_k", "token_top_k_weight", "patience"})
+    # The weights are trained already: the rates of those presets are for new ones.
+    presets: ClassVar = {"tiny": {"learning_rate": 5e-4}, "small": {"learning_rate": 1e-4}}
     no_export = "'{folder}' is a folder of {method} already, which engines read as it is (vLLM: method {method})"
 
-    def __init__(self, name: str, summary: str):
-        self.name, self.summary = name, summary
+    def __init__(self, name: str, title: str, paper: str):
+        self.name, self.summary = name, f"{title} drafters that others have trained"
+        self.card = f"a {title} drafter ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return kind_of(config) == self.name
+
+    def check(self, settings: Any) -> None:
+        if settings.init_from is None:
+            raise UserError(
+                f"{self.name} from nothing takes about a million answers to learn from, so training goes on with a "
+                f"drafter that is there: give it with --init-from, or train with --method fspad-1f or fspad"
+            )
+        if settings.teacher_top_k == 0:
+            raise UserError(f"{self.name} learns from the most probable tokens; give teacher_top_k a number above 0")
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
         from outdraft.methods.checkpoint import other_layers, other_ropes
@@ -72,8 +89,8 @@ class DFlashMethod(Method):
 
 
 METHODS = (
-    DFlashMethod("dflash", "DFlash drafters that others have trained"),
-    DFlashMethod("dspark", "DSpark drafters that others have trained"),
+    DFlashMethod("dflash", "DFlash", "2602.06036"),
+    DFlashMethod("dspark", "DSpark", "2607.05147"),
 )
 
 
@@ -81,7 +98,7 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     """Return the method (`dflash` or `dspark`) that a config.json belongs to, whoever wrote it; None for other methods.
     `OTHERS` go to DFlash, whose loader refuses them by name."""
     if "outdraft_version" in config:
-        return None
+        return next((method.name for method in METHODS if method.name == config.get("method")), None)
     words = _words(config)
     if "dspark" in words:
         return "dspark"

@@ -70,10 +70,16 @@ class DFlash(NetworkDrafter):
         block = F.pad(roots[:, None], (0, size - 1), value=config.mask_token_id)
         slots = cache.reserve(size, roots.device)
         masks = {sight: self._mask(sight, slots, cache) for sight in set(config.sights)}
-        x = self._embed(block).to(self.network.norm.weight.dtype)
+        x = self.embed(block).to(self.network.norm.weight.dtype)
         states = self.network(x, self.angles(slots), [masks[sight] for sight in config.sights], cache)
         cache.rollback()
-        logits = self._head(states[:, first : first + count].to(self.target.dtype))
+        return self.logits(states[:, first : first + count])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Map `(..., d)` normed states to `(..., vocab)` logits, before the Markov head's bias."""
+        config = self.network.config
+        dtype = self.target.dtype if self.network.lm_head is None else self.network.norm.weight.dtype
+        logits = self._head(states.to(dtype))
         if config.output_multiplier != 1:
             logits = logits * config.output_multiplier
         cap = config.final_logit_softcapping
@@ -89,7 +95,8 @@ class DFlash(NetworkDrafter):
             mask = torch.ones_like(mask)
         return attention_mask(mask, slots, lengths, cache.extent, slots, window or None)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the `(rows, tokens, d)` embeddings of `(rows, tokens)` ids."""
         scale, own = self.network.config.input_embedding_scale, self.network.embed_tokens
         if own is None and not scale:
             return self.target.embed(tokens)

@@ -1,5 +1,7 @@
 """DFlash and DSpark folders as they are: z-lab's layout (also JetSpec's and Automodel's), speculators', DeepSpec's.
 
+Training writes the layout that it began from, with the record of the run beside it.
+
 The layouts differ in where settings stand, in how layers of the target are counted and in what the anchor's slot
 predicts. Each becomes one `DFlashConfig`, with the origin of what was read noted. Shapes are read from the tensors
 where these show them.
@@ -20,11 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from outdraft.drafting.folder import CONFIG, check_value, find_folder, read_config, read_weights
+from outdraft.drafting.folder import AROUND, CONFIG, check_value, find_folder, read_config, read_weights, section
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Checkpoint, assembled
 from outdraft.methods.dflash import kind_of, other_kind
-from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork, Kind
+from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork, Kind, Origin
 from outdraft.methods.tapped import (
     BESIDE,
     TapUnit,
@@ -96,8 +98,14 @@ def load_dflash(
         beside=BESIDE,
         kind="DFlash and DSpark",
     )
-    target = verifier_of(config)
-    return DFlashCheckpoint(network, layout, {} if target is None else {"id": target}, {}, slots, unused)
+    network.origin = Origin(
+        {name: value for name, value in config.items() if name not in AROUND},
+        {name: names[name] for name in network.state_dict() if name in names},
+        {names[name]: tensors[name].clone() for name in tensors if name in (*unused, "d2t", "t2d")},
+    )
+    verifier = verifier_of(config)
+    target = section(config, "target") or ({} if verifier is None else {"id": verifier})
+    return DFlashCheckpoint(network, layout, target, section(config, "training"), slots, unused)
 
 
 class _Settings:

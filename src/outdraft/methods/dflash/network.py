@@ -9,7 +9,7 @@ itself; DSpark's slot j predicts the token after it, with a bias that the token 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outdraft.methods.checkpoint import Network
+from outdraft.methods.checkpoint import KEPT, Network
 from outdraft.methods.fspad.network import Attention, RMSNorm, rotate
 from outdraft.methods.tapped import TappedConfig
 from outdraft.target.cache import SlotCache
@@ -159,9 +159,21 @@ class MarkovHead(nn.Module):
         return self.markov_w2(self.markov_w1(tokens))
 
 
+@dataclass
+class Origin:
+    """What the folder of a network holds beside its weights: saving keeps it, so that engines read what is saved."""
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    """The names of tensors in the folder, by those in the network."""
+    beside: dict[str, Tensor]
+    """The tensors that are not trained, under the folder's names."""
+
+
 class DFlashNetwork(Network):
     """The network of DFlash and DSpark; its weights are named as in published folders."""
 
+    origin: Origin
     draft_tokens: Tensor | None
     """The ids of the draft vocabulary; None for the whole vocabulary."""
 
@@ -176,6 +188,15 @@ class DFlashNetwork(Network):
         self.lm_head = nn.Linear(d, kept or config.vocab_size, bias=False) if config.own_head else None
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.register_buffer("draft_tokens", torch.arange(kept) if kept else None)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state = {name: weight for name, weight in self.state_dict().items() if name != KEPT}
+        names = self.origin.names
+        return self.origin.config, {**self.origin.beside, **{names[name]: weight for name, weight in state.items()}}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        named = self.origin.names.items()
+        self.load_state_dict({**self.state_dict(), **{ours: tensors[theirs] for ours, theirs in named}})
 
     def take_in(self, taps: Tensor, angles: Angles, cache: SlotCache) -> None:
         """Write the context rows of `(rows, tokens, taps * target width)` into reserved slots of every layer."""
