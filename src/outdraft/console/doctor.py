@@ -60,9 +60,11 @@ def show(found: Diagnosis, console: Console) -> None:
     from outdraft.console.facts import table
 
     console.print(table(found.as_dict()["drafter"]))
-    by_position = Table("position", "accepted here", "at training", "top-1 at training")
+    noted = {"acceptance_at": "at training", "held_out_top1": "top-1 at training"}
+    noted = {name: title for name, title in noted.items() if f"{name}_1" in found.noted}
+    by_position = Table("position", "accepted here", *noted.values())
     for place, share in enumerate(found.drafts.by_position, start=1):
-        notes = [found.noted.get(f"{name}_{place}") for name in ("acceptance_at", "held_out_top1")]
+        notes = [found.noted.get(f"{name}_{place}") for name in noted]
         by_position.add_row(str(place), f"{share:.0%}", *("-" if note is None else f"{note:.0%}" for note in notes))
     console.print(by_position)
     for one in found.tried:
