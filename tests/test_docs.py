@@ -79,6 +79,8 @@ def test_verbs_and_flags_that_a_page_names_are_there(page: Path) -> None:
     for verb, rest in commands:
         if verb in FLAGS:
             assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)) <= FLAGS[verb], f"outdraft {verb}{rest}"
+        given = '"' in rest or "..." in rest or ".json" in rest or "--" not in rest
+        assert verb != "generate" or given, f"generate without a prompt: {rest}"
     if "measurements" not in page.parts:  # whose flags are those of benchmarks, too
         assert set(re.findall(r"`(--[a-z][\w-]*)", text)) - OTHERS <= set().union(*FLAGS.values())
 

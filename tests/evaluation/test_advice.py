@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_and_exit_code_2(folders: Folders, tmp_path: Path)
 
 def summary(name: str, speedup: float) -> Summary:
     return Summary(
-        *(name, "none" if name == "plain" else name, 0, Statistics(), 1, 1.0, 1.0, 1.0, 1.0),
+        *(name, "none" if name == "plain" else name, 0, Statistics(rounds=1), 1, 1.0, 1.0, 1.0, 1.0),
         *(speedup, (speedup, speedup), 1.0, []),
     )
 

@@ -189,6 +189,9 @@ def test_an_untrained_drafter_is_told_from_another_targets(tmp_path: Path) -> No
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(VOCAB, WIDTH)}, folder / "model.safetensors")
     assert examined(folder).verdict == "undertrained"
+    noted = {"tau": {"acceptance_at_1": 0.07}}  # as after a few steps: no other model would make it a good one
+    few = save_drafter(tmp_path / "few", periodic_fspad(), target_id="periodic", training=noted)
+    assert examined(few, simple_target(seed=5)).verdict == "undertrained"
 
 
 @pytest.mark.parametrize("method", SHIPPED)
