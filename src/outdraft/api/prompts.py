@@ -247,7 +247,6 @@ def encode(prompts: Sequence[Prompt], target: Any, switches: Mapping[str, Any] |
     Raises:
         UserError: a prompt exceeds the target's context, with its number in the list.
     """
-    note_texts(prompts, target.tokenizer)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         ids = encode_one(prompt, target.tokenizer, switches)

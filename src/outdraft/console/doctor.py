@@ -29,7 +29,7 @@ def doctor(
 ) -> None:
     """Check that a drafter fits its model and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
-    from outdraft.api.prompts import encode, read_prompts
+    from outdraft.api.prompts import encode, note_texts, read_prompts
     from outdraft.data.provenance import environment
     from outdraft.evaluation.doctor import PROMPTS, diagnose
     from outdraft.reference import load_prompts
@@ -39,7 +39,9 @@ def doctor(
         raise UserError("there is no drafter to examine; give its folder with --draft-model")
     source = shipped_drafter(draft_model, None) if named(draft_model) is not None else draft_model
     target = load_target(model, dtype=dtype, device=device)
-    prompts = encode(read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS], target)
+    given = read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS]
+    note_texts(given, target.tokenizer)
+    prompts = encode(given, target)
     remarks().print(f"decoding {len(prompts)} prompts", style="dim", markup=False)
     found = diagnose(target, source, prompts)
     if json:
@@ -73,4 +75,4 @@ def show(found: Diagnosis, console: Console) -> None:
         console.print(Text(line, style="bold" if one.setting == found.setting else "dim"))
     said = f"{found.verdict.upper()}: {found.reason}." + (f"\nFix: {found.fix}." if found.fix else "")
     colour = "green" if found.right else "red"
-    console.print(Panel(Text(said, style=f"bold {colour}"), border_style=colour, expand=False))
+    console.print(Panel(Text(said, style=f"bold {colour}"), border_style=colour, expand=False), soft_wrap=False)

@@ -230,9 +230,9 @@ def drafts_table(advice: Advice) -> Table:
         title=f"drafts of {CHAIN} tokens: cost in plain rounds, speed-up = tau / (1 + draft + verify)",
         title_justify="left",
     )
-    built.add_column("drafter")
+    built.add_column("drafter", min_width=12)  # on 80 columns names and heads are folded, and no number is cut
     for column in ("draft step", "draft", "verify", "pays from tau", *(f"at tau {tau:g}" for tau in TAUS)):
-        built.add_column(column, justify="right", no_wrap=True)
+        built.add_column(column, justify="right", min_width=8 if column == "draft step" else 5)
     for kind in advice.kinds:
         cost = kind.cost
         built.add_row(

@@ -130,7 +130,7 @@ class Audit:
         seen = f"{found['prompts']} prompts of {found['max_new_tokens']} tokens"
         if any(finding.name == "beginnings" for finding in self.findings):
             seen += f", and a total variation of {found['total_variation']:g} in the first tokens"
-        return f" This was a quick look ({seen}); without --quick the audit finds smaller errors."
+        return f" A quick look ({seen}): without --quick the audit finds smaller errors."
 
     @property
     def _unseen(self) -> str:

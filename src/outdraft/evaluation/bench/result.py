@@ -243,7 +243,7 @@ def closing(summaries: Sequence[Summary]) -> str:
             text += " (not proven: too few questions to rule out 1x)"
     else:
         text = f"Nothing was faster than {PLAIN} decoding here"
-    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 1]:
+    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 0.995]:
         text += f"; slower than {PLAIN} decoding: {', '.join(losing)}"
     return text + "."
 
