@@ -118,11 +118,11 @@ def test_on_80_columns_no_name_and_no_number_of_the_table_is_cut() -> None:
     late = Kind("eesd, exit after layer 7 of 30", RoundCost(3.4, 1.06, 0.0762), 1, to_train=True)
     copied = Kind("prompt-lookup", RoundCost(0.0, 0.78, 0.0), 1, to_train=False, always=False)
     Console(file=(shown := io.StringIO()), width=80).print(
-        drafts_table(replace(found, kinds=[*found.kinds, late, copied]))
+        drafts_table(replace(found, kinds=[*found.kinds, late, copied]), wide=False)
     )
     words = shown.getvalue().split()
     assert "…" not in shown.getvalue() and max(map(len, shown.getvalue().splitlines())) <= 80
-    assert {"fspad", "prompt-lookup", "eesd,", "76.2", "3.40", "1.06", "5.46", "1.62", "1.23x", "repeats"} <= set(words)
+    assert {"fspad", "prompt-lookup", "eesd,", "3.40", "1.06", "5.46", "1.62", "1.23x", "repeats"} <= set(words)
 
 
 def commands(found: Advice) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -141,17 +140,6 @@ def test_without_a_template_turns_are_plain_text() -> None:
     dialogue = Dialogue(Question(1, "writing", MULTI_TURN, ("first", "second")), target)
     answer = list(target.tokenizer("answer").input_ids)
     assert target.tokenizer.decode(dialogue([answer]) or []) == "first\n\nanswer\n\nsecond"
-
-
-def test_texts_for_a_chat_model_are_pointed_out() -> None:
-    text = Question(1, "prompts", "prompts", prompt="Why is the sky blue?")
-    asked = Question(2, "prompts", "prompts", prompt=[{"role": "user", "content": "Why?"}])
-    with pytest.warns(UserWarning, match="1 of 2 prompts are plain texts, .* without its chat template"):
-        dialogues([text, asked], tiny_target(), 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dialogues([asked], tiny_target(), 8)
-        dialogues([text], tiny_target(chat_template=None), 8)
 
 
 def test_a_folder_of_sets_keeps_ids_apart(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outdraft.api.prompts import Prompt, encode_one, note_texts, prompt_of
+from outdraft.api.prompts import Prompt, encode_one, prompt_of
 from outdraft.data.records import BadRecord, plain_suffix, read_records
 from outdraft.data.text import decode_text
 from outdraft.errors import UserError
@@ -253,7 +253,6 @@ def dialogues(
     Raises:
         UserError: a question does not fit (and `on_bad_line` is `error`), or none fits.
     """
-    note_texts([question.prompt for question in questions], target.tokenizer)
     fitting: list[Dialogue] = []
     left_out: list[LeftOut] = []
     for number, question in enumerate(questions, start=1):
