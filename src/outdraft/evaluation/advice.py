@@ -214,6 +214,7 @@ def show(advice: Advice, console: Console) -> None:
     asked = advice.prompts.summaries[0].questions
     console.print(table(advice.prompts.summaries, advice.prompts.temperature), f"on {asked} prompts")
     held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
+    held = held.replace("most held here", "the most that this run held")
     console.print(f"Memory: {held}.")
     if (note := busy(facts)) is not None:
         console.print(f"{note} Run this again on a quiet machine before you decide.")

@@ -192,7 +192,9 @@ def show(audit: Audit, console: Console) -> None:
 
 def sampling_line(audit: Audit) -> str:
     generation = audit.settings["generation"]
-    return ", ".join(f"{name} {value}" for name, value in generation.items()) or "greedy"
+    greedy = not generation.get("temperature")
+    told = [f"{name} {value}" for name, value in generation.items() if not (greedy and name == "coupling")]
+    return ", ".join([*(["greedy"] if greedy else []), *told])
 
 
 def noise_line(audit: Audit) -> str:
