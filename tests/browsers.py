@@ -93,6 +93,10 @@ class Page:
 
         return _waited(found)
 
+    def prefer(self, scheme: str) -> None:
+        """The reader's system is set to this colour scheme: light or dark."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def _call(self, method: str, **parameters: Any) -> Any:
         self._asked += 1
         self._send(json.dumps({"id": self._asked, "method": method, "params": parameters}).encode())

@@ -98,7 +98,7 @@ def test_on_a_terminal_drafted_tokens_are_tinted_and_the_tint_explained(
         "outdraft.cli.results", lambda: Console(force_terminal=True, color_system="standard", width=100)
     )
     shown = succeeded(*SHORT, "--model", "reference").stdout
-    assert " tinted " in shown and "= drafted, and confirmed by the model" in shown and "\x1b[" in shown
+    assert " tinted " in shown and "= drafted, and accepted by the model" in shown and "\x1b[" in shown
 
 
 def test_without_any_drafter_prompt_lookup_drafts_and_it_says_so(tiny: None, tmp_path: Path) -> None:
@@ -184,12 +184,31 @@ def test_no_prompt_is_begun_after_the_time_there_is() -> None:
 
 def summary(name: str, speedup: float, low: float, high: float, method: str = "fspad", **more: Any) -> Summary:
     return Summary(
-        name, method, 0, Statistics(), 10, 1.0, 1.0, 1.0, 1.0, speedup, (low, high), speedup, [], questions=9, **more
+        name,
+        method,
+        0,
+        Statistics(rounds=9),
+        10,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        speedup,
+        (low, high),
+        speedup,
+        [],
+        questions=9,
+        **more,
     )
 
 
 PLAIN = summary("plain", 1, 1, 1, "none")
 STOCK = summary("transformers generate", 0.5, 0.4, 0.6, "none")
+
+
+def test_answers_of_one_token_show_nothing() -> None:
+    none = [replace(one, statistics=Statistics()) for one in (PLAIN, summary("fspad", 2.7, 2.6, 2.8))]
+    assert closing(none).startswith("No answer was longer than one token")
 
 
 def test_the_closing_sentence_names_the_fastest_and_the_losers() -> None:

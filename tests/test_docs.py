@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from outdraft.cli import app
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.training.config import DrafterConfig
 from test_layers_of_the_package import ORDER
@@ -57,6 +60,29 @@ def test_tests_that_the_table_of_faults_names_are_there() -> None:
         assert len(named) >= 2, row
         for file, name in named:
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
+ROOT_COMMAND: Any = get_command(app)
+FLAGS = {
+    verb: {"--help"}.union(*((*one.opts, *one.secondary_opts) for one in (*command.params, *ROOT_COMMAND.params)))
+    for verb, command in ROOT_COMMAND.commands.items()
+}
+OTHERS = {"--enforce-eager"}
+"""Flags of other programs that stand in pages alone."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_verbs_and_flags_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(?:^ *|`| -m )outdraft(?:\.cli)? ([a-z-]+)\b([^`#\n]*)", text, re.MULTILINE)
+    assert len(commands) > 8 or page != DOCS / "quickstart.md"
+    for verb, rest in commands:
+        if verb in FLAGS:
+            assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)) <= FLAGS[verb], f"outdraft {verb}{rest}"
+        given = '"' in rest or "..." in rest or ".json" in rest or "--" not in rest
+        assert verb != "generate" or given, f"generate without a prompt: {rest}"
+    if "measurements" not in page.parts:  # whose flags are those of benchmarks, too
+        assert set(re.findall(r"`(--[a-z][\w-]*)", text)) - OTHERS <= set().union(*FLAGS.values())
 
 
 def test_every_page_is_reached_from_the_index() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx
 import pytest
 
 from cli_fixtures import save_head, save_model
@@ -55,6 +59,27 @@ def test_without_the_package_smollm2_comes_from_the_hub(tmp_path: Path, monkeypa
     ) as said:
         load_target("smollm2")
     assert "(HuggingFaceTB/SmolLM2-135M-Instruct: no connection)" in str(said.value) and "\n" not in str(said.value)
+
+
+def test_without_a_connection_a_hub_id_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed port is no connection; a slow hub, and an id of which there is a copy here, are left to transformers."""
+    load = Mock(side_effect=OSError("not found there"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"'owner/nmae' is no folder here .* check the name and the network"):
+            load_target("owner/nmae")
+        assert time.monotonic() - begun < 3 and not load.called
+        with monkeypatch.context() as copies, pytest.raises(UserError, match="not found there"):
+            copies.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
+            load_target("owner/kept")
+    slow = Mock(head=Mock(side_effect=httpx.ConnectTimeout("slow")))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: slow)
+    with pytest.raises(UserError, match="not found there"):
+        load_target("owner/name")
+    assert load.call_count == 2
 
 
 @pytest.mark.parametrize("name", sorted(named.NAMED))

@@ -111,6 +111,7 @@ def test_greedy_is_what_is_checked_without_a_temperature(folders: Folders, promp
     result = verify(folders, prompts, "--tree-depth", 2, "--tree-top-k", 2, "--tree-size", 6)
     assert result.exit_code == 0, result.output
     assert "4 of 4 texts are token-exact" in " ".join(result.stdout.split()) and "KEPT" in result.stdout
+    assert "backend; greedy" in result.stdout and "dice" not in result.stdout
 
 
 @pytest.mark.parametrize(

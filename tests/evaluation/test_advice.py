@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cli_fixtures import Folders, make_folders, write_lines
 from outdraft.cli import app
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation import advising
-from outdraft.evaluation.advice import Advice, AdviceSettings, Kind, next_steps, trained
+from outdraft.evaluation.advice import Advice, AdviceSettings, Kind, drafts_table, next_steps, trained
 from outdraft.evaluation.bench.bench import Comparison
 from outdraft.evaluation.bench.summary import Summary
 from outdraft.evaluation.rounds import RoundCost
@@ -97,7 +100,7 @@ def test_mistakes_are_one_line_and_exit_code_2(folders: Folders, tmp_path: Path)
 
 def summary(name: str, speedup: float) -> Summary:
     return Summary(
-        *(name, "none" if name == "plain" else name, 0, Statistics(), 1, 1.0, 1.0, 1.0, 1.0),
+        *(name, "none" if name == "plain" else name, 0, Statistics(rounds=1), 1, 1.0, 1.0, 1.0, 1.0),
         *(speedup, (speedup, speedup), 1.0, []),
     )
 
@@ -108,6 +111,18 @@ def advice(speedups: dict[str, float], tau_to_pay: float, passes: tuple[float, .
     settings = AdviceSettings(own.pop("model", "some/model"), **own)
     times = dict(zip((1, 5, 16), passes, strict=True))
     return Advice(settings, {}, times, 0.01, [kind], {}, Comparison(0.0, summaries, {}), {}, 1.0)
+
+
+def test_on_80_columns_no_name_and_no_number_of_the_table_is_cut() -> None:
+    found = advice({}, 1.62)
+    late = Kind("eesd, exit after layer 7 of 30", RoundCost(3.4, 1.06, 0.0762), 1, to_train=True)
+    copied = Kind("prompt-lookup", RoundCost(0.0, 0.78, 0.0), 1, to_train=False, always=False)
+    Console(file=(shown := io.StringIO()), width=80).print(
+        drafts_table(replace(found, kinds=[*found.kinds, late, copied]), wide=False)
+    )
+    words = shown.getvalue().split()
+    assert "…" not in shown.getvalue() and max(map(len, shown.getvalue().splitlines())) <= 80
+    assert {"fspad", "prompt-lookup", "eesd,", "3.40", "1.06", "5.46", "1.62", "1.23x", "repeats"} <= set(words)
 
 
 def commands(found: Advice) -> list[str]:

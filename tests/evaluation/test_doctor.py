@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from simple_targets import (
     LAYERS,
@@ -27,6 +29,7 @@ from typer.testing import CliRunner
 
 import outdraft
 from outdraft.cli import app
+from outdraft.console.doctor import show
 from outdraft.evaluation.doctor import Diagnosis, diagnose
 from outdraft.evaluation.training_report import tau_meter
 from outdraft.methods.checkpoint import save_drafter
@@ -189,6 +192,12 @@ def test_an_untrained_drafter_is_told_from_another_targets(tmp_path: Path) -> No
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(VOCAB, WIDTH)}, folder / "model.safetensors")
     assert examined(folder).verdict == "undertrained"
+    noted = {"tau": {"acceptance_at_1": 0.07}}  # as after a few steps: no other model would make it a good one
+    few = save_drafter(tmp_path / "few", periodic_fspad(), target_id="periodic", training=noted)
+    found = examined(few, simple_target(seed=5))
+    assert found.verdict == "undertrained"
+    show(found, Console(file=(shown := io.StringIO()), width=60, soft_wrap=True))
+    assert "noted 7%" in shown.getvalue() and "answers" in shown.getvalue(), "the verdict is folded, not cut"
 
 
 @pytest.mark.parametrize("method", SHIPPED)

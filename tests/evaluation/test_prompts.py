@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from cli_fixtures import write_lines
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.prompts import encode, read_prompts
+from outdraft.api.prompts import encode, note_texts, read_prompts
+from outdraft.data.conversations import Message
 from outdraft.errors import UserError
 from outdraft.evaluation.training_report import beginnings, hold_out, tau_meter
 from outdraft.methods.fspad.beginning import feature_head_config
@@ -109,3 +111,13 @@ def test_measuring_tau_leaves_the_drafter_alone() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in head.state_dict().items())
     bound = SpeculativeModel(target, FeatureDrafter(new_head(target).bfloat16().eval(), target))
     assert found["tau"] == bound.generate(PROMPTS, max_new_tokens=16).tau
+
+
+def test_texts_for_a_chat_model_are_pointed_out() -> None:
+    asked: list[Message] = [{"role": "user", "content": "Why?"}]
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts are plain texts, .* without its chat template"):
+        note_texts(["Why is the sky blue?", asked], tiny_target().tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        note_texts([asked], tiny_target().tokenizer)
+        note_texts(["Why?"], tiny_target(chat_template=None).tokenizer)

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import httpx
+import pytest
 from running import NAME, Served
 from test_server import settled
 
@@ -61,7 +62,7 @@ def test_a_chat_in_a_browser(served: Served, tmp_path: Path) -> None:
         live = seen.value('document.getElementById("live").textContent')
         assert re.fullmatch(r"tau [0-9.]+ · [0-9.]+ tokens/s", live)
         figures = seen.value(f"{ANSWER}.querySelector('.figures').textContent")
-        assert re.search(r"with the drafter: 32 tokens, tau [0-9.]+ .* of \d+ drafted accepted", figures)
+        assert re.search(r"with the drafter: 32 tokens, tau [0-9.]+ .* \d+% of the text came from drafts", figures)
 
         drafted = served.figure("spec_decode_num_draft_tokens_total")
         seen.value("""document.getElementById("speculative").click();
@@ -209,7 +210,7 @@ def test_a_race_with_plain_decoding(served: Served, tmp_path: Path) -> None:
             document.getElementById("most").value = 20;
             document.getElementById("question").value = "red"; document.getElementById("race").click()""")
         seen.wait(f"!running && {LAST}.querySelector('.actions')")
-        assert re.fullmatch(r"[0-9.]+x of plain", seen.value(f"{LAST}.querySelector('.figures').textContent"))
+        assert re.fullmatch(r"[0-9.]+x of plain", seen.value(f"{LAST}.querySelector('.ratio').textContent"))
         note = seen.value(f"[...{LAST}.querySelectorAll('.figures')].at(-1).textContent")
         assert re.search(r"without drafts 20 tokens in .* with drafts 20 tokens in .*; the texts are equal", note)
         seen.wait(f"(([a, b]) => a.textContent === b.textContent)({LAST}.querySelectorAll('.text'))")
@@ -234,6 +235,52 @@ def test_what_is_added_at_the_end_is_in_view(served: Served, tmp_path: Path) -> 
         assert seen.value(f"{talk}.scrollHeight > {talk}.clientHeight")
         box, last = (f"{one}.getBoundingClientRect().bottom" for one in (talk, f"{LAST}.querySelector('.actions')"))
         assert seen.value(last) <= seen.value(box)
+        seen.value("document.body.style.height = '300px'")  # as a phone's keyboard makes it
+        seen.wait(f"{talk}.clientHeight < 200 && {last} <= {box}")
+        shown = "[...document.querySelectorAll('.open')].map((one) => one.checkVisibility())"
+        assert seen.value(shown) == [False, False, True], "only the last answer goes on"
+        seen.value(f"{talk}.scrollTop = 0")
+        time.sleep(0.2)
+        seen.value("document.body.style.height = '280px'")
+        time.sleep(0.2)
+        assert seen.value(f"{talk}.scrollTop") == 0, "who has scrolled up stays there"
+
+
+CONTRAST = """(() => {
+    const parts = (colour) => colour.match(/[0-9.]+/g).map(Number);
+    const light = (colour) => parts(colour).slice(0, 3).map((one) => one / 255)
+        .map((one) => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, one, i) => sum + [0.2126, 0.7152, 0.0722][i] * one, 0);
+    const behind = (one) => {
+        const colour = getComputedStyle(one).backgroundColor;
+        return parts(colour)[3] === 0 ? behind(one.parentElement) : colour;
+    };
+    const ratio = (one, pseudo) => {
+        const [low, high] = [light(getComputedStyle(one, pseudo).color), light(behind(one))].sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05);
+    };
+    const seen = [...document.querySelectorAll("h1, span, label, summary, button, p, mark, li, code, a")]
+        .filter((one) => one.checkVisibility() && one.textContent.trim())
+        .map((one) => [one.textContent, ratio(one)]);
+    return [...seen, ["placeholder", ratio(document.getElementById("question"), "::placeholder")]];
+})()"""
+"""The contrast of every text that shows, as the WCAG count it."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_told_from_what_is_behind_it(served: Served, tmp_path: Path, scheme: str) -> None:
+    with Page(served.url, tmp_path) as seen:
+        seen.wait("model.method")
+        seen.prefer(scheme)
+        assert seen.value(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
+        seen.value(f"""document.getElementById("repetitions").hidden = false;
+            const body = card("assistant");
+            globalThis.said = new Answer(body, {json.dumps(MARKDOWN)});
+            for (const source of ["drafter", "ngram"]) said.add(` *text of a ${{source}}*`, source);
+            said.paint(); note(body, "figures"); note(body, "wrong", "error"); answered(body, "x", true)""")
+        found = seen.value(CONTRAST)
+        assert len(found) > 20 and {"guessed by the drafter", "wrong", "go on"} <= {text for text, _ in found}
+        assert [one for one in found if one[1] < 4.5] == []
 
 
 def test_the_page_says_when_it_needs_a_key(starting: Callable[..., Served], tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.folder import find_folder, is_hub_id, not_on_hub
+from outdraft.drafting.folder import find_folder
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
 from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
 from outdraft.target.gguf_file import gguf_in
-from outdraft.target.named import base_of, merged, named, place_of, shipped_drafter, unwrapped
+from outdraft.target.named import base_of, is_hub_id, merged, named, not_on_hub, place_of, shipped_drafter, unwrapped
 from outdraft.target.ranks import sharding
 from outdraft.target.target import Target
 from outdraft.target.trial import tried

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,17 @@ def encode(prompts: Sequence[Prompt], target: Any, switches: Mapping[str, Any] |
             )
         encoded.append(ids)
     return encoded
+
+
+def note_texts(prompts: Sequence[Prompt | None], tokenizer: Any) -> None:
+    """Warn that a chat model completes plain texts, where it answers messages: it may end after a token."""
+    texts = sum(isinstance(prompt, str) for prompt in prompts)
+    if texts and getattr(tokenizer, "chat_template", None) is not None:
+        warnings.warn(
+            f"{texts} of {len(prompts)} prompts are plain texts, which the model completes without its chat template; "
+            'to have them answered, write each as {"turns": ["..."]} or {"messages": [...]}',
+            stacklevel=2,
+        )
 
 
 def encode_one(prompt: Prompt, tokenizer: Any, switches: Mapping[str, Any] | None = None) -> list[int]:

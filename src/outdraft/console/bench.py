@@ -79,7 +79,7 @@ def bench(
     json: o.Json = False,
     **shape: Any,
 ) -> None:
-    """Compare ways of decoding on the same prompts in turns: tau, tokens per second, speed-up, same text or not."""
+    """Compare ways of decoding on the same prompts: tau (tokens from a pass), tokens a second, speed-up, same text."""
     if reread is not None:
         from outdraft.evaluation.bench.spec_bench import reread as reread_answers
 

@@ -29,7 +29,7 @@ def doctor(
 ) -> None:
     """Check that a drafter fits its model and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
-    from outdraft.api.prompts import encode, read_prompts
+    from outdraft.api.prompts import encode, note_texts, read_prompts
     from outdraft.data.provenance import environment
     from outdraft.evaluation.doctor import PROMPTS, diagnose
     from outdraft.reference import load_prompts
@@ -39,7 +39,9 @@ def doctor(
         raise UserError("there is no drafter to examine; give its folder with --draft-model")
     source = shipped_drafter(draft_model, None) if named(draft_model) is not None else draft_model
     target = load_target(model, dtype=dtype, device=device)
-    prompts = encode(read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS], target)
+    given = read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS]
+    note_texts(given, target.tokenizer)
+    prompts = encode(given, target)
     remarks().print(f"decoding {len(prompts)} prompts", style="dim", markup=False)
     found = diagnose(target, source, prompts)
     if json:
@@ -60,9 +62,11 @@ def show(found: Diagnosis, console: Console) -> None:
     from outdraft.console.facts import table
 
     console.print(table(found.as_dict()["drafter"]))
-    by_position = Table("position", "accepted here", "at training", "top-1 at training")
+    noted = {"acceptance_at": "at training", "held_out_top1": "top-1 at training"}
+    noted = {name: title for name, title in noted.items() if f"{name}_1" in found.noted}
+    by_position = Table("position", "accepted here", *noted.values())
     for place, share in enumerate(found.drafts.by_position, start=1):
-        notes = [found.noted.get(f"{name}_{place}") for name in ("acceptance_at", "held_out_top1")]
+        notes = [found.noted.get(f"{name}_{place}") for name in noted]
         by_position.add_row(str(place), f"{share:.0%}", *("-" if note is None else f"{note:.0%}" for note in notes))
     console.print(by_position)
     for one in found.tried:
@@ -71,4 +75,4 @@ def show(found: Diagnosis, console: Console) -> None:
         console.print(Text(line, style="bold" if one.setting == found.setting else "dim"))
     said = f"{found.verdict.upper()}: {found.reason}." + (f"\nFix: {found.fix}." if found.fix else "")
     colour = "green" if found.right else "red"
-    console.print(Panel(Text(said, style=f"bold {colour}"), border_style=colour, expand=False))
+    console.print(Panel(Text(said, style=f"bold {colour}"), border_style=colour, expand=False), soft_wrap=False)

@@ -16,13 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outdraft.api.loading import first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
 from outdraft.data.provenance import versions
-from outdraft.drafting.folder import is_hub_id, not_on_hub
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target.gguf_file import record_in
-from outdraft.target.named import base_of, place_of
+from outdraft.target.named import base_of, is_hub_id, not_on_hub, place_of
 from outdraft.target.target import refuse_unfit
 from outdraft.training.config import DrafterConfig
 from outdraft.training.memory import DeviceMemory, device_memory, memory_table

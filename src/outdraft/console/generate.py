@@ -162,7 +162,7 @@ class Streamed:
         return " | ".join(parts)
 
 
-LEGEND = "= drafted, and confirmed by the model together with what was drafted around it; the rest it decided itself"
+LEGEND = "= drafted, and accepted by the model; it wrote the rest itself"
 """The legend of the tint of drafted tokens."""
 
 

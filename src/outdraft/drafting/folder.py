@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
 import warnings
@@ -26,6 +25,7 @@ from torch import Tensor
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError, first_line
 from outdraft.reference.quantize import PACKED, unpack
+from outdraft.target.named import is_hub_id, not_on_hub
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -56,21 +56,6 @@ def find_folder(source: str | Path) -> Path:
     except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
         raise not_on_hub(text, error) from error
     return folder
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Return True if the source is no local path and reads as a hub repository, `name` or `owner/name`."""
-    if isinstance(source, Path) or Path(source).expanduser().exists():
-        return False
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
-
-
-def not_on_hub(hub_id: str, error: Exception) -> UserError:
-    """Make the error for a hub id that the hub, or the network, has refused."""
-    return UserError(
-        f"'{hub_id}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
-        "check the name and the network, or give a folder"
-    )
 
 
 def local_folder(path: Path) -> Path:

@@ -21,7 +21,7 @@ from outdraft.errors import refuse_below
 from outdraft.evaluation.bench.bench import Comparison
 from outdraft.evaluation.bench.measure import PLAIN
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP
-from outdraft.evaluation.bench.result import closing, table
+from outdraft.evaluation.bench.result import WIDE, closing, table
 from outdraft.evaluation.bench.summary import Summary
 from outdraft.evaluation.rounds import RoundCost
 from outdraft.output import counted, number
@@ -208,12 +208,13 @@ def show(advice: Advice, console: Console) -> None:
     )
     passes = ", ".join(f"{_milliseconds(seconds)} over {tokens}" for tokens, seconds in advice.passes.items())
     console.print(f"One pass of the target: {passes} tokens; its output layer {_milliseconds(advice.head_seconds)}.")
-    console.print(drafts_table(advice))
+    console.print(drafts_table(advice, console.width >= WIDE))
     for name, reason in advice.left_out.items():
         console.print(f"not timed: {name}: {reason}", markup=False)
     asked = advice.prompts.summaries[0].questions
     console.print(table(advice.prompts.summaries, advice.prompts.temperature), f"on {asked} prompts")
     held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
+    held = held.replace("most held here", "the most that this run held")
     console.print(f"Memory: {held}.")
     if (note := busy(facts)) is not None:
         console.print(f"{note} Run this again on a quiet machine before you decide.")
@@ -224,26 +225,30 @@ def show(advice: Advice, console: Console) -> None:
         console.print(f"  {step.command}", markup=False)
 
 
-def drafts_table(advice: Advice) -> Table:
-    """Make a table of the ways of drafting: cost, the tau from which each pays, and speed-ups at larger values."""
+def drafts_table(advice: Advice, wide: bool = True) -> Table:
+    """Make a table of the ways of drafting: cost, the tau from which each pays, and speed-ups at larger values.
+
+    It is `WIDE` wide; for less, the seconds of a draft step are left out, and names are folded.
+    """
     built = Table(
         title=f"drafts of {CHAIN} tokens: cost in plain rounds, speed-up = tau / (1 + draft + verify)",
         title_justify="left",
     )
     built.add_column("drafter")
-    for column in ("draft step", "draft", "verify", "pays from tau", *(f"at tau {tau:g}" for tau in TAUS)):
+    steps = ["draft step"] if wide else []
+    for column in (*steps, "draft", "verify", "pays\nfrom tau", *(f"at tau\n{tau:g}" for tau in TAUS)):
         built.add_column(column, justify="right", no_wrap=True)
     for kind in advice.kinds:
         cost = kind.cost
         built.add_row(
             kind.name,
-            _milliseconds(cost.step_seconds),
+            *([_milliseconds(cost.step_seconds)] if wide else []),
             number(cost.draft),
             number(cost.verify),
             *(
                 [number(cost.tau_to_pay), *(f"{number(cost.speedup(tau))}x" for tau in TAUS)]
                 if kind.always
-                else ["where the text repeats"]
+                else ["where the\ntext repeats"]
             ),
         )
     return built

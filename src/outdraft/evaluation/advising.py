@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from outdraft.api.loading import load_drafter_for, load_target, quantised_backend
-from outdraft.api.prompts import encode, read_prompts
+from outdraft.api.prompts import encode, note_texts, read_prompts
 from outdraft.core.shape import TreeShape
 from outdraft.data.provenance import environment, load_average, peak_memory_bytes
 from outdraft.drafting.base import Drafter
@@ -92,7 +92,9 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
 def _prompts(settings: AdviceSettings, target: Target) -> list[list[int]]:
     """Return the token ids of the prompts: the user's, else the built-in ones."""
     built_in = NAMED[settings.model if named(settings.model) is not None else SMOLLM2].prompts
-    found = encode(read_prompts(settings.data or built_in, settings.limit), target)
+    prompts = read_prompts(settings.data or built_in, settings.limit)
+    note_texts(prompts, target.tokenizer)
+    found = encode(prompts, target)
     room = target.context_length - settings.max_new_tokens - max(PASSES)
     fitting = [prompt for prompt in found if len(prompt) <= room]
     if not fitting:

@@ -266,8 +266,9 @@ def _judged(target: Target, network: Network, drafts: Drafts, facts: DrafterFact
     if not as_noted and _overwritten(target, network):
         reason += "; its own output layer is the target's, value by value: it has been overwritten"
         return "wrong layout", reason, "copy lm_head.weight (Medusa: outputs.*.weight) again from the original drafter"
+    weak = before is not None and before < USABLE
     sure = before is None and confidence > TWICE * here + SURE
-    if sure or (before is not None and not as_noted):
+    if sure or not (before is None or as_noted or weak):
         if sure:
             reason += f"; it is sure of them (mean probability {confidence:.0%}): it was trained, on something else"
         own = facts.trained_for or "the model that it was trained for"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,48 @@ def place_of(source: str | Path) -> Place:
     """Return the folder or hub id behind a name, a GGUF file, or a folder with one; anything else is returned as it is.
 
     Raises:
-        UserError: a name whose model cannot be had, or a GGUF file that cannot be read.
+        UserError: a name whose model cannot be had, a GGUF file that cannot be read, or a hub id that is not in the
+            user's copy of the hub while there is no connection to the hub.
     """
     if (found := named(source)) is not None:
         return Place(found.target(), found.shown_as, made_here=True)
     if (file := gguf_in(source)) is not None:
         return Place(unpacked(file), file.name, made_here=True)
+    if is_hub_id(source):
+        _refuse_without_connection(str(source))
     return Place(source)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Return True if the source is no local path and reads as a hub repository, `name` or `owner/name`."""
+    if isinstance(source, Path) or Path(source).expanduser().exists():
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
+
+
+def not_on_hub(hub_id: str, error: Exception) -> UserError:
+    """Make the error for a hub id that the hub, or the network, has refused."""
+    return UserError(
+        f"'{hub_id}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
+        "check the name and the network, or give a folder"
+    )
+
+
+def _refuse_without_connection(hub_id: str) -> None:
+    """Raise the error at once that transformers raises after 20 s: it repeats every request that finds no network.
+
+    One request goes through the Hub client's own session, with its proxies and offline mode. Only a connection that
+    failed counts: a slow hub, and one that answers with an error, are left to transformers.
+    """
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # the Hub client's versions have exceptions of two libraries
+        if type(error).__name__ == "ConnectError":
+            raise not_on_hub(hub_id, error) from error
 
 
 def shipped_drafters(name: str) -> dict[str, Path]:

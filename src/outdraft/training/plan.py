@@ -84,8 +84,9 @@ class TrainPlan:
         reading = max(self.seconds - self.steps * self.step_seconds, 0.0)
         a_pass = self.steps * self.step_seconds / self.passes
         counts = {hours: max(hours * 3600 - reading, 0.0) / a_pass for hours in (1, 4, 12)}
-        shown = ", ".join(f"{count:.1f} passes in {hours} h" for hours, count in counts.items())
-        return f"{shown}; past {MANY_PASSES} passes more answers bring more than more steps"
+        few = max(counts.values()) < 100
+        shown = ", ".join(f"{count:,.{1 if few else 0}f} passes in {hours} h" for hours, count in counts.items())
+        return f"{shown}; after {MANY_PASSES} passes, more answers help more than more steps"
 
 
 def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:

@@ -130,7 +130,7 @@ class Audit:
         seen = f"{found['prompts']} prompts of {found['max_new_tokens']} tokens"
         if any(finding.name == "beginnings" for finding in self.findings):
             seen += f", and a total variation of {found['total_variation']:g} in the first tokens"
-        return f" A quick look: smaller errors than it can see ({seen}) are left to the audit without --quick."
+        return f" A quick look ({seen}): without --quick the audit finds smaller errors."
 
     @property
     def _unseen(self) -> str:
@@ -192,7 +192,9 @@ def show(audit: Audit, console: Console) -> None:
 
 def sampling_line(audit: Audit) -> str:
     generation = audit.settings["generation"]
-    return ", ".join(f"{name} {value}" for name, value in generation.items()) or "greedy"
+    greedy = not generation.get("temperature")
+    told = [f"{name} {value}" for name, value in generation.items() if not (greedy and name == "coupling")]
+    return ", ".join([*(["greedy"] if greedy else []), *told])
 
 
 def noise_line(audit: Audit) -> str:
@@ -201,5 +203,5 @@ def noise_line(audit: Audit) -> str:
         f"noise floor of {audit.environment['dtype']} on the {audit.environment['backend']} backend, one token against "
         f"many in one forward of the stock model, {noise.positions} positions: logit gaps move by {noise.gap_mean:.2g} "
         f"on average and {noise.gap:.2g} at most, output distributions by a total variation of "
-        f"{noise.variation_mean:.2g} and {noise.variation:.2g}; the best token differs at {noise.flips}"
+        f"{noise.variation_mean:.2g} and {noise.variation:.2g}; the best token differs at {noise.flips} of them"
     )

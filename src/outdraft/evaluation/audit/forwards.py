@@ -109,7 +109,7 @@ def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Cal
     passed = worst[0] <= largest and found_mean <= mean
     return Finding(
         "forwards",
-        "Does the target say of a candidate tree what it says one token at a time?",
+        "Does the target give a candidate tree the distributions that it gives one token at a time?",
         passed,
         f"{len(variations)} nodes of {len(trees.kept)} trees: the output distributions differ by a total variation of "
         f"{found_mean:.2g} on average and {worst[0]:.2g} at most; the stock model's own many-token forwards by "

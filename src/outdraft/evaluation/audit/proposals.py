@@ -109,7 +109,7 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
     return [
         Finding(
             "declared_laws",
-            "Are the distributions that the drafter declares the ones that it hands to the dice?",
+            "Are the distributions that the drafter declares the ones that it draws from?",
             exact,
             f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total "
             f"variation between declared and drawn distribution {draws.difference:.2g}.",
@@ -208,7 +208,7 @@ def twice_finding(
         name,
         "Does the drafter propose the same candidates twice where it declares that nothing is random?",
         not differing and len(common) > 0,
-        f"{len(common) - len(differing)} of {len(common)} trees are the same after the same text with other dice.",
+        f"{len(common) - len(differing)} of {len(common)} trees are the same when drafted with other random numbers.",
         figures={"trees": len(common), "differing": len(differing)},
         lines=lines,
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from outdraft.api.loading import load_target
+from outdraft.api.prompts import note_texts
 from outdraft.data.provenance import environment, load_average
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
@@ -64,6 +65,7 @@ def run_bench(
         stock=stock,
     )
     rivals += others(stock or target)
+    note_texts([question.prompt for question in questions], target.tokenizer)
     facts = environment(target)
     store = None
     if settings.output_dir is not None:

@@ -232,6 +232,8 @@ def closing(summaries: Sequence[Summary]) -> str:
     drafting = [summary for summary in summaries if summary.method != "none"]
     if not drafting:
         return f"Only {PLAIN} decoding ran, so there is nothing to compare."
+    if not any(summary.statistics.rounds for summary in summaries):
+        return "No answer was longer than one token, so nothing was drafted and no speed-up means anything."
     best = max(drafting, key=lambda summary: summary.speedup)
     if best.speedup > 1:
         text = f"Fastest here: {best.name}, {speedup(best)} over {PLAIN} decoding"
@@ -241,7 +243,7 @@ def closing(summaries: Sequence[Summary]) -> str:
             text += " (not proven: too few questions to rule out 1x)"
     else:
         text = f"Nothing was faster than {PLAIN} decoding here"
-    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 1]:
+    if losing := [f"{summary.name} ({number(summary.speedup)}x)" for summary in drafting if summary.speedup < 0.995]:
         text += f"; slower than {PLAIN} decoding: {', '.join(losing)}"
     return text + "."
 

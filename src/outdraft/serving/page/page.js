@@ -22,6 +22,7 @@ async function connect() {
   $("race").hidden = none;
   $("legend").hidden = none || lookup;
   $("repetitions").hidden = !lookup;
+  $("talk").dataset.hint = none ? "" : "Send answers with drafts. Race answers without and with them, and compares the times.";
   return true;
 }
 
@@ -71,7 +72,7 @@ function answered(body, text, open) {
     forget(turn - 1);
     answer(question);
   }));
-  if (open) row.append(button("go on", () => running || turns.length !== turn + 1 || goOn(body, row, text)));
+  if (open) row.append(Object.assign(button("go on", () => running || turns.length !== turn + 1 || goOn(body, row, text)), { className: "open" }));
   keepLow(() => box.append(row));
 }
 
@@ -157,7 +158,7 @@ async function complete(said, got, speculative, seed) {
     }
     if (chunk.usage) {
       const did = chunk.usage.speculation;
-      if (did.drafted_tokens) got.drafts = `, ${did.accepted_tokens} of ${did.drafted_tokens} drafted accepted`;
+      if (did.drafted_tokens) got.drafts = `, ${Math.round(100 * did.accepted_tokens / chunk.usage.completion_tokens)}% of the text came from drafts`;
       got.tau = did.tau ?? NaN;
       got.tokens = chunk.usage.completion_tokens;
     }
@@ -220,7 +221,7 @@ async function answer(question) {
 async function race(question) {
   if (!model && !(await connect())) return;
   asked(question);
-  const box = card("assistant").parentElement, sides = element("div", "sides"), ratio = element("p", "figures");
+  const box = card("assistant").parentElement, sides = element("div", "sides"), ratio = element("p", "ratio");
   const [left, right] = ["without drafts", "with drafts"].map((name) => {
     const side = element("section", ""), body = element("div", "text");
     side.append(element("h2", "", name), body);
@@ -305,6 +306,10 @@ $("export").addEventListener("click", () => {
 });
 $("system").addEventListener("change", keep);
 $("key").addEventListener("change", connect);
+/* A window that gets smaller, by a phone's keyboard or the settings, keeps the end in view. */
+let low = true;
+$("talk").addEventListener("scroll", () => { low = isLow(); });
+new ResizeObserver(() => { if (low) $("talk").scrollTop = $("talk").scrollHeight; low = isLow(); }).observe($("talk"));
 restore();
 connect().then(() => {
   /* A question in the address, so that a page can be linked to with one: #Why is the sky blue? */

@@ -35,9 +35,14 @@ function copy(text) {
   area.remove();
 }
 
+function isLow() {
+  const talk = document.getElementById("talk");
+  return talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
+}
+
 /* Keeps the end of the talk in view while something is added to it, unless the reader has scrolled up. */
 function keepLow(change) {
-  const talk = document.getElementById("talk"), low = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
+  const talk = document.getElementById("talk"), low = isLow();
   change();
   if (low) talk.scrollTop = talk.scrollHeight;
 }
