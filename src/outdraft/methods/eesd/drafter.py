@@ -1,9 +1,9 @@
 """Decoding with EESD (arXiv 2406.03853): the target's own first layers and a trained exit layer draft.
 
-A candidate runs through the first layers once, in the target's own cache; verification takes that over
+A candidate runs through the first layers in the target's own cache; on a CPU verification takes that over
 (`ModelRunner.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those
-of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`). Entries of accepted
-candidates stay.
+of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`). On a CPU entries of
+accepted candidates stay; elsewhere the host would wait to find them, and they are computed anew beside the root.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, listed, sent
+from outdraft.core.tensors import counting, listed, read_freely, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
@@ -62,6 +62,7 @@ class EarlyExitState(DraftState):
         self.taken = [0] * run.cache.rows
         self._both = _BothCaches(run.cache, self.cache, drafter.exit_layer.config.exit_layer)
         self._at_once = run.target is drafter.target  # exact mode runs views of its own
+        self._finds = read_freely(drafter.target.device)
         self._expanded: list[tuple[Tensor, Tensor]] = []  # tokens and parents of the last tree's levels below the root
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
@@ -80,7 +81,8 @@ class EarlyExitState(DraftState):
         upper = RunAhead(self.cache, self.last_position)
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            self._expanded.append((tokens, parents))
+            if self._finds:
+                self._expanded.append((tokens, parents))
             if self._at_once:
                 return self.drafter.exit.head(self._features(tokens, parents, lower))
             level = self.run.ahead(tokens, parents, *lower.place(tokens, parents))
@@ -102,6 +104,9 @@ class EarlyExitState(DraftState):
 
     def _keep_accepted(self, update: Update) -> list[int]:
         """Commit the exit layer's entries of accepted candidates; return their number for every row."""
+        if not self._expanded:
+            self.cache.rollback()
+            return [0] * len(update.counts)
         decided, *lists = listed([update.tokens, *(part for level in self._expanded for part in level)])
         levels = list(zip(lists[::2], lists[1::2], strict=True))
         self._expanded = []
