@@ -31,7 +31,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from outdraft.core.coupling import Coupled, under
+from outdraft.core.coupling import Coupled, noise_of, under
 from outdraft.core.dice import Chance, draw_each
 from outdraft.core.sampling import Warper, probs_of
 from outdraft.core.tensors import read_freely, sent
@@ -165,8 +165,7 @@ def verify_coupled(
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
     if alike and logits.numel() <= AT_ONCE and not read_freely(logits.device):
         levels = tree.nodes if tree.levels is None else tree.levels + 1
-        noise = torch.stack([torch.stack([chance.at(depth) for depth in range(levels)]) for chance in chances])
-        index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])
+        noise, index = noise_of(chances, levels), tree.depths[..., None].expand(-1, -1, logits.shape[-1])
         return verify_greedy(tree, under(warpers[0].probs(logits), noise.gather(1, index)))
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from outdraft.core.coupling import Shown
+from outdraft.core.coupling import Shown, noise_of
 from outdraft.core.dice import Chance, Dice, Thrown
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
@@ -169,9 +169,7 @@ class _Draft:
         put(given.lengths, cache.lengths)
         self.cache = cache
         if self.coupled:
-            for row, chance in enumerate(chances):
-                for depth in range(self.depths):
-                    given.noise[row, depth] = chance.at(depth)  # type: ignore[attr-defined]
+            given.noise[:rows] = noise_of(chances, self.depths)  # type: ignore[arg-type]
         if self.throws:
             put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
 
