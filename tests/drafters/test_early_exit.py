@@ -109,7 +109,7 @@ def test_no_weight_of_the_target_is_held_twice(family: str, backend: str, own_he
     own = sum(1 for _ in exit_layer.parameters())
     drafter = EarlyExit(accelerate(exit_layer.eval(), backend), target)
     reader = target.reader(drafter.reads)
-    views = [reader._first._inner, reader._last._inner, drafter.exit._view._inner]
+    views = [reader._first._inner, reader._last._inner, drafter.exit.view._inner]
     borrowed = storages(*views) & original
     added = (storages(*views) | storages(drafter.exit_layer)) - original
     assert len(borrowed) > 10

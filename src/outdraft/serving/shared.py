@@ -68,8 +68,8 @@ class FollowingEngine(Engine):
         self._run()
 
     def _take_commands(self) -> bool:
-        told: list[Any]
-        told, going = said_by_first(([], False))
+        said: Any = said_by_first(([], False))
+        told, going = said
         for name, params, guide in told:
             if params is None:
                 self._cancel(self._jobs[name])
@@ -80,4 +80,4 @@ class FollowingEngine(Engine):
             job = Job(params, self.target, self._tokenizer, lambda event: None, name)
             self._jobs[name] = job
             self._take_in(job)
-        return going
+        return bool(going)

@@ -53,8 +53,8 @@ class _Lookup(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         most = min(shape.depth + 1, shape.size - 1)
-        for text, known, new, count in zip(self.texts, self.known, update.tokens.tolist(), update.counts, strict=True):
-            text.extend(new[known:count])
+        for text, known, new in zip(self.texts, self.known, update.on_host, strict=True):
+            text.extend(new[known:])
         self.known = [0] * len(self.texts)
         chains, sure = [], []
         for text in self.texts:
