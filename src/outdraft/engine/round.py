@@ -243,6 +243,6 @@ class Batch:
             self.histories = [self.histories[i] for i in staying]
             if staying:
                 self.cache.select_rows(staying)
-                self.roots = self.roots[staying]
+                self.roots = self.roots[sent(staying, self.roots.device)]
                 self.drafts.select_rows(staying)
         return gained
