@@ -24,9 +24,9 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter, RowContext, Update
 from outdraft.engine.continuous import Decoder
+from outdraft.methods import recorded as recorded_drafts
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.fspad import recorded as recorded_drafts
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
 from outdraft.target.backends.fused import FusedAttention
 from outdraft.target.target import Target
@@ -92,6 +92,7 @@ def recorded(model: SpeculativeModel) -> dict[str, int]:
     if isinstance(drafter, EarlyExit):
         reader: Any = model.target.reader(drafter.reads)
         runs = {"lower": reader._first._run, "upper": reader._last._run, "levels": drafter.shortcut._run}
+        runs["drafts"] = drafter.recorded
     if isinstance(drafter, DraftModel):
         runs["draft model"] = drafter.model._run
     return {name: len(run.recordings) for name, run in runs.items()}
@@ -140,9 +141,10 @@ def test_answers_are_those_of_stock_modules_token_by_token(kind: str) -> None:
     assert (accepted > 0) == (kind != "none")
 
 
-def test_drafts_are_recorded_where_nothing_forbids_it() -> None:
+@pytest.mark.parametrize("kind", ["fspad", "eesd"])
+def test_drafts_are_recorded_where_nothing_forbids_it(kind: str) -> None:
     """Paces, penalties and chains without replacement are not."""
-    graphs = loaded("fspad", "graphs")
+    graphs = loaded(kind, "graphs")
     drafter: Any = graphs.drafter
     counts = []
     for settings in [*ROUNDS, {**ROUNDS[0], "controller": "confidence"}]:
@@ -284,5 +286,5 @@ def test_the_law_is_kept_exactly(kind: str, settings: SamplingSettings, shape: T
 
     assert distance(law_of(run), expected_law(model, prompt, settings, length)) < CLOSE_LAW
     made = recorded(on_graphs)
-    assert (made.pop("drafts", 0) > 0) == (kind == "fspad" and not drawn)
+    assert (made.pop("drafts", 0) > 0) == (not drawn)
     assert accepted > 0 and all(made.values())

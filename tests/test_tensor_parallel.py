@@ -5,21 +5,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
 import sharing
+from cli_fixtures import make_folders
+from outdraft.api.generation import load
 from outdraft.api.loading import load_target
 from outdraft.drafting.run_folder import RUN
 from outdraft.errors import UserError
 from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
+from serving.running import start
 from training.tiny import byte_tokenizer, write_chats
 
 SCRIPT = Path(sharing.__file__)
@@ -92,6 +99,66 @@ def test_the_command_line_speaks_once(model: Path) -> None:
     done = together(2, *flags, module="outdraft.cli")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["tokens"]) == 5
+
+
+ASKED: list[dict[str, Any]] = [
+    {"prompt": "red blue red blue red", "temperature": 0, "logprobs": 2},
+    {"prompt": "a bird", "temperature": 0, "max_tokens": 40},
+    {"prompt": ["one two", "green"], "temperature": 1, "seed": 5, "n": 2},
+    {"prompt": "one two one two", "temperature": 1, "seed": 9, "presence_penalty": 0.5, "stop": ["e", "o"]},
+    {"prompt": "dog", "temperature": 0.7, "seed": 1, "response_format": {"type": "regex", "regex": "(red|blue){9}"}},
+    {"prompt": "cat", "temperature": 0, "speculative": False},
+]
+
+
+def answered(url: str) -> list[Any]:
+    """Ask all at once, beside a client that leaves; return texts, reasons to end and logprobs."""
+    with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(len(ASKED)) as pool:
+        none: dict[str, Any] = {"token_logprobs": []}
+
+        def ask(body: dict[str, Any]) -> Any:
+            said = client.post("/v1/completions", json={"model": "m", "max_tokens": 24, **body}).json()
+            return [[one["text"], one["finish_reason"], (one["logprobs"] or none)] for one in said["choices"]]
+
+        leaving = {"model": "m", "prompt": "long", "max_tokens": 100, "stream": True}
+        with client.stream("POST", "/v1/completions", json=leaving) as stream:
+            next(stream.iter_lines())
+            asked = [pool.submit(ask, body) for body in ASKED]
+        unseeded = [ask({"prompt": "any", "temperature": 1}) for _ in range(2)]
+        assert unseeded[0] != unseeded[1]
+        return [one.result() for one in asked]
+
+
+def test_two_processes_serve_what_one_serves(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    folders = make_folders(tmp_path)
+    alone = start(load(folders.target, folders.drafter, dtype="float32", backend="eager"), served_model_name=["m"])
+    found = [answered(alone.url)]
+    alone.stop()
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "outdraft.cli", "serve", "--tp"]
+    command += ["--model", folders.target, "--draft-model", folders.drafter, "--served-model-name", "m"]
+    command += ["--dtype", "float32", "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    log = tmp_path / "log"
+    with log.open("wb") as remarks:
+        server = subprocess.Popen([sys.executable, "-m", *command], stderr=remarks, env=environment)
+    try:
+        while (said := re.search(r"listening on (http://127\.0\.0\.1:\d+)", log.read_text())) is None:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        found.append(answered(said[1]))
+        server.terminate()
+        server.wait(60)
+        assert log.read_text().count("listening on") == 1
+        assert "the engine has ended" not in log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+    one, two = ([answer for answers in given for answer in answers] for given in found)
+    assert len(one) == 3 + len(ASKED)
+    for (text, reason, likely), (same_text, same_reason, as_likely) in zip(one, two, strict=True):
+        assert (text, reason) == (same_text, same_reason)
+        assert likely["token_logprobs"] == pytest.approx(as_likely["token_logprobs"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

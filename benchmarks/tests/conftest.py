@@ -49,5 +49,5 @@ def scale() -> ModuleType:
 def unclocked() -> Iterator[None]:
     """Drafts of the full length, in studies that whole files share, too: by default a clock decides on CPUs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outdraft.api.settings.ADAPTIVE", "fixed")
+        patch.setattr("outdraft.api.draft_settings.ADAPTIVE", "fixed")
         yield

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from models import FAMILIES, FURTHER, tiny
+from outdraft.core import tensors
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
@@ -108,7 +109,7 @@ def test_no_weight_of_the_target_is_held_twice(family: str, backend: str, own_he
     own = sum(1 for _ in exit_layer.parameters())
     drafter = EarlyExit(accelerate(exit_layer.eval(), backend), target)
     reader = target.reader(drafter.reads)
-    views = [reader._first._inner, reader._last._inner, drafter.exit._view._inner]
+    views = [reader._first._inner, reader._last._inner, drafter.exit.view._inner]
     borrowed = storages(*views) & original
     added = (storages(*views) | storages(drafter.exit_layer)) - original
     assert len(borrowed) > 10
@@ -193,10 +194,12 @@ def test_slots_of_a_round_are_enough_for_what_runs_ahead() -> None:
 def test_what_was_computed_for_accepted_candidates_is_what_a_fresh_run_computes(
     monkeypatch: pytest.MonkeyPatch, family: str, shape: TreeShape
 ) -> None:
-    """Exit features of every level, ragged rows: in one run or two, with what was kept or everything anew."""
+    """Exit features of every level, ragged rows: in one run or two, with what was kept or everything anew, and as
+    where the host would wait for it."""
     model = tiny(family)
 
-    def recorded(at_once: bool, keeping: bool) -> tuple[list[torch.Tensor], list[list[int]], int]:
+    def recorded(at_once: bool, keeping: bool, free: tuple[str, ...] = ("cpu",)) -> tuple[list, list[list[int]], int]:
+        monkeypatch.setattr(tensors, "READ_FREELY", free)
         target = Target(model)
         drafter = exit_drafter(target)
         through, kept = [], 0
@@ -221,8 +224,10 @@ def test_what_was_computed_for_accepted_candidates_is_what_a_fresh_run_computes(
 
     own, tokens, kept = recorded(True, True)
     assert kept > 0, "something was accepted and expanded"
-    for at_once, keeping in ((True, False), (False, True), (False, False)):
-        other, same_tokens, _ = recorded(at_once, keeping)
+    waiting = ((True, True, ()), (False, True, ()))
+    for how in ((True, False), (False, True), (False, False), *waiting):
+        other, same_tokens, again = recorded(*how)  # type: ignore[misc]
+        assert not again or how not in waiting
         assert tokens == same_tokens and len(own) == len(other)
         for x, y in zip(own, other, strict=True):
             torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)

@@ -162,7 +162,7 @@ class Grammar:
     """
 
     def __init__(self, source: str, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
+        self.source, self.vocabulary = source, vocabulary
         self._start = _library().LLMatcher(vocabulary.tokens, source, log_level=0)
         if self._start.is_error():
             said = " ".join(self._start.get_error().split())

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
-from outdraft.output import remarks
+from outdraft.output import is_main_process, remarks
 
 if TYPE_CHECKING:
     from outdraft.serving.settings import ServeSettings
@@ -40,7 +40,7 @@ def serve(
     shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
     threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
-    tp: Annotated[bool, typer.Option("--tp", hidden=True)] = False,
+    tp: o.TensorParallel = False,
     allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
         str | None,
@@ -55,10 +55,8 @@ def serve(
     own = {name: value for name, value in locals().items() if name in SERVE and value is not None}
     from outdraft.serving.settings import ServeSettings
 
-    if tp:
-        raise UserError("serve runs in one process, without --tp; take --device auto, or export to vLLM")
     settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
-    run_serve(model, draft_model, o.loading(method=method, **flags), settings, o.drafting(**flags), remarks())
+    run_serve(model, draft_model, o.loading(method=method, tp=tp, **flags), settings, o.drafting(**flags), remarks())
 
 
 def run_serve(
@@ -74,7 +72,9 @@ def run_serve(
         from outdraft.serving.server import Service, listen
     except ImportError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install 'outdraft[serve]'") from error
-    listening = listen(settings.host, settings.port)  # before minutes of loading
+    # Before minutes of loading; of processes that share the target the first one listens.
+    follows = loading.get("tp_plan") is not None and not is_main_process()
+    listening = None if follows else listen(settings.host, settings.port)
     try:
         from outdraft.api.draft_settings import DraftSettings
         from outdraft.api.generation import load
@@ -104,7 +104,8 @@ def run_serve(
             logger.setLevel(logging.INFO)
         service.serve(listening, ready)
     finally:
-        listening.close()
+        if listening is not None:
+            listening.close()
 
 
 def name_of(model: str) -> str:

@@ -178,6 +178,11 @@ def under(probs: Tensor, noise: Tensor) -> Tensor:
     return torch.where(best.isnan(), probs.shape[-1], chosen)
 
 
+def noise_of(chances: Sequence[Coupled], depths: int) -> Tensor:
+    """Return the `(rows, depths, vocab)` noise of the nodes down to that depth, in one operation of the device."""
+    return torch.stack([chance.at(depth) for chance in chances for depth in range(depths)]).unflatten(0, (-1, depths))
+
+
 def leave_generator(chances: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
     """Call `Noise.leave` for a batch that was decoded, if its rows are coupled."""
     if chances and isinstance(chances[0], Coupled):

@@ -17,6 +17,14 @@ from torch import Tensor
 LEAST = 64
 """Entries of the smallest table; larger tables double, so that few are ever made."""
 
+READ_FREELY = ("cpu",)
+"""Devices whose numbers the host reads without waiting for queued work."""
+
+
+def read_freely(device: torch.device) -> bool:
+    """Return True if the host reads this device's numbers without waiting for queued work."""
+    return device.type in READ_FREELY
+
 
 def sent(numbers: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Copy host numbers to a tensor on the device, without waiting for the device's queued work."""

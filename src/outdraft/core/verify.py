@@ -31,18 +31,14 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from outdraft.core.coupling import Coupled, under
+from outdraft.core.coupling import Coupled, noise_of, under
 from outdraft.core.dice import Chance, draw_each
 from outdraft.core.sampling import Warper, probs_of
-from outdraft.core.tensors import sent
+from outdraft.core.tensors import read_freely, sent
 from outdraft.core.tree import Candidates, Tree
 
 AT_ONCE = 2**25
 """Largest number of probabilities, over all nodes and rows, for which the distributions of chains are made at once."""
-
-
-WALKING = ("cpu",)
-"""Devices on which distributions are made level by level, for reached nodes only; reading them is free."""
 
 
 @dataclass
@@ -167,10 +163,9 @@ def verify_coupled(
     """Run `verify` for coupled rows (`coupling.py`): a candidate is accepted if noise chooses it of p."""
     kind = warpers[0].kind
     alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
-    if alike and logits.numel() <= AT_ONCE and logits.device.type not in WALKING:
+    if alike and logits.numel() <= AT_ONCE and not read_freely(logits.device):
         levels = tree.nodes if tree.levels is None else tree.levels + 1
-        noise = torch.stack([torch.stack([chance.at(depth) for depth in range(levels)]) for chance in chances])
-        index = tree.depths[..., None].expand(-1, -1, logits.shape[-1])
+        noise, index = noise_of(chances, levels), tree.depths[..., None].expand(-1, -1, logits.shape[-1])
         return verify_greedy(tree, under(warpers[0].probs(logits), noise.gather(1, index)))
     tokens, children = tree.lists[0], [tree.children(row) for row in range(tree.rows)]
 

@@ -21,7 +21,7 @@ from outdraft.core.coupling import Coupled
 from outdraft.core.dice import Chance
 from outdraft.core.sampling import Warper
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_CHAIN, GPU_TREE, TreeShape
-from outdraft.core.tensors import chosen, integers
+from outdraft.core.tensors import chosen, integers, sent
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.cache import SlotCache
@@ -39,11 +39,20 @@ class Update:
         taps: `(rows, m, hidden)` what the drafter reads of the target at the position before each token: the target's
             hidden states, or what the runner made by `start` gives instead.
         counts: number of real tokens per row.
+        lists: the real tokens of every row on the host; None where only the device has them.
     """
 
     tokens: Tensor
     taps: Tensor
     counts: list[int]
+    lists: list[list[int]] | None = None
+
+    @property
+    def on_host(self) -> list[list[int]]:
+        """The real tokens of every row; the device is asked only where the host does not have them."""
+        if self.lists is None:
+            self.lists = [row[:count] for row, count in zip(self.tokens.tolist(), self.counts, strict=True)]
+        return self.lists
 
     @property
     def roots(self) -> Tensor:
@@ -65,7 +74,9 @@ class Update:
             ]
             return pad_sequence(whole, batch_first=True)
 
-        return cls(joined("tokens"), joined("taps"), counts)
+        known = [update.lists for update in updates if update.lists is not None]
+        lists = [[token for one in known for token in one[row]] for row in rows] if len(known) == len(updates) else None
+        return cls(joined("tokens"), joined("taps"), counts, lists)
 
     @classmethod
     def beside(cls, first: Update, second: Update) -> Update:
@@ -74,17 +85,20 @@ class Update:
         def joined(name: str) -> Tensor:
             return pad_sequence([*getattr(first, name), *getattr(second, name)], batch_first=True)
 
-        return cls(joined("tokens"), joined("taps"), first.counts + second.counts)
+        lists = None if first.lists is None or second.lists is None else first.lists + second.lists
+        return cls(joined("tokens"), joined("taps"), first.counts + second.counts, lists)
 
     def select_rows(self, rows: Sequence[int]) -> Update:
         """Keep only these rows, in this order."""
-        index = torch.tensor(list(rows), device=self.tokens.device)
-        return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows])
+        index = sent(list(rows), self.tokens.device)
+        lists = None if self.lists is None else [self.lists[row] for row in rows]
+        return Update(self.tokens[index], self.taps[index], [self.counts[row] for row in rows], lists)
 
     def newest(self) -> Update:
         """Return each row's last token alone."""
         last = integers(self.counts, self.tokens.device)[:, None] - 1
-        return Update(self.tokens.gather(1, last), chosen(self.taps, last), [1] * len(self.counts))
+        lists = None if self.lists is None else [row[-1:] for row in self.lists]
+        return Update(self.tokens.gather(1, last), chosen(self.taps, last), [1] * len(self.counts), lists)
 
 
 class Budget(Protocol):

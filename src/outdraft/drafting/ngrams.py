@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from outdraft.core.tensors import sent
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 
@@ -132,7 +133,7 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
     probs = None if tree.draft_probs is None else F.pad(tree.draft_probs, (0, 0, 0, more))[:, : max(counts)].clone()
     for row, chain in enumerate(chains):
         if chain:
-            below = torch.tensor(chain, device=device)
+            below = sent(chain, device)
             tokens[row, 1:] = parents[row, 1:] = 0
             tokens[row, 1 : own[row]] = below
             parents[row, 1 : own[row]] = torch.arange(len(chain), device=device)

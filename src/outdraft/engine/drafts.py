@@ -64,7 +64,8 @@ class Drafts:
         for i, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
             tokens[i, : counts[i] - 1] = prompt[1:]
             tokens[i, counts[i] - 1] = first
-        self.updates, self.pending = [Update(tokens.to(taps.device), taps, counts)], max(counts)
+        lists = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        self.updates, self.pending = [Update(tokens.to(taps.device), taps, counts, lists)], max(counts)
         self.state = self.drafter.begin([prompt.to(taps.device) for prompt in prompts], run)
 
     def read(self) -> bool:
@@ -76,24 +77,25 @@ class Drafts:
             self.asked = self.pending == 1
         return self.state is None or self.asked
 
-    def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, counts: list[int]) -> None:
+    def tell(self, tokens: Tensor, taps: Tensor, paths: Tensor, lists: list[list[int]]) -> None:
         """Queue the tokens that a round decided, for the drafter's next update.
 
         Args:
             tokens: `(rows, m)` decided tokens, right-padded.
             taps: `(rows, nodes, width)` hidden states of the tree's nodes.
             paths: `(rows, m)` index of the node before each token.
-            counts: number of real tokens per row.
+            lists: the decided tokens of every row, on the host.
         """
         if self.state is not None:
             index = paths[..., None].expand(-1, -1, taps.shape[-1])
-            self.updates.append(Update(tokens, taps.gather(1, index), counts))
+            counts = [len(row) for row in lists]
+            self.updates.append(Update(tokens, taps.gather(1, index), counts, lists))
             self.pending += max(counts)
 
     def trees(self, plan: Plan, roots: Tensor, rows: Sequence[Row], prefixes: Prefixes) -> Tree:
         """Build the trees of a plan below the `(rows,)` root tokens."""
         if all(plan.ngrams):
-            chains = [[root, *chain] for root, chain in zip(roots.tolist(), plan.ngrams, strict=True)]
+            chains = [[row.tokens[-1], *chain] for row, chain in zip(rows, plan.ngrams, strict=True)]
             return Tree.listed(chains, roots.device)
         if self.state is None or not plan.asks_drafter:
             return Tree.roots(roots)

@@ -221,7 +221,7 @@ class Batch:
         # One transfer: what was decided, where it lies in the tree, and the next roots.
         packed = sent([[*a, *b, *c] for a, b, c in zip(decided, paths, newest, strict=True)], taps.device)
         self.roots = packed[:, -1]
-        self.drafts.tell(packed[:, :longest], taps, packed[:, longest:-1], counts)
+        self.drafts.tell(packed[:, :longest], taps, packed[:, longest:-1], [verdict.tokens for verdict in verdicts])
         for i, (row, history, verdict) in enumerate(zip(self.rows, self.histories, verdicts, strict=True)):
             drafted = len(verdict.tokens) - 1
             tokens = verdict.tokens[:drafted] if lost[i] else verdict.tokens
@@ -250,6 +250,6 @@ class Batch:
             self.histories = [self.histories[i] for i in staying]
             if staying:
                 self.cache.select_rows(staying)
-                self.roots = self.roots[staying]
+                self.roots = self.roots[sent(staying, self.roots.device)]
                 self.drafts.select_rows(staying)
         return gained

@@ -26,6 +26,7 @@ from outdraft.serving.metrics import Metrics
 from outdraft.serving.queue import Capacity, RequestQueue
 from outdraft.serving.settings import ServeSettings
 from outdraft.target.limits import cache_slots
+from outdraft.target.ranks import said_by_first
 from outdraft.target.target import Target
 
 log = logging.getLogger("outdraft.serving")
@@ -62,7 +63,7 @@ class Engine:
         self.target, self.settings, self.metrics, self.context_length = target, settings, metrics, context_length
         self.drafting = drafting
         slots = cache_slots(target, settings.max_num_seqs, context_length, drafting.slots, settings.kv_cache_tokens)
-        self.capacity = Capacity(slots, settings.max_num_seqs)
+        self.capacity = Capacity(said_by_first(slots) if target.shared else slots, settings.max_num_seqs)
         self._lanes = {True: Lane(target, drafting), False: Lane(target, Drafting.none())}
         self._queue = RequestQueue()
         self._running: dict[int, _Running] = {}  # by their rows' ids
@@ -102,11 +103,11 @@ class Engine:
         with self._gate:
             if not self.alive:
                 raise shutting_down()
-            self._commands.put(lambda: self._queue.add(job))
+            self._commands.put(lambda: self._take_in(job))
 
     def cancel(self, job: Job) -> None:
         """Free its rows before the next round, as its client has gone; nothing is done to a job that has ended."""
-        self._commands.put(lambda: self._end(job, CANCELLED) if job.left else None)
+        self._commands.put(lambda: self._cancel(job))
 
     def drain(self, seconds: float) -> None:
         """Take no further jobs, give the present ones so long to finish, then end."""
@@ -149,7 +150,17 @@ class Engine:
             if not idle:
                 return True
             self._gauge()
-            self._commands.get()()
+            self._next_command()()
+
+    def _next_command(self) -> Callable[[], None]:
+        return self._commands.get()
+
+    def _take_in(self, job: Job) -> None:
+        self._queue.add(job)
+
+    def _cancel(self, job: Job) -> None:
+        if job.left:
+            self._end(job, CANCELLED)
 
     def _take_ready_commands(self) -> None:
         while not self._commands.empty():  # no other thread takes any

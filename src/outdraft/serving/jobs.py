@@ -5,9 +5,10 @@ The engine's thread owns a job once it was submitted, and hands the job's events
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -246,6 +247,8 @@ class Job:
         deliver: Callable[[Event], None],
         id: str,
     ):
+        if params.seed is None and target.shared:  # the processes throw the same dice
+            params = replace(params, seed=secrets.randbits(62))
         self.params, self.deliver, self.id = params, deliver, id
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []

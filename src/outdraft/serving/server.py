@@ -22,12 +22,14 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.data.provenance import usable_cores
 from outdraft.errors import UserError, first_line
+from outdraft.output import is_main_process
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Engine
 from outdraft.serving.lane import Drafting
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.parse import RequestParser
 from outdraft.serving.settings import ServeSettings
+from outdraft.serving.shared import FirstEngine, FollowingEngine
 from outdraft.target.backends import is_native
 from outdraft.target.target import Target
 
@@ -98,7 +100,11 @@ class Service:
         self.metrics = Metrics(self.names[0])
         # Encoding may change a tokenizer's state, and the engine's thread decodes with the model's.
         parser = RequestParser(model.target, copy.deepcopy(model.tokenizer), self.names, settings)
-        self.engine = Engine(
+        self._tokenizer = model.tokenizer
+        kind: type[Engine] = Engine
+        if model.target.shared:
+            kind = FirstEngine if is_main_process() else FollowingEngine
+        self.engine = kind(
             model.target,
             drafting(model, draft or DraftSettings()),
             settings,
@@ -108,13 +114,17 @@ class Service:
         )
         self.app: FastAPI = make_app(self.engine, parser, model.tokenizer, settings, self.metrics)
 
-    def serve(self, listening: socket.socket, ready: Callable[[str], None] = lambda url: None) -> None:
+    def serve(self, listening: socket.socket | None, ready: Callable[[str], None] = lambda url: None) -> None:
         """Answer until told to stop (SIGINT, SIGTERM, or `stop`).
 
         Args:
-            listening: from `listen`.
+            listening: from `listen`; not read in a process that follows the first one of those that share the target.
             ready: told the address once requests are taken.
         """
+        if isinstance(self.engine, FollowingEngine):
+            self.engine.follow(self._tokenizer)
+            return
+        assert listening is not None
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         url = f"http://{host}:{listening.getsockname()[1]}"
         config = uvicorn.Config(

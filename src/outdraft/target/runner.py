@@ -1,7 +1,8 @@
 """The runner of the target for the rows of one batch: their prompts, then one tree per round, over one cache.
 
-If a drafter consists of the target's own first layers, those may run ahead over candidates. Verification of the tree
-then reuses their results, so that they run once per token.
+If a drafter consists of the target's own first layers, those may run ahead over candidates. On a CPU verification of
+the tree reuses their results, so that they run once per token. Elsewhere the host would wait for the tree to find them;
+they run again over the whole tree, which reads the weights no more often, as leaves never ran ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from outdraft.core.tensors import causal, counting, integers, listed, sent
+from outdraft.core.tensors import causal, counting, integers, listed, read_freely, sent
 from outdraft.core.tree import Tree
 from outdraft.target.cache import SlotCache
 from outdraft.target.views import Reads
@@ -100,11 +101,14 @@ class ModelRunner:
     def tree(self, tree: Tree) -> Output:
         """Run every node of the trees at once, each seeing the committed tokens and its ancestors only.
 
-        The nodes stay pending in the cache, in the order of the tree. The first part runs only over nodes that it has
-        not seen.
+        The nodes stay pending in the cache, in the order of the tree. On a CPU the first part runs only over nodes that
+        it has not seen.
         """
-        if self._levels:
+        if self._levels and read_freely(self.target.device):
             return self._tree_after_running_ahead(tree)
+        if self._levels:
+            self._levels = []
+            self.cache.rollback()
         slots = self.cache.reserve(tree.nodes, self.target.device)
         return self.forward(tree.tokens, self.positions(tree), tree.ancestors, slots)
 

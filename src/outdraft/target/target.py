@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from outdraft.core.tensors import causal
+from outdraft.core.tensors import causal, sent
 from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
@@ -166,7 +166,7 @@ class Target:
         if not self.ragged or sum(counts) == rows * nodes:
             return self.head(features)
         real = [place for row, count in enumerate(counts) for place in range(row * nodes, row * nodes + count)]
-        index = torch.tensor(real, device=features.device)
+        index = sent(real, features.device)
         own = self.head(features.flatten(0, 1)[index])
         return own.new_empty(rows * nodes, own.shape[-1]).index_copy_(0, index, own).view(rows, nodes, -1)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from outdraft.errors import UserError
 from outdraft.target.backends import forward_of
+from outdraft.target.backends.tree_attention import Pending
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class View:
             `(rows, tokens, hidden)` features after the final norm, then the output of each noted module.
         """
         return self._run(**inputs) if hidden is None else self._run(inputs_embeds=hidden, **inputs)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `over` computes what the layers do, as the backend has found out."""
+        return getattr(self._run, "ready", False)
+
+    def over(self, pending: Pending, **given: Tensor) -> tuple[Tensor, ...]:
+        """Run the layers on `input_ids` or `inputs_embeds` over pending tokens, as part of what is recorded."""
+        return self._run.over(*next(iter(given.items())), pending)  # type: ignore[attr-defined]
 
     def _forward(self, **inputs: Any) -> tuple[Tensor, ...]:
         if self._handed is not None:

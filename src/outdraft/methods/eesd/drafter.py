@@ -1,9 +1,9 @@
 """Decoding with EESD (arXiv 2406.03853): the target's own first layers and a trained exit layer draft.
 
-A candidate runs through the first layers once, in the target's own cache; verification takes that over
+A candidate runs through the first layers in the target's own cache; on a CPU verification takes that over
 (`ModelRunner.ahead`). The exit layer keeps a cache of its own, one entry for every decided token. Its slots are those
-of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`). Entries of accepted
-candidates stay.
+of the target's cache, so that both parts run in one forward over one mask (`shortcut_view`). On a CPU entries of
+accepted candidates stay; elsewhere the host would wait to find them, and they are computed anew beside the root.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, listed, sent
+from outdraft.core.tensors import causal, counting, listed, read_freely, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
 from outdraft.drafting.expand import grow
+from outdraft.drafting.sample import Step
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
+from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.cache import LayerCache, SlotCache
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -41,9 +44,34 @@ class EarlyExit(NetworkDrafter):
 
             add_hook_to_module(exit_layer.layer, AlignDevicesHook(target.device, skip_keys="past_key_values"))
         self.shortcut = shortcut_view(target.model, split, exit_layer.layer, target.gathered_on)
+        self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> EarlyExitState:
         return EarlyExitState(self, run)
+
+    @property
+    def ready(self) -> bool:
+        """Whether whole drafts can be recorded: the forwards in them ran before and computed what the model does."""
+        return self.recorded is not None and self.shortcut.ready and self.exit.view.ready
+
+    def unasked(self, given: Given, cache: _BothCaches) -> tuple[Tensor, Step]:
+        """Take in what was decided after the last root and step, as `EarlyExitState.propose` does, over lengths on the
+        device."""
+        (rows, new), device = given.tokens.shape, given.tokens.device
+        last, windows = self.target.context_length - 1, tuple(self.target.windows.values())
+        if new > 1:  # what of it lies beyond a row's own tokens is written again by the tree
+            begun = given.lengths - given.counts.int() + 1
+            positions = (begun[:, None].long() + torch.arange(new - 1, device=device)).clamp(max=last)
+            pending = Pending(begun, causal(rows, new - 1, device), positions, windows, cache)
+            self.exit.view.over(pending, inputs_embeds=given.taps[:, 1:])
+        levels = PendingLevels(given.lengths, cache, last, windows)
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            features, _ = self.shortcut.over(levels.below(parents), input_ids=tokens)
+            return self.exit.head(features)
+
+        roots = given.tokens.gather(1, given.counts[:, None] - 1)
+        return step(roots, torch.zeros_like(roots))[:, 0], step
 
     def slots(self, shape: TreeShape) -> int:
         """Return the slots that a draft takes: the root, each level's expandable nodes, and at most a whole tree of
@@ -62,9 +90,16 @@ class EarlyExitState(DraftState):
         self.taken = [0] * run.cache.rows
         self._both = _BothCaches(run.cache, self.cache, drafter.exit_layer.config.exit_layer)
         self._at_once = run.target is drafter.target  # exact mode runs views of its own
+        self._finds = read_freely(drafter.target.device) and drafter.recorded is None
         self._expanded: list[tuple[Tensor, Tensor]] = []  # tokens and parents of the last tree's levels below the root
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        recorded = self.drafter.recorded if self._at_once and self.drafter.ready else None
+        # A draft that is recorded begins after the last one's root.
+        if recorded is not None and set(self.taken) == {1} and recorded.serves(update, shape, rows, self._both):
+            tree = recorded(update, shape, rows, self._both)
+            if tree is not None:
+                return tree
         found = self._keep_accepted(update)
         starts = [taken + kept for taken, kept in zip(self.taken, found, strict=True)]
         left = [count - known for count, known in zip(update.counts, starts, strict=True)]
@@ -80,7 +115,8 @@ class EarlyExitState(DraftState):
         upper = RunAhead(self.cache, self.last_position)
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            self._expanded.append((tokens, parents))
+            if self._finds:
+                self._expanded.append((tokens, parents))
             if self._at_once:
                 return self.drafter.exit.head(self._features(tokens, parents, lower))
             level = self.run.ahead(tokens, parents, *lower.place(tokens, parents))
@@ -102,6 +138,9 @@ class EarlyExitState(DraftState):
 
     def _keep_accepted(self, update: Update) -> list[int]:
         """Commit the exit layer's entries of accepted candidates; return their number for every row."""
+        if not self._expanded:
+            self.cache.rollback()
+            return [0] * len(update.counts)
         decided, *lists = listed([update.tokens, *(part for level in self._expanded for part in level)])
         levels = list(zip(lists[::2], lists[1::2], strict=True))
         self._expanded = []
@@ -186,6 +225,14 @@ class _BothCaches(LayerCache):
     @property
     def capacity(self) -> int:
         return min(self.first.capacity, self.own.capacity)
+
+    def room_for(self, pending: int) -> None:
+        for cache in (self.first, self.own):
+            cache.room_for(pending)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commit what a draft took in, up to its root, to the exit layer's own cache."""
+        self.own.advance(counts)
 
     @property
     def addresses(self) -> tuple[int, ...]:

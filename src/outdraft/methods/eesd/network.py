@@ -113,11 +113,11 @@ class BoundExit:
     """An exit layer with the final norm and the head of its target; it holds views, no weights."""
 
     def __init__(self, exit_layer: ExitLayer, target: Target):
-        self._view = exit_view(target.model, exit_layer.layer, target.gathered_on)
+        self.view = exit_view(target.model, exit_layer.layer, target.gathered_on)
         self.head: Callable[[Tensor], Tensor] = (
             target.head if exit_layer.head is None else target.head_through(exit_layer.head)
         )
 
     def features(self, hidden: Tensor, **inputs: Any) -> Tensor:
         """Map `(rows, tokens, hidden)` hidden states to the head's input; other inputs are those of the inner model."""
-        return self._view(hidden, **inputs)[0]
+        return self.view(hidden, **inputs)[0]

@@ -20,11 +20,12 @@ from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
+from outdraft.drafting.sample import Step
 from outdraft.methods.fspad.draft_step import DraftStep
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
-from outdraft.methods.fspad.recorded import RecordedDrafts
 from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
 from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
@@ -65,6 +66,28 @@ class FeatureDrafter(NetworkDrafter):
         """Look tokens up in the checkpoint's own embedding where it has one, else in the target's."""
         own = self.head.embed_tokens
         return own(tokens) if own is not None else self.target.embed(tokens)
+
+    def unasked(self, given: Given, cache: SlotCache) -> tuple[Tensor, Step]:
+        """Take pairs in and step, as `FeatureDraftState.propose` does, over lengths on the device."""
+        network, device, (rows, new) = self.step, given.tokens.device, given.tokens.shape
+        last = given.counts[:, None] - 1
+        positions = given.lengths[:, None] + torch.arange(new, device=device)
+        pending = Pending(given.lengths, causal(rows, new, device), positions.long(), (None,), cache)
+        with running_over(pending):
+            taken = network(given.tokens, given.taps, network.turns(pending.positions), None, cache)
+        r, levels = chosen(taken.r, last), PendingLevels(given.lengths + given.counts.int(), cache)
+
+        def step(tokens: Tensor, parents: Tensor) -> Tensor:
+            nonlocal r
+            nodes = tokens.shape[1]
+            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
+            pending = levels.below(parents)
+            with running_over(pending):
+                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, cache)
+            r = out.r
+            return self.logits(out.p)
+
+        return self.logits(chosen(taken.p, last)[:, 0]), step
 
 
 class FeatureDraftState(DraftState):

@@ -53,7 +53,7 @@ class _Lookup(DraftState):
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         most = min(shape.depth + 1, shape.size - 1)
-        self._take_in(update.tokens, update.counts)
+        self._take_in(update.on_host)
         self.known = [0] * len(self.texts)
         chains, sure = [], []
         for text in self.texts:
@@ -69,7 +69,7 @@ class _Lookup(DraftState):
         self.known = [self.known[row] for row in rows]
 
     def read(self, update: Update) -> Update:
-        self._take_in(update.tokens, [count - 1 for count in update.counts])
+        self._take_in([tokens[:-1] for tokens in update.on_host])
         self.known = [max(0, known - count + 1) for known, count in zip(self.known, update.counts, strict=True)]
         return update.newest()
 
@@ -77,9 +77,9 @@ class _Lookup(DraftState):
         self.texts += other.texts
         self.known += other.known
 
-    def _take_in(self, tokens: Tensor, counts: Sequence[int]) -> None:
-        for text, known, new, count in zip(self.texts, self.known, tokens.tolist(), counts, strict=True):
-            text.extend(new[known:count])
+    def _take_in(self, decided: Sequence[list[int]]) -> None:
+        for text, known, new in zip(self.texts, self.known, decided, strict=True):
+            text.extend(new[known:])
 
 
 def paced(chains: Sequence[list[int]], confidences: Sequence[float], budget: Budget) -> list[list[int]]:

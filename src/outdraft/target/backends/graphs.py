@@ -102,6 +102,11 @@ class GraphedForward(TreeForward):
         self.recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._memory: Any = None
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has run, computes what the model does and can be recorded, also as part of something larger."""
+        return self._compared and self.serves and self.records
+
     def _over(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
         rows, tokens = given.shape[:2]
         if not self.records or rows * tokens > MOST_TOKENS or min(sight.lengths) == 0:
@@ -118,7 +123,7 @@ class GraphedForward(TreeForward):
         if recording is None:
             recording = self._record(name, given, sight, cache, room)
             if not self.records:
-                return self._run(name, given, self._pending(sight, cache))
+                return self.over(name, given, self._pending(sight, cache))
             self.recordings[key] = recording
             if len(self.recordings) > MOST_RECORDINGS:
                 self.recordings.popitem(last=False)
@@ -134,7 +139,7 @@ class GraphedForward(TreeForward):
         try:
             if self._memory is None and given.is_cuda:
                 self._memory = torch.cuda.graph_pool_handle()
-            recording.make(lambda: self._run(name, recording.line, recording.pending), self._memory)
+            recording.make(lambda: self.over(name, recording.line, recording.pending), self._memory)
         except Exception as error:
             self.records = False
             warnings.warn(f"{self.what} cannot be recorded ({first_line(error)}); it runs unrecorded", stacklevel=5)

@@ -71,14 +71,14 @@ class TreeForward:
         return self._over(name, inputs[name], sight, cache)
 
     def _over(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
-        return self._run(name, given, self._pending(sight, cache))
+        return self.over(name, given, self._pending(sight, cache))
 
     def _pending(self, sight: Sight, cache: Any) -> Pending:
         device = sight.seen.device
         lengths = torch.tensor(sight.lengths, dtype=torch.int32, device=device)
         return Pending(lengths, sight.seen, sight.positions, tuple(sight.windows.values()), cache)
 
-    def _run(self, name: str, given: Tensor, pending: Pending) -> tuple[Tensor, ...]:
+    def over(self, name: str, given: Tensor, pending: Pending) -> tuple[Tensor, ...]:
         kinds = [torch.ones(1, 1, 1, 1 + i, dtype=torch.bool, device=given.device) for i in range(len(pending.windows))]
         config = self.model.config.get_text_config()
         several = len(kinds) > 1
@@ -93,7 +93,7 @@ class TreeForward:
         self._compared, reason = True, None
         expected = self.forward(attention_mask=sight.masks(), **inputs)
         try:  # second, so that the cache holds what this forward computes, like that of later calls
-            found = self._run(name, given, self._pending(sight, inputs["past_key_values"]))
+            found = self.over(name, given, self._pending(sight, inputs["past_key_values"]))
         except Exception as error:  # modules of any family; whatever they raise means the same
             reason = first_line(error)
         if reason is None and not alike(found, expected):

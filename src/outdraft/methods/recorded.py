@@ -1,4 +1,4 @@
-"""Whole drafts of a `FeatureDrafter` on a GPU, each kind recorded once as a CUDA graph.
+"""Whole drafts on a GPU, each kind recorded once as a CUDA graph.
 
 A recorded draft needs no decision of the host. The usual functions (`expand.py` and `sample.py` of `drafting/`) take
 pairs in, grow levels and choose candidates, over lengths on the device and random numbers drawn ahead. A draft of six
@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from outdraft.core.coupling import Shown
+from outdraft.core.coupling import Shown, noise_of
 from outdraft.core.dice import Chance, Dice, Thrown
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import causal, chosen, itself
+from outdraft.core.tensors import chosen, itself
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
+from outdraft.drafting.sample import Step
 from outdraft.errors import first_line
 from outdraft.target.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
-from outdraft.target.backends.tree_attention import Pending, running_over
-from outdraft.target.cache import SlotCache
-
-if TYPE_CHECKING:
-    from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.target.backends.tree_attention import Pending
+from outdraft.target.target import Target
 
 GREEDY = Warper(SamplingSettings(), 0, 1)
 """The warper that stands for rows whose candidates are chosen, not drawn."""
@@ -42,6 +40,20 @@ MOST_NEW = 64
 """The most decided tokens of a row that a recorded draft takes in; a prompt has more."""
 
 
+class Recordable(Protocol):
+    """A drafter whose drafts can be recorded."""
+
+    target: Target
+
+    @property
+    def grow(self) -> Callable[..., Tree]:
+        """The function that grows trees, as `expand.grow`."""
+
+    def unasked(self, given: Given, cache: Any) -> tuple[Tensor, Step]:
+        """Take decided tokens in without a question of the host; return `(rows, vocab)` logits after the roots, and the
+        step for the levels below."""
+
+
 class RecordedDrafts:
     """The recorded drafts of one drafter.
 
@@ -49,14 +61,14 @@ class RecordedDrafts:
         drafter: the drafter, with a target on backend `graphs`.
     """
 
-    def __init__(self, drafter: FeatureDrafter):
+    def __init__(self, drafter: Recordable):
         self.drafter = drafter
         self.records = True
         """True while drafts can be recorded."""
         self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
         self._memory: Any = None
 
-    def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> bool:
+    def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> bool:
         """Return True if a recording can make this draft."""
         scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
         drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
@@ -73,8 +85,8 @@ class RecordedDrafts:
             and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
         )
 
-    def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: SlotCache) -> Tree | None:
-        """Take in the update and grow trees, as `FeatureDraftState.propose` does; return None without effect where
+    def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> Tree | None:
+        """Take in the update and grow trees, as `DraftState.propose` does; return None without effect where
         recording fails."""
         count, new = len(update.counts), max(update.counts)
         new = next(size for size in SIZES if size >= new)
@@ -88,7 +100,7 @@ class RecordedDrafts:
             draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps)
             draft.fill(update, cache, rows.chances)
             try:
-                draft.record(self._pool(cache))
+                draft.record(self._pool(update.taps.device))
             except Exception as error:
                 self.records = False
                 warnings.warn(f"drafts cannot be recorded ({first_line(error)}); they run unrecorded", stacklevel=2)
@@ -102,14 +114,14 @@ class RecordedDrafts:
         cache.advance(update.counts)
         return draft.tree(count)
 
-    def _pool(self, cache: SlotCache) -> Any:
-        if self._memory is None and self.drafter.step.device.type == "cuda":
+    def _pool(self, device: torch.device) -> Any:
+        if self._memory is None and device.type == "cuda":
             self._memory = torch.cuda.graph_pool_handle()
         return self._memory
 
 
 @dataclass
-class _Given:
+class Given:
     """The inputs of a recorded draft, on the device, with rows and tokens padded."""
 
     tokens: Tensor
@@ -132,7 +144,7 @@ class _Draft:
 
     def __init__(
         self,
-        drafter: FeatureDrafter,
+        drafter: Recordable,
         room: int,
         new: int,
         shape: TreeShape,
@@ -145,7 +157,7 @@ class _Draft:
         self.coupled = rows is not None and rows.coupled
         drawn, width = rows is not None and not self.coupled, min(shape.top_k, shape.size - 1)
         self.throws = width * min(shape.depth + 1, (shape.size - 1) // width) if drawn else 0
-        self.given = _Given(
+        self.given = Given(
             torch.zeros(room, new, dtype=torch.long, device=device),
             torch.zeros(room, new, taps.shape[2], dtype=taps.dtype, device=device),
             torch.ones(room, dtype=torch.long, device=device),
@@ -155,7 +167,7 @@ class _Draft:
         )
         self._rows = 0
 
-    def fill(self, update: Update, cache: SlotCache, chances: Sequence[Chance]) -> None:
+    def fill(self, update: Update, cache: Any, chances: Sequence[Chance]) -> None:
         """Copy the decided tokens and the rows' lengths to the device, once; draw the random numbers."""
         given, (rows, new) = self.given, update.tokens.shape
         if rows != self._rows:
@@ -169,9 +181,7 @@ class _Draft:
         put(given.lengths, cache.lengths)
         self.cache = cache
         if self.coupled:
-            for row, chance in enumerate(chances):
-                for depth in range(self.depths):
-                    given.noise[row, depth] = chance.at(depth)  # type: ignore[attr-defined]
+            given.noise[:rows] = noise_of(chances, self.depths)  # type: ignore[arg-type]
         if self.throws:
             put(given.shares, [[dice.uniform() for _ in range(self.throws)] for dice in chances])  # type: ignore[attr-defined]
 
@@ -212,36 +222,38 @@ class _Draft:
         return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 
     def _run(self) -> tuple[Tensor, ...]:
-        given, drafter, network, device = self.given, self.drafter, self.drafter.step, self.given.tokens.device
-        rows, new = given.tokens.shape
-        last = given.counts[:, None] - 1
-        order = torch.arange(new, device=device)
-        pending = self._pending(given.lengths, causal(rows, new, device), given.lengths[:, None] + order)
-        with running_over(pending):
-            taken = network(given.tokens, given.taps, network.turns(pending.positions), None, self.cache)
-        roots, base = given.tokens.gather(1, last)[:, 0], given.lengths + given.counts.int()
-        r = chosen(taken.r, last)
-        mask = torch.empty(0)
-        positions: list[Tensor] = []
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r, mask
-            nodes = tokens.shape[1]
-            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
-            own = itself(rows, nodes, device)
-            mask = torch.cat([chosen(mask, parents), own], dim=2) if positions else own
-            positions.append((base + len(positions))[:, None].expand(rows, nodes))
-            pending = self._pending(base, mask, torch.cat(positions, dim=1))
-            with running_over(pending):
-                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, self.cache)
-            r = out.r
-            return drafter.logits(out.p)
-
-        tree = drafter.grow(roots, drafter.logits(chosen(taken.p, last)[:, 0]), step, self.shape, self._context())
+        given = self.given
+        roots = given.tokens.gather(1, given.counts[:, None] - 1)[:, 0]
+        logits, step = self.drafter.unasked(given, self.cache)
+        tree = self.drafter.grow(roots, logits, step, self.shape, self._context())
         self._made = (tree.candidates, tree.counts[0], tree.levels)
         if self.chains is None:
             return tree.tokens, tree.parents, tree.depths, tree.ancestors
         return (tree.tokens,) if tree.draft_probs is None else (tree.tokens, tree.draft_probs)
 
-    def _pending(self, lengths: Tensor, mask: Tensor, positions: Tensor) -> Pending:
-        return Pending(lengths, mask, positions.long(), (None,), self.cache)
+
+class PendingLevels:
+    """The pending tokens of a tree's levels, over lengths on the device.
+
+    Args:
+        base: `(rows,)` committed tokens of every row, on the device.
+        cache: a cache that has `whole`.
+        last: largest position; None for no bound.
+        windows: as in `Pending`.
+    """
+
+    def __init__(self, base: Tensor, cache: Any, last: int | None = None, windows: tuple[int | None, ...] = (None,)):
+        self.base, self.cache, self.last, self.windows = base, cache, last, windows
+        self._mask = torch.empty(0)
+        self._positions: list[Tensor] = []
+
+    def below(self, parents: Tensor) -> Pending:
+        """Add a level of nodes, whose `(rows, nodes)` parents index the level before."""
+        (rows, nodes), device = parents.shape, parents.device
+        own = itself(rows, nodes, device)
+        self._mask = torch.cat([chosen(self._mask, parents), own], dim=2) if self._positions else own
+        positions = self.base.long() + len(self._positions)
+        if self.last is not None:
+            positions = positions.clamp(max=self.last)
+        self._positions.append(positions[:, None].expand(rows, nodes))
+        return Pending(self.base, self._mask, torch.cat(self._positions, dim=1), self.windows, self.cache)
