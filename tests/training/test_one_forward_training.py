@@ -239,7 +239,7 @@ def test_scaled_embeddings_are_folded_in_and_mask_rows_with_them(base: Path, tmp
     [
         ({"teacher_top_k": 0}, "give teacher_top_k a number above 0"),
         ({"block_size": 1}, "block_size"),
-        ({"method": "fspad"}, "is a setting of fspad-1f, not of fspad"),
+        ({"method": "fspad"}, "is a setting of dflash, dspark and fspad-1f, not of fspad"),
         ({"unroll_steps": 3}, '"unroll_steps" is a setting of eagle3, fspad and eagle, not of fspad-1f'),
         ({"preset": "paper"}, "auto for fspad-1f"),
     ],

@@ -125,8 +125,8 @@ def _ngrams(batch: Batch) -> list[list[int]]:
 
     In a batch, greedy rows wait until all rows repeat themselves: all pay for the longest draft, and padding the
     drafter's trees to it was slower in every batch. Sampled rows do not wait, and have no more candidates than the
-    tree, so that a seed's text does not depend on the batch. The drafter drafts the first round, so that it has read
-    the prompts before these rows join others.
+    tree, so that a seed's text does not depend on the batch. The drafter drafts every row's first round, wherever the
+    row is by then, so that it has read the prompts.
     """
     drafts = batch.drafts
     if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
@@ -136,7 +136,8 @@ def _ngrams(batch: Batch) -> list[list[int]]:
     if batch.target.slot_limit is not None:
         left = batch.target.slot_limit - max(batch.cache.lengths) - drafts.slots(batch.shape) - drafts.pending
         limit = max(0, min(limit, left))
-    found = [history.repeated(limit) for history in batch.histories]
+    rows = zip(batch.histories, batch.rows, strict=True)
+    found = [history.repeated(limit) if row.statistics.rounds else [] for history, row in rows]
     if all(found):
         return found
     return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
