@@ -93,6 +93,16 @@ class Page:
 
         return _waited(found)
 
+    def reload(self) -> None:
+        """Open the same address again: what is asked from now on is answered by the new page."""
+        self.value("globalThis.left = true; location.reload()")
+        self.wait("!globalThis.left && document.readyState == 'complete'")
+
+    def frame(self) -> None:
+        """Until the page has drawn what it shows, and told its listeners of scrolls and sizes."""
+        drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+        self._call("Runtime.evaluate", expression=drawn, awaitPromise=True)
+
     def prefer(self, scheme: str) -> None:
         """The reader's system is set to this colour scheme: light or dark."""
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])

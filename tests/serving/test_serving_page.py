@@ -130,7 +130,7 @@ def test_a_stopped_answer_is_kept_and_goes_on(served: Served, tmp_path: Path) ->
         assert whole.startswith(part) and len(whole) > len(part) and seen.value("turns.length") == 2
 
         assert seen.value("sessionStorage.getItem('talk')").count("role") == 2
-        seen.value("location.reload()")
+        seen.reload()
         seen.wait(f"model.method && turns.length == 2 && {LAST}.querySelector('.text').textContent.length")
         seen.value(f"{LAST}.querySelectorAll('.actions button')[1].click()")
         seen.wait("!running && turns.length == 2 && document.querySelectorAll('article .figures').length")
@@ -235,14 +235,14 @@ def test_what_is_added_at_the_end_is_in_view(served: Served, tmp_path: Path) -> 
         assert seen.value(f"{talk}.scrollHeight > {talk}.clientHeight")
         box, last = (f"{one}.getBoundingClientRect().bottom" for one in (talk, f"{LAST}.querySelector('.actions')"))
         assert seen.value(last) <= seen.value(box)
-        seen.value("document.body.style.height = '300px'")  # as a phone's keyboard makes it
+        seen.value(f"{talk}.scrollTop -= 9; document.body.style.height = '300px'")  # as a phone's keyboard makes it
         seen.wait(f"{talk}.clientHeight < 200 && {last} <= {box}")
         shown = "[...document.querySelectorAll('.open')].map((one) => one.checkVisibility())"
         assert seen.value(shown) == [False, False, True], "only the last answer goes on"
         seen.value(f"{talk}.scrollTop = 0")
-        time.sleep(0.2)
+        seen.frame()
         seen.value("document.body.style.height = '280px'")
-        time.sleep(0.2)
+        seen.frame()
         assert seen.value(f"{talk}.scrollTop") == 0, "who has scrolled up stays there"
 
 

@@ -306,10 +306,15 @@ $("export").addEventListener("click", () => {
 });
 $("system").addEventListener("change", keep);
 $("key").addEventListener("change", connect);
-/* A window that gets smaller, by a phone's keyboard or the settings, keeps the end in view. */
-let low = true;
-$("talk").addEventListener("scroll", () => { low = isLow(); });
-new ResizeObserver(() => { if (low) $("talk").scrollTop = $("talk").scrollHeight; low = isLow(); }).observe($("talk"));
+/* A window that gets smaller, by a phone's keyboard or the settings, keeps the end in view. A browser reports a scroll
+   before a change of size of the same frame, and such a scroll says nothing about where the reader was. */
+let low = true, height = $("talk").clientHeight;
+$("talk").addEventListener("scroll", () => { if ($("talk").clientHeight === height) low = isLow(); });
+new ResizeObserver(() => {
+  if (low) $("talk").scrollTop = $("talk").scrollHeight;
+  low = isLow();
+  height = $("talk").clientHeight;
+}).observe($("talk"));
 restore();
 connect().then(() => {
   /* A question in the address, so that a page can be linked to with one: #Why is the sky blue? */
