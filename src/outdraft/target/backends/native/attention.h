@@ -215,7 +215,7 @@ class Attention {
         alignas(64) float sums[SUMS];
         std::memset(sums, 0, m * n * LANES * sizeof(float));
         const uint32_t* x = m == 1 ? q_ + from(turn) * words_ : r.tokens.data() + turn * panel;
-        tile_of<T>(m, n)(r.panels.data(), panel, x, words_, nullptr, sums);
+        tile_of<Dense<T>>(m, n)(r.panels.data(), panel, x, words_, nullptr, sums);
         for (int i = 0; i < m; i++)
           std::memcpy(scores_ + (from(turn) + i) * BLOCK + start + k, sums + i * n * LANES, n * LANES * sizeof(float));
       }
@@ -274,7 +274,7 @@ class Attention {
         alignas(64) float sums[SUMS];
         auto kept = [&](int i) { return found + (q + i) * width_ + n * LANES; };
         for (int i = 0; i < m; i++) std::memcpy(sums + i * wide * LANES, kept(i), wide * LANES * sizeof(float));
-        tile_of<T>(m, wide)(r.panels.data() + n * panel, panel, m > 1 ? r.tokens.data() : x, lines, nullptr, sums);
+        tile_of<Dense<T>>(m, wide)(r.panels.data() + n * panel, panel, m > 1 ? r.tokens.data() : x, lines, nullptr, sums);
         for (int i = 0; i < m; i++) std::memcpy(kept(i), sums + i * wide * LANES, wide * LANES * sizeof(float));
       }
     }

@@ -8,13 +8,14 @@
 
 namespace {
 
-// Tokens of a tile of one to four panels, whose sums stay in registers; LANES at most.
+// Tokens of a tile of one to four panels, whose sums stay in registers; LANES at most. Numbers of quantised weights need
+// some registers of their own.
 #if defined(__AVX512F__)
-constexpr int MOST_TOKENS[] = {16, 14, 8, 6};
+constexpr int MOST_TOKENS[] = {16, 14, 8, 6}, MOST_QUANTISED[] = {16, 8, 5, 4};
 #elif defined(__AVX2__)
-constexpr int MOST_TOKENS[] = {8, 6, 4, 2};
+constexpr int MOST_TOKENS[] = {8, 6, 4, 2}, MOST_QUANTISED[] = {8, 4, 2, 2};
 #else
-constexpr int MOST_TOKENS[] = {4, 4, 4, 4};
+constexpr int MOST_TOKENS[] = {4, 4, 4, 4}, MOST_QUANTISED[] = {4, 4, 4, 4};
 #endif
 constexpr int PANELS = 4, MANY = 2;  // of a tile, at most and for many tokens
 constexpr int SUMS = 32 * LANES;  // of the largest tile
@@ -61,54 +62,100 @@ void side_by_side(Rows row, int rows, int64_t words, uint32_t* out) {
 
 // Adds products of M tokens and N panels to sums [M][N][LANES]; x are the tokens' words side by side, those of a single
 // token one after the other.
-template <class T, int M, int N>
-void tile(const uint32_t* lines, int64_t panel, const uint32_t* x, int64_t count, const uint32_t* next, float* sums) {
-  constexpr int STRIDE = M == 1 ? 1 : LANES;
-  Floats sum[M][N];
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sum[m][n] = *(const LooseFloats*)(sums + (m * N + n) * LANES);
-  for (int64_t i = 0; i < count; i++) {
-    Words line[N];
-    for (int n = 0; n < N; n++) {
-      line[n] = *(const LooseWords*)(lines + n * panel + i * LANES);
+template <class T>
+struct Dense {
+  static constexpr const int* MOST = MOST_TOKENS;
+  template <int M, int N>
+  static void tile(const uint32_t* lines, int64_t panel, const uint32_t* x, int64_t count, const uint32_t* next,
+                   float* sums) {
+    constexpr int STRIDE = M == 1 ? 1 : LANES;
+    Floats sum[M][N];
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) sum[m][n] = *(const LooseFloats*)(sums + (m * N + n) * LANES);
+    for (int64_t i = 0; i < count; i++) {
+      Words line[N];
+      for (int n = 0; n < N; n++) {
+        line[n] = *(const LooseWords*)(lines + n * panel + i * LANES);
 #if defined(__AVX512F__)
-      if (next) _mm_prefetch((const char*)(next + n * panel + i * LANES), _MM_HINT_T1);
+        if (next) _mm_prefetch((const char*)(next + n * panel + i * LANES), _MM_HINT_T1);
 #endif
+      }
+      for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) sum[m][n] = Type<T>::multiply_add(sum[m][n], line[n], x[i * STRIDE + m]);
     }
     for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n++) sum[m][n] = Type<T>::multiply_add(sum[m][n], line[n], x[i * STRIDE + m]);
+      for (int n = 0; n < N; n++) *(LooseFloats*)(sums + (m * N + n) * LANES) = sum[m][n];
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) *(LooseFloats*)(sums + (m * N + n) * LANES) = sum[m][n];
-}
+};
 
-using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const uint32_t*, float*);
+// The same for panels from `panel` on of a quantised weight, group by group. `totals` [groups][LANES or 1] are the sums of
+// the tokens' inputs.
+template <class T, int BITS>
+struct Quantised {
+  static constexpr const int* MOST = MOST_QUANTISED;
+  template <int M, int N>
+  static void tile(const Weight& w, int64_t panel, const uint32_t* x, const float* totals, float* sums) {
+    constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1, BYTES = GROUP * LANES * BITS / 8;
+    const int64_t groups = w.inputs / GROUP;
+    const uint8_t* numbers = (const uint8_t*)w.lines + panel * groups * BYTES;
+    const bfloat16* scales = (const bfloat16*)w.scales + panel * groups * KINDS * LANES;
+    for (int64_t g = 0; g < groups; g++) {
+      Floats sum[M][N] = {};
+      for (int i = 0; i < PAIRS; i += LINES<BITS>) {
+        Words lines[N][LINES<BITS>];
+        for (int n = 0; n < N; n++) {
+          const uint8_t* block = numbers + (n * groups + g) * BYTES + i * BYTES / PAIRS;
+#if defined(__AVX512F__)
+          _mm_prefetch((const char*)block + N * groups * BYTES, _MM_HINT_T1);  // of the next tile
+#endif
+          unpack<BITS>(block, lines[n]);
+        }
+        for (int j = 0; j < LINES<BITS>; j++)
+          for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+              if constexpr (sizeof(T) == 2) {
+                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j], x[(g * PAIRS + i + j) * STRIDE + m]);
+              } else {
+                const uint32_t* pair = x + (g * GROUP + 2 * (i + j)) * STRIDE + m;
+                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j] << 16, pair[0]);
+                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j] & 0xffff0000u, pair[STRIDE]);
+              }
+            }
+      }
+      for (int n = 0; n < N; n++) {
+        const bfloat16* own = scales + (n * groups + g) * KINDS * LANES;
+        Floats scale = Type<bfloat16>::load(own);
+        for (int m = 0; m < M; m++) {
+          float* kept = sums + (m * N + n) * LANES;
+          Floats all = *(const LooseFloats*)kept + sum[m][n] * scale;
+          if constexpr (BITS == 4)
+            all += (Type<bfloat16>::load(own + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
+          *(LooseFloats*)kept = all;
+        }
+      }
+    }
+  }
+};
 
-template <class T, int N, int M = MOST_TOKENS[N - 1]>
-Tile tile_of_panels(int tokens) {
+template <class Kind, int N, int M = Kind::MOST[N - 1]>
+auto tile_of_panels(int tokens) {
   if constexpr (M > 1)
-    if (tokens < M) return tile_of_panels<T, N, M - 1>(tokens);
-  return tile<T, M, N>;
+    if (tokens < M) return tile_of_panels<Kind, N, M - 1>(tokens);
+  return &Kind::template tile<M, N>;
 }
 
-template <class T>
-Tile tile_of(int tokens, int panels) {
-  if (panels == 1) return tile_of_panels<T, 1>(tokens);
-  if (panels == 2) return tile_of_panels<T, 2>(tokens);
-  return panels == 3 ? tile_of_panels<T, 3>(tokens) : tile_of_panels<T, 4>(tokens);
+template <class Kind>
+auto tile_of(int tokens, int panels) {
+  if (panels == 1) return tile_of_panels<Kind, 1>(tokens);
+  if (panels == 2) return tile_of_panels<Kind, 2>(tokens);
+  return panels == 3 ? tile_of_panels<Kind, 3>(tokens) : tile_of_panels<Kind, 4>(tokens);
 }
 
 // Panels of a tile: as many as leave room for all tokens at once, so that a line is read once; many tokens go in turns.
-inline int panels_for(int64_t tokens) {
+inline int panels_for(int64_t tokens, const int* most) {
   for (int panels = PANELS; panels > 0; panels--)
-    if (tokens <= MOST_TOKENS[panels - 1]) return panels;
+    if (tokens <= most[panels - 1]) return panels;
   return MANY;
-}
-
-// Tokens of the next tile, evenly: seven in tiles of at most six are four and three.
-inline int tokens_for(int64_t left, int panels) {
-  int64_t turns = (left + MOST_TOKENS[panels - 1] - 1) / MOST_TOKENS[panels - 1];
-  return (int)((left + turns - 1) / turns);
 }
 
 // Tokens of a product in tiles, for products of any number of panels.
@@ -118,9 +165,8 @@ struct Tokens {
   int64_t tokens, words, turns;
   std::vector<uint32_t>& room;
 
-  Tokens(const T* x, int64_t inputs, int64_t tokens, int panels, std::vector<uint32_t>& room)
-      : x(x), tokens(tokens), words(inputs / Type<T>::PER_WORD),
-        turns((tokens + MOST_TOKENS[panels - 1] - 1) / MOST_TOKENS[panels - 1]), room(room) {
+  Tokens(const T* x, int64_t inputs, int64_t tokens, int most, std::vector<uint32_t>& room)
+      : x(x), tokens(tokens), words(inputs / Type<T>::PER_WORD), turns((tokens + most - 1) / most), room(room) {
     if (tokens == 1) return;
     room.resize(turns * words * LANES);
     for (int64_t turn = 0; turn < turns; turn++)
@@ -134,48 +180,6 @@ struct Tokens {
     return room.data() + turn * words * LANES;
   }
 };
-
-// Sums of M tokens and one panel of a quantised weight, added group by group. `totals` [groups][LANES or 1] are the sums
-// of the tokens' inputs.
-template <class T, int BITS, int M>
-void quantised_tile(const Weight& w, int64_t panel, const uint32_t* x, const float* totals, float* sums) {
-  constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1;
-  const int64_t groups = w.inputs / GROUP;
-  const uint8_t* at = (const uint8_t*)w.lines + panel * groups * (GROUP * LANES * BITS / 8);
-  const bfloat16* scales = (const bfloat16*)w.scales + panel * groups * KINDS * LANES;
-  for (int64_t g = 0; g < groups; g++, at += GROUP * LANES * BITS / 8, scales += KINDS * LANES) {
-    Words lines[PAIRS];
-    Floats sum[M] = {};
-    if constexpr (BITS == 8)
-      unpack_eight(at, lines);
-    else
-      unpack_four(at, lines);
-    for (int i = 0; i < PAIRS; i++)
-      for (int m = 0; m < M; m++) {
-        if constexpr (sizeof(T) == 2) {
-          sum[m] = Type<T>::multiply_add(sum[m], lines[i], x[(g * PAIRS + i) * STRIDE + m]);
-        } else {
-          const uint32_t* pair = x + (g * GROUP + 2 * i) * STRIDE + m;
-          sum[m] = Type<T>::multiply_add(sum[m], lines[i] << 16, pair[0]);
-          sum[m] = Type<T>::multiply_add(sum[m], lines[i] & 0xffff0000u, pair[STRIDE]);
-        }
-      }
-    Floats scale = Type<bfloat16>::load(scales);
-    for (int m = 0; m < M; m++) {
-      Floats all = *(const LooseFloats*)(sums + m * LANES) + sum[m] * scale;
-      if constexpr (BITS == 4)
-        all += (Type<bfloat16>::load(scales + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
-      *(LooseFloats*)(sums + m * LANES) = all;
-    }
-  }
-}
-
-template <class T, int BITS, int M = LANES>
-auto quantised_tile_of(int tokens) {
-  if constexpr (M > 1)
-    if (tokens < M) return quantised_tile_of<T, BITS, M - 1>(tokens);
-  return quantised_tile<T, BITS, M>;
-}
 
 // Sums of the inputs of every group, [groups][LANES], or [groups] of a single token.
 template <class T>
@@ -197,49 +201,35 @@ void group_totals(const uint32_t* x, int64_t groups, bool single, float* totals)
   }
 }
 
-// `multiply` for quantised weights.
-template <class T, class Use>
-void multiply_quantised(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
-  thread_local std::vector<uint32_t> room;
-  thread_local std::vector<float> totals;
-  const Tokens<T> tiles(x, w.inputs, tokens, 1, room);
-  const int64_t groups = w.inputs / GROUP;
-  totals.resize(tiles.turns * groups * LANES);
-  for (int64_t turn = 0; turn < tiles.turns && w.bits == 4; turn++)
-    group_totals<T>(tiles.at(turn), groups, tiles.count(turn) == 1, totals.data() + turn * groups * LANES);
-  for (int64_t p = first; p < last; p += step)
-    for (int64_t turn = 0; turn < tiles.turns; turn++) {
-      int m = tiles.count(turn);
-      alignas(64) float sums[2 * LANES * LANES], ordered[2 * LANES];
-      std::memset(sums, 0, step * m * LANES * sizeof(float));
-      auto tile = w.bits == 8 ? quantised_tile_of<T, 8>(m) : quantised_tile_of<T, 4>(m);
-      for (int n = 0; n < step; n++)
-        tile(w, p + n, tiles.at(turn), totals.data() + turn * groups * LANES, sums + n * m * LANES);
-      for (int i = 0; i < m; i++) {
-        for (int n = 0; n < step; n++)
-          std::memcpy(ordered + n * LANES, sums + (n * m + i) * LANES, LANES * sizeof(float));
-        use(tiles.first(turn) + i, p, step, ordered);
-      }
-    }
-}
-
 // Calls use(token, panel, panels, sums) for sums [panels][LANES] of every token and of panels from `first` to `last`, in
 // multiples of `step`.
 template <class T, class Use>
 void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
-  if (w.scales) return multiply_quantised(w, x, tokens, first, last, step, use);
   thread_local std::vector<uint32_t> room;
-  const int most = std::max(step, panels_for(tokens) / step * step);
-  const Tokens<T> tiles(x, w.inputs, tokens, most, room);
-  const int64_t panel = tiles.words * LANES;
+  thread_local std::vector<float> totals;
+  const int* of_panels = w.bits ? MOST_QUANTISED : MOST_TOKENS;
+  // One token alone waits for memory, which is read fastest in one stream.
+  const int panels = w.bits && tokens == 1 ? 1 : panels_for(tokens, of_panels), most = std::max(step, panels / step * step);
+  const Tokens<T> tiles(x, w.inputs, tokens, of_panels[most - 1], room);
+  const int64_t panel = tiles.words * LANES, groups = w.inputs / GROUP;
+  if (w.bits == 4) {
+    totals.resize(tiles.turns * groups * LANES);
+    for (int64_t turn = 0; turn < tiles.turns; turn++)
+      group_totals<T>(tiles.at(turn), groups, tiles.count(turn) == 1, totals.data() + turn * groups * LANES);
+  }
   for (int64_t p = first; p < last; p += most) {
     int n = (int)std::min<int64_t>(most, last - p);
     for (int64_t turn = 0; turn < tiles.turns; turn++) {
       int m = tiles.count(turn);
       alignas(64) float sums[SUMS];
       std::memset(sums, 0, m * n * LANES * sizeof(float));
-      tile_of<T>(m, n)(w.lines + p * panel, panel, tiles.at(turn), tiles.words,
-                       turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
+      if (w.bits == 8)
+        tile_of<Quantised<T, 8>>(m, n)(w, p, tiles.at(turn), nullptr, sums);
+      else if (w.bits == 4)
+        tile_of<Quantised<T, 4>>(m, n)(w, p, tiles.at(turn), totals.data() + turn * groups * LANES, sums);
+      else
+        tile_of<Dense<T>>(m, n)(w.lines + p * panel, panel, tiles.at(turn), tiles.words,
+                                turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);
       for (int i = 0; i < m; i++) use(tiles.first(turn) + i, p, n, sums + i * n * LANES);
     }
   }

@@ -17,42 +17,42 @@ struct Weight {
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
 
-// The numbers of a group as lines of bfloat16, two inputs each. Eight bits: -127 to 127; four bits: 128 to 143, since
-// that takes one instruction. A block of 4 * LANES bytes holds, for eight bits, lines 2b and 2b + 1; for four bits, 4b and
-// 4b + 1 in its lower halves of bytes and the next two in its upper ones. Of every 16 bytes, eight belong to each line.
-#if defined(__AVX512VBMI__)
-inline void unpack_eight(const uint8_t* at, Words* lines) {
-  alignas(64) static const struct Table {
-    uint8_t low[128], high[128];
-    Table() {
-      for (int i = 0; i < 128; i++) {
-        float x = (float)i;
-        uint32_t bits;
-        std::memcpy(&bits, &x, 4);
-        low[i] = bits >> 16 & 255, high[i] = bits >> 24;
-      }
-    }
-  } table;
-  const __m512i low0 = _mm512_load_si512(table.low), low1 = _mm512_load_si512(table.low + 64);
-  const __m512i high0 = _mm512_loadu_si512(table.high), high1 = _mm512_loadu_si512(table.high + 64);
-  for (int b = 0; b < PAIRS / 2; b++) {
-    __m512i signed_ = _mm512_loadu_si512(at + 64 * b), size = _mm512_abs_epi8(signed_);
-    __m512i low = _mm512_permutex2var_epi8(low0, size, low1), high = _mm512_permutex2var_epi8(high0, size, high1);
-    high = _mm512_ternarylogic_epi32(high, signed_, _mm512_set1_epi8((char)0x80), 0xf8);  // and the sign
-    lines[2 * b] = (Words)_mm512_unpacklo_epi8(low, high);
-    lines[2 * b + 1] = (Words)_mm512_unpackhi_epi8(low, high);
-  }
-}
+// Lines of bfloat16, two inputs each, of a block of whole numbers. Eight bits: -127 to 127; four bits: 128 to 143, since
+// that takes one instruction. A block of 4 * LANES bytes holds two lines of eight bits, or two lines of four bits in the
+// lower halves of its bytes and the next two in the upper ones. Of every 16 bytes, eight belong to each line.
+template <int BITS>
+constexpr int LINES = 16 / BITS;
 
-inline void unpack_four(const uint8_t* at, Words* lines) {
-  const __m512i half = _mm512_set1_epi8(15), exponent = _mm512_set1_epi8(0x43);
-  for (int b = 0; b < PAIRS / 4; b++) {
-    __m512i both = _mm512_loadu_si512(at + 64 * b);
-    __m512i lower = _mm512_and_si512(both, half), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
-    lines[4 * b] = (Words)_mm512_unpacklo_epi8(lower, exponent);
-    lines[4 * b + 1] = (Words)_mm512_unpackhi_epi8(lower, exponent);
-    lines[4 * b + 2] = (Words)_mm512_unpacklo_epi8(upper, exponent);
-    lines[4 * b + 3] = (Words)_mm512_unpackhi_epi8(upper, exponent);
+#if defined(__AVX512VBMI__)
+struct Halves {  // lower and upper bytes of the bfloat16 numbers 0 to 127
+  alignas(64) uint8_t low[128], high[128];
+  constexpr Halves() : low{}, high{} {
+    for (int i = 1, power = 0; i < 128; i++) {
+      while (i >> (power + 1)) power++;
+      int bits = (127 + power) << 7 | (i << (7 - power) & 127);
+      low[i] = bits & 255, high[i] = bits >> 8;
+    }
+  }
+};
+constexpr Halves HALVES;
+
+template <int BITS>
+inline void unpack(const uint8_t* block, Words* lines) {
+  const __m512i all = _mm512_loadu_si512(block);
+  if constexpr (BITS == 8) {
+    const __m512i size = _mm512_abs_epi8(all);
+    __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(HALVES.low), size, _mm512_load_si512(HALVES.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(HALVES.high), size, _mm512_load_si512(HALVES.high + 64));
+    high = _mm512_ternarylogic_epi32(high, all, _mm512_set1_epi8((char)0x80), 0xf8);  // and the sign
+    lines[0] = (Words)_mm512_unpacklo_epi8(low, high);
+    lines[1] = (Words)_mm512_unpackhi_epi8(low, high);
+  } else {
+    const __m512i half = _mm512_set1_epi8(15), exponent = _mm512_set1_epi8(0x43);
+    const __m512i lower = _mm512_and_si512(all, half), upper = _mm512_and_si512(_mm512_srli_epi16(all, 4), half);
+    lines[0] = (Words)_mm512_unpacklo_epi8(lower, exponent);
+    lines[1] = (Words)_mm512_unpackhi_epi8(lower, exponent);
+    lines[2] = (Words)_mm512_unpacklo_epi8(upper, exponent);
+    lines[3] = (Words)_mm512_unpackhi_epi8(upper, exponent);
   }
 }
 #else
@@ -62,24 +62,14 @@ inline uint32_t bfloat_bits(float x) {
   return bits >> 16;
 }
 
-template <class Number>
-void unpack_line(const uint8_t* block, int second, Words* line, Number number) {
-  for (int lane = 0; lane < LANES; lane++) {
-    const uint8_t* pair = block + lane / 4 * 16 + second * 8 + lane % 4 * 2;
-    (*line)[lane] = bfloat_bits(number(pair[0])) | bfloat_bits(number(pair[1])) << 16;
-  }
-}
-
-inline void unpack_eight(const uint8_t* at, Words* lines) {
-  for (int i = 0; i < PAIRS; i++)
-    unpack_line(at + i / 2 * 4 * LANES, i % 2, lines + i, [](uint8_t x) { return (float)(int8_t)x; });
-}
-
-inline void unpack_four(const uint8_t* at, Words* lines) {
-  for (int i = 0; i < PAIRS; i++) {
-    int shift = i % 4 / 2 * 4;
-    unpack_line(at + i / 4 * 4 * LANES, i % 2, lines + i, [&](uint8_t x) { return 128.0f + (x >> shift & 15); });
-  }
+template <int BITS>
+inline void unpack(const uint8_t* block, Words* lines) {
+  for (int i = 0; i < LINES<BITS>; i++)
+    for (int lane = 0; lane < LANES; lane++) {
+      const uint8_t* pair = block + lane / 4 * 16 + i % 2 * 8 + lane % 4 * 2;
+      auto number = [&](uint8_t x) { return BITS == 8 ? (float)(int8_t)x : 128.0f + (x >> i / 2 * 4 & 15); };
+      lines[i][lane] = bfloat_bits(number(pair[0])) | bfloat_bits(number(pair[1])) << 16;
+    }
 }
 #endif
 
