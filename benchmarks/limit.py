@@ -28,7 +28,8 @@ from peers import write_folder
 from outdraft.api.loading import load_target
 from outdraft.core.tree import Tree
 from outdraft.data.provenance import environment
-from outdraft.target.backends.native.modules import NativeLayer, NativeLinear
+from outdraft.target.backends.native.modules import NativeLayer
+from outdraft.target.backends.native.weights import NativeLinear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 

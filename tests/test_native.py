@@ -23,9 +23,10 @@ from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.target.backends import accelerate, count_parameters, why_not_native
 from outdraft.target.backends.native import build, operations
-from outdraft.target.backends.native.modules import NativeLayer, NativeLinear
-from outdraft.target.backends.native.operations import Weight, rms_norm
+from outdraft.target.backends.native.modules import NativeLayer
+from outdraft.target.backends.native.operations import rms_norm
 from outdraft.target.backends.native.released import STAYS, ReleasedLinear
+from outdraft.target.backends.native.weights import NativeLinear, Weight
 from outdraft.target.exact.target import exactly
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
@@ -317,10 +318,33 @@ def test_hooks_run_on() -> None:
     assert load(model, method="none").target.backend == "packed"
 
 
+@pytest.mark.parametrize(
+    ("family", "calls"), [("llama-gqa", [2]), ("mistral-sliding", [2]), ("qwen2-sliding", [1] * 4)]
+)
+def test_layers_of_one_kind_run_as_one_call(family: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    target, (prompts, trees) = Target(wide(family), backend="native"), random_trees(2, 5)
+    seen: list[int] = []
+    whole = operations.Stack.__call__
+
+    def counting(self: operations.Stack, *given: Any) -> torch.Tensor:
+        seen.append(len(self.layers))
+        return whole(self, *given)
+
+    with torch.inference_mode():
+        run = run_of(target, prompts)  # the first forward is compared with stock layers
+        monkeypatch.setattr(operations.Stack, "__call__", counting)
+        ours = run.tree(trees).features
+        assert seen == calls
+        # Layer by layer, as where the outputs of some are read.
+        reading = ModelRunner(target, target.new_cache(2, 4), Reads(layers=(1,)))
+        reading.prefill(prompts)
+        assert torch.equal(reading.tree(trees).features, ours)
+
+
 def test_a_forward_that_computes_something_else_is_given_up() -> None:
     model, (prompts, trees) = wide("llama-gqa"), random_trees(2, 5)
     target = Target(model, backend="native")
-    target.model.model.layers[1]._native.struct.heads.scale *= 2  # type: ignore[union-attr,index]
+    target.model.model.layers[1].kernel.struct.heads.scale *= 2  # type: ignore[union-attr,index]
     with torch.inference_mode(), pytest.warns(UserWarning, match="computes something else.*as 'eager'") as warned:
         ours = run_of(target, prompts).tree(trees).features
         torch.testing.assert_close(ours, run_of(Target(model), prompts).tree(trees).features, atol=2e-5, rtol=2e-5)

@@ -23,7 +23,7 @@ from outdraft.drafting.base import RowContext
 from outdraft.drafting.expand import Step, grow
 from outdraft.errors import UserError
 from outdraft.target.backends import PackedLinear
-from outdraft.target.backends.native.modules import NativeLinear, draft_bits
+from outdraft.target.backends.native.weights import NativeLinear, draft_bits
 from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.target import Target
 

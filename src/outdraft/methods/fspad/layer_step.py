@@ -19,8 +19,9 @@ from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.fused_modules import FOLDED
-from outdraft.target.backends.native.modules import NativeLinear, draft_bits, view_of
-from outdraft.target.backends.native.operations import LANES, Layer, Weight, rms_norm
+from outdraft.target.backends.native.modules import view_of
+from outdraft.target.backends.native.operations import LANES, Layer, Stack, rms_norm
+from outdraft.target.backends.native.weights import NativeLinear, Weight, draft_bits
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.backends.tree_attention import rotated_and_stored, running
 from outdraft.target.cache import SlotCache
@@ -153,9 +154,8 @@ class LayerStep:
         """
         pending = running()
         if self.native is not None and pending is not None:
-            keys, values = pending.cache.whole(self.native.probe, self.native.probe, self._layer)
-            tokens = view_of(pending, angles, None).over(keys, values)
-            return self.native(x.view(rows, nodes, -1), tokens, residual)
+            caches = [pending.cache.whole(self.native.probe, self.native.probe, self._layer)]
+            return self.native(x.view(rows, nodes, -1), view_of(pending, angles, None), caches, residual)
         a = self._o.plus(self._attend(x, rows, nodes, angles, mask, cache), residual)
         u = self._mlp_norm(a)
         inner = self._up.times(u, self._gate.silu(u))
@@ -215,12 +215,12 @@ class LayerStep:
 
     # --- what is prepared --------------------------------------------------------------------------------------
 
-    def _one_call(self, head: Any, mlp_norm: RMSNorm) -> Layer:
+    def _one_call(self, head: Any, mlp_norm: RMSNorm) -> Stack:
         attention = head.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj), (head.gate_proj, head.up_proj)
         (qkv, qkv_bias), (gate_up, gate_up_bias) = (joined(*(plain_linear(part) for part in own)) for own in parts)
         norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if self._head_norms]
-        return Layer(
+        layer = Layer(
             Weight(qkv, qkv_bias, bits=draft_bits(qkv)),
             narrow(*plain_linear(attention.o_proj)),
             Weight(gate_up, gate_up_bias, gated=True, bits=draft_bits(gate_up)),
@@ -232,6 +232,7 @@ class LayerStep:
             (mlp_norm.weight, mlp_norm.eps),
             tuple((norm.weight, norm.eps) for norm in norms),
         )
+        return Stack([layer])
 
     def _linear(self, module: nn.Module) -> Linear:
         if isinstance(module, NativeLinear):

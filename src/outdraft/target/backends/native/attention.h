@@ -27,9 +27,9 @@ struct Pending {
   const int64_t* positions;       // [rows][pending]
   const void *cos, *sin;          // [rows or 1][tokens][width]
   int64_t angles_row;             // 0 if all rows share them
-  void *keys, *values;            // [rows][kv_heads][slots][width]
   int64_t row_stride, head_stride, slot_stride;
-  int64_t window;  // 0: everything is seen
+  int64_t window;                 // 0: everything is seen
+  void *keys, *values;            // [rows][kv_heads][slots][width] of one layer
 };
 
 template <class T>

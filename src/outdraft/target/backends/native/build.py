@@ -51,6 +51,13 @@ def library() -> ctypes.CDLL | str:
         return f"the kernels cannot be built: {first_line(said or error)}"
 
 
+def kernels() -> ctypes.CDLL:
+    """Return the loaded kernels, where `library` says that there are some."""
+    found = library()
+    assert not isinstance(found, str), found
+    return found
+
+
 def _name(compiler: list[str], tuned: tuple[str, ...]) -> str:
     """Return a name that changes with sources, compiler and processor."""
     digest = hashlib.sha256(" ".join((*compiler, *FLAGS, *tuned, torch.__version__)).encode())

@@ -99,7 +99,7 @@ void outdraft_linear(int half, int threads, const Weight* w, const void* x, int6
                      const void* added) {
   by_type(half, [&](auto type) {
     using T = decltype(type);
-    together(threads, [&](const Team& team) {
+    together(threads, 1, [&](const Team& team) {
       linear<T>(team, *w, (const T*)x, tokens, (T*)out, (const T*)added, w->outputs);
     });
   });
@@ -118,24 +118,40 @@ void outdraft_fusion(int half, int threads, const Fusion* f, const void* e, cons
     thread_local std::vector<T> room;
     room.resize(tokens * (f->joined.inputs + 2 * f->down.outputs + 2 * f->down.inputs) + LANES);
     T* own = room.data();
-    together(threads, [&](const Team& team) { fusion(team, *f, (const T*)e, (const T*)x, tokens, (T*)out, own); });
+    together(threads, 1, [&](const Team& team) { fusion(team, *f, (const T*)e, (const T*)x, tokens, (T*)out, own); });
   });
 }
 
-void outdraft_layer(int half, int threads, const Layer* l, const Pending* p, const void* x, const void* residual,
-                    void* out) {
+// Layers one after the other; `residual` is added to the first one's attention, in place of x.
+void outdraft_layers(int half, int threads, const Layer* const* layers, int64_t count, const Pending* p,
+                     void* const* keys, void* const* values, const void* x, const void* residual, void* out) {
   by_type(half, [&](auto type) {
     using T = decltype(type);
-    thread_local std::vector<T> room;
+    thread_local std::vector<T> room, between;
     thread_local std::vector<float> found;
-    const Parts<T> parts(l->heads, *p, nullptr, nullptr);
-    found.resize(parts.shared(threads) ? parts.count * parts.room : 0);
-    float* shared = found.data();
-    int64_t wide = std::max(l->qkv.inputs, l->o.outputs) + l->qkv.outputs + l->o.inputs + l->o.outputs + l->down.inputs;
-    room.resize(p->rows * p->tokens * wide + LANES);
-    T* own = room.data();
-    together(threads, [&](const Team& team) {
-      layer(team, *l, *p, (const T*)x, (const T*)(residual ? residual : x), (T*)out, own, shared);
+    const int64_t tokens = p->rows * p->tokens;
+    int64_t wide = 0, shared = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const Layer& l = *layers[i];
+      const Parts<T> parts(l.heads, *p, nullptr, nullptr);
+      if (parts.shared(threads)) shared = std::max(shared, parts.count * parts.room);
+      wide = std::max(wide, std::max(l.qkv.inputs, l.o.outputs) + l.qkv.outputs + l.o.inputs + l.o.outputs + l.down.inputs);
+    }
+    room.resize(tokens * wide + LANES);
+    found.resize(shared);
+    between.resize(count > 1 ? tokens * layers[0]->down.outputs : 0);
+    T *own = room.data(), *turns[] = {(T*)out, between.data()};
+    float* sums = found.data();
+    together(threads, count, [&](const Team& team) {
+      const T* input = (const T*)x;
+      for (int64_t i = 0; i < count; i++) {
+        Pending over = *p;
+        over.keys = keys[i], over.values = values[i];
+        T* output = turns[(count - 1 - i) % 2];
+        layer(team, *layers[i], over, input, i == 0 && residual ? (const T*)residual : input, output, own, sums);
+        if (i + 1 < count) team.wait();
+        input = output;
+      }
     });
   });
 }

@@ -7,6 +7,7 @@ tokens it is one call; any other forward runs the stock layer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,18 +15,10 @@ from torch import Tensor, nn
 
 from outdraft.target.backends import fused
 from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
-from outdraft.target.backends.native.operations import (
-    GROUP,
-    LANES,
-    TYPES,
-    Layer,
-    PendingView,
-    Weight,
-    rms_norm,
-    why_not_native,
-)
+from outdraft.target.backends.native.operations import LANES, Layer, PendingView, Stack, rms_norm, why_not_native
 from outdraft.target.backends.native.released import release
-from outdraft.target.backends.packed import PackedLinear, packed_view, why_not_replaced
+from outdraft.target.backends.native.weights import GROUP, TYPES, Weight, linear, quantised_linear
+from outdraft.target.backends.packed import packed_view, why_not_replaced
 from outdraft.target.backends.tree_attention import Pending, running, running_over
 
 ATTENTION_PARTS = (
@@ -41,54 +34,6 @@ ACTIVATIONS = {
     "PytorchGELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
 }
-
-
-class NativeLinear(PackedLinear):
-    """A linear layer with our kernels' layout of its weight; inference only.
-
-    Args:
-        weight: `(out, in)`, an even number of inputs.
-        bias: `(out,)` or None.
-        bits: as in `Weight`.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int | None = None):
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        self._packed = Weight(weight, bias, bits=bits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._packed(x)
-
-    def dense(self) -> Tensor:
-        return self._packed.dense()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight that a forward reads."""
-        return self._packed.nbytes
-
-
-def draft_bits(weight: Tensor) -> int | None:
-    """Return the bits of a drafter's weight: eight beside a target in 16 bits. Only the target decides tokens, and
-    half the bytes are half the time."""
-    return 8 if weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0 else None
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Return a layer on our kernels, or on oneDNN's where they do not serve its shape."""
-    even = weight.shape[1] % 2 == 0
-    return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
-
-
-def quantised_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Return a layer of eight bits, as models' heads are where layers have eight or four; the weight becomes that of
-    the layer."""
-    made = NativeLinear(weight, bias, bits=8)
-    weight.data.copy_(made.dense())
-    return made
 
 
 class NativeNorm(FusedNorm):
@@ -136,7 +81,7 @@ class NativeLayer(nn.Module):
             for part, kept in zip(own, weight.dense().split([part.out_features for part in own]), strict=True):
                 part.weight.data.copy_(kept)
         qkv, o, gate_up, down = weights
-        self._native = Layer(
+        self.kernel = Layer(
             qkv,
             o,
             gate_up,
@@ -149,12 +94,13 @@ class NativeLayer(nn.Module):
             [_of(norm) for norm in norms],
             ACTIVATIONS[type(mlp.act_fn).__name__],
         )
+        self.stack = Stack([self.kernel])
         self.in_tuple = in_tuple
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that a forward reads."""
-        return sum(weight.nbytes for weight in self._native.weights)
+        return sum(weight.nbytes for weight in self.kernel.weights)
 
     def forward(
         self,
@@ -168,10 +114,62 @@ class NativeLayer(nn.Module):
             return self.__dict__["_stock"](
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
-        view = view_of(pending, position_embeddings, pending.window(attention_mask))
-        keys, values = pending.cache.whole(self._native.probe, self._native.probe, self.layer_idx)
-        out = self._native(hidden_states, view.over(keys, values))
+        out = run([self], self.stack, hidden_states, position_embeddings, pending, attention_mask)
         return (out,) if self.in_tuple else out
+
+
+class NativeStack(nn.ModuleList):
+    """A model's list of layers. A forward that asks for all of them over pending tokens runs them as one call."""
+
+    def __init__(self, layers: list[NativeLayer]):
+        super().__init__(layers)
+        alike = len({layer.stack.probe.shape for layer in layers}) == 1
+        self._whole = (_Whole(layers),) if alike else None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and not index.start and index.step is None:
+            whole, pending = index.stop is None or index.stop >= len(self), running()
+            # Layers of several kinds get a mask each.
+            if whole and self._whole is not None and pending is not None and len(pending.windows) == 1:
+                return self._whole
+        return super().__getitem__(index)
+
+
+class _Whole:
+    """All layers of a list in place of one of them; arguments as those of `NativeLayer.forward`."""
+
+    def __init__(self, layers: list[NativeLayer]):
+        self.layers, self._stack = layers, Stack([layer.kernel for layer in layers])
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        pending = running()
+        assert pending is not None
+        if position_embeddings is None:
+            for layer in self.layers:
+                out = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+                hidden_states = out[0] if layer.in_tuple else out
+        else:
+            hidden_states = run(self.layers, self._stack, hidden_states, position_embeddings, pending, attention_mask)
+        return (hidden_states,) if self.layers[-1].in_tuple else hidden_states
+
+
+def run(
+    layers: Sequence[NativeLayer],
+    stack: Stack,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    pending: Pending,
+    mask: Any,
+) -> Tensor:
+    """Run layers and their kernels over pending tokens; the mask says which window they have."""
+    view = view_of(pending, angles, pending.window(mask))
+    return stack(x, view, [pending.cache.whole(stack.probe, stack.probe, layer.layer_idx) for layer in layers])
 
 
 def view_of(pending: Pending, angles: tuple[Tensor, Tensor], window: int | None) -> PendingView:
@@ -197,14 +195,27 @@ class NativeDoubles(Doubles):
         """Whether layers of a kind return tuples; None if our kernels compute something else."""
 
     def double(self, module: nn.Module) -> nn.Module | None:
-        if recognised(module):
-            kind = tuple(fused.kind(part) for part in module.modules())
-            if kind not in self._tuples:
-                self._tuples[kind] = _alike(module)
-            if (in_tuple := self._tuples[kind]) is not None:
-                return NativeLayer(module, in_tuple, self.bits, self.owned)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and all(map(self._serves, module)):
+            return NativeStack([self._layer(layer) for layer in module])
+        if self._serves(module):
+            return self._layer(module)
         double = super().double(module)
         return NativeNorm(module) if isinstance(double, FusedNorm) and module.weight.dtype in TYPES else double
+
+    def _serves(self, module: nn.Module) -> bool:
+        if not recognised(module):
+            return False
+        kind = _kind(module)
+        if kind not in self._tuples:
+            self._tuples[kind] = _alike(module)
+        return self._tuples[kind] is not None
+
+    def _layer(self, layer: nn.Module) -> NativeLayer:
+        return NativeLayer(layer, bool(self._tuples[_kind(layer)]), self.bits, self.owned)
+
+
+def _kind(layer: nn.Module) -> Any:
+    return tuple(fused.kind(part) for part in layer.modules())
 
 
 def recognised(layer: Any) -> bool:
@@ -232,7 +243,7 @@ class _OneLayer:
     """A cache of one row of one layer, for the comparison."""
 
     def __init__(self, native: NativeLayer, tokens: int):
-        _, kv_heads, _, width = native._native.probe.shape
+        _, kv_heads, _, width = native.stack.probe.shape
         self.both = torch.zeros(2, 1, kv_heads, tokens, width)
 
     def whole(self, *_: Any) -> tuple[Tensor, Tensor]:

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, pointer
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outdraft.target.backends.native.build import library
+from outdraft.target.backends.native.build import kernels, library
+from outdraft.target.backends.native.weights import CWeight, Weight
 from outdraft.target.backends.tree_attention import Pending
 
-TYPES = (torch.float32, torch.bfloat16)
 LANES = 16
 """Numbers of the largest vector; heads and halves of an MLP must be multiples of it."""
 
-GROUP = 32
-"""Inputs of a quantised matrix that share a scale."""
-
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-
-class CWeight(Structure):
-    """`Weight` of weights.h."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("lines", "scales", "bias")),
-        *((name, c_int64) for name in ("outputs", "inputs", "bits")),
-    ]
 
 
 class CHeads(Structure):
@@ -49,9 +37,7 @@ class CPending(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "tokens", "pending")),
         *((name, c_void_p) for name in ("lengths", "seen", "positions", "cos", "sin")),
-        ("angles_row", c_int64),
-        *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("row_stride", "head_stride", "slot_stride", "window")),
+        *((name, c_int64) for name in ("angles_row", "row_stride", "head_stride", "slot_stride", "window")),
     ]
 
 
@@ -86,118 +72,12 @@ def why_not_native() -> str | None:
     return "this processor has no AVX2, and oneDNN is faster without" if narrow else None
 
 
-def _kernels() -> Any:
-    found = library()
-    assert not isinstance(found, str), found
-    return found
-
-
-class Weight:
-    """A matrix in the kernels' layout.
-
-    Args:
-        weight: `(outputs, inputs)` float32 or bfloat16; an even number of inputs.
-        bias: `(outputs,)` or None.
-        gated: True if the first half of the outputs are gates of the second; each a multiple of `LANES`.
-        bits: 8 or 4 quantises the weight, a multiple of `GROUP` inputs; None keeps it.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, gated: bool = False, bits: int | None = None):
-        weight = weight.detach()
-        self.outputs, self.inputs = weight.shape
-        self.dtype, self.half, self.bits = weight.dtype, int(weight.dtype == torch.bfloat16), bits
-        order, lanes = torch.arange(self.outputs), _kernels().outdraft_lanes()
-        if gated:  # panels of gates and of gated values in turn
-            order = order.view(2, -1, lanes).transpose(0, 1).flatten()
-        padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
-        padded[: self.outputs] = weight[order]
-        self._order, self.scales = order, None
-        panels = padded.view(-1, lanes, self.inputs)
-        if bits is None:
-            words = panels.unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
-            self.lines = words.view(torch.int32)
-        else:
-            numbers, self.scales = quantised(panels, bits)
-            self.lines = blocks(numbers, bits)
-        self.bias = None if bias is None else bias.detach().float()[order].contiguous()
-        kept = (self.lines, self.scales, self.bias)
-        self.struct = CWeight(*(None if part is None else part.data_ptr() for part in kept), *weight.shape, bits or 0)
-        self._at = byref(self.struct)
-
-    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Return `(..., outputs)` products of `(..., inputs)`, plus `added`."""
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self.outputs)
-        beside = None if added is None else added.contiguous()
-        _kernels().outdraft_linear(
-            self.half, torch.get_num_threads(), self._at, c_void_p(x.data_ptr()), c_int64(x.numel() // self.inputs),
-            c_void_p(out.data_ptr()), None if beside is None else c_void_p(beside.data_ptr()),
-        )  # fmt: skip
-        return out
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return sum(part.nbytes for part in (self.lines, self.scales, self.bias) if part is not None)
-
-    def dense(self) -> Tensor:
-        """Return the `(outputs, inputs)` matrix that the kernels multiply with."""
-        if self.scales is None:
-            panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
-        else:
-            numbers = unblocked(self.lines, self.bits or 0).unflatten(2, (-1, GROUP))
-            scale, *offset = (part.transpose(1, 2)[..., None].float() for part in self.scales.unbind(2))
-            panels = (numbers * scale + (offset[0] if offset else 0)).to(self.dtype)
-        rows = panels.reshape(-1, self.inputs)[: self.outputs]
-        return torch.empty_like(rows).index_copy_(0, self._order, rows)
-
-
-def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise groups of `GROUP` inputs: eight bits to -127 ... 127 with a scale, four to 0 ... 15 with an offset too.
-
-    Args:
-        panels: `(panels, LANES, inputs)`.
-        bits: 8 or 4.
-
-    Returns:
-        `(panels, LANES, inputs)` int8, and `(panels, groups, 1 or 2, LANES)` bfloat16 scales and offsets.
-    """
-    groups = panels.float().unflatten(2, (-1, GROUP))
-    most = 127 if bits == 8 else 15
-    offset = torch.zeros(()) if bits == 8 else groups.amin(3).to(torch.bfloat16).float()
-    reach = groups.abs().amax(3) if bits == 8 else groups.amax(3) - offset
-    scale = (reach / most).to(torch.bfloat16).float()
-    # A scale that was rounded down is made larger, so that the largest weight is not cut.
-    scale = torch.where(scale * most < reach, scale * (1 + 2**-7), scale).to(torch.bfloat16)
-    numbers = (groups - offset[..., None]) / scale.float().clamp(min=1e-30)[..., None]
-    whole = numbers.round().clamp(-127 if bits == 8 else 0, most).to(torch.int8)
-    kept = [scale] if bits == 8 else [scale, offset.to(torch.bfloat16)]
-    return whole.flatten(2), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
-
-
-def blocks(numbers: Tensor, bits: int) -> Tensor:
-    """Arrange `(panels, LANES, inputs)` whole numbers in blocks as weights.h reads them."""
-    shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
-    parts = numbers.view(torch.uint8).unflatten(1, (-1, 4)).unflatten(3, shape)
-    if bits == 4:
-        parts = parts[:, :, :, :, 0] | parts[:, :, :, :, 1] << 4
-    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
-
-
-def unblocked(lines: Tensor, bits: int) -> Tensor:
-    """Return the `(panels, LANES, inputs)` whole numbers of `blocks`."""
-    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, lanes / 4, 4, blocks, lines, inputs of a pair)
-    if bits == 4:
-        parts = torch.stack([parts & 15, parts >> 4], dim=4)
-    return parts.flatten(3).flatten(1, 2).contiguous().view(torch.int8)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Apply root mean square normalisation over the last dimension; the weight has the dtype of x."""
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    _kernels().outdraft_norm(
+    kernels().outdraft_norm(
         int(x.dtype == torch.bfloat16), c_void_p(x.data_ptr()), c_void_p(weight.data_ptr()), c_float(eps),
         c_int64(x.numel() // width), c_int64(width), c_void_p(out.data_ptr()),
     )  # fmt: skip
@@ -220,19 +100,18 @@ class PendingView:
         rows, tokens, count = seen.shape
         self.struct = CPending(
             rows, tokens, count, *(tensor.data_ptr() for tensor in self._kept),
-            0 if cos.shape[0] == 1 else cos.stride(0), None, None, 0, 0, 0, window or 0,
+            0 if cos.shape[0] == 1 else cos.stride(0), 0, 0, 0, window or 0,
         )  # fmt: skip
 
-    def over(self, keys: Tensor, values: Tensor) -> Any:
-        """Return the tokens over a layer's `(rows, kv_heads, slots, width)` buffers."""
+    def over(self, keys: Tensor) -> Any:
+        """Return the tokens over buffers `(rows, kv_heads, slots, width)` that lie like these keys."""
         own = self.struct
-        own.keys, own.values = keys.data_ptr(), values.data_ptr()
         own.row_stride, own.head_stride, own.slot_stride = keys.stride()[:3]
         return byref(own)
 
 
 class Layer:
-    """A layer for the kernels: norm, attention, norm, gated MLP, both with what comes in added.
+    """A layer for the kernels: norm, attention, norm, gated MLP, both with what comes in added; `Stack` runs it.
 
     Args:
         qkv, o, gate_up, down: its products.
@@ -271,27 +150,45 @@ class Layer:
             qkv.struct, o.struct, gate_up.struct, down.struct, at[0], at[1], first, second,
             ACTIVATIONS.index(activation),
         )  # fmt: skip
-        self._at, self._half, self._outputs = byref(self.struct), qkv.half, down.outputs
         self.probe = torch.empty(1, kv_heads, 1, width, dtype=qkv.dtype)
         """Keys of a token, for their shape."""
 
-    def __call__(self, x: Tensor, tokens: Any, residual: Tensor | None = None) -> Tensor:
-        """Run the layer.
+
+class Stack:
+    """Layers for the kernels, one after the other as one call.
+
+    Args:
+        layers: at least one, with keys of one shape.
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        self.layers, self.probe = tuple(layers), layers[0].probe
+        self._at = (POINTER(CLayer) * len(layers))(*(pointer(layer.struct) for layer in layers))
+        qkv, *_, down = layers[-1].weights
+        self._half, self._outputs, self._addresses = qkv.half, down.outputs, c_void_p * len(layers)
+
+    def __call__(
+        self, x: Tensor, tokens: PendingView, caches: Sequence[tuple[Tensor, Tensor]], residual: Tensor | None = None
+    ) -> Tensor:
+        """Run the layers.
 
         Args:
             x: `(rows, tokens, width)` input.
-            tokens: what `PendingView.over` returns.
-            residual: `(rows, tokens, hidden)` what is added to attention's output, in place of the input.
+            tokens: the pending tokens.
+            caches: every layer's buffers of keys and of values, `(rows, kv_heads, slots, width)` with equal strides.
+            residual: `(rows, tokens, hidden)` what is added to the first attention's output, in place of the input.
 
         Returns:
-            `(rows, tokens, outputs of down)`.
+            `(rows, tokens, outputs of the last down)`.
         """
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self._outputs)
         beside = None if residual is None else residual.contiguous()
-        _kernels().outdraft_layer(
-            self._half, torch.get_num_threads(), self._at, tokens, c_void_p(x.data_ptr()),
-            None if beside is None else c_void_p(beside.data_ptr()), c_void_p(out.data_ptr()),
+        keys, values = (self._addresses(*(part.data_ptr() for part in parts)) for parts in zip(*caches, strict=True))
+        kernels().outdraft_layers(
+            self._half, torch.get_num_threads(), self._at, c_int64(len(self.layers)), tokens.over(caches[0][0]), keys,
+            values, c_void_p(x.data_ptr()), None if beside is None else c_void_p(beside.data_ptr()),
+            c_void_p(out.data_ptr()),
         )  # fmt: skip
         return out
 
@@ -316,7 +213,7 @@ class Fusion:
         """Fuse `(tokens, hidden)` embeddings and features of the same width to `(tokens, hidden)`."""
         embeddings, features = embeddings.contiguous(), features.contiguous()
         out = torch.empty_like(features)
-        _kernels().outdraft_fusion(
+        kernels().outdraft_fusion(
             self._half, torch.get_num_threads(), self._at, c_void_p(embeddings.data_ptr()),
             c_void_p(features.data_ptr()), c_int64(len(features)), c_void_p(out.data_ptr()),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from outdraft.target.backends.native.operations import Weight
+from outdraft.target.backends.native.weights import Weight
 
 STAYS = 8
 """Readings after which a weight stays laid out, as something else than our kernels seems to run the layer."""

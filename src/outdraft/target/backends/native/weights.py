@@ -1,0 +1,172 @@
+"""Matrices in the layout of our CPU kernels, of 16, 8 or 4 bits, and linear layers on them."""
+
+from __future__ import annotations
+
+from ctypes import Structure, byref, c_int64, c_void_p
+
+import torch
+from torch import Tensor, nn
+
+from outdraft.target.backends.native.build import kernels
+from outdraft.target.backends.packed import PackedLinear
+
+TYPES = (torch.float32, torch.bfloat16)
+GROUP = 32
+"""Inputs of a quantised matrix that share a scale."""
+
+
+class CWeight(Structure):
+    """`Weight` of weights.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("lines", "scales", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs", "bits")),
+    ]
+
+
+class Weight:
+    """A matrix in the kernels' layout.
+
+    Args:
+        weight: `(outputs, inputs)` float32 or bfloat16; an even number of inputs.
+        bias: `(outputs,)` or None.
+        gated: True if the first half of the outputs are gates of the second; each a multiple of `LANES`.
+        bits: 8 or 4 quantises the weight, a multiple of `GROUP` inputs; None keeps it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, gated: bool = False, bits: int | None = None):
+        weight = weight.detach()
+        self.outputs, self.inputs = weight.shape
+        self.dtype, self.half, self.bits = weight.dtype, int(weight.dtype == torch.bfloat16), bits
+        order, lanes = torch.arange(self.outputs), kernels().outdraft_lanes()
+        if gated:  # panels of gates and of gated values in turn
+            order = order.view(2, -1, lanes).transpose(0, 1).flatten()
+        padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
+        padded[: self.outputs] = weight[order]
+        self._order, self.scales = order, None
+        panels = padded.view(-1, lanes, self.inputs)
+        if bits is None:
+            words = panels.unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
+            self.lines = words.view(torch.int32)
+        else:
+            numbers, self.scales = quantised(panels, bits)
+            self.lines = blocks(numbers, bits)
+        self.bias = None if bias is None else bias.detach().float()[order].contiguous()
+        kept = (self.lines, self.scales, self.bias)
+        self.struct = CWeight(*(None if part is None else part.data_ptr() for part in kept), *weight.shape, bits or 0)
+        self._at = byref(self.struct)
+
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return `(..., outputs)` products of `(..., inputs)`, plus `added`."""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.outputs)
+        beside = None if added is None else added.contiguous()
+        kernels().outdraft_linear(
+            self.half, torch.get_num_threads(), self._at, c_void_p(x.data_ptr()), c_int64(x.numel() // self.inputs),
+            c_void_p(out.data_ptr()), None if beside is None else c_void_p(beside.data_ptr()),
+        )  # fmt: skip
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(part.nbytes for part in (self.lines, self.scales, self.bias) if part is not None)
+
+    def dense(self) -> Tensor:
+        """Return the `(outputs, inputs)` matrix that the kernels multiply with."""
+        if self.scales is None:
+            panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
+        else:
+            numbers = unblocked(self.lines, self.bits or 0).unflatten(2, (-1, GROUP))
+            scale, *offset = (part.transpose(1, 2)[..., None].float() for part in self.scales.unbind(2))
+            panels = (numbers * scale + (offset[0] if offset else 0)).to(self.dtype)
+        rows = panels.reshape(-1, self.inputs)[: self.outputs]
+        return torch.empty_like(rows).index_copy_(0, self._order, rows)
+
+
+def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantise groups of `GROUP` inputs: eight bits to -127 ... 127 with a scale, four to 0 ... 15 with an offset too.
+
+    Args:
+        panels: `(panels, LANES, inputs)`.
+        bits: 8 or 4.
+
+    Returns:
+        `(panels, LANES, inputs)` int8, and `(panels, groups, 1 or 2, LANES)` bfloat16 scales and offsets.
+    """
+    groups = panels.float().unflatten(2, (-1, GROUP))
+    most = 127 if bits == 8 else 15
+    offset = torch.zeros(()) if bits == 8 else groups.amin(3).to(torch.bfloat16).float()
+    reach = groups.abs().amax(3) if bits == 8 else groups.amax(3) - offset
+    scale = (reach / most).to(torch.bfloat16).float()
+    # A scale that was rounded down is made larger, so that the largest weight is not cut.
+    scale = torch.where(scale * most < reach, scale * (1 + 2**-7), scale).to(torch.bfloat16)
+    numbers = (groups - offset[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    whole = numbers.round().clamp(-127 if bits == 8 else 0, most).to(torch.int8)
+    kept = [scale] if bits == 8 else [scale, offset.to(torch.bfloat16)]
+    return whole.flatten(2), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
+
+
+def blocks(numbers: Tensor, bits: int) -> Tensor:
+    """Arrange `(panels, LANES, inputs)` whole numbers in blocks as weights.h reads them."""
+    shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
+    parts = numbers.view(torch.uint8).unflatten(1, (-1, 4)).unflatten(3, shape)
+    if bits == 4:
+        parts = parts[:, :, :, :, 0] | parts[:, :, :, :, 1] << 4
+    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def unblocked(lines: Tensor, bits: int) -> Tensor:
+    """Return the `(panels, LANES, inputs)` whole numbers of `blocks`."""
+    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, lanes / 4, 4, blocks, lines, inputs of a pair)
+    if bits == 4:
+        parts = torch.stack([parts & 15, parts >> 4], dim=4)
+    return parts.flatten(3).flatten(1, 2).contiguous().view(torch.int8)
+
+
+class NativeLinear(PackedLinear):
+    """A linear layer with our kernels' layout of its weight; inference only.
+
+    Args:
+        weight: `(out, in)`, an even number of inputs.
+        bias: `(out,)` or None.
+        bits: as in `Weight`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._packed = Weight(weight, bias, bits=bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._packed(x)
+
+    def dense(self) -> Tensor:
+        return self._packed.dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight that a forward reads."""
+        return self._packed.nbytes
+
+
+def draft_bits(weight: Tensor) -> int | None:
+    """Return the bits of a drafter's weight: eight beside a target in 16 bits. Only the target decides tokens, and
+    half the bytes are half the time."""
+    return 8 if weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0 else None
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Return a layer on our kernels, or on oneDNN's where they do not serve its shape."""
+    even = weight.shape[1] % 2 == 0
+    return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
+
+
+def quantised_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Return a layer of eight bits, as models' heads are where layers have eight or four; the weight becomes that of
+    the layer."""
+    made = NativeLinear(weight, bias, bits=8)
+    weight.data.copy_(made.dense())
+    return made
