@@ -22,7 +22,7 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.target.backends import accelerate, count_parameters, why_not_native
-from outdraft.target.backends.native import build, operations
+from outdraft.target.backends.native import build, operations, weights
 from outdraft.target.backends.native.modules import NativeLayer
 from outdraft.target.backends.native.operations import rms_norm
 from outdraft.target.backends.native.released import STAYS, ReleasedLinear
@@ -352,7 +352,7 @@ def test_a_forward_that_computes_something_else_is_given_up() -> None:
 
 
 def test_a_machine_without_a_compiler_decodes_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "library", lambda: "no C++ compiler (c++, g++, clang++) is installed")
+    monkeypatch.setattr(build, "library", lambda: "no C++ compiler (c++, g++, clang++) is installed")
     model = wide("llama-gqa")
     assert load(model, method="none").target.backend == "packed"
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*using 'packed'"):
@@ -390,7 +390,7 @@ def test_narrower_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
     build._compile(compiler, ("-mavx2", "-mfma"), tmp_path)
     narrow = ctypes.CDLL(str(tmp_path / "kernels.so"))
     assert narrow.outdraft_lanes() == 8
-    monkeypatch.setattr(operations, "library", lambda: narrow)
+    monkeypatch.setattr(build, "library", lambda: narrow)
     for dtype in DTYPES:
         test_products_are_right_and_do_not_depend_on_the_tokens_beside(100, 66, dtype)
         test_features_are_those_of_stock_layers("qwen3", dtype)
@@ -432,8 +432,8 @@ def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int,
     torch.testing.assert_close(alone.double(), right, atol=close * float(right.abs().max()), rtol=close)
     for tokens in range(1, 38):
         assert torch.equal(product(x[:tokens]), alone[:tokens]), tokens
-    numbers, _ = operations.quantised(weight[:80].view(5, 16, 96), bits)
-    assert torch.equal(operations.unblocked(operations.blocks(numbers, bits), bits), numbers)
+    numbers, _ = weights.quantised(weight[:80].view(5, 16, 96), bits)
+    assert torch.equal(weights.unblocked(weights.blocks(numbers, bits), bits), numbers)
 
 
 def test_gates_of_quantised_weights_keep_their_rows() -> None:

@@ -1,5 +1,6 @@
 """Kernels of our own for CPUs, and the modules that call them."""
 
+from outdraft.target.backends.native.build import why_not_native
 from outdraft.target.backends.native.modules import (
     native_view,
     quantised_view,
@@ -7,7 +8,6 @@ from outdraft.target.backends.native.modules import (
     why_not_parts,
     why_not_quantised,
 )
-from outdraft.target.backends.native.operations import why_not_native
 
 __all__ = [
     "native_view",

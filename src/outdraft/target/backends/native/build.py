@@ -51,6 +51,15 @@ def library() -> ctypes.CDLL | str:
         return f"the kernels cannot be built: {first_line(said or error)}"
 
 
+def why_not_native() -> str | None:
+    """Return why this machine has no kernels, None if it has."""
+    found = library()
+    if isinstance(found, str):
+        return found
+    narrow = found.outdraft_lanes() < 8 and platform.machine() not in ("arm64", "aarch64")
+    return "this processor has no AVX2, and oneDNN is faster without" if narrow else None
+
+
 def kernels() -> ctypes.CDLL:
     """Return the loaded kernels, where `library` says that there are some."""
     found = library()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from outdraft.target.backends import fused
 from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
-from outdraft.target.backends.native.operations import LANES, Layer, PendingView, Stack, rms_norm, why_not_native
+from outdraft.target.backends.native.build import why_not_native
+from outdraft.target.backends.native.operations import LANES, Layer, PendingView, Stack, rms_norm
 from outdraft.target.backends.native.released import release
 from outdraft.target.backends.native.weights import GROUP, TYPES, Weight, linear, quantised_linear
 from outdraft.target.backends.packed import packed_view, why_not_replaced

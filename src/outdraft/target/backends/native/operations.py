@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, pointer
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.target.backends.native.build import kernels, library
+from outdraft.target.backends.native.build import kernels
 from outdraft.target.backends.native.weights import CWeight, Weight
 from outdraft.target.backends.tree_attention import Pending
 
@@ -61,15 +60,6 @@ class CFusion(Structure):
         ("norm", c_void_p),
         ("eps", c_float),
     ]
-
-
-def why_not_native() -> str | None:
-    """Return why this machine has no kernels, None if it has."""
-    found = library()
-    if isinstance(found, str):
-        return found
-    narrow = found.outdraft_lanes() < 8 and platform.machine() not in ("arm64", "aarch64")
-    return "this processor has no AVX2, and oneDNN is faster without" if narrow else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
