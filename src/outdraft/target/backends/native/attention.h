@@ -1,9 +1,9 @@
-// Rotation, the cache, and attention of pending tokens over it.
+// Attention of pending tokens over the cache.
 #pragma once
 
 #include <vector>
 
-#include "norms.h"
+#include "pending.h"
 #include "products.h"
 
 namespace {
@@ -11,50 +11,6 @@ namespace {
 constexpr int64_t BLOCK = 128;  // keys that are weighed together
 constexpr int TILE = 16;    // tokens of a prompt that attend together
 constexpr int WIDE = 2, AT_ONCE = MOST_TOKENS[WIDE - 1];  // panels and queries of a tile
-
-struct Heads {
-  int64_t heads, kv_heads, width;
-  float scale;
-  const void *q_norm, *k_norm;  // [width] each, or null
-  float q_eps, k_eps;
-};
-
-// A forward's tokens and the cache that they write to and read.
-struct Pending {
-  int64_t rows, tokens, pending;  // the tokens are the last ones of those pending
-  const int32_t* lengths;         // [rows] committed tokens
-  const uint8_t* seen;            // [rows][tokens][pending]
-  const int64_t* positions;       // [rows][pending]
-  const void *cos, *sin;          // [rows or 1][tokens][width]
-  int64_t angles_row;             // 0 if all rows share them
-  int64_t row_stride, head_stride, slot_stride;
-  int64_t window;                 // 0: everything is seen
-  void *keys, *values;            // [rows][kv_heads][slots][width] of one layer
-};
-
-template <class T>
-void turn_and_store(const Team& team, const Heads& h, const Pending& p, T* mixed) {
-  int64_t width = h.width, line = (h.heads + 2 * h.kv_heads) * width;
-  for (int64_t item = team.first(p.rows * p.tokens); item < team.last(p.rows * p.tokens); item++) {
-    int64_t row = item / p.tokens, token = item % p.tokens;
-    T* x = mixed + item * line;
-    const T* cos = (const T*)p.cos + row * p.angles_row + token * width;
-    const T* sin = (const T*)p.sin + row * p.angles_row + token * width;
-    for (int64_t head = 0; head < h.heads + h.kv_heads; head++) {
-      bool query = head < h.heads;
-      T* own = x + head * width;
-      if (const T* weight = (const T*)(query ? h.q_norm : h.k_norm))
-        norm(own, weight, query ? h.q_eps : h.k_eps, width, own);
-      rotate(own, cos, sin, width);
-    }
-    int64_t slot = p.lengths[row] + p.pending - p.tokens + token;
-    for (int64_t head = 0; head < h.kv_heads; head++) {
-      int64_t at = row * p.row_stride + head * p.head_stride + slot * p.slot_stride;
-      std::memcpy((T*)p.keys + at, x + (h.heads + head) * width, width * sizeof(T));
-      std::memcpy((T*)p.values + at, x + (h.heads + h.kv_heads + head) * width, width * sizeof(T));
-    }
-  }
-}
 
 // Values of two keys (bfloat16) or one as a line of every panel.
 template <class T>
@@ -85,7 +41,7 @@ void line_of_values(const T* first, const T* second, int64_t panels, int64_t pan
 struct Room {
   std::vector<float> scores, sums;
   std::vector<uint32_t> panels, words, tokens;
-  std::vector<int64_t> slots;
+  std::vector<int64_t> slots, begins;
 };
 
 // Attention of some tokens' queries of one head of keys, in blocks of keys in the order of their positions: a block's
@@ -110,11 +66,12 @@ class Attention {
 
   // Arranges the queries; before the first block of a thread.
   void begin() {
-    const uint8_t* seen = this->seen(0);
-    int64_t common = 0;  // pending tokens that all of these see, before any that one does not
-    while (common < p_.pending && sees_all(seen, common)) common++;
+    int64_t common = p_.pending;  // pending tokens that all of these see, before any that one does not
+    for (int64_t t = 0; t < count_; t++)
+      if (const void* gap = std::memchr(seen(t), 0, common)) common = (const uint8_t*)gap - seen(t);
     shared_ = (committed_ + common) / LANES * LANES;
     Room& r = room();
+    list_own(r);
     r.scores.resize(queries() * BLOCK);
     r.words.resize(queries() * (words_ + BLOCK / Type<T>::PER_WORD));
     r.panels.resize(std::max<int64_t>(WIDE * words_ * LANES, BLOCK * width_ / Type<T>::PER_WORD));
@@ -140,9 +97,17 @@ class Attention {
       each_own(t, start, all, [&](auto slot, int64_t n) { weigh(slot, n, all, t * group_, group_, sums); });
   }
 
+  // Blocks from the first on that hold all keys which any of these tokens sees; after `begin`.
+  int64_t needed() const {
+    const std::vector<int64_t>& begins = room().begins;
+    int64_t most = 0;
+    for (int64_t t = 0; t < count_; t++) most = std::max(most, begins[t + 1] - begins[t]);
+    return (shared_ + most + BLOCK - 1) / BLOCK;
+  }
+
   // Adds a query's blocks, each with the factor that makes its weights relative to the largest score of all.
-  void finish(int64_t q) {
-    int64_t count = blocks(), line = queries() * (width_ + 2);
+  void finish(int64_t q, int64_t count) {
+    int64_t line = queries() * (width_ + 2);
     const float* most = found_ + queries() * width_ + q;
     float largest = -INFINITY, total = 0;
     for (int64_t b = 0; b < count; b++) largest = std::max(largest, most[b * line]);
@@ -168,29 +133,36 @@ class Attention {
 
   const uint8_t* seen(int64_t t) const { return p_.seen + (row_ * p_.tokens + first_ + t) * p_.pending; }
 
-  bool sees_all(const uint8_t* seen, int64_t token) const {
-    for (int64_t t = 0; t < count_; t++)
-      if (!seen[t * p_.pending + token]) return false;
-    return true;
-  }
-
   const T* query(int64_t t, int64_t g) const {
     int64_t line = (h_.heads + 2 * h_.kv_heads) * width_;
     return mixed_ + (row_ * p_.tokens + first_ + t) * line + (head_ + g) * width_;
   }
 
+  // Lists the slots of the keys that each token sees beyond the shared ones, in the order of positions.
+  void list_own(Room& r) {
+    r.slots.clear();
+    r.begins.assign(1, 0);
+    for (int64_t t = 0; t < count_; t++) {
+      for (int64_t slot = shared_; slot < committed_; slot++) r.slots.push_back(slot);
+      const uint8_t* seen = this->seen(t);
+      for (int64_t i = std::max<int64_t>(0, shared_ - committed_); i < p_.pending; i++) {
+        static constexpr uint8_t NONE[8] = {};
+        if (i + 8 <= p_.pending && std::memcmp(seen + i, NONE, 8) == 0)
+          i += 7;  // of a prompt nearly all
+        else if (seen[i])
+          r.slots.push_back(committed_ + i);
+      }
+      r.begins.push_back(r.slots.size());
+    }
+  }
+
   // Calls use(slot, count) for the keys of a block that a token sees beyond the shared ones; returns how many there are.
   template <class Use>
   int64_t each_own(int64_t t, int64_t start, int64_t all, Use use) {
-    if (all == BLOCK) return 0;
-    std::vector<int64_t>& slots = room().slots;  // of all blocks, in the order of positions
-    slots.clear();
-    for (int64_t slot = shared_; slot < committed_; slot++) slots.push_back(slot);
-    for (int64_t i = std::max<int64_t>(0, shared_ - committed_); i < p_.pending; i++)
-      if (seen(t)[i]) slots.push_back(committed_ + i);
-    int64_t before = start + all - shared_, count = std::min((int64_t)slots.size() - before, BLOCK - all);
+    const Room& r = room();
+    int64_t from = r.begins[t] + start + all - shared_, count = std::min(r.begins[t + 1] - from, BLOCK - all);
     if (count <= 0) return 0;
-    use([&](int64_t i) { return slots[before + i]; }, count);
+    use([slots = r.slots.data() + from](int64_t i) { return slots[i]; }, count);
     return count;
   }
 
@@ -329,8 +301,9 @@ void attend(const Team& team, const Heads& h, const Pending& p, const T* mixed, 
     for (int64_t i = team.thread; i < parts.count; i += team.threads) {
       Attention<T> part = parts.part(i, own.data());
       part.begin();
-      for (int64_t b = 0; b < part.blocks(); b++) part.block(b);
-      for (int64_t q = 0; q < part.queries(); q++) part.finish(q);
+      const int64_t blocks = part.needed();
+      for (int64_t b = 0; b < blocks; b++) part.block(b);
+      for (int64_t q = 0; q < part.queries(); q++) part.finish(q, blocks);
     }
     return;
   }
@@ -344,7 +317,7 @@ void attend(const Team& team, const Heads& h, const Pending& p, const T* mixed, 
   team.wait();
   for (int64_t i = 0; i < parts.count; i++) {
     Attention<T> part = parts.part(i, found + i * parts.room);
-    for (int64_t q = team.first(part.queries()); q < team.last(part.queries()); q++) part.finish(q);
+    for (int64_t q = team.first(part.queries()); q < team.last(part.queries()); q++) part.finish(q, part.blocks());
   }
 }
 

@@ -20,7 +20,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class CHeads(Structure):
-    """`Heads` of attention.h."""
+    """`Heads` of pending.h."""
 
     _fields_ = [
         *((name, c_int64) for name in ("heads", "kv_heads", "width")),
@@ -31,7 +31,7 @@ class CHeads(Structure):
 
 
 class CPending(Structure):
-    """`Pending` of attention.h."""
+    """`Pending` of pending.h."""
 
     _fields_ = [
         *((name, c_int64) for name in ("rows", "tokens", "pending")),
