@@ -45,12 +45,13 @@ class Page:
     Args:
         url: opened at once.
         folder: for the browser's profile.
+        before: a script that runs before those of the page.
     """
 
-    def __init__(self, url: str, folder: Path):
+    def __init__(self, url: str, folder: Path, before: str = ""):
         profile = folder / "profile"
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
-        command = [browser(), *flags, f"--user-data-dir={profile}", url]
+        command = [browser(), *flags, f"--user-data-dir={profile}", "about:blank" if before else url]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._asked = 0
         self.complaints: list[str] = []
@@ -58,9 +59,13 @@ class Page:
         try:
             port = _waited(lambda: _first_line(profile / "DevToolsActivePort"))
             listing = f"http://127.0.0.1:{port}/json/list"
-            pages = _waited(lambda: [one for one in httpx.get(listing).json() if one["type"] == "page"])
+            pages = _waited(lambda: [one for one in _json(listing) if one["type"] == "page"])
             self._wire = _connected(pages[0]["webSocketDebuggerUrl"])
             self._call("Runtime.enable")
+            if before:
+                self._call("Page.enable")
+                self._call("Page.addScriptToEvaluateOnNewDocument", source=before)
+                self._call("Page.navigate", url=url)
         except BaseException:
             self.close()
             raise
@@ -145,12 +150,16 @@ class Page:
         return parts
 
 
-def _waited(found: Any, seconds: float = 120) -> Any:
+def _waited(found: Any, seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
     return value
+
+
+def _json(url: str) -> Any:
+    return httpx.get(url, timeout=None).json()  # a browser that is starting may take long
 
 
 def _first_line(path: Path) -> str | None:
@@ -166,6 +175,8 @@ def _connected(url: str) -> socket.socket:
     wire.sendall("\r\n".join(lines).encode())
     answer = b""
     while not answer.endswith(b"\r\n\r\n"):
-        answer += wire.recv(1)
+        part = wire.recv(1)
+        assert part, "the browser has gone"
+        answer += part
     assert answer.startswith(b"HTTP/1.1 101"), answer
     return wire

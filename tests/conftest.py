@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and data that lies beside the repository where it is there."""
+"""What all tests share: one thread, no verdict by how fast the machine is, and data beside the repository."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the tests that need it say so
+    pass
+else:  # an example takes as long as the machine is busy, and that is no finding
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=slow)
+    settings.load_profile("any machine")
 
 torch.set_num_threads(1)
 

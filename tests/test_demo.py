@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,17 +166,18 @@ def rival(seconds_a_token: float) -> Contender:
     ],
 )
 def test_slow_machines_decode_fewer_prompts_and_then_shorter_answers(
-    seconds_a_token: float, prompts: int, tokens: int
+    seconds_a_token: float, prompts: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: 1000.0))
     rivals = [rival(seconds_a_token / 4), rival(seconds_a_token * 3 / 4)]
-    found = demo.affordable(rivals, [1], 28, 64, time.perf_counter() + 50.2)
+    found = demo.affordable(rivals, [1], 28, 64, end=1050)
     assert found == (prompts, tokens)
-    assert demo.affordable(rivals, [1], 2, 8, time.perf_counter() + 50) == (2, 8)
+    assert demo.affordable(rivals, [1], 2, 8, end=1050) == (2, 8)
 
 
 def test_no_prompt_is_begun_after_the_time_there_is() -> None:
     alone = [rival(1.0)]
-    late, early = time.perf_counter() - 1, time.perf_counter() + 60
+    late, early = time.perf_counter() - 1, time.perf_counter() + 1e6
     assert [len(compare(alone, [[1], [2], [3]], end=end)["x"]) for end in (late, early, None)] == [1, 3, 3]
 
 

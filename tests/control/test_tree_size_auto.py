@@ -21,9 +21,13 @@ def test_the_flag_takes_a_number_or_auto():
 
 
 @pytest.mark.clocked
-def test_without_a_word_a_drafter_that_is_no_use_is_hardly_asked():
-    """One that costs as much as the target and is never right: the safeguard stops it."""
+def test_without_a_word_a_drafter_that_is_no_use_is_hardly_asked(monkeypatch):
+    """One that costs as much as the target, a second a pass, and is never right: the safeguard stops it."""
     target, wrong = tiny("llama-gqa"), tiny("llama-mha")
+    passes = []
+    for model in (target, wrong):
+        model.model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(passes)))
     model = load(target, wrong, backend="eager")
     out = model.generate([1, 2, 3], max_new_tokens=50, prompt_lookup_min=0)
     assert out.tokens == load(target, method="none", backend="eager").generate([1, 2, 3], max_new_tokens=50).tokens

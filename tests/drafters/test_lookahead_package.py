@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lookahead")
     copy = shutil.copytree(SOURCE, root / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*pip, "--target", root / "site", copy], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*pip, "--target", root / "site", copy], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return root / "site"
 
@@ -40,7 +40,7 @@ def python(place: Path | None, *args: str) -> str:
     """What a new process says that has outdraft on its path, and the package where one is given."""
     path = os.pathsep.join(map(str, filter(None, [PACKAGE, place])))
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

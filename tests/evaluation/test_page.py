@@ -167,7 +167,7 @@ def test_the_page_opens_without_errors(written: tuple[Path, BenchResult], tmp_pa
     ]
     picture = tmp_path / f"{scheme}.png"
     shot = subprocess.run(
-        [*common, f"--screenshot={picture}", path.as_uri()], capture_output=True, text=True, timeout=120
+        [*common, f"--screenshot={picture}", path.as_uri()], capture_output=True, text=True, timeout=600
     )
     complaints = [line for line in shot.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints and picture.exists(), shot.stderr[-2000:]
@@ -175,7 +175,7 @@ def test_the_page_opens_without_errors(written: tuple[Path, BenchResult], tmp_pa
     assert len(set(found)) > 100 and found.count(0) < 0.99 * len(found), "blank"
 
     document = subprocess.run(
-        [*common, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+        [*common, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=600
     ).stdout
     charts = re.findall(r'id="chart-\d+-\d+"', document)
     assert len(charts) == 2 * 5

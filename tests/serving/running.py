@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,17 @@ from training.tiny import tiny_target
 
 NAME = "tiny"
 
+PATIENCE = 300
+"""Seconds after which what a test waits for will not come, on a machine that is slow and busy."""
+
+
+def until(true: Callable[[], Any], otherwise: str = "waited in vain") -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.01)
+
 
 @dataclass
 class Served:
@@ -39,9 +52,25 @@ class Served:
     def client(self, **settings: Any) -> Any:
         return httpx.Client(base_url=self.url, timeout=None, **settings)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The model computes nothing as long as this lasts; the engine stands in the first forward that is due."""
+        free, forward = threading.Event(), self.engine.target.forward
+
+        def wait(*given: Any) -> Any:
+            free.wait()
+            return forward(*given)
+
+        self.engine.target.forward = wait
+        try:
+            yield
+        finally:
+            self.engine.target.forward = forward
+            free.set()
+
     def stop(self) -> None:
         self.service.stop()
-        self.thread.join(30)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive(), "the server ends when it is told to"
 
     def figure(self, name: str) -> float:
@@ -57,14 +86,14 @@ def tiny_model() -> SpeculativeModel:
 
 
 def start(model: SpeculativeModel, **settings: Any) -> Served:
-    settings = {"served_model_name": [NAME], "shutdown_timeout": 10, **settings}
+    settings = {"served_model_name": [NAME], "shutdown_timeout": PATIENCE / 2, **settings}
     draft = DraftSettings(**settings.pop("tree", {}), controller=settings.pop("controller", "fixed"))
     service = Service(model, ServeSettings(host="127.0.0.1", port=0, **settings), draft)
     listening = listen("127.0.0.1", 0)
     ready = threading.Event()
     thread = threading.Thread(target=service.serve, args=(listening, lambda url: ready.set()), daemon=True)
     thread.start()
-    assert ready.wait(30), "the server starts"
+    assert ready.wait(PATIENCE), "the server starts"
     return Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, model, thread)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from running import Served
+from running import Served, until
 from test_server import settled
 
 LINE = re.compile(
@@ -23,16 +21,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, ...]]:
     return [match.groups() for match in found if match]
 
 
-def slow(rounds: Callable[..., Any]) -> Callable[..., Any]:
-    def run(decoder: Any) -> Any:
-        time.sleep(0.05)
-        return rounds(decoder)
-
-    return run
-
-
 def test_every_request_is_one_line_with_the_figures_of_its_usage(
-    starting: Callable[..., Served], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    starting: Callable[..., Served], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "outdraft.serving")
     served = starting(log_requests=True)
@@ -42,10 +32,10 @@ def test_every_request_is_one_line_with_the_figures_of_its_usage(
         two = http.post("/v1/completions", json={"prompt": "red cat", "n": 2, **settings}).json()
         talk = http.post("/v1/chat/completions", json={**chat, **settings}).json()
         assert http.post("/v1/completions", json={"prompt": ""}).status_code == 400
-        decoder = type(served.engine._lanes[True].decoder)
-        monkeypatch.setattr(decoder, "round", slow(decoder.round))
-        with http.stream("POST", "/v1/completions", json={"prompt": "blue", "stream": True, **settings}):
-            pass  # the client goes
+        with served.held():
+            with http.stream("POST", "/v1/completions", json={"prompt": "blue", "stream": True, **settings}):
+                until(lambda: served.engine._running)
+            until(served.engine._commands.qsize)  # the client has gone, and the engine is told so
         served.stop()
     found = lines(caplog)
     for answer, line in zip((two, talk), found, strict=False):

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from running import PATIENCE
 from typer.testing import CliRunner
 
 from cli_fixtures import Folders, make_folders
@@ -46,9 +47,9 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
         assert len(texts) == 1, "the server's own temperature is 0"
         for answer in answers:
             assert f" {answer.json()['id']} prompt_tokens=3 completion_tokens=" in log.read_text()
-        assert httpx.get(f"{found[1]}/v1/models").status_code == 401
+        assert httpx.get(f"{found[1]}/v1/models", timeout=None).status_code == 401
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
         assert server.stdout is not None and not server.stdout.read()
         assert "temperature 0 where a request names none" in log.read_text()
         assert "shutting down: running requests have 30 seconds to finish" in log.read_text()

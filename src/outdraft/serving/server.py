@@ -41,6 +41,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 BACKSTOP = 5
 """Seconds beyond the engine's own deadline after which connections are cut."""
 
+KEEP_ALIVE = 75
+"""Seconds after which idle connections are closed: later than clients give theirs up (httpx and OpenAI's client after
+5, as uvicorn would, load balancers after 60), or a request is sent on one that is just being closed, and is lost."""
+
 
 def drafting(model: SpeculativeModel, settings: DraftSettings) -> Drafting:
     """How the server drafts.
@@ -133,6 +137,7 @@ class Service:
             access_log=False,
             lifespan="off",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=int(self.settings.shutdown_timeout) + BACKSTOP,
         )
         self.server = _Server(config, self.engine, self.settings.shutdown_timeout, lambda: ready(url))
