@@ -192,7 +192,7 @@ class DrafterTrainer:
             for note in split.notes:
                 console.print(note, markup=False)
             data = split.write(folder)
-        reader: Any = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
+        reader = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
         measure = tau_meter(reader, beginning[:TAU_PROMPTS])
         config, resume = self._on(data), resume_from_checkpoint
         result = train(self.target, config, resume, measure, console, held_out, self.callbacks, begun_with)
@@ -212,7 +212,7 @@ class DrafterTrainer:
         if self.target.shared:  # the first process alone cannot run it
             return None
         result, prompts = self._result
-        reader: Any = reader_of(self.target)
+        reader = reader_of(self.target)
         return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, prompts)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:

@@ -22,8 +22,9 @@ from torch import Tensor
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, Reading, pad, weights_fingerprint
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, target_id
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, target_id
 from outdraft.output import write_whole
+from outdraft.target.target import Target
 from outdraft.training.preparation import Preparation
 
 try:
@@ -64,7 +65,7 @@ class FeatureStore:
         teacher_top_k: number of most probable target tokens to store at every position; 0 stores none.
     """
 
-    def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):
+    def __init__(self, folder: str | Path, target: Target, reading: Reading, teacher_top_k: int = 0):
         self.reading, self.dtype = reading, target.dtype
         self.top_k = min(teacher_top_k, target.vocab_size)
         self.key = store_key(target, reading, self.top_k)
@@ -235,15 +236,15 @@ class FeatureStore:
         return tuple(maps)
 
 
-def feature_store(target: TargetLike, ready: Preparation, objective: Objective) -> FeatureStore | None:
+def feature_store(target: Target, ready: Preparation, objective: Objective) -> FeatureStore | None:
     """Return the store of a run; None where the target runs in every step.
 
     With `features="auto"` they are stored if a run reads its data more than once and the budget has room for them.
     """
     config, examples = ready.config, ready.examples
-    if getattr(target, "shared", False) and config.features == "cached":
+    if target.shared and config.features == "cached":
         raise UserError("features of a target that processes share (--tp) are not stored; leave features out")
-    if config.features == "online" or getattr(target, "shared", False):
+    if config.features == "online" or target.shared:
         return None
     folder = config.feature_cache_dir or config.output_dir / "features"
     store = FeatureStore(folder, target, objective.reading, objective.top_k)
@@ -278,7 +279,7 @@ def fingerprint(example: Example) -> str:
     return digest.hexdigest()[:24]
 
 
-def store_key(target: TargetLike, reading: Reading, top_k: int) -> str:
+def store_key(target: Target, reading: Reading, top_k: int) -> str:
     """Return the store's name, a hash of the target's weights and precision and of the stored values."""
     parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

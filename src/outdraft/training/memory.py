@@ -17,7 +17,6 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.errors import UserError, first_line
-from outdraft.losses.teacher import TargetLike
 from outdraft.methods.fspad.beginning import inner_width
 from outdraft.methods.registry import method_called
 from outdraft.target.named import base_of, place_of
@@ -104,7 +103,7 @@ def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype 
     return counted
 
 
-def drafting_bytes(target: TargetLike, config: DrafterConfig, drafter: int, tokens: int) -> int:
+def drafting_bytes(target: Target, config: DrafterConfig, drafter: int, tokens: int) -> int:
     """Return the bytes that training takes beside the target: drafter with gradients and AdamW's moments, a piece's
     activations, and a chunk's logits.
 

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from outdraft.core.tensors import now
 from outdraft.losses.objective import Objective, TrainingExamples, collate
-from outdraft.losses.teacher import TargetLike, most_probable, parameter_count, predicting
+from outdraft.losses.teacher import most_probable, predicting
 from outdraft.methods.registry import MeasuredSetting, method_called
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, feature_store
 from outdraft.training.memory import drafting_bytes
@@ -89,7 +90,7 @@ class TrainPlan:
         return f"{shown}; after {MANY_PASSES} passes, more answers help more than more steps"
 
 
-def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
+def plan(target: Target, config: DrafterConfig) -> TrainPlan:
     """Return size and time of the run that `train` would make."""
     ready = prepare(target, config)
     measured = method_called(ready.config.method).measure(target, ready.config, ready.examples, {})
@@ -106,7 +107,7 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
     return TrainPlan(
         preset=config.preset,
         method=config.method,
-        target_parameters=parameter_count(target),
+        target_parameters=target.num_parameters,
         drafter_parameters=sum(weight.numel() for weight in objective.drafter.parameters()),
         examples=len(examples),
         tokens=examples.tokens,
@@ -125,7 +126,7 @@ def plan(target: TargetLike, config: DrafterConfig) -> TrainPlan:
     )
 
 
-def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Objective) -> int:
+def estimated_memory_bytes(target: Target, ready: Preparation, objective: Objective) -> int:
     """Sum up target, drafter with gradients and AdamW's moments, a piece's activations, and a chunk's logits."""
     config = ready.config
     weights = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
@@ -135,7 +136,7 @@ def estimated_memory_bytes(target: TargetLike, ready: Preparation, objective: Ob
 
 
 def _timed(
-    target: TargetLike, ready: Preparation, objective: Objective, bf16: bool, cached: bool
+    target: Target, ready: Preparation, objective: Objective, bf16: bool, cached: bool
 ) -> tuple[float, float, int]:
     """Return seconds of a target forward for an example and of an optimizer step, and the GPU's peak (0 on a CPU)."""
     config, device = ready.config, target.device

@@ -25,11 +25,12 @@ from outdraft.data.provenance import peak_memory_bytes, portable, provenance
 from outdraft.drafting.run_folder import BEGUN_WITH, RUN, step_of
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, TrainingExamples
-from outdraft.losses.teacher import TargetLike, shown_target
+from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.registry import method_called
 from outdraft.output import write_whole
 from outdraft.target.ranks import leave_group_at_exit
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
 from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
@@ -76,7 +77,7 @@ class TrainResult:
 
 
 def train(
-    target: TargetLike,
+    target: Target,
     config: DrafterConfig,
     resume: bool = False,
     measure_tau: MeasureTau | None = None,
@@ -112,7 +113,7 @@ def train(
     target.model.eval().requires_grad_(False)
     args = training_arguments(config, target.device, ready.total_steps)
     _check_devices(target, args)
-    shared = getattr(target, "shared", False)
+    shared = target.shared
     if not args.should_save:
         console = Console(quiet=True)
     for note in ready.notes:
@@ -177,7 +178,7 @@ def train(
     return result
 
 
-def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
+def _check_devices(target: Target, args: TrainingArguments) -> None:
     if target.device.type != args.device.type or (target.device.index or 0) != (args.device.index or 0):
         raise UserError(
             f"the target is on {target.device}, this process trains on {args.device}; load the target with "
@@ -185,14 +186,14 @@ def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
         )
 
 
-def _measured(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> Preparation:
+def _measured(target: Target, ready: Preparation, resume: bool, console: Console) -> Preparation:
     """Decide a setting that is left open once for all processes: as an interrupted run did, else by measurement."""
     record: dict[str, Any] = {}
     if resume:
         with contextlib.suppress(OSError, ValueError):
             record = json.loads((ready.config.output_dir / RUN).read_text())
     method = method_called(ready.config.method)
-    main = PartialState().is_main_process or getattr(target, "shared", False)
+    main = PartialState().is_main_process or target.shared
     found = [method.measure(target, ready.config, ready.examples, record) if main else None]
     measured = broadcast_object_list(found)[0]
     if measured is not None:
@@ -243,9 +244,7 @@ def _run(
         )
 
 
-def _save(
-    target: TargetLike, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None
-) -> None:
+def _save(target: Target, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None) -> None:
     settings = portable(ready.config.record())
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau, "weights_of_step": result.best_step}
     name, facts, drafter = shown_target(target), target_facts(target.model), objective.finished()

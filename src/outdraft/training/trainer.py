@@ -76,7 +76,7 @@ class ObjectiveTrainer(Trainer):
 
     def _in_groups(self, items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
         """Divide a batch into groups of examples of like length, each padded to its own, or leave it one group."""
-        shared = getattr(self.objective.reading.target, "shared", False)  # processes run its layers equally often
+        shared = self.objective.reading.target.shared  # processes run its layers equally often
         if not self.config.length_groups or shared:
             return {GROUPS: [collate(items)]}
         lengths = [len(item["example"]) for item in items]  # type: ignore[arg-type]
