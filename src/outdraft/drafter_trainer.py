@@ -40,10 +40,9 @@ from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.memory import DeviceMemory, device_memory
-from outdraft.training.model_card import CARD
 from outdraft.training.plan import TrainPlan, plan
 from outdraft.training.preparation import NO_DATA
-from outdraft.training.train import TrainResult, train
+from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory
 
 TAU_PROMPTS = 8
