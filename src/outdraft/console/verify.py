@@ -12,7 +12,7 @@ from outdraft.console.app import INTERRUPTED
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
 
-AUDIT = o.field_help("evaluation/audit/settings.py", "AuditSettings")
+AUDIT = o.field_help("evaluation/audit/findings.py", "AuditSettings")
 
 
 @o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
