@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 import outdraft
 from outdraft.cli import app
-from outdraft.console.doctor import show
+from outdraft.console.checks import show
 from outdraft.evaluation.doctor import Diagnosis, diagnose
 from outdraft.evaluation.training_report import tau_meter
 from outdraft.methods.checkpoint import save_drafter

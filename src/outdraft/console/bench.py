@@ -13,22 +13,20 @@ from outdraft.errors import UserError
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
-BENCH = o.field_help("evaluation/bench/methods.py", "BenchSettings")
+SETTINGS = ("evaluation/bench/methods.py", "BenchSettings")
+BENCH = o.field_help(*SETTINGS)
+MEASURED = o.flags_of(
+    *SETTINGS,
+    *("data", "suite", "limit", "on_bad_line", "repetitions", "peers_backend", "include_transformers"),
+    *("output_dir", "report"),
+)
 
 
-@o.with_flags(o.SHAPED)
+@o.with_flags(MEASURED, o.SHAPED, o.PLACED)
 def bench(
     context: typer.Context,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help=BENCH["data"]),
-    ] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help=BENCH["suite"])] = None,
     model: o.Model = "reference",
-    draft_model: Annotated[
-        list[str] | None,
-        typer.Option("--draft-model", "-d", help=BENCH["draft_models"]),
-    ] = None,
+    draft_model: Annotated[list[str] | None, typer.Option("--draft-model", "-d", help=BENCH["draft_models"])] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -46,18 +44,9 @@ def bench(
         ),
     ] = "default",
     peers: Annotated[str, typer.Option("--peers", help=BENCH["peers"])] = "",
-    peers_backend: Annotated[str, typer.Option("--peers-backend", help=BENCH["peers_backend"])] = "eager",
-    limit: Annotated[int | None, typer.Option("--limit", help=BENCH["limit"])] = None,
-    on_bad_line: Annotated[str, typer.Option("--on-bad-line", help=BENCH["on_bad_line"])] = "error",
     temperatures: Annotated[str, typer.Option("--temperatures", help="Separated by commas; 0 is greedy.")] = "0",
-    repetitions: Annotated[int, typer.Option("--repetitions", help=BENCH["repetitions"])] = 1,
     max_new_tokens: o.MaxNewTokens = 128,
     seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
-    include_transformers: Annotated[
-        bool, typer.Option("--include-transformers", help=BENCH["include_transformers"])
-    ] = False,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", help=BENCH["output_dir"])] = None,
-    report: Annotated[Path | None, typer.Option("--report", help=BENCH["report"])] = None,
     all_figures: Annotated[
         bool,
         typer.Option(
@@ -71,13 +60,9 @@ def bench(
             "--reread", help="Measure nothing; print Spec-Bench's figures for the answer files of this --output-dir."
         ),
     ] = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
     tp: o.TensorParallel = False,
     json: o.Json = False,
-    **shape: Any,
+    **more: Any,
 ) -> None:
     """Compare ways of decoding on the same prompts: tau (tokens from a pass), tokens a second, speed-up, same text."""
     if reread is not None:
@@ -91,7 +76,7 @@ def bench(
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())
         return
-    flags = locals()
+    flags = {**locals(), **more}
     from outdraft.api.loading import quantised_backend
     from outdraft.evaluation.bench.bench import run_bench
     from outdraft.evaluation.bench.methods import BenchSettings
@@ -102,8 +87,8 @@ def bench(
         "controllers": o.listed(controllers) or ["default"],
         "temperatures": o.numbers("--temperatures", temperatures),
         "peers": o.listed(peers),
-        "tree": o.drafting(**shape),
-        "backend": quantised_backend(backend, quantize),
+        "tree": o.drafting(**more),
+        "backend": quantised_backend(more["backend"], more["quantize"]),
         "tp_plan": "auto" if tp else None,
     }
     as_they_are = {field.name: flags[field.name] for field in fields(BenchSettings) if field.name not in parsed}

@@ -1,13 +1,14 @@
-"""`outdraft doctor`: its flags; it loads a target, has its drafter diagnosed, and shows the diagnosis."""
+"""`outdraft verify` and `outdraft doctor`, which check a drafter: their flags, the calls, and the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outdraft.console import options as o
+from outdraft.console.app import INTERRUPTED
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
 
@@ -16,16 +17,63 @@ if TYPE_CHECKING:
 
     from outdraft.evaluation.doctor import Diagnosis
 
+AUDITED = o.flags_of(
+    *("evaluation/audit/findings.py", "AuditSettings"),
+    *("data", "limit", "max_new_tokens", "greedy", "total_variation", "power", "alpha", "batch_size", "seed", "quick"),
+)
 
+
+@o.with_flags(AUDITED, o.SAMPLED, o.DRAFTED, o.LOADED)
+def verify(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Save what was found as an HTML page.")] = None,
+    json: o.Json = False,
+    **flags: Any,
+) -> None:
+    """Test that drafting keeps the model's output distribution: exit code 0 if so, 1 if not.
+
+    States the time that it expects to take before it begins. Ctrl-C ends it with what was found so far (exit code 130).
+    """
+    own = {name: flags[name] for name in AUDITED if name != "quick"}
+    from outdraft.api.generation import load
+    from outdraft.evaluation.audit import AuditSettings, run_audit
+    from outdraft.evaluation.audit.findings import show
+    from outdraft.evaluation.report.pages import save_audit
+
+    settings = AuditSettings(generation=o.sampling(**flags) | o.drafting(**flags), **own)
+    if flags["quick"]:
+        settings = settings.made_quick()
+    loaded = load(model, draft_model, **o.loading(method=method, **flags))
+    if report is not None:
+        _check_writable(report)  # before minutes of work
+    audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})
+    if report is not None:
+        save_audit(audit, report)
+        remarks().print(f"report: {report}", style="dim", markup=False)
+    if json:
+        print_json(audit.as_dict())
+    else:
+        show(audit, results())
+    if audit.kept is not True:
+        raise typer.Exit(INTERRUPTED if audit.kept is None else 1)
+
+
+def _check_writable(report: Path) -> None:
+    if report.is_dir():
+        raise UserError(f"--report {report} is a folder; give the name of a file")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with report.open("ab"):
+        pass
+
+
+@o.with_flags({"data": AUDITED["data"], "dtype": o.Dtype, "device": o.Device})
 def doctor(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Prompts: JSON lines or text; the shipped held-out ones if left out.")
-    ] = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Check that a drafter fits its model and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
@@ -38,7 +86,8 @@ def doctor(
     if draft_model is None:
         raise UserError("there is no drafter to examine; give its folder with --draft-model")
     source = shipped_drafter(draft_model, None) if named(draft_model) is not None else draft_model
-    target = load_target(model, dtype=dtype, device=device)
+    data = flags.pop("data")
+    target = load_target(model, **flags)
     given = read_prompts(data, PROMPTS) if data else load_prompts("heldout")[:PROMPTS]
     note_texts(given, target.tokenizer)
     prompts = encode(given, target)
