@@ -240,15 +240,13 @@ def given(**settings: Any) -> dict[str, Any]:
 
 PLACED = {"dtype": Dtype, "device": Device, "backend": Backend, "quantize": Quantize}
 LOADED = {**PLACED, "generation_config": flag_named("generation_config", GenerationConfig, "auto")}
-FILTERS = flags_of(*SAMPLING, "top_p", "top_k", "min_p", optional=True)
-SAMPLED = {**FILTERS, **flags_of(*SAMPLING, "temperature", "repetition_penalty", optional=True)}
-SHAPED = {
-    **flags_of(*DRAFT, "num_speculative_tokens", "tree_depth", "tree_top_k", optional=True),
-    "tree_size": TreeSize,
-}
+SAMPLED = flags_of(*SAMPLING, "temperature", "top_p", "top_k", "min_p", "repetition_penalty", optional=True)
+FILTERS = {name: SAMPLED[name] for name in ("top_p", "top_k", "min_p")}
+SHAPED: dict[str, Any] = flags_of(*DRAFT, "num_speculative_tokens", "tree_depth", "tree_top_k", optional=True)
+SHAPED |= {"tree_size": TreeSize}
 DRAFTED = SHAPED | flags_of(*DRAFT, "prompt_lookup_min", "prompt_lookup_num_tokens", "controller", optional=True)
-"""The flags of where and how a target runs, of all that `load` takes, of filters, of sampling, of the shape of drafts, and of all
-that is drafted."""
+"""The flags of where and how a target runs, of all that `load` takes, of sampling and its filters, of the shape of
+drafts, and of all that is drafted."""
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
