@@ -25,10 +25,10 @@ from outdraft.console.demo_training import train_drafter
 from outdraft.console.generate import Streamed, legend, stream
 from outdraft.data.provenance import disturbed, environment
 from outdraft.errors import UserError
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.bench import Comparison, measured
-from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences
-from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
+from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender, Difference, divergences
 from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.output import counted, number

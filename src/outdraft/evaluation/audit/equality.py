@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,67 +22,28 @@ from outdraft.core.coupling import Noise as SharedNoise
 from outdraft.core.statistics import Statistics
 from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import AuditSettings, Finding
-from outdraft.evaluation.audit.stock import SEVERAL, Noise, StockProbs, log_ratio
+from outdraft.evaluation.audit.stock import SEVERAL, Divergence, Noise, StockProbs, log_ratio
 
 MORE = 3.0
 """The largest ratio of the frequency of ties to that of flips among the stock model's own forwards."""
 
 
-@dataclass(frozen=True)
-class TokenDivergence:
-    """A token that differs from plain decoding's choice after the same text."""
-
-    prompt: int
-    """The number of the prompt, from 0."""
-    position: int
-    """The new token's number, from 0."""
-    expected: int | None
-    found: int | None
-    """The token found; None where the text ends, as for `expected`."""
-    gap: float
-    """The processed logit of the expected token less the found one's, by one-token forwards of the stock model."""
-    noise: float
-    """The largest change of such a gap by rounding."""
-
-    @property
-    def tie(self) -> bool:
-        return self.gap <= self.noise  # nan is no tie
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt,
-            "position": self.position,
-            "expected": self.expected,
-            "found": self.found,
-            "logit_gap": self.gap,
-            "noise": self.noise,
-            "tie": self.tie,
-        }
-
-    def line(self) -> str:
-        what = "near-tie" if self.tie else "BUG"
-        return (
-            f"prompt {self.prompt + 1}, token {self.position + 1}: {self.found} instead of {self.expected}, "
-            f"logit gap {self.gap:.3g}, noise {self.noise:.3g}: {what}"
-        )
-
-
 @torch.inference_mode()
 def token_divergences(
     probs: StockProbs, prompt: list[int], text: list[int], number: int, noise: Noise
-) -> list[TokenDivergence]:
+) -> list[Divergence]:
     """List all tokens of the text that differ from the stock model's choice after the text up to there."""
     found = []
     for place, (dist,) in enumerate(probs.along(prompt, [text])):
         if dist is not None and (best := int(dist.argmax())) != text[place]:
             gap = log_ratio(dist, best, text[place])
-            found.append(TokenDivergence(number, place, best, text[place], gap, noise.gap))
+            found.append(Divergence(number, place, gap, noise.gap, best, text[place]))
     return found
 
 
 def first_difference(
     probs: StockProbs, prompt: list[int], plain: list[int], other: list[int], number: int, noise: Noise
-) -> TokenDivergence:
+) -> Divergence:
     """Return the first divergence of two texts, whichever of them left the stock model's choice."""
     place = common_length(plain, other)
     expected = plain[place] if place < len(plain) else None
@@ -90,7 +51,7 @@ def first_difference(
     gap = math.nan
     if expected is not None and found is not None:
         gap = abs(log_ratio(probs.after(prompt, [plain[:place]])[0], expected, found))
-    return TokenDivergence(number, place, expected, found, gap, noise.gap)
+    return Divergence(number, place, gap, noise.gap, expected, found)
 
 
 def too_many(ties: int, tokens: int, flips: int, compared: int) -> float:
@@ -119,7 +80,7 @@ def greedy_finding(
         plain, drafted: each decoder's new tokens of every prompt.
         alpha: level of the test for too many ties.
     """
-    found: list[TokenDivergence] = []
+    found: list[Divergence] = []
     differing = 0
     for number, (prompt, own, other) in enumerate(zip(prompts, plain, drafted, strict=True)):
         if own != other:
@@ -137,7 +98,7 @@ def equality_finding(
     name: str,
     question: str,
     counts: dict[str, int],
-    found: Sequence[TokenDivergence],
+    found: Sequence[Divergence],
     statistics: Statistics,
     noise: Noise,
     alpha: float,
@@ -260,7 +221,7 @@ class SeededProbs:
 
 def divergences(
     seeded: SeededProbs, number: int, expected: list[int], found: list[int], noise: Noise, edges: bool
-) -> list[TokenDivergence]:
+) -> list[Divergence]:
     """List the tokens of a drafted text that are not the seed's, and the first difference from the stock text.
 
     Args:
@@ -273,11 +234,11 @@ def divergences(
         if (best := int(dist.argmax())) != found[place]:
             gap = log_ratio(dist, best, found[place])
             gap = noise.gap if edges and math.isinf(gap) else gap
-            listed.append(TokenDivergence(number, place, best, found[place], gap, noise.gap))
+            listed.append(Divergence(number, place, gap, noise.gap, best, found[place]))
     first = common_length(expected, found)
     if all(one.position != first for one in listed):  # the processors or the end differ, not the forward
         asked, given = (text[first] if first < len(text) else None for text in (expected, found))
-        listed.insert(0, TokenDivergence(number, first, asked, given, math.nan, noise.gap))
+        listed.insert(0, Divergence(number, first, math.nan, noise.gap, asked, given))
     return listed
 
 
@@ -304,7 +265,7 @@ def seeded_finding(
         advance(1)
     statistics, noise, edges = Statistics.sum(parts), Noise(), model.target.dtype.itemsize < 4
     differing = [number for number, (_, stock, found) in enumerate(texts) if stock != found]
-    listed: list[TokenDivergence] = []
+    listed: list[Divergence] = []
     if differing:
         for seeded, stock, _ in texts:
             seeded.add_to(noise, stock)

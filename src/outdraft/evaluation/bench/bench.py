@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from outdraft.api.loading import load_target
 from outdraft.api.prompts import note_texts
 from outdraft.data.provenance import environment, load_average
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
-from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
-from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
+from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare, divergences_by_method
 from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
 from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name

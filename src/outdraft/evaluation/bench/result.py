@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from outdraft.data.provenance import busy
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench.baselines import STOCK
-from outdraft.evaluation.bench.divergences import Divergence
 from outdraft.evaluation.bench.measure import PLAIN, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
 from outdraft.evaluation.bench.summary import Summary, scattered
