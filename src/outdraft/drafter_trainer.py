@@ -39,8 +39,7 @@ from outdraft.output import is_main_process, write_whole
 from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.memory import DeviceMemory, device_memory
-from outdraft.training.plan import TrainPlan, plan
+from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
 from outdraft.training.preparation import NO_DATA
 from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory

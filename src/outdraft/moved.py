@@ -66,6 +66,7 @@ MOVED = {
     "text": "data.text",
     "training.conversations": "data.conversations",
     "training.head_config": "methods.fspad.beginning",
+    "training.memory": "training.plan",
     "training.model_card": "training.train",
     "training.objective": "training.preparation",
     "training.presets": "training.config",

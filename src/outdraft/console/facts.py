@@ -8,10 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from outdraft.api.loading import first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
@@ -21,10 +19,10 @@ from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target.gguf_file import record_in
-from outdraft.target.named import base_of, is_hub_id, not_on_hub, place_of
+from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
 from outdraft.training.config import DrafterConfig
-from outdraft.training.memory import DeviceMemory, device_memory, memory_table
+from outdraft.training.plan import DeviceMemory, described, device_memory, memory_table
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -120,15 +118,8 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     _check_weights(folder)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # libraries under here have exceptions of their own
-        if isinstance(error, OSError) and is_hub_id(path):
-            raise not_on_hub(path, error) from error
-        raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
-    reason = None
+    model = described(path)
+    config, reason = model.config, None
     try:
         refuse_unfit(model)
     except UserError as error:

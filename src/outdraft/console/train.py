@@ -81,7 +81,7 @@ def train(
     settings["tp_plan"] = "auto" if tp else None
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
-        from outdraft.training.memory import memory_table
+        from outdraft.training.plan import memory_table
 
         plan = None if trainer.only_described else trainer.plan()
         devices = trainer.memory()

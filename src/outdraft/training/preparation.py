@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from outdraft.api.prompts import check_switches
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
@@ -21,6 +23,7 @@ from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, weights_fingerprint
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.registry import MeasuredSetting, method_called
+from outdraft.target.backends import default_dtype
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 
@@ -129,6 +132,13 @@ def fitted(target: Target, config: DrafterConfig) -> DrafterConfig:
             "make it a multiple of gradient_accumulation_steps"
         )
     return config
+
+
+def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
+    """Return True if the drafter trains in bf16 autocast on this device."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    return default_dtype(device) == torch.bfloat16
 
 
 def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:

@@ -28,8 +28,8 @@ from outdraft.errors import UserError, first_line
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
-from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig
+from outdraft.training.preparation import use_bf16
 
 GROUPS = "groups"
 
@@ -221,13 +221,6 @@ def keep_freed_memory() -> bool:
         return False
     told = [mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED.items()]
     return all(told)
-
-
-def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
-    """Return True if the drafter trains in bf16 autocast on this device."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    return default_dtype(device) == torch.bfloat16
 
 
 def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:
