@@ -1,7 +1,7 @@
 """The command line: the verbs that only hand their flags on, and the options before a verb.
 
-`verify` and `doctor` are in `console/checks.py`, and every other verb has a file of its name there. What a verb calls
-is imported when it runs; `console/app.py` reports mistakes.
+`bench`, `verify` and `doctor` are in `console/measuring.py`, and every other verb has a file of its name there. What a
+verb calls is imported when it runs; `console/app.py` reports mistakes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.app import Verb, Verbs
-from outdraft.console.bench import bench
 from outdraft.console.chat import chat
-from outdraft.console.checks import doctor, verify
 from outdraft.console.generate import generate
+from outdraft.console.measuring import bench, doctor, verify
 from outdraft.console.serve import serve
 from outdraft.console.train import train
 from outdraft.errors import UserError

@@ -24,14 +24,7 @@ from outdraft.data.records import json_lines
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import (
-    HELD_OUT,
-    TrainingVerdict,
-    beginnings,
-    hold_out,
-    tau_meter,
-    training_verdict,
-)
+from outdraft.evaluation.rounds import TrainingVerdict, training_verdict
 from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
@@ -39,6 +32,7 @@ from outdraft.output import is_main_process, write_whole
 from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
 from outdraft.training.preparation import NO_DATA
 from outdraft.training.train import CARD, TrainResult, train

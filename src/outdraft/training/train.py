@@ -35,7 +35,7 @@ from outdraft.target.ranks import leave_group_at_exit
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
-from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
+from outdraft.training.held_out import BestWeights, MeasureTau, TauMeter, measurement
 from outdraft.training.preparation import (
     Preparation,
     checkpoint_of,
