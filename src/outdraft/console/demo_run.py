@@ -195,11 +195,7 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
             2 * settings.max_new_tokens,
         )
         rivals = contenders(
-            *(target, drafters, methods),
-            backend=settings.backend,
-            shipped=name,
-            include_transformers=True,
-            stock=whole,
+            *(target, drafters, methods), backend=settings.backend, shipped=name, include_transformers=True, stock=whole
         )
         rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
         encoded = encode(prompts, target)

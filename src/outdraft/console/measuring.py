@@ -154,12 +154,7 @@ def _check_writable(report: Path) -> None:
 
 
 @o.with_flags({"data": AUDITED["data"], "dtype": o.Dtype, "device": o.Device})
-def doctor(
-    model: o.Model = "reference",
-    draft_model: o.DraftModel = None,
-    json: o.Json = False,
-    **flags: Any,
-) -> None:
+def doctor(model: o.Model = "reference", draft_model: o.DraftModel = None, json: o.Json = False, **flags: Any) -> None:
     """Check that a drafter fits its model and is read as it was trained: exit code 0 if so, 1 with the fix if not."""
     from outdraft.api.loading import load_target
     from outdraft.api.prompts import encode, note_texts, read_prompts

@@ -98,10 +98,7 @@ DraftModel = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(
-        "--method",
-        help=f"{one_of(names())}; by default the drafter's, and prompt-lookup without one.",
-    ),
+    typer.Option("--method", help=f"{one_of(names())}; by default the drafter's, and prompt-lookup without one."),
 ]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default the fastest on the device.")
@@ -226,8 +223,7 @@ def whole_or_auto(text: str | None) -> int | str | None:
 
 
 TreeSize = Annotated[
-    str | None,
-    typer.Option("--tree-size", callback=whole_or_auto, metavar="<int>|auto", help=DRAFT_HELP["tree_size"]),
+    str | None, typer.Option("--tree-size", callback=whole_or_auto, metavar="<int>|auto", help=DRAFT_HELP["tree_size"])
 ]
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that came from drafts.")]

@@ -20,10 +20,7 @@ from outdraft.output import is_main_process, print_json, remarks, results
 if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
 
-AROUND = {
-    **{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")},
-    "eval_data": "eval_dataset",
-}
+AROUND = {**{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")}, "eval_data": "eval_dataset"}
 """The settings of a run beyond `DrafterConfig`, mapped to the trainer's arguments."""
 
 

@@ -84,10 +84,7 @@ class TemplateRefuses(UserError):
 
 
 def tokenize(
-    conversations: Iterable[Conversation],
-    tokenizer: Any,
-    max_length: int,
-    switches: Mapping[str, Any] = NO_SWITCHES,
+    conversations: Iterable[Conversation], tokenizer: Any, max_length: int, switches: Mapping[str, Any] = NO_SWITCHES
 ) -> ExampleSet:
     """Make token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
 

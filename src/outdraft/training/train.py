@@ -58,7 +58,7 @@ CARD = "README.md"
 """The name of the model card in a drafter's folder."""
 
 NOT_SHOWN = {
-    *("data", "output_dir", "feature_cache_dir", "report_to", "logging_steps", "save_steps", "save_total_limit"),
+    *("data", "output_dir", "feature_cache_dir", "report_to", "logging_steps", "save_steps", "save_total_limit")
 }
 """Settings that do not change how the drafter was trained, and that its card leaves out."""
 

@@ -85,10 +85,7 @@ class ObjectiveTrainer(Trainer):
         return {GROUPS: [collate([items[i] for i in group]) for group in divided]}
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute the gradients of a batch group by group; processes exchange them with the last."""
         *groups, last = inputs[GROUPS]

@@ -303,10 +303,7 @@ def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings
 
 
 def samples_finding(
-    plain: Sequence[list[list[int]]],
-    drafted: Sequence[list[list[int]]],
-    vocab: int,
-    settings: AuditSettings,
+    plain: Sequence[list[list[int]]], drafted: Sequence[list[list[int]]], vocab: int, settings: AuditSettings
 ) -> Finding:
     """Test whether drafted texts and plain ones are samples of one distribution."""
 
