@@ -126,12 +126,13 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         reason = str(error)
     devices = device_memory(path, DrafterConfig(output_dir=Path())) if reason is None else []
     text = config.get_text_config()
-    quantised: Any = getattr(config, "quantization_config", None)
+    quantised: Any = getattr(config, "quantization_config", None) or {}
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
     return {
         "kind": "model",
         **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
-        **({} if quantised is None else {"quantised_by": _quantiser(quantised)}),
+        **({"quantised_by": quantised.get("quant_method", "an unnamed quantiser")} if quantised else {}),
         "family": config.model_type,
         "class": type(model).__name__,
         "parameters": count(model.parameters()),
@@ -147,12 +148,6 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
-
-
-def _quantiser(config: Any) -> str:
-    """Return the name of the library that a folder's weights were quantised by."""
-    settings = config if isinstance(config, dict) else config.to_dict()
-    return str(settings.get("quant_method", "an unnamed quantiser"))
 
 
 def _memory(text: Any, parameters: int) -> str:

@@ -125,14 +125,14 @@ def verify(
     from outdraft.api.generation import load
     from outdraft.evaluation.audit import AuditSettings, run_audit
     from outdraft.evaluation.audit.findings import show
-    from outdraft.evaluation.report.pages import save_audit
+    from outdraft.evaluation.report.pages import check_page, save_audit
 
     settings = AuditSettings(generation=o.sampling(**flags) | o.drafting(**flags), **own)
     if flags["quick"]:
         settings = settings.made_quick()
     loaded = load(model, draft_model, **o.loading(method=method, **flags))
     if report is not None:
-        _check_writable(report)  # before minutes of work
+        check_page(report)  # before minutes of work
     audit = run_audit(loaded, settings, remarks(), about={"model": model, "draft_model": draft_model})
     if report is not None:
         save_audit(audit, report)
@@ -143,14 +143,6 @@ def verify(
         show(audit, results())
     if audit.kept is not True:
         raise typer.Exit(INTERRUPTED if audit.kept is None else 1)
-
-
-def _check_writable(report: Path) -> None:
-    if report.is_dir():
-        raise UserError(f"--report {report} is a folder; give the name of a file")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("ab"):
-        pass
 
 
 @o.with_flags({"data": AUDITED["data"], "dtype": o.Dtype, "device": o.Device})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -80,11 +80,6 @@ DRAFT_HELP = field_help(*DRAFT)
 TRAINING = field_help("training/config.py", "DrafterConfig")
 
 
-def one_of(words: Sequence[str]) -> str:
-    """Join words as `a, b or c`."""
-    return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
 TARGET = "The target model: a folder, GGUF file, hub id, `smollm2` (135M chat model) or `reference` (20M test model)."
 
 Model = Annotated[str, typer.Option("--model", "-m", help=TARGET)]
@@ -98,7 +93,10 @@ DraftModel = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help=f"{one_of(names())}; by default the drafter's, and prompt-lookup without one."),
+    typer.Option(
+        "--method",
+        help=f"{', '.join(names()[:-1])} or {names()[-1]}; by default the drafter's, and prompt-lookup without one.",
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float32, ...; by default the fastest on the device.")

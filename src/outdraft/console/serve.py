@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
 from outdraft.output import is_main_process, remarks
-
-if TYPE_CHECKING:
-    from outdraft.serving.settings import ServeSettings
 
 SETTINGS = ("serving/settings.py", "ServeSettings")
 SERVED = o.flags_of(
@@ -47,18 +43,7 @@ def serve(
     from outdraft.serving.settings import ServeSettings
 
     settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
-    run_serve(model, draft_model, o.loading(method=method, tp=tp, **flags), settings, o.drafting(**flags), remarks())
-
-
-def run_serve(
-    model: str,
-    draft_model: str | None,
-    loading: dict[str, Any],
-    settings: ServeSettings,
-    draft: dict[str, Any],
-    remarks: Console,
-) -> None:
-    """Load and listen until told to stop."""
+    loading, draft, said = o.loading(method=method, tp=tp, **flags), o.drafting(**flags), remarks()
     try:
         from outdraft.serving.server import Service, listen
     except ImportError as error:
@@ -73,19 +58,20 @@ def run_serve(
 
         loaded = load(model, draft_model, **loading)
         asked = DraftSettings(**o.tree(loaded.drafter, **draft))  # refuses a tree that nothing could draft
-        settings.served_model_name = settings.served_model_name or [name_of(model)]
+        name = Path(model).resolve().name if Path(model).exists() else model  # hub ids and `reference` as they are
+        settings.served_model_name = settings.served_model_name or [name]
         service = Service(loaded, settings, asked)
         if own := model_settings(loaded.target):
-            remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
+            said.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
-            remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
+            said.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
         slots = service.engine.capacity.slots
         facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens, "
         facts += f"temperature {service.temperature:g} where a request names none"
 
         def ready(url: str) -> None:
             line = f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)"
-            remarks.print(line, markup=False, soft_wrap=True)
+            said.print(line, markup=False, soft_wrap=True)
 
         if settings.log_requests:
             handler = logging.StreamHandler()
@@ -97,8 +83,3 @@ def run_serve(
     finally:
         if listening is not None:
             listening.close()
-
-
-def name_of(model: str) -> str:
-    """Return the model's name for clients: a hub id or `reference` as it is, a folder's last part."""
-    return Path(model).resolve().name if Path(model).exists() else model

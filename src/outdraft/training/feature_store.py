@@ -68,7 +68,8 @@ class FeatureStore:
     def __init__(self, folder: str | Path, target: Target, reading: Reading, teacher_top_k: int = 0):
         self.reading, self.dtype = reading, target.dtype
         self.top_k = min(teacher_top_k, target.vocab_size)
-        self.key = store_key(target, reading, self.top_k)
+        parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(self.top_k)]
+        self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.folder = Path(folder) / self.key
         self._files = tuple(self.folder / name for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"))
         self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
@@ -82,16 +83,12 @@ class FeatureStore:
         """List the examples that are not stored yet, each once."""
         absent: dict[str, Example] = {}
         for one in examples.examples:
-            if self._holds(one):
-                continue
             name = fingerprint(one)
+            if name in self._index and self._index[name].predicted >= len(said_range(one)):
+                continue
             if name not in absent or len(said_range(one)) > len(said_range(absent[name])):  # it serves both
                 absent[name] = one
         return list(absent.values())
-
-    def _holds(self, example: Example) -> bool:
-        entry = self._index.get(fingerprint(example))
-        return entry is not None and entry.predicted >= len(said_range(example))
 
     def nbytes(self, examples: Sequence[Example]) -> int:
         """Return the bytes that these examples take on disk, before anything is computed."""
@@ -277,12 +274,6 @@ def fingerprint(example: Example) -> str:
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
     digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
-
-
-def store_key(target: Target, reading: Reading, top_k: int) -> str:
-    """Return the store's name, a hash of the target's weights and precision and of the stored values."""
-    parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
 def _bytes(rows: Tensor) -> bytes:

@@ -84,7 +84,10 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
     if found.skipped:
         notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
     kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
-    while 0 < kept < len(everything) and _same_prompt(everything[-kept - 1], everything[-kept]):
+    while 0 < kept < len(everything):
+        one, other = everything[-kept - 1], everything[-kept]
+        if one.text is not None or other.text is not None or one.questions != other.questions:
+            break
         kept += 1
     kept = 0 if kept == len(everything) else kept
     if kept:
@@ -93,10 +96,6 @@ def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error"
         notes.append("no conversation is held out: tau is measured on prompts that are trained on")
     split = len(everything) - kept
     return Split(data, everything[:split], everything[split:], notes)
-
-
-def _same_prompt(one: Conversation, other: Conversation) -> bool:
-    return one.text is None and other.text is None and one.questions == other.questions
 
 
 def beginnings(prompts: Sequence[Prompt], target: Target, switches: Mapping[str, Any] | None = None) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +21,7 @@ from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues
 from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
-from outdraft.evaluation.report.pages import check_bench_page, save_bench
+from outdraft.evaluation.report.pages import check_page, plotly_script, save_bench
 from outdraft.output import is_main_process
 from outdraft.reference import load_prompts
 from outdraft.target.named import named
@@ -43,7 +42,8 @@ def run_bench(
         others: makes more contenders from the model that the baselines run on.
     """
     if settings.report is not None:
-        check_bench_page(settings.report)
+        plotly_script()
+        check_page(settings.report)
     asked = _questions(settings)
     place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
     target = load_target(settings.model, **place, tp_plan=settings.tp_plan)
@@ -95,7 +95,10 @@ def run_bench(
         facts |= store.sittings[-1]  # those of the last measurement, which need not be now
         facts["sittings"] = store.sittings
         for one in comparisons if is_main_process() else ():
-            write_answers(store.folder, one, target, several=len(comparisons) > 1)
+            suffix = f"temp-{one.temperature:g}" if len(comparisons) > 1 else ""
+            for name, runs in one.runs.items():
+                lines = spec_bench.records(name, runs, one.questions, target.tokenizer)
+                spec_bench.write(store.folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
     result = BenchResult(
         settings.shown(asked.suite, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
     )
@@ -217,14 +220,6 @@ def summed_up(
         {group: [of(rival, group) for rival in rivals] for group in groups},
         questions,
     )
-
-
-def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
-    """Write the answers of every contender in Spec-Bench's own format below `folder`."""
-    suffix = f"temp-{comparison.temperature:g}" if several else ""
-    for name, runs in comparison.runs.items():
-        lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
-        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
 
 
 @contextmanager

@@ -88,8 +88,6 @@ class BenchSettings:
             raise UserError(f"unknown suite '{self.suite}' in --suite; choose of {', '.join(SUITES)}")
         if self.suite is not None and self.data is None:
             raise UserError(f"--suite {self.suite} needs its questions; give the file with --data")
-        if self.report is not None and self.report.is_dir():
-            raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
 
     def shown(self, suite: str, prompts: int) -> dict[str, Any]:
         return {
