@@ -29,7 +29,7 @@ from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.bench import Comparison, measured
 from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender, Difference, divergences
-from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, BenchSettings, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.output import counted, number
 from outdraft.reference import DATA
@@ -194,9 +194,8 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
             console,
             2 * settings.max_new_tokens,
         )
-        rivals = contenders(
-            *(target, drafters, methods), backend=settings.backend, shipped=name, include_transformers=True, stock=whole
-        )
+        asked = BenchSettings(name, drafters, methods, include_transformers=True, backend=settings.backend)
+        rivals = contenders(target, asked, stock=whole)
         rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
         encoded = encode(prompts, target)
         count, tokens = affordable(rivals, encoded[0], len(encoded), settings.max_new_tokens, end)

@@ -24,7 +24,6 @@ from outdraft.evaluation.bench.summary import Summary, paired, summarise
 from outdraft.evaluation.report.pages import check_page, plotly_script, save_bench
 from outdraft.output import is_main_process
 from outdraft.reference import load_prompts
-from outdraft.target.named import named
 from outdraft.target.target import Target
 
 __all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
@@ -44,26 +43,21 @@ def run_bench(
     if settings.report is not None:
         plotly_script()
         check_page(settings.report)
-    asked = _questions(settings)
+    if settings.data is not None:
+        asked = read_questions(settings.data, settings.suite, settings.on_bad_line)
+    else:
+        asked = QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
     place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
     target = load_target(settings.model, **place, tp_plan=settings.tp_plan)
     fitting, too_long = dialogues(
         asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
     )
     questions = [dialogue.question for dialogue in fitting]
-    stock = _stock(settings, target)
-    rivals = contenders(
-        target,
-        settings.draft_models,
-        settings.methods,
-        backend=settings.backend,
-        tree=settings.tree,
-        controllers=settings.controllers,
-        shipped=str(settings.model) if named(settings.model) is not None else None,
-        include_transformers=settings.include_transformers,
-        peers=settings.peers,
-        stock=stock,
-    )
+    stock = None  # the peers run on the modules of `transformers` itself, unless they shall not
+    elsewhere = settings.peers_backend != "same" and target.backend != "eager"
+    if elsewhere and (settings.peers or settings.include_transformers):
+        stock = load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
+    rivals = contenders(target, settings, stock)
     rivals += others(stock or target)
     note_texts([question.prompt for question in questions], target.tokenizer)
     facts = environment(target)
@@ -106,20 +100,6 @@ def run_bench(
         save_bench(result, settings.report, target.tokenizer)
         remarks.print(f"report: {settings.report}", highlight=False)
     return result
-
-
-def _stock(settings: BenchSettings, target: Target) -> Target | None:
-    """Load the model again with `transformers`' own modules, if the baselines shall run on these."""
-    asked = settings.peers or settings.include_transformers
-    if not asked or settings.peers_backend == "same" or target.backend == "eager":
-        return None
-    return load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
-
-
-def _questions(settings: BenchSettings) -> QuestionSet:
-    if settings.data is not None:
-        return read_questions(settings.data, settings.suite, settings.on_bad_line)
-    return QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
 
 
 def measured(
