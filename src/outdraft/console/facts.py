@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
-from outdraft.api.loading import first_line, resolve_device
+from outdraft.api.loading import checked_folder, first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
 from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
@@ -32,7 +32,11 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
-        _check(folder)
+        if (base := base_of(folder)) is not None:
+            raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
+        if (begun := unfinished(folder)) is not None:
+            raise UserError(begun)
+        checked_folder(folder, "model or drafter")
     facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder, asked)
     place = resolve_device(device)
     dtype = default_dtype(place)
@@ -75,20 +79,6 @@ def table(facts: dict[str, Any]) -> Table:
         if value not in (None, ""):
             built.add_row(name.replace("_", " "), str(value))
     return built
-
-
-def _check(folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(f"'{folder}' is a file; give the folder of a model or drafter, a hub id or a GGUF file")
-    if not folder.is_dir():
-        raise UserError(f"no folder at '{folder}'; check the path")
-    if (base := base_of(folder)) is not None:
-        raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            unfinished(folder)
-            or f"'{folder}' has no config.json, so it is neither a model nor a drafter; check the path"
-        )
 
 
 def _is_drafter(folder: Path) -> bool:

@@ -62,10 +62,6 @@ class Reading:
         size = target.hidden_size
         self.width, self._features = states * size, slice(before * size, (before + 1) * size)
 
-    @property
-    def token_nbytes(self) -> int:
-        return self.width * self.target.dtype.itemsize
-
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Read a right-padded batch in the target's own precision; values on padding are meaningless.

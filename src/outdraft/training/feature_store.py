@@ -72,7 +72,7 @@ class FeatureStore:
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.folder = Path(folder) / self.key
         self._files = tuple(self.folder / name for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"))
-        self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
+        self._row_bytes = (reading.width * target.dtype.itemsize, 4 * self.top_k, 2 * self.top_k)
         self._index: dict[str, Entry] = {}
         self._rows = [0, 0]
         """The numbers of stored rows, of tokens and of the teacher."""

@@ -135,7 +135,9 @@ class _Running:
             self.check_greedy()
         if self.samples:
             self.check_sampled()
-        self.check_forwards()
+        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
+            if self.trees.kept:
+                self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
 
     def _checked(self) -> SamplingSettings:
         """Return the sampling settings; invalid settings of any kind raise before anything runs."""
@@ -217,21 +219,12 @@ class _Running:
         if comparable(probs):
             with self.stage(progress.SEEDED, len(prompts)) as advance:
                 self.findings.append(seeded_finding(self.model, probs, prompts, settings, advance))
-        self.check_beginnings(probs, plain, level)
-
-    def check_beginnings(self, probs: StockProbs, plain: Sequence[list[list[int]]], level: float) -> None:
-        settings = self.settings
         candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
         with self.stage(progress.CELLS, len(candidates)) as advance:
             prefixes = chosen_prefixes(probs, candidates, settings, advance)
         planned = plan(prefixes, settings, level)
         with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
             self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))
-
-    def check_forwards(self) -> None:
-        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
-            if self.trees.kept:
-                self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
 
 
 def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], most: int) -> Iterator[list[int]]:
