@@ -127,29 +127,25 @@ def advise(model: o.Model = "reference", draft_model: o.DraftModel = None, json:
     print_json(found.as_dict()) if json else show(found, results())
 
 
+DEMO = o.flags_of(
+    *("console/demo_run.py", "DemoSettings"),
+    *("prompts", "max_new_tokens", "train", "train_seconds", "output_dir"),
+)
+
+
+@o.with_flags(DEMO, {"dtype": o.Dtype, "backend": o.Backend})
 def demo(
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="smollm2, or the tiny `reference`; by default the first that is here."),
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", help="Most held-out prompts to decode.")] = 28,
-    max_new_tokens: o.MaxNewTokens = 64,
-    dtype: o.Dtype = None,
-    backend: o.Backend = None,
-    train: Annotated[bool, typer.Option("--train", help="First train a drafter for the tiny target.")] = False,
-    train_seconds: Annotated[
-        float | None, typer.Option("--train-seconds", help="Time for training a drafter; with --train.  [90]")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Keep the trained drafter here; with --train.")
-    ] = None,
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Answer a question without and with a drafter, then compare all ways of decoding on held-out prompts."""
     from outdraft.console.demo_run import DemoSettings, run_demo
 
-    settings = DemoSettings(model, train, train_seconds, output_dir, prompts, max_new_tokens, dtype, backend)
-    result = run_demo(settings, Console(quiet=True) if json else results(), remarks())
+    result = run_demo(DemoSettings(model, **flags), Console(quiet=True) if json else results(), remarks())
     print_json(result.as_dict()) if json else result.show(results())
 
 

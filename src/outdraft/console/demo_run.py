@@ -65,13 +65,15 @@ class DemoSettings:
     model: str | None = None
     """The model, one of `MODELS`; None takes the first that is available."""
     train: bool = False
-    """Train a drafter first, for the reference target."""
+    """First train a drafter for the tiny target."""
     train_seconds: float | None = None
+    """Time for training a drafter; with --train.  [90]"""
     output_dir: Path | None = None
+    """Keep the trained drafter here; with --train."""
     prompts: int = 28
-    """The most prompts in the table."""
+    """Most held-out prompts to decode."""
     max_new_tokens: int = 64
-    """The most tokens of an answer in the table; the streamed one may be twice as long."""
+    """Most tokens to generate."""
     dtype: str | None = None
     backend: str | None = None
 

@@ -115,7 +115,10 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     except UserError as error:
         reason = str(error)
     devices = device_memory(path, DrafterConfig(output_dir=Path())) if reason is None else []
-    text = config.get_text_config()
+    text, parameters = config.get_text_config(), count(model.parameters())
+    memory = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
+    if devices:
+        memory += f", {devices[0].cache / 1e6:.1f} MB of cache for 1,000 tokens"
     quantised: Any = getattr(config, "quantization_config", None) or {}
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
@@ -125,7 +128,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         **({"quantised_by": quantised.get("quant_method", "an unnamed quantiser")} if quantised else {}),
         "family": config.model_type,
         "class": type(model).__name__,
-        "parameters": count(model.parameters()),
+        "parameters": parameters,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
@@ -134,21 +137,10 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
-        "memory": _memory(text, count(model.parameters())),
+        "memory": memory,
         "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
-
-
-def _memory(text: Any, parameters: int) -> str:
-    """Format the memory of decoding in 16 bits: weights, and the cache where the config has its usual keys."""
-    said = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:
-        return said
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    token = 2 * 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    return f"{said}, {token / 1e3:.1f} MB of cache for 1,000 tokens"
 
 
 def _check_weights(folder: Path) -> None:
