@@ -21,7 +21,8 @@ Message = dict[str, Any]
 """A turn `{"role", "content"}`, with the fields of `KEPT` that it has."""
 
 NAMES = {
-    "system": ("system", "developer"),
+    "system": ("system",),
+    "developer": ("developer",),
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"),
     "tool": ("tool", "ipython", "function", "function_response", "tool_response", "observation"),
