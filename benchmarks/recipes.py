@@ -39,8 +39,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
 from outdraft.output import number, plain
 from outdraft.target.target import Target
-from outdraft.training.config import DrafterConfig
-from outdraft.training.presets import PRESETS
+from outdraft.training.config import PRESETS, DrafterConfig
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 

@@ -115,7 +115,7 @@ def test_without_any_drafter_prompt_lookup_drafts_and_it_says_so(tiny: None, tmp
 def test_train_trains_a_drafter_and_compares_it_with_the_shipped_one(
     tiny: None, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outdraft.console.demo_training.CONVERSATIONS", folders.chats)
+    monkeypatch.setattr("outdraft.console.demo_run.CONVERSATIONS", folders.chats)
     result = succeeded(*SHORT, "--train", "--train-seconds", 0.5, "--output-dir", tmp_path / "kept", "--json")
     found = json.loads(result.stdout)
     assert set(found["methods"]) == {

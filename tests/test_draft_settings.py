@@ -22,7 +22,7 @@ from outdraft.core.shape import CPU_TREE, GPU_TREE, TreeShape
 from outdraft.drafting.base import Drafter, Limits
 from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import UserError
-from outdraft.evaluation.audit.watch import Watch
+from outdraft.evaluation.audit.rounds import Watch
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS

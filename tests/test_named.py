@@ -16,7 +16,7 @@ from cli_fixtures import save_head, save_model
 from gguf_fixtures import tiny_llama, write_gguf
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.errors import UserError
-from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.losses.teacher import target_id
 from outdraft.target import named
 
@@ -103,7 +103,7 @@ def test_a_name_as_drafter_is_the_one_shipped_for_it(tmp_path: Path, monkeypatch
         assert drafter is not None and drafter.method == found
     with pytest.raises(UserError, match="no drafter of method 'eesd' ships for 'smollm2'; choose of fspad, eagle with"):
         load_drafter_for(target, "smollm2", method="eesd")
-    compared = contenders(target, methods=["none", "eagle", "fspad+lookup"], shipped="smollm2")
+    compared = contenders(target, BenchSettings("smollm2", methods=["none", "eagle", "fspad+lookup"]))
     assert [rival.name for rival in compared] == ["plain", "eagle", "fspad+lookup"]
 
 

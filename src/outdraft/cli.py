@@ -1,7 +1,7 @@
 """The command line: the verbs that only hand their flags on, and the options before a verb.
 
-Every other verb has a file of its name in `console/`. What a verb calls is imported when it runs;
-`console/app.py` reports mistakes.
+`bench`, `verify` and `doctor` are in `console/measuring.py`, and every other verb has a file of its name there. What a
+verb calls is imported when it runs; `console/app.py` reports mistakes.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.app import Verb, Verbs
-from outdraft.console.bench import bench
 from outdraft.console.chat import chat
-from outdraft.console.doctor import doctor
 from outdraft.console.generate import generate
+from outdraft.console.measuring import bench, doctor, verify
 from outdraft.console.serve import serve
 from outdraft.console.train import train
-from outdraft.console.verify import verify
 from outdraft.errors import UserError
 from outdraft.output import print_json, remarks, results
 
 
+@o.with_flags(o.FILTERS, o.PLACED)
 def regenerate(
     data: Annotated[
         Path,
@@ -63,21 +62,15 @@ def regenerate(
             "--temperature", help="0 is greedy; 0,1 writes two answers to every prompt, one at each temperature."
         ),
     ] = "0",
-    top_p: o.TopP = None,
-    top_k: o.TopK = None,
-    min_p: o.MinP = None,
     seed: Annotated[int, typer.Option("--seed", help="Random seed for temperatures above 0.")] = 0,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", help="Answers decoded at once; by default 24 on a CPU, 64 on a GPU."),
     ] = None,
     chat_template_kwargs: o.TemplateKwargs = None,
-    on_bad_line: Annotated[str, o.training("on_bad_line")] = "error",
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
+    on_bad_line: Annotated[str, typer.Option("--on-bad-line", help=o.TRAINING["on_bad_line"])] = "error",
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Write the model's own answers to prompts: the training data for its drafter.
 
@@ -91,14 +84,14 @@ def regenerate(
     if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
         raise UserError("--batch-size and --max-new-tokens must be at least 1")
     temperatures = o.numbers("--temperature", temperature)
-    filters = o.given(top_p=top_p, top_k=top_k, min_p=min_p)
+    filters = o.given(**{name: flags.pop(name) for name in o.FILTERS})
     if filters and not any(temperatures):
         name = next(iter(filters)).replace("_", "-")
         raise UserError(f"--{name} changes nothing at temperature 0; give a --temperature above it")
     if method is None and draft_model is None:
         method = "none"  # answers run many at a time, where repetitions pay little
     done = run(
-        load(model, draft_model, method=method, dtype=dtype, device=device, backend=backend, quantize=quantize),
+        load(model, draft_model, method=method, **flags),
         data,
         output,
         max_new_tokens=max_new_tokens,
@@ -118,21 +111,8 @@ def regenerate(
     remarks().print(f"{after} --dry-run", style="dim", markup=False, soft_wrap=True)
 
 
-ADVICE = o.field_help("evaluation/advice.py", "AdviceSettings")
-
-
-def advise(
-    model: o.Model = "reference",
-    draft_model: o.DraftModel = None,
-    data: Annotated[Path | None, typer.Option("--data", help=ADVICE["data"])] = None,
-    limit: Annotated[int, typer.Option("--limit", help=ADVICE["limit"])] = 4,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help=ADVICE["max_new_tokens"])] = 64,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    backend: o.Backend = None,
-    quantize: o.Quantize = None,
-    json: o.Json = False,
-) -> None:
+@o.with_flags(o.flags_of("evaluation/advice.py", "AdviceSettings", "data", "limit", "max_new_tokens"), o.PLACED)
+def advise(model: o.Model = "reference", draft_model: o.DraftModel = None, json: o.Json = False, **flags: Any) -> None:
     """Find out in about two minutes which method is fastest for a model on this machine, and what to run next.
 
     Times the target's passes and the drafts of each kind (medians, taken in turns, warm-ups left out), and tries prompt
@@ -142,34 +122,30 @@ def advise(
     from outdraft.evaluation.advice import AdviceSettings, show
     from outdraft.evaluation.advising import advise as find
 
-    settings = AdviceSettings(model, draft_model, data, limit, max_new_tokens, dtype, device, backend, quantize)
+    settings = AdviceSettings(model, draft_model, **flags)
     found = find(settings, remarks())
     print_json(found.as_dict()) if json else show(found, results())
 
 
+DEMO = o.flags_of(
+    *("console/demo_run.py", "DemoSettings"),
+    *("prompts", "max_new_tokens", "train", "train_seconds", "output_dir"),
+)
+
+
+@o.with_flags(DEMO, {"dtype": o.Dtype, "backend": o.Backend})
 def demo(
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="smollm2, or the tiny `reference`; by default the first that is here."),
     ] = None,
-    prompts: Annotated[int, typer.Option("--prompts", help="Most held-out prompts to decode.")] = 28,
-    max_new_tokens: o.MaxNewTokens = 64,
-    dtype: o.Dtype = None,
-    backend: o.Backend = None,
-    train: Annotated[bool, typer.Option("--train", help="First train a drafter for the tiny target.")] = False,
-    train_seconds: Annotated[
-        float | None, typer.Option("--train-seconds", help="Time for training a drafter; with --train.  [90]")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Keep the trained drafter here; with --train.")
-    ] = None,
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Answer a question without and with a drafter, then compare all ways of decoding on held-out prompts."""
     from outdraft.console.demo_run import DemoSettings, run_demo
 
-    settings = DemoSettings(model, train, train_seconds, output_dir, prompts, max_new_tokens, dtype, backend)
-    result = run_demo(settings, Console(quiet=True) if json else results(), remarks())
+    result = run_demo(DemoSettings(model, **flags), Console(quiet=True) if json else results(), remarks())
     print_json(result.as_dict()) if json else result.show(results())
 
 

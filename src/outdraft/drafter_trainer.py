@@ -24,14 +24,7 @@ from outdraft.data.records import json_lines
 from outdraft.drafting.folder import CONFIG, WEIGHTS
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import (
-    HELD_OUT,
-    TrainingVerdict,
-    beginnings,
-    hold_out,
-    tau_meter,
-    training_verdict,
-)
+from outdraft.evaluation.rounds import TrainingVerdict, training_verdict
 from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
 from outdraft.methods.checkpoint import Network, push_to_hub
@@ -39,11 +32,10 @@ from outdraft.output import is_main_process, write_whole
 from outdraft.target.named import base_of
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.memory import DeviceMemory, device_memory
-from outdraft.training.model_card import CARD
-from outdraft.training.plan import TrainPlan, plan
+from outdraft.training.held_out import HELD_OUT, beginnings, hold_out, tau_meter
+from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
 from outdraft.training.preparation import NO_DATA
-from outdraft.training.train import TrainResult, train
+from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory
 
 TAU_PROMPTS = 8
@@ -192,7 +184,7 @@ class DrafterTrainer:
             for note in split.notes:
                 console.print(note, markup=False)
             data = split.write(folder)
-        reader: Any = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
+        reader = reader_of(self.target)  # tau is measured where it is decoded, on the fast layers
         measure = tau_meter(reader, beginning[:TAU_PROMPTS])
         config, resume = self._on(data), resume_from_checkpoint
         result = train(self.target, config, resume, measure, console, held_out, self.callbacks, begun_with)
@@ -212,7 +204,7 @@ class DrafterTrainer:
         if self.target.shared:  # the first process alone cannot run it
             return None
         result, prompts = self._result
-        reader: Any = reader_of(self.target)
+        reader = reader_of(self.target)
         return training_verdict(reader, folder, (result.tau or {}).get("tau"), result.best_step, prompts)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:

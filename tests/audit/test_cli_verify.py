@@ -213,7 +213,7 @@ def test_a_difference_counts_even_when_the_rest_was_stopped(
 def test_nothing_is_said_where_no_check_was_finished(
     folders: Folders, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted_in(monkeypatch, "texts")
+    interrupted_in(monkeypatch, "decoded")
     result = verify(folders, prompts)
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr.splitlines()[-1] == "interrupted before any check was finished"

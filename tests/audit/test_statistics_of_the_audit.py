@@ -12,19 +12,19 @@ from scipy import stats
 from audit.conftest import PROMPTS, SAMPLED, pair
 from outdraft.api.generation import SpeculativeModel
 from outdraft.evaluation.audit import AuditSettings, run_audit
+from outdraft.evaluation.audit.equality import too_many
 from outdraft.evaluation.audit.findings import Finding, holm, judge
-from outdraft.evaluation.audit.first_tokens import exact_cells, same_cells
 from outdraft.evaluation.audit.goodness_of_fit import (
     Ranks,
+    energy_p_value,
     fit,
     found_distance,
     needed_samples,
     pooled,
     power_of,
 )
-from outdraft.evaluation.audit.greedy import too_many
+from outdraft.evaluation.audit.sampled import exact_cells, same_cells
 from outdraft.evaluation.audit.stock import StockProbs, stock_logits
-from outdraft.evaluation.audit.texts import energy_p_value
 
 LEAST = 1e-3
 """Of a Kolmogorov-Smirnov test on fixed seeds."""

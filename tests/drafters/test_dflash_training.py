@@ -24,7 +24,6 @@ from outdraft.core.shape import TreeShape
 from outdraft.data.conversations import read_conversations
 from outdraft.errors import UserError
 from outdraft.evaluation.doctor import diagnose
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.objective import Reading
 from outdraft.methods.dflash import loss as dflash_loss
 from outdraft.methods.dflash.drafter import DFlash
@@ -32,6 +31,7 @@ from outdraft.methods.dflash.folder import load_dflash
 from outdraft.methods.dflash.loss import BlockObjective, begun_from
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import tau_meter
 from outdraft.training.plan import plan
 from test_losslessness import Recorded, finish, rows_of
 from training.test_train import assert_same_bits, break_and_resume, quiet, settings, weights

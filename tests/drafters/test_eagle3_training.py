@@ -22,7 +22,6 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.data.conversations import read_conversations
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.objective import Reading
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.eagle3.drafter import Eagle3Drafter
@@ -33,6 +32,7 @@ from outdraft.methods.fspad import unrolled
 from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import tau_meter
 from outdraft.training.plan import plan
 from test_losslessness import CHAIN, NARROW, PLAIN, PROMPT, Recorded, assert_same_law, finish, rows_of, small
 from training.test_exit_training import IDS, LENGTHS, MASK, family_target

@@ -31,9 +31,8 @@ from outdraft.methods import registry
 from outdraft.methods.checkpoint import method_of, save_drafter, target_facts
 from outdraft.methods.registry import Method, methods, names, readers, register, trained, without_model
 from outdraft.target.target import Target
-from outdraft.training.config import DrafterConfig
+from outdraft.training.config import PRESETS, DrafterConfig
 from outdraft.training.preparation import new_drafter
-from outdraft.training.presets import PRESETS
 
 FOLDERS = Path(registry.__file__).parent
 

@@ -13,7 +13,7 @@ from outdraft.errors import UserError
 from outdraft.evaluation.bench import baselines as module
 from outdraft.evaluation.bench.baselines import peers
 from outdraft.evaluation.bench.measure import PLAIN, compare, speculative
-from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.summary import summarise
 from outdraft.target.target import Target
 from training.tiny import tiny_target
@@ -125,7 +125,7 @@ def test_assistants_come_from_drafters_or_folders(folders: Folders) -> None:
 
     target = load_target(folders.target, dtype="float32")
     named = ["plain", "transformers assistant", "prompt-lookup", "small", "small+lookup"]
-    found = contenders(target, [f"small={folders.small_model}"], peers=["assistant"])
+    found = contenders(target, BenchSettings("", [f"small={folders.small_model}"], peers=["assistant"]))
     assert [contender.name for contender in found] == named
     (given,) = peers([f"assistant={folders.small_model}"], target, [], "eager")
     assert given.parameters == found[1].parameters > 0

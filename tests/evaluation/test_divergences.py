@@ -10,10 +10,16 @@ import torch
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
 from outdraft.core.tree import Tree
-from outdraft.evaluation.audit.stock import Noise, stock_logits
-from outdraft.evaluation.bench import divergences as judging
-from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences, divergences_by_method, last_place
-from outdraft.evaluation.bench.measure import Answer, Run
+from outdraft.evaluation.audit.stock import Divergence, Noise, stock_logits
+from outdraft.evaluation.bench import measure as judging
+from outdraft.evaluation.bench.measure import (
+    Answer,
+    Difference,
+    Run,
+    divergences,
+    divergences_by_method,
+    last_place,
+)
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target

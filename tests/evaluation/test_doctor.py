@@ -29,12 +29,12 @@ from typer.testing import CliRunner
 
 import outdraft
 from outdraft.cli import app
-from outdraft.console.doctor import show
+from outdraft.console.measuring import show
 from outdraft.evaluation.doctor import Diagnosis, diagnose
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.methods.checkpoint import save_drafter
 from outdraft.reference import SHIPPED, reference_drafter_path
 from outdraft.target.target import Target
+from outdraft.training.held_out import tau_meter
 
 TAPS = (2, 4, 5)
 NOTED = {"tau": {"acceptance_at_1": 0.97, "tau": 4.2}}

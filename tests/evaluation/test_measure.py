@@ -14,7 +14,7 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.console.generate import stream
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.bench.measure import PLAIN, Answer, Contender, Run, compare, speculative
-from outdraft.evaluation.bench.methods import contenders
+from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.summary import interval, summarise
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.fspad.beginning import feature_head_config
@@ -62,7 +62,7 @@ def test_every_contender_decodes_every_prompt_and_each_goes_first_in_turn() -> N
 
 def test_all_greedy_contenders_say_the_same(target: Target) -> None:
     rivals = [
-        *contenders(target, include_transformers=True),
+        *contenders(target, BenchSettings("", include_transformers=True)),
         speculative("head", target, FeatureDrafter(new_head(target).double(), target)),
     ]
     runs = compare(rivals, PROMPTS, max_new_tokens=12)

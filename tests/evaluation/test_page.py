@@ -125,11 +125,11 @@ def test_without_plotly_one_line_names_the_fix(
 
 def test_reports_that_cannot_be_written_are_refused_before_measuring(folders: Folders, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
-    pages.check_bench_page(tmp_path / "absent" / "r.html")
+    pages.check_page(tmp_path / "absent" / "r.html")
     assert list((tmp_path / "absent").iterdir()) == [], "the folder is made, and nothing is left in it"
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        pages.check_bench_page(tmp_path / "file" / "r.html")
+        pages.check_page(tmp_path / "file" / "r.html")
     with pytest.raises(UserError, match="is a folder"):
         benchmark(folders, question_file(tmp_path), report=tmp_path)
 

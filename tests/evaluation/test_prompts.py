@@ -15,11 +15,11 @@ from outdraft.api.generation import SpeculativeModel
 from outdraft.api.prompts import encode, note_texts, read_prompts
 from outdraft.data.conversations import Message
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import beginnings, hold_out, tau_meter
 from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead
 from outdraft.target.target import Target
+from outdraft.training.held_out import beginnings, hold_out, tau_meter
 from training.tiny import tiny_target, write_chats
 
 PROMPTS = [[10, 20, 30], [40, 50, 60, 70]]

@@ -15,8 +15,7 @@ from outdraft.console.generate import Streamed
 from outdraft.core.statistics import Statistics
 from outdraft.evaluation.bench.measure import Answer, Run
 from outdraft.evaluation.bench.summary import scattered
-from outdraft.evaluation.rounds import RoundCost
-from outdraft.evaluation.training_report import TrainingVerdict, lifts
+from outdraft.evaluation.rounds import RoundCost, TrainingVerdict, lifts
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models import tiny
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.objective import Reading
 from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.loss import ExitLoss, float32_ends
@@ -23,6 +22,7 @@ from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import tau_meter
 from outdraft.training.plan import plan
 from outdraft.training.preparation import objective_for
 from outdraft.training.train import TrainResult, train

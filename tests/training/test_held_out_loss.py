@@ -22,7 +22,7 @@ from outdraft.methods.fspad.network import FeatureHead
 from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.held_out_loss import CHAIN, STEPS, BestWeights, HeldOut, Hits
+from outdraft.training.held_out import CHAIN, STEPS, BestWeights, HeldOut, Hits
 from outdraft.training.preparation import new_drafter, objective_for
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer

@@ -12,13 +12,13 @@ import torch
 
 from models import tiny
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.objective import Reading
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 from outdraft.methods.medusa.folder import load_medusa
 from outdraft.methods.medusa.loss import MedusaLoss
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import tau_meter
 from outdraft.training.plan import plan
 
 from .test_exit_training import IDS, LENGTHS, MASK, deep, family_target

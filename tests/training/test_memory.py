@@ -14,7 +14,7 @@ from outdraft.cli import app
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
-from outdraft.training.memory import CACHED, device_memory
+from outdraft.training.plan import CACHED, device_memory
 from outdraft.training.preparation import new_drafter
 
 SEVENTY: dict[str, Any] = {

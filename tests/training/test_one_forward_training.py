@@ -13,7 +13,6 @@ from torch import Tensor
 
 from outdraft.drafting.vocabulary import DraftVocabulary
 from outdraft.errors import UserError
-from outdraft.evaluation.training_report import tau_meter
 from outdraft.losses.objective import collate
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.fspad.beginning import feature_head_config
@@ -23,6 +22,7 @@ from outdraft.methods.fspad_1f.loss import GAMMA, drawn_anchors, mask_rows
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.held_out import tau_meter
 from outdraft.training.preparation import new_drafter, objective_for
 
 from .test_train import assert_same_bits, break_and_resume, quiet, settings, weights

@@ -25,8 +25,9 @@ from outdraft.methods.fspad.network import FeatureHead, scaled
 from outdraft.methods.fspad.objective import noise_seed
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+from outdraft.training.preparation import use_bf16
 from outdraft.training.train import TrainResult, train
-from outdraft.training.trainer import ClipByValue, ObjectiveTrainer, use_bf16
+from outdraft.training.trainer import ClipByValue, ObjectiveTrainer
 
 from .tiny import tiny_target, write_chats
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import astuple, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -20,10 +20,6 @@ from outdraft.core.shape import BATCH, BATCH_CHAIN, CPU_TREE, GPU_TREE, GREEDY_C
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.ngrams import NgramSettings
 from outdraft.errors import UserError
-
-if TYPE_CHECKING:
-    from outdraft.control.settings import ControlSettings, Pacer
-
 
 AUTO = "auto"
 """The `tree_size` that autotunes: every round has the shape that brings the most tokens per second on this machine."""

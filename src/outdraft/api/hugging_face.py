@@ -7,6 +7,7 @@ rows to `engine/round.py`. Requests whose results cannot be returned faithfully 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def custom_generate(
             if processors and len(prompt) < len(ids):
                 processors = [_WithPadding(processors, ids.to(target.device), len(prompt))]
             warper = Warper(sampling, len(prompt), target.vocab_size, (), processors, target.device)
-            stop = _criteria(ids.tolist(), stopping_criteria, input_ids)
+            stop = partial(_ended, ids.tolist(), stopping_criteria, input_ids.device) if stopping_criteria else None
             row = Row(
                 prompt, warper, dice, generation_config.max_length - len(ids), frozenset(), stop, ngrams=chosen.ngrams
             )
@@ -162,13 +163,6 @@ class _WithPadding(LogitsProcessor):
         return self.processors(whole, scores)  # type: ignore[arg-type]
 
 
-def _criteria(before: list[int], criteria: Any, like: Tensor) -> Callable[[list[int]], bool] | None:
-    """Turn transformers' stopping criteria into a test after every token; `before` is the prompt with its padding."""
-    if not criteria:
-        return None
-
-    def completed(tokens: list[int]) -> bool:
-        ids = torch.tensor([before + tokens], device=like.device)
-        return bool(criteria(ids, None)[0])
-
-    return completed
+def _ended(before: list[int], criteria: Any, device: torch.device, tokens: list[int]) -> bool:
+    """Ask transformers' stopping criteria after a token; `before` is the prompt with its padding."""
+    return bool(criteria(torch.tensor([before + tokens], device=device), None)[0])

@@ -136,7 +136,7 @@ def _load_place(model: str | Path, device: torch.device, **options: Any) -> tupl
         loaded.config._name_or_path = loaded.name_or_path = str(model)
         return loaded, str(model) if _has_words(Path(model).expanduser()) else path, None
     found = place_of(model)
-    path = str(found.path if is_hub_id(found.path) else _model_folder(Path(found.path).expanduser()))
+    path = str(found.path if is_hub_id(found.path) else checked_folder(Path(found.path).expanduser()))
     return _load_model(path, device, **options), path, found.shown_as
 
 
@@ -284,12 +284,12 @@ def _has_words(folder: Path) -> bool:
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 
-def _model_folder(folder: Path) -> Path:
-    """Return the folder itself, or raise the UserError that says why it is no model's."""
+def checked_folder(folder: Path, what: str = "model") -> Path:
+    """Return the folder itself, or raise the UserError that says why it is none of a model (or `what`)."""
     if folder.is_file():
-        raise UserError(f"'{folder}' is a file; give a model's folder, a hub id or a GGUF file")
+        raise UserError(f"'{folder}' is a file; give the folder of a {what}, a hub id or a GGUF file")
     if not folder.is_dir():
-        raise UserError(f"no model folder at '{folder}'; check the path")
+        raise UserError(f"no {what} folder at '{folder}'; check the path")
     if not (folder / "config.json").is_file():
-        raise UserError(f"'{folder}' has no config.json, so it is not a model folder; check the path")
+        raise UserError(f"'{folder}' has no config.json, so it is no {what} folder; check the path")
     return folder

@@ -95,7 +95,12 @@ class Chat:
             self.beginning = [{"role": "system", "content": value}]
             self.command("/reset")
         elif name == "/temperature":
-            self._set_temperature(value)
+            with contextlib.suppress(ValueError):
+                if 0 <= (temperature := float(value)) < float("inf"):
+                    self.settings = {**self.settings, "temperature": temperature}
+                    self.remarks.print(f"temperature {temperature:g}")
+                    return
+            self.remarks.print("/temperature needs a number of 0 or more, such as /temperature 0.7")
         elif line == "/reset":
             self.history = list(self.beginning)
             self.remarks.print("the conversation begins anew")
@@ -106,17 +111,6 @@ class Chat:
             self.remarks.print("the target alone" if self.plain else f"with the drafter ({self.model.method})")
         else:
             self.remarks.print(HELP + TAU if line == "/help" else f"unknown command {name}: {HELP}", markup=False)
-
-    def _set_temperature(self, value: str) -> None:
-        try:
-            temperature = float(value)
-        except ValueError:
-            temperature = -1.0
-        if 0 <= temperature < float("inf"):
-            self.settings = {**self.settings, "temperature": temperature}
-            self.remarks.print(f"temperature {temperature:g}")
-        else:
-            self.remarks.print("/temperature needs a number of 0 or more, such as /temperature 0.7")
 
     def answer(self, question: str) -> None:
         """Ask, stream the answer, and keep both, a stopped one too; a turn too long for the context is not kept."""

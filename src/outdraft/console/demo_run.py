@@ -21,18 +21,23 @@ from rich.text import Text
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.api.prompts import Message, encode, encode_chat, read_prompts
-from outdraft.console.demo_training import train_drafter
 from outdraft.console.generate import Streamed, legend, stream
-from outdraft.data.provenance import disturbed, environment
+from outdraft.data.provenance import busy, environment
+from outdraft.data.records import split_lines
 from outdraft.errors import UserError
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench.baselines import STOCK
 from outdraft.evaluation.bench.bench import Comparison, measured
-from outdraft.evaluation.bench.divergences import Difference, Divergence, divergences
-from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender
-from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, contenders
+from outdraft.evaluation.bench.measure import PLAIN, WARM_UP_TOKENS, Contender, Difference, divergences
+from outdraft.evaluation.bench.methods import LOOKUP, WITH_LOOKUP, BenchSettings, contenders
 from outdraft.evaluation.bench.result import WIDE, closing, rendered
 from outdraft.output import counted, number
+from outdraft.reference import DATA
 from outdraft.target.named import NAMED, REFERENCE, SMOLLM2, place_of, shipped_drafter, shipped_drafters
+from outdraft.target.target import Target
+from outdraft.training.config import DrafterConfig
+from outdraft.training.plan import TrainPlan, plan
+from outdraft.training.train import train
 
 MODELS = (SMOLLM2, REFERENCE)
 
@@ -60,13 +65,15 @@ class DemoSettings:
     model: str | None = None
     """The model, one of `MODELS`; None takes the first that is available."""
     train: bool = False
-    """Train a drafter first, for the reference target."""
+    """First train a drafter for the tiny target."""
     train_seconds: float | None = None
+    """Time for training a drafter; with --train.  [90]"""
     output_dir: Path | None = None
+    """Keep the trained drafter here; with --train."""
     prompts: int = 28
-    """The most prompts in the table."""
+    """Most held-out prompts to decode."""
     max_new_tokens: int = 64
-    """The most tokens of an answer in the table; the streamed one may be twice as long."""
+    """Most tokens to generate."""
     dtype: str | None = None
     backend: str | None = None
 
@@ -158,7 +165,7 @@ class DemoResult:
                 f"Texts differ where {facts['dtype']} rounds a near-tie of two tokens differently in one-token and "
                 "many-token forwards; rare with --dtype float32, ruled out by `outdraft generate --exact`."
             )
-        if (note := disturbed([facts["load_average"]], facts["cores"] or facts["threads"])) is not None:
+        if (note := busy(facts)) is not None:
             console.print(note)
         console.print(closing(summaries), style="bold")
 
@@ -189,13 +196,8 @@ def run_demo(settings: DemoSettings, console: Console, remarks: Console) -> Demo
             console,
             2 * settings.max_new_tokens,
         )
-        rivals = contenders(
-            *(target, drafters, methods),
-            backend=settings.backend,
-            shipped=name,
-            include_transformers=True,
-            stock=whole,
-        )
+        asked = BenchSettings(name, drafters, methods, include_transformers=True, backend=settings.backend)
+        rivals = contenders(target, asked, stock=whole)
         rivals.sort(key=lambda rival: rival.name != STOCK)  # what users have today comes first
         encoded = encode(prompts, target)
         count, tokens = affordable(rivals, encoded[0], len(encoded), settings.max_new_tokens, end)
@@ -264,3 +266,73 @@ def affordable(
     fitting = max(0.0, end - time.perf_counter()) / seconds  # tokens of every rival
     tokens = min(max_new_tokens, max(FEWEST_TOKENS, int(fitting / FEWEST_PROMPTS)))
     return min(prompts, max(FEWEST_PROMPTS, int(fitting / tokens))), tokens
+
+
+# --- training a drafter in a given time, with data and steps chosen to fit ------------------------------------------
+
+
+CONVERSATIONS = DATA / "train_conversations.jsonl"
+"""The file of training prompts with the target's own answers."""
+
+BATCH = 8
+
+RECIPE: dict[str, Any] = {
+    "max_length": 384,
+    "batch_size": BATCH,
+    "learning_rate": 3e-3,
+    "lr_schedule": "cosine",
+    "features": "cached",
+}
+"""The settings for a minute or two: high peak rate, small batches, and a single run of the target, the costly part."""
+
+PASSES = 5
+"""The number of passes over the conversations. In equal time, 420 steps over 600 reached tau 3.4, single passes over
+more 2.8."""
+
+SHARE_FOR_STEPS = 0.9
+"""The share of the time spent on features and steps; the rest is for saving and for slower steps than the timed one."""
+
+FEWEST = 10
+"""The fewest steps, and the fewest conversations."""
+
+
+def train_drafter(target: Target, folder: Path, seconds: float, remarks: Console) -> dict[str, Any]:
+    """Train an FSPAD drafter in about `seconds`; return the run's figures.
+
+    Args:
+        target: the target on the plain backend, since gradients pass through its head.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        aside = Path(name)
+        config = DrafterConfig(
+            **RECIPE,
+            data=CONVERSATIONS,
+            output_dir=folder,
+            feature_cache_dir=aside / "features",
+            report_to=["none"],
+            save_steps=10**6,
+            max_steps=1,
+        )
+        trial = plan(target, config)
+        count, steps = fitting(trial, SHARE_FOR_STEPS * (seconds - (time.perf_counter() - began)))
+        remarks.print(f"training an FSPAD drafter: {steps} steps on {count} conversations", highlight=False)
+        chosen = aside / "chosen.jsonl"
+        kept = split_lines(CONVERSATIONS.read_text(encoding="utf-8"))[:count]
+        chosen.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        changes = {"data": chosen, "max_steps": steps, "logging_steps": max(1, steps // 10)}
+        result = train(target, config.model_copy(update=changes), console=remarks)
+    return {"conversations": count, "steps": result.steps, "seconds": time.perf_counter() - began, **result.metrics}
+
+
+def fitting(trial: TrainPlan, seconds: float) -> tuple[int, int]:
+    """Return the conversations, and the steps over them, that take about `seconds`.
+
+    Args:
+        trial: plan of a run of one step over all conversations, with cached features.
+        seconds: time for features and steps.
+    """
+    each = (trial.seconds - trial.step_seconds) / trial.examples
+    count = int(seconds / (each + PASSES * trial.step_seconds / BATCH))
+    count = max(min(FEWEST, trial.examples), min(count, trial.examples))
+    return count, max(FEWEST, int((seconds - count * each) / trial.step_seconds))

@@ -8,12 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from outdraft.api.loading import first_line, resolve_device
+from outdraft.api.loading import checked_folder, first_line, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
 from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
@@ -21,10 +19,10 @@ from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target.gguf_file import record_in
-from outdraft.target.named import base_of, is_hub_id, not_on_hub, place_of
+from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
 from outdraft.training.config import DrafterConfig
-from outdraft.training.memory import DeviceMemory, device_memory, memory_table
+from outdraft.training.plan import DeviceMemory, described, device_memory, memory_table
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -34,7 +32,11 @@ def describe(path: str, device: str | None = None) -> dict[str, Any]:
     asked, path = path, str(place_of(path).path)
     folder = Path(path).expanduser()
     if not is_hub_id(path):
-        _check(folder)
+        if (base := base_of(folder)) is not None:
+            raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
+        if (begun := unfinished(folder)) is not None:
+            raise UserError(begun)
+        checked_folder(folder, "model or drafter")
     facts = _drafter(folder) if folder.is_dir() and _is_drafter(folder) else _model(path, folder, asked)
     place = resolve_device(device)
     dtype = default_dtype(place)
@@ -79,20 +81,6 @@ def table(facts: dict[str, Any]) -> Table:
     return built
 
 
-def _check(folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(f"'{folder}' is a file; give the folder of a model or drafter, a hub id or a GGUF file")
-    if not folder.is_dir():
-        raise UserError(f"no folder at '{folder}'; check the path")
-    if (base := base_of(folder)) is not None:
-        raise UserError(f"'{folder}' is an adapter for '{base}', whose facts it shares; ask for those of '{base}'")
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            unfinished(folder)
-            or f"'{folder}' has no config.json, so it is neither a model nor a drafter; check the path"
-        )
-
-
 def _is_drafter(folder: Path) -> bool:
     """Return True for outdraft's folders, those a method recognises, and one-layer configs without a tokenizer."""
     try:
@@ -120,30 +108,27 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     _check_weights(folder)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # libraries under here have exceptions of their own
-        if isinstance(error, OSError) and is_hub_id(path):
-            raise not_on_hub(path, error) from error
-        raise UserError(f"the model '{path}' cannot be read: {first_line(error)}") from error
-    reason = None
+    model = described(path)
+    config, reason = model.config, None
     try:
         refuse_unfit(model)
     except UserError as error:
         reason = str(error)
     devices = device_memory(path, DrafterConfig(output_dir=Path())) if reason is None else []
-    text = config.get_text_config()
-    quantised: Any = getattr(config, "quantization_config", None)
+    text, parameters = config.get_text_config(), count(model.parameters())
+    memory = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
+    if devices:
+        memory += f", {devices[0].cache / 1e6:.1f} MB of cache for 1,000 tokens"
+    quantised: Any = getattr(config, "quantization_config", None) or {}
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
     return {
         "kind": "model",
         **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
-        **({} if quantised is None else {"quantised_by": _quantiser(quantised)}),
+        **({"quantised_by": quantised.get("quant_method", "an unnamed quantiser")} if quantised else {}),
         "family": config.model_type,
         "class": type(model).__name__,
-        "parameters": count(model.parameters()),
+        "parameters": parameters,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
@@ -152,27 +137,10 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
-        "memory": _memory(text, count(model.parameters())),
+        "memory": memory,
         "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
-
-
-def _quantiser(config: Any) -> str:
-    """Return the name of the library that a folder's weights were quantised by."""
-    settings = config if isinstance(config, dict) else config.to_dict()
-    return str(settings.get("quant_method", "an unnamed quantiser"))
-
-
-def _memory(text: Any, parameters: int) -> str:
-    """Format the memory of decoding in 16 bits: weights, and the cache where the config has its usual keys."""
-    said = f"{2 * parameters / 1e9:.2f} GB of weights in 16 bits"
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:
-        return said
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    token = 2 * 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    return f"{said}, {token / 1e3:.1f} MB of cache for 1,000 tokens"
 
 
 def _check_weights(folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -18,18 +18,22 @@ import typer
 
 from outdraft.data.records import whole_text
 from outdraft.errors import UserError
-from outdraft.methods.registry import names, trained
+from outdraft.methods.registry import names
 
 PACKAGE = Path(__file__).parents[1]
 
 
+KINDS: dict[str, Any] = {"int": int, "float": float, "bool": bool, "Path": Path, "list[str]": list[str]}
+"""The types of settings that flags have, too; a flag of any other is text."""
+
+
 @cache
-def field_help(file: str, class_name: str) -> dict[str, str]:
-    """Return the docstrings of a class's fields by name; `file` is a path within the package."""
+def _fields(file: str, class_name: str) -> dict[str, tuple[ast.AnnAssign, str]]:
+    """Return the fields of a class that have a docstring, with it, by name; `file` is a path within the package."""
     module = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     return {
-        field.target.id: " ".join(text.value.value.split())
+        field.target.id: (field, " ".join(text.value.value.split()))
         for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
@@ -39,22 +43,41 @@ def field_help(file: str, class_name: str) -> dict[str, str]:
     }
 
 
-SAMPLING = field_help("core/sampling_settings.py", "SamplingSettings")
-DRAFT = field_help("api/draft_settings.py", "DraftSettings")
+def field_help(file: str, class_name: str) -> dict[str, str]:
+    """Return the docstrings of a class's fields by name."""
+    return {name: said for name, (_, said) in _fields(file, class_name).items()}
+
+
+def flags_of(file: str, class_name: str, *names: str, optional: bool = False) -> dict[str, Parameter]:
+    """Make the flags of settings, for `with_flags`: types and defaults are the fields', docstrings their help.
+
+    Args:
+        optional: True if a flag that is not given shall be None, whatever the field's default is.
+    """
+    found = {}
+    for name in names:
+        field, said = _fields(file, class_name)[name]
+        kind = KINDS.get(ast.unparse(field.annotation).removesuffix(" | None"), str)
+        default = None if optional or field.value is None else _default(field.value)
+        flag = "--" + name.replace("_", "-")
+        option = typer.Option(f"{flag}/--no-{name}" if default is True else flag, help=said)
+        found[name] = flag_named(name, Annotated[kind if default is not None else kind | None, option], default)
+    return found
+
+
+def _default(value: ast.expr) -> Any:
+    """Evaluate a field's default; None for one that is made anew each time."""
+    return None if isinstance(value, ast.Call) else eval(ast.unparse(value), {})
+
+
+def flag_named(name: str, annotation: Any, default: Any = None) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+SAMPLING = ("core/sampling_settings.py", "SamplingSettings")
+DRAFT = ("api/draft_settings.py", "DraftSettings")
+DRAFT_HELP = field_help(*DRAFT)
 TRAINING = field_help("training/config.py", "DrafterConfig")
-
-
-def training(name: str, *flags: str) -> Any:
-    """Make the option of a training setting."""
-    said = TRAINING[name]
-    if name == "method":
-        said += " " + "; ".join(f"{method}: {record.summary}" for method, record in trained().items()) + "."
-    return typer.Option(*(flags or ("--" + name.replace("_", "-"),)), help=said)
-
-
-def one_of(words: Sequence[str]) -> str:
-    """Join words as `a, b or c`."""
-    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 TARGET = "The target model: a folder, GGUF file, hub id, `smollm2` (135M chat model) or `reference` (20M test model)."
@@ -72,7 +95,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help=f"{one_of(names())}; by default the drafter's, and prompt-lookup without one.",
+        help=f"{', '.join(names()[:-1])} or {names()[-1]}; by default the drafter's, and prompt-lookup without one.",
     ),
 ]
 Dtype = Annotated[
@@ -183,12 +206,8 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout; everything else goes to stderr.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Random seed; makes sampling repeatable.")]
-Coupling = Annotated[str | None, typer.Option("--coupling", help=DRAFT["coupling"])]
+Coupling = Annotated[str | None, typer.Option("--coupling", help=DRAFT_HELP["coupling"])]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")]
-
-Chain = Annotated[int | None, typer.Option("--num-speculative-tokens", help=DRAFT["num_speculative_tokens"])]
-TreeDepth = Annotated[int | None, typer.Option("--tree-depth", help=DRAFT["tree_depth"])]
-TreeTopK = Annotated[int | None, typer.Option("--tree-top-k", help=DRAFT["tree_top_k"])]
 
 
 def whole_or_auto(text: str | None) -> int | str | None:
@@ -202,60 +221,38 @@ def whole_or_auto(text: str | None) -> int | str | None:
 
 
 TreeSize = Annotated[
-    str | None,
-    typer.Option(
-        "--tree-size",
-        callback=whole_or_auto,
-        metavar="<int>|auto",
-        help=DRAFT["tree_size"],
-    ),
+    str | None, typer.Option("--tree-size", callback=whole_or_auto, metavar="<int>|auto", help=DRAFT_HELP["tree_size"])
 ]
 
-LookupMin = Annotated[int | None, typer.Option("--prompt-lookup-min", help=DRAFT["prompt_lookup_min"])]
-LookupTokens = Annotated[int | None, typer.Option("--prompt-lookup-num-tokens", help=DRAFT["prompt_lookup_num_tokens"])]
-Controller = Annotated[str | None, typer.Option("--controller", help=DRAFT["controller"])]
-
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that came from drafts.")]
-Exact = Annotated[bool, typer.Option("--exact", help=DRAFT["exact"])]
-
-Temperature = Annotated[float | None, typer.Option("--temperature", help=SAMPLING["temperature"])]
-TopP = Annotated[float | None, typer.Option("--top-p", help=SAMPLING["top_p"])]
-TopK = Annotated[int | None, typer.Option("--top-k", help=SAMPLING["top_k"])]
-MinP = Annotated[float | None, typer.Option("--min-p", help=SAMPLING["min_p"])]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help=SAMPLING["repetition_penalty"])]
+Exact = Annotated[bool, typer.Option("--exact", help=DRAFT_HELP["exact"])]
 
 
 def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-LOADED = {
-    **{"dtype": Dtype, "device": Device, "backend": Backend, "quantize": Quantize},
-    "generation_config": GenerationConfig,
-}
-SAMPLED = {
-    **{"temperature": Temperature, "top_p": TopP, "top_k": TopK, "min_p": MinP},
-    "repetition_penalty": RepetitionPenalty,
-}
-SHAPED = {"num_speculative_tokens": Chain, "tree_depth": TreeDepth, "tree_top_k": TreeTopK, "tree_size": TreeSize}
-DRAFTED = SHAPED | {
-    **{"prompt_lookup_min": LookupMin, "prompt_lookup_num_tokens": LookupTokens},
-    "controller": Controller,
-}
-"""The flags that `load` takes, those of sampling, of the shape of drafts, and of all that is drafted."""
+PLACED = {"dtype": Dtype, "device": Device, "backend": Backend, "quantize": Quantize}
+LOADED = {**PLACED, "generation_config": flag_named("generation_config", GenerationConfig, "auto")}
+SAMPLED = flags_of(*SAMPLING, "temperature", "top_p", "top_k", "min_p", "repetition_penalty", optional=True)
+FILTERS = {name: SAMPLED[name] for name in ("top_p", "top_k", "min_p")}
+SHAPED: dict[str, Any] = flags_of(*DRAFT, "num_speculative_tokens", "tree_depth", "tree_top_k", optional=True)
+SHAPED |= {"tree_size": TreeSize}
+DRAFTED = SHAPED | flags_of(*DRAFT, "prompt_lookup_min", "prompt_lookup_num_tokens", "controller", optional=True)
+"""The flags of where and how a target runs, of all that `load` takes, of sampling and its filters, of the shape of
+drafts, and of all that is drafted."""
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
 def with_flags(*groups: Mapping[str, Any]) -> Callable[[Verb], Verb]:
-    """Give a verb the flags of these groups after its own; it gets them as keywords (`**flags`)."""
-    more = [
-        Parameter(
-            name, Parameter.KEYWORD_ONLY, default="auto" if name == "generation_config" else None, annotation=kind
-        )
-        for group in groups
-        for name, kind in group.items()
-    ]
+    """Give a verb the flags of these groups after its own; it gets them as keywords (`**flags`).
+
+    Args:
+        groups: for every flag's name its annotation, or a parameter that has a default, too.
+    """
+    flags = [(name, kind) for group in groups for name, kind in group.items()]
+    more = [kind if isinstance(kind, Parameter) else flag_named(name, kind) for name, kind in flags]
 
     def given(verb: Verb) -> Verb:
         whole = signature(verb, eval_str=True)

@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
 from outdraft.output import is_main_process, remarks
 
-if TYPE_CHECKING:
-    from outdraft.serving.settings import ServeSettings
+SETTINGS = ("serving/settings.py", "ServeSettings")
+SERVED = o.flags_of(
+    *SETTINGS,
+    *("host", "port", "served_model_name", "max_model_len", "max_num_seqs", "kv_cache_tokens", "prefill_chunk"),
+    *("max_waiting", "max_request_bytes", "request_timeout", "shutdown_timeout", "threads", "log_requests"),
+    "allow_origin",
+)
+SERVE = o.field_help(*SETTINGS)
 
-SERVE = o.field_help("serving/settings.py", "ServeSettings")
 
-
-@o.with_flags(o.SAMPLED, o.DRAFTED, o.LOADED)
+@o.with_flags(SERVED, o.SAMPLED, o.DRAFTED, o.LOADED)
 def serve(
     model: o.Model = "reference",
     draft_model: o.DraftModel = None,
     method: o.Method = None,
-    host: Annotated[str, typer.Option("--host", help=SERVE["host"])] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help=SERVE["port"])] = 8000,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option("--served-model-name", help=SERVE["served_model_name"])
-    ] = None,
     api_key: Annotated[str | None, typer.Option("--api-key", envvar="OUTDRAFT_API_KEY", help=SERVE["api_key"])] = None,
-    max_model_len: Annotated[int | None, typer.Option("--max-model-len", help=SERVE["max_model_len"])] = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help=SERVE["max_num_seqs"])] = 16,
-    kv_cache_tokens: Annotated[int | None, typer.Option("--kv-cache-tokens", help=SERVE["kv_cache_tokens"])] = None,
-    prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", help=SERVE["prefill_chunk"])] = 256,
-    max_waiting: Annotated[int, typer.Option("--max-waiting", help=SERVE["max_waiting"])] = 512,
-    max_request_bytes: Annotated[int, typer.Option("--max-request-bytes", help=SERVE["max_request_bytes"])] = 4 * 2**20,
-    request_timeout: Annotated[float, typer.Option("--request-timeout", help=SERVE["request_timeout"])] = 30.0,
-    shutdown_timeout: Annotated[float, typer.Option("--shutdown-timeout", help=SERVE["shutdown_timeout"])] = 30.0,
-    threads: Annotated[int | None, typer.Option("--threads", help=SERVE["threads"])] = None,
-    log_requests: Annotated[bool, typer.Option("--log-requests", help=SERVE["log_requests"])] = False,
     tp: o.TensorParallel = False,
-    allow_origin: Annotated[list[str] | None, typer.Option("--allow-origin", help=SERVE["allow_origin"])] = None,
     chat_template_kwargs: Annotated[
         str | None,
         typer.Option("--chat-template-kwargs", callback=o.mapping, metavar="JSON", help=SERVE["chat_template_kwargs"]),
@@ -52,22 +39,11 @@ def serve(
 
     Sampling options are the defaults of requests that do not set them.
     """
-    own = {name: value for name, value in locals().items() if name in SERVE and value is not None}
+    own = o.given(api_key=api_key, chat_template_kwargs=chat_template_kwargs, **{name: flags[name] for name in SERVED})
     from outdraft.serving.settings import ServeSettings
 
     settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
-    run_serve(model, draft_model, o.loading(method=method, tp=tp, **flags), settings, o.drafting(**flags), remarks())
-
-
-def run_serve(
-    model: str,
-    draft_model: str | None,
-    loading: dict[str, Any],
-    settings: ServeSettings,
-    draft: dict[str, Any],
-    remarks: Console,
-) -> None:
-    """Load and listen until told to stop."""
+    loading, draft, said = o.loading(method=method, tp=tp, **flags), o.drafting(**flags), remarks()
     try:
         from outdraft.serving.server import Service, listen
     except ImportError as error:
@@ -82,19 +58,20 @@ def run_serve(
 
         loaded = load(model, draft_model, **loading)
         asked = DraftSettings(**o.tree(loaded.drafter, **draft))  # refuses a tree that nothing could draft
-        settings.served_model_name = settings.served_model_name or [name_of(model)]
+        name = Path(model).resolve().name if Path(model).exists() else model  # hub ids and `reference` as they are
+        settings.served_model_name = settings.served_model_name or [name]
         service = Service(loaded, settings, asked)
         if own := model_settings(loaded.target):
-            remarks.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
+            said.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
         if not settings.loopback and settings.api_key is None:
-            remarks.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
+            said.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
         slots = service.engine.capacity.slots
         facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens, "
         facts += f"temperature {service.temperature:g} where a request names none"
 
         def ready(url: str) -> None:
             line = f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)"
-            remarks.print(line, markup=False, soft_wrap=True)
+            said.print(line, markup=False, soft_wrap=True)
 
         if settings.log_requests:
             handler = logging.StreamHandler()
@@ -106,8 +83,3 @@ def run_serve(
     finally:
         if listening is not None:
             listening.close()
-
-
-def name_of(model: str) -> str:
-    """Return the model's name for clients: a hub id or `reference` as it is, a folder's last part."""
-    return Path(model).resolve().name if Path(model).exists() else model

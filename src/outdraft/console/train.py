@@ -14,18 +14,26 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.errors import UserError
+from outdraft.methods.registry import trained
 from outdraft.output import is_main_process, print_json, remarks, results
 
 if TYPE_CHECKING:
     from outdraft.drafter_trainer import DrafterTrainer
 
-AROUND = {
-    **{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")},
-    "eval_data": "eval_dataset",
-}
+AROUND = {**{name: name for name in ("model", "dtype", "device", "tp_plan", "hold_out")}, "eval_data": "eval_dataset"}
 """The settings of a run beyond `DrafterConfig`, mapped to the trainer's arguments."""
 
 
+TRAINED = o.flags_of(
+    *("training/config.py", "DrafterConfig"),
+    *("data", "output_dir", "exit_layer", "init_from", "own_head", "loss", "preset", "max_length"),
+    *("max_steps", "epochs", "batch_size", "learning_rate", "seed", "on_bad_line", "report_to"),
+    optional=True,
+)
+METHODS = f"{o.TRAINING['method']} {'; '.join(f'{name}: {method.summary}' for name, method in trained().items())}."
+
+
+@o.with_flags(TRAINED)
 def train(
     overrides: Annotated[
         list[str] | None,
@@ -37,23 +45,8 @@ def train(
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file of settings; key=value and flags override it.")
     ] = None,
-    data: Annotated[Path | None, o.training("data")] = None,
-    output_dir: Annotated[Path | None, o.training("output_dir")] = None,
-    method: Annotated[str | None, o.training("method")] = None,
-    exit_layer: Annotated[str | None, o.training("exit_layer")] = None,
-    init_from: Annotated[str | None, o.training("init_from")] = None,
-    own_head: Annotated[bool | None, o.training("own_head", "--own-head")] = None,
-    loss: Annotated[str | None, o.training("loss")] = None,
-    preset: Annotated[str | None, o.training("preset")] = None,
-    max_length: Annotated[int | None, o.training("max_length")] = None,
+    method: Annotated[str | None, typer.Option("--method", help=METHODS)] = None,
     chat_template_kwargs: o.TemplateKwargs = None,
-    max_steps: Annotated[int | None, o.training("max_steps")] = None,
-    epochs: Annotated[float | None, o.training("epochs")] = None,
-    batch_size: Annotated[int | None, o.training("batch_size")] = None,
-    learning_rate: Annotated[float | None, o.training("learning_rate")] = None,
-    seed: Annotated[int | None, o.training("seed")] = None,
-    on_bad_line: Annotated[str | None, o.training("on_bad_line")] = None,
-    report_to: Annotated[list[str] | None, o.training("report_to")] = None,
     eval_data: Annotated[
         Path | None,
         typer.Option(
@@ -77,14 +70,15 @@ def train(
     device: o.Device = None,
     tp: o.TensorParallel = False,
     json: o.Json = False,
+    **flags: Any,
 ) -> None:
     """Train a drafter for a model."""
-    # The flag of a setting has the setting's name.
-    settings = {name: value for name, value in locals().items() if name in o.TRAINING or name in AROUND}
+    around = {name: value for name, value in locals().items() if name in AROUND}
+    settings = {**flags, **around, "method": method, "chat_template_kwargs": chat_template_kwargs}
     settings["tp_plan"] = "auto" if tp else None
     trainer = trainer_of(read_settings(config, overrides or [], **settings), resume, remarks())
     if dry_run:
-        from outdraft.training.memory import memory_table
+        from outdraft.training.plan import memory_table
 
         plan = None if trainer.only_described else trainer.plan()
         devices = trainer.memory()

@@ -20,25 +20,15 @@ from outdraft.errors import UserError
 Message = dict[str, Any]
 """A turn `{"role", "content"}`, with the fields of `KEPT` that it has."""
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "observation": "tool",
+NAMES = {
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"),
+    "tool": ("tool", "ipython", "function", "function_response", "tool_response", "observation"),
 }
+ROLES = {name: role for role, names in NAMES.items() for name in names}
+"""The roles of chat templates by the names that data have for them."""
 
 KEPT = ("name", "tool_call_id", "reasoning_content")
 """The other fields of a turn that a template may read."""

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,19 +52,14 @@ def load_average() -> list[float] | None:
         return None
 
 
-def disturbed(loads: Iterable[Sequence[float] | None], cores: int) -> str | None:
-    """Return a note where any of several load averages exceeds the cores."""
-    busiest = max((load[0] for load in loads if load), default=0.0)
+def busy(facts: dict[str, Any]) -> str | None:
+    """Return a note where a load average of a report's facts, at the end or in earlier sittings, exceeds the cores."""
+    names = ("load_average", "load_average_at_the_end")
+    loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
+    busiest, cores = max((load[0] for load in loads if load), default=0.0), facts.get("cores") or facts["threads"]
     if busiest <= cores + 0.5:
         return None
     return f"The machine was busy: a load average of {busiest:g} on {cores} cores. Timings are disturbed."
-
-
-def busy(facts: dict[str, Any]) -> str | None:
-    """Return the note of `disturbed` for a report's facts, with the final load and those of earlier sittings."""
-    names = ("load_average", "load_average_at_the_end")
-    loads = [of.get(name) for of in (facts, *(facts.get("sittings") or [])) for name in names]
-    return disturbed(loads, facts.get("cores") or facts["threads"])
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -49,20 +49,13 @@ def split_lines(text: str) -> list[str]:
     return [line for line in (line.strip(AROUND) for line in text.split("\n")) if line]
 
 
+class Damaged(BadText):
+    """An error of an archive that cannot be read from a line on, with the reason."""
+
+
 def text_lines(file: Path) -> Iterator[tuple[int, str | BadText]]:
     """Yield non-empty lines with their numbers, or why one is unreadable; a damaged archive ends at the damage."""
-    lines, number = _text_of(file), 0
-    while True:
-        number += 1
-        try:
-            line = next(lines)
-        except StopIteration:
-            return
-        except _ELSE:
-            raise
-        except Exception as problem:  # every format's library has exceptions of its own
-            yield number, BadText(f"the archive is damaged from here on ({first_line(problem)})")
-            return
+    for number, line in enumerate(_text_of(file), start=1):
         if isinstance(line, BadText):
             yield number, line
         elif text := line.strip(AROUND):
@@ -75,19 +68,24 @@ def whole_text(file: Path) -> str:
     Raises:
         UserError: a part is no text, or the archive is damaged.
     """
-    try:
-        lines = list(_text_of(file))
-    except _ELSE:
-        raise
-    except Exception as problem:  # every format's library has exceptions of its own
-        raise UserError(f"{file}: the archive is damaged ({first_line(problem)}); fetch it again") from None
+    lines = list(_text_of(file))
     for number, line in enumerate(lines, start=1):
         if isinstance(line, BadText):
-            raise UserError(f"{file}:{number}: {line}; mend the line or convert the file to UTF-8")
+            fix = "fetch it again" if isinstance(line, Damaged) else "mend the line or convert the file to UTF-8"
+            raise UserError(f"{file}:{number}: {line}; {fix}")
     return "\n".join(map(str, lines)).lstrip("\ufeff")
 
 
 def _text_of(file: Path) -> Iterator[str | BadText]:
+    try:
+        yield from _decoded(file)
+    except _ELSE:
+        raise
+    except Exception as problem:  # every format's library has exceptions of its own
+        yield Damaged(f"the archive is damaged from here on ({first_line(problem)})")
+
+
+def _decoded(file: Path) -> Iterator[str | BadText]:
     with _opened(file) as stream:
         encoding = json.detect_encoding(stream.peek(4)[:4])  # by a mark, or by where zero bytes are
         if encoding.startswith("utf-8"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from outdraft.errors import UserError
 
@@ -193,6 +194,9 @@ WINDOW = 16
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " n ' t", " 'm", " 's", " 've", " 're")
 """Texts that lose spaces by `clean_up_tokenization_spaces`."""
 
+_BYTE_LEVEL = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""Maps the letters that byte-level tokenizers write to the bytes that they stand for."""
+
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _special: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 
@@ -239,10 +243,3 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes
         if own.decode("utf-8", "replace") == spelled and (spelled == name or "\ufffd" in spelled):
             return own
     return name.lstrip("\ufffd").encode("utf-8", "replace")
-
-
-_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTED} | {
-    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
-}
-"""Maps the letters that byte-level tokenizers write to the bytes that they stand for."""

@@ -84,10 +84,7 @@ class TemplateRefuses(UserError):
 
 
 def tokenize(
-    conversations: Iterable[Conversation],
-    tokenizer: Any,
-    max_length: int,
-    switches: Mapping[str, Any] = NO_SWITCHES,
+    conversations: Iterable[Conversation], tokenizer: Any, max_length: int, switches: Mapping[str, Any] = NO_SWITCHES
 ) -> ExampleSet:
     """Make token ids and loss masks of all conversations, in order, cut to `max_length` tokens.
 
@@ -257,8 +254,10 @@ def _response_span(
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], variables=variables)
         if not text.startswith(through):
             return None
-        if not turn:
-            return _first_span(render(tokenizer, [], True, variables), through, messages[0]["content"].strip())
+        if not turn:  # templates may put their own system turn before it
+            prompt = render(tokenizer, [], True, variables)
+            begin = through.find(prompt + messages[0]["content"].strip()) if prompt else -1
+            return None if begin < 0 else (begin + len(prompt), len(through))
         for with_prompt in (True, False):  # some templates add to the generation prompt what a finished turn lacks
             before = render(tokenizer, messages[:turn], with_prompt, variables)
             if len(before) < len(through) and through.startswith(before):
@@ -266,12 +265,6 @@ def _response_span(
     except TemplateRefuses:  # of a conversation that it takes as a whole it may refuse a beginning
         return None
     return None
-
-
-def _first_span(prompt: str, through: str, said: str) -> tuple[int, int] | None:
-    """Return the span of a conversation's first turn, before which templates may put their own system turn."""
-    begin = through.find(prompt + said) if prompt else -1
-    return None if begin < 0 else (begin + len(prompt), len(through))
 
 
 def _ids_and_starts(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

@@ -62,6 +62,12 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
     if given is not None:
         kinds[given.method + " as given"] = given
     costs, passes, each = _costs(target, kinds, prompts[0], remarks)
+    size = target.dtype.itemsize
+    memory = {
+        "target": target.num_parameters * size,
+        "cache of 1,000 tokens": 1000 * slot_bytes(target),
+        **{name: drafter.num_parameters * size for name, drafter in kinds.items() if drafter.num_parameters},
+    }
     found = Advice(
         settings,
         environment(target),
@@ -80,9 +86,10 @@ def advise(settings: AdviceSettings, remarks: Console) -> Advice:
         ],
         left_out,
         _answers(target, given, prompts, settings, each, remarks),
-        _memory(target, kinds),
+        memory,
         0.0,
     )
+    memory["most held here"] = peak_memory_bytes(target.device)
     found.environment["load_average_at_the_end"] = load_average()
     found.next = next_steps(found)
     found.seconds = time.perf_counter() - start
@@ -172,13 +179,3 @@ def _answers(
     tokens = min(settings.max_new_tokens, max(FEWEST_TOKENS, affordable))
     end = time.perf_counter() + ANSWER_SECONDS
     return measured(target, rivals, prompts, max_new_tokens=tokens, remarks=remarks, end=end)
-
-
-def _memory(target: Target, kinds: dict[str, Drafter]) -> dict[str, int]:
-    size = target.dtype.itemsize
-    return {
-        "target": target.num_parameters * size,
-        "cache of 1,000 tokens": 1000 * slot_bytes(target),
-        **{name: drafter.num_parameters * size for name, drafter in kinds.items() if drafter.num_parameters},
-        "most held here": peak_memory_bytes(target.device),
-    }

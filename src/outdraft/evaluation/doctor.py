@@ -216,11 +216,7 @@ class Diagnosis:
             "confidence": self.drafts.confidence,
             "drafter": {**{name: getattr(facts, name) for name in names}, **facts.more},
             "tried": [
-                {
-                    "setting": one.setting,
-                    "acceptance_by_position": one.by_position,
-                    "p_value": self.drafts.p_value(one),
-                }
+                {"setting": one.setting, "acceptance_by_position": one.by_position, "p_value": self.drafts.p_value(one)}
                 for one in self.tried
             ],
         }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.teacher import TargetLike, TopProbs, predicting
+from outdraft.losses.teacher import TopProbs, predicting
 from outdraft.target.backends import best_backend
 from outdraft.target.ranks import over_all, whole
 from outdraft.target.target import Target
@@ -45,7 +45,7 @@ class Reading:
         width: number of values of one token.
     """
 
-    def __init__(self, target: TargetLike, layers: Sequence[int] = (), exit_layer: int | None = None):
+    def __init__(self, target: Target, layers: Sequence[int] = (), exit_layer: int | None = None):
         self.target = target
         states, before = 1 + len(layers), 0  # hidden states of one token, and how many stand before the features
         self._run: Callable[[Tensor], Tensor] = lambda ids: target.features(ids)
@@ -61,10 +61,6 @@ class Reading:
             self.name = f"features and layers {', '.join(map(str, layers))}"
         size = target.hidden_size
         self.width, self._features = states * size, slice(before * size, (before + 1) * size)
-
-    @property
-    def token_nbytes(self) -> int:
-        return self.width * self.target.dtype.itemsize
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -84,14 +80,14 @@ class Reading:
         input_ids = input_ids.gather(1, places)
         # No mask: no token sees the padding to its right, and causal attention is faster without one.
         with torch.autocast(input_ids.device.type, enabled=False):
-            return over_all(self._run, input_ids) if getattr(self.target, "shared", False) else self._run(input_ids)
+            return over_all(self._run, input_ids) if self.target.shared else self._run(input_ids)
 
     def features(self, read: Tensor) -> Tensor:
         """Return the `(..., hidden)` features after the final norm among the values read, `(..., width)`."""
         return read[..., self._features]
 
 
-def reader_of(target: TargetLike) -> TargetLike:
+def reader_of(target: Target) -> Target:
     """Return the target for reading only, on its fastest backend if it is on a CPU and a second copy is small."""
     if not isinstance(target, Target) or target.backend != "eager" or target.device.type != "cpu":
         return target
@@ -100,7 +96,7 @@ def reader_of(target: TargetLike) -> TargetLike:
     return Target(target.model, target.tokenizer, best, target.windows) if small and best != "eager" else target
 
 
-def weights_fingerprint(target: TargetLike) -> str:
+def weights_fingerprint(target: Target) -> str:
     """Hash names, shapes and evenly spaced values of all weights; fast at any size, and any training changes it."""
     digest = hashlib.sha256()
     # Not by state_dict, at which bitsandbytes converts 4-bit weights in place.
@@ -185,7 +181,7 @@ class Objective(ABC):
     """The network, an instance of its method's class."""
     loss: nn.Module
     """The loss, which holds the drafter as `drafter` and gives a tuple of sums, among them `agreed` and `positions`."""
-    target: TargetLike
+    target: Target
     """The target that the drafter is trained for."""
     scale: float = 1.0
     """The factor on embeddings in training only, until `finished` folds it into the weights."""

@@ -1,70 +1,29 @@
-"""The target as training sees it: the protocol that `outdraft.target.Target` and stand-ins fulfil, and its most
-probable next tokens.
+"""The target's names in records, and its most probable next tokens.
 
-Against these a drafter is trained without the target's head: a few dozen probabilities hold nearly all of the mass, and
-the rest carries no loss.
+Against these tokens a drafter is trained without the target's head: a few dozen probabilities hold nearly all of the
+mass, and the rest carries no loss.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from outdraft.data.provenance import portable
+from outdraft.target.target import Target
+
+TargetLike = Target
+"""The name of the target in the signatures of methods."""
 
 
-class TargetLike(Protocol):
-    """A frozen causal language model as training sees it."""
-
-    @property
-    def model(self) -> Any:
-        """The stock `transformers` causal language model."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The target's tokenizer."""
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def context_length(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def causal_inputs(self, rows: int, tokens: int) -> dict[str, Any]:
-        """Return the inner model's inputs, beside tokens, of a causal forward whose cache nobody reads later."""
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` input embeddings."""
-
-    def head(self, features: Tensor) -> Tensor:
-        """Map `(..., hidden)` features after the final norm to `(..., vocab)` logits, differentiably."""
-
-    def features(self, input_ids: Tensor, mask: Tensor | None = None, /) -> Tensor:
-        """Map `(batch, tokens)` ids to `(batch, tokens, hidden)` features after the final norm, causally."""
-
-
-def parameter_count(target: TargetLike) -> int:
-    """Count the parameters of the target, tied ones once."""
-    return sum(parameter.numel() for parameter in target.model.parameters())
-
-
-def target_id(target: TargetLike) -> str:
+def target_id(target: Target) -> str:
     """Return the hub name or folder of the target; its class name when it was built in memory."""
     return str(getattr(target.model.config, "_name_or_path", "") or type(target.model).__name__)
 
 
-def shown_target(target: TargetLike) -> str:
+def shown_target(target: Target) -> str:
     """Return the target's id for published files: a folder elsewhere on this machine shows its name alone."""
     return str(portable(target_id(target)))
 
@@ -93,7 +52,7 @@ def top_probs(logits: Tensor, k: int) -> TopProbs:
 
 
 @torch.no_grad()
-def most_probable(target: TargetLike, goal: Tensor, k: int, rows: int = HEAD_ROWS) -> TopProbs:
+def most_probable(target: Target, goal: Tensor, k: int, rows: int = HEAD_ROWS) -> TopProbs:
     """Return the target's most probable tokens for given features.
 
     Args:

@@ -168,7 +168,9 @@ class AnsweredConversation:
 
 def identities(conversations: Sequence[Conversation]) -> list[int | str]:
     """Give each conversation an id: its own, else a hash of its questions; repeated ids get a number."""
-    own = [one.id if one.id is not None else _hash(one) for one in conversations]
+    asked = [json.dumps(one.text or one.questions).encode() for one in conversations]
+    hashes = [hashlib.sha256(text).hexdigest()[:12] for text in asked]
+    own = [name if one.id is None else one.id for one, name in zip(conversations, hashes, strict=True)]
     given, used = set(own), set[int | str]()
     found: list[int | str] = []
     for name in own:
@@ -179,11 +181,6 @@ def identities(conversations: Sequence[Conversation]) -> list[int | str]:
         used.add(unique)
         found.append(unique)
     return found
-
-
-def _hash(conversation: Conversation) -> str:
-    asked = conversation.text or conversation.questions
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 
 class AnswerFile:

@@ -22,8 +22,9 @@ from torch import Tensor
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, Reading, pad, weights_fingerprint
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, target_id
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, target_id
 from outdraft.output import write_whole
+from outdraft.target.target import Target
 from outdraft.training.preparation import Preparation
 
 try:
@@ -64,13 +65,14 @@ class FeatureStore:
         teacher_top_k: number of most probable target tokens to store at every position; 0 stores none.
     """
 
-    def __init__(self, folder: str | Path, target: TargetLike, reading: Reading, teacher_top_k: int = 0):
+    def __init__(self, folder: str | Path, target: Target, reading: Reading, teacher_top_k: int = 0):
         self.reading, self.dtype = reading, target.dtype
         self.top_k = min(teacher_top_k, target.vocab_size)
-        self.key = store_key(target, reading, self.top_k)
+        parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(self.top_k)]
+        self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.folder = Path(folder) / self.key
         self._files = tuple(self.folder / name for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"))
-        self._row_bytes = (reading.token_nbytes, 4 * self.top_k, 2 * self.top_k)
+        self._row_bytes = (reading.width * target.dtype.itemsize, 4 * self.top_k, 2 * self.top_k)
         self._index: dict[str, Entry] = {}
         self._rows = [0, 0]
         """The numbers of stored rows, of tokens and of the teacher."""
@@ -81,16 +83,12 @@ class FeatureStore:
         """List the examples that are not stored yet, each once."""
         absent: dict[str, Example] = {}
         for one in examples.examples:
-            if self._holds(one):
-                continue
             name = fingerprint(one)
+            if name in self._index and self._index[name].predicted >= len(said_range(one)):
+                continue
             if name not in absent or len(said_range(one)) > len(said_range(absent[name])):  # it serves both
                 absent[name] = one
         return list(absent.values())
-
-    def _holds(self, example: Example) -> bool:
-        entry = self._index.get(fingerprint(example))
-        return entry is not None and entry.predicted >= len(said_range(example))
 
     def nbytes(self, examples: Sequence[Example]) -> int:
         """Return the bytes that these examples take on disk, before anything is computed."""
@@ -235,15 +233,15 @@ class FeatureStore:
         return tuple(maps)
 
 
-def feature_store(target: TargetLike, ready: Preparation, objective: Objective) -> FeatureStore | None:
+def feature_store(target: Target, ready: Preparation, objective: Objective) -> FeatureStore | None:
     """Return the store of a run; None where the target runs in every step.
 
     With `features="auto"` they are stored if a run reads its data more than once and the budget has room for them.
     """
     config, examples = ready.config, ready.examples
-    if getattr(target, "shared", False) and config.features == "cached":
+    if target.shared and config.features == "cached":
         raise UserError("features of a target that processes share (--tp) are not stored; leave features out")
-    if config.features == "online" or getattr(target, "shared", False):
+    if config.features == "online" or target.shared:
         return None
     folder = config.feature_cache_dir or config.output_dir / "features"
     store = FeatureStore(folder, target, objective.reading, objective.top_k)
@@ -276,12 +274,6 @@ def fingerprint(example: Example) -> str:
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
     digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
-
-
-def store_key(target: TargetLike, reading: Reading, top_k: int) -> str:
-    """Return the store's name, a hash of the target's weights and precision and of the stored values."""
-    parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(top_k)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
 def _bytes(rows: Tensor) -> bytes:

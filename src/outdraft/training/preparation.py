@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from outdraft.api.prompts import check_switches
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.drafting.run_folder import RUN, last_checkpoint
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, weights_fingerprint
-from outdraft.losses.teacher import TargetLike, parameter_count
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.registry import MeasuredSetting, method_called
+from outdraft.target.backends import default_dtype
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 
 NO_DATA = "training needs data; give --data a file or folder, DrafterTrainer a train_dataset"
@@ -74,7 +77,7 @@ class Preparation:
         return notes
 
 
-def prepare(target: TargetLike, config: DrafterConfig) -> Preparation:
+def prepare(target: Target, config: DrafterConfig) -> Preparation:
     """Read and tokenise the data, fill in the preset.
 
     Raises:
@@ -109,14 +112,14 @@ def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:
     return DrafterConfig.model_construct(_fields_set=set(config.model_fields_set), **{**dict(config), **values})
 
 
-def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
+def fitted(target: Target, config: DrafterConfig) -> DrafterConfig:
     """Return the configuration with its preset filled in, checked against the target."""
     by_hand = "max_length" in config.model_fields_set
-    if getattr(target, "backend", "eager") != "eager":  # packed layers compute no gradients, and hide their weights
-        raise UserError(f"a target on backend '{target.backend}' cannot train a drafter; load it with backend eager")  # type: ignore[attr-defined]
-    if getattr(target, "gathered_on", None) is not None:
+    if target.backend != "eager":  # packed layers compute no gradients, and hide their weights
+        raise UserError(f"a target on backend '{target.backend}' cannot train a drafter; load it with backend eager")
+    if target.gathered_on is not None:
         raise UserError("a target in several places cannot train a drafter; share it among processes (torchrun, --tp)")
-    config = config.with_preset(parameter_count(target))
+    config = config.with_preset(target.num_parameters)
     if config.max_length > target.context_length:
         if by_hand:
             raise UserError(
@@ -131,6 +134,13 @@ def fitted(target: TargetLike, config: DrafterConfig) -> DrafterConfig:
     return config
 
 
+def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
+    """Return True if the drafter trains in bf16 autocast on this device."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    return default_dtype(device) == torch.bfloat16
+
+
 def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
     """Return the number of optimizer steps of the whole run."""
     if config.max_steps is not None:
@@ -139,7 +149,7 @@ def steps_of(config: DrafterConfig, examples: int, processes: int) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(pieces / config.gradient_accumulation_steps)))
 
 
-def run_identity(target: TargetLike, ready: Preparation) -> dict[str, Any]:
+def run_identity(target: Target, ready: Preparation) -> dict[str, Any]:
     """Return all facts that determine the final weights of a run."""
     settings = {key: value for key, value in ready.config.record().items() if key not in FREE}
     return {
@@ -184,7 +194,7 @@ def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) ->
     return checkpoint
 
 
-def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
+def new_drafter(target: Target, config: DrafterConfig) -> Network:
     """Build a drafter with initial float32 weights (of the seed, another drafter or the target) on the target's device.
 
     Args:
@@ -194,6 +204,6 @@ def new_drafter(target: TargetLike, config: DrafterConfig) -> Network:
     return method_called(config.method).new_network(target, config)
 
 
-def objective_for(target: TargetLike, config: DrafterConfig, drafter: Network | None = None) -> Objective:
+def objective_for(target: Target, config: DrafterConfig, drafter: Network | None = None) -> Objective:
     """Return the objective of the configuration's method; arguments as in `new_drafter`, `drafter` is to be trained."""
     return method_called(config.method).objective(target, config, drafter or new_drafter(target, config))

@@ -22,7 +22,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from outdraft.engine.rows import Row
-from outdraft.training.held_out_loss import CHAIN
+from outdraft.training.held_out import CHAIN
 
 SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "held_out_top1_1": ".3f", CHAIN: ".3f", "learning_rate": ".1e"}
 

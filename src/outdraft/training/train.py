@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
@@ -25,15 +27,15 @@ from outdraft.data.provenance import peak_memory_bytes, portable, provenance
 from outdraft.drafting.run_folder import BEGUN_WITH, RUN, step_of
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, TrainingExamples
-from outdraft.losses.teacher import TargetLike, shown_target
+from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.registry import method_called
 from outdraft.output import write_whole
 from outdraft.target.ranks import leave_group_at_exit
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import GIGABYTE, FeatureStore, feature_store
-from outdraft.training.held_out_loss import BestWeights, MeasureTau, TauMeter, measurement
-from outdraft.training.model_card import CARD, model_card
+from outdraft.training.held_out import BestWeights, MeasureTau, TauMeter, measurement
 from outdraft.training.preparation import (
     Preparation,
     checkpoint_of,
@@ -51,6 +53,14 @@ try:
     from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise UserError("training needs the package's train extra; pip install 'outdraft[train]'") from error
+
+CARD = "README.md"
+"""The name of the model card in a drafter's folder."""
+
+NOT_SHOWN = {
+    *("data", "output_dir", "feature_cache_dir", "report_to", "logging_steps", "save_steps", "save_total_limit")
+}
+"""Settings that do not change how the drafter was trained, and that its card leaves out."""
 
 SAME_WISH_SECONDS = 1.0
 """The time within which two signals count as one request."""
@@ -76,7 +86,7 @@ class TrainResult:
 
 
 def train(
-    target: TargetLike,
+    target: Target,
     config: DrafterConfig,
     resume: bool = False,
     measure_tau: MeasureTau | None = None,
@@ -111,8 +121,12 @@ def train(
     config = ready.config
     target.model.eval().requires_grad_(False)
     args = training_arguments(config, target.device, ready.total_steps)
-    _check_devices(target, args)
-    shared = getattr(target, "shared", False)
+    if target.device.type != args.device.type or (target.device.index or 0) != (args.device.index or 0):
+        raise UserError(
+            f"the target is on {target.device}, this process trains on {args.device}; load the target with "
+            f"device={args.device}"
+        )
+    shared = target.shared
     if not args.should_save:
         console = Console(quiet=True)
     for note in ready.notes:
@@ -177,22 +191,14 @@ def train(
     return result
 
 
-def _check_devices(target: TargetLike, args: TrainingArguments) -> None:
-    if target.device.type != args.device.type or (target.device.index or 0) != (args.device.index or 0):
-        raise UserError(
-            f"the target is on {target.device}, this process trains on {args.device}; load the target with "
-            f"device={args.device}"
-        )
-
-
-def _measured(target: TargetLike, ready: Preparation, resume: bool, console: Console) -> Preparation:
+def _measured(target: Target, ready: Preparation, resume: bool, console: Console) -> Preparation:
     """Decide a setting that is left open once for all processes: as an interrupted run did, else by measurement."""
     record: dict[str, Any] = {}
     if resume:
         with contextlib.suppress(OSError, ValueError):
             record = json.loads((ready.config.output_dir / RUN).read_text())
     method = method_called(ready.config.method)
-    main = PartialState().is_main_process or getattr(target, "shared", False)
+    main = PartialState().is_main_process or target.shared
     found = [method.measure(target, ready.config, ready.examples, record) if main else None]
     measured = broadcast_object_list(found)[0]
     if measured is not None:
@@ -219,11 +225,7 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
 
 
 def _run(
-    trainer: ObjectiveTrainer,
-    checkpoint: Path | None,
-    stop: OrderlyStop,
-    progress: ProgressReport,
-    ended: bool,
+    trainer: ObjectiveTrainer, checkpoint: Path | None, stop: OrderlyStop, progress: ProgressReport, ended: bool
 ) -> None:
     """Run the training loop; it ends with the final weights in the drafter, or KeyboardInterrupt after a checkpoint."""
     total = trainer.args.max_steps
@@ -243,9 +245,7 @@ def _run(
         )
 
 
-def _save(
-    target: TargetLike, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None
-) -> None:
+def _save(target: Target, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None) -> None:
     settings = portable(ready.config.record())
     summary = {"config": settings, "metrics": result.metrics, "tau": result.tau, "weights_of_step": result.best_step}
     name, facts, drafter = shown_target(target), target_facts(target.model), objective.finished()
@@ -267,7 +267,23 @@ def _save(
         **_measured_record(ready),
     )
     _write_json(result.folder / "provenance.json", record)
-    write_whole(result.folder / CARD, model_card(record))
+    write_whole(result.folder / CARD, _card(record))
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    """Return the model card, made from the provenance record and nothing else."""
+    config, target, tau = record["config"], str(record["target"]), record["tau"] or {}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", target)  # the Hub refuses any other name
+    tags = ["speculative-decoding", config["method"]]
+    card = ModelCard.from_template(
+        ModelCardData(library_name="outdraft", base_model=target if on_hub else None, tags=tags),
+        str(Path(__file__).parent / "model_card.md.j2"),
+        **{**record, "tau": tau},
+        card=method_called(config["method"]).card,
+        settings={name: value for name, value in config.items() if name not in NOT_SHOWN and value is not None},
+        agreement=[tau[name] for k in range(1, 17) if (name := f"held_out_top1_{k}") in tau],
+    )
+    return str(card)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

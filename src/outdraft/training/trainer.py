@@ -28,8 +28,8 @@ from outdraft.errors import UserError, first_line
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
-from outdraft.target.backends import default_dtype
 from outdraft.training.config import DrafterConfig
+from outdraft.training.preparation import use_bf16
 
 GROUPS = "groups"
 
@@ -76,7 +76,7 @@ class ObjectiveTrainer(Trainer):
 
     def _in_groups(self, items: Sequence[dict[str, object]]) -> dict[str, list[dict[str, Tensor]]]:
         """Divide a batch into groups of examples of like length, each padded to its own, or leave it one group."""
-        shared = getattr(self.objective.reading.target, "shared", False)  # processes run its layers equally often
+        shared = self.objective.reading.target.shared  # processes run its layers equally often
         if not self.config.length_groups or shared:
             return {GROUPS: [collate(items)]}
         lengths = [len(item["example"]) for item in items]  # type: ignore[arg-type]
@@ -85,10 +85,7 @@ class ObjectiveTrainer(Trainer):
         return {GROUPS: [collate([items[i] for i in group]) for group in divided]}
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute the gradients of a batch group by group; processes exchange them with the last."""
         *groups, last = inputs[GROUPS]
@@ -221,13 +218,6 @@ def keep_freed_memory() -> bool:
         return False
     told = [mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED.items()]
     return all(told)
-
-
-def use_bf16(config: DrafterConfig, device: torch.device) -> bool:
-    """Return True if the drafter trains in bf16 autocast on this device."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    return default_dtype(device) == torch.bfloat16
 
 
 def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:

@@ -5,7 +5,6 @@ This module exports the public names; `audit.py` runs the checks in order.
 """
 
 from outdraft.evaluation.audit.audit import run_audit
-from outdraft.evaluation.audit.findings import Audit, Finding
-from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.findings import Audit, AuditSettings, Finding
 
 __all__ = ["Audit", "AuditSettings", "Finding", "run_audit"]

@@ -18,22 +18,30 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.provenance import environment
 from outdraft.errors import UserError
 from outdraft.evaluation.audit import progress
-from outdraft.evaluation.audit.findings import Audit, Finding, judge
-from outdraft.evaluation.audit.first_tokens import beginnings_finding, chosen_prefixes, plan
-from outdraft.evaluation.audit.forwards import Trees, forwards_finding
+from outdraft.evaluation.audit.equality import comparable, greedy_finding, plain_finding, seeded_finding
+from outdraft.evaluation.audit.findings import Audit, AuditSettings, Finding, judge
 from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
-from outdraft.evaluation.audit.greedy import greedy_finding, plain_finding, texts
 from outdraft.evaluation.audit.proposals import Draws, draws_findings, twice_finding
-from outdraft.evaluation.audit.seeded import comparable, seeded_finding
-from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.rounds import Recorder, Trees, Watch, forwards_finding
+from outdraft.evaluation.audit.sampled import (
+    beginnings_finding,
+    chosen_prefixes,
+    decoded,
+    plan,
+    sampled_texts,
+    samples_finding,
+    token_ranks,
+    tokens_finding,
+)
 from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise
-from outdraft.evaluation.audit.texts import sampled_texts, samples_finding, token_ranks, tokens_finding
-from outdraft.evaluation.audit.watch import Recorder, Watch
 from outdraft.reference import load_prompts
 from outdraft.training.progress import duration
 
 OFFSETS = (0, 2, 5, 9)
 """The numbers of new tokens that extend prompts to prefixes, so that not all prefixes end where a prompt does."""
+
+BATCH = 8
+"""The number of prompts of a greedy batch: rows of different lengths are part of the check."""
 
 
 def run_audit(
@@ -127,7 +135,9 @@ class _Running:
             self.check_greedy()
         if self.samples:
             self.check_sampled()
-        self.check_forwards()
+        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
+            if self.trees.kept:
+                self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
 
     def _checked(self) -> SamplingSettings:
         """Return the sampling settings; invalid settings of any kind raise before anything runs."""
@@ -157,18 +167,18 @@ class _Running:
         generation = {**settings.greedy_generation, "max_new_tokens": settings.max_new_tokens}
         plain_generation = _undrafted(generation)
         few = self.prompts[: progress.NOISE_PROMPTS]
+        batches = [(self.prompts[start : start + BATCH], None) for start in range(0, len(self.prompts), BATCH)]
         with self.stage(progress.PLAIN, len(self.prompts)) as advance:
-            plain, _ = texts(self.plain, self.prompts, plain_generation, advance)
+            texts, _ = decoded(self.plain, batches, plain_generation, advance)
+            plain = [text for batch in texts for text in batch]
         self.measure_noise(plain)
         with self.stage(progress.STOCK, len(few)) as advance:
             self.findings.append(plain_finding(self.unwarped, few, plain[: len(few)], self.noise, advance))
         with self.stage(progress.DRAFTED, 2 * len(self.prompts)) as advance:
-            found, statistics = texts(self.drafted(listeners=[self.trees]), self.prompts, generation, advance)
-            self.findings.append(
-                greedy_finding(
-                    self.unwarped, self.prompts, plain, found, statistics, self.noise, settings.alpha, advance
-                )
-            )
+            texts, statistics = decoded(self.drafted(listeners=[self.trees]), batches, generation, advance)
+            found = [text for batch in texts for text in batch]
+            compared = (self.unwarped, self.prompts, plain, found, statistics, self.noise, settings.alpha, advance)
+            self.findings.append(greedy_finding(*compared))
         self.check_twice("candidates_greedy", generation, progress.TWICE)
 
     def measure_noise(self, plain: Sequence[list[int]]) -> None:
@@ -191,13 +201,13 @@ class _Running:
         drafted_generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
         self.check_twice("candidates", drafted_generation, progress.TWICE_SAMPLED)
         prompts = self.prompts[: settings.text_prompts]
-        with self.stage(progress.PLAIN_SAMPLED, len(prompts)) as advance:
+        with self.stage(progress.PLAIN_SAMPLED, len(prompts) * settings.texts) as advance:
             plain_settings = replace(settings, generation=_undrafted(settings.generation))
             plain, _ = sampled_texts(self.plain, prompts, plain_settings, "plain texts", advance)
         if not self.noise.positions:
             self.measure_noise([own[0] for own in plain])
         draws = Draws(Ranks(settings.seed_for("ranks of draws")))
-        with self.stage(progress.DRAFTED_SAMPLED, len(prompts)) as advance:
+        with self.stage(progress.DRAFTED_SAMPLED, len(prompts) * settings.texts) as advance:
             watched = self.drafted(listeners=[self.trees, draws], chance=Recorder)
             drafted, statistics = sampled_texts(watched, prompts, settings, "drafted texts", advance)
             self.findings += draws_findings(draws, settings, level)
@@ -209,21 +219,12 @@ class _Running:
         if comparable(probs):
             with self.stage(progress.SEEDED, len(prompts)) as advance:
                 self.findings.append(seeded_finding(self.model, probs, prompts, settings, advance))
-        self.check_beginnings(probs, plain, level)
-
-    def check_beginnings(self, probs: StockProbs, plain: Sequence[list[list[int]]], level: float) -> None:
-        settings = self.settings
         candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
         with self.stage(progress.CELLS, len(candidates)) as advance:
             prefixes = chosen_prefixes(probs, candidates, settings, advance)
         planned = plan(prefixes, settings, level)
         with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
             self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))
-
-    def check_forwards(self) -> None:
-        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
-            if self.trees.kept:
-                self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
 
 
 def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], most: int) -> Iterator[list[int]]:

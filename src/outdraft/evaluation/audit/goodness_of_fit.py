@@ -1,6 +1,6 @@
-"""The chi-square tests of an audit: Pearson's statistic, its power and sample size, and ranks of draws.
+"""The statistics of an audit: Pearson's chi-square with its power and sample size, ranks of draws, and the energy test.
 
-It needs scipy, the extra `verify`, which is imported only when a chi-square distribution is first needed.
+Chi-square needs scipy, the extra `verify`, which is imported only when a chi-square distribution is first needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.errors import UserError
+from outdraft.evaluation.audit.findings import AuditSettings, Finding
 
 LEAST_EXPECTED = 5.0
 """The least expected count of a cell; smaller cells are pooled, as Pearson's approximation requires."""
@@ -21,6 +22,11 @@ MOST_SAMPLES = 10_000_000
 
 BINS = 20
 """The most bins of ranks."""
+
+SEGMENTS, WIDTH = 4, 16
+"""The number of parts of a text, and of random features of a part's tokens."""
+
+PERMUTATIONS_AT_ONCE = 1000
 
 
 def scipy_stats() -> Any:
@@ -177,3 +183,75 @@ class Ranks:
             return Fit(0.0, 0)
         counts = self.histogram()
         return fit(counts, [len(self.values) / len(counts)] * len(counts))
+
+
+def ranks_finding(
+    name: str, question: str, noun: str, ranks: Ranks, settings: AuditSettings, alpha: float, remark: str = ""
+) -> Finding:
+    """Test whether ranks are uniform.
+
+    Args:
+        noun: what was ranked, in the plural.
+        alpha: level that the stated power refers to.
+        remark: end of the evidence.
+    """
+    own, count = ranks.fit(), len(ranks.values)
+    found = found_distance(count, own.freedom, alpha, settings.power)
+    return Finding(
+        name,
+        question,
+        True,
+        f"{count} {noun}, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that favours "
+        f"likely or unlikely {noun} by a total variation of {found:.2g} is found with probability "
+        f"{settings.power:g}{remark}.",
+        p_value=own.p_value(),
+        figures={
+            noun: count,
+            "statistic": own.statistic,
+            "degrees_of_freedom": own.freedom,
+            "total_variation_found": found,
+            "histogram": ranks.histogram(),
+        },
+    )
+
+
+def text_features(texts: Sequence[Sequence[int]], vocab: int, length: int, seed: int) -> Tensor:
+    """Compute `(texts, features)`: random signs of the tokens, summed over each part of the text, and its length.
+
+    Texts that share tokens in the same part are near to each other, whatever the tokens are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (vocab, WIDTH), generator=generator).double() * 2 - 1
+    part = -(-length // SEGMENTS)
+    rows = []
+    for text in texts:
+        sums = []
+        for start in range(0, length, part):
+            tokens = torch.tensor(list(text[start : start + part]), dtype=torch.long)
+            sums += [signs[tokens].sum(0) / part, torch.tensor([4 * len(tokens) / part], dtype=torch.double)]
+        rows.append(torch.cat(sums))
+    return torch.stack(rows)
+
+
+def energy_p_value(pairs: Sequence[tuple[Tensor, Tensor]], permutations: int, seed: int) -> tuple[float, float]:
+    """Test by permutation that both samples of every pair come from one distribution.
+
+    Args:
+        pairs: `(n, features)` and `(n, features)` for every stratum; labels are exchanged within it.
+
+    Returns:
+        the statistic and its p-value, (1 + as large) / (1 + permutations).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    observed, drawn = 0.0, torch.zeros(permutations, dtype=torch.double)
+    for one, other in pairs:
+        distances = torch.cdist(torch.cat([one, other]), torch.cat([one, other]))
+        signs = torch.cat([torch.full((len(one),), 1 / len(one)), torch.full((len(other),), -1 / len(other))]).double()
+        observed += float(-(signs @ distances @ signs))
+        for start in range(0, permutations, PERMUTATIONS_AT_ONCE):
+            count = min(PERMUTATIONS_AT_ONCE, permutations - start)
+            order = torch.rand(count, len(signs), generator=generator).argsort(1)
+            shuffled = signs[order]
+            drawn[start : start + count] -= ((shuffled @ distances) * shuffled).sum(1)
+    as_large = int((drawn >= observed - 1e-12).sum())
+    return observed, (1 + as_large) / (1 + permutations)

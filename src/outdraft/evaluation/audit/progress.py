@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from outdraft.api.generation import SpeculativeModel
+from outdraft.evaluation.audit.findings import AuditSettings
 from outdraft.evaluation.audit.goodness_of_fit import needed_samples
-from outdraft.evaluation.audit.settings import AuditSettings
 from outdraft.training.progress import duration
 
 PROBE_TOKENS = 8

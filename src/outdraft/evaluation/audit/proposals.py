@@ -17,11 +17,10 @@ from outdraft.api.draft_settings import AUTO
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.dice import Dice
 from outdraft.core.tree import Tree
-from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.goodness_of_fit import Ranks, found_distance
-from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.findings import AuditSettings, Finding
+from outdraft.evaluation.audit.goodness_of_fit import Ranks, ranks_finding
+from outdraft.evaluation.audit.rounds import Round, Watch
 from outdraft.evaluation.audit.stock import total_variation
-from outdraft.evaluation.audit.watch import Round, Watch
 
 SAME_LAW = 1e-5
 """The total variation by which equal float32 probabilities may differ."""
@@ -91,9 +90,6 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
     """Return the findings on sampled candidates; none where all were point masses."""
     if draws.proposed == 0:
         return []
-    own = draws.ranks.fit()
-    count = len(draws.ranks.values)
-    found = found_distance(count, own.freedom, alpha, settings.power)
     exact = draws.difference <= SAME_LAW and draws.ranks.impossible == 0
     matched = (
         "every draw is a candidate" if draws.unmatched == 0 else f"in {draws.unmatched} rounds draws are no candidates"
@@ -106,6 +102,7 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
         )
     if draws.ranks.impossible:
         lines.append(f"{draws.ranks.impossible} candidates have no probability in the distribution declared for them")
+    question = "Do the drafter's candidates follow the distributions that it declares?"
     return [
         Finding(
             "declared_laws",
@@ -122,22 +119,7 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
             },
             lines=lines,
         ),
-        Finding(
-            "draws",
-            "Do the drafter's candidates follow the distributions that it declares?",
-            True,
-            f"{count} candidates, {own.freedom + 1} classes of rank, chi-square {own.statistic:.1f}; an error that "
-            f"favours likely or unlikely candidates by a total variation of {found:.2g} is found with probability "
-            f"{settings.power:g}.",
-            p_value=own.p_value(),
-            figures={
-                "candidates": count,
-                "statistic": own.statistic,
-                "degrees_of_freedom": own.freedom,
-                "total_variation_found": found,
-                "histogram": draws.ranks.histogram(),
-            },
-        ),
+        ranks_finding("draws", question, "candidates", draws.ranks, settings, alpha),
     ]
 
 

@@ -8,7 +8,7 @@ and backend is the difference between these forwards, so neither a wrong mask no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,42 @@ class Noise:
         self.variation_mean += (variation - self.variation_mean) / (self.positions + 1)
         self.flips += int(single.argmax() != other.argmax())
         self.positions += 1
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token, or one of several, at which a text differs from what it should be."""
+
+    prompt: int
+    """The prompt's number, from 0."""
+    position: int
+    """The new token's number, from 0."""
+    gap: float
+    """The expected token's logit less the found one's, by one-token forwards; nan where one text ends."""
+    noise: float
+    """The largest change of such a gap by rounding alone."""
+    expected: int | None
+    found: int | None
+    """The token found; None where the text ends, as for `expected`."""
+    turn: int = 0
+    """The turn of the conversation, from 0."""
+
+    @property
+    def tie(self) -> bool:
+        """True if the gap lies within the noise: rounding, not a defect. An expected token that is far from the stock
+        model's choice (a negative gap) is a defect as well, and so is no number."""
+        return abs(self.gap) <= self.noise
+
+    def as_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {**found, "logit_gap": found.pop("gap"), "tie": self.tie}
+
+    def line(self) -> str:
+        what = "near-tie" if self.tie else "BUG"
+        return (
+            f"prompt {self.prompt + 1}, token {self.position + 1}: {self.found} instead of {self.expected}, "
+            f"logit gap {self.gap:.3g}, noise {self.noise:.3g}: {what}"
+        )
 
 
 @torch.inference_mode()

@@ -67,11 +67,7 @@ def peers(asked: Sequence[str], target: Target, assistants: Sequence[Target], ba
 
 
 def stock(
-    target: Target,
-    name: str = STOCK,
-    method: str = "none",
-    extra: dict[str, Any] | None = None,
-    parameters: int = 0,
+    target: Target, name: str = STOCK, method: str = "none", extra: dict[str, Any] | None = None, parameters: int = 0
 ) -> Contender:
     """Make a contender of transformers' `generate` on the target's model object, with `extra` arguments."""
     model: Any = target.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,19 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from outdraft.api.loading import load_target
 from outdraft.api.prompts import note_texts
 from outdraft.data.provenance import environment, load_average
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
-from outdraft.evaluation.bench.divergences import Divergence, divergences_by_method
-from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare
+from outdraft.evaluation.bench.measure import PLAIN, Contender, Run, Script, compare, divergences_by_method
 from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
 from outdraft.evaluation.bench.result import BenchResult, Comparison, temperature_name
 from outdraft.evaluation.bench.store import Store, fingerprint
 from outdraft.evaluation.bench.summary import Summary, paired, summarise
-from outdraft.evaluation.report.pages import check_bench_page, save_bench
+from outdraft.evaluation.report.pages import check_page, plotly_script, save_bench
 from outdraft.output import is_main_process
 from outdraft.reference import load_prompts
-from outdraft.target.named import named
 from outdraft.target.target import Target
 
 __all__ = ["BenchResult", "BenchSettings", "Comparison", "measured", "run_bench"]
@@ -43,27 +41,23 @@ def run_bench(
         others: makes more contenders from the model that the baselines run on.
     """
     if settings.report is not None:
-        check_bench_page(settings.report)
-    asked = _questions(settings)
+        plotly_script()
+        check_page(settings.report)
+    if settings.data is not None:
+        asked = read_questions(settings.data, settings.suite, settings.on_bad_line)
+    else:
+        asked = QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
     place: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "backend": settings.backend}
     target = load_target(settings.model, **place, tp_plan=settings.tp_plan)
     fitting, too_long = dialogues(
         asked.limited(settings.limit), target, settings.max_new_tokens, on_bad_line=settings.on_bad_line
     )
     questions = [dialogue.question for dialogue in fitting]
-    stock = _stock(settings, target)
-    rivals = contenders(
-        target,
-        settings.draft_models,
-        settings.methods,
-        backend=settings.backend,
-        tree=settings.tree,
-        controllers=settings.controllers,
-        shipped=str(settings.model) if named(settings.model) is not None else None,
-        include_transformers=settings.include_transformers,
-        peers=settings.peers,
-        stock=stock,
-    )
+    stock = None  # the peers run on the modules of `transformers` itself, unless they shall not
+    elsewhere = settings.peers_backend != "same" and target.backend != "eager"
+    if elsewhere and (settings.peers or settings.include_transformers):
+        stock = load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
+    rivals = contenders(target, settings, stock)
     rivals += others(stock or target)
     note_texts([question.prompt for question in questions], target.tokenizer)
     facts = environment(target)
@@ -95,7 +89,10 @@ def run_bench(
         facts |= store.sittings[-1]  # those of the last measurement, which need not be now
         facts["sittings"] = store.sittings
         for one in comparisons if is_main_process() else ():
-            write_answers(store.folder, one, target, several=len(comparisons) > 1)
+            suffix = f"temp-{one.temperature:g}" if len(comparisons) > 1 else ""
+            for name, runs in one.runs.items():
+                lines = spec_bench.records(name, runs, one.questions, target.tokenizer)
+                spec_bench.write(store.folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
     result = BenchResult(
         settings.shown(asked.suite, len(questions)), facts, comparisons, questions, [*asked.left_out, *too_long]
     )
@@ -103,20 +100,6 @@ def run_bench(
         save_bench(result, settings.report, target.tokenizer)
         remarks.print(f"report: {settings.report}", highlight=False)
     return result
-
-
-def _stock(settings: BenchSettings, target: Target) -> Target | None:
-    """Load the model again with `transformers`' own modules, if the baselines shall run on these."""
-    asked = settings.peers or settings.include_transformers
-    if not asked or settings.peers_backend == "same" or target.backend == "eager":
-        return None
-    return load_target(settings.model, dtype=target.dtype, device=target.device, backend="eager")
-
-
-def _questions(settings: BenchSettings) -> QuestionSet:
-    if settings.data is not None:
-        return read_questions(settings.data, settings.suite, settings.on_bad_line)
-    return QuestionSet("prompts", questions_of(load_prompts("heldout"), HELD_OUT), digest=HELD_OUT)
 
 
 def measured(
@@ -217,14 +200,6 @@ def summed_up(
         {group: [of(rival, group) for rival in rivals] for group in groups},
         questions,
     )
-
-
-def write_answers(folder: Path, comparison: Comparison, target: Target, several: bool) -> None:
-    """Write the answers of every contender in Spec-Bench's own format below `folder`."""
-    suffix = f"temp-{comparison.temperature:g}" if several else ""
-    for name, runs in comparison.runs.items():
-        lines = spec_bench.records(name, runs, comparison.questions, target.tokenizer)
-        spec_bench.write(folder / spec_bench.FOLDER / spec_bench.file_name(name, suffix), lines)
 
 
 @contextmanager

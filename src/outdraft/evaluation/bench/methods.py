@@ -21,7 +21,7 @@ from outdraft.evaluation.bench.baselines import peers as stock_peers
 from outdraft.evaluation.bench.measure import PLAIN, Contender, speculative
 from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.registry import NONE, names, without_model
-from outdraft.target.named import shipped_drafters
+from outdraft.target.named import named, shipped_drafters
 from outdraft.target.target import Target
 
 SUITES = ("spec-bench", "mt-bench", "eagle", "gsm8k", "prompts")
@@ -88,8 +88,6 @@ class BenchSettings:
             raise UserError(f"unknown suite '{self.suite}' in --suite; choose of {', '.join(SUITES)}")
         if self.suite is not None and self.data is None:
             raise UserError(f"--suite {self.suite} needs its questions; give the file with --data")
-        if self.report is not None and self.report.is_dir():
-            raise UserError(f"--report {self.report} is a folder; give the name of a file, such as report.html")
 
     def shown(self, suite: str, prompts: int) -> dict[str, Any]:
         return {
@@ -114,35 +112,18 @@ STOCK_NAMES = "transformers "
 NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 
-def contenders(
-    target: Target,
-    draft_models: Sequence[str] = (),
-    methods: Sequence[str] | None = None,
-    *,
-    backend: str | None = None,
-    tree: dict[str, Any] | None = None,
-    controllers: Sequence[str] = (DEFAULT,),
-    shipped: str | None = None,
-    include_transformers: bool = False,
-    peers: Sequence[str] = (),
-    stock: Target | None = None,
-) -> list[Contender]:
-    """Build plain decoding first, then the requested contenders.
+def contenders(target: Target, settings: BenchSettings, stock: Target | None = None) -> list[Contender]:
+    """Build plain decoding first, then the contenders that settings name.
 
     Args:
-        draft_models: `PATH` or `NAME=PATH` each.
-        methods: methods to compare, `METHOD+lookup` with n-gram drafts; None takes prompt lookup and every given
-            drafter, with and without them.
-        tree: tree settings of all drafters that look ahead by a model; with another controller than `fixed`, the most.
-        controllers: every drafter runs with each of them; `default` is `generate`'s own choice.
-        shipped: name of the model whose shipped drafters stand for those that are not given.
-        include_transformers: add the stock `generate`; the same as `generate` among the peers.
-        peers: baselines of the stock library, as in `baselines.py`.
-        stock: the same model for those, with modules as `transformers` loads them; the target when None.
+        settings: without `methods` these are prompt lookup and every given drafter, with n-gram drafts and without; a
+            drafter that ships for the model stands for one that is not given.
+        stock: the same model for the peers, with modules as `transformers` loads them; the target when None.
 
     Raises:
         UserError: an unknown method, one without a drafter, or a drafter of a method that is not asked for.
     """
+    methods, backend, controllers = settings.methods, settings.backend, settings.controllers
     for method in methods or ():
         if _base(method) not in names() or (method != _base(method) and _base(method) in (NONE, *without_model())):
             known = ", ".join(names())
@@ -151,20 +132,20 @@ def contenders(
         if controller not in (DEFAULT, *CONTROLLERS):
             known = ", ".join((DEFAULT, *CONTROLLERS))
             raise UserError(f"unknown controller '{controller}' in --controllers; choose of {known}")
-    drafters = loaded_drafters(target, draft_models, backend)
+    drafters = loaded_drafters(target, settings.draft_models, backend)
     if methods is not None:
         present = {drafter.method for drafter in drafters.values()}
         for method in dict.fromkeys(map(_base, methods)):
-            if shipped is not None and method in shipped_drafters(shipped) and method not in present:
-                drafters[method] = _loaded(target, shipped, method, backend)
+            if named(settings.model) is not None and method in {*shipped_drafters(settings.model)} - present:
+                drafters[method] = _loaded(target, settings.model, method, backend)
         _agree(methods, drafters)
     assistants = [drafter.model for drafter in drafters.values() if isinstance(drafter, DraftModel)]
-    asked = ["generate", *peers] if include_transformers else peers
+    asked = ["generate", *settings.peers] if settings.include_transformers else settings.peers
     found = [speculative(PLAIN, target, None), *stock_peers(asked, stock or target, assistants, backend)]
     free = [method for method in without_model() if method in (methods or (LOOKUP,))]
     drafters = {method: _loaded(target, None, method, backend) for method in free} | drafters
     for name, drafter in drafters.items():
-        shape = {} if drafter.method in without_model() else tree or {}
+        shape = {} if drafter.method in without_model() else settings.tree
         for suffix in ("",) if drafter.limits.looks_back else ("", WITH_LOOKUP):
             if methods is not None and drafter.method + suffix not in methods:
                 continue
@@ -189,14 +170,14 @@ def _loaded(target: Target, source: str | None, method: str | None, backend: str
 
 def loaded_drafters(target: Target, draft_models: Sequence[str], backend: str | None) -> dict[str, Drafter]:
     """Load drafters by name: the given name, else the method where that is unique, else method and folder."""
-    named: list[tuple[str | None, str, Drafter]] = []
+    loaded: list[tuple[str | None, str, Drafter]] = []
     for text in draft_models:
         match = None if Path(text).exists() else NAMED.fullmatch(text)
         name, path = match.groups() if match else (None, text)
-        named.append((name, path, _loaded(target, path, None, backend)))
-    counts = Counter(drafter.method for _, _, drafter in named)
+        loaded.append((name, path, _loaded(target, path, None, backend)))
+    counts = Counter(drafter.method for _, _, drafter in loaded)
     found: dict[str, Drafter] = {}
-    for name, path, drafter in named:
+    for name, path, drafter in loaded:
         chosen = name or (drafter.method if counts[drafter.method] == 1 else f"{drafter.method} {Path(path).name}")
         if chosen in found or chosen in (PLAIN, *without_model()) or chosen.startswith(STOCK_NAMES):
             raise UserError(f"two contenders are called '{chosen}'; give names with --draft-model NAME=PATH")

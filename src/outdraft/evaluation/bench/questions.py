@@ -151,7 +151,11 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
 
     def turned(record: Any, number: int, source: str) -> Question:
         """Read a record `{"question_id", "category", "turns"}`."""
-        turns = _text_turns(record)
+        turns = record.get("turns") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns:
+            raise BadRecord('"turns" must be a list of texts')
+        if not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            raise BadRecord('every one of "turns" must be a non-empty string')
         identity, category = record.get("question_id", number), str(record.get("category", ""))
         if not isinstance(identity, int | str):
             raise BadRecord('"question_id" must be a number or a text')
@@ -165,7 +169,7 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
         else:
             known = (*MT_BENCH, *SPEC_BENCH[1:]) if suite == "spec-bench" else MT_BENCH
             raise BadRecord(f"category '{category}' is none of {suite}'s ({', '.join(known)})")
-        return Question(identity, category or group, group, turns, source=source)
+        return Question(identity, category or group, group, tuple(turns), source=source)
 
     def arithmetic(record: Any, number: int, source: str) -> Question:
         """Read a record `{"question", "answer"}`."""
@@ -178,15 +182,6 @@ def _reader(suite: str, file: Path, several: bool) -> Reader:
         return Question(number, "prompts", "prompts", prompt=prompt_of(record), source=source)
 
     return {"gsm8k": arithmetic, "prompts": free}.get(suite, turned)
-
-
-def _text_turns(record: Any) -> tuple[str, ...]:
-    turns = record.get("turns") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord('"turns" must be a list of texts')
-    if not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise BadRecord('every one of "turns" must be a non-empty string')
-    return tuple(turns)
 
 
 def questions_of(prompts: Sequence[Prompt], group: str) -> list[Question]:

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from outdraft.data.provenance import busy
 from outdraft.evaluation.bench.baselines import STOCK
-from outdraft.evaluation.bench.divergences import Divergence
 from outdraft.evaluation.bench.measure import PLAIN, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
 from outdraft.evaluation.bench.summary import Summary, scattered
@@ -211,15 +210,13 @@ def verdict(summary: Summary) -> str:
     return f"{parted} at near-ties" if ties == len(summary.divergences) else f"{parted}, {ties} at near-ties"
 
 
-def _turn(found: Divergence) -> str:
-    return f", turn {found.turn + 1}," if found.turn else ""
-
-
 def divergence_lines(summaries: Iterable[Summary]) -> list[str]:
     """List position, gap and noise of the first few divergences."""
     lines = [
-        f"{summary.name}: prompt {found.prompt + 1}{_turn(found)} differs from token {found.position + 1} on, "
-        f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
+        f"{summary.name}: prompt {found.prompt + 1}"
+        + (f", turn {found.turn + 1}," if found.turn else "")
+        + f" differs from token {found.position + 1} on, "
+        + f"logit gap {number(found.gap, '.4f')}, noise {number(found.noise, '.4f')}"
         for summary in summaries
         for found in summary.divergences or []
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.bench.divergences import Divergence
+from outdraft.evaluation.audit.stock import Divergence
 from outdraft.evaluation.bench.measure import PLAIN, Run
 
 RESAMPLES = 2000

@@ -46,9 +46,7 @@ def charts(summaries: Sequence[Summary], groups: Mapping[str, Sequence[Summary]]
             "Share of rounds by the number of levels drafted in them; a chain has one token a level, level 0 is a "
             "round without a draft.",
             _histogram(
-                {s.name: s.statistics.depths for s in drafting},
-                "levels drafted in a round (tokens of a chain)",
-                slots,
+                {s.name: s.statistics.depths for s in drafting}, "levels drafted in a round (tokens of a chain)", slots
             ),
         ),
         (

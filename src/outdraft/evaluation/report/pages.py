@@ -100,14 +100,15 @@ def audit_page(audit: Audit) -> str:
 # --- of a benchmark --------------------------------------------------------------------------------------------------
 
 
-def check_bench_page(path: Path) -> None:
-    """Check that the page can be written, before anything is measured.
+def check_page(path: Path) -> None:
+    """Check that a page can be written, before anything is measured.
 
     Raises:
-        UserError: plotly is not installed.
+        UserError: it is a folder.
         OSError: its folder cannot be made or written to.
     """
-    plotly_script()
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder; give the name of a file, such as report.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     probe = path.with_name(path.name + ".partial")
     probe.touch()

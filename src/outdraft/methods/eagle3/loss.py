@@ -110,7 +110,8 @@ class Eagle3Objective(FeatureObjective):
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Look up bare rows, as `Eagle3Drafter.embed` does."""
-        return F.embedding(ids, (self.drafter.embed_tokens or self.target.model.get_input_embeddings()).weight)
+        embedding: Any = self.drafter.embed_tokens or self.target.model.get_input_embeddings()
+        return F.embedding(ids, embedding.weight)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.token

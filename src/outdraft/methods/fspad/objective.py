@@ -51,7 +51,7 @@ class FeatureObjective(Objective):
         if self._places is None:
             return self.target.head
         # Tokens that are never drafted need no logit, and most of a large vocabulary is never drafted.
-        return DraftVocabulary(self.drafter.draft_tokens, self.target).head  # type: ignore[arg-type]
+        return DraftVocabulary(self.drafter.draft_tokens, self.target).head
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return counted_positions(loss_mask)

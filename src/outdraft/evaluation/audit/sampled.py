@@ -1,26 +1,41 @@
-"""The joint distribution of the first new tokens: samples against exact probabilities, by Pearson's chi-square test.
+"""The checks of sampled texts: the first new tokens jointly, later ones one by one, and whole texts against plain ones.
 
 After chosen prefixes the tree of likely continuations is walked with one-token forwards of the stock model, which gives
 every cell's exact probability; rarer continuations stay in the cell of their first tokens. Cells are fixed before
-sampling, and the sample size follows from the error that must be found.
+sampling, the sample size follows from the error that must be found, and Pearson's chi-square tests the counts.
+
+Every token of longer texts is ranked in the exact distribution that it should come from, by one-token forwards along
+the drafted text. Drafted texts and plain ones of the same prompts are compared by the energy statistic of random token
+features, with a permutation test within each prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from outdraft.api.generation import SpeculativeModel
 from outdraft.core.statistics import Statistics
-from outdraft.evaluation.audit.findings import Finding
-from outdraft.evaluation.audit.goodness_of_fit import Fit, fit, found_distance, needed_samples, pooled
-from outdraft.evaluation.audit.greedy import drafting
-from outdraft.evaluation.audit.settings import AuditSettings
+from outdraft.evaluation.audit.equality import drafting
+from outdraft.evaluation.audit.findings import AuditSettings, Finding
+from outdraft.evaluation.audit.goodness_of_fit import (
+    Fit,
+    Ranks,
+    energy_p_value,
+    fit,
+    found_distance,
+    needed_samples,
+    pooled,
+    ranks_finding,
+    text_features,
+)
+from outdraft.evaluation.audit.rounds import Watch
 from outdraft.evaluation.audit.stock import SEVERAL, StockProbs
-from outdraft.evaluation.audit.watch import Watch
 
 Cells = dict[tuple[int, ...], float]
 """The cells: first tokens and their probabilities; a continued cell keeps only the mass beside its continuations."""
@@ -30,6 +45,35 @@ CHILDREN = 3
 
 LEAST = 0.01
 """The least probability of a cell of its own."""
+
+
+def decoded(
+    model: SpeculativeModel,
+    batches: Iterable[tuple[list[list[int]], int | None]],
+    generation: dict[str, Any],
+    advance: Callable[[int], None],
+) -> tuple[list[list[list[int]]], Statistics]:
+    """Decode batches of prompts, each with its seed; return every batch's new tokens, and the statistics of all."""
+    found, parts = [], []
+    for prompts, seed in batches:
+        output = model.generate(prompts, **generation, seed=seed)
+        found.append(output.tokens)
+        parts.append(output.statistics)
+        advance(len(prompts))
+    return found, Statistics.sum(parts)
+
+
+def sampled_texts(
+    model: SpeculativeModel,
+    prompts: Sequence[list[int]],
+    settings: AuditSettings,
+    use: str,
+    advance: Callable[[int], None],
+) -> tuple[list[list[list[int]]], Statistics]:
+    """Sample texts of every prompt, with the seeds of this use; also return the statistics of the decoding."""
+    batches = (([prompt] * settings.texts, settings.seed_for(use, number)) for number, prompt in enumerate(prompts))
+    generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
+    return decoded(model, batches, generation, advance)
 
 
 @dataclass
@@ -162,33 +206,6 @@ def plan(prefixes: Sequence[Prefix], settings: AuditSettings, alpha: float) -> P
     return Plan(each, freedom, rounding, distance, distance <= settings.total_variation * 1.001)
 
 
-def sampled(
-    model: SpeculativeModel,
-    prefix: list[int],
-    samples: int,
-    settings: AuditSettings,
-    number: int,
-    advance: Callable[[int], None],
-) -> tuple[list[list[int]], Statistics]:
-    """Sample the first tokens of texts after the prefix of this number, each with its own random generator."""
-    assert model.drafter is not None
-    watched = model.with_drafter(Watch(model.drafter, prefill_once=True))
-    found: list[list[int]] = []
-    parts = []
-    while len(found) < samples:
-        rows = min(settings.batch_size, samples - len(found))
-        output = watched.generate(
-            [prefix] * rows,
-            **settings.generation,
-            max_new_tokens=settings.first_tokens,
-            seed=settings.seed_for("beginnings", number, len(found)),
-        )
-        found += output.tokens
-        parts.append(output.statistics)
-        advance(rows)
-    return found, Statistics.sum(parts)
-
-
 def beginnings_finding(
     model: SpeculativeModel,
     prefixes: Sequence[Prefix],
@@ -197,12 +214,21 @@ def beginnings_finding(
     advance: Callable[[int], None],
 ) -> Finding:
     """Sample after every prefix and test all of them together."""
-    whole = Fit(0.0, 0)
-    lines, parts = [], []
+    assert model.drafter is not None
+    watched = model.with_drafter(Watch(model.drafter, prefill_once=True))
+    generation = {**settings.generation, "max_new_tokens": settings.first_tokens}
+    whole, lines, parts = Fit(0.0, 0), [], []
     for number, one in enumerate(prefixes):
-        samples, statistics = sampled(model, one.tokens, planned.each, settings, number, advance)
+        batches = [
+            (
+                [one.tokens] * min(settings.batch_size, planned.each - start),
+                settings.seed_for("beginnings", number, start),
+            )
+            for start in range(0, planned.each, settings.batch_size)
+        ]
+        texts, statistics = decoded(watched, batches, generation, advance)
         parts.append(statistics)
-        own = cells_fit(samples, one.cells, settings.first_tokens)
+        own = cells_fit([text for batch in texts for text in batch], one.cells, settings.first_tokens)
         whole += own
         lines.append(
             f"prefix {number + 1} ({len(one.tokens)} tokens, {own.freedom + 1} cells): "
@@ -235,4 +261,64 @@ def beginnings_finding(
             "drafting": statistics.as_dict(),
         },
         lines=lines,
+    )
+
+
+@torch.inference_mode()
+def token_ranks(
+    probs: StockProbs,
+    prompts: Sequence[list[int]],
+    texts: Sequence[list[list[int]]],
+    seed: int,
+    advance: Callable[[int], None],
+) -> Ranks:
+    """Rank every token but each text's first, which no drafter has proposed."""
+    ranks = Ranks(seed)
+    for prompt, own in zip(prompts, texts, strict=True):
+        for place, step in enumerate(probs.along(prompt, own)):
+            rows = [row for row, dist in enumerate(step) if dist is not None]
+            if place > 0 and rows:
+                ranks.add(
+                    torch.stack([dist for dist in step if dist is not None]),
+                    torch.tensor([own[row][place] for row in rows]),
+                )
+        advance(1)
+    return ranks
+
+
+def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings, alpha: float, exact: bool) -> Finding:
+    """Test whether the tokens' ranks are uniform; arguments as in `ranks_finding`.
+
+    Args:
+        exact: True if a token without probability is a fault; near a filter's edge rounding in low precision lets some
+            through.
+    """
+    question = "Does every token of longer sampled texts come from the target's exact output distribution at its place?"
+    outside = f"; {ranks.impossible} tokens that have no probability there" if ranks.impossible else ""
+    found = ranks_finding("tokens", question, "tokens", ranks, settings, alpha, outside + drafting(statistics))
+    found.figures |= {"impossible": ranks.impossible, "drafting": statistics.as_dict()}
+    if exact and ranks.impossible:
+        found.p_value = 0.0
+    return found
+
+
+def samples_finding(
+    plain: Sequence[list[list[int]]], drafted: Sequence[list[list[int]]], vocab: int, settings: AuditSettings
+) -> Finding:
+    """Test whether drafted texts and plain ones are samples of one distribution."""
+
+    def features(texts: Sequence[Sequence[int]]) -> Tensor:
+        return text_features(texts, vocab, settings.max_new_tokens, settings.seed_for("signs"))
+
+    pairs = [(features(own), features(other)) for own, other in zip(plain, drafted, strict=True)]
+    statistic, p_value = energy_p_value(pairs, settings.permutations, settings.seed_for("permutations"))
+    count = sum(map(len, drafted))
+    return Finding(
+        "samples",
+        "Are drafted texts and plainly sampled ones samples of the same output distribution?",
+        True,
+        f"{count} drafted and {count} plain texts of up to {settings.max_new_tokens} tokens after {len(plain)} "
+        f"prompts; energy statistic {statistic:.3g}, {settings.permutations} permutations within prompts.",
+        p_value=p_value,
+        figures={"texts": count, "prompts": len(plain), "statistic": statistic, "permutations": settings.permutations},
     )

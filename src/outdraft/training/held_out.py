@@ -1,16 +1,17 @@
-"""Measurements during training on held-out conversations, and the best weights by them.
+"""What is held out of training: conversations, measurements on them during training, and the best weights by these.
 
 A quick and smooth measurement unrolls the drafter on its own features over the held-out responses, without decoding. It
 gives the top-1 agreement with the target for each draft step, and the mean number of tokens of a chain, the bonus token
-included, where the target continues as the text does. A function that the caller passes measures the mean acceptance
-length tau of real decoding.
+included, where the target continues as the text does. `tau_meter` makes a function that measures the mean
+acceptance length tau of real decoding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,125 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from outdraft.data.conversations import Conversation
+from outdraft.api.generation import SpeculativeModel
+from outdraft.api.loading import load_drafter_for
+from outdraft.api.prompts import Prompt, encode, prompt_of
+from outdraft.data.conversations import Conversation, OnBadLine, read_conversations
+from outdraft.data.records import json_lines
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.errors import UserError
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
 from outdraft.output import write_whole
 from outdraft.target.ranks import said_by_first
+from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
+
+HELD_OUT = 32
+"""The default number of held-out conversations."""
+
+SMALLEST_SPLIT = 10
+"""The fewest conversations of which some are held out."""
+
+LONGEST_BEGINNING = 64
+"""The most tokens of a plain text that serve as its prompt; a quarter of a shorter text."""
+
+
+@dataclass
+class Split:
+    """A divided training set, before anything is written."""
+
+    data: Path
+    """The file that was divided."""
+    trained: list[Conversation]
+    held_out: list[Conversation]
+    notes: list[str]
+    """The remarks for the user, a line each."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts to measure tau on: held-out ones, else some of the training data."""
+        return [prompt_of(conversation.record()) for conversation in self.held_out or self.trained[:HELD_OUT]]
+
+    def write(self, folder: Path) -> Path:
+        """Write `train.jsonl` and `held_out.jsonl` to the folder, and return the file to train on; without held-out
+        data this is the original.
+
+        Equal data give equal files.
+        """
+        if not self.held_out:
+            return self.data
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, conversations in (("held_out", self.held_out), ("train", self.trained)):
+            write_whole(folder / f"{name}.jsonl", json_lines(one.record() for one in conversations))
+        return folder / "train.jsonl"
+
+
+def hold_out(data: Path, count: int = HELD_OUT, on_bad_line: OnBadLine = "error") -> Split:
+    """Keep the last `count` conversations out of training, but at most a tenth, and none of very small data.
+
+    Several answers to one prompt that follow each other, as `regenerate` writes them, are kept together.
+    """
+    found = read_conversations(data, on_bad_line)
+    everything, notes = found.conversations, []
+    if found.skipped:
+        notes.append(f"{len(found.skipped)} lines could not be used (first: {found.skipped[0]})")
+    kept = 0 if len(everything) < SMALLEST_SPLIT else min(count, len(everything) // 10)
+    while 0 < kept < len(everything):
+        one, other = everything[-kept - 1], everything[-kept]
+        if one.text is not None or other.text is not None or one.questions != other.questions:
+            break
+        kept += 1
+    kept = 0 if kept == len(everything) else kept
+    if kept:
+        notes.append(f"held out for measuring tau: the last {kept} of {len(everything)} conversations")
+    else:
+        notes.append("no conversation is held out: tau is measured on prompts that are trained on")
+    split = len(everything) - kept
+    return Split(data, everything[:split], everything[split:], notes)
+
+
+def beginnings(prompts: Sequence[Prompt], target: Target, switches: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Return the prompts' token ids; a plain text is cut to its first tokens, so that a continuation is left."""
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str) and target.tokenizer is not None:
+            ids = list(target.tokenizer(prompt).input_ids)
+            encoded.append(ids[: max(2, min(LONGEST_BEGINNING, len(ids) // 4))])
+        else:
+            encoded += encode([prompt], target, switches)
+    return encoded
+
+
+def tau_meter(
+    target: Target, prompts: Sequence[list[int]], max_new_tokens: int = 64
+) -> Callable[[Network], dict[str, float]]:
+    """Build a function that decodes the prompts greedily, in one batch, with the current drafter.
+
+    The drafter is copied, in the target's precision: training goes on with the original untouched.
+    """
+
+    # Of the network alone, and as far as it drafts when nobody stops it.
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "prompt_lookup_min": 0,
+        "do_sample": False,
+        "controller": "fixed",
+    }
+
+    def measure(network: Network) -> dict[str, float]:
+        drafter = load_drafter_for(target, network, backend=target.backend)
+        found = SpeculativeModel(target, drafter).generate(list(prompts), **settings).statistics
+        if not found.rounds:
+            return {}
+        measured = {"tau": found.tau, "acceptance_rate": found.acceptance_rate}
+        if found.drafted == sum(found.depths):  # chains, whose positions `outdraft doctor` compares with its own
+            shares = enumerate(found.acceptance_by_position, start=1)
+            measured |= {f"acceptance_at_{position}": share for position, share in shares}
+        return measured
+
+    return measure
+
 
 BATCH = 8
 STEPS = 4
