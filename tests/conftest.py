@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from outdraft.api import draft_settings
 
 try:
     from hypothesis import HealthCheck, settings
@@ -17,6 +20,7 @@ else:  # an example takes as long as the machine is busy, and that is no finding
     settings.load_profile("any machine")
 
 torch.set_num_threads(1)
+DEFAULT = draft_settings.ADAPTIVE
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +32,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unclocked() -> Iterator[None]:
+    """Drafts of the full length, also in what modules prepare: by default a clock decides on CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_settings, "ADAPTIVE", "fixed")
+        yield
+
+
 @pytest.fixture(autouse=True)
-def unclocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts of the full length unless a test asks for a controller: by default a clock decides on CPUs."""
-    if "clocked" not in request.keywords:
-        monkeypatch.setattr("outdraft.api.draft_settings.ADAPTIVE", "fixed")
+def clocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock decide where a test asks for it."""
+    if "clocked" in request.keywords:
+        monkeypatch.setattr(draft_settings, "ADAPTIVE", DEFAULT)
