@@ -352,7 +352,7 @@ def test_a_forward_that_computes_something_else_is_given_up() -> None:
 
 
 def test_a_machine_without_a_compiler_decodes_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "library", lambda: "no C++ compiler (c++, g++, clang++) is installed")
+    monkeypatch.setattr(build, "compiled", lambda: "no C++ compiler (c++, g++, clang++) is installed")
     model = wide("llama-gqa")
     assert load(model, method="none").target.backend == "packed"
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*using 'packed'"):
@@ -367,9 +367,9 @@ def test_a_compiler_with_arguments_is_called_with_them_and_says_why_it_fails(
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{fake}' g++")
     monkeypatch.setenv("OUTDRAFT_CACHE", str(tmp_path / "cache"))
-    assert "no space left for g++" in str(build.library.__wrapped__())
+    assert "no space left for g++" in str(build.compiled.__wrapped__())
     monkeypatch.setenv("CXX", "'g++")
-    assert "CXX cannot be read" in str(build.library.__wrapped__())
+    assert "CXX cannot be read" in str(build.compiled.__wrapped__())
 
 
 def test_the_name_of_the_library_changes_with_sources_and_processor(
@@ -390,7 +390,7 @@ def test_narrower_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
     build._compile(compiler, ("-mavx2", "-mfma"), tmp_path)
     narrow = ctypes.CDLL(str(tmp_path / "kernels.so"))
     assert narrow.outdraft_lanes() == 8
-    monkeypatch.setattr(build, "library", lambda: narrow)
+    monkeypatch.setattr(build, "compiled", lambda: narrow)
     for dtype in DTYPES:
         test_products_are_right_and_do_not_depend_on_the_tokens_beside(100, 66, dtype)
         test_features_are_those_of_stock_layers("qwen3", dtype)

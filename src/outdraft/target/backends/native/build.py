@@ -31,7 +31,7 @@ SECONDS = 300
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | str:
+def compiled() -> ctypes.CDLL | str:
     """Return the loaded kernels, or the reason why there are none."""
     if sys.platform == "win32":
         return "the kernels are not built on Windows"
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | str:
 
 def why_not_native() -> str | None:
     """Return why this machine has no kernels, None if it has."""
-    found = library()
+    found = compiled()
     if isinstance(found, str):
         return found
     narrow = found.outdraft_lanes() < 8 and platform.machine() not in ("arm64", "aarch64")
@@ -61,8 +61,8 @@ def why_not_native() -> str | None:
 
 
 def kernels() -> ctypes.CDLL:
-    """Return the loaded kernels, where `library` says that there are some."""
-    found = library()
+    """Return the loaded kernels, where `compiled` says that there are some."""
+    found = compiled()
     assert not isinstance(found, str), found
     return found
 

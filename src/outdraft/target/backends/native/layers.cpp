@@ -99,7 +99,7 @@ void outdraft_linear(int half, int threads, const Weight* w, const void* x, int6
                      const void* added) {
   by_type(half, [&](auto type) {
     using T = decltype(type);
-    together(threads, 1, [&](const Team& team) {
+    together(threads, [&](const Team& team) {
       linear<T>(team, *w, (const T*)x, tokens, (T*)out, (const T*)added, w->outputs);
     });
   });
@@ -118,7 +118,7 @@ void outdraft_fusion(int half, int threads, const Fusion* f, const void* e, cons
     thread_local std::vector<T> room;
     room.resize(tokens * (f->joined.inputs + 2 * f->down.outputs + 2 * f->down.inputs) + LANES);
     T* own = room.data();
-    together(threads, 1, [&](const Team& team) { fusion(team, *f, (const T*)e, (const T*)x, tokens, (T*)out, own); });
+    together(threads, [&](const Team& team) { fusion(team, *f, (const T*)e, (const T*)x, tokens, (T*)out, own); });
   });
 }
 
@@ -142,17 +142,16 @@ void outdraft_layers(int half, int threads, const Layer* const* layers, int64_t 
     between.resize(count > 1 ? tokens * layers[0]->down.outputs : 0);
     T *own = room.data(), *turns[] = {(T*)out, between.data()};
     float* sums = found.data();
-    together(threads, count, [&](const Team& team) {
-      const T* input = (const T*)x;
-      for (int64_t i = 0; i < count; i++) {
-        Pending over = *p;
-        over.keys = keys[i], over.values = values[i];
-        T* output = turns[(count - 1 - i) % 2];
-        layer(team, *layers[i], over, input, i == 0 && residual ? (const T*)residual : input, output, own, sums);
-        if (i + 1 < count) team.wait();
-        input = output;
-      }
-    });
+    const T* input = (const T*)x;
+    // A team each, so that on a crowded machine fewer threads go on within one call.
+    for (int64_t i = 0; i < count; i++) {
+      Pending over = *p;
+      over.keys = keys[i], over.values = values[i];
+      T* output = turns[(count - 1 - i) % 2];
+      const T* beside = i == 0 && residual ? (const T*)residual : input;
+      together(threads, [&](const Team& team) { layer(team, *layers[i], over, input, beside, output, own, sums); });
+      input = output;
+    }
   });
 }
 }

@@ -143,21 +143,12 @@ class _Whole:
         self.layers, self._stack = layers, Stack([layer.kernel for layer in layers])
 
     def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+        self, x: Tensor, attention_mask: Any = None, *, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
     ) -> Any:
         pending = running()
         assert pending is not None
-        if position_embeddings is None:
-            for layer in self.layers:
-                out = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
-                hidden_states = out[0] if layer.in_tuple else out
-        else:
-            hidden_states = run(self.layers, self._stack, hidden_states, position_embeddings, pending, attention_mask)
-        return (hidden_states,) if self.layers[-1].in_tuple else hidden_states
+        out = run(self.layers, self._stack, x, position_embeddings, pending, attention_mask)
+        return (out,) if self.layers[-1].in_tuple else out
 
 
 def run(

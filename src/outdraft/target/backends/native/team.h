@@ -64,43 +64,39 @@ struct Team {
 // hundred times as long as one thread takes alone; so after some such calls fewer threads go on for a while.
 class Crowding {
  public:
-  int threads(int wanted, int64_t layers) {
-    if (rest_ > 0 && (rest_ = std::max<int64_t>(0, rest_ - layers)) == 0) fewer_ = 0;
+  int threads(int wanted) {
+    if (rest_ > 0 && --rest_ == 0) fewer_ = 0;
     return std::max(1, wanted - fewer_ * std::max(1, wanted / 4));
   }
 
-  // A call of several layers says more than one of a single layer, but one such call alone may have had bad luck.
-  void told(int64_t lost, int64_t whole, int threads, int64_t layers) {
-    const int weight = layers > 1 ? 3 : 1;
+  void told(int64_t lost, int64_t whole, int threads) {
     if (threads == 1) return;
     if (lost * 5 < whole * 2 * (threads - 1)) {
-      bad_ = std::max(0, bad_ - weight);
-      if ((good_ += layers) > 2048) pause_ = 64;
-    } else if ((bad_ += weight) >= 6) {
+      bad_ = std::max(0, bad_ - 1);
+      if (++good_ > 2048) pause_ = 64;
+    } else if (++bad_ >= 6) {
       fewer_++;
       rest_ = pause_;
-      pause_ = std::min<int64_t>(2 * pause_, 8192);
+      pause_ = std::min(2 * pause_, 8192);
       bad_ = good_ = 0;
     }
   }
 
  private:
-  int bad_ = 0, fewer_ = 0;
-  int64_t good_ = 0, rest_ = 0, pause_ = 64;
+  int bad_ = 0, good_ = 0, fewer_ = 0, rest_ = 0, pause_ = 64;
 };
 
-// Runs work, of so many layers, on every thread.
 template <class Work>
-void together(int wanted, int64_t layers, Work work) {
+void together(int wanted, Work work) {
 #if defined(_OPENMP)
   static thread_local Crowding crowding;
-  int threads = crowding.threads(wanted, layers);
+  int threads = crowding.threads(wanted);
   if (threads > 1) {
     Barrier barrier;
     int64_t start = nanoseconds();
 #pragma omp parallel num_threads(threads)
     work(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
-    crowding.told(barrier.lost, nanoseconds() - start, threads, layers);
+    crowding.told(barrier.lost, nanoseconds() - start, threads);
     return;
   }
 #endif
