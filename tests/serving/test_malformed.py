@@ -58,6 +58,13 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
 }
 PLAIN = ["n", "stream", "ignore_eos"]
 """Fields whose values above are all sound."""
+SAID = st.text("abc ", min_size=1, max_size=9)
+SOUND = {
+    "messages": st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": SAID}), min_size=1, max_size=1),
+    "prompt": SAID,
+    "input": SAID,
+}
+"""First fields that every server takes."""
 REQUESTS = (ChatRequest, CompletionRequest, ResponsesRequest)
 FIELDS = sorted({*(name for one in REQUESTS for name in one.model_fields), *NEUTRAL, *ResponsesRequest.neutral()})
 LENGTHS = {"input": "max_output_tokens"}
@@ -74,7 +81,7 @@ def bodies(draw: st.DrawFn, first: str) -> dict[str, Any]:
     body = {name: draw(NEAR[name]) for name in sorted({first, *names} - {"max_tokens"})}
     body[length] = draw(NEAR["max_tokens"])
     if plain:
-        return body
+        return {**body, first: draw(SOUND[first])}
     for name in draw(st.lists(st.sampled_from(FIELDS) | st.text(max_size=8), max_size=2)):
         body[name] = draw(ANY)
     return body
