@@ -31,7 +31,7 @@ NAMES = {
 }
 
 
-def tiny_llama(seed: int = 3, tied: bool = True) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 3, tied: bool = True, head_dim: int = 8) -> LlamaForCausalLM:
     """Random weights that bfloat16 can hold, in float32."""
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -40,7 +40,7 @@ def tiny_llama(seed: int = 3, tied: bool = True) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=512,
         rms_norm_eps=2**-16,
         initializer_range=0.3,

@@ -432,8 +432,8 @@ def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int,
     torch.testing.assert_close(alone.double(), right, atol=close * float(right.abs().max()), rtol=close)
     for tokens in range(1, 38):
         assert torch.equal(product(x[:tokens]), alone[:tokens]), tokens
-    numbers, _ = weights.quantised(weight[:80].view(5, 16, 96), bits)
-    assert torch.equal(weights.unblocked(weights.blocks(numbers, bits), bits), numbers)
+    numbers = weights.quantised(weight[:80], bits).numbers.view(5, 16, 96)
+    assert torch.equal(weights.unblocked(weights.blocked(numbers, bits), bits), numbers)
 
 
 def test_gates_of_quantised_weights_keep_their_rows() -> None:
@@ -464,7 +464,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     for given, settings, reason in (
         (str(tmp_path), {"quantize": "int8"}, "a layer has 48 inputs, no multiple of 32"),
-        (str(tmp_path), {"quantize": "int3"}, "quantize must be int8 or int4, not 'int3'"),
+        (str(tmp_path), {"quantize": "int3"}, "quantize must be int8, int4 or gguf, not 'int3'"),
         (str(tmp_path), {"quantize": "int8", "backend": "packed"}, "done by backend native, not packed"),
         (model, {"quantize": "int8"}, "a loaded model's are its owner's"),
     ):

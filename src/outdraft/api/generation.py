@@ -70,8 +70,9 @@ def load(
         device: `cpu`, `cuda`, ...; by default the first GPU if there is one. `auto` spreads the layers over all GPUs,
             and those that have no room there over host memory (`device_map="auto"` of `transformers`).
         backend: `eager`, `packed`, `native` or `graphs`; by default `native` on a CPU and `graphs` on a GPU.
-        quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. What is
-            decoded then has the distribution of the quantised model.
+        quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. `gguf`
+            takes the quantised weights of its GGUF file as they are. What is decoded then has the distribution of
+            the quantised model.
         tp_plan: `auto` shares the target's layers among the processes of `torchrun` (tensor parallelism), each of which
             makes the same calls (docs/guides/several-devices.md).
         trust_remote_code: run code from the model's repository.

@@ -21,6 +21,7 @@ from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
 from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
+from outdraft.target.gguf_blocks import store_blocks
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import base_of, is_hub_id, merged, named, not_on_hub, place_of, shipped_drafter, unwrapped
 from outdraft.target.ranks import sharding
@@ -107,6 +108,10 @@ def load_target(
         if tp_plan is not None:
             options |= {"sharing": partial(sharding, plan=tp_plan, device=device, whole_ends=whole_ends)}
         loaded, path, shown_as = _load_place(model, where, **options)
+        if backend == "native-gguf":
+            if base_of(model) is not None:
+                raise UserError("quantize=gguf cannot change the file's weights by an adapter; quantize int8 or int4")
+            store_blocks(loaded, path)
         if shown_as is not None:  # otherwise records would name a local folder
             loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
@@ -148,8 +153,8 @@ def quantised_backend(backend: str | None, quantize: str | None) -> str | None:
     """
     if quantize is None:
         return backend
-    if quantize not in ("int8", "int4"):
-        raise UserError(f"quantize must be int8 or int4, not {quantize!r}")
+    if f"native-{quantize}" not in QUANTISED:
+        raise UserError(f"quantize must be int8, int4 or gguf, not {quantize!r}")
     if backend not in (None, "auto", "native"):
         raise UserError(f"quantize={quantize} is done by backend native, not {backend}; leave the backend out")
     return f"native-{quantize}"

@@ -115,8 +115,9 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        metavar="int8|int4",
-        help="Quantise the target's weights (CPU); the output is then the quantised model's.",
+        metavar="int8|int4|gguf",
+        help="Quantise the target's weights (CPU), or take those of its GGUF file as they are; the output is then the "
+        "quantised model's.",
     ),
 ]
 TensorParallel = Annotated[

@@ -29,11 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from outdraft.errors import UserError, first_line
 from outdraft.output import cache_folder, made_once
+from outdraft.target.gguf_blocks import save_blocks
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"
 """Name of the record in the folder of the file that it was made from."""
-LAYOUT = "1"
+LAYOUT = "2"
 """Part of the folders' names; increase it when the same file becomes another folder."""
 PACKAGES = ("gguf", "accelerate")
 """Packages with which `transformers` reads GGUF files."""
@@ -97,7 +98,7 @@ def _unpack(file: Path, folder: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
-    model = _dequantised(file, config)
+    model = _dequantised(file, config, folder)
     tokenizer, notes = _reading(file, lambda: tokenizer_of(file, metadata))
     for note in notes:
         print(f"{file.name}: {note}", file=sys.stderr, flush=True)
@@ -137,8 +138,8 @@ def _read(file: Path) -> tuple[Metadata, str]:
     return metadata, " and ".join(kind for kind, _ in matrices.most_common())
 
 
-def _dequantised(file: Path, config: Any) -> PreTrainedModel:
-    """Load the model in bfloat16, without any sign that it was quantised."""
+def _dequantised(file: Path, config: Any, folder: Path) -> PreTrainedModel:
+    """Load the model in bfloat16, without any sign that it was quantised; its blocks are written to the folder."""
     options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # versions that can compute on packed weights must not do so
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -150,6 +151,7 @@ def _dequantised(file: Path, config: Any) -> PreTrainedModel:
             f"'{file}' lacks {len(lacking)} of the model's weights, such as {lacking[0]}; give a whole file (not one "
             "of several parts), or download it again"
         )
+    _reading(file, lambda: save_blocks(file, loaded, folder))
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

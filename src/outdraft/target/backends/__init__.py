@@ -2,10 +2,10 @@
 
 `eager` is the model as it is. `graphs` (CUDA) replays forwards over trees as CUDA graphs, with kernels of our own
 around the model's products. `native` (CPU) runs whole layers by kernels of our own, compiled on the machine, at the
-speed of its memory; `native-int8` and `native-int4` do so on quantised weights. `packed` (CPU) keeps every linear
-layer's weight in oneDNN's own blocked layout, around stock modules; it serves families that `native` does not, and
-machines without a compiler. The choice never changes what is computed, only how (but for the quantised weights); plain
-decoding is always timed on the same backend.
+speed of its memory; `native-int8`, `native-int4` and `native-gguf` do so on quantised weights. `packed` (CPU) keeps
+every linear layer's weight in oneDNN's own blocked layout, around stock modules; it serves families that `native` does
+not, and machines without a compiler. The choice never changes what is computed, only how (but for the quantised
+weights); plain decoding is always timed on the same backend.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ __all__ = [
     "why_not_packed",
 ]
 
-Backend = Literal["eager", "packed", "native", "native-int8", "native-int4", "graphs"]
-BACKENDS = ("eager", "packed", "native", "native-int8", "native-int4", "graphs")
+Backend = Literal["eager", "packed", "native", "native-int8", "native-int4", "native-gguf", "graphs"]
+BACKENDS = ("eager", "packed", "native", "native-int8", "native-int4", "native-gguf", "graphs")
 
-QUANTISED = {"native-int8": 8, "native-int4": 4}
-"""Bits of the weights on backends that quantise them."""
+QUANTISED = {"native-int8": 8, "native-int4": 4, "native-gguf": None}
+"""Bits of the weights on backends that quantise them; None takes the blocks of the GGUF file."""
 
 SIMPLER: dict[str, tuple[Backend, ...]] = {"native": ("packed", "eager"), "packed": ("eager",), "graphs": ("eager",)}
 """Backends that serve in place of one that cannot, in order."""
@@ -97,7 +97,7 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
         raise UserError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     whole = isinstance(model, PreTrainedModel)  # a drafter's network runs with the target's layers
     if backend in QUANTISED and whole:
-        if (reason := why_not_quantised(model)) is not None:
+        if (reason := why_not_quantised(model, QUANTISED[backend])) is not None:
             raise UserError(f"backend '{backend}' cannot serve this model ({reason}); quantise it with torchao instead")
         view: Any = quantised_view(model, QUANTISED[backend], owned)
         mark(view, backend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
 from outdraft.target.backends.native.build import why_not_native
 from outdraft.target.backends.native.operations import LANES, Layer, PendingView, Stack, rms_norm
 from outdraft.target.backends.native.released import release
-from outdraft.target.backends.native.weights import GROUP, TYPES, Weight, linear, quantised_linear
+from outdraft.target.backends.native.weights import (
+    GROUP,
+    TYPES,
+    Quantise,
+    Weight,
+    linear,
+    quantised_linear,
+    rounding,
+    stored,
+)
 from outdraft.target.backends.packed import packed_view, why_not_replaced
 from outdraft.target.backends.tree_attention import Pending, running, running_over
 
@@ -52,13 +62,13 @@ class NativeLayer(nn.Module):
     Args:
         layer: the stock layer, whose attributes it shows.
         in_tuple: True if the stock layer returns a tuple.
-        bits: 8 or 4 quantises the weights, which the stock layer then has too; None keeps them.
+        quantise: quantises the weights, which the stock layer then has too; None keeps them.
         owned: True if nobody else uses the stock layer, which then keeps no weights of its own (`released.py`).
     """
 
     layer_idx: int
 
-    def __init__(self, layer: Any, in_tuple: bool = False, bits: int | None = None, owned: bool = False):
+    def __init__(self, layer: Any, in_tuple: bool = False, quantise: Quantise | None = None, owned: bool = False):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         for name, value in vars(layer).items():  # what a model's forward may look up, such as the kind of attention
@@ -74,13 +84,16 @@ class NativeLayer(nn.Module):
             (mlp.gate_proj, mlp.up_proj),
             (mlp.down_proj,),
         )
-        weights = [Weight(*fused.joined(*own), gated=own[0] is mlp.gate_proj, bits=bits) for own in parts]
-        for weight, own in zip(weights, parts, strict=True) if owned or bits is not None else ():
+        weights = []
+        for own in parts:
+            blocks = None if quantise is None else quantise([part.weight for part in own])
+            weight = Weight(*fused.joined(*own), gated=own[0] is mlp.gate_proj, blocks=blocks)
+            weights.append(weight)
             if owned:
                 release(own, weight)
-                continue
-            for part, kept in zip(own, weight.dense().split([part.out_features for part in own]), strict=True):
-                part.weight.data.copy_(kept)
+            elif blocks is not None:
+                for part, kept in zip(own, weight.dense().split([part.out_features for part in own]), strict=True):
+                    part.weight.data.copy_(kept)
         qkv, o, gate_up, down = weights
         self.kernel = Layer(
             qkv,
@@ -180,9 +193,9 @@ def _of(norm: Any) -> tuple[Tensor, float]:
 class NativeDoubles(Doubles):
     """Replacements by our kernels for one model."""
 
-    def __init__(self, bits: int | None = None, owned: bool = False) -> None:
+    def __init__(self, quantise: Quantise | None = None, owned: bool = False) -> None:
         super().__init__(linear)
-        self.bits, self.owned = bits, owned
+        self.quantise, self.owned = quantise, owned
         self._tuples: dict[Any, bool | None] = {}
         """Whether layers of a kind return tuples; None if our kernels compute something else."""
 
@@ -203,7 +216,7 @@ class NativeDoubles(Doubles):
         return self._tuples[kind] is not None
 
     def _layer(self, layer: nn.Module) -> NativeLayer:
-        return NativeLayer(layer, bool(self._tuples[_kind(layer)]), self.bits, self.owned)
+        return NativeLayer(layer, bool(self._tuples[_kind(layer)]), self.quantise, self.owned)
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -279,9 +292,14 @@ def native_view(model: Any, owned: bool = False) -> Any:
     return packed_view(model, linear, NativeDoubles(owned=owned))
 
 
-def quantised_view(model: Any, bits: int, owned: bool = False) -> Any:
-    """Return `native_view` with weights of eight or four bits. The original gets the same weights, in its precision."""
-    return packed_view(model, quantised_linear, NativeDoubles(bits, owned))
+def quantised_view(model: Any, bits: int | None, owned: bool = False) -> Any:
+    """Return `native_view` with quantised weights. The original gets the same weights, in its precision.
+
+    Args:
+        bits: 8 or 4 of the layers' weights, beside which the head has eight; None takes what `store` gave to weights.
+    """
+    layers, head = (stored, stored) if bits is None else (rounding(bits), rounding(8))
+    return packed_view(model, partial(quantised_linear, quantise=head), NativeDoubles(layers, owned))
 
 
 def why_not_parts(model: Any) -> str | None:
@@ -294,9 +312,9 @@ def why_not_parts(model: Any) -> str | None:
     return why_not_native()
 
 
-def why_not_quantised(model: Any) -> str | None:
-    """Return why a model cannot have weights of eight or four bits here, None if it can."""
-    if (reason := why_not_native_model(model)) is not None:
+def why_not_quantised(model: Any, bits: int | None) -> str | None:
+    """Return why `quantised_view` cannot have a model with these bits, None if it can."""
+    if (reason := why_not_native_model(model)) is not None or bits is None:
         return reason
     parts = (part for part in model.modules() if isinstance(part, nn.Linear))
     odd = next((part.in_features for part in parts if part.in_features % GROUP), None)

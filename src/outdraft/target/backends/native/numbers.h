@@ -1,4 +1,4 @@
-// Vectors of a register's numbers, float32 or bfloat16, by the compiler's own vector types: one source for every
+// Vectors of a register's numbers, float32, bfloat16 or float16, by the compiler's own vector types: one source for every
 // processor.
 #pragma once
 
@@ -27,6 +27,9 @@ typedef uint32_t LooseWords __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
   uint16_t bits;
 };
 
@@ -81,6 +84,19 @@ struct Type<bfloat16> {
 #else
     sum += (Floats)(line << 16) * from_bits(word << 16);
     return sum + (Floats)(line & 0xffff0000u) * from_bits(word & 0xffff0000u);
+#endif
+  }
+};
+
+template <>
+struct Type<float16> {
+  static Floats load(const float16* at) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at));
+#else
+    Words word = __builtin_convertvector(*(const LooseHalves*)at, Words);
+    Floats size = (Floats)((word & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Words)size | (word & 0x8000) << 16);
 #endif
   }
 };

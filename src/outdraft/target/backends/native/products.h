@@ -98,7 +98,7 @@ struct Quantised {
     constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1, BYTES = GROUP * LANES * BITS / 8;
     const int64_t groups = w.inputs / GROUP;
     const uint8_t* numbers = (const uint8_t*)w.lines + panel * groups * BYTES;
-    const bfloat16* scales = (const bfloat16*)w.scales + panel * groups * KINDS * LANES;
+    const float16* scales = (const float16*)w.scales + panel * groups * KINDS * LANES;
     for (int64_t g = 0; g < groups; g++) {
       Floats sum[M][N] = {};
       for (int i = 0; i < PAIRS; i += LINES<BITS>) {
@@ -123,13 +123,13 @@ struct Quantised {
             }
       }
       for (int n = 0; n < N; n++) {
-        const bfloat16* own = scales + (n * groups + g) * KINDS * LANES;
-        Floats scale = Type<bfloat16>::load(own);
+        const float16* own = scales + (n * groups + g) * KINDS * LANES;
+        Floats scale = Type<float16>::load(own);
         for (int m = 0; m < M; m++) {
           float* kept = sums + (m * N + n) * LANES;
           Floats all = *(const LooseFloats*)kept + sum[m][n] * scale;
           if constexpr (BITS == 4)
-            all += (Type<bfloat16>::load(own + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
+            all += (Type<float16>::load(own + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
           *(LooseFloats*)kept = all;
         }
       }

@@ -10,7 +10,7 @@ constexpr int PAIRS = GROUP / 2;
 
 struct Weight {
   const uint32_t* lines;   // [panels][words][LANES], or [panels][groups][numbers of a group]
-  const uint16_t* scales;  // [panels][groups][1 or 2][LANES] scales and, with four bits, offsets; null: not quantised
+  const uint16_t* scales;  // [panels][groups][1 or 2][LANES] float16 scales, with four bits offsets too; null: not quantised
   const float* bias;       // [outputs], or null
   int64_t outputs, inputs, bits;
 };

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from ctypes import Structure, byref, c_int64, c_void_p
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,53 @@ from outdraft.target.backends.packed import PackedLinear
 TYPES = (torch.float32, torch.bfloat16)
 GROUP = 32
 """Inputs of a quantised matrix that share a scale."""
+STORED = "outdraft_blocks"
+"""Attribute of a weight whose file has it in blocks."""
+
+
+@dataclass
+class Blocks:
+    """A matrix of whole numbers, each times the scale of its group of `GROUP` inputs plus the group's offset.
+
+    Attributes:
+        numbers: `(outputs, inputs)` int8, -127 ... 127 of eight bits or 0 ... 15 of four.
+        scales: `(outputs, groups)` float16.
+        offsets: `(outputs, groups)` float16 of four bits; None of eight.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return 8 if self.offsets is None else 4
+
+    def dense(self) -> Tensor:
+        """Return the `(outputs, inputs)` float32 matrix."""
+        groups = self.numbers.unflatten(1, (-1, GROUP)) * self.scales.float()[..., None]
+        return (groups if self.offsets is None else groups + self.offsets.float()[..., None]).flatten(1)
+
+    def laid_out(self, order: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+        """Return numbers and scales, their outputs in this order, in panels as weights.h reads them."""
+
+        def panels(part: Tensor) -> Tensor:
+            padded = part.new_zeros(-(-len(order) // lanes) * lanes, part.shape[1])
+            padded[: len(order)] = part[order]
+            return padded.view(-1, lanes, part.shape[1])
+
+        kept = [panels(part) for part in (self.scales, self.offsets) if part is not None]
+        return blocked(panels(self.numbers), self.bits), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
+
+    @staticmethod
+    def joined(parts: Sequence[Blocks]) -> Blocks | None:
+        """Return the matrix of several below each other; None if their numbers have different bits."""
+        if len({part.bits for part in parts}) > 1:
+            return None
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        numbers, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
+        return Blocks(numbers, scales, torch.cat(offsets) if offsets else None)
 
 
 class CWeight(Structure):
@@ -32,28 +81,38 @@ class Weight:
         bias: `(outputs,)` or None.
         gated: True if the first half of the outputs are gates of the second; each a multiple of `LANES`.
         bits: 8 or 4 quantises the weight, a multiple of `GROUP` inputs; None keeps it.
+        blocks: what the weight stands for, in place of it and of `bits`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, gated: bool = False, bits: int | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        bits: int | None = None,
+        blocks: Blocks | None = None,
+    ):
         weight = weight.detach()
+        blocks = quantised(weight, bits) if blocks is None and bits is not None else blocks
         self.outputs, self.inputs = weight.shape
-        self.dtype, self.half, self.bits = weight.dtype, int(weight.dtype == torch.bfloat16), bits
+        self.dtype, self.half = weight.dtype, int(weight.dtype == torch.bfloat16)
+        self.bits = None if blocks is None else blocks.bits
         order, lanes = torch.arange(self.outputs), kernels().outdraft_lanes()
         if gated:  # panels of gates and of gated values in turn
             order = order.view(2, -1, lanes).transpose(0, 1).flatten()
-        padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
-        padded[: self.outputs] = weight[order]
         self._order, self.scales = order, None
-        panels = padded.view(-1, lanes, self.inputs)
-        if bits is None:
-            words = panels.unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
+        if blocks is None:
+            padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
+            padded[: self.outputs] = weight[order]
+            words = padded.view(-1, lanes, self.inputs).unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
             self.lines = words.view(torch.int32)
         else:
-            numbers, self.scales = quantised(panels, bits)
-            self.lines = blocks(numbers, bits)
+            self.lines, self.scales = blocks.laid_out(order, lanes)
         self.bias = None if bias is None else bias.detach().float()[order].contiguous()
         kept = (self.lines, self.scales, self.bias)
-        self.struct = CWeight(*(None if part is None else part.data_ptr() for part in kept), *weight.shape, bits or 0)
+        self.struct = CWeight(
+            *(None if part is None else part.data_ptr() for part in kept), *weight.shape, self.bits or 0
+        )
         self._at = byref(self.struct)
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
@@ -84,30 +143,26 @@ class Weight:
         return torch.empty_like(rows).index_copy_(0, self._order, rows)
 
 
-def quantised(panels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise groups of `GROUP` inputs: eight bits to -127 ... 127 with a scale, four to 0 ... 15 with an offset too.
+def quantised(weight: Tensor, bits: int) -> Blocks:
+    """Quantise a matrix: eight bits to -127 ... 127 with a scale, four to 0 ... 15 with an offset too.
 
     Args:
-        panels: `(panels, LANES, inputs)`.
+        weight: `(outputs, inputs)`.
         bits: 8 or 4.
-
-    Returns:
-        `(panels, LANES, inputs)` int8, and `(panels, groups, 1 or 2, LANES)` bfloat16 scales and offsets.
     """
-    groups = panels.float().unflatten(2, (-1, GROUP))
+    groups = weight.float().unflatten(1, (-1, GROUP))
     most = 127 if bits == 8 else 15
-    offset = torch.zeros(()) if bits == 8 else groups.amin(3).to(torch.bfloat16).float()
-    reach = groups.abs().amax(3) if bits == 8 else groups.amax(3) - offset
-    scale = (reach / most).to(torch.bfloat16).float()
-    # A scale that was rounded down is made larger, so that the largest weight is not cut.
-    scale = torch.where(scale * most < reach, scale * (1 + 2**-7), scale).to(torch.bfloat16)
+    offset = torch.zeros(()) if bits == 8 else groups.amin(2).half().float()
+    reach = groups.abs().amax(2) if bits == 8 else groups.amax(2) - offset
+    scale = (reach / most).half()
+    # A scale that was rounded down becomes the next larger one, so that the largest weight is not cut.
+    scale = torch.where(scale.float() * most < reach, (scale.view(torch.int16) + 1).view(torch.float16), scale)
     numbers = (groups - offset[..., None]) / scale.float().clamp(min=1e-30)[..., None]
     whole = numbers.round().clamp(-127 if bits == 8 else 0, most).to(torch.int8)
-    kept = [scale] if bits == 8 else [scale, offset.to(torch.bfloat16)]
-    return whole.flatten(2), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
+    return Blocks(whole.flatten(1), scale, None if bits == 8 else offset.half())
 
 
-def blocks(numbers: Tensor, bits: int) -> Tensor:
+def blocked(numbers: Tensor, bits: int) -> Tensor:
     """Arrange `(panels, LANES, inputs)` whole numbers in blocks as weights.h reads them."""
     shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
     parts = numbers.view(torch.uint8).unflatten(1, (-1, 4)).unflatten(3, shape)
@@ -117,7 +172,7 @@ def blocks(numbers: Tensor, bits: int) -> Tensor:
 
 
 def unblocked(lines: Tensor, bits: int) -> Tensor:
-    """Return the `(panels, LANES, inputs)` whole numbers of `blocks`."""
+    """Return the `(panels, LANES, inputs)` whole numbers of `blocked`."""
     parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, lanes / 4, 4, blocks, lines, inputs of a pair)
     if bits == 4:
         parts = torch.stack([parts & 15, parts >> 4], dim=4)
@@ -130,15 +185,15 @@ class NativeLinear(PackedLinear):
     Args:
         weight: `(out, in)`, an even number of inputs.
         bias: `(out,)` or None.
-        bits: as in `Weight`.
+        bits, blocks: as in `Weight`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int | None = None, blocks: Blocks | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        self._packed = Weight(weight, bias, bits=bits)
+        self._packed = Weight(weight, bias, bits=bits, blocks=blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x)
@@ -164,9 +219,31 @@ def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
     return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
 
 
-def quantised_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Return a layer of eight bits, as models' heads are where layers have eight or four; the weight becomes that of
-    the layer."""
-    made = NativeLinear(weight, bias, bits=8)
+Quantise = Callable[[Sequence[Tensor]], Blocks | None]
+"""Makes one matrix of those of several layers below each other; None leaves them as they are."""
+
+
+def rounding(bits: int) -> Quantise:
+    """Return what rounds weights to 8 or 4 bits."""
+    return lambda parts: quantised(torch.cat([part.detach() for part in parts]), bits)
+
+
+def stored(parts: Sequence[Tensor]) -> Blocks | None:
+    """Take the blocks that `store` gave to the layers' weights; None if one has none, or other bits than the rest."""
+    found = [vars(part).pop(STORED, None) for part in parts]
+    return None if None in found else Blocks.joined(found)
+
+
+def store(weight: Tensor, blocks: Blocks) -> None:
+    """Give a weight the blocks of the file that it comes from."""
+    setattr(weight, STORED, blocks)
+
+
+def quantised_linear(weight: Tensor, bias: Tensor | None, quantise: Quantise) -> PackedLinear:
+    """Return a quantised layer; the weight becomes that of the layer."""
+    blocks = quantise([weight])
+    if blocks is None:
+        return linear(weight, bias)
+    made = NativeLinear(weight, bias, blocks=blocks)
     weight.data.copy_(made.dense())
     return made
