@@ -2,10 +2,10 @@
 afterwards.
 
 This module defines the target that a file stands for. `transformers` dequantises the weights in float32, and they are
-rounded once to bfloat16, so that the bfloat16 and the float32 target have the same weights. Tokenizer, chat template,
-first and last tokens are the file's. In the tokenizer that `transformers` builds two things are mended: how text is
-split before merging (kinds that it does not know it splits as GPT-2 does), and whether a first or last token is added
-to plain text.
+rounded once to bfloat16, so that the bfloat16 and the float32 target have the same weights; the blocks are kept beside
+them (`gguf_blocks.py`). Tokenizer, chat template, first and last tokens are the file's. In the tokenizer that
+`transformers` builds two things are mended: how text is split before merging (kinds that it does not know it splits as
+GPT-2 does), and whether a first or last token is added to plain text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from outdraft.errors import UserError, first_line
 from outdraft.output import cache_folder, made_once
-from outdraft.target.gguf_blocks import save_blocks
+from outdraft.target.gguf_blocks import WHOLE, save_blocks
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"
@@ -92,9 +92,10 @@ def _digest(file: Path) -> str:
 def _unpack(file: Path, folder: Path) -> None:
     metadata, kinds = _read(file)
     config = _reading(file, lambda: AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    as_is = "" if set(kinds.split(" and ")) <= WHOLE else "; on a CPU, --quantize gguf decodes with them as they are"
     where = str(cache_folder()).replace(str(Path.home()), "~", 1)
     print(
-        f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where})",
+        f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where}){as_is}",
         file=sys.stderr,
         flush=True,
     )
