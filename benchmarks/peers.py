@@ -37,6 +37,7 @@ from peer_worker import Worker, WorkerError
 from rich.console import Console
 from safetensors.torch import save_file
 
+from outdraft.api.loading import quantised_backend
 from outdraft.console.app import quiet_libraries
 from outdraft.errors import UserError
 from outdraft.evaluation.bench.baselines import counted
@@ -185,6 +186,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", help="as of `outdraft bench`, with commas; all of them if left out")
     parser.add_argument("--controllers", default="fixed", help="with commas; every drafter of ours runs with each")
     parser.add_argument("--data", type=Path, help="Spec-Bench's question.jsonl; the shipped held-out ones if left out")
+    parser.add_argument(
+        "--quantize", help="as of `outdraft bench`, for ours; the others get what those weights stand for"
+    )
     parser.add_argument("--per-task", type=int, help="questions of each task")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", default="0")
@@ -222,6 +226,7 @@ def main() -> None:
             peers=["generate", "prompt-lookup", *([f"assistant={given.assistant}"] if given.assistant else [])],
             output_dir=folder,
             dtype="bfloat16",
+            backend=quantised_backend(None, given.quantize),
         )
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
