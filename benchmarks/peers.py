@@ -186,9 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", help="as of `outdraft bench`, with commas; all of them if left out")
     parser.add_argument("--controllers", default="fixed", help="with commas; every drafter of ours runs with each")
     parser.add_argument("--data", type=Path, help="Spec-Bench's question.jsonl; the shipped held-out ones if left out")
-    parser.add_argument(
-        "--quantize", help="as of `outdraft bench`, for ours; the others get what those weights stand for"
-    )
+    parser.add_argument("--quantize", help="as of `outdraft bench`, for ours; others get what it stands for")
     parser.add_argument("--per-task", type=int, help="questions of each task")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", default="0")
