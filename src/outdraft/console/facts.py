@@ -18,6 +18,7 @@ from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
+from outdraft.target import gguf_blocks
 from outdraft.target.gguf_file import record_in
 from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
@@ -122,9 +123,10 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     quantised: Any = getattr(config, "quantization_config", None) or {}
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
+    as_is = " (--quantize gguf: as they are)" if (folder / gguf_blocks.FILE).exists() else ""
     return {
         "kind": "model",
-        **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16"} if made_from else {}),
+        **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16{as_is}"} if made_from else {}),
         **({"quantised_by": quantised.get("quant_method", "an unnamed quantiser")} if quantised else {}),
         "family": config.model_type,
         "class": type(model).__name__,
