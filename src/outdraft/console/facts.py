@@ -17,8 +17,8 @@ from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
-from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target import gguf_blocks
+from outdraft.target.backends import default_backend, default_dtype, why_not_native
 from outdraft.target.gguf_file import record_in
 from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
