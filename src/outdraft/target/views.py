@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from outdraft.errors import UserError
 from outdraft.target.backends import forward_of
+from outdraft.target.backends.native import NativeStack
 from outdraft.target.backends.tree_attention import Pending
 
 
@@ -200,8 +201,7 @@ def _path_to_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 def view_of(model: PreTrainedModel, layers: list[nn.Module], indices: Sequence[int]) -> Any:
     """Return a shallow copy of the inner model with these layers, in place of those at `indices` of its list."""
     path = _path_to_layers(model)
-    child: nn.Module = nn.ModuleList()
-    child._modules = {str(i): layer for i, layer in enumerate(layers)}
+    child: nn.Module = (NativeStack if isinstance(path[-1][1], NativeStack) else nn.ModuleList)(layers)
     for (_, parent), (name, _) in zip(path[-2::-1], path[:0:-1], strict=True):
         view = copy.copy(parent)
         view.__dict__.pop("forward", None)  # accelerate's hooks put one there that runs the original

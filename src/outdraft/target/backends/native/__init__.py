@@ -2,6 +2,7 @@
 
 from outdraft.target.backends.native.build import why_not_native
 from outdraft.target.backends.native.modules import (
+    NativeStack,
     native_view,
     quantised_view,
     why_not_native_model,
@@ -10,6 +11,7 @@ from outdraft.target.backends.native.modules import (
 )
 
 __all__ = [
+    "NativeStack",
     "native_view",
     "quantised_view",
     "why_not_native",

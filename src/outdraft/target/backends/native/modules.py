@@ -7,8 +7,9 @@ tokens it is one call; any other forward runs the stock layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -133,24 +134,31 @@ class NativeLayer(nn.Module):
 
 
 class NativeStack(nn.ModuleList):
-    """A model's list of layers. A forward that asks for all of them over pending tokens runs them as one call."""
+    """A model's list of layers. A forward that asks for all of them over pending tokens runs neighbours as one call.
 
-    def __init__(self, layers: list[NativeLayer]):
+    Args:
+        layers: layers of any kind; those beside each other that are all `NativeLayer` become one call.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__(layers)
-        alike = len({layer.stack.probe.shape for layer in layers}) == 1
-        self._whole = (_Whole(layers),) if alike else None
+        self._joined: list[Any] = []
+        for shape, group in groupby(self, lambda layer: layer.stack.probe.shape if type(layer) is NativeLayer else ()):
+            own: list[Any] = list(group)
+            self._joined += [_Neighbours(own)] if shape else own
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and not index.start and index.step is None:
-            whole, pending = index.stop is None or index.stop >= len(self), running()
-            # Layers of several kinds get a mask each.
-            if whole and self._whole is not None and pending is not None and len(pending.windows) == 1:
-                return self._whole
-        return super().__getitem__(index)
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        pending, whole = running(), index.start in (None, 0) and index.step is None
+        whole = whole and (index.stop is None or index.stop >= len(self))
+        # Layers of several kinds get a mask each.
+        together = whole and pending is not None and len(pending.windows) == 1
+        return self._joined if together else list(self._modules.values())[index]
 
 
-class _Whole:
-    """All layers of a list in place of one of them; arguments as those of `NativeLayer.forward`."""
+class _Neighbours:
+    """Layers of a list in place of one of them; arguments as those of `NativeLayer.forward`."""
 
     def __init__(self, layers: list[NativeLayer]):
         self.layers, self._stack = layers, Stack([layer.kernel for layer in layers])
