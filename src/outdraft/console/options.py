@@ -58,16 +58,12 @@ def flags_of(file: str, class_name: str, *names: str, optional: bool = False) ->
     for name in names:
         field, said = _fields(file, class_name)[name]
         kind = KINDS.get(ast.unparse(field.annotation).removesuffix(" | None"), str)
-        default = None if optional or field.value is None else _default(field.value)
+        anew = field.value is None or isinstance(field.value, ast.Call)  # there is no default, or one made each time
+        default = None if optional or anew else ast.literal_eval(field.value)
         flag = "--" + name.replace("_", "-")
         option = typer.Option(f"{flag}/--no-{name}" if default is True else flag, help=said)
         found[name] = flag_named(name, Annotated[kind if default is not None else kind | None, option], default)
     return found
-
-
-def _default(value: ast.expr) -> Any:
-    """Evaluate a field's default; None for one that is made anew each time."""
-    return None if isinstance(value, ast.Call) else eval(ast.unparse(value), {})
 
 
 def flag_named(name: str, annotation: Any, default: Any = None) -> Parameter:

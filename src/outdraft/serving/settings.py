@@ -31,7 +31,7 @@ class ServeSettings:
     """Prompt tokens run between two rounds of the answers that are being decoded."""
     max_waiting: int = 512
     """Requests that may wait; further ones get HTTP 429."""
-    max_request_bytes: int = 4 * 2**20
+    max_request_bytes: int = 4_194_304
     """Bytes of a request at most."""
     request_timeout: float = 30.0
     """Seconds within which a request's body must have arrived."""
