@@ -20,7 +20,7 @@ from outdraft.console.app import Verb, Verbs
 from outdraft.console.generate import chat, generate
 from outdraft.console.measuring import bench, doctor, verify
 from outdraft.console.train import train
-from outdraft.errors import UserError
+from outdraft.errors import UserError, flag
 from outdraft.output import is_main_process, print_json, remarks, results
 
 
@@ -85,8 +85,7 @@ def regenerate(
     temperatures = o.numbers("--temperature", temperature)
     filters = o.given(**{name: flags.pop(name) for name in o.FILTERS})
     if filters and not any(temperatures):
-        name = next(iter(filters)).replace("_", "-")
-        raise UserError(f"--{name} changes nothing at temperature 0; give a --temperature above it")
+        raise UserError(f"{flag(next(iter(filters)))} changes nothing at temperature 0; give a --temperature above it")
     if method is None and draft_model is None:
         method = "none"  # answers run many at a time, where repetitions pay little
     done = run(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from outdraft.data.records import whole_text
-from outdraft.errors import UserError
+from outdraft.errors import UserError, flag
 from outdraft.methods.registry import names
 
 PACKAGE = Path(__file__).parents[1]
@@ -60,8 +60,7 @@ def flags_of(file: str, class_name: str, *names: str, optional: bool = False) ->
         kind = KINDS.get(ast.unparse(field.annotation).removesuffix(" | None"), str)
         anew = field.value is None or isinstance(field.value, ast.Call)  # there is no default, or one made each time
         default = None if optional or anew else ast.literal_eval(field.value)
-        flag = "--" + name.replace("_", "-")
-        option = typer.Option(f"{flag}/--no-{name}" if default is True else flag, help=said)
+        option = typer.Option(f"{flag(name)}/--no-{name}" if default is True else flag(name), help=said)
         found[name] = flag_named(name, Annotated[kind if default is not None else kind | None, option], default)
     return found
 
@@ -284,8 +283,7 @@ def tree(drafter: object, **flags: Any) -> dict[str, Any]:
     if found and drafter is None:
         name = next(iter(found))
         other = "" if name.startswith("prompt_lookup") else " or --method prompt-lookup"
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} shapes what a drafter drafts; give --draft-model{other}")
+        raise UserError(f"{flag(name)} shapes what a drafter drafts; give --draft-model{other}")
     return found
 
 

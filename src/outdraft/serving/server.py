@@ -38,7 +38,6 @@ from outdraft.serving.parse import RequestParser
 from outdraft.serving.settings import ServeSettings
 from outdraft.target.backends import is_native
 from outdraft.target.ranks import said_by_first
-from outdraft.target.target import Target
 
 log = logging.getLogger("outdraft.serving")
 
@@ -176,7 +175,9 @@ class Service:
         sampling_settings({**given, "do_sample": given["temperature"] != 0})
         self.temperature = given["temperature"]
         self.settings = settings
-        self.names = settings.served_model_name or [_name(model.target)]
+        self.names = settings.served_model_name or [
+            Path(str(getattr(model.target.model.config, "_name_or_path", ""))).name or "model"
+        ]
         self.metrics = Metrics(self.names[0])
         # Encoding may change a tokenizer's state, and the engine's thread decodes with the model's.
         parser = RequestParser(model.target, copy.deepcopy(model.tokenizer), self.names, settings)
@@ -268,8 +269,3 @@ def listen(host: str, port: int) -> socket.socket:
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from error
     return bound
-
-
-def _name(target: Target) -> str:
-    """The model's default name: its folder's, without what lies above it."""
-    return Path(str(getattr(target.model.config, "_name_or_path", ""))).name or "model"
