@@ -58,8 +58,9 @@ def flags_of(file: str, class_name: str, *names: str, optional: bool = False) ->
     for name in names:
         field, said = _fields(file, class_name)[name]
         kind = KINDS.get(ast.unparse(field.annotation).removesuffix(" | None"), str)
-        anew = field.value is None or isinstance(field.value, ast.Call)  # there is no default, or one made each time
-        default = None if optional or anew else ast.literal_eval(field.value)
+        default = None
+        if not optional and field.value is not None and not isinstance(field.value, ast.Call):  # a call makes it anew
+            default = ast.literal_eval(field.value)
         option = typer.Option(f"{flag(name)}/--no-{name}" if default is True else flag(name), help=said)
         found[name] = flag_named(name, Annotated[kind if default is not None else kind | None, option], default)
     return found

@@ -224,10 +224,12 @@ class BestWeights:
 
     def resume(self) -> None:
         """Load the best weights of an interrupted run."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        try:
             record = json.loads(self._record.read_text())
             found = record["score"], record["step"], record["since"], record["measured"]
-            self.score, self.step, self.since, self.measured = found
+        except (OSError, ValueError, KeyError):
+            found = -1.0, 0, 0, 0
+        self.score, self.step, self.since, self.measured = found
 
     def note(self, score: float, step: int) -> bool:
         """Record a measurement; return True where training has not improved within the patience."""
