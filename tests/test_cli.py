@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import outdraft
 from cli_fixtures import CONTEXT, Folders, make_folders, save_head, write_lines
 from outdraft.cli import app
-from outdraft.console.chat import Chat
+from outdraft.console.generate import Chat
 from outdraft.target.backends import why_not_native
 
 

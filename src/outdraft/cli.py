@@ -1,11 +1,12 @@
-"""The command line: the verbs that only hand their flags on, and the options before a verb.
+"""The command line: the verbs that hand their flags on, and the options before a verb.
 
-`bench`, `verify` and `doctor` are in `console/measuring.py`, and every other verb has a file of its name there. What a
-verb calls is imported when it runs; `console/app.py` reports mistakes.
+`generate` and `chat` are in `console/generate.py`, `train` in `console/train.py`, and `bench`, `verify` and `doctor` in
+`console/measuring.py`. What a verb calls is imported when it runs; `console/app.py` reports mistakes.
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,11 @@ from rich.console import Console
 
 from outdraft.console import options as o
 from outdraft.console.app import Verb, Verbs
-from outdraft.console.chat import chat
-from outdraft.console.generate import generate
+from outdraft.console.generate import chat, generate
 from outdraft.console.measuring import bench, doctor, verify
-from outdraft.console.serve import serve
 from outdraft.console.train import train
-from outdraft.errors import UserError
-from outdraft.output import print_json, remarks, results
+from outdraft.errors import UserError, flag
+from outdraft.output import is_main_process, print_json, remarks, results
 
 
 @o.with_flags(o.FILTERS, o.PLACED)
@@ -86,8 +85,7 @@ def regenerate(
     temperatures = o.numbers("--temperature", temperature)
     filters = o.given(**{name: flags.pop(name) for name in o.FILTERS})
     if filters and not any(temperatures):
-        name = next(iter(filters)).replace("_", "-")
-        raise UserError(f"--{name} changes nothing at temperature 0; give a --temperature above it")
+        raise UserError(f"{flag(next(iter(filters)))} changes nothing at temperature 0; give a --temperature above it")
     if method is None and draft_model is None:
         method = "none"  # answers run many at a time, where repetitions pay little
     done = run(
@@ -222,6 +220,74 @@ def info(
         raise UserError("give one model or drafter, such as `outdraft info smollm2`")
     facts = describe(str(path or model), device)
     print_json(facts) if json else results().print(*tables(facts))
+
+
+SETTINGS = ("serving/settings.py", "ServeSettings")
+SERVE = o.field_help(*SETTINGS)
+SERVED = o.flags_of(*SETTINGS, *(name for name in SERVE if name not in ("api_key", "chat_template_kwargs", "defaults")))
+
+
+@o.with_flags(SERVED, o.SAMPLED, o.DRAFTED, o.LOADED)
+def serve(
+    model: o.Model = "reference",
+    draft_model: o.DraftModel = None,
+    method: o.Method = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OUTDRAFT_API_KEY", help=SERVE["api_key"])] = None,
+    tp: o.TensorParallel = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option("--chat-template-kwargs", callback=o.mapping, metavar="JSON", help=SERVE["chat_template_kwargs"]),
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Serve a model with drafts over OpenAI's API, with a chat page at /.
+
+    Sampling options are the defaults of requests that do not set them.
+    """
+    own = o.given(api_key=api_key, chat_template_kwargs=chat_template_kwargs, **{name: flags[name] for name in SERVED})
+    from outdraft.serving.settings import ServeSettings
+
+    settings = ServeSettings(**own, defaults=o.given(**{name: flags[name] for name in o.SAMPLED}))
+    loading, draft, said = o.loading(method=method, tp=tp, **flags), o.drafting(**flags), remarks()
+    try:
+        from outdraft.serving.server import Service, listen
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing, which serving needs: pip install 'outdraft[serve]'") from error
+    # Before minutes of loading; of processes that share the target the first one listens.
+    follows = loading.get("tp_plan") is not None and not is_main_process()
+    listening = None if follows else listen(settings.host, settings.port)
+    try:
+        from outdraft.api.draft_settings import DraftSettings
+        from outdraft.api.generation import load
+        from outdraft.api.settings import model_settings
+
+        loaded = load(model, draft_model, **loading)
+        asked = DraftSettings(**o.tree(loaded.drafter, **draft))  # refuses a tree that nothing could draft
+        name = Path(model).resolve().name if Path(model).exists() else model  # hub ids and `reference` as they are
+        settings.served_model_name = settings.served_model_name or [name]
+        service = Service(loaded, settings, asked)
+        if own := model_settings(loaded.target):
+            said.print(f"note: the model's generation config sets {own} where requests do not", markup=False)
+        if not settings.loopback and settings.api_key is None:
+            said.print("note: anyone who reaches this address may use the server; --api-key asks for a key")
+        slots = service.engine.capacity.slots
+        facts = f"{settings.served_model_name[0]}, drafter: {loaded.method}, cache: {slots} tokens, "
+        facts += f"temperature {service.temperature:g} where a request names none"
+
+        def ready(url: str) -> None:
+            line = f"{facts}\nlistening on {url} (a page to chat on; /v1 for clients; Ctrl-C ends)"
+            said.print(line, markup=False, soft_wrap=True)
+
+        if settings.log_requests:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logger = logging.getLogger("outdraft.serving")
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        service.serve(listening, ready)
+    finally:
+        if listening is not None:
+            listening.close()
 
 
 VERBS = (demo, generate, chat, advise, train, regenerate, info, doctor, bench, verify, serve, export)

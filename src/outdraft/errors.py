@@ -21,12 +21,17 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def flag(name: str) -> str:
+    """Return the flag of a setting: `--max-length` of `max_length`."""
+    return "--" + name.replace("_", "-")
+
+
 def refuse_below(settings: Any, **least: int) -> None:
     """Raise the UserError that names the flag of a setting below its least value; None is no value."""
     for name, bound in least.items():
         value = getattr(settings, name)
         if value is not None and value < bound:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+            raise UserError(f"{flag(name)} must be at least {bound}, not {value}")
 
 
 OTHER_NAMES = {

@@ -203,22 +203,18 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if isinstance(source, Network):
         own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
         return method_called(own.method).bind(accelerate(own, backend), target)
-    source = unwrapped(source)
+    source, smaller = unwrapped(source), method_called("draft-model")
     if isinstance(source, Target):
-        return _smaller(source, target)
+        return smaller.bind(source, target)
     if isinstance(source, PreTrainedModel):
-        return _smaller(load_target(source, backend="eager"), target)
+        return smaller.bind(load_target(source, backend="eager"), target)
     if not isinstance(source, str | Path):
         raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
     if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source)):
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
-        return _smaller(load_target(source, trust_remote_code=trust_remote_code, **options), target)
+        return smaller.bind(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     network = load_network(source, target, target.dtype, target.device)
     return method_called(network.method).bind(accelerate(network, backend), target)
-
-
-def _smaller(model: Target, target: Target) -> Drafter:
-    return method_called("draft-model").bind(model, target)
 
 
 def load_network(
@@ -244,8 +240,12 @@ def _is_language_model(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return "model_type" in config and recognised(config) is None and any((folder / name).exists() for name in words)
+    return "model_type" in config and recognised(config) is None and holds_tokenizer(folder)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return True if a folder has the file of a tokenizer's vocabulary."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _load_model(

@@ -228,17 +228,13 @@ def prompt_of(record: Any) -> Prompt:
         return [{"role": "user", "content": turns[0]}]
     for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if name in record:
-            return _until_last_question(record[name], role, content)
+            messages = turns_of(record[name], role, content)
+            while messages and messages[-1]["role"] not in ("user", "tool"):
+                messages.pop()
+            if not messages:
+                raise BadRecord("there is no user turn to answer")
+            return messages
     raise BadRecord(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
-
-
-def _until_last_question(turns: Any, role_key: str, content_key: str) -> list[Message]:
-    messages = turns_of(turns, role_key, content_key)
-    while messages and messages[-1]["role"] not in ("user", "tool"):
-        messages.pop()
-    if not messages:
-        raise BadRecord("there is no user turn to answer")
-    return messages
 
 
 def encode(prompts: Sequence[Prompt], target: Any, switches: Mapping[str, Any] | None = None) -> list[list[int]]:

@@ -1,1 +1,1 @@
-"""The command line's verbs, a file each, and their shared options. Importing them loads no torch: `--help` is quick."""
+"""The command line's larger verbs, and the options that verbs share. Importing them loads no torch."""

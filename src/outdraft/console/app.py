@@ -15,14 +15,10 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from outdraft.errors import TRAINING_NAMES, UserError
+from outdraft.errors import TRAINING_NAMES, UserError, flag
 from outdraft.output import is_main_process
 
 USER_MISTAKE, INTERNAL, INTERRUPTED = 2, 1, 130
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 OTHER_FLAGS = {
@@ -35,7 +31,7 @@ OTHER_FLAGS = {
     "--speculative-model": "--draft-model",
     "--draft-model-path": "--draft-model",
     "--output-file": "--output",
-    **{_flag(other): _flag(own) for other, own in TRAINING_NAMES.items()},
+    **{flag(other): flag(own) for other, own in TRAINING_NAMES.items()},
 }
 """The names of flags in other programs, mapped to their names here."""
 
@@ -125,16 +121,16 @@ def quiet_libraries() -> None:
 
 def _unknown_flag(error: Any) -> str | None:
     """Return the message for an unknown flag: the nearest flag, or outdraft's for another program's name."""
-    flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    if flag is None or context is None:
+    given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if given is None or context is None:
         return None
     known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     others = {other: own for other, own in OTHER_FLAGS.items() if own in known and other not in known}
-    longer = [name for name in known if name.startswith(flag)] if len(flag) > len("--x") else []
-    (near, *_) = longer or difflib.get_close_matches(flag, [*known, *others], n=1) or [""]
+    longer = [name for name in known if name.startswith(given)] if len(given) > len("--x") else []
+    (near, *_) = longer or difflib.get_close_matches(given, [*known, *others], n=1) or [""]
     if near in others:
-        return f"no such option: {flag}; here it is {others[near]}"
-    return f"no such option: {flag}" + (f"; did you mean {near}?" if near else "")
+        return f"no such option: {given}; here it is {others[near]}"
+    return f"no such option: {given}" + (f"; did you mean {near}?" if near else "")
 
 
 def _end(message: str, code: int, debug: bool) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
-from outdraft.api.loading import checked_folder, first_line, resolve_device
+from outdraft.api.loading import checked_folder, first_line, holds_tokenizer, resolve_device
 from outdraft.core.shape import GPU_TREE, GREEDY_CHAIN
 from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
@@ -24,8 +24,6 @@ from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
 from outdraft.training.config import DrafterConfig
 from outdraft.training.plan import DeviceMemory, described, device_memory, memory_table
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def describe(path: str, device: str | None = None) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def _is_drafter(folder: Path) -> bool:
         raise UserError(f"'{folder / 'config.json'}' is not JSON; copy or download it again") from None
     if "outdraft_version" in config or recognised(config) is not None:
         return True
-    return config.get("num_hidden_layers") == 1 and not any((folder / name).exists() for name in TOKENIZERS)
+    return config.get("num_hidden_layers") == 1 and not holds_tokenizer(folder)
 
 
 def _drafter(folder: Path) -> dict[str, Any]:
@@ -108,7 +106,12 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 
 def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
-    _check_weights(folder)
+    for file in sorted(folder.glob("*.safetensors")):  # reading a header also checks the file's size
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"'{file}' is damaged ({first_line(error)}); copy or download it again") from error
     model = described(path)
     config, reason = model.config, None
     try:
@@ -135,7 +138,7 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
         "context": getattr(text, "max_position_embeddings", None),
-        "tokenizer": any((folder / name).exists() for name in TOKENIZERS) if folder.is_dir() else None,
+        "tokenizer": holds_tokenizer(folder) if folder.is_dir() else None,
         "chat_template": _has_chat_template(folder) if folder.is_dir() else None,
         "verifies_trees": reason is None,
         "why_not": reason,
@@ -143,16 +146,6 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
         "devices": [asdict(one) for one in devices],
         "what_pays_here": f"outdraft advise --model {shlex.quote(asked)}" if reason is None else None,
     }
-
-
-def _check_weights(folder: Path) -> None:
-    """Open every weight file's header, which also checks the file's size."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"'{file}' is damaged ({first_line(error)}); copy or download it again") from error
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import typer
 
 from outdraft.console import options as o
 from outdraft.console.app import INTERRUPTED
-from outdraft.errors import UserError
+from outdraft.errors import UserError, flag
 from outdraft.methods.registry import names
 from outdraft.output import print_json, remarks, results
 
@@ -77,7 +77,7 @@ def bench(
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
         if others := sorted(set(given) - {"reread", "model", "json"}):
-            named = ", ".join("--" + name.replace("_", "-") for name in others)
+            named = ", ".join(map(flag, others))
             raise UserError(f"--reread measures nothing, so it takes --model and --json only; leave out {named}")
         answers = reread_answers(reread, model)
         print_json(answers.as_dict()) if json else results().print(answers.table())

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from outdraft.data.records import whole_text
-from outdraft.errors import UserError
+from outdraft.errors import UserError, flag
 from outdraft.methods.registry import names
 
 PACKAGE = Path(__file__).parents[1]
@@ -58,16 +58,12 @@ def flags_of(file: str, class_name: str, *names: str, optional: bool = False) ->
     for name in names:
         field, said = _fields(file, class_name)[name]
         kind = KINDS.get(ast.unparse(field.annotation).removesuffix(" | None"), str)
-        default = None if optional or field.value is None else _default(field.value)
-        flag = "--" + name.replace("_", "-")
-        option = typer.Option(f"{flag}/--no-{name}" if default is True else flag, help=said)
+        default = None
+        if not optional and field.value is not None and not isinstance(field.value, ast.Call):  # a call makes it anew
+            default = ast.literal_eval(field.value)
+        option = typer.Option(f"{flag(name)}/--no-{name}" if default is True else flag(name), help=said)
         found[name] = flag_named(name, Annotated[kind if default is not None else kind | None, option], default)
     return found
-
-
-def _default(value: ast.expr) -> Any:
-    """Evaluate a field's default; None for one that is made anew each time."""
-    return None if isinstance(value, ast.Call) else eval(ast.unparse(value), {})
 
 
 def flag_named(name: str, annotation: Any, default: Any = None) -> Parameter:
@@ -289,8 +285,7 @@ def tree(drafter: object, **flags: Any) -> dict[str, Any]:
     if found and drafter is None:
         name = next(iter(found))
         other = "" if name.startswith("prompt_lookup") else " or --method prompt-lookup"
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} shapes what a drafter drafts; give --draft-model{other}")
+        raise UserError(f"{flag(name)} shapes what a drafter drafts; give --draft-model{other}")
     return found
 
 

@@ -142,7 +142,10 @@ def read_settings(file: Path | None, overrides: Iterable[str], **flags: Any) -> 
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is no setting; write key=value, such as learning_rate=1e-3")
-        _put(settings, key.split("."), _value(override, value))
+        try:
+            _put(settings, key.split("."), yaml.safe_load(value) if value else "")
+        except yaml.YAMLError as error:
+            raise UserError(f"the value in '{override}' is not YAML; quote it") from error
     settings.update({name: value for name, value in flags.items() if value not in (None, [])})
     return settings
 
@@ -161,13 +164,6 @@ def _from_file(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} must hold `key: value` lines, not a {type(settings).__name__}")
     return {str(key): value for key, value in settings.items()}
-
-
-def _value(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise UserError(f"the value in '{override}' is not YAML; quote it") from error
 
 
 def _put(settings: dict[str, Any], path: list[str], value: Any) -> None:

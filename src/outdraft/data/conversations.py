@@ -275,7 +275,10 @@ def _conversation(source: str, record: Any) -> Conversation:
             raise BadRecord('"text" must be a non-empty string')
         return Conversation(source, text=record["text"], cut=frozenset({0} if unfinished else ()), **known)
     if "turns" in record:
-        return Conversation(source, _asked(record["turns"]), **known)
+        turns = record["turns"]  # Spec-Bench's, all of them the user's
+        if not isinstance(turns, list) or not turns or not all(isinstance(one, str) and one.strip() for one in turns):
+            raise BadRecord('"turns" must be a list of non-empty strings')
+        return Conversation(source, tuple({"role": "user", "content": one} for one in turns), **known)
     if (question := bare_question(record)) is not None:
         answers = [record[name] for name in ANSWERS if isinstance(record.get(name), str)]
         spoken = [("user", question), *(("assistant", answer) for answer in answers[:1])]
@@ -284,10 +287,3 @@ def _conversation(source: str, record: Any) -> Conversation:
         return Conversation(source, messages, bare=True, cut=end, **known)
     keys = ", ".join(sorted(map(str, record))) or "none"
     raise BadRecord(f"unknown shape with keys: {keys}; expected {SHAPES}")
-
-
-def _asked(turns: Any) -> tuple[Message, ...]:
-    """Convert Spec-Bench's turns, all of them the user's."""
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise BadRecord('"turns" must be a list of non-empty strings')
-    return tuple({"role": "user", "content": turn} for turn in turns)

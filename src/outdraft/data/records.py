@@ -35,7 +35,11 @@ HALF = re.compile("[\ud800-\udfff]")
 """The pattern of half a surrogate pair, which is no text, though strings of Python can hold it."""
 
 
-class BadText(Exception):
+class BadRecord(Exception):
+    """An error of a record that cannot be used, with the reason."""
+
+
+class BadText(BadRecord):
     """An error of a line that is no text, with the reason."""
 
 
@@ -138,10 +142,6 @@ Found = tuple[str, int, Any]
 """A tuple of `file:line`, the line's number, and the record or the `BadRecord` with the reason it is unreadable."""
 
 
-class BadRecord(Exception):
-    """An error of a record that cannot be used, with the reason."""
-
-
 def read_records(source: str | Path) -> Iterator[Found]:
     """Read the records of a file, in its order, or of `hf:NAME` or `hf:NAME:SPLIT` on the hub.
 
@@ -161,10 +161,15 @@ def read_records(source: str | Path) -> Iterator[Found]:
         yield from _numbered(file, table)
         return
     first = next((line for _, line in text_lines(file) if isinstance(line, str)), "")
-    if suffix in JSON_SUFFIXES or (suffix != ".txt" and (first == "[" or first.startswith(("{", "[{")))):
-        yield from _json_list(file) if first.startswith("[") else _lines(file, json.loads)
-    else:
-        yield from _lines(file, lambda text: {"prompt": text})
+    is_json = suffix in JSON_SUFFIXES or (suffix != ".txt" and (first == "[" or first.startswith(("{", "[{"))))
+    if not is_json or not first.startswith("["):
+        yield from _lines(file, json.loads if is_json else lambda text: {"prompt": text})
+        return
+    try:  # one JSON list, as ShareGPT and Alpaca are published
+        records = json.loads(whole_text(file))
+    except ValueError as problem:
+        raise UserError(f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines") from None
+    yield from _numbered(file, iter(records))
 
 
 def data_files(path: str | Path) -> list[str | Path]:
@@ -216,11 +221,10 @@ def bare_question(record: Mapping[str, Any]) -> str | None:
 
 def _lines(file: Path, read: Any) -> Iterator[Found]:
     for number, line in text_lines(file):
-        content: Any
+        content: Any = line
         try:
-            if isinstance(line, BadText):
-                raise BadRecord(str(line))
-            content = sound(read(line)) if "\\u" in line else read(line)
+            if isinstance(line, str):
+                content = sound(read(line)) if "\\u" in line else read(line)
         except ValueError as problem:  # of `json`, or of a number with thousands of digits
             content = BadRecord(f"broken JSON, {first_line(problem)}")
         except RecursionError:
@@ -228,15 +232,6 @@ def _lines(file: Path, read: Any) -> Iterator[Found]:
         except BadRecord as problem:
             content = problem
         yield f"{file}:{number}", number, content
-
-
-def _json_list(file: Path) -> Iterator[Found]:
-    """Read a file that is one JSON list, as ShareGPT and Alpaca are published."""
-    try:
-        records = json.loads(whole_text(file))
-    except ValueError as problem:
-        raise UserError(f"{file}: not valid JSON ({problem}); mend the file or convert it to JSON lines") from None
-    yield from _numbered(file, iter(records))
 
 
 def sound(record: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outdraft.data.conversations import Conversation, Message
+from outdraft.data.conversations import Conversation, Message, last_answer
 from outdraft.errors import UserError, first_line
 
 NO_SWITCHES: Mapping[str, Any] = MappingProxyType({})
@@ -103,7 +103,8 @@ def tokenize(
                 mask[-1] = False
         else:
             require_chat_template(tokenizer, conversation.source)
-            said = _until_last_response(conversation.messages)
+            # Unanswered questions at the end teach nothing.
+            said = list(conversation.messages[: last_answer(conversation.messages) + 1])
             try:
                 ids, mask, marked = _chat(said, tokenizer, conversation.cut, variables_of(conversation, switches))
             except TemplateRefuses as problem:
@@ -175,14 +176,6 @@ def _templated(tokenizer: Any, messages: Sequence[Any], **settings: Any) -> Any:
         raise TemplateRefuses(
             f"the chat template refuses a conversation with roles {roles}: {first_line(problem)}"
         ) from problem
-
-
-def _until_last_response(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without unanswered questions at the end, which teach nothing."""
-    kept = list(messages)
-    while kept and kept[-1]["role"] != "assistant":
-        kept.pop()
-    return kept
 
 
 def _chat(

@@ -33,7 +33,6 @@ from outdraft.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    Model,
     SamplingRequest,
     TokenizeRequest,
 )
@@ -110,9 +109,9 @@ def make_app(
     guarded = [Depends(check_key)]
 
     def entry(name: str) -> dict[str, Any]:
-        drafter = engine.drafting.drafter
-        method = drafter.method if drafter is not None else "none"
-        return Model(id=name, created=began, max_model_len=parser.context_length, method=method).model_dump()
+        method = engine.drafting.drafter.method if engine.drafting.drafter is not None else "none"
+        about = {"id": name, "object": "model", "created": began, "owned_by": "outdraft"}
+        return {**about, "max_model_len": parser.context_length, "method": method}
 
     @app.post("/v1/chat/completions", dependencies=guarded, responses=_ERRORS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:

@@ -259,7 +259,7 @@ class Job:
             dice = Dice(None if params.seed is None else params.seed + index)
             row = Row(prompt, warper, dice, params.max_new_tokens, params.ends)
             if params.stops:
-                row.should_stop = _stopping(row, text)
+                row.should_stop = lambda tokens, row=row, text=text: text.take(tokens, row.accepted, row.copied)
             answer = Answer(index, row, text)
             if params.logprobs is not None:
                 row.watch = _recording(answer.logprobs, row.tokens, params.logprobs)
@@ -293,10 +293,6 @@ class Job:
             f"tau={number(did.tau if did.rounds else None)} seconds={time.perf_counter() - self.arrived:.3f} "
             f"finish_reason={reason or ','.join(sorted(ends))}"
         )
-
-
-def _stopping(row: Row, text: AnswerText) -> Callable[[list[int]], bool]:
-    return lambda tokens: text.take(tokens, row.accepted, row.copied)
 
 
 def _recording(known: list[TokenLogprob], tokens: Sequence[int], most: int) -> Callable[[Tensor], None]:

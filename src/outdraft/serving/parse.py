@@ -168,7 +168,18 @@ class RequestParser:
         if request.prompt_logprobs is not None and request.stream:
             raise bad_request("prompt_logprobs are not streamed; leave stream out", "prompt_logprobs")
         for prompt in prompts:
-            self._check_prompt(prompt, param)
+            if not prompt:
+                raise bad_request("the prompt has no tokens; give at least one", param)
+            if len(prompt) >= self.context_length:
+                raise bad_request(
+                    f"the prompt has {len(prompt)} tokens, the context is {self.context_length}; shorten the prompt",
+                    param,
+                    "context_length_exceeded",
+                )
+            try:
+                check_prompt(prompt, self.target)
+            except UserError as error:
+                raise bad_request(str(error), param) from error
         longest = max(map(len, prompts))
         room = self.context_length - longest
         if most is not None and most > room:
@@ -225,20 +236,6 @@ class RequestParser:
         if name is not None and name not in self.names:
             known = ", ".join(repr(known) for known in self.names)
             raise ApiError(404, f"there is no model {name!r} here; this server has {known}", "model", "model_not_found")
-
-    def _check_prompt(self, prompt: list[int], param: str) -> None:
-        if not prompt:
-            raise bad_request("the prompt has no tokens; give at least one", param)
-        if len(prompt) >= self.context_length:
-            raise bad_request(
-                f"the prompt has {len(prompt)} tokens, the context is {self.context_length}; shorten the prompt",
-                param,
-                "context_length_exceeded",
-            )
-        try:
-            check_prompt(prompt, self.target)
-        except UserError as error:
-            raise bad_request(str(error), param) from error
 
     def _sampling(self, request: GenerationRequest) -> SamplingSettings:
         names = ("temperature", "top_p", "top_k", "min_p", *PENALTIES)

@@ -21,7 +21,6 @@ Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
-MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
@@ -37,11 +36,7 @@ class Strict(BaseModel):
         """Unknown fields that are null or empty ask for nothing; clients send them with what the server sent them."""
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if name in cls.model_fields or not _is_empty(value)}
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+        return {name: it for name, it in given.items() if name in cls.model_fields or it not in (None, "", [], {})}
 
 
 class StreamOptions(Strict):
@@ -58,6 +53,14 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: StrictStr
+
+
+def refuse_other_than_text(content: Any, kinds: tuple[str, ...], param: str) -> None:
+    """Raise an ApiError that names the type of the first part of a content that is none of the `kinds`."""
+    for part in content if isinstance(content, list) else []:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in kinds:
+            raise bad_request(f"content of type '{kind[:64]}' is not supported: the server reads text only", param)
 
 
 class CalledFunction(Strict):
@@ -105,14 +108,8 @@ class Message(Strict):
     def _of_text(cls, given: Any) -> Any:
         """Refuse content that is not text, naming its type."""
         if isinstance(given, dict):
-            content = given.get("content")
-            for part in content if isinstance(content, list) else []:
-                kind = part.get("type", "text") if isinstance(part, dict) else "text"
-                if kind != "text" and isinstance(kind, str):
-                    raise bad_request(
-                        f"content of type '{kind[:64]}' is not supported: the server reads text only", "messages"
-                    )
-            if content is None and given.get("role") != "assistant":
+            refuse_other_than_text(given.get("content"), ("text",), "messages")
+            if given.get("content") is None and given.get("role") != "assistant":
                 raise bad_request("a message has no content; only an assistant's may have none", "messages")
         return given
 
@@ -184,7 +181,7 @@ class SamplingRequest(Strict):
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -222,7 +219,8 @@ class SamplingRequest(Strict):
             return given
         neutral = {name: it for name, it in cls.neutral().items() if name not in cls.model_fields}
         for name, (values, reason) in neutral.items():
-            if name in given and not _among(given[name], values):
+            same_type = (one for one in values if type(one) is type(given.get(name)))  # for 1 == True
+            if name in given and given[name] not in same_type:
                 raise bad_request(f"{name} is not supported: {reason}", name, "unsupported_parameter")
         return {name: value for name, value in given.items() if name not in neutral}
 
@@ -344,19 +342,3 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((None, False), "beam search is not sampling from the model's output distribution"),
 }
 """Parameters of OpenAI and vLLM that are not offered -> the values that ask for nothing, why others are refused."""
-
-
-def _among(value: Any, values: tuple[Any, ...]) -> bool:
-    return any(type(value) is type(one) and value == one for one in values)
-
-
-class Model(BaseModel):
-    """One entry of GET /v1/models."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "outdraft"
-    max_model_len: StrictInt
-    method: str
-    """The drafter's method; `none` without a drafter."""

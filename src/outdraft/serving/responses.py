@@ -25,6 +25,7 @@ from outdraft.serving.protocol import (
     Strict,
     Tool,
     ToolCall,
+    refuse_other_than_text,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -52,13 +53,9 @@ class _OfText(Strict):
     @classmethod
     def _of_text(cls, given: Any) -> Any:
         """Refuse content that is not text, naming its type."""
-        parts = (given.get("content") or given.get("output")) if isinstance(given, dict) else None
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind not in ("input_text", "output_text", "text"):
-                raise bad_request(
-                    f"content of type '{kind[:64]}' is not supported: the server reads text only", "input"
-                )
+        if isinstance(given, dict):
+            kinds = ("input_text", "output_text", "text")
+            refuse_other_than_text(given.get("content") or given.get("output"), kinds, "input")
         return given
 
 

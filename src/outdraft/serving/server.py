@@ -6,32 +6,38 @@ import contextlib
 import copy
 import logging
 import os
+import queue
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import uvicorn
 from fastapi import FastAPI
+from transformers import PreTrainedTokenizerBase
 
 from outdraft.api.draft_settings import DraftSettings, Pacers, ResolvedDraft, resolve
 from outdraft.api.generation import SpeculativeModel
+from outdraft.api.guided import Grammar, Vocabulary
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.data.provenance import usable_cores
 from outdraft.errors import UserError, first_line
 from outdraft.output import is_main_process
 from outdraft.serving.app import make_app
 from outdraft.serving.engine import Engine
+from outdraft.serving.jobs import GenerationParams, Job
 from outdraft.serving.lane import Drafting
 from outdraft.serving.metrics import Metrics
 from outdraft.serving.parse import RequestParser
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.shared import FirstEngine, FollowingEngine
 from outdraft.target.backends import is_native
-from outdraft.target.target import Target
+from outdraft.target.ranks import said_by_first
 
 log = logging.getLogger("outdraft.serving")
 
@@ -85,6 +91,75 @@ def threads_of(asked: int | None, backend: str = "packed") -> int:
     return min(usual, cores) if is_native(backend) else max(1, min(usual, cores - 1))
 
 
+# --- engines of processes that share one target (`--tp`): all make the same turns on the same rows --------------------
+
+HEARTBEAT = 60.0
+"""Seconds without work after which the first process speaks nevertheless: process groups do not wait for ever."""
+
+
+class FirstEngine(Engine):
+    """The engine of the process that listens.
+
+    At every turn it tells the others which requests it took in, which it cancelled, and whether it goes on; all else in
+    a turn follows from that. What a request leaves open, its seed, was drawn before.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._told: list[tuple[str, GenerationParams | None, tuple[str, frozenset[int]] | None]] = []
+
+    def _take_in(self, job: Job) -> None:
+        grammar = job.params.grammar
+        guide = None if grammar is None else (grammar.source, grammar.vocabulary.ends)
+        self._told.append((job.id, replace(job.params, grammar=None, tools=None), guide))
+        super()._take_in(job)
+
+    def _cancel(self, job: Job) -> None:
+        if job.left:
+            self._told.append((job.id, None, None))
+        super()._cancel(job)
+
+    def _take_commands(self) -> bool:
+        going = super()._take_commands()
+        said_by_first((self._told, going))
+        self._told = []
+        return going
+
+    def _next_command(self) -> Callable[[], None]:
+        while True:
+            try:
+                return self._commands.get(timeout=HEARTBEAT)
+            except queue.Empty:
+                said_by_first(([], True))
+
+
+class FollowingEngine(Engine):
+    """The engine of another process, whose answers nobody reads."""
+
+    def follow(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the first process's turns until its last one; signals are that process's to obey."""
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, signal.SIG_IGN)
+        self._tokenizer = tokenizer
+        self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
+        self._run()
+
+    def _take_commands(self) -> bool:
+        said: Any = said_by_first(([], False))
+        told, going = said
+        for name, params, guide in told:
+            if params is None:
+                self._cancel(self._jobs[name])
+                continue
+            if guide is not None:
+                source, ends = guide
+                params = replace(params, grammar=Grammar(source, Vocabulary(self._tokenizer, ends, ends)))
+            job = Job(params, self.target, self._tokenizer, lambda event: None, name)
+            self._jobs[name] = job
+            self._take_in(job)
+        return bool(going)
+
+
 class Service:
     """A model, its engine and the application over it."""
 
@@ -100,7 +175,9 @@ class Service:
         sampling_settings({**given, "do_sample": given["temperature"] != 0})
         self.temperature = given["temperature"]
         self.settings = settings
-        self.names = settings.served_model_name or [_name(model.target)]
+        self.names = settings.served_model_name or [
+            Path(str(getattr(model.target.model.config, "_name_or_path", ""))).name or "model"
+        ]
         self.metrics = Metrics(self.names[0])
         # Encoding may change a tokenizer's state, and the engine's thread decodes with the model's.
         parser = RequestParser(model.target, copy.deepcopy(model.tokenizer), self.names, settings)
@@ -192,8 +269,3 @@ def listen(host: str, port: int) -> socket.socket:
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from error
     return bound
-
-
-def _name(target: Target) -> str:
-    """The model's default name: its folder's, without what lies above it."""
-    return Path(str(getattr(target.model.config, "_name_or_path", ""))).name or "model"

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
 
-from outdraft.errors import UserError, refuse_below
+from outdraft.errors import UserError, flag, refuse_below
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ServeSettings:
     """Prompt tokens run between two rounds of the answers that are being decoded."""
     max_waiting: int = 512
     """Requests that may wait; further ones get HTTP 429."""
-    max_request_bytes: int = 4 * 2**20
+    max_request_bytes: int = 4_194_304
     """Bytes of a request at most."""
     request_timeout: float = 30.0
     """Seconds within which a request's body must have arrived."""
@@ -53,7 +53,7 @@ class ServeSettings:
         refuse_below(self, threads=1, max_model_len=2, kv_cache_tokens=2)
         for name in ("request_timeout", "shutdown_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')} must be seconds, 0 or more, not {getattr(self, name)}")
+                raise UserError(f"{flag(name)} must be seconds, 0 or more, not {getattr(self, name)}")
         if self.port > 65535:
             raise UserError(f"--port must be at most 65535, not {self.port}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_core import PydanticCustomError
 
-from outdraft.errors import TRAINING_NAMES, UserError, meant
+from outdraft.errors import TRAINING_NAMES, UserError, flag, meant
 from outdraft.methods.registry import method_called, readers, trained
 
 Preset = Literal["auto", "tiny", "small", "base", "paper"]
@@ -276,10 +276,13 @@ class DrafterConfig(BaseModel):
         if "epochs" in self.model_fields_set:
             recipe.pop("max_steps", None)
         filled = {key: value for key, value in recipe.items() if key not in self.model_fields_set}
-        values = {**dict(self), **filled, "preset": name}
-        found = DrafterConfig.model_construct(_fields_set=set(self.model_fields_set), **values)
+        found = self.with_decided(**filled, preset=name)
         found._check_parts(filled=True)
         return found
+
+    def with_decided(self, **values: Any) -> DrafterConfig:
+        """Return a copy with other values, which do not count as set by hand."""
+        return DrafterConfig.model_construct(_fields_set=set(self.model_fields_set), **{**dict(self), **values})
 
     def draft_vocabulary_for(self, vocab_size: int) -> int | None:
         """Return the size of the draft vocabulary for a vocabulary of `vocab_size`; None is the whole."""
@@ -333,5 +336,5 @@ def _one_line(problem: ValidationError) -> str:
         )
         return f'unknown training setting "{key}"{said}'
     if first["type"] == "missing":
-        return f'training needs "{key}"; set it in the configuration or with --{key.replace("_", "-")}'
+        return f'training needs "{key}"; set it in the configuration or with {flag(key)}'
     return f'training setting "{key}" cannot be {first.get("input")!r}: {first["msg"]}'

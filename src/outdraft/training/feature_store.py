@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,20 @@ class Entry(NamedTuple):
     """The number of teacher rows: one a position, from before the first response token to before the last."""
 
 
+class Column(NamedTuple):
+    """A flat file of a store, with one row a token, or one a teacher's position."""
+
+    path: Path
+    dtype: torch.dtype
+    width: int
+    part: int
+    """0 where rows are tokens, 1 where they are the teacher's positions."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
 class FeatureStore:
     """Features and teacher's probabilities of examples, memory-mapped.
 
@@ -66,13 +81,16 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, target: Target, reading: Reading, teacher_top_k: int = 0):
-        self.reading, self.dtype = reading, target.dtype
+        self.reading = reading
         self.top_k = min(teacher_top_k, target.vocab_size)
         parts = [weights_fingerprint(target), str(target.dtype), reading.name, str(self.top_k)]
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.folder = Path(folder) / self.key
-        self._files = tuple(self.folder / name for name in ("features.bin", "teacher_ids.bin", "teacher_probs.bin"))
-        self._row_bytes = (reading.width * target.dtype.itemsize, 4 * self.top_k, 2 * self.top_k)
+        self._columns = (
+            Column(self.folder / "features.bin", target.dtype, reading.width, 0),
+            Column(self.folder / "teacher_ids.bin", torch.int32, self.top_k, 1),
+            Column(self.folder / "teacher_probs.bin", torch.float16, self.top_k, 1),
+        )
         self._index: dict[str, Entry] = {}
         self._rows = [0, 0]
         """The numbers of stored rows, of tokens and of the teacher."""
@@ -92,8 +110,8 @@ class FeatureStore:
 
     def nbytes(self, examples: Sequence[Example]) -> int:
         """Return the bytes that these examples take on disk, before anything is computed."""
-        said = sum(len(said_range(example)) for example in examples)
-        return sum(map(len, examples)) * self._row_bytes[0] + said * sum(self._row_bytes[1:])
+        rows = sum(map(len, examples)), sum(len(said_range(example)) for example in examples)
+        return sum(rows[column.part] * column.row_bytes for column in self._columns)
 
     def check_budget(self, examples: ExampleSet, budget_gb: float) -> None:
         """Raise a UserError if the examples would take more than the budget, or than the disk has left."""
@@ -123,9 +141,10 @@ class FeatureStore:
             for batch in batches_of_like_length(self.missing(examples), budget):  # others may have read some meanwhile
                 features, said = self._read(batch)
                 for example, rows, probs in zip(batch, features, said, strict=True):
-                    parts = (rows, probs.ids.int(), probs.probs.half())
-                    for file, part in zip(files, parts, strict=True):
-                        file.write(_bytes(part))
+                    parts = (rows, probs.ids, probs.probs)
+                    for file, column, part in zip(files, self._columns, parts, strict=True):
+                        if part.numel():
+                            file.write(part.to(column.dtype).contiguous().view(torch.uint8).numpy().tobytes())
                     self._note(fingerprint(example), Entry(self._rows[0], len(rows), self._rows[1], len(probs.ids)))
                 for file in files:
                     file.flush()
@@ -187,17 +206,16 @@ class FeatureStore:
             lines = (self.folder / "index.jsonl").read_bytes().splitlines(keepends=True)
         except OSError:
             return
-        there = [path.stat().st_size if path.is_file() else 0 for path in self._files]
+        sizes = [column.path.stat().st_size if column.path.is_file() else 0 for column in self._columns]
         for line in lines:
             try:
                 name, *numbers = json.loads(line)
                 entry = Entry(*numbers)
             except (ValueError, TypeError):  # killed while it was written, or damaged: what follows is not to be found
                 break
-            ends = (entry.row + entry.tokens, entry.said + entry.predicted, entry.said + entry.predicted)
-            if not line.endswith(b"\n") or any(
-                end * size > bytes_there for end, size, bytes_there in zip(ends, self._row_bytes, there, strict=True)
-            ):
+            ends = (entry.row + entry.tokens, entry.said + entry.predicted)
+            needed = [ends[column.part] * column.row_bytes for column in self._columns]
+            if not line.endswith(b"\n") or any(map(operator.gt, needed, sizes)):
                 break
             self._note(name, entry)
 
@@ -213,20 +231,18 @@ class FeatureStore:
     @contextlib.contextmanager
     def _appending(self) -> Iterator[Sequence[BinaryIO]]:
         """Open the files at the end of the indexed data; anything that a killed run left beyond it is cut off."""
-        sizes = (self._rows[0], self._rows[1], self._rows[1])
         index, lines = self.folder / "index.jsonl", (json.dumps([k, *v]) for k, v in self._index.items())
         write_whole(index, "".join(f"{line}\n" for line in lines))
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "ab")) for path in (*self._files, index)]
-            for file, rows, size in zip(files, sizes, self._row_bytes, strict=False):
-                file.truncate(rows * size)
+            files = [stack.enter_context(column.path.open("ab")) for column in self._columns]
+            for file, column in zip(files, self._columns, strict=True):
+                file.truncate(self._rows[column.part] * column.row_bytes)
                 file.seek(0, 2)
-            yield files
+            yield [*files, stack.enter_context(index.open("ab"))]
 
     def _mapped(self) -> tuple[Tensor, ...]:
-        kinds = ((self.dtype, self.reading.width), (torch.int32, self.top_k), (torch.float16, self.top_k))
         maps = []
-        for path, (dtype, width), part in zip(self._files, kinds, (0, 1, 1), strict=True):
+        for path, dtype, width, part in self._columns:
             size = self._rows[part] * width
             flat = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0)
             maps.append(flat.view(self._rows[part], width).to(dtype))
@@ -274,7 +290,3 @@ def fingerprint(example: Example) -> str:
     digest = hashlib.sha256(example.input_ids.numpy().tobytes())
     digest.update(str(said_range(example).start).encode())
     return digest.hexdigest()[:24]
-
-
-def _bytes(rows: Tensor) -> bytes:
-    return rows.contiguous().view(torch.uint8).numpy().tobytes() if rows.numel() else b""

@@ -104,12 +104,7 @@ def with_measured(ready: Preparation, measured: MeasuredSetting | None) -> Prepa
     """Return the preparation with the values of a measured setting; None changes nothing."""
     if measured is None:
         return ready
-    return replace(ready, config=_with(ready.config, **measured.settings), measured=measured)
-
-
-def _with(config: DrafterConfig, **values: Any) -> DrafterConfig:
-    """Return the configuration with other values, which do not count as set by hand."""
-    return DrafterConfig.model_construct(_fields_set=set(config.model_fields_set), **{**dict(config), **values})
+    return replace(ready, config=ready.config.with_decided(**measured.settings), measured=measured)
 
 
 def fitted(target: Target, config: DrafterConfig) -> DrafterConfig:
@@ -125,7 +120,7 @@ def fitted(target: Target, config: DrafterConfig) -> DrafterConfig:
             raise UserError(
                 f"max_length {config.max_length} exceeds the target's context of {target.context_length}; lower it"
             )
-        config = _with(config, max_length=target.context_length)
+        config = config.with_decided(max_length=target.context_length)
     if config.batch_size % config.gradient_accumulation_steps:
         raise UserError(
             f"batch_size {config.batch_size} does not split into {config.gradient_accumulation_steps} pieces; "

@@ -127,7 +127,14 @@ def regenerate(
         KeyboardInterrupt: on Ctrl-C, saying how far the run is.
     """
     target, drafter = model.target, model.drafter
-    _check(model, max_new_tokens, temperatures, rows, filters)
+    if model.tokenizer is None:
+        raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
+    if max_new_tokens < 1 or (rows is not None and rows < 1):
+        raise UserError("max_new_tokens and the rows decoded at once must be at least 1")
+    if not temperatures:
+        raise UserError("give at least one temperature; 0 is greedy")
+    for temperature in temperatures:  # refuses impossible settings before anything is read
+        sampling_settings({**filters, "temperature": temperature})
     switches = check_switches(chat_template_kwargs)
     found = read_conversations(prompts_path, on_bad_line)
     for conversation in found:
@@ -255,21 +262,3 @@ class RowPool:
         """Return the most cache slots that a row takes."""
         repeated = 0 if row.ngrams is None else row.ngrams.most
         return min(len(row.prompt) + row.max_new_tokens, self._context) + self._spare + repeated
-
-
-def _check(
-    model: SpeculativeModel,
-    max_new_tokens: int,
-    temperatures: Sequence[float],
-    rows: int | None,
-    filters: dict[str, Any],
-) -> None:
-    """Refuse impossible settings before anything is read."""
-    if model.tokenizer is None:
-        raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
-    if max_new_tokens < 1 or (rows is not None and rows < 1):
-        raise UserError("max_new_tokens and the rows decoded at once must be at least 1")
-    if not temperatures:
-        raise UserError("give at least one temperature; 0 is greedy")
-    for temperature in temperatures:
-        sampling_settings({**filters, "temperature": temperature})
