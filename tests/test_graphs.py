@@ -19,7 +19,7 @@ from outdraft.api.generation import load
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.backends import accelerate, fused, fused_modules, graphs, tree_attention
-from outdraft.target.backends.view import with_attention
+from outdraft.target.backends.tree_forward import with_attention
 from outdraft.target.limits import slot_bytes
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target

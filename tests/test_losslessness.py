@@ -34,8 +34,7 @@ from outdraft.errors import UserError
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork
 from outdraft.methods.draft_model.drafter import DraftModel
-from outdraft.methods.eagle3.drafter import Eagle3Drafter
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Drafter, Eagle3Head
 from outdraft.methods.eesd.drafter import EarlyExit
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad import drafter as feature_drafting

@@ -30,7 +30,7 @@ from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.folder import load_dflash
 from outdraft.methods.dflash.network import DFlashNetwork
-from outdraft.methods.fspad.objective import noise_seed
+from outdraft.methods.fspad.loss import noise_seed
 from outdraft.methods.fspad_1f.loss import drawn_anchors
 from outdraft.target.target import Target
 

@@ -26,7 +26,7 @@ class Eagle3(Method):
     drafter = "outdraft.methods.eagle3.drafter:Eagle3Drafter"
     beginning = "outdraft.methods.eagle3.loss:new_head"
     training = "outdraft.methods.eagle3.loss:Eagle3Objective"
-    exporter = "outdraft.methods.eagle3.export:export_eagle3"
+    exporter = "outdraft.methods.eagle3.folder:export_eagle3"
     trained = True
     settings = frozenset({
         "intermediate_size", "tap_layers", "state_norm", "draft_vocab_size", "init_from", "token_loss", "token_top_k",

@@ -17,10 +17,10 @@ from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import Head
 from outdraft.losses.teacher import TargetLike
 from outdraft.methods.checkpoint import refuse_another
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.eagle3.folder import load_eagle3
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.beginning import feature_head_config
-from outdraft.methods.fspad.objective import FeatureObjective
+from outdraft.methods.fspad.loss import FeatureObjective
 from outdraft.target.backends.packed import is_linear, plain_linear
 
 COMMON = (

@@ -26,7 +26,7 @@ class Eesd(Method):
     summary = "the target's own first layers and a trained exit layer"
     drafter = "outdraft.methods.eesd.drafter:EarlyExit"
     training = "outdraft.methods.eesd.loss:ExitObjective"
-    exporter = "outdraft.methods.eesd.export:export_exit"
+    exporter = "outdraft.methods.eesd.folder:export_exit"
     trained = True
     settings = frozenset({"exit_layer", "own_head", "loss", "hard_weight"})
     # The layer begins as the target's last one and not at random. On the reference target (20M, exit after layer 3),

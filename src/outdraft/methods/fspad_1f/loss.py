@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from outdraft.losses.cross_entropy import Head
 from outdraft.losses.objective import stored_teacher
 from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting
-from outdraft.methods.fspad.loss import DrafterLoss, counted_positions
+from outdraft.methods.fspad.loss import DrafterLoss, FeatureObjective, counted_positions, noise_seed
 from outdraft.methods.fspad.network import DraftOutput
-from outdraft.methods.fspad.objective import FeatureObjective, noise_seed
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
 
 GAMMA = 4.0

@@ -17,7 +17,7 @@ class MedusaMethod(Method):
 
     name = "medusa"
     summary = "a head for every token ahead"
-    loader = "outdraft.methods.medusa.folder:load_medusa"
+    loader = "outdraft.methods.medusa.drafter:load_medusa"
     drafter = "outdraft.methods.medusa.drafter:Medusa"
     training = "outdraft.methods.medusa.loss:MedusaObjective"
     trained = True

@@ -30,8 +30,7 @@ from outdraft.target.backends.native import (
 )
 from outdraft.target.backends.packed import PACKABLE, PackedLinear, count_parameters, packed_view, packs, why_not_packed
 from outdraft.target.backends.tree_attention import has_triton
-from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
-from outdraft.target.backends.view import backend_of, mark, marked_as
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward, backend_of, mark, marked_as
 
 __all__ = [
     "BACKENDS",

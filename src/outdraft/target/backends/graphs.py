@@ -24,8 +24,7 @@ from outdraft.errors import first_line
 from outdraft.target.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.target.backends.packed import why_not_replaced
 from outdraft.target.backends.tree_attention import ATTENTION, Pending, has_triton
-from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
-from outdraft.target.backends.view import why_not_renamed, with_attention
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward, why_not_renamed, with_attention
 
 MOST_TOKENS = 512
 """Largest number of tokens of all rows for which a forward is recorded; beyond, launches are not what takes time."""

@@ -33,8 +33,7 @@ from outdraft.target.backends import is_native
 from outdraft.target.backends.packed import quantised_part
 from outdraft.target.cache import SlotCache
 from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
-from outdraft.target.exact.comparison import Case, Kept
-from outdraft.target.exact.invariance import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
+from outdraft.target.exact.invariance import Case, Kept, OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
 from outdraft.target.runner import PLAIN, ModelRunner, Output
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
