@@ -82,6 +82,7 @@ MOVED = {
 RENAMED = {
     "drafting.base": {"Pace": "Budget"},
     "drafting.ngrams": {"Repeats": "NgramSettings"},
+    "losses.teacher": {"TargetLike": "Target"},
     "target.runner": {"TargetRun": "ModelRunner"},
 }
 """Old names of what such modules hold, and the new ones."""

@@ -14,9 +14,6 @@ from torch import Tensor
 from outdraft.data.provenance import portable
 from outdraft.target.target import Target
 
-TargetLike = Target
-"""The name of the target in the signatures of methods."""
-
 
 def target_id(target: Target) -> str:
     """Return the hub name or folder of the target; its class name when it was built in memory."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from outdraft.data.tokenization import ExampleSet
     from outdraft.drafting.base import Drafter
     from outdraft.losses.objective import Objective
-    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.checkpoint import Checkpoint, Network
     from outdraft.target.target import Target
 
@@ -218,7 +217,7 @@ class Method:
     """The name under which a run's record keeps what `measure` decided."""
 
     def measure(
-        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+        self, target: Target, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
     ) -> MeasuredSetting | None:
         """Measure a setting that is left open (`auto`) on the data; None where none is.
 
@@ -230,7 +229,7 @@ class Method:
         """
         return None
 
-    def new_network(self, target: TargetLike, settings: Any) -> Network:
+    def new_network(self, target: Target, settings: Any) -> Network:
         """Build a network with initial float32 weights, on the target's device.
 
         Args:
@@ -246,7 +245,7 @@ class Method:
     def adapt(self, network: Network, examples: ExampleSet) -> None:
         """Adapt a new network to the training data, such as by a reduced vocabulary."""
 
-    def objective(self, target: TargetLike, settings: Any, network: Network) -> Objective:
+    def objective(self, target: Target, settings: Any, network: Network) -> Objective:
         """Return the training objective with its loss; arguments as in `new_network`."""
         objective: Objective = resolve_name(self.training)(target, settings, network)
         return objective

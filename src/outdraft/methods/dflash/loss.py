@@ -25,7 +25,7 @@ from outdraft.drafting.vocabulary import indices_in
 from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import TokenLoss, soft_cross_entropy
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, within
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
 from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.folder import load_dflash
@@ -38,7 +38,7 @@ GAMMA = (4.0, 7.0)
 """The proposals over which their weight falls by e, in blocks of up to 8 rows and in larger ones (the papers')."""
 
 
-def begun_from(target: TargetLike, settings: Any) -> DFlashNetwork:
+def begun_from(target: Target, settings: Any) -> DFlashNetwork:
     """Load the drafter to go on with, in float32 and on the target's device; arguments as in `Method.new_network`."""
     with torch.device("cpu"):  # its config is read by its tensors' values, also where a dry run loads no target
         network = load_dflash(settings.init_from, dtype=torch.float32).network
@@ -180,9 +180,9 @@ def block_mask(sight: tuple[bool, int], positions: Tensor, size: int, context: T
 class BlockObjective(Objective):
     """The objective of DFlash and DSpark: blocks of anchors that are drawn anew from the responses in every step."""
 
-    def __init__(self, target: TargetLike, config: Any, drafter: DFlashNetwork):
+    def __init__(self, target: Target, config: Any, drafter: DFlashNetwork):
         self.target, self.config, self.drafter, self.top_k = target, config, drafter, config.teacher_top_k
-        decoder, kept = DFlash(drafter, cast(Target, target)), drafter.draft_tokens
+        decoder, kept = DFlash(drafter, target), drafter.draft_tokens
         self.reading = Reading(reader_of(target), decoder.reads.layers)
         token_loss = TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight)
         self.loss = BlockLoss(decoder, config.loss_chunk_size, token_loss)

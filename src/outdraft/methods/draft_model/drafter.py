@@ -25,6 +25,7 @@ from outdraft.data.text import answer_text, common_length, decode_text, special_
 from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead
 from outdraft.drafting.expand import grow, grow_chain
+from outdraft.drafting.sample import Step
 from outdraft.drafting.vocabulary import DifferentTokenizers, SharedVocabulary
 from outdraft.errors import UserError
 from outdraft.target.runner import ModelRunner
@@ -72,26 +73,54 @@ class DraftModel(Drafter):
         return self.model.num_parameters
 
 
-class _DraftModelState(DraftState):
+class _ModelState(DraftState):
+    """A small model at work on its own tokens of every row.
+
+    Args:
+        prompts: `(tokens,)` tokens of every row that the small model knows.
+    """
+
+    def __init__(self, model: Target, prompts: Sequence[Tensor], capacity: int):
+        self.model = model
+        self.cache = model.new_cache(len(prompts), capacity)
+        self.run = ModelRunner(model, self.cache)
+        self.run.prefill(prompts)
+
+    def _run_new(self, news: Sequence[Tensor]) -> Tensor:
+        """Run and commit the rows' new tokens, at least one of each; return `(rows, hidden)` features at the last."""
+        features = self.run.tree(Tree.chains(pad_sequence(list(news), batch_first=True), 1)).features
+        self.cache.commit([range(len(new)) for new in news])
+        last = integers([len(new) - 1 for new in news], features.device)
+        return features[counting(0, len(news), features.device), last]
+
+    def _running_ahead(self) -> Step:
+        """Return the function from a level's tokens and parents to its `(rows, nodes, hidden)` features."""
+        ahead = RunAhead(self.cache, self.model.context_length - 1)
+        return lambda tokens, parents: self.model.forward(tokens, *ahead.place(tokens, parents), self.cache)
+
+
+class _DraftModelState(_ModelState):
     """The small model's cache: all decided tokens but each row's root, which is pending until the next round."""
 
     def __init__(self, model: Target, shared: SharedVocabulary, prompts: Sequence[Tensor], capacity: int):
-        self.model, self.shared = model, shared
-        self.cache = model.new_cache(len(prompts), capacity)
-        self.run = ModelRunner(model, self.cache)
-        self.run.prefill([shared.known(prompt) for prompt in prompts])
+        super().__init__(model, [shared.known(prompt) for prompt in prompts], capacity)
+        self.shared = shared
         # Targets' updates after the prefill begin with the prompt's second token; those are known here already.
         self.known = [len(prompt) - 1 for prompt in prompts]
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        roots, logits = self._take_in(update)
-        ahead = RunAhead(self.cache, self.model.context_length - 1)
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            known = self.shared.known(tokens)
-            return self._logits(self.model.forward(known, *ahead.place(tokens, parents), self.cache))
-
-        tree = grow(roots, logits, step, shape, rows)
+        tokens = self.shared.known(update.tokens)
+        news = [own[known:count] for own, known, count in zip(tokens, self.known, update.counts, strict=True)]
+        self.known = [0] * len(news)
+        logits = self._logits(self._run_new(news))
+        run = self._running_ahead()
+        tree = grow(
+            update.roots,
+            logits,
+            lambda level, parents: self._logits(run(self.shared.known(level), parents)),
+            shape,
+            rows,
+        )
         self.cache.rollback()
         return tree
 
@@ -108,20 +137,6 @@ class _DraftModelState(DraftState):
     def join(self, other: _DraftModelState) -> None:
         self.cache.join(other.cache)
         self.known += other.known
-
-    def _take_in(self, update: Update) -> tuple[Tensor, Tensor]:
-        """Run the newly decided tokens; return each row's root and the draft logits after it."""
-        news = [
-            update.tokens[row, known:count]
-            for row, (known, count) in enumerate(zip(self.known, update.counts, strict=True))
-        ]
-        self.known = [0] * len(news)
-        tokens = pad_sequence(news, batch_first=True)
-        features = self.run.tree(Tree.chains(self.shared.known(tokens), 1)).features
-        self.cache.commit([range(len(new)) for new in news])
-        index = counting(0, len(news), tokens.device)
-        last = integers([len(new) - 1 for new in news], tokens.device)
-        return tokens[index, last], self._logits(features[index, last])
 
     def _logits(self, features: Tensor) -> Tensor:
         return self.shared.logits(self.model.head(features))
@@ -205,7 +220,7 @@ class Translation:
         return alone if decode_text(self.target, tail + alone) == text + new else []
 
 
-class RetokenisedState(DraftState):
+class RetokenisedState(_ModelState):
     """The small model's cache over its own tokens of every row's text.
 
     Args:
@@ -213,22 +228,17 @@ class RetokenisedState(DraftState):
     """
 
     def __init__(self, model: Target, translation: Translation, prompts: Sequence[Tensor], capacity: int):
-        self.model, self.translation = model, translation
-        self.cache = model.new_cache(len(prompts), capacity)
-        self.run = ModelRunner(model, self.cache)
+        self.translation = translation
         self.texts = [translation.of_text(prompt.tolist()) for prompt in prompts]
-        self.run.prefill([torch.tensor(text) for text in self.texts])
+        super().__init__(model, [torch.tensor(text) for text in self.texts], capacity)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         most = min(shape.depth + 1, shape.size - 1)
         prefixes = [prefix.tolist() for prefix in rows.prefixes]
         logits = self._take_in([self.translation.of_text(prefix) for prefix in prefixes])
-        ahead = RunAhead(self.cache, self.model.context_length - 1)
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            return self.model.head(self.model.forward(tokens, *ahead.place(tokens, parents), self.cache))
-
-        drafts = grow_chain(update.roots, logits, step, most).tokens[:, 1:].tolist()
+        run = self._running_ahead()
+        chain = grow_chain(update.roots, logits, lambda *level: self.model.head(run(*level)), most)
+        drafts = chain.tokens[:, 1:].tolist()
         self.cache.rollback()
         found = map(self.translation.candidates, prefixes, self.texts, drafts)
         return Tree.listed(
@@ -252,12 +262,8 @@ class RetokenisedState(DraftState):
         kept = [common_length(old, new[:-1]) for old, new in zip(self.texts, texts, strict=True)]
         self.cache.cut(kept)
         self.texts, device = texts, self.model.device
-        news = [text[count:] for text, count in zip(texts, kept, strict=True)]
-        tokens = pad_sequence([torch.tensor(new, device=device) for new in news], batch_first=True)
-        features = self.run.tree(Tree.chains(tokens, 1)).features
-        self.cache.commit([range(len(new)) for new in news])
-        last = integers([len(new) - 1 for new in news], device)
-        return self.model.head(features[counting(0, len(news), device), last])
+        news = [torch.tensor(text[count:], device=device) for text, count in zip(texts, kept, strict=True)]
+        return self.model.head(self._run_new(news))
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

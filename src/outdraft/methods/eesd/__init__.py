@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.eesd.exit_choice import ExitChoice
     from outdraft.methods.eesd.network import ExitLayer
     from outdraft.target.target import Target
@@ -71,7 +70,7 @@ class Eesd(Method):
     measured = "exit_choice"
 
     def measure(
-        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+        self, target: Target, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
     ) -> ExitChoice | None:
         from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 
@@ -82,7 +81,7 @@ class Eesd(Method):
         except (KeyError, TypeError):  # a run that has not got that far, or whose layer was set by hand
             return choose_exit(target, examples)
 
-    def new_network(self, target: TargetLike, settings: Any) -> ExitLayer:
+    def new_network(self, target: Target, settings: Any) -> ExitLayer:
         from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 
         return ExitLayer.beginning(target.model, ExitLayerConfig(settings.exit_layer, settings.own_head))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from outdraft.losses.cross_entropy import HardLabels, soft_cross_entropy
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
+from outdraft.losses.teacher import TopProbs, most_probable
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
@@ -93,11 +93,11 @@ class ExitObjective(Objective):
 
     parts: ClassVar = {}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: ExitLayer):
+    def __init__(self, target: Target, config: Any, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target), exit_layer=drafter.config.exit_layer)
-        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+        self.loss = ExitLoss(drafter, target, config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return next_is_response(loss_mask)

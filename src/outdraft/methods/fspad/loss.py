@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from outdraft.drafting.vocabulary import DraftVocabulary, indices_in
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, within
+from outdraft.losses.teacher import TopProbs, most_probable, within
 from outdraft.methods.fspad.beginning import scale_of, text_config
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, scaled
 from outdraft.methods.fspad.unrolled import Unrolled
@@ -208,7 +208,7 @@ class FeatureObjective(Objective):
 
     parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: Any):
+    def __init__(self, target: Target, config: Any, drafter: Any):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         self.top_k, kept = config.teacher_top_k, drafter.draft_tokens

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from outdraft.losses.cross_entropy import Head
 from outdraft.losses.objective import stored_teacher
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting
+from outdraft.losses.teacher import TopProbs, most_probable, predicting
 from outdraft.methods.fspad.loss import DrafterLoss, FeatureObjective, counted_positions, noise_seed
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
+from outdraft.target.target import Target
 
 GAMMA = 4.0
 """The slots over which a slot's weight falls by e."""
@@ -212,7 +213,7 @@ def _places(loss_mask: Tensor) -> Tensor:
 class OneForwardObjective(FeatureObjective):
     """FSPAD-1F's objective: stage 1 trains the block beside a frozen FSPAD, stage 2 (`train_base`) both."""
 
-    def __init__(self, target: TargetLike, config: Any, drafter: OneForwardHead):
+    def __init__(self, target: Target, config: Any, drafter: OneForwardHead):
         super().__init__(target, config, drafter)
         train_base = config.init_from is None if config.train_base is None else config.train_base
         for weight in drafter.base:

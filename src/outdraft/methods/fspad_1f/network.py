@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from outdraft.core.tensors import causal
 from outdraft.errors import UserError
-from outdraft.losses.teacher import TargetLike
 from outdraft.methods.checkpoint import method_of, refuse_another
 from outdraft.methods.fspad.beginning import new_head, scale_of
 from outdraft.methods.fspad.folder import load_drafter
@@ -38,6 +37,7 @@ from outdraft.methods.fspad.network import (
 )
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.named import named, shipped_drafter
+from outdraft.target.target import Target
 
 NAME = "fspad-1f"
 
@@ -182,7 +182,7 @@ BLOCK = ("block_size", "second_layer", "transition_rank", "slot_candidates")
 """The settings of the block."""
 
 
-def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
+def new_one_forward(target: Target, settings: Any) -> OneForwardHead:
     """Build a drafter with initial float32 weights, on the target's device.
 
     Args:
@@ -214,7 +214,7 @@ def new_one_forward(target: TargetLike, settings: Any) -> OneForwardHead:
     return drafter.to(target.device)
 
 
-def begun_from(source: str, target: TargetLike) -> FeatureHead:
+def begun_from(source: str, target: Target) -> FeatureHead:
     """Load an FSPAD, EAGLE or FSPAD-1F drafter: a folder, a hub id, or the name of a model that an FSPAD ships for."""
     place = shipped_drafter(source, "fspad") if named(source) is not None else source
     kind: type[FeatureHead] = OneForwardHead if method_of(place).name == NAME else FeatureHead
@@ -225,7 +225,7 @@ def begun_from(source: str, target: TargetLike) -> FeatureHead:
 
 
 @torch.no_grad()
-def begin_block(drafter: OneForwardHead, base: FeatureHead, target: TargetLike, settings: Any) -> None:
+def begin_block(drafter: OneForwardHead, base: FeatureHead, target: Target, settings: Any) -> None:
     """Copy the base's weights; begin slots as average embeddings with noise and the second layer as the first."""
     drafter.load_state_dict(base.state_dict(), strict=False)
     scale = scale_of(target) if settings.embedding_scale == "auto" else settings.embedding_scale

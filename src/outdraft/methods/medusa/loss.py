@@ -7,14 +7,14 @@ L tokens has L-1-k such positions; t counts when x_{t+1+k} is a response token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
+from outdraft.losses.teacher import TopProbs, most_probable
 from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.target import Target
 
@@ -88,11 +88,11 @@ class MedusaObjective(Objective):
 
     parts: ClassVar = {"loss_head1": "first_head"}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: MedusaHeads):
+    def __init__(self, target: Target, config: Any, drafter: MedusaHeads):
         self.drafter, self.target = drafter, target
         self.top_k, self.rows = teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target))
-        self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+        self.loss = MedusaLoss(drafter, target, config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
         return reached(loss_mask, 1)
