@@ -189,6 +189,9 @@ class Warper:
         return scores.softmax(-1)
 
 
+UNREAD = torch.empty(0, dtype=torch.long)
+"""Stands for the prefix of a node whose warper does not read it."""
+
 _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from outdraft.core.coupling import Coupled, noise_of, under
 from outdraft.core.dice import Chance, draw_each
-from outdraft.core.sampling import Warper, probs_of
+from outdraft.core.sampling import UNREAD, Warper, probs_of
 from outdraft.core.tensors import read_freely, sent
 from outdraft.core.tree import Candidates, Tree
 
@@ -263,9 +263,6 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
 def _after(warper: Warper, prefixes: Sequence[Tensor], row: int, tokens: list[int]) -> Tensor:
     """Return the prefix of a node if the warper reads it, else an empty tensor."""
     if not warper.reads_prefix:
-        return _UNREAD
+        return UNREAD
     prefix = prefixes[row]
     return torch.cat([prefix, prefix.new_tensor(tokens)])
-
-
-_UNREAD = torch.empty(0, dtype=torch.long)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from outdraft.core.coupling import Shown, noise_of
 from outdraft.core.dice import Chance, Dice, Thrown
-from outdraft.core.sampling import Warper
+from outdraft.core.sampling import UNREAD, Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import chosen, itself
@@ -33,8 +33,6 @@ from outdraft.target.target import Target
 
 GREEDY = Warper(SamplingSettings(), 0, 1)
 """The warper that stands for rows whose candidates are chosen, not drawn."""
-
-_UNREAD = torch.empty(0, dtype=torch.long)
 
 MOST_NEW = 64
 """The most decided tokens of a row that a recorded draft takes in; a prompt has more."""
@@ -217,9 +215,9 @@ class _Draft:
             return RowContext([], [GREEDY], [])
         if self.coupled:
             noise = self.given.noise
-            return RowContext([_UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
+            return RowContext([UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
         shares = self.given.shares
-        return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
+        return RowContext([UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 
     def _run(self) -> tuple[Tensor, ...]:
         given = self.given

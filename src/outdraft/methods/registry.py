@@ -40,9 +40,6 @@ FALLBACK = "fspad"
 """The method whose loader is given a folder that no method recognises: it tells official FSPAD and EAGLE folders by
 their tensors, and names the error of any other folder."""
 
-COMPARED_TOKENS = 48
-"""The number of tokens on which an export is compared with the drafter's own forward."""
-
 
 @dataclass
 class DrafterFacts:

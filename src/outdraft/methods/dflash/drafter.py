@@ -18,8 +18,8 @@ from outdraft.core.tensors import causal
 from outdraft.core.tree import Tree, attention_mask
 from outdraft.drafting.base import DraftState, Limits, RowContext, Update
 from outdraft.drafting.sample import Block
+from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
-from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK, ModelRunner

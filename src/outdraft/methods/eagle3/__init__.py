@@ -41,8 +41,8 @@ class Eagle3(Method):
         return is_eagle3(config)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
-        from outdraft.methods.checkpoint import other_layers, other_ropes
         from outdraft.methods.eagle3.folder import TAP_IDS
+        from outdraft.methods.tapped import other_layers, other_ropes
 
         config, count = network.config, target.num_layers
         for layers in other_layers(config.taps(count), (2, count // 2, count - 3)[: config.num_taps], count):

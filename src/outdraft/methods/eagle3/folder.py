@@ -28,9 +28,16 @@ from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Checkpoint, assembled, read_own
 from outdraft.methods.eagle3 import is_eagle3
 from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
-from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
+from outdraft.methods.registry import ExportTarget, Written
 from outdraft.methods.tapped import BESIDE, draft_tokens_of, layer_section, layer_settings, tap_ids, verifier_of
-from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refuse_target, written_and_read
+from outdraft.methods.vllm_folder import (
+    COMPARED_TOKENS,
+    Files,
+    layer_shapes,
+    llama_config,
+    refuse_target,
+    written_and_read,
+)
 
 TAP_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -49,8 +56,7 @@ def load_eagle3(
     folder = find_folder(folder_or_hub_id)
     config = read_config(folder)
     if is_own(config) and config["method"] == Eagle3Head.method:
-        own = read_own(folder, config, Eagle3Config)
-        return Checkpoint(own.assembled(Eagle3Head, dtype, device), target=own.target, training=own.training)
+        return read_own(folder, config, Eagle3Config).checkpoint(Eagle3Head, dtype, device)
     if not is_eagle3(config):
         raise UserError(f"'{folder}' holds no EAGLE-3 drafter; leave --method out")
     file, tensors = read_weights(folder)

@@ -21,8 +21,8 @@ from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Step
+from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.eesd.network import ExitLayer
-from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
 from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.cache import LayerCache, SlotCache

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -233,30 +232,15 @@ def _tapped(
     target: Target, layers: Sequence[int], examples: Sequence[Example]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Run the target once; return `(tokens, hidden)` states by layer and example, and the features."""
-    modules, taps = layers_of(target.model), [list[Tensor]() for _ in layers]
-    features: list[Tensor] = []
+    reading, found = Reading(target, layers), list[tuple[Tensor, ...]]()
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         lengths = torch.tensor([len(example) for example in batch], device=target.device)
-
-        hooks = [
-            modules[n - 1].register_forward_hook(partial(_note, rows, lengths.tolist()))
-            for n, rows in zip(layers, taps, strict=True)
-        ]
-        try:
-            ids = pad([example.input_ids.long() for example in batch]).to(target.device)
-            found = Reading(target)(ids, lengths)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        features.extend(row[:length] for row, length in zip(found, lengths.tolist(), strict=True))
+        read = reading(pad([example.input_ids.long() for example in batch]).to(target.device), lengths)
+        rows = zip(read, lengths.tolist(), strict=True)
+        found += [row[:length].split(target.hidden_size, dim=-1) for row, length in rows]
+    features, *taps = (list(parts) for parts in zip(*found, strict=True))
     return taps, features
-
-
-def _note(rows: list[Tensor], lengths: list[int], module: object, inputs: object, output: Any) -> None:
-    """Keep a layer's output without the padding; a forward hook."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    rows.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
 
 
 @dataclass

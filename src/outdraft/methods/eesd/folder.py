@@ -19,7 +19,8 @@ from outdraft.drafting.folder import CONFIG, find_folder, is_own, read_config, s
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import TARGET_FACTS, OwnFolder, assembled, read_own, refuse_another, target_facts
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, empty
-from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
+from outdraft.methods.registry import ExportTarget, Written
+from outdraft.methods.vllm_folder import COMPARED_TOKENS
 from outdraft.target.backends.packed import plain_weights
 from outdraft.target.target import Target
 from outdraft.target.views import Reads, layers_of

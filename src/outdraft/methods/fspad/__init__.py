@@ -55,7 +55,7 @@ class Fspad(Method):
         return super().checkpoint(source, kind=resolve_name(self.network), **where)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
-        from outdraft.methods.checkpoint import other_layers, other_ropes
+        from outdraft.methods.tapped import other_layers, other_ropes
 
         config = network.config
         if config.tap_layers:

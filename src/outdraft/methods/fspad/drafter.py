@@ -26,9 +26,9 @@ from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
 from outdraft.drafting.sample import Step
+from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, turning
-from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.native.operations import Fusion
@@ -137,6 +137,9 @@ class DraftStep(LayerStep):
 Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], Any]
 """(angles, mask, cache) -> outputs, as in `LayerStep.__call__`."""
 
+RunLevel = Callable[[Tensor, Tensor, Tensor], DraftOutput]
+"""(tokens, features, parents), each `(rows, nodes, ...)` -> outputs of the tree's next level."""
+
 LONG = 16
 """Pairs from which on only keys and values of all but the last are computed, in a forward of their own."""
 
@@ -177,19 +180,27 @@ class FeatureDrafter(NetworkDrafter):
         pending = Pending(given.lengths, causal(rows, new, device), positions.long(), (None,), cache)
         with running_over(pending):
             taken = network(given.tokens, given.taps, network.turns(pending.positions), None, cache)
-        r, levels = chosen(taken.r, last), PendingLevels(given.lengths + given.counts.int(), cache)
+        levels = PendingLevels(given.lengths + given.counts.int(), cache)
+
+        def run(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
+            pending = levels.below(parents)
+            turns = network.turns(pending.positions[:, -tokens.shape[1] :])
+            with running_over(pending):
+                return network(tokens, features, turns, None, cache)
+
+        return self.logits(chosen(taken.p, last)[:, 0]), self.stepping(chosen(taken.r, last), run)
+
+    def stepping(self, r: Tensor, run: RunLevel) -> Step:
+        """Return the step that feeds every level the r of its parents; the `(rows, 1, hidden)` r are the roots'."""
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
             nonlocal r
-            nodes = tokens.shape[1]
-            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
-            pending = levels.below(parents)
-            with running_over(pending):
-                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, cache)
+            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
+            out = run(tokens, features, parents)
             r = out.r
             return self.logits(out.p)
 
-        return self.logits(chosen(taken.p, last)[:, 0]), step
+        return step
 
 
 class FeatureDraftState(DraftState):
@@ -208,18 +219,9 @@ class FeatureDraftState(DraftState):
             tree = recorded(update, shape, rows, self.cache)
             if tree is not None:
                 return tree
-        newest = self._take_in(update)
-        roots, r = update.roots, newest.r
-        run = self._run_levels()
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r
-            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
-            out = run(tokens, features, parents)
-            r = out.r
-            return self.drafter.logits(out.p)
-
-        tree = self.drafter.grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
+        newest, drafter = self._take_in(update), self.drafter
+        step = drafter.stepping(newest.r, self._run_levels())
+        tree = drafter.grow(update.roots, drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
 
@@ -229,8 +231,8 @@ class FeatureDraftState(DraftState):
     def join(self, other: FeatureDraftState) -> None:
         self.cache.join(other.cache)
 
-    def _run_levels(self) -> Callable[[Tensor, Tensor, Tensor], DraftOutput]:
-        """Return a function that runs the next level of a tree on its tokens, features and parents."""
+    def _run_levels(self) -> RunLevel:
+        """Return the function that runs the levels of a tree, one after the other."""
         network, cache, starts, levels = self.network, self.cache, list(self.cache.lengths), 0
         if network.native is not None:
             ahead = RunAhead(cache, len(network) - 1)

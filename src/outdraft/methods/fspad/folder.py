@@ -20,9 +20,16 @@ from outdraft.errors import UserError
 from outdraft.methods.checkpoint import UNFOLDED, Checkpoint, assembled, read_own
 from outdraft.methods.fspad import EAGLE, EAGLE_WITH_BIAS, FSPAD
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
-from outdraft.methods.registry import COMPARED_TOKENS, ExportTarget, Written
+from outdraft.methods.registry import ExportTarget, Written
 from outdraft.methods.tapped import SHAPES, layer_settings
-from outdraft.methods.vllm_folder import Files, layer_shapes, llama_config, refuse_target, written_and_read
+from outdraft.methods.vllm_folder import (
+    COMPARED_TOKENS,
+    Files,
+    layer_shapes,
+    llama_config,
+    refuse_target,
+    written_and_read,
+)
 
 OFFICIAL_NAMES = {
     "embed_tokens.": "embed_tokens.",
@@ -57,9 +64,9 @@ def load_drafter(
     config = read_config(folder)
     if is_own(config):
         _refuse_method(str(config["method"]), folder, kind.methods)
-        own = read_own(folder, config, kind.shapes)
-        head = own.assembled(kind, dtype, device)
-        return Checkpoint(scaled(head, own.training.get(UNFOLDED, 1.0)), target=own.target, training=own.training)
+        found = read_own(folder, config, kind.shapes).checkpoint(kind, dtype, device)
+        scaled(found.network, found.training.get(UNFOLDED, 1.0))
+        return found
     file, tensors = read_weights(folder)
     settings = official_config(config, tensors, folder)
     names = {our_name(name): name for name in tensors if not REMADE.search(name)}

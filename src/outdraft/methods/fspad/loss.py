@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from outdraft.drafting.vocabulary import DraftVocabulary, indices_in
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
-from outdraft.losses.teacher import TopProbs, most_probable, within
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
 from outdraft.methods.fspad.beginning import scale_of, text_config
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, scaled
 from outdraft.methods.fspad.unrolled import Unrolled
@@ -129,7 +129,7 @@ class DrafterLoss(nn.Module):
         self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None, steps: int
     ) -> tuple[list[DraftOutput], list[Tensor], Tensor]:
         """Return the outputs of every draft step, the masks of counted positions, and the goal features."""
-        counted = counted_positions(loss_mask)
+        counted = predicting(loss_mask, 2)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
         noisy = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
@@ -175,11 +175,6 @@ class DrafterLoss(nn.Module):
         return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
 
 
-def counted_positions(loss_mask: Tensor) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
-    return loss_mask[:, 2:].bool()
-
-
 def feature_noise(
     lengths: Sequence[int], width: int, tokens: int, seeds: Sequence[int], device: torch.device | str
 ) -> Tensor:
@@ -211,11 +206,11 @@ class FeatureObjective(Objective):
     def __init__(self, target: Target, config: Any, drafter: Any):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
-        self.top_k, kept = config.teacher_top_k, drafter.draft_tokens
+        self.top_k, self.rows, kept = config.teacher_top_k, config.loss_chunk_size, drafter.draft_tokens
         layers = drafter.layers_read(text_config(target.model.config).num_hidden_layers)
         self.reading = Reading(reader_of(target), layers)
         self._places: Tensor | None = None
-        if kept is not None and (drafter.lm_head is not None or (self.top_k and isinstance(target, Target))):
+        if kept is not None and (drafter.lm_head is not None or self.top_k):
             self._places = indices_in(kept.to(target.device), target.vocab_size)
         self.head = self._head()
         self.loss = DrafterLoss(
@@ -236,7 +231,7 @@ class FeatureObjective(Objective):
         return DraftVocabulary(self.drafter.draft_tokens, self.target).head
 
     def counted(self, loss_mask: Tensor) -> Tensor:
-        return counted_positions(loss_mask)
+        return predicting(loss_mask, 2)
 
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
@@ -264,10 +259,10 @@ class FeatureObjective(Objective):
         return self.target.embed(ids) * self.scale
 
     def _teacher(self, goal: Tensor) -> TopProbs:
-        return self._known(most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size))
+        return self._known(most_probable(self.target, goal, self.top_k, self.rows))
 
     def _best(self, goal: Tensor) -> Tensor:
-        return self._known(most_probable(self.target, goal, 1, self.config.loss_chunk_size)).ids[:, 0]
+        return self._known(most_probable(self.target, goal, 1, self.rows)).ids[:, 0]
 
     def _known(self, said: TopProbs) -> TopProbs:
         """Translate the tokens to ids of the drafter's head."""

@@ -26,8 +26,7 @@ from outdraft.drafting.expand import grow
 from outdraft.drafting.folder import find_folder, is_own, read_config
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Checkpoint, Network, read_own
-from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.methods.checkpoint import Checkpoint, Network, NetworkDrafter, read_own
 from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -167,4 +166,4 @@ def load_medusa(
     if not is_own(config) or config["method"] != MedusaHeads.method:
         raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")
     own = read_own(folder, config, MedusaConfig)
-    return Checkpoint(own.assembled(MedusaHeads, dtype, device), target=own.target, training=own.training)
+    return own.checkpoint(MedusaHeads, dtype, device)

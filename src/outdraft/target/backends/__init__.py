@@ -106,9 +106,7 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
     for name in (backend, *SIMPLER.get(backend, ())):
         if name == "eager":
             return model
-        reason = (
-            WHY_NOT[name](model) if whole or name == "packed" else why_not_parts(model) if name == "native" else None
-        )
+        reason = (WHY_NOT if whole else WHY_NOT_PARTS)[name](model)
         if reason is None:
             view = native_view(model, owned and whole) if name == "native" else VIEWS[name](model)
             break
