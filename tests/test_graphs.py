@@ -188,7 +188,7 @@ def test_what_cannot_be_recorded_runs_unrecorded(monkeypatch: pytest.MonkeyPatch
     def refuse(*given: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs.Recording, "make", refuse)
+    monkeypatch.setattr(graphs.Recording, "record", refuse)
     model = tiny("llama-gqa")
     target = on_graphs(model)
     with pytest.warns(UserWarning, match="cannot be recorded .operation not permitted.*it runs unrecorded") as warned:

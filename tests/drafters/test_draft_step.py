@@ -14,7 +14,8 @@ from torch import Tensor
 from models import tiny
 from outdraft.core.tree import attention_mask
 from outdraft.drafting.draft_cache import HIDDEN, DraftMask, RunAhead, causal_mask
-from outdraft.methods.fspad import draft_step, layer_step
+from outdraft.methods.fspad import drafter as draft_step
+from outdraft.methods.fspad import layer_step
 from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.target.backends import accelerate

@@ -24,7 +24,7 @@ from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import retokenised
+from outdraft.methods.draft_model import drafter as retokenised
 from outdraft.methods.draft_model.drafter import DraftModel, Translation
 from outdraft.target.target import Target
 

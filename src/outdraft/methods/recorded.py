@@ -8,7 +8,6 @@ distributions that depend on the prefix are drafted unrecorded.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ from outdraft.core.tensors import chosen, itself
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
 from outdraft.drafting.sample import Step
-from outdraft.errors import first_line
-from outdraft.target.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
+from outdraft.target.backends.graphs import SIZES, Recordings, Replayed, put
 from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.target import Target
 
@@ -60,18 +58,18 @@ class RecordedDrafts:
     """
 
     def __init__(self, drafter: Recordable):
-        self.drafter = drafter
-        self.records = True
-        """True while drafts can be recorded."""
-        self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
-        self._memory: Any = None
+        self.drafter, self._made = drafter, Recordings("drafts cannot be recorded ({}); they run unrecorded")
+
+    @property
+    def recordings(self) -> OrderedDict[Any, Any]:
+        return self._made.kept
 
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> bool:
         """Return True if a recording can make this draft."""
         scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
         drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
         return (
-            self.records
+            self._made.records
             and shape.size > 1
             and rows.budget is None
             and max(update.counts) <= MOST_NEW
@@ -93,29 +91,16 @@ class RecordedDrafts:
         drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
         kind = rows.warpers[0].scoring if drawn or coupled else None
         key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
-        draft = self.recordings.get(key)
+        draft: _Draft | None = self._made.filled(
+            key,
+            lambda: _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps),
+            lambda found: found.fill(update, cache, rows.chances),
+            update.taps.device,
+        )
         if draft is None:
-            draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps)
-            draft.fill(update, cache, rows.chances)
-            try:
-                draft.record(self._pool(update.taps.device))
-            except Exception as error:
-                self.records = False
-                warnings.warn(f"drafts cannot be recorded ({first_line(error)}); they run unrecorded", stacklevel=2)
-                return None
-            self.recordings[key] = draft
-            if len(self.recordings) > MOST_RECORDINGS:
-                self.recordings.popitem(last=False)
-        else:
-            self.recordings.move_to_end(key)
-            draft.fill(update, cache, rows.chances)
+            return None
         cache.advance(update.counts)
         return draft.tree(count)
-
-    def _pool(self, device: torch.device) -> Any:
-        if self._memory is None and device.type == "cuda":
-            self._memory = torch.cuda.graph_pool_handle()
-        return self._memory
 
 
 @dataclass

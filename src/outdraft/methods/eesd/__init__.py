@@ -25,7 +25,7 @@ class Eesd(Method):
     summary = "the target's own first layers and a trained exit layer"
     drafter = "outdraft.methods.eesd.drafter:EarlyExit"
     training = "outdraft.methods.eesd.loss:ExitObjective"
-    exporter = "outdraft.methods.eesd.folder:export_exit"
+    exporter = "outdraft.methods.eesd.network:export_exit"
     trained = True
     settings = frozenset({"exit_layer", "own_head", "loss", "hard_weight"})
     # The layer begins as the target's last one and not at random. On the reference target (20M, exit after layer 3),
@@ -42,13 +42,13 @@ class Eesd(Method):
     def load(
         self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
     ) -> ExitLayer:
-        from outdraft.methods.eesd.folder import load_exit_layer
+        from outdraft.methods.eesd.network import load_exit_layer
 
         return load_exit_layer(source, target.model, dtype=dtype, device=device)
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count
-        from outdraft.methods.eesd.folder import read_exit_folder
+        from outdraft.methods.eesd.network import read_exit_folder
 
         found = read_exit_folder(folder)
         return DrafterFacts(
