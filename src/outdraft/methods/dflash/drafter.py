@@ -17,12 +17,13 @@ from outdraft.core.shape import GPU_TREE, TreeShape
 from outdraft.core.tensors import causal
 from outdraft.core.tree import Tree, attention_mask
 from outdraft.drafting.base import DraftState, Limits, RowContext, Update
+from outdraft.drafting.draft_cache import pieces
 from outdraft.drafting.sample import Block
 from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
 from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -147,10 +148,7 @@ class DFlashState(DraftState):
 
     def _take_in(self, update: Update) -> None:
         """Write the context rows of the tokens decided since the last draft into the cache."""
-        counts, device = update.counts, update.tokens.device
-        for start in range(0, max(counts), PREFILL_CHUNK):
-            count = min(PREFILL_CHUNK, max(counts) - start)
-            slots = self.cache.reserve(count, device)
-            piece = update.taps[:, start : start + count]
-            self.drafter.network.take_in(piece, self.drafter.angles(slots), self.cache)
-            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
+        for tokens, taps, ends in pieces(update, update.counts):
+            slots = self.cache.reserve(tokens.shape[1], tokens.device)
+            self.drafter.network.take_in(taps, self.drafter.angles(slots), self.cache)
+            self.cache.commit(ends)

@@ -12,7 +12,7 @@ up in a table over the vocabulary, if it takes at most `TABLE_BYTES`. `layer_ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
-from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
+from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask, pieces
 from outdraft.drafting.sample import Step
 from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
@@ -35,7 +35,7 @@ from outdraft.target.backends.native.operations import Fusion
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -276,7 +276,7 @@ class FeatureDraftState(DraftState):
         if max(update.counts) > LONG:
             update = self.read(update)
         counts, kept = update.counts, []
-        for tokens, taps, ends in _pieces(update, counts):
+        for tokens, taps, ends in pieces(update, counts):
             kept.append(self._causal(tokens.shape[1], tokens.device, partial(self.network, tokens, taps)))
             self.cache.commit(ends)
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
@@ -287,19 +287,7 @@ class FeatureDraftState(DraftState):
 
     def read(self, update: Update) -> Update:
         """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those."""
-        for tokens, taps, ends in _pieces(update, [count - 1 for count in update.counts]):
+        for tokens, taps, ends in pieces(update, [count - 1 for count in update.counts]):
             self._causal(tokens.shape[1], tokens.device, partial(self.network.read, tokens, taps))
             self.cache.commit(ends)
         return update.newest()
-
-
-def _pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:
-    """Yield tokens and taps of the first pairs of every row, some at a time, and which of them are no padding."""
-    for start in range(0, max(counts), PREFILL_CHUNK):
-        count = min(PREFILL_CHUNK, max(counts) - start)
-        piece = slice(start, start + count)
-        yield (
-            update.tokens[:, piece],
-            update.taps[:, piece],
-            [range(max(0, min(count, total - start))) for total in counts],
-        )
