@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.tensors import causal, counting, integers, itself, sent
-from outdraft.drafting.base import Update
+from outdraft.drafting.base import DraftState, Update
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK
 
@@ -59,6 +59,18 @@ def pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tens
             update.taps[:, piece],
             [range(max(0, min(count, total - start))) for total in counts],
         )
+
+
+class CachedState(DraftState):
+    """A state whose memory of its rows is a cache."""
+
+    cache: SlotCache
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.cache.select_rows(rows)
+
+    def join(self, other: CachedState) -> None:
+        self.cache.join(other.cache)
 
 
 class RunAhead:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from outdraft.core.shape import GPU_TREE, TreeShape
 from outdraft.core.tensors import causal
 from outdraft.core.tree import Tree, attention_mask
-from outdraft.drafting.base import DraftState, Limits, RowContext, Update
-from outdraft.drafting.draft_cache import pieces
+from outdraft.drafting.base import Limits, RowContext, Update
+from outdraft.drafting.draft_cache import CachedState, pieces
 from outdraft.drafting.sample import Block
 from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
@@ -115,7 +115,7 @@ class DFlash(NetworkDrafter):
         return self.target.head
 
 
-class DFlashState(DraftState):
+class DFlashState(CachedState):
     """The draft cache of one batch: keys and values of the context rows."""
 
     def __init__(self, drafter: DFlash, rows: int, capacity: int):
@@ -136,15 +136,9 @@ class DFlashState(DraftState):
             block = Block(levels, lambda _, tokens, logits: logits + markov(tokens))
         return drafter.grow(roots, block.first, block, shape, rows)
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
-
     def read(self, update: Update) -> Update:
         self._take_in(Update(update.tokens, update.taps, [count - 1 for count in update.counts]))
         return update.newest()
-
-    def join(self, other: DFlashState) -> None:
-        self.cache.join(other.cache)
 
     def _take_in(self, update: Update) -> None:
         """Write the context rows of the tokens decided since the last draft into the cache."""

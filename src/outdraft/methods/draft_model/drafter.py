@@ -22,8 +22,8 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
 from outdraft.data.text import answer_text, common_length, decode_text, special_ids
-from outdraft.drafting.base import Drafter, DraftState, Limits, RowContext, Update
-from outdraft.drafting.draft_cache import RunAhead
+from outdraft.drafting.base import Drafter, Limits, RowContext, Update
+from outdraft.drafting.draft_cache import CachedState, RunAhead
 from outdraft.drafting.expand import grow, grow_chain
 from outdraft.drafting.sample import Step
 from outdraft.drafting.vocabulary import DifferentTokenizers, SharedVocabulary
@@ -73,7 +73,7 @@ class DraftModel(Drafter):
         return self.model.num_parameters
 
 
-class _ModelState(DraftState):
+class _ModelState(CachedState):
     """A small model at work on its own tokens of every row.
 
     Args:
@@ -125,7 +125,7 @@ class _DraftModelState(_ModelState):
         return tree
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
+        super().select_rows(rows)
         self.known = [self.known[row] for row in rows]
 
     def read(self, update: Update) -> Update:
@@ -134,8 +134,8 @@ class _DraftModelState(_ModelState):
         self.known = [known - count + 1 for known, count in zip(self.known, update.counts, strict=True)]
         return update.newest()
 
-    def join(self, other: _DraftModelState) -> None:
-        self.cache.join(other.cache)
+    def join(self, other: Any) -> None:
+        super().join(other)
         self.known += other.known
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -246,14 +246,14 @@ class RetokenisedState(_ModelState):
         )
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
+        super().select_rows(rows)
         self.texts = [self.texts[row] for row in rows]
 
     def read(self, update: Update) -> Update:
         return update.newest()  # it reads texts
 
-    def join(self, other: RetokenisedState) -> None:
-        self.cache.join(other.cache)
+    def join(self, other: Any) -> None:
+        super().join(other)
         self.texts += other.texts
 
     def _take_in(self, texts: list[list[int]]) -> Tensor:

@@ -61,8 +61,6 @@ class ExitLayer(Network):
 
     def __init__(self, config: ExitLayerConfig, layer: nn.Module, head: nn.Module | None = None):
         super().__init__()
-        if config.own_head != (head is not None):
-            raise ValueError("an own head is there exactly when the config says so")
         self.config, self.layer, self.head = config, layer, head
 
     @classmethod

@@ -135,10 +135,10 @@ def feature_head_config(target: Target, method: str = "fspad", **overrides: Any)
         raise UserError(f'--method must be "fspad" or "eagle" here, not "{method}"')
     known = set(inspect.signature(FeatureHeadConfig).parameters)
     if overrides.get("tap_layers") == "auto":
-        overrides["tap_layers"] = low_middle_high(text_config(target.model.config).num_hidden_layers)
+        overrides["tap_layers"] = low_middle_high(target.config.num_hidden_layers)
     if unknown := set(overrides) - known:
         raise UserError(f"unknown drafter setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
-    config = text_config(target.model.config)
+    config = target.config
     width = target.hidden_size
     heads, head_dim = _heads(config, width)
     kv_heads = _first(config, KEY_VALUE_HEADS, heads)
@@ -165,12 +165,7 @@ def low_middle_high(layers: int) -> tuple[int, ...]:
 
 def inner_width(target: Target) -> int:
     """Return the inner width of the target's own MLPs."""
-    return _first(text_config(target.model.config), INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
-
-
-def text_config(config: Any) -> Any:
-    """Return the language model's part of a configuration that may have other parts."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _first(target.config, INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
 
 
 def rope_theta(config: Any) -> float:

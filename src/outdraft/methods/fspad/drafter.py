@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import DraftState, RowContext, Update
-from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask, pieces
+from outdraft.drafting.base import RowContext, Update
+from outdraft.drafting.draft_cache import CachedState, DraftMask, RunAhead, causal_mask, pieces
 from outdraft.drafting.sample import Step
 from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
@@ -203,7 +203,7 @@ class FeatureDrafter(NetworkDrafter):
         return step
 
 
-class FeatureDraftState(DraftState):
+class FeatureDraftState(CachedState):
     """The draft cache of one batch: an entry for each pair (token one ahead, target feature)."""
 
     layers = 1
@@ -224,12 +224,6 @@ class FeatureDraftState(DraftState):
         tree = drafter.grow(update.roots, drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
-
-    def join(self, other: FeatureDraftState) -> None:
-        self.cache.join(other.cache)
 
     def _run_levels(self) -> RunLevel:
         """Return the function that runs the levels of a tree, one after the other."""

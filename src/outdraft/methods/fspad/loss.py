@@ -21,7 +21,7 @@ from outdraft.drafting.vocabulary import DraftVocabulary, indices_in
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
 from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
 from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
-from outdraft.methods.fspad.beginning import scale_of, text_config
+from outdraft.methods.fspad.beginning import scale_of
 from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, scaled
 from outdraft.methods.fspad.unrolled import Unrolled
 from outdraft.target.target import Target
@@ -207,7 +207,7 @@ class FeatureObjective(Objective):
         self.target, self.config, self.drafter = target, config, drafter
         self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
         self.top_k, self.rows, kept = config.teacher_top_k, config.loss_chunk_size, drafter.draft_tokens
-        layers = drafter.layers_read(text_config(target.model.config).num_hidden_layers)
+        layers = drafter.layers_read(target.num_layers)
         self.reading = Reading(reader_of(target), layers)
         self._places: Tensor | None = None
         if kept is not None and (drafter.lm_head is not None or self.top_k):
