@@ -8,7 +8,6 @@ distributions that depend on the prefix are drafted unrecorded.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,7 +49,7 @@ class Recordable(Protocol):
         step for the levels below."""
 
 
-class RecordedDrafts:
+class RecordedDrafts(Recordings):
     """The recorded drafts of one drafter.
 
     Args:
@@ -58,18 +57,15 @@ class RecordedDrafts:
     """
 
     def __init__(self, drafter: Recordable):
-        self.drafter, self._made = drafter, Recordings("drafts cannot be recorded ({}); they run unrecorded")
-
-    @property
-    def recordings(self) -> OrderedDict[Any, Any]:
-        return self._made.kept
+        super().__init__("drafts cannot be recorded ({}); they run unrecorded")
+        self.drafter = drafter
 
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> bool:
         """Return True if a recording can make this draft."""
         scorings, kinds = {warper.scoring for warper in rows.warpers}, {warper.kind for warper in rows.warpers}
         drawn = shape.candidates != "top-k" and not rows.greedy and not rows.coupled
         return (
-            self._made.records
+            self.records
             and shape.size > 1
             and rows.budget is None
             and max(update.counts) <= MOST_NEW
@@ -91,7 +87,7 @@ class RecordedDrafts:
         drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
         kind = rows.warpers[0].scoring if drawn or coupled else None
         key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
-        draft: _Draft | None = self._made.filled(
+        draft: _Draft | None = self.filled(
             key,
             lambda: _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps),
             lambda found: found.fill(update, cache, rows.chances),

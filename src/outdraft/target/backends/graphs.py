@@ -98,14 +98,14 @@ class Recordings:
     def __init__(self, failure: str):
         self.failure, self.records = failure, True
         """`records` is True while the function can be recorded."""
-        self.kept: OrderedDict[Any, Any] = OrderedDict()
+        self.recordings: OrderedDict[Any, Any] = OrderedDict()
         self._memory: Any = None
 
     def filled(self, key: Any, make: Callable[[], Any], fill: Callable[[Any], None], device: torch.device) -> Any:
         """Return the recording for this key with its inputs filled in; None, with a warning, if it cannot be made."""
-        found = self.kept.get(key)
+        found = self.recordings.get(key)
         if found is not None:
-            self.kept.move_to_end(key)
+            self.recordings.move_to_end(key)
             fill(found)
             return found
         found = make()
@@ -118,13 +118,13 @@ class Recordings:
             self.records = False
             warnings.warn(self.failure.format(first_line(error)), stacklevel=5)
             return None
-        self.kept[key] = found
-        if len(self.kept) > MOST_RECORDINGS:
-            self.kept.popitem(last=False)
+        self.recordings[key] = found
+        if len(self.recordings) > MOST_RECORDINGS:
+            self.recordings.popitem(last=False)
         return found
 
 
-class GraphedForward(TreeForward):
+class GraphedForward(TreeForward, Recordings):
     """A forward over pending tokens, recorded if they are few.
 
     Args:
@@ -132,21 +132,17 @@ class GraphedForward(TreeForward):
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):
-        super().__init__(model, forward, what, "graphs")
-        self.recorded = Recordings(f"{what} cannot be recorded ({{}}); it runs unrecorded")
-
-    @property
-    def recordings(self) -> OrderedDict[Any, Any]:
-        return self.recorded.kept
+        TreeForward.__init__(self, model, forward, what, "graphs")
+        Recordings.__init__(self, f"{what} cannot be recorded ({{}}); it runs unrecorded")
 
     @property
     def ready(self) -> bool:
         """Whether it has run, computes what the model does and can be recorded, also as part of something larger."""
-        return self._compared and self.serves and self.recorded.records
+        return self._compared and self.serves and self.records
 
     def _over(self, name: str, given: Tensor, sight: Sight, cache: Any) -> tuple[Tensor, ...]:
         rows, tokens = given.shape[:2]
-        if not self.recorded.records or rows * tokens > MOST_TOKENS or min(sight.lengths) == 0:
+        if not self.records or rows * tokens > MOST_TOKENS or min(sight.lengths) == 0:
             return super()._over(name, given, sight, cache)
         return self._replay(name, given, sight, cache)
 
@@ -157,7 +153,7 @@ class GraphedForward(TreeForward):
         room = next((size for size in SIZES if tokens <= size <= most), tokens) if pending == tokens else tokens
         key = (name, cache.addresses, cache.room, room, pending + room - tokens)
         run, windows = partial(self.over, name), tuple(sight.windows.values())
-        recording = self.recorded.filled(
+        recording = self.filled(
             key,
             lambda: Recording(run, given, cache, room, pending + room - tokens, windows),
             lambda found: found.fill(given, sight, cache),
