@@ -259,7 +259,7 @@ class Spans:
         owners = [layers, target, tree, exit_layer, feature_drafting, feature_head, growth]
         try:
             from outdraft.drafting import draft_cache as sight
-            from outdraft.methods.fspad import draft_step
+            from outdraft.methods.fspad import drafter as draft_step
 
             owners += [draft_step, sight]
         except ImportError:

@@ -44,8 +44,7 @@ from outdraft.methods.draft_model import drafter as draft_model
 from outdraft.methods.eesd import drafter as early_exit
 from outdraft.methods.eesd.network import BoundExit
 from outdraft.methods.fspad import drafter as feature_drafting
-from outdraft.methods.fspad.draft_step import DraftStep
-from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa import drafter as medusa
 from outdraft.methods.prompt_lookup import drafter as prompt_lookup

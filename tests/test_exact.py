@@ -32,7 +32,7 @@ from outdraft.methods.draft_model.drafter import DraftModel
 from outdraft.methods.eesd.drafter import EarlyExit
 from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.exact import attention as exact_attention
-from outdraft.target.exact.target import ExactTarget, exactly
+from outdraft.target.exact.target import PerRowTarget, exactly
 from outdraft.target.target import Target
 from test_losslessness import DRAFTERS, GREEDY, dice, exit_drafter, finish, rows_of
 
@@ -282,7 +282,7 @@ def test_a_forward_that_is_not_exact_is_an_error_before_any_answer(monkeypatch):
     exact_attention.AttentionInterface.register(exact_attention.ATTENTION, muddled)
     try:
         with pytest.raises(UserError, match=r"a forward over 1 x 4 tokens gives other keys \(layer 1\)"):
-            ExactTarget(Target(build(torch.float32)))
+            PerRowTarget(Target(build(torch.float32)))
     finally:
         exact_attention.AttentionInterface.register(exact_attention.ATTENTION, exact_attention.attend)
 

@@ -19,7 +19,7 @@ from outdraft.api.generation import load
 from outdraft.core.tree import Tree
 from outdraft.errors import UserError
 from outdraft.target.backends import accelerate, fused, fused_modules, graphs, tree_attention
-from outdraft.target.backends.view import with_attention
+from outdraft.target.backends.tree_forward import with_attention
 from outdraft.target.limits import slot_bytes
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
@@ -188,7 +188,7 @@ def test_what_cannot_be_recorded_runs_unrecorded(monkeypatch: pytest.MonkeyPatch
     def refuse(*given: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs.Recording, "make", refuse)
+    monkeypatch.setattr(graphs.Recording, "record", refuse)
     model = tiny("llama-gqa")
     target = on_graphs(model)
     with pytest.warns(UserWarning, match="cannot be recorded .operation not permitted.*it runs unrecorded") as warned:

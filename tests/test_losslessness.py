@@ -34,11 +34,9 @@ from outdraft.errors import UserError
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork
 from outdraft.methods.draft_model.drafter import DraftModel
-from outdraft.methods.eagle3.drafter import Eagle3Drafter
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Drafter, Eagle3Head
 from outdraft.methods.eesd.drafter import EarlyExit
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
-from outdraft.methods.fspad import drafter as feature_drafting
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.drafter import OneForward
@@ -600,7 +598,7 @@ def feature_logits(drafter: FeatureDrafter, prefix: list[int], path: list[int]) 
 )
 def test_a_feature_drafter_reads_the_targets_features_of_all_that_was_decided(monkeypatch, switches, chunk):
     """Round after round, in ragged batches, through its cache: what it would say of the whole text at once."""
-    for module in (run_module, draft_cache, feature_drafting):
+    for module in (run_module, draft_cache):
         monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     target = Target(pair("llama-gqa")[0])
     drafter = feature_drafter(target, *switches)

@@ -23,7 +23,7 @@ from outdraft.api.generation import load
 from outdraft.core import tensors
 from outdraft.drafting import expand as growth
 from outdraft.engine.round import Batch
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead

@@ -21,13 +21,13 @@ from outdraft.api.loading import load_network, load_target, resolve_device, reso
 from outdraft.api.prompts import read_prompts
 from outdraft.data.conversations import Conversation
 from outdraft.data.records import json_lines
-from outdraft.drafting.folder import CONFIG, WEIGHTS
+from outdraft.drafting.folder import CONFIG, WEIGHTS, push_to_hub
 from outdraft.drafting.run_folder import last_checkpoint
 from outdraft.errors import UserError
 from outdraft.evaluation.rounds import TrainingVerdict, training_verdict
 from outdraft.losses.objective import reader_of
 from outdraft.losses.teacher import target_id
-from outdraft.methods.checkpoint import Network, push_to_hub
+from outdraft.methods.checkpoint import Network
 from outdraft.output import is_main_process, write_whole
 from outdraft.target.named import base_of
 from outdraft.target.target import Target

@@ -56,6 +56,11 @@ MOVED = {
     "losses.features": "losses.objective",
     "losses.target_like": "losses.teacher",
     "losses.token_loss": "losses.cross_entropy",
+    "methods.eagle3.network": "methods.eagle3.drafter",
+    "methods.eesd.folder": "methods.eesd.network",
+    "methods.fspad.draft_step": "methods.fspad.drafter",
+    "methods.fspad.objective": "methods.fspad.loss",
+    "methods.medusa.folder": "methods.medusa.drafter",
     "reference.prompts": "reference",
     "run": "target.runner",
     "sampling": "core.sampling",
@@ -84,6 +89,7 @@ MOVED = {
 RENAMED = {
     "drafting.base": {"Pace": "Budget"},
     "drafting.ngrams": {"Repeats": "NgramSettings"},
+    "losses.teacher": {"TargetLike": "Target"},
     "target.runner": {"TargetRun": "ModelRunner"},
 }
 """Old names of what such modules hold, and the new ones."""

@@ -87,6 +87,6 @@ def test_the_page_names_the_files_of_a_method() -> None:
     """Every trained method has what the page's table says, a file or part of another one."""
     page = PAGE.read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE))
-    assert rows == {"network.py", "drafter.py", "folder.py", "loss.py", "export.py"}
+    assert rows == {"network.py", "drafter.py", "folder.py", "loss.py"}
     for function in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `\w+\.py` .*\|(.*)\|$", page, re.MULTILINE))):
         assert hasattr(registry.Method, function), function

@@ -23,8 +23,8 @@ from outdraft.console.facts import describe
 from outdraft.core.dice import Dice
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
+from outdraft.drafting import draft_cache
 from outdraft.methods.checkpoint import method_of
-from outdraft.methods.dflash import drafter as dflash_drafter
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.folder import load_dflash
 from outdraft.methods.dflash.network import spaced
@@ -104,7 +104,7 @@ def test_every_layout_drafts_what_the_equations_say(tmp_path: Path, variant: str
 
 
 def test_long_prompts_are_taken_in_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dflash_drafter, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(draft_cache, "PREFILL_CHUNK", 3)
     folder, shape = folder_of(tmp_path / "drafter", "sliding layer")
     assert_drafts_are_the_equations(bound(folder, model_of()), shape, TAPS, TreeShape.chain(3))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from models import tiny
 from outdraft.core.tree import attention_mask
 from outdraft.drafting.draft_cache import HIDDEN, DraftMask, RunAhead, causal_mask
-from outdraft.methods.fspad import draft_step, layer_step
-from outdraft.methods.fspad.draft_step import DraftStep
-from outdraft.methods.fspad.drafter import FeatureDrafter
+from outdraft.methods.fspad import drafter as draft_step
+from outdraft.methods.fspad import layer_step
+from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.target.backends import accelerate
 from outdraft.target.cache import SlotCache

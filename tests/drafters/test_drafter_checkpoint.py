@@ -19,7 +19,8 @@ from test_feature_head_equations import GQA, SWITCHES, inputs, torch_head
 
 import outdraft
 from outdraft import UserError
-from outdraft.methods.checkpoint import push_to_hub, save_drafter
+from outdraft.drafting.folder import push_to_hub
+from outdraft.methods.checkpoint import save_drafter
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead
 

@@ -17,6 +17,7 @@ from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
+from outdraft.drafting import draft_cache
 from outdraft.drafting.base import RowContext, Update
 from outdraft.methods.fspad import drafter as feature_drafter
 from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
@@ -157,7 +158,7 @@ def test_rows_that_leave_take_their_memory_with_them() -> None:
 
 @pytest.mark.parametrize("long", [16, 4], ids=["", "outputs-of-last-pairs-only"])
 def test_long_prompts_in_pieces_give_the_same_trees(monkeypatch: pytest.MonkeyPatch, long: int) -> None:
-    monkeypatch.setattr(feature_drafter, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(draft_cache, "PREFILL_CHUNK", 4)
     monkeypatch.setattr(feature_drafter, "LONG", long)
     rounds = Rounds("fspad", [11, 3, 8])
     rounds.accept(rounds.check(TREES["narrow"]), [1, 2, 0])

@@ -24,12 +24,11 @@ from outdraft.data.conversations import read_conversations
 from outdraft.errors import UserError
 from outdraft.losses.objective import Reading
 from outdraft.methods.checkpoint import save_drafter, target_facts
-from outdraft.methods.eagle3.drafter import Eagle3Drafter
+from outdraft.methods.eagle3.drafter import Eagle3Drafter, Eagle3Head
 from outdraft.methods.eagle3.folder import load_eagle3, official_name
 from outdraft.methods.eagle3.loss import Eagle3Objective, new_head
-from outdraft.methods.eagle3.network import Eagle3Head
 from outdraft.methods.fspad import unrolled
-from outdraft.methods.fspad.objective import FeatureObjective
+from outdraft.methods.fspad.loss import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out import tau_meter

@@ -16,8 +16,7 @@ from outdraft import UserError
 from outdraft.api.loading import load_drafter_for
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.eesd.drafter import EarlyExit
-from outdraft.methods.eesd.folder import load_exit_layer
-from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, load_exit_layer
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.target.target import Target
 

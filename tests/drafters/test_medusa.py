@@ -24,8 +24,7 @@ from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import save_drafter, target_facts
 from outdraft.methods.fspad.folder import load_drafter
-from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads
-from outdraft.methods.medusa.folder import load_medusa
+from outdraft.methods.medusa.drafter import Medusa, MedusaConfig, MedusaHeads, load_medusa
 from outdraft.target.target import Target
 from test_control_of_decoding import PROMPT, controlled, law_and_statistics
 from test_control_of_decoding import finish as controlled_finish

@@ -24,9 +24,8 @@ from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
 from outdraft.errors import UserError
-from outdraft.methods.draft_model import retokenised
-from outdraft.methods.draft_model.drafter import DraftModel
-from outdraft.methods.draft_model.retokenised import Translation
+from outdraft.methods.draft_model import drafter as retokenised
+from outdraft.methods.draft_model.drafter import DraftModel, Translation
 from outdraft.target.target import Target
 
 LETTERS = "abcdefgh"

@@ -18,7 +18,7 @@ import outdraft
 from models import tiny
 from outdraft.export.export import export_drafter
 from outdraft.methods.checkpoint import save_drafter
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 
 SHAPE: dict[str, Any] = {

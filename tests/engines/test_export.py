@@ -22,12 +22,12 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.export.export import Exported, export_drafter
 from outdraft.methods.checkpoint import save_drafter, target_facts
-from outdraft.methods.eagle3 import export as eagle3_export
+from outdraft.methods.eagle3 import folder as eagle3_export
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.eagle3.folder import load_eagle3
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
-from outdraft.methods.eesd import export as exit_export
+from outdraft.methods.eesd import network as exit_export
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
-from outdraft.methods.fspad import export as head_export
+from outdraft.methods.fspad import folder as head_export
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from models import tiny
 from outdraft.methods.dflash.network import DFlashConfig, DFlashNetwork
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 

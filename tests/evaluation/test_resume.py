@@ -13,9 +13,9 @@ from cli_fixtures import Folders
 from outdraft.core.statistics import Statistics
 from outdraft.errors import UserError
 from outdraft.evaluation.bench import bench
+from outdraft.evaluation.bench.bench import Store
 from outdraft.evaluation.bench.measure import Answer, Contender, compare
 from outdraft.evaluation.bench.result import BenchResult
-from outdraft.evaluation.bench.store import Store
 
 
 def texts(result: BenchResult) -> dict[str, list[list[list[int]]]]:

@@ -16,9 +16,8 @@ from torch import Tensor
 from models import tiny
 from outdraft.errors import UserError
 from outdraft.losses.objective import Reading
-from outdraft.methods.eesd.folder import load_exit_layer
 from outdraft.methods.eesd.loss import ExitLoss, float32_ends
-from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
+from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig, load_exit_layer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view
 from outdraft.training.config import DrafterConfig

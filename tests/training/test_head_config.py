@@ -16,7 +16,7 @@ from outdraft.methods.fspad.network import FeatureHead
 def shapes(family: str, **fields: Any) -> Any:
     config = AutoConfig.for_model(family, **fields)
     return SimpleNamespace(
-        model=SimpleNamespace(config=config),
+        config=config.get_text_config(),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", 1 << 30),

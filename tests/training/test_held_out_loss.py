@@ -18,8 +18,8 @@ from outdraft.data.tokenization import Example, ExampleSet, tokenize
 from outdraft.losses.objective import TrainingExamples, collate
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.fspad.beginning import keep_frequent
+from outdraft.methods.fspad.loss import FeatureObjective
 from outdraft.methods.fspad.network import FeatureHead
-from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out import CHAIN, STEPS, BestWeights, HeldOut, Hits

@@ -13,8 +13,7 @@ import torch
 from models import tiny
 from outdraft.errors import UserError
 from outdraft.losses.objective import Reading
-from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
-from outdraft.methods.medusa.folder import load_medusa
+from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads, load_medusa
 from outdraft.methods.medusa.loss import MedusaLoss
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig

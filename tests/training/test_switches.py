@@ -19,9 +19,8 @@ from outdraft.engine.rows import Row
 from outdraft.errors import UserError
 from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.folder import load_drafter
-from outdraft.methods.fspad.loss import LossSums
+from outdraft.methods.fspad.loss import FeatureObjective, LossSums
 from outdraft.methods.fspad.network import FeatureHead
-from outdraft.methods.fspad.objective import FeatureObjective
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.preparation import new_drafter, objective_for

@@ -21,8 +21,8 @@ from torch import Tensor
 from outdraft.errors import UserError
 from outdraft.methods.fspad.beginning import scale_of
 from outdraft.methods.fspad.folder import load_drafter
+from outdraft.methods.fspad.loss import noise_seed
 from outdraft.methods.fspad.network import FeatureHead, scaled
-from outdraft.methods.fspad.objective import noise_seed
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.preparation import use_bf16

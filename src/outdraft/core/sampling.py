@@ -189,7 +189,16 @@ class Warper:
         return scores.softmax(-1)
 
 
+UNREAD = torch.empty(0, dtype=torch.long)
+"""Stands for the prefix of a node whose warper does not read it."""
+
 _NO_PREFIX = torch.empty(0, 0, dtype=torch.long)
+
+
+def alike(warpers: Sequence[Warper]) -> bool:
+    """Return True if all warpers make the same distribution of the same logits, whatever the prefix is."""
+    kind = warpers[0].kind
+    return kind is not None and all(warper.kind == kind for warper in warpers)
 
 
 def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
@@ -202,8 +211,7 @@ def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tenso
         logits: `(rows, vocab)` logits of the model.
         prefixes: one prefix per row, as in `Warper.probs_after`; read only where a warper needs them.
     """
-    kind = warpers[0].kind
-    if kind is not None and all(warper.kind == kind for warper in warpers):
+    if alike(warpers):
         return warpers[0].probs(logits)
     found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     groups: dict[Hashable, list[int]] = {}

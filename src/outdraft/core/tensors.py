@@ -78,24 +78,24 @@ def _size(count: int) -> int:
 
 
 @lru_cache(maxsize=128)
+@torch.inference_mode(False)
 def _integers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return sent(values, device)
+    return sent(values, device)
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _counting(size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(size, device=device)
+    return torch.arange(size, device=device)
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _causal(size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _itself(size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.eye(size, dtype=torch.bool, device=device)
+    return torch.eye(size, dtype=torch.bool, device=device)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from outdraft.core.coupling import Coupled, noise_of, under
 from outdraft.core.dice import Chance, draw_each
-from outdraft.core.sampling import Warper, probs_of
+from outdraft.core.sampling import UNREAD, Warper, alike, probs_of
 from outdraft.core.tensors import read_freely, sent
 from outdraft.core.tree import Candidates, Tree
 
@@ -67,14 +67,12 @@ def verify(
             needs it.
         chances: one source of random numbers per row.
     """
-    kind = warpers[0].kind
-    if tree.draft_probs is None and warpers[0].greedy and kind and all(warper.kind == kind for warper in warpers):
+    if tree.draft_probs is None and warpers[0].greedy and alike(warpers):
         return verify_greedy(tree, warpers[0].choices(logits))
     coupled = [chance for chance in chances if isinstance(chance, Coupled)]
     if len(coupled) == len(chances):
         return verify_coupled(tree, logits, warpers, prefixes, coupled)
-    alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
-    if alike and logits.numel() <= AT_ONCE and tree.candidates != "spine" and _is_chains(tree):
+    if _at_once(logits, warpers) and tree.candidates != "spine" and _is_chains(tree):
         return verify_chains(tree, warpers[0].probs(logits), chances)
     return verify_sampled(tree, logits, warpers, prefixes, chances)
 
@@ -161,9 +159,7 @@ def verify_coupled(
     tree: Tree, logits: Tensor, warpers: Sequence[Warper], prefixes: Sequence[Tensor], chances: Sequence[Coupled]
 ) -> list[Verdict]:
     """Run `verify` for coupled rows (`coupling.py`): a candidate is accepted if noise chooses it of p."""
-    kind = warpers[0].kind
-    alike = kind and not warpers[0].sorts and all(warper.kind == kind for warper in warpers)
-    if alike and logits.numel() <= AT_ONCE and not read_freely(logits.device):
+    if not read_freely(logits.device) and _at_once(logits, warpers):
         levels = tree.nodes if tree.levels is None else tree.levels + 1
         noise, index = noise_of(chances, levels), tree.depths[..., None].expand(-1, -1, logits.shape[-1])
         return verify_greedy(tree, under(warpers[0].probs(logits), noise.gather(1, index)))
@@ -223,6 +219,11 @@ def verify_chains(tree: Tree, probs: Tensor, chances: Sequence[Chance]) -> list[
     ]
 
 
+def _at_once(logits: Tensor, warpers: Sequence[Warper]) -> bool:
+    """Return True if the distributions after all nodes may be made at once, also those that nobody will need."""
+    return not warpers[0].sorts and logits.numel() <= AT_ONCE and alike(warpers)
+
+
 def _is_chains(tree: Tree) -> bool:
     """Return True if every node is the child of the one before it."""
     if tree.chain:  # the host need not look
@@ -263,9 +264,6 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
 def _after(warper: Warper, prefixes: Sequence[Tensor], row: int, tokens: list[int]) -> Tensor:
     """Return the prefix of a node if the warper reads it, else an empty tensor."""
     if not warper.reads_prefix:
-        return _UNREAD
+        return UNREAD
     prefix = prefixes[row]
     return torch.cat([prefix, prefix.new_tensor(tokens)])
-
-
-_UNREAD = torch.empty(0, dtype=torch.long)

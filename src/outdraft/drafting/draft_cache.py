@@ -7,22 +7,23 @@ own nodes, so nothing is built twice; there is none if every node sees every key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from outdraft.core.tensors import causal, counting, integers, itself, sent
+from outdraft.drafting.base import DraftState, Update
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import PREFILL_CHUNK
 
-Forward = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""(piece, positions, mask, slots) -> outputs, each `(rows, tokens of the piece, width)`."""
+Forward = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
+"""(piece, positions, mask, slots) -> `(rows, tokens of the piece, width)`."""
 
 
 def take_in(
     cache: SlotCache, counts: Sequence[int], last_position: int, device: torch.device, forward: Forward
-) -> list[Tensor]:
+) -> Tensor:
     """Run the first `counts` tokens of every row and commit them.
 
     Args:
@@ -31,23 +32,45 @@ def take_in(
         forward: runs a piece of all rows, padding included, over reserved slots.
 
     Returns:
-        `(rows, width)` of every output, at each row's last token.
+        `(rows, width)` of the output, at each row's last token.
     """
-    row = counting(0, len(counts), device)
-    last: list[Tensor] = []
+    row, last = counting(0, len(counts), device), torch.empty(0)
     for start in range(0, max(counts), PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, max(counts) - start)
         slots = cache.reserve(count, device)
         mask = causal(len(counts), count, device)
-        outputs = forward(slice(start, start + count), slots.clamp(max=last_position), mask, slots)
+        output = forward(slice(start, start + count), slots.clamp(max=last_position), mask, slots)
         real = [max(0, min(count, total - start)) for total in counts]
         cache.commit([range(n) for n in real])
-        newest = [output[row, integers([max(0, n - 1) for n in real], device)] for output in outputs]
-        if last:  # rows that ended before this piece keep what they had
-            going = torch.tensor([n > 0 for n in real], device=device)[:, None]
-            newest = [new.where(going, old) for new, old in zip(newest, last, strict=True)]
+        newest = output[row, integers([max(0, n - 1) for n in real], device)]
+        if start:  # rows that ended before this piece keep what they had
+            newest = newest.where(torch.tensor([n > 0 for n in real], device=device)[:, None], last)
         last = newest
     return last
+
+
+def pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:
+    """Yield tokens and taps of the first pairs of every row, some at a time, and which of them are no padding."""
+    for start in range(0, max(counts), PREFILL_CHUNK):
+        count = min(PREFILL_CHUNK, max(counts) - start)
+        piece = slice(start, start + count)
+        yield (
+            update.tokens[:, piece],
+            update.taps[:, piece],
+            [range(max(0, min(count, total - start))) for total in counts],
+        )
+
+
+class CachedState(DraftState):
+    """A state whose memory of its rows is a cache."""
+
+    cache: SlotCache
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.cache.select_rows(rows)
+
+    def join(self, other: CachedState) -> None:
+        self.cache.join(other.cache)
 
 
 class RunAhead:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import outdraft
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError, first_line
 from outdraft.reference.quantize import PACKED, unpack
@@ -119,6 +120,39 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"'{file}' is no dictionary of tensors; save the drafter's state_dict there")
     return loaded
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a drafter's folder to the Hugging Face Hub, creating the repository when absent.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: not a drafter's folder, or the Hub refuses.
+    """
+    import huggingface_hub
+
+    folder = local_folder(Path(folder).expanduser())
+    read_config(folder)
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            allow_patterns=[CONFIG, WEIGHTS, "README.md", "LICENSE*", "provenance.json"],
+            commit_message=f"Drafter written by outdraft {outdraft.__version__}",
+        )
+    except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
+        raise UserError(f"cannot upload to '{repo_id}' ({first_line(error)}); log in with `hf auth login`") from error
+    return str(commit.commit_url)
 
 
 # --- our own layout --------------------------------------------------------------------------------------------

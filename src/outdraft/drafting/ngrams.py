@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from outdraft.core.tensors import sent
@@ -138,13 +137,7 @@ def spliced(tree: Tree, chains: Sequence[Sequence[int]]) -> Tree:
             tokens[row, 1 : own[row]] = below
             parents[row, 1 : own[row]] = torch.arange(len(chain), device=device)
             if probs is not None:
-                probs[row] = point_masses(below, *probs.shape[1:]).to(probs)
+                probs[row] = 0.0  # the chain is certain, from the root on
+                probs[row, torch.arange(len(chain), device=device), below] = 1.0
     levels = None if tree.levels is None else max(tree.levels, max(own) - 1)
     return Tree(tokens, parents, counts, tree.candidates, probs, levels)
-
-
-def point_masses(tokens: Tensor, nodes: int, vocab: int) -> Tensor:
-    """Return `(nodes, vocab)` distributions under which the chain is certain, from the root on; zeros after it."""
-    probs = torch.zeros(nodes, vocab, device=tokens.device)
-    probs[torch.arange(len(tokens), device=tokens.device), tokens] = 1.0
-    return probs

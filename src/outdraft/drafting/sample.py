@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from outdraft.core.dice import draw_each
-from outdraft.core.sampling import probs_of
+from outdraft.core.sampling import UNREAD, probs_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Candidates, Tree
@@ -170,8 +170,5 @@ class _Chains:
     def _before(self, row: int, chain: int) -> Tensor:
         """Return the tokens up to a chain's newest one if the warper reads them, else an empty tensor."""
         if not self.rows.warpers[row].reads_prefix:
-            return _UNREAD
+            return UNREAD
         return torch.cat([self.rows.prefixes[row], torch.stack([level[row, chain] for level in self.tokens])])
-
-
-_UNREAD = torch.empty(0, dtype=torch.long)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from outdraft.data.tokenization import Example, ExampleSet
-from outdraft.losses.teacher import TopProbs, predicting
+from outdraft.losses.teacher import TopProbs, most_probable, predicting
 from outdraft.target.backends import best_backend
 from outdraft.target.ranks import over_all, whole
 from outdraft.target.target import Target
@@ -183,6 +183,8 @@ class Objective(ABC):
     """The loss, which holds the drafter as `drafter` and gives a tuple of sums, among them `agreed` and `positions`."""
     target: Target
     """The target that the drafter is trained for."""
+    rows: int
+    """The number of positions whose logits the target's head makes at once."""
     scale: float = 1.0
     """The factor on embeddings in training only, until `finished` folds it into the weights."""
 
@@ -210,6 +212,14 @@ class Objective(ABC):
             Two `(rows, positions, steps)` masks; None for a drafter whose guesses are not compared.
         """
         return None
+
+    def teacher(self, batch: Mapping[str, Tensor], features: Tensor, first: int = 0) -> TopProbs | None:
+        """Return the target's most probable tokens at the positions of a batch that predict a response token, those
+        from position `first` on: stored ones, else by its head; None where the loss uses none."""
+        if (said := stored_teacher(batch, first)) is not None or not self.top_k:
+            return said
+        goal = self.reading.features(features)[:, first:-1][predicting(batch["loss_mask"])[:, first:]]
+        return most_probable(self.target, goal, self.top_k, self.rows)
 
     @abstractmethod
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:

@@ -14,9 +14,6 @@ from torch import Tensor
 from outdraft.data.provenance import portable
 from outdraft.target.target import Target
 
-TargetLike = Target
-"""The name of the target in the signatures of methods."""
-
 
 def target_id(target: Target) -> str:
     """Return the hub name or folder of the target; its class name when it was built in memory."""
@@ -65,9 +62,15 @@ def most_probable(target: Target, goal: Tensor, k: int, rows: int = HEAD_ROWS) -
     return TopProbs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
-def predicting(loss_mask: Tensor) -> Tensor:
-    """Map the `(..., tokens)` mask of response tokens to the `(..., tokens - 1)` mask of positions that predict one."""
-    return loss_mask[..., 1:].bool()
+def predicting(loss_mask: Tensor, ahead: int = 1) -> Tensor:
+    """Map the `(..., tokens)` mask of response tokens to the `(..., tokens - ahead)` mask of positions that predict
+    one: each predicts the token `ahead` places after it."""
+    return loss_mask[..., ahead:].bool()
+
+
+def places(loss_mask: Tensor) -> Tensor:
+    """Return the `(batch, tokens - 1)` indices of predicting positions among all of them, row by row."""
+    return predicting(loss_mask).flatten().cumsum(0).view(len(loss_mask), -1) - 1
 
 
 def within(said: TopProbs, indices: Tensor) -> TopProbs:

@@ -1,4 +1,4 @@
-"""The drafter folders of every method: saving, uploading, and recognising them.
+"""The networks of every method: saving, loading and recognising their folders, and binding them to a target.
 
 A folder holds `config.json` and weights and is written whole or not at all (`drafting/folder.py`). Each method reads
 its own folders.
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import outdraft
+from outdraft.core.tree import Tree
+from outdraft.drafting.base import Drafter
+from outdraft.drafting.expand import grow
 from outdraft.drafting.folder import (
-    CONFIG,
-    WEIGHTS,
     find_folder,
     fitting,
     is_own,
-    local_folder,
     read_config,
     read_settings,
     read_weights,
@@ -33,9 +33,12 @@ from outdraft.drafting.folder import (
     warn_of_unknown,
     write_folder,
 )
-from outdraft.errors import UserError, first_line
+from outdraft.drafting.vocabulary import DraftVocabulary
+from outdraft.errors import UserError
 from outdraft.methods.registry import FALLBACK, DrafterFacts, Method, methods
+from outdraft.target.backends import count_parameters
 from outdraft.target.target import Target
+from outdraft.target.views import Reads
 
 UNFOLDED = "embedding_scale_to_fold"
 """The key of a checkpoint's training record with the factor that its weights expect embeddings to be scaled by."""
@@ -120,39 +123,6 @@ def save_drafter(
     return write_folder(folder, config, tensors)
 
 
-def push_to_hub(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-) -> str:
-    """Upload a drafter's folder to the Hugging Face Hub, creating the repository when absent.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        UserError: not a drafter's folder, or the Hub refuses.
-    """
-    import huggingface_hub
-
-    folder = local_folder(Path(folder).expanduser())
-    read_config(folder)
-    try:
-        api = huggingface_hub.HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            allow_patterns=[CONFIG, WEIGHTS, "README.md", "LICENSE*", "provenance.json"],
-            commit_message=f"Drafter written by outdraft {outdraft.__version__}",
-        )
-    except Exception as error:  # the Hub client has exceptions of many libraries; the user needs their first line
-        raise UserError(f"cannot upload to '{repo_id}' ({first_line(error)}); log in with `hf auth login`") from error
-    return str(commit.commit_url)
-
-
 def target_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Return the facts about a target that a drafter's folder stores beside its name."""
     config = model.config.get_text_config()
@@ -201,9 +171,9 @@ class OwnFolder(NamedTuple):
     target: dict[str, Any]
     training: dict[str, Any]
 
-    def assembled(
+    def checkpoint(
         self, network: Callable[[Any], AnyNetwork], dtype: torch.dtype | None, device: torch.device | str
-    ) -> AnyNetwork:
+    ) -> Checkpoint[AnyNetwork]:
         """Build the network of these settings with these tensors, its draft vocabulary included."""
         kept = None
         if size := getattr(self.config, "draft_vocab_size", 0):
@@ -215,8 +185,8 @@ class OwnFolder(NamedTuple):
                     "config.json says; copy or train it again"
                 )
             kept = kept.long()
-        build = partial(network, self.config)
-        return assembled(build, self.tensors, self.file, dtype=dtype, device=device, kept=kept)
+        built = assembled(partial(network, self.config), self.tensors, self.file, dtype=dtype, device=device, kept=kept)
+        return Checkpoint(built, target=self.target, training=self.training)
 
 
 def names_tokens(ids: Tensor, count: int, vocab_size: int) -> bool:
@@ -299,6 +269,42 @@ def refuse_another(facts: Mapping[str, Any], target: Any) -> None:
             )
 
 
+# --- decoding --------------------------------------------------------------------------------------------------
+
+
+class NetworkDrafter(Drafter):
+    """A trained network bound to its target.
+
+    Args:
+        network: a `Network` on the target's device and in its precision.
+        target: the model it was trained for.
+        reads: what it reads of the target.
+
+    Raises:
+        UserError: the sizes say that it is another model's drafter, or the target has no such layers.
+    """
+
+    def __init__(self, network: Any, target: Target, reads: Reads | None = None):
+        refuse_another(network.fits, target)
+        self.target, self.method, self.num_weights = target, network.method, count_parameters(network)
+        self.reads = reads or Reads()
+        target.reader(self.reads)  # a layer that the target lacks is told now
+        kept = getattr(network, "draft_tokens", None)
+        self.vocabulary = None if kept is None else DraftVocabulary(kept, target, network.lm_head)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_weights
+
+    @property
+    def grow(self) -> Callable[..., Tree]:
+        """The function `expand.grow`, restricted to the draft vocabulary."""
+        return grow if self.vocabulary is None else self.vocabulary.grow
+
+
+# --- which method ----------------------------------------------------------------------------------------------
+
+
 def method_of(folder_or_hub_id: str | Path) -> Method:
     """Return the method that a drafter's folder names, else the method that recognises the folder, else FSPAD."""
     config = read_config(find_folder(folder_or_hub_id))
@@ -313,28 +319,6 @@ def recognised(config: Mapping[str, Any]) -> Method | None:
     if "outdraft_version" in config:
         return None
     return next((method for method in methods().values() if method.recognises(config)), None)
-
-
-def other_layers(read: tuple[int, ...], usual: tuple[int, ...], layers: int) -> list[tuple[int, ...]]:
-    """Return the layers that a drafter may have been trained on instead of those that are read: each one further or one
-    nearer, as conventions of counting differ, or its method's usual ones.
-
-    Args:
-        read, usual: layers counted from 1.
-        layers: number of layers of the target, whose last one cannot be read.
-    """
-    near = [tuple(layer + step for layer in read) for step in (-1, 1)]
-    return [found for found in dict.fromkeys([*near, usual]) if found != read and 0 < min(found) <= max(found) < layers]
-
-
-def other_ropes(read: Mapping[str, Any], target: Target) -> list[dict[str, Any]]:
-    """Return rotary settings that a drafter may have been trained with instead of those that are read: the target's,
-    the read ones without their scaling, and the default of `transformers`."""
-    own = getattr(target.model.config.get_text_config(), "rope_parameters", None) or {}
-    theta = read.get("rope_theta", 10000.0)
-    found = [dict(own)] if "rope_type" in own else []
-    found += [{"rope_type": "default", "rope_theta": value} for value in (theta, 10000.0)]
-    return [one for place, one in enumerate(found) if one != dict(read) and one not in found[:place]]
 
 
 def count(weights: Iterable[Tensor]) -> int:

@@ -8,8 +8,6 @@ distributions that depend on the prefix are drafted unrecorded.
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,22 +17,19 @@ from torch import Tensor
 
 from outdraft.core.coupling import Shown, noise_of
 from outdraft.core.dice import Chance, Dice, Thrown
-from outdraft.core.sampling import Warper
+from outdraft.core.sampling import UNREAD, Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import chosen, itself
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
 from outdraft.drafting.sample import Step
-from outdraft.errors import first_line
-from outdraft.target.backends.graphs import MOST_RECORDINGS, SIZES, Replayed, put
+from outdraft.target.backends.graphs import SIZES, Recordings, Replayed, put
 from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.target import Target
 
 GREEDY = Warper(SamplingSettings(), 0, 1)
 """The warper that stands for rows whose candidates are chosen, not drawn."""
-
-_UNREAD = torch.empty(0, dtype=torch.long)
 
 MOST_NEW = 64
 """The most decided tokens of a row that a recorded draft takes in; a prompt has more."""
@@ -54,7 +49,7 @@ class Recordable(Protocol):
         step for the levels below."""
 
 
-class RecordedDrafts:
+class RecordedDrafts(Recordings):
     """The recorded drafts of one drafter.
 
     Args:
@@ -62,11 +57,8 @@ class RecordedDrafts:
     """
 
     def __init__(self, drafter: Recordable):
+        super().__init__("drafts cannot be recorded ({}); they run unrecorded")
         self.drafter = drafter
-        self.records = True
-        """True while drafts can be recorded."""
-        self.recordings: OrderedDict[Any, _Draft] = OrderedDict()
-        self._memory: Any = None
 
     def serves(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> bool:
         """Return True if a recording can make this draft."""
@@ -95,29 +87,16 @@ class RecordedDrafts:
         drawn = shape.candidates != "top-k" and not rows.greedy and not coupled
         kind = rows.warpers[0].scoring if drawn or coupled else None
         key = (cache.addresses, new, shape, kind, coupled, update.taps.shape[2])
-        draft = self.recordings.get(key)
+        draft: _Draft | None = self.filled(
+            key,
+            lambda: _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps),
+            lambda found: found.fill(update, cache, rows.chances),
+            update.taps.device,
+        )
         if draft is None:
-            draft = _Draft(self.drafter, cache.room, new, shape, rows if drawn or coupled else None, update.taps)
-            draft.fill(update, cache, rows.chances)
-            try:
-                draft.record(self._pool(update.taps.device))
-            except Exception as error:
-                self.records = False
-                warnings.warn(f"drafts cannot be recorded ({first_line(error)}); they run unrecorded", stacklevel=2)
-                return None
-            self.recordings[key] = draft
-            if len(self.recordings) > MOST_RECORDINGS:
-                self.recordings.popitem(last=False)
-        else:
-            self.recordings.move_to_end(key)
-            draft.fill(update, cache, rows.chances)
+            return None
         cache.advance(update.counts)
         return draft.tree(count)
-
-    def _pool(self, device: torch.device) -> Any:
-        if self._memory is None and device.type == "cuda":
-            self._memory = torch.cuda.graph_pool_handle()
-        return self._memory
 
 
 @dataclass
@@ -217,9 +196,9 @@ class _Draft:
             return RowContext([], [GREEDY], [])
         if self.coupled:
             noise = self.given.noise
-            return RowContext([_UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
+            return RowContext([UNREAD] * len(noise), [self.warper] * len(noise), [Shown(own) for own in noise])
         shares = self.given.shares
-        return RowContext([_UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
+        return RowContext([UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 
     def _run(self) -> tuple[Tensor, ...]:
         given = self.given

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from outdraft.data.tokenization import ExampleSet
     from outdraft.drafting.base import Drafter
     from outdraft.losses.objective import Objective
-    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.checkpoint import Checkpoint, Network
     from outdraft.target.target import Target
 
@@ -40,9 +39,6 @@ NONE = "none"
 FALLBACK = "fspad"
 """The method whose loader is given a folder that no method recognises: it tells official FSPAD and EAGLE folders by
 their tensors, and names the error of any other folder."""
-
-COMPARED_TOKENS = 48
-"""The number of tokens on which an export is compared with the drafter's own forward."""
 
 
 @dataclass
@@ -218,7 +214,7 @@ class Method:
     """The name under which a run's record keeps what `measure` decided."""
 
     def measure(
-        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+        self, target: Target, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
     ) -> MeasuredSetting | None:
         """Measure a setting that is left open (`auto`) on the data; None where none is.
 
@@ -230,7 +226,7 @@ class Method:
         """
         return None
 
-    def new_network(self, target: TargetLike, settings: Any) -> Network:
+    def new_network(self, target: Target, settings: Any) -> Network:
         """Build a network with initial float32 weights, on the target's device.
 
         Args:
@@ -246,7 +242,7 @@ class Method:
     def adapt(self, network: Network, examples: ExampleSet) -> None:
         """Adapt a new network to the training data, such as by a reduced vocabulary."""
 
-    def objective(self, target: TargetLike, settings: Any, network: Network) -> Objective:
+    def objective(self, target: Target, settings: Any, network: Network) -> Objective:
         """Return the training objective with its loss; arguments as in `new_network`."""
         objective: Objective = resolve_name(self.training)(target, settings, network)
         return objective

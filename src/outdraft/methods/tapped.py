@@ -22,6 +22,7 @@ from outdraft.drafting.folder import CONFIG, check_value
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import names_tokens
 from outdraft.methods.fspad.network import turning
+from outdraft.target.target import Target
 
 TapUnit = Literal["none given", "output", "input"]
 
@@ -238,3 +239,28 @@ def draft_tokens_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], vo
 def verifier_of(config: Mapping[str, Any]) -> str | None:
     """Return the target that the drafter was trained for; only speculators' folders name it."""
     return ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
+
+
+# --- other readings ----------------------------------------------------------------------------------------------
+
+
+def other_layers(read: tuple[int, ...], usual: tuple[int, ...], layers: int) -> list[tuple[int, ...]]:
+    """Return the layers that a drafter may have been trained on instead of those that are read: each one further or one
+    nearer, as conventions of counting differ, or its method's usual ones.
+
+    Args:
+        read, usual: layers counted from 1.
+        layers: number of layers of the target, whose last one cannot be read.
+    """
+    near = [tuple(layer + step for layer in read) for step in (-1, 1)]
+    return [found for found in dict.fromkeys([*near, usual]) if found != read and 0 < min(found) <= max(found) < layers]
+
+
+def other_ropes(read: Mapping[str, Any], target: Target) -> list[dict[str, Any]]:
+    """Return rotary settings that a drafter may have been trained with instead of those that are read: the target's,
+    the read ones without their scaling, and the default of `transformers`."""
+    own = getattr(target.model.config.get_text_config(), "rope_parameters", None) or {}
+    theta = read.get("rope_theta", 10000.0)
+    found = [dict(own)] if "rope_type" in own else []
+    found += [{"rope_type": "default", "rope_theta": value} for value in (theta, 10000.0)]
+    return [one for place, one in enumerate(found) if one != dict(read) and one not in found[:place]]

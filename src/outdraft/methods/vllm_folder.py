@@ -25,6 +25,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The target families with plain embedding and head, whose vLLM model gives features after the final norm."""
 
 
+COMPARED_TOKENS = 48
+"""The number of tokens on which an export is compared with the drafter's own forward."""
+
+
 def refuse_target(config: Any, target: Any) -> None:
     """Raise UserError for targets of families that vLLM does not run with such heads, and for another's drafter."""
     if target.model_type not in FAMILIES:

@@ -55,10 +55,10 @@ class SlotCache(LayerCache):
         self.lengths: list[int] = [0] * rows
         self.pending = 0  # slots written after the committed ones, the same number in every row
         self.capacity = max(1, capacity)
-        self._room = rows  # rows of the buffers
+        self.room = rows  # rows of the buffers
         self._pool = pool
         if pool is not None:
-            self._room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
+            self.room, self.capacity = rounded_rows(rows), rounded_slots(self.capacity)
         self._num_layers = num_layers
         self._buffers: list[Tensor] = []
         self._located: dict[int, tuple[int, int]] = {}  # layer index -> (buffer, place in it)
@@ -147,14 +147,9 @@ class SlotCache(LayerCache):
         return known
 
     @property
-    def room(self) -> int:
-        """Number of rows of the buffers."""
-        return self._room
-
-    @property
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of the buffers; while they stay the same, a recorded forward remains valid."""
-        return (self._room, self.capacity, *(buffer.data_ptr() for buffer in self._buffers))
+        return (self.room, self.capacity, *(buffer.data_ptr() for buffer in self._buffers))
 
     def _open(self, buffer: int, count: int) -> _Views:
         """Make the views of all layers at once, which is faster than many small views per layer."""
@@ -260,7 +255,7 @@ class SlotCache(LayerCache):
                 self._located[layer_idx] = (i, len(taken))
                 return self._located[layer_idx]
         layers = self._num_layers if not self._buffers else 1
-        shape = (layers, 2, self._room, heads, self.capacity, width)
+        shape = (layers, 2, self.room, heads, self.capacity, width)
         self._buffers.append(self._new(shape, key_states))
         self._located[layer_idx] = (len(self._buffers) - 1, 0)
         return self._located[layer_idx]
@@ -282,9 +277,9 @@ class SlotCache(LayerCache):
 
     def _fit(self, rows: int, capacity: int) -> None:
         """Make the buffers hold at least so many rows and slots per row."""
-        if rows <= self._room and capacity <= self.capacity:
+        if rows <= self.room and capacity <= self.capacity:
             return
-        room, slots, extent = max(rows, self._room), max(capacity, self.capacity), min(self.extent, self.capacity)
+        room, slots, extent = max(rows, self.room), max(capacity, self.capacity), min(self.extent, self.capacity)
         if self._pool is not None:
             room, slots = rounded_rows(room), rounded_slots(slots)
         for i, buffer in enumerate(self._buffers):
@@ -294,7 +289,7 @@ class SlotCache(LayerCache):
             if self._pool is not None:
                 self._pool.give_back([buffer])
         self._views, self._wholes = {}, {}
-        self._room, self.capacity = room, slots
+        self.room, self.capacity = room, slots
 
     def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Make a buffer of zeros, or take one of the pool, so that unwritten slots hold no NaN."""

@@ -105,21 +105,17 @@ class _Model:
         trial._inner = self.inner or self.target.model.base_model
         trial._run = trial._whole
         run = ModelRunner(trial, SlotCache(1, trial.num_layers, 4))
-        first, second = (
-            run.tree(Tree(tokens[None], torch.tensor([parents], device=tokens.device), [len(parents)])).features[0]
-            for tokens, parents in _committing(run, trees)
-        )
-        if self.inner is None:
-            first, second = trial.head(first), trial.head(second)
+
+        def over(tokens: Tensor, parents: list[int]) -> Tensor:
+            tree = Tree(tokens[None], torch.tensor([parents], device=tokens.device), [len(parents)])
+            features = run.tree(tree).features[0]
+            return trial.head(features) if self.inner is None else features
+
+        first = over(trees[0], FIRST)
+        run.cache.commit([[0, 2, 3]])  # a path that skips a node
+        second = over(trees[1], SECOND)
         kept = torch.cat([first[[0, 2, 3]], second[[0, 2]]])
         return torch.stack([kept, torch.cat([first[:2], torch.zeros_like(kept[2:])])])
-
-
-def _committing(run: ModelRunner, trees: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Yield each tree and its parents; between the two, commit a path of the first that skips a node."""
-    yield trees[0], FIRST
-    run.cache.commit([[0, 2, 3]])
-    yield trees[1], SECOND
 
 
 def _close(found: Tensor, expected: Tensor, model: _Model, texts: Tensor) -> bool:

@@ -10,8 +10,8 @@ Under shared noise a token is chosen as the arg max of p / e, with e the noise t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,13 @@ def token_divergences(
     probs: StockProbs, prompt: list[int], text: list[int], number: int, noise: Noise
 ) -> list[Divergence]:
     """List all tokens of the text that differ from the stock model's choice after the text up to there."""
+    return _departures((dist for (dist,) in probs.along(prompt, [text])), text, number, noise)
+
+
+def _departures(dists: Iterable[Tensor | None], text: list[int], number: int, noise: Noise) -> list[Divergence]:
+    """List the tokens of a text that are not the most probable ones of the `(vocab,)` probabilities at their places."""
     found = []
-    for place, (dist,) in enumerate(probs.along(prompt, [text])):
+    for place, dist in enumerate(dists):
         if dist is not None and (best := int(dist.argmax())) != text[place]:
             gap = log_ratio(dist, best, text[place])
             found.append(Divergence(number, place, gap, noise.gap, best, text[place]))
@@ -229,12 +234,9 @@ def divergences(
         noise: rounding of the stock model under such noise.
         edges: True if a token without probability may be rounding at a filter's edge.
     """
-    listed = []
-    for place, dist in enumerate(seeded.along(found)):
-        if (best := int(dist.argmax())) != found[place]:
-            gap = log_ratio(dist, best, found[place])
-            gap = noise.gap if edges and math.isinf(gap) else gap
-            listed.append(Divergence(number, place, gap, noise.gap, best, found[place]))
+    listed = _departures(seeded.along(found), found, number, noise)
+    if edges:
+        listed = [replace(one, gap=noise.gap) if math.isinf(one.gap) else one for one in listed]
     first = common_length(expected, found)
     if all(one.position != first for one in listed):  # the processors or the end differ, not the forward
         asked, given = (text[first] if first < len(text) else None for text in (expected, found))

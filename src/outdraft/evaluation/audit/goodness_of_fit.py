@@ -42,14 +42,12 @@ def scipy_stats() -> Any:
 
 def survival(x: float, freedom: float, noncentrality: float = 0.0) -> float:
     """Return P(chi-square > x)."""
-    stats = scipy_stats()
-    return float(stats.ncx2.sf(x, freedom, noncentrality) if noncentrality > 0 else stats.chi2.sf(x, freedom))
+    return float(scipy_stats().ncx2.sf(x, freedom, noncentrality))
 
 
 def critical(alpha: float, freedom: float, noncentrality: float = 0.0) -> float:
     """Return the x that chi-square exceeds with probability alpha."""
-    stats = scipy_stats()
-    return float(stats.ncx2.isf(alpha, freedom, noncentrality) if noncentrality > 0 else stats.chi2.isf(alpha, freedom))
+    return float(scipy_stats().ncx2.isf(alpha, freedom, noncentrality))
 
 
 def power_of(samples: float, distance: float, freedom: float, alpha: float, allowed: float = 0.0) -> float:

@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from outdraft.data.provenance import busy
+from outdraft.evaluation.audit.stock import Divergence
+from outdraft.evaluation.bench import spec_bench
 from outdraft.evaluation.bench.baselines import STOCK
-from outdraft.evaluation.bench.measure import PLAIN, Run
+from outdraft.evaluation.bench.measure import PLAIN, Contender, Run
 from outdraft.evaluation.bench.questions import LeftOut, Question
-from outdraft.evaluation.bench.summary import Summary, scattered
+from outdraft.evaluation.bench.summary import Summary, paired, scattered, summarise
 from outdraft.output import counted, number
+from outdraft.target.target import Target
 
 
 @dataclass
@@ -104,6 +107,55 @@ class BenchResult:
             console.print(f"left out: {left.source}: {left.reason}", markup=False)
         if len(self.left_out) > 8:
             console.print(f"... and {len(self.left_out) - 8} more left out (all with --json)")
+
+
+def summed_up(
+    target: Target,
+    rivals: Sequence[Contender],
+    runs: dict[str, list[Run]],
+    parted: Mapping[str, list[Divergence] | None],
+    temperature: float,
+    questions: Sequence[Question],
+) -> Comparison:
+    """Sum up the figures of all runs, and those of every group."""
+    groups = list(dict.fromkeys(question.group for question in questions))
+    answers = {
+        rival.name: spec_bench.records(rival.name, runs[rival.name], questions, target.tokenizer)
+        for rival in rivals
+        if questions
+    }
+
+    def of(rival: Contender, group: str | None) -> Summary:
+        indices = {i for i, question in enumerate(questions) if question.group == group}
+        own, plain, stock = (
+            [run for run in runs.get(name, []) if group is None or run.prompt in indices]
+            for name in (rival.name, PLAIN, STOCK)
+        )
+        found = parted[rival.name]
+        if found is not None and group is not None:
+            found = [divergence for divergence in found if divergence.prompt in indices]
+        summary = summarise(rival.name, rival.method, rival.parameters, own, plain, found)
+        if stock:
+            summary.over_stock, summary.over_stock_interval = paired(own, stock)
+        if questions:
+            lines, base = (
+                [
+                    line
+                    for line, question in zip(answers[name], questions, strict=True)
+                    if group in (None, question.group)
+                ]
+                for name in (rival.name, PLAIN)
+            )
+            summary.spec_bench_speedup = spec_bench.figures(lines, base, target.tokenizer)["speedup"]
+        return summary
+
+    return Comparison(
+        temperature,
+        [of(rival, None) for rival in rivals],
+        runs,
+        {group: [of(rival, group) for rival in rivals] for group in groups},
+        questions,
+    )
 
 
 Column = Callable[[Summary], str]

@@ -183,7 +183,7 @@ def _round_seconds(run: Run) -> float:
     return counts.decode_seconds / counts.rounds if counts.rounds else 0.0
 
 
-def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple[float, float]:
+def interval(ratios: np.ndarray, prompts: Sequence[int]) -> tuple[float, float]:
     """Compute the bootstrap 95% interval of the median; the repetitions of a prompt are drawn together.
 
     The interval of a single prompt is nan, since it says nothing about others.
@@ -191,7 +191,7 @@ def interval(ratios: np.ndarray, prompts: Sequence[int], seed: int = 0) -> tuple
     groups = [ratios[np.array(prompts) == prompt] for prompt in sorted(set(prompts))]
     if len(groups) < 2:
         return _NAN, _NAN
-    draws = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
+    draws = np.random.default_rng(0).integers(len(groups), size=(RESAMPLES, len(groups)))
     if len({len(group) for group in groups}) == 1:
         medians = np.median(np.stack(groups)[draws].reshape(RESAMPLES, -1), axis=1)
     else:

@@ -47,6 +47,10 @@ FASTEST = 4
 FEW_QUESTIONS = 20
 
 
+def _page(template: str, **values: Any) -> str:
+    return _templates().get_template(f"{template}.html.j2").render(**values)
+
+
 @cache
 def _templates() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
@@ -84,16 +88,13 @@ def save_audit(audit: Audit, path: Path) -> None:
 
 def audit_page(audit: Audit) -> str:
     names = " with ".join(str(audit.settings[name]) for name in ("model", "draft_model") if audit.settings.get(name))
-    return (
-        _templates()
-        .get_template("audit.html.j2")
-        .render(
-            title=f"Losslessness of {names or audit.settings['method']}",
-            audit=audit,
-            sampling=sampling_line(audit),
-            noise=noise_line(audit),
-            json=json.dumps(in_json(audit.as_dict()), indent=1, ensure_ascii=False),
-        )
+    return _page(
+        "audit",
+        title=f"Losslessness of {names or audit.settings['method']}",
+        audit=audit,
+        sampling=sampling_line(audit),
+        noise=noise_line(audit),
+        json=json.dumps(in_json(audit.as_dict()), indent=1, ensure_ascii=False),
     )
 
 
@@ -133,22 +134,19 @@ def bench_page(result: BenchResult, tokenizer: Any) -> str:
     figures: list[dict[str, Any]] = []
     comparisons = [_section(place, one, tokenizer, figures) for place, one in enumerate(result.comparisons)]
     settings = result.settings
-    return (
-        _templates()
-        .get_template("bench.html.j2")
-        .render(
-            title=f"outdraft bench: {Path(str(settings['model'])).name} on {settings['suite']}",
-            made_on=made_on(result.environment, settings),
-            notes=notes(result),
-            comparisons=comparisons,
-            environment=result.environment,
-            settings=settings,
-            left_out=result.left_out,
-            shown=SHOWN,
-            figures=in_json(figures),
-            themes=THEMES,
-            plotly=plotly_script(),
-        )
+    return _page(
+        "bench",
+        title=f"outdraft bench: {Path(str(settings['model'])).name} on {settings['suite']}",
+        made_on=made_on(result.environment, settings),
+        notes=notes(result),
+        comparisons=comparisons,
+        environment=result.environment,
+        settings=settings,
+        left_out=result.left_out,
+        shown=SHOWN,
+        figures=in_json(figures),
+        themes=THEMES,
+        plotly=plotly_script(),
     )
 
 

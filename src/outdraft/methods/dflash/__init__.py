@@ -53,8 +53,8 @@ class DFlashMethod(Method):
             raise UserError(f"{self.name} learns from the most probable tokens; give teacher_top_k a number above 0")
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
-        from outdraft.methods.checkpoint import other_layers, other_ropes
         from outdraft.methods.dflash.network import spaced
+        from outdraft.methods.tapped import other_layers, other_ropes
 
         config, count = network.config, target.num_layers
         for flag in [not config.anchor_first] if config.block_size > 1 else []:

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from outdraft.core.shape import GPU_TREE, TreeShape
 from outdraft.core.tensors import causal
 from outdraft.core.tree import Tree, attention_mask
-from outdraft.drafting.base import DraftState, Limits, RowContext, Update
+from outdraft.drafting.base import Limits, RowContext, Update
+from outdraft.drafting.draft_cache import CachedState, pieces
 from outdraft.drafting.sample import Block
+from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.dflash.network import Angles, DFlashNetwork
-from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.tapped import rotary_frequencies
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
@@ -114,7 +115,7 @@ class DFlash(NetworkDrafter):
         return self.target.head
 
 
-class DFlashState(DraftState):
+class DFlashState(CachedState):
     """The draft cache of one batch: keys and values of the context rows."""
 
     def __init__(self, drafter: DFlash, rows: int, capacity: int):
@@ -135,22 +136,13 @@ class DFlashState(DraftState):
             block = Block(levels, lambda _, tokens, logits: logits + markov(tokens))
         return drafter.grow(roots, block.first, block, shape, rows)
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
-
     def read(self, update: Update) -> Update:
         self._take_in(Update(update.tokens, update.taps, [count - 1 for count in update.counts]))
         return update.newest()
 
-    def join(self, other: DFlashState) -> None:
-        self.cache.join(other.cache)
-
     def _take_in(self, update: Update) -> None:
         """Write the context rows of the tokens decided since the last draft into the cache."""
-        counts, device = update.counts, update.tokens.device
-        for start in range(0, max(counts), PREFILL_CHUNK):
-            count = min(PREFILL_CHUNK, max(counts) - start)
-            slots = self.cache.reserve(count, device)
-            piece = update.taps[:, start : start + count]
-            self.drafter.network.take_in(piece, self.drafter.angles(slots), self.cache)
-            self.cache.commit([range(max(0, min(count, total - start))) for total in counts])
+        for tokens, taps, ends in pieces(update, update.counts):
+            slots = self.cache.reserve(tokens.shape[1], tokens.device)
+            self.drafter.network.take_in(taps, self.drafter.angles(slots), self.cache)
+            self.cache.commit(ends)

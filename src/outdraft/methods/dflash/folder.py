@@ -170,28 +170,21 @@ def _settings(read: _Settings, tensors: Mapping[str, Tensor], layout: str, kind:
         output_multiplier=read.number("output_multiplier", 1.0),
         final_logit_softcapping=read.number("final_logit_softcapping", 0.0),
     )
-    _check(found, read)
+    if found.mask_token_id >= found.vocab_size:
+        raise read.error(f"has mask_token_id {found.mask_token_id}, beyond its {found.vocab_size} tokens")
+    if (read.get("markov_rank") or 0) and not found.markov_rank:
+        raise UserError(f"'{read.folder}' lacks markov_head.markov_w1.weight; it is incomplete, download it again")
     who = "as its config.json says" if said is not None else f"as {'DSpark' if kind == 'dspark' else layout} trains it"
     return found, f"the anchor's slot predicting {'the next token' if anchor_first else 'nothing'} ({who})"
 
 
-def _check(config: DFlashConfig, read: _Settings) -> None:
-    """Raise UserError where settings and tensors contradict each other."""
-    if config.mask_token_id >= config.vocab_size:
-        raise read.error(f"has mask_token_id {config.mask_token_id}, beyond its {config.vocab_size} tokens")
-    if (read.get("markov_rank") or 0) and not config.markov_rank:
-        raise UserError(f"'{read.folder}' lacks markov_head.markov_w1.weight; it is incomplete, download it again")
-
-
 def _tap_ids(read: _Settings, layout: str) -> tuple[tuple[int, ...], TapUnit]:
     """Return the target's layers as the folder numbers them, and the convention of the numbers."""
-    name, unit = ("target_layer_ids", "output")
     if layout == "speculators":
-        name, unit = "aux_hidden_state_layer_ids", "input"
-    ids = read.get(name)
-    if ids is None and layout == "z-lab":
+        return tap_ids(read.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", read.folder), "input"
+    if (ids := read.get("target_layer_ids")) is None and layout == "z-lab":
         return (), "none given"
-    return tap_ids(ids, name, read.folder), cast(TapUnit, unit)
+    return tap_ids(ids, "target_layer_ids", read.folder), "output"
 
 
 def _sights(read: _Settings, layer: Mapping[str, Any], layers: int) -> tuple[tuple[bool, ...], tuple[int, ...]]:

@@ -24,21 +24,21 @@ from torch.nn import functional as F
 from outdraft.drafting.vocabulary import indices_in
 from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import TokenLoss, soft_cross_entropy
-from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting, within
+from outdraft.losses.objective import Objective, Reading, reader_of
+from outdraft.losses.teacher import TopProbs, places, predicting, within
 from outdraft.methods.checkpoint import refuse_another
 from outdraft.methods.dflash.drafter import DFlash
 from outdraft.methods.dflash.folder import load_dflash
 from outdraft.methods.dflash.network import DFlashNetwork
-from outdraft.methods.fspad.objective import noise_seed
-from outdraft.methods.fspad_1f.loss import drawn_anchors
+from outdraft.methods.fspad.loss import noise_seed
+from outdraft.methods.fspad_1f.loss import drawn_anchors, guesses_counted
 from outdraft.target.target import Target
 
 GAMMA = (4.0, 7.0)
 """The proposals over which their weight falls by e, in blocks of up to 8 rows and in larger ones (the papers')."""
 
 
-def begun_from(target: TargetLike, settings: Any) -> DFlashNetwork:
+def begun_from(target: Target, settings: Any) -> DFlashNetwork:
     """Load the drafter to go on with, in float32 and on the target's device; arguments as in `Method.new_network`."""
     with torch.device("cpu"):  # its config is read by its tensors' values, also where a dry run loads no target
         network = load_dflash(settings.init_from, dtype=torch.float32).network
@@ -124,17 +124,13 @@ class BlockLoss(nn.Module):
             anchors: `(batch, anchors)` positions t, -1 for none.
         """
         states, markov = self.states(taps, tokens, anchors), self.drafter.markov_head
-        guessed = anchors[..., None] + 1 + torch.arange(len(self.weights), device=anchors.device)
-        inside = (guessed < loss_mask.shape[1]) & (anchors[..., None] >= 0)
-        rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]
-        counts = (loss_mask[rows, guessed.clamp(max=loss_mask.shape[1] - 1)].bool() & inside).cumprod(-1)
-        places = predicting(loss_mask).flatten().cumsum(0).view(len(loss_mask), -1) - 1
+        counts, index = guesses_counted(anchors, loss_mask, 1, len(self.weights)), places(loss_mask)
         for i in range(len(self.weights)):
             batch, anchor = counts[..., i].nonzero(as_tuple=True)
             p, before = states[batch, anchor, i], anchors[batch, anchor] + i
             if markov is not None:
                 p = torch.cat([p, markov.markov_w1(tokens[batch, before]).to(p.dtype)], dim=-1)
-            yield Slot(batch, before, p, TopProbs(*(part[places[batch, before]] for part in said)))
+            yield Slot(batch, before, p, TopProbs(*(part[index[batch, before]] for part in said)))
 
     def states(self, taps: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
         """Return the `(batch, anchors, proposals, d)` normed states of the anchors' blocks."""
@@ -180,9 +176,10 @@ def block_mask(sight: tuple[bool, int], positions: Tensor, size: int, context: T
 class BlockObjective(Objective):
     """The objective of DFlash and DSpark: blocks of anchors that are drawn anew from the responses in every step."""
 
-    def __init__(self, target: TargetLike, config: Any, drafter: DFlashNetwork):
-        self.target, self.config, self.drafter, self.top_k = target, config, drafter, config.teacher_top_k
-        decoder, kept = DFlash(drafter, cast(Target, target)), drafter.draft_tokens
+    def __init__(self, target: Target, config: Any, drafter: DFlashNetwork):
+        self.target, self.config, self.drafter = target, config, drafter
+        self.top_k, self.rows = config.teacher_top_k, config.loss_chunk_size
+        decoder, kept = DFlash(drafter, target), drafter.draft_tokens
         self.reading = Reading(reader_of(target), decoder.reads.layers)
         token_loss = TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight)
         self.loss = BlockLoss(decoder, config.loss_chunk_size, token_loss)
@@ -197,11 +194,8 @@ class BlockObjective(Objective):
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
-        loss_mask, size = batch["loss_mask"], self.target.hidden_size
-        said = stored_teacher(batch)
-        if said is None:
-            goal = features[:, :-1, :size][predicting(loss_mask)]
-            said = most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size)
+        loss_mask, size, said = batch["loss_mask"], self.target.hidden_size, self.teacher(batch, features)
+        assert said is not None  # the methods ask for a teacher
         if self._places is not None:
             said = within(said, self._places)
         seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from outdraft.methods.checkpoint import KEPT, Network
 from outdraft.methods.fspad.network import Attention, RMSNorm, rotate
+from outdraft.methods.fspad.unrolled import folded_attention
 from outdraft.methods.tapped import TappedConfig
 from outdraft.target.cache import SlotCache
 
@@ -107,13 +107,7 @@ class BlockAttention(Attention):
         """
         keys, values = cache.update(*self.keys_and_values(x, angles), layer)
         q = rotate(self._heads(self.q_proj(x), self.q_norm), angles)
-        rows, heads, nodes, size = q.shape
-        # Heads that share keys are further queries of one head, so that the keys are read once.
-        shared = heads // self.kv_heads
-        q = q.reshape(rows, self.kv_heads, shared * nodes, size)
-        mask = None if mask is None else mask.repeat(1, 1, shared, 1)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.o_proj(out.reshape(rows, heads, nodes, size).transpose(1, 2).flatten(2))
+        return self.o_proj(folded_attention(q, keys, values, mask).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         x = x.unflatten(-1, (-1, self.head_dim))

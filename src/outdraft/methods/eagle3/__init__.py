@@ -26,7 +26,7 @@ class Eagle3(Method):
     drafter = "outdraft.methods.eagle3.drafter:Eagle3Drafter"
     beginning = "outdraft.methods.eagle3.loss:new_head"
     training = "outdraft.methods.eagle3.loss:Eagle3Objective"
-    exporter = "outdraft.methods.eagle3.export:export_eagle3"
+    exporter = "outdraft.methods.eagle3.folder:export_eagle3"
     trained = True
     settings = frozenset({
         "intermediate_size", "tap_layers", "state_norm", "draft_vocab_size", "init_from", "token_loss", "token_top_k",
@@ -41,8 +41,8 @@ class Eagle3(Method):
         return is_eagle3(config)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
-        from outdraft.methods.checkpoint import other_layers, other_ropes
         from outdraft.methods.eagle3.folder import TAP_IDS
+        from outdraft.methods.tapped import other_layers, other_ropes
 
         config, count = network.config, target.num_layers
         for layers in other_layers(config.taps(count), (2, count // 2, count - 3)[: config.num_taps], count):

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from outdraft.errors import UserError
 from outdraft.losses.cross_entropy import Head
-from outdraft.losses.teacher import TargetLike
 from outdraft.methods.checkpoint import refuse_another
+from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.eagle3.folder import load_eagle3
-from outdraft.methods.eagle3.network import Eagle3Config, Eagle3Head
 from outdraft.methods.fspad.beginning import feature_head_config
-from outdraft.methods.fspad.objective import FeatureObjective
+from outdraft.methods.fspad.loss import FeatureObjective
 from outdraft.target.backends.packed import is_linear, plain_linear
+from outdraft.target.target import Target
 
 COMMON = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -33,7 +33,7 @@ SHAPED = ("intermediate_size", "tap_layers", "draft_vocab_size", "state_norm")
 """The settings that a drafter in `init_from` decides itself."""
 
 
-def new_head(target: TargetLike, settings: Any) -> Eagle3Head:
+def new_head(target: Target, settings: Any) -> Eagle3Head:
     """Build a head to start training from, in float32 and on the target's device; arguments as in `Method.new_network`.
 
     A new output layer begins as the target's rows of the draft vocabulary (`begin_output`), or at random if the target
@@ -69,7 +69,7 @@ def new_head(target: TargetLike, settings: Any) -> Eagle3Head:
     return head.to(target.device)
 
 
-def _begun_from(settings: Any, target: TargetLike) -> Eagle3Head:
+def _begun_from(settings: Any, target: Target) -> Eagle3Head:
     """Load the drafter to go on with, whoever trained it."""
     head = load_eagle3(settings.init_from, dtype=torch.float32, device=target.device).network
     if given := [name for name in SHAPED if name in settings.model_fields_set]:
@@ -83,7 +83,7 @@ def _begun_from(settings: Any, target: TargetLike) -> Eagle3Head:
 
 
 @torch.no_grad()
-def begin_output(head: Eagle3Head, target: TargetLike) -> None:
+def begin_output(head: Eagle3Head, target: Target) -> None:
     """Copy the target's output rows of the draft vocabulary to a fresh head's output layer, where it is linear."""
     theirs: Any = target.model.get_output_embeddings()
     output, kept = head.lm_head, head.draft_tokens
@@ -99,7 +99,7 @@ class Eagle3Objective(FeatureObjective):
 
     parts: ClassVar = {"loss_cls": "token"}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: Eagle3Head):
+    def __init__(self, target: Target, config: Any, drafter: Eagle3Head):
         begin_output(drafter, target)
         # Its norms scale what it reads, and it is trained without noise.
         super().__init__(target, config.model_copy(update={"embedding_scale": 1.0, "feature_noise": False}), drafter)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from outdraft.data.tokenization import ExampleSet
-    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.eesd.exit_choice import ExitChoice
     from outdraft.methods.eesd.network import ExitLayer
     from outdraft.target.target import Target
@@ -26,7 +25,7 @@ class Eesd(Method):
     summary = "the target's own first layers and a trained exit layer"
     drafter = "outdraft.methods.eesd.drafter:EarlyExit"
     training = "outdraft.methods.eesd.loss:ExitObjective"
-    exporter = "outdraft.methods.eesd.export:export_exit"
+    exporter = "outdraft.methods.eesd.network:export_exit"
     trained = True
     settings = frozenset({"exit_layer", "own_head", "loss", "hard_weight"})
     # The layer begins as the target's last one and not at random. On the reference target (20M, exit after layer 3),
@@ -43,13 +42,13 @@ class Eesd(Method):
     def load(
         self, source: str | Path, target: Target, dtype: torch.dtype | None, device: torch.device | str
     ) -> ExitLayer:
-        from outdraft.methods.eesd.folder import load_exit_layer
+        from outdraft.methods.eesd.network import load_exit_layer
 
         return load_exit_layer(source, target.model, dtype=dtype, device=device)
 
     def describe(self, folder: Path) -> DrafterFacts:
         from outdraft.methods.checkpoint import count
-        from outdraft.methods.eesd.folder import read_exit_folder
+        from outdraft.methods.eesd.network import read_exit_folder
 
         found = read_exit_folder(folder)
         return DrafterFacts(
@@ -71,7 +70,7 @@ class Eesd(Method):
     measured = "exit_choice"
 
     def measure(
-        self, target: TargetLike, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
+        self, target: Target, settings: Any, examples: ExampleSet, record: Mapping[str, Any]
     ) -> ExitChoice | None:
         from outdraft.methods.eesd.exit_choice import ExitChoice, choose_exit
 
@@ -82,7 +81,7 @@ class Eesd(Method):
         except (KeyError, TypeError):  # a run that has not got that far, or whose layer was set by hand
             return choose_exit(target, examples)
 
-    def new_network(self, target: TargetLike, settings: Any) -> ExitLayer:
+    def new_network(self, target: Target, settings: Any) -> ExitLayer:
         from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 
         return ExitLayer.beginning(target.model, ExitLayerConfig(settings.exit_layer, settings.own_head))

@@ -21,8 +21,8 @@ from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
 from outdraft.drafting.expand import grow
 from outdraft.drafting.sample import Step
+from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.eesd.network import ExitLayer
-from outdraft.methods.network_drafter import NetworkDrafter
 from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
 from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.cache import LayerCache, SlotCache
@@ -180,12 +180,10 @@ class EarlyExitState(DraftState):
         index = index.clamp_(max=taps.shape[1] - 1)[..., None]
         new = taps.gather(1, index.expand(-1, -1, taps.shape[-1]))
         new[counting(0, len(counts), device), sent(counts, device)] = hidden[:, 0]
-
-        def forward(piece: slice, positions: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor]:
-            return (self._exit(new[:, piece], positions, mask, slots),)
-
-        (newest,) = take_in(self.cache, [count + 1 for count in counts], self.last_position, device, forward)
-        return newest
+        whole = [count + 1 for count in counts]
+        return take_in(
+            self.cache, whole, self.last_position, device, lambda piece, *placed: self._exit(new[:, piece], *placed)
+        )
 
     def _exit(self, hidden: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
         inputs = self.drafter.target.inputs(positions, mask, slots, self.cache)

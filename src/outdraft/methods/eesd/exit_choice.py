@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from outdraft.core.tensors import now
 from outdraft.data.tokenization import Example, ExampleSet
 from outdraft.losses.objective import Reading, pad
-from outdraft.losses.teacher import TargetLike
+from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads, exit_view, layers_of
 
 LONGEST_CHAIN = 12
@@ -96,7 +95,7 @@ class ExitChoice:
 
 
 @torch.no_grad()
-def choose_exit(target: TargetLike, examples: ExampleSet) -> ExitChoice:
+def choose_exit(target: Target, examples: ExampleSet) -> ExitChoice:
     """Compare the layers of the lower half on some of the data and take the one of the largest expected speed-up."""
     began = time.perf_counter()
     layers = candidate_layers(len(layers_of(target.model)))
@@ -137,7 +136,7 @@ class Costs:
     """The time that every further token adds to a pass of the whole target."""
 
     @classmethod
-    def measured(cls, target: TargetLike, layers: Sequence[int]) -> Costs:
+    def measured(cls, target: Target, layers: Sequence[int]) -> Costs:
         """Measure the costs on this machine, at the shallowest and the deepest of the layers."""
         count = len(layers_of(target.model))
         view = exit_view(target.model, layers_of(target.model)[-1])
@@ -201,7 +200,7 @@ def _sample(examples: ExampleSet, tokens: int) -> list[Example]:
 
 
 def _agreements(
-    target: TargetLike, layers: Sequence[int], fitted: Sequence[Example], judged: Sequence[Example]
+    target: Target, layers: Sequence[int], fitted: Sequence[Example], judged: Sequence[Example]
 ) -> list[tuple[float, float]]:
     """Return, for every layer, the share of agreeing argmaxes without and with the fitted map."""
     last = len(layers_of(target.model)) - 1
@@ -225,38 +224,23 @@ def _agreements(
     ]
 
 
-def _argmax(target: TargetLike, features: Tensor) -> Tensor:
+def _argmax(target: Target, features: Tensor) -> Tensor:
     return target.head(features).argmax(dim=-1)
 
 
 def _tapped(
-    target: TargetLike, layers: Sequence[int], examples: Sequence[Example]
+    target: Target, layers: Sequence[int], examples: Sequence[Example]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Run the target once; return `(tokens, hidden)` states by layer and example, and the features."""
-    modules, taps = layers_of(target.model), [list[Tensor]() for _ in layers]
-    features: list[Tensor] = []
+    reading, found = Reading(target, layers), list[tuple[Tensor, ...]]()
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         lengths = torch.tensor([len(example) for example in batch], device=target.device)
-
-        hooks = [
-            modules[n - 1].register_forward_hook(partial(_note, rows, lengths.tolist()))
-            for n, rows in zip(layers, taps, strict=True)
-        ]
-        try:
-            ids = pad([example.input_ids.long() for example in batch]).to(target.device)
-            found = Reading(target)(ids, lengths)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        features.extend(row[:length] for row, length in zip(found, lengths.tolist(), strict=True))
+        read = reading(pad([example.input_ids.long() for example in batch]).to(target.device), lengths)
+        rows = zip(read, lengths.tolist(), strict=True)
+        found += [row[:length].split(target.hidden_size, dim=-1) for row, length in rows]
+    features, *taps = (list(parts) for parts in zip(*found, strict=True))
     return taps, features
-
-
-def _note(rows: list[Tensor], lengths: list[int], module: object, inputs: object, output: Any) -> None:
-    """Keep a layer's output without the padding; a forward hook."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    rows.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
 
 
 @dataclass

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from outdraft.losses.cross_entropy import HardLabels, soft_cross_entropy
-from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
+from outdraft.losses.objective import Objective, Reading, reader_of, teacher_of, weight_of_tokens
+from outdraft.losses.teacher import TopProbs, predicting
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.target.target import Target
 from outdraft.target.views import exit_view, layers_of
@@ -71,7 +71,7 @@ class ExitLoss(nn.Module):
             loss_mask: `(batch, tokens)` True where x is a response token; False on padding.
             said: the target's most probable tokens at the counted positions, if they are known already.
         """
-        counted, own = next_is_response(loss_mask), self.drafter.head
+        counted, own = predicting(loss_mask), self.drafter.head
         weight = next(self.drafter.parameters())
         out = self._view(hidden.to(weight.dtype), use_cache=False)[0]
         labels = HardLabels(input_ids[:, 1:][counted], self.hard_weight) if self.hard_weight else None
@@ -93,32 +93,23 @@ class ExitObjective(Objective):
 
     parts: ClassVar = {}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: ExitLayer):
+    def __init__(self, target: Target, config: Any, drafter: ExitLayer):
         self.drafter, self.width = drafter, target.hidden_size
         self.target, self.top_k, self.rows = target, teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target), exit_layer=drafter.config.exit_layer)
-        self.loss = ExitLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+        self.loss = ExitLoss(drafter, target, config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
-        return next_is_response(loss_mask)
+        return predicting(loss_mask)
 
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
         hidden, last = features.split(self.width, dim=-1)
-        said = stored_teacher(batch)
-        if said is None and self.top_k:
-            goal = last[:, :-1][self.counted(batch["loss_mask"])]
-            said = most_probable(self.target, goal, self.top_k, self.rows)
-        return hidden, last, batch["input_ids"], batch["loss_mask"], said
+        return hidden, last, batch["input_ids"], batch["loss_mask"], self.teacher(batch, features)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
-
-
-def next_is_response(loss_mask: Tensor) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1)` positions t whose x_{t+1} is one."""
-    return loss_mask[:, 1:].bool()
 
 
 def float32_ends(model: PreTrainedModel) -> PreTrainedModel:

@@ -35,8 +35,8 @@ class Fspad(Method):
     loader = "outdraft.methods.fspad.folder:load_drafter"
     drafter = "outdraft.methods.fspad.drafter:FeatureDrafter"
     beginning = "outdraft.methods.fspad.beginning:new_head"
-    training = "outdraft.methods.fspad.objective:FeatureObjective"
-    exporter = "outdraft.methods.fspad.export:export_head"
+    training = "outdraft.methods.fspad.loss:FeatureObjective"
+    exporter = "outdraft.methods.fspad.folder:export_head"
     network = "outdraft.methods.fspad.network:FeatureHead"
     """The class of the network."""
     trained = True
@@ -55,7 +55,7 @@ class Fspad(Method):
         return super().checkpoint(source, kind=resolve_name(self.network), **where)
 
     def readings(self, network: Any, target: Target) -> Iterable[Reading]:
-        from outdraft.methods.checkpoint import other_layers, other_ropes
+        from outdraft.methods.tapped import other_layers, other_ropes
 
         config = network.config
         if config.tap_layers:

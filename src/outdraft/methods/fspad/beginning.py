@@ -18,10 +18,10 @@ from torch import Tensor
 
 from outdraft.data.tokenization import ExampleSet
 from outdraft.errors import UserError
-from outdraft.losses.teacher import TargetLike
 from outdraft.methods.fspad.folder import load_drafter
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig, scaled
 from outdraft.target.named import named, shipped_drafter
+from outdraft.target.target import Target
 
 HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
@@ -38,7 +38,7 @@ LENIENT = {"max_position_embeddings"}
 """The setting that may differ: the length of a table that is computed."""
 
 
-def new_head(target: TargetLike, settings: Any) -> FeatureHead:
+def new_head(target: Target, settings: Any) -> FeatureHead:
     """Build a drafter with initial float32 weights, on the target's device."""
     shape = feature_head_config(
         target,
@@ -84,7 +84,7 @@ PROBED_TOKENS = 64
 
 
 @torch.no_grad()
-def scale_of(target: TargetLike) -> float:
+def scale_of(target: Target) -> float:
     """Return the factor that brings embeddings near the size of the target's features; 1 where they are no smaller.
 
     The factor is the largest power of two that does not make them larger: folding it into weights rounds nothing.
@@ -120,7 +120,7 @@ def most_frequent(examples: ExampleSet, vocab_size: int, count: int) -> Tensor:
 # --- shapes --------------------------------------------------------------------------------------------------
 
 
-def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: Any) -> FeatureHeadConfig:
+def feature_head_config(target: Target, method: str = "fspad", **overrides: Any) -> FeatureHeadConfig:
     """Derive the drafter's configuration from a target.
 
     Args:
@@ -135,10 +135,10 @@ def feature_head_config(target: TargetLike, method: str = "fspad", **overrides: 
         raise UserError(f'--method must be "fspad" or "eagle" here, not "{method}"')
     known = set(inspect.signature(FeatureHeadConfig).parameters)
     if overrides.get("tap_layers") == "auto":
-        overrides["tap_layers"] = low_middle_high(text_config(target.model.config).num_hidden_layers)
+        overrides["tap_layers"] = low_middle_high(target.config.num_hidden_layers)
     if unknown := set(overrides) - known:
         raise UserError(f"unknown drafter setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
-    config = text_config(target.model.config)
+    config = target.config
     width = target.hidden_size
     heads, head_dim = _heads(config, width)
     kv_heads = _first(config, KEY_VALUE_HEADS, heads)
@@ -163,14 +163,9 @@ def low_middle_high(layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer for layer in (2, layers // 2, layers - 3) if 1 <= layer < layers}))
 
 
-def inner_width(target: TargetLike) -> int:
+def inner_width(target: Target) -> int:
     """Return the inner width of the target's own MLPs."""
-    return _first(text_config(target.model.config), INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
-
-
-def text_config(config: Any) -> Any:
-    """Return the language model's part of a configuration that may have other parts."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _first(target.config, INTERMEDIATE, DEFAULT_WIDENING * target.hidden_size)
 
 
 def rope_theta(config: Any) -> float:

@@ -1,39 +1,144 @@
-"""Drafting with a network on the target's features: its cache between rounds and the expansion of its tree.
+"""Drafting with a network on the target's features: its forward, its cache between rounds, and its tree's expansion.
 
 The drafter's own cache keeps one entry for each decided pair (token one ahead, target feature). Each round first takes
 in the pairs that the verdict decided, with the target's true features, then runs ahead on its own `r` and rolls that
-run back. The network's equations are those of `network.py` and `eagle3/network.py`; how candidates are chosen is in
-`drafting/expand.py`.
+run back. How candidates are chosen is in `drafting/expand.py`.
+
+`DraftStep` is the forward of a `FeatureHead` for the few nodes of a draft level, with the same equations and weights.
+Drafting is not bound by arithmetic: a level of three nodes through a small head is some forty launches of a few
+microseconds each. So the terms of the token alone (its half of the fusion with the bias, and FSPAD's gate) are looked
+up in a table over the vocabulary, if it takes at most `TABLE_BYTES`. `layer_step.py` arranges the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import causal, chosen, integers
 from outdraft.core.tree import Tree
-from outdraft.drafting.base import DraftState, RowContext, Update
-from outdraft.drafting.draft_cache import DraftMask, RunAhead, causal_mask
+from outdraft.drafting.base import RowContext, Update
+from outdraft.drafting.draft_cache import CachedState, DraftMask, RunAhead, causal_mask, pieces
 from outdraft.drafting.sample import Step
-from outdraft.methods.fspad.draft_step import DraftStep
-from outdraft.methods.fspad.layer_step import LayerStep
-from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
-from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.methods.checkpoint import NetworkDrafter
+from outdraft.methods.fspad.layer_step import LayerStep, Linear, NativeProduct, PackedProduct
+from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, turning
 from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
+from outdraft.target.backends import PackedLinear
+from outdraft.target.backends.native.operations import Fusion
+from outdraft.target.backends.packed import plain_linear
 from outdraft.target.backends.tree_attention import Pending, running_over
 from outdraft.target.cache import SlotCache
-from outdraft.target.runner import PREFILL_CHUNK, ModelRunner
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 from outdraft.target.views import Reads
 
+TABLE_BYTES = 64 * 2**20
+"""The largest memory, in bytes, that the table over the vocabulary may take."""
+
+TABLE_CHUNK = 4096
+"""The number of tokens of the table that are computed at once."""
+
+
+class DraftStep(LayerStep):
+    """The forward of a `FeatureHead`, for drafting only.
+
+    Args:
+        head: the trained network, on any backend; its weights are read once and stay as they are.
+        embed: maps token ids to the embeddings that the head was trained on.
+    """
+
+    def __init__(self, head: FeatureHead, embed: Callable[[Tensor], Tensor], vocab_size: int):
+        config, fusion = head.config, head.fusion
+        super().__init__(head, turning(config.head_dim, config.rope_theta), config.max_position_embeddings, head.norm)
+        self._config, self._embed = config, embed
+        self._fc = self._linear(fusion.fc)
+        self._taps = fusion.taps
+        self._state_norm = None if fusion.state_norm is None else self._norm(fusion.state_norm)
+        self._table: Tensor | None = None
+        self._one_fusion: Fusion | None = None
+        if fusion.feature_sampling:
+            self._fusion_norm = self._norm(fusion.norm)
+            self._fusion_gate, self._fusion_up = self._linear(fusion.gate_proj), self._linear(fusion.up_proj)
+            self._fusion_down = self._linear(fusion.down_proj)
+        width = config.hidden_size + (config.intermediate_size if fusion.feature_sampling else 0)
+        if vocab_size * width * torch.finfo(self.dtype).bits // 8 <= TABLE_BYTES:
+            self._tabulate(*plain_linear(fusion.fc), vocab_size, width)
+        elif self.native is not None and fusion.feature_sampling:
+            parts = (self._fc, self._fusion_gate, self._fusion_up, self._fusion_down)
+            fc, gate, up, down = (getattr(part, "product", None) for part in parts)
+            if fc and gate and up and down:
+                self._one_fusion = Fusion(fc, gate, up, down, (fusion.norm.weight, fusion.norm.eps))
+
+    # --- the forward -------------------------------------------------------------------------------------------
+
+    def _inputs(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        h = self._fuse(tokens.reshape(-1), self._state(features.flatten(0, 1)))
+        return h, h
+
+    def _outputs(self, out: Tensor) -> DraftOutput:
+        return DraftOutput(*(out.chunk(2, dim=-1) if self._config.partial_alignment else (out, out)))
+
+    def _state(self, features: Tensor) -> Tensor:
+        """Return the fusion's input, as `Fusion.state` does."""
+        if self._taps is not None and features.shape[1] > self._config.hidden_size:
+            feature, *outputs = features.split(self._config.hidden_size, dim=-1)
+            features = self._taps(feature, outputs)  # decided tokens only, so as it is
+        features = features.to(self.dtype)
+        return features if self._state_norm is None else self._state_norm(features)
+
+    def _fuse(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Fuse `(nodes,)` tokens and `(nodes, hidden)` features to h, equation 3."""
+        if self._table is not None:
+            known = F.embedding(tokens, self._table)
+            if not self._config.feature_sampling:
+                return self._fc.plus(features, known)
+            z = self._fc.plus(features, known[:, : self._config.hidden_size])
+            gate = known[:, self._config.hidden_size :]
+        else:
+            embeddings = self._embed(tokens).to(self.dtype)
+            if self._one_fusion is not None:
+                return self._one_fusion(embeddings, features)
+            z = self._fc(torch.cat([embeddings, features], dim=-1))
+            if not self._config.feature_sampling:
+                return z
+            gate = self._fusion_gate.silu(embeddings)
+        return self._fusion_down.plus(self._fusion_up.times(self._fusion_norm(z), gate), z)
+
+    # --- what is prepared --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _tabulate(self, weight: Tensor, bias: Tensor | None, vocab_size: int, width: int) -> None:
+        """Tabulate `[W_e e + b ; SiLU(W_g e)]` of every token; then only the features' half of W_fc is needed."""
+        d, weight = self._config.hidden_size, weight.to(self.dtype)
+        of_token = Linear(weight[:, :d], None if bias is None else bias.to(self.dtype))
+        table = torch.empty(vocab_size, width, dtype=self.dtype, device=self.device)
+        for start in range(0, vocab_size, TABLE_CHUNK):
+            ids = torch.arange(start, min(start + TABLE_CHUNK, vocab_size), device=self.device)
+            embeddings = self._embed(ids).to(self.dtype)
+            table[ids, :d] = of_token(embeddings)
+            if width > d:
+                table[ids, d:] = self._fusion_gate.silu(embeddings)
+        half = weight[:, d:].contiguous()
+        if isinstance(self._fc, NativeProduct):
+            self._fc = NativeProduct(half, None)
+        else:
+            packed = isinstance(self._fc, PackedProduct)
+            self._fc = PackedProduct(PackedLinear(half, None)) if packed else Linear(half, None)
+        self._table = table
+
+
 Forward = Callable[[tuple[Tensor, Tensor], Tensor | None, SlotCache], Any]
 """(angles, mask, cache) -> outputs, as in `LayerStep.__call__`."""
+
+RunLevel = Callable[[Tensor, Tensor, Tensor], DraftOutput]
+"""(tokens, features, parents), each `(rows, nodes, ...)` -> outputs of the tree's next level."""
 
 LONG = 16
 """Pairs from which on only keys and values of all but the last are computed, in a forward of their own."""
@@ -75,22 +180,30 @@ class FeatureDrafter(NetworkDrafter):
         pending = Pending(given.lengths, causal(rows, new, device), positions.long(), (None,), cache)
         with running_over(pending):
             taken = network(given.tokens, given.taps, network.turns(pending.positions), None, cache)
-        r, levels = chosen(taken.r, last), PendingLevels(given.lengths + given.counts.int(), cache)
+        levels = PendingLevels(given.lengths + given.counts.int(), cache)
+
+        def run(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
+            pending = levels.below(parents)
+            turns = network.turns(pending.positions[:, -tokens.shape[1] :])
+            with running_over(pending):
+                return network(tokens, features, turns, None, cache)
+
+        return self.logits(chosen(taken.p, last)[:, 0]), self.stepping(chosen(taken.r, last), run)
+
+    def stepping(self, r: Tensor, run: RunLevel) -> Step:
+        """Return the step that feeds every level the r of its parents; the `(rows, 1, hidden)` r are the roots'."""
 
         def step(tokens: Tensor, parents: Tensor) -> Tensor:
             nonlocal r
-            nodes = tokens.shape[1]
-            features = r.expand(-1, nodes, -1) if r.shape[1] == 1 else chosen(r, parents)
-            pending = levels.below(parents)
-            with running_over(pending):
-                out = network(tokens, features, network.turns(pending.positions[:, -nodes:]), None, cache)
+            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
+            out = run(tokens, features, parents)
             r = out.r
             return self.logits(out.p)
 
-        return self.logits(chosen(taken.p, last)[:, 0]), step
+        return step
 
 
-class FeatureDraftState(DraftState):
+class FeatureDraftState(CachedState):
     """The draft cache of one batch: an entry for each pair (token one ahead, target feature)."""
 
     layers = 1
@@ -106,29 +219,14 @@ class FeatureDraftState(DraftState):
             tree = recorded(update, shape, rows, self.cache)
             if tree is not None:
                 return tree
-        newest = self._take_in(update)
-        roots, r = update.roots, newest.r
-        run = self._run_levels()
-
-        def step(tokens: Tensor, parents: Tensor) -> Tensor:
-            nonlocal r
-            features = r.expand(-1, tokens.shape[1], -1) if r.shape[1] == 1 else chosen(r, parents)
-            out = run(tokens, features, parents)
-            r = out.r
-            return self.drafter.logits(out.p)
-
-        tree = self.drafter.grow(roots, self.drafter.logits(newest.p[:, 0]), step, shape, rows)
+        newest, drafter = self._take_in(update), self.drafter
+        step = drafter.stepping(newest.r, self._run_levels())
+        tree = drafter.grow(update.roots, drafter.logits(newest.p[:, 0]), step, shape, rows)
         self.cache.rollback()
         return tree
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self.cache.select_rows(rows)
-
-    def join(self, other: FeatureDraftState) -> None:
-        self.cache.join(other.cache)
-
-    def _run_levels(self) -> Callable[[Tensor, Tensor, Tensor], DraftOutput]:
-        """Return a function that runs the next level of a tree on its tokens, features and parents."""
+    def _run_levels(self) -> RunLevel:
+        """Return the function that runs the levels of a tree, one after the other."""
         network, cache, starts, levels = self.network, self.cache, list(self.cache.lengths), 0
         if network.native is not None:
             ahead = RunAhead(cache, len(network) - 1)
@@ -172,7 +270,7 @@ class FeatureDraftState(DraftState):
         if max(update.counts) > LONG:
             update = self.read(update)
         counts, kept = update.counts, []
-        for tokens, taps, ends in _pieces(update, counts):
+        for tokens, taps, ends in pieces(update, counts):
             kept.append(self._causal(tokens.shape[1], tokens.device, partial(self.network, tokens, taps)))
             self.cache.commit(ends)
         p, r = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*kept, strict=True))
@@ -183,19 +281,7 @@ class FeatureDraftState(DraftState):
 
     def read(self, update: Update) -> Update:
         """Commit keys and values of all pairs but each row's last, whose outputs alone are needed; return those."""
-        for tokens, taps, ends in _pieces(update, [count - 1 for count in update.counts]):
+        for tokens, taps, ends in pieces(update, [count - 1 for count in update.counts]):
             self._causal(tokens.shape[1], tokens.device, partial(self.network.read, tokens, taps))
             self.cache.commit(ends)
         return update.newest()
-
-
-def _pieces(update: Update, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:
-    """Yield tokens and taps of the first pairs of every row, some at a time, and which of them are no padding."""
-    for start in range(0, max(counts), PREFILL_CHUNK):
-        count = min(PREFILL_CHUNK, max(counts) - start)
-        piece = slice(start, start + count)
-        yield (
-            update.tokens[:, piece],
-            update.taps[:, piece],
-            [range(max(0, min(count, total - start))) for total in counts],
-        )

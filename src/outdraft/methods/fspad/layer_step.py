@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from outdraft.core.tensors import sent
 from outdraft.methods.fspad.network import DraftOutput, RMSNorm
+from outdraft.methods.fspad.unrolled import folded_attention
 from outdraft.target.backends import PackedLinear
 from outdraft.target.backends.fused_modules import FOLDED
 from outdraft.target.backends.native.modules import view_of
@@ -173,18 +174,13 @@ class LayerStep:
     ) -> Tensor:
         """Return the heads' outputs `(rows * nodes, heads * head_dim)` from the layer's input."""
         q, k, v = self.stored(x, rows, nodes, angles, cache)
-        heads, kv_heads, size = self._heads, self._kv_heads, self._size
         if (pending := running()) is not None:
-            return pending.attend(q, k, v, size**-0.5, None).view(rows * nodes, -1)
-        shared = heads // kv_heads
-        if shared > 1 and (nodes <= FOLDED or q.is_cuda):
-            # Heads that share keys as further queries of one head: the keys are read once.
-            q = q.reshape(rows, kv_heads, shared * nodes, size)
-            mask = None if mask is None else mask.repeat(1, 1, shared, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            out = out.reshape(rows, heads, nodes, size)
+            return pending.attend(q, k, v, self._size**-0.5, None).view(rows * nodes, -1)
+        shared = self._heads > self._kv_heads
+        if shared and (nodes <= FOLDED or q.is_cuda):
+            out = folded_attention(q, k, v, mask)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared > 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
         return out.transpose(1, 2).reshape(rows * nodes, -1)
 
     def stored(

@@ -1,4 +1,4 @@
-"""FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`.
+"""FSPAD's partial alignment distillation loss (arXiv 2408.15562), EAGLE's when `p` is `r`, and their objective.
 
 Position t of a sequence reads (e_{t+1}, f_t), and its outputs stand for f_{t+1}, from which the target says x_{t+2}.
 A sequence of L tokens therefore has L-2 positions, and position t counts when x_{t+2} is a response token. The result
@@ -7,17 +7,24 @@ is sums, which the caller divides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from outdraft.drafting.vocabulary import DraftVocabulary, indices_in
 from outdraft.losses.cross_entropy import SOFT, Guess, Head, TokenLoss, soft_cross_entropies
-from outdraft.losses.teacher import TopProbs
-from outdraft.methods.fspad.network import DraftNetwork, DraftOutput
+from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher
+from outdraft.losses.teacher import TopProbs, most_probable, predicting, within
+from outdraft.methods.fspad.beginning import scale_of
+from outdraft.methods.fspad.network import DraftNetwork, DraftOutput, FeatureHead, scaled
 from outdraft.methods.fspad.unrolled import Unrolled
+from outdraft.target.target import Target
 
 NOISE_WIDTH = 0.2
 NOISE_LENGTH = 512
@@ -122,7 +129,7 @@ class DrafterLoss(nn.Module):
         self, embeddings: Tensor, features: Tensor, loss_mask: Tensor, noise: Tensor | None, steps: int
     ) -> tuple[list[DraftOutput], list[Tensor], Tensor]:
         """Return the outputs of every draft step, the masks of counted positions, and the goal features."""
-        counted = counted_positions(loss_mask)
+        counted = predicting(loss_mask, 2)
         dtype, beside = self.drafter.norm.weight.dtype, features.shape[-1] - embeddings.shape[-1]
         noisy = features.to(dtype) if noise is None else features.to(dtype) + F.pad(noise, (0, beside)).to(dtype)
         embedded, goal = embeddings[:, 1:-1].to(dtype), features[:, 1:-1, : embeddings.shape[-1]]
@@ -168,11 +175,6 @@ class DrafterLoss(nn.Module):
         return LossSums(regression, (tokens * weights).sum(), agreed[0], counted.sum())
 
 
-def counted_positions(loss_mask: Tensor) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 2)` positions t whose x_{t+2} is one."""
-    return loss_mask[:, 2:].bool()
-
-
 def feature_noise(
     lengths: Sequence[int], width: int, tokens: int, seeds: Sequence[int], device: torch.device | str
 ) -> Tensor:
@@ -194,3 +196,85 @@ def feature_noise(
         drawn = torch.rand(length, width, generator=generator, device=device)
         noise[row, :length] = (drawn - 0.5) * (NOISE_WIDTH * NOISE_LENGTH / length)
     return noise
+
+
+class FeatureObjective(Objective):
+    """The objective of FSPAD and EAGLE on the target's features one token behind, and its embeddings."""
+
+    parts: ClassVar = {"loss_reg": "regression", "loss_cls": "token"}
+
+    def __init__(self, target: Target, config: Any, drafter: Any):
+        self.target, self.config, self.drafter = target, config, drafter
+        self.scale = scale_of(target) if config.embedding_scale == "auto" else config.embedding_scale
+        self.top_k, self.rows, kept = config.teacher_top_k, config.loss_chunk_size, drafter.draft_tokens
+        layers = drafter.layers_read(target.num_layers)
+        self.reading = Reading(reader_of(target), layers)
+        self._places: Tensor | None = None
+        if kept is not None and (drafter.lm_head is not None or self.top_k):
+            self._places = indices_in(kept.to(target.device), target.vocab_size)
+        self.head = self._head()
+        self.loss = DrafterLoss(
+            drafter,
+            self.head,
+            config.loss_chunk_size,
+            config.unroll_steps,
+            config.unroll_decay,
+            TokenLoss(config.token_loss, config.token_top_k, config.token_top_k_weight),
+            self._teacher if self.top_k else None,
+        )
+
+    def _head(self) -> Head:
+        """Return the target's head, over the tokens that the drafter's own output has."""
+        if self._places is None:
+            return self.target.head
+        # Tokens that are never drafted need no logit, and most of a large vocabulary is never drafted.
+        return DraftVocabulary(self.drafter.draft_tokens, self.target).head
+
+    def counted(self, loss_mask: Tensor) -> Tensor:
+        return predicting(loss_mask, 2)
+
+    def arguments(
+        self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
+    ) -> tuple[Any, ...]:
+        ids, lengths = batch["input_ids"], batch["lengths"]
+        with torch.no_grad():
+            embeddings = self._embed(ids)
+        noise = None
+        if self.config.feature_noise:
+            seeds = [noise_seed(self.config.seed, step, int(i)) for i in batch["index"]]
+            noise = feature_noise(lengths.tolist(), self.target.hidden_size, ids.shape[1], seeds, ids.device)
+        said = stored_teacher(batch, first=1)
+        known = None if said is None else self._known(said)
+        steps = self.config.unroll_steps if progress >= self.config.unroll_from else 1
+        return embeddings, features, batch["loss_mask"], noise, known, steps
+
+    def hits(self, batch: Mapping[str, Tensor], features: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        loss: DrafterLoss = self.loss  # type: ignore[assignment]
+        return loss.hits(self._embed(batch["input_ids"]), features, batch["loss_mask"], steps, self._best)
+
+    def finished(self) -> FeatureHead:
+        return self.drafter if self.scale == 1 else scaled(copy.deepcopy(self.drafter), self.scale)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.target.embed(ids) * self.scale
+
+    def _teacher(self, goal: Tensor) -> TopProbs:
+        return self._known(most_probable(self.target, goal, self.top_k, self.rows))
+
+    def _best(self, goal: Tensor) -> Tensor:
+        return self._known(most_probable(self.target, goal, 1, self.rows)).ids[:, 0]
+
+    def _known(self, said: TopProbs) -> TopProbs:
+        """Translate the tokens to ids of the drafter's head."""
+        return said if self._places is None else within(said, self._places)
+
+    def total(self, sums: Any, progress: float = 0.0) -> Tensor:
+        left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        w_reg = self.config.w_reg * left[self.config.w_reg_schedule]
+        return w_reg * sums.regression + self.config.w_cls * sums.token
+
+
+def noise_seed(seed: int, step: int, index: int) -> int:
+    """Return the 63-bit seed for the noise of one example in one step."""
+    digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -16,15 +16,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend from `(batch, heads, queries, head_dim)` with heads that share keys as further queries of one head, so
+    that the keys are read once; without a mask every query sees every key."""
+    folded = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    mask = None if mask is None else mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend from `(batch, heads, queries, head_dim)` to fewer heads of keys and values, causally without a mask."""
     shared = q.shape[1] != k.shape[1]
     if shared and mask is not None and q.is_cuda:
-        # Heads that share keys as further queries of one head: with shared heads and a mask torch would hold all
-        # scores in single precision.
-        folded = q.reshape(*k.shape[:2], -1, q.shape[-1])
-        mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-        return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+        return folded_attention(q, k, v, mask)  # else torch would hold all scores in single precision
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 

@@ -24,7 +24,7 @@ class OneForwardMethod(Fspad):
     name = "fspad-1f"
     summary = "FSPAD's first step and mask rows in one forward"
     drafter = "outdraft.methods.fspad_1f.drafter:OneForward"
-    beginning = "outdraft.methods.fspad_1f.beginning:new_one_forward"
+    beginning = "outdraft.methods.fspad_1f.network:new_one_forward"
     training = "outdraft.methods.fspad_1f.loss:OneForwardObjective"
     exporter = ""
     network = "outdraft.methods.fspad_1f.network:OneForwardHead"

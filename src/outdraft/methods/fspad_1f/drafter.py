@@ -21,8 +21,7 @@ from outdraft.core.tree import Tree
 from outdraft.drafting.base import Limits, RowContext, Update
 from outdraft.drafting.sample import Block
 from outdraft.drafting.vocabulary import NEVER, indices_in
-from outdraft.methods.fspad.draft_step import DraftStep
-from outdraft.methods.fspad.drafter import FeatureDrafter, FeatureDraftState
+from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter, FeatureDraftState
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows

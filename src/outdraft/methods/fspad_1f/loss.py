@@ -23,12 +23,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from outdraft.losses.cross_entropy import Head
-from outdraft.losses.objective import stored_teacher
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable, predicting
-from outdraft.methods.fspad.loss import DrafterLoss, counted_positions
+from outdraft.losses.teacher import TopProbs, places, predicting
+from outdraft.methods.fspad.loss import DrafterLoss, FeatureObjective, noise_seed
 from outdraft.methods.fspad.network import DraftOutput
-from outdraft.methods.fspad.objective import FeatureObjective, noise_seed
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
+from outdraft.target.target import Target
 
 GAMMA = 4.0
 """The slots over which a slot's weight falls by e."""
@@ -117,13 +116,13 @@ class OneForwardLoss(nn.Module):
             moving: the weight lambda of the transition's loss.
         """
         _, rows, found = self.compared(embeddings, features, loss_mask, tokens, said, anchors)
-        counted = counted_positions(loss_mask)
+        counted = predicting(loss_mask, 2)
         positions, loss = counted.sum(), found.unary + moving * found.moved
         marks = [found.marks[rows.slot == j].float().sum(0) for j in range(1, self.slots + 1)]
         shares = [own * positions / (rows.slot == j).sum().clamp(min=1) for j, own in enumerate(marks, start=1)]
         if self._base is not None:
             module, weigh = self._base
-            first = TopProbs(*(part[_places(loss_mask)[:, 1:][counted]] for part in said))
+            first = TopProbs(*(part[places(loss_mask)[:, 1:][counted]] for part in said))
             loss = loss + weigh(module(embeddings, features, loss_mask, noise, first, 1))
         shown = torch.stack(shares).flatten()
         return self._sums(loss, found.unary.detach(), found.moved.detach(), shown[0], positions, *shown)
@@ -139,7 +138,7 @@ class OneForwardLoss(nn.Module):
         out = self.drafter.masked(fused, own.r, anchors.clamp(min=0), self.slots)
         rows = mask_rows(anchors, loss_mask, self.slots)
         there = rows.at + 1 + rows.slot
-        teacher = TopProbs(*(part[_places(loss_mask)[rows.batch, there]] for part in said))
+        teacher = TopProbs(*(part[places(loss_mask)[rows.batch, there]] for part in said))
         p, r = (part[rows.batch, rows.anchor, rows.slot - 1] for part in out)
         given = [p, r, *teacher, tokens[rows.batch, there + 1], tokens[rows.batch, there], rows.weight]
         pieces = list(zip(*(part.split(self.chunk_size) for part in given), strict=True))
@@ -184,7 +183,7 @@ def drawn_anchors(loss_mask: Tensor, most: int, seeds: Sequence[int]) -> Tensor:
     Returns:
         `(rows, anchors)` positions, -1 for none.
     """
-    wanted = counted_positions(loss_mask) & F.pad(loss_mask[:, 3:].bool(), (0, 1))
+    wanted = predicting(loss_mask, 2) & F.pad(loss_mask[:, 3:].bool(), (0, 1))
     drawn = [torch.rand(wanted.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     order = torch.stack(drawn).to(wanted.device).masked_fill(~wanted, -1.0)
     keys, positions = order.topk(min(most, wanted.shape[1]), dim=1)
@@ -194,26 +193,26 @@ def drawn_anchors(loss_mask: Tensor, most: int, seeds: Sequence[int]) -> Tensor:
 
 def mask_rows(anchors: Tensor, loss_mask: Tensor, slots: int) -> MaskRows:
     """Return the mask rows that count; the weights of a row's anchors stand for its counted positions."""
-    at = anchors[..., None] + 2 + torch.arange(slots + 1, device=anchors.device)
-    inside = (at < loss_mask.shape[1]) & (anchors[..., None] >= 0)
-    rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]
-    valid = (loss_mask[rows, at.clamp(0, loss_mask.shape[1] - 1)].bool() & inside).cumprod(-1)[..., 1:]
-    batch, anchor, place = valid.nonzero(as_tuple=True)
+    batch, anchor, place = guesses_counted(anchors, loss_mask, 2, slots + 1)[..., 1:].nonzero(as_tuple=True)
     falling = torch.exp(-torch.arange(slots, device=anchors.device) / GAMMA)
-    share = counted_positions(loss_mask).sum(1) / (anchors >= 0).sum(1).clamp(min=1)
+    share = predicting(loss_mask, 2).sum(1) / (anchors >= 0).sum(1).clamp(min=1)
     weight = (falling / falling.sum())[place] * share[batch]
     return MaskRows(batch, anchor, anchors[batch, anchor], place + 1, weight)
 
 
-def _places(loss_mask: Tensor) -> Tensor:
-    """Return the `(batch, tokens - 1)` indices of predicting positions among all of them."""
-    return predicting(loss_mask).flatten().cumsum(0).view(len(loss_mask), -1) - 1
+def guesses_counted(anchors: Tensor, loss_mask: Tensor, first: int, count: int) -> Tensor:
+    """Return the `(rows, anchors, count)` mask of the tokens from `first` after the anchors on: they count up to the
+    first that is no response token, and those of an anchor of -1 not at all."""
+    at = anchors[..., None] + first + torch.arange(count, device=anchors.device)
+    inside = (at < loss_mask.shape[1]) & (anchors[..., None] >= 0)
+    rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]
+    return (loss_mask[rows, at.clamp(0, loss_mask.shape[1] - 1)].bool() & inside).cumprod(-1)
 
 
 class OneForwardObjective(FeatureObjective):
     """FSPAD-1F's objective: stage 1 trains the block beside a frozen FSPAD, stage 2 (`train_base`) both."""
 
-    def __init__(self, target: TargetLike, config: Any, drafter: OneForwardHead):
+    def __init__(self, target: Target, config: Any, drafter: OneForwardHead):
         super().__init__(target, config, drafter)
         train_base = config.init_from is None if config.train_base is None else config.train_base
         for weight in drafter.base:
@@ -230,10 +229,8 @@ class OneForwardObjective(FeatureObjective):
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
         embeddings, _, loss_mask, noise, _, _ = super().arguments(batch, features, step, progress)
-        said, tokens = stored_teacher(batch), batch["input_ids"]
-        if said is None:
-            goal = features[:, :-1, : self.target.hidden_size][predicting(loss_mask)]
-            said = most_probable(self.target, goal, self.top_k, self.config.loss_chunk_size)
+        said, tokens = self.teacher(batch, features), batch["input_ids"]
+        assert said is not None  # the method asks for a teacher
         if self._places is not None:
             tokens = self._places[tokens]
         seeds = [noise_seed(self.config.seed + 1, step, int(i)) for i in batch["index"]]
@@ -253,7 +250,7 @@ class OneForwardObjective(FeatureObjective):
         batch_, anchor = (anchors >= 0).nonzero(as_tuple=True)
         at = anchors[batch_, anchor]
         first = self.head(own.p[batch_, at].to(self.target.dtype)).argmax(-1)
-        right[batch_, at, 0] = first == said.ids[_places(batch["loss_mask"])[batch_, at + 1], 0]
+        right[batch_, at, 0] = first == said.ids[places(batch["loss_mask"])[batch_, at + 1], 0]
         spoken[batch_, at, 0] = True
         return right[..., :steps], spoken[..., :steps]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from outdraft.methods.registry import Method
 
 if TYPE_CHECKING:
-    from outdraft.losses.teacher import TargetLike
     from outdraft.methods.medusa.drafter import MedusaHeads
+    from outdraft.target.target import Target
 
 
 class MedusaMethod(Method):
@@ -17,7 +17,7 @@ class MedusaMethod(Method):
 
     name = "medusa"
     summary = "a head for every token ahead"
-    loader = "outdraft.methods.medusa.folder:load_medusa"
+    loader = "outdraft.methods.medusa.drafter:load_medusa"
     drafter = "outdraft.methods.medusa.drafter:Medusa"
     training = "outdraft.methods.medusa.loss:MedusaObjective"
     trained = True
@@ -31,7 +31,7 @@ class MedusaMethod(Method):
         config = loaded.network.config
         return {"heads": config.num_heads, "layers_of_a_head": config.num_layers, "own_head": config.own_head}
 
-    def new_network(self, target: TargetLike, settings: Any) -> MedusaHeads:
+    def new_network(self, target: Target, settings: Any) -> MedusaHeads:
         from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 
         sizes = (target.hidden_size, target.vocab_size, settings.medusa_num_heads, settings.medusa_num_layers)

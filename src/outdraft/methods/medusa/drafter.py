@@ -3,13 +3,15 @@
 Head k reads the target's newest feature f_t and guesses x_{t+1+k}, whatever tokens come between: one pass of all heads
 is the whole draft, and a tree is the product of their guesses, ranked by the product of their probabilities. The target
 is frozen. By default every head reads its logits through the target's own output layer, so that a head is d x d
-weights; the paper's heads have one of V x d each (`own_head`). There is no memory but the newest feature.
+weights; the paper's heads have one of V x d each (`own_head`). There is no memory but the newest feature. There is no
+official layout of folders: such heads come from training here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,10 @@ from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, Limits, RowContext, Update
 from outdraft.drafting.expand import grow
+from outdraft.drafting.folder import find_folder, is_own, read_config
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Network
-from outdraft.methods.network_drafter import NetworkDrafter
+from outdraft.methods.checkpoint import Checkpoint, Network, NetworkDrafter, read_own
 from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -150,3 +152,18 @@ class MedusaState(DraftState):
 
     def join(self, other: MedusaState) -> None:
         pass
+
+
+def load_medusa(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Checkpoint[MedusaHeads]:
+    """Load Medusa's heads from a folder or the Hugging Face Hub; arguments as in `fspad.folder.load_drafter`."""
+    folder = find_folder(folder_or_hub_id)
+    config = read_config(folder)
+    if not is_own(config) or config["method"] != MedusaHeads.method:
+        raise UserError(f"'{folder}' holds no Medusa heads; choose a folder that `outdraft train --method medusa` made")
+    own = read_own(folder, config, MedusaConfig)
+    return own.checkpoint(MedusaHeads, dtype, device)

@@ -7,14 +7,14 @@ L tokens has L-1-k such positions; t counts when x_{t+1+k} is a response token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from outdraft.losses.cross_entropy import Guess, HardLabels, soft_cross_entropies
-from outdraft.losses.objective import Objective, Reading, reader_of, stored_teacher, teacher_of, weight_of_tokens
-from outdraft.losses.teacher import TargetLike, TopProbs, most_probable
+from outdraft.losses.objective import Objective, Reading, reader_of, teacher_of, weight_of_tokens
+from outdraft.losses.teacher import TopProbs, predicting
 from outdraft.methods.medusa.drafter import MedusaHeads
 from outdraft.target.target import Target
 
@@ -64,11 +64,12 @@ class MedusaLoss(nn.Module):
         """
         inputs = features.to(next(self.drafter.parameters()).dtype)
         speaking = self.drafter.speaking(self._target)
-        counted = reached(loss_mask, 1)
+        counted = predicting(loss_mask, 2)
         guesses = []
         for k, head in enumerate(self.drafter.heads, start=1):
             behind = k - 1  # the tokens by which this head reads further back than the first, for the same guess
-            here, read = (_moved(x, behind, counted.shape[1]) for x in (reached(loss_mask, k), inputs[:, : -1 - k]))
+            whole = predicting(loss_mask, k + 1), inputs[:, : -1 - k]
+            here, read = (_moved(x, behind, counted.shape[1]) for x in whole)
             own = self.drafter.outputs[k - 1] if self.drafter.config.own_head else None
             guesses.append(Guess(head(read[counted]), here[counted], own, None if own is None else speaking[k - 1]))
         losses, agreed = soft_cross_entropies(
@@ -88,23 +89,19 @@ class MedusaObjective(Objective):
 
     parts: ClassVar = {"loss_head1": "first_head"}
 
-    def __init__(self, target: TargetLike, config: Any, drafter: MedusaHeads):
+    def __init__(self, target: Target, config: Any, drafter: MedusaHeads):
         self.drafter, self.target = drafter, target
         self.top_k, self.rows = teacher_of(config), config.loss_chunk_size
         self.reading = Reading(reader_of(target))
-        self.loss = MedusaLoss(drafter, cast(Target, target), config.loss_chunk_size, weight_of_tokens(config))
+        self.loss = MedusaLoss(drafter, target, config.loss_chunk_size, weight_of_tokens(config))
 
     def counted(self, loss_mask: Tensor) -> Tensor:
-        return reached(loss_mask, 1)
+        return predicting(loss_mask, 2)
 
     def arguments(
         self, batch: Mapping[str, Tensor], features: Tensor, step: int, progress: float = 1.0
     ) -> tuple[Any, ...]:
-        said = stored_teacher(batch, first=1)
-        if said is None and self.top_k:
-            goal = features[:, 1:-1][self.counted(batch["loss_mask"])]
-            said = most_probable(self.target, goal, self.top_k, self.rows)
-        return features, batch["input_ids"], batch["loss_mask"], said
+        return features, batch["input_ids"], batch["loss_mask"], self.teacher(batch, features, first=1)
 
     def total(self, sums: Any, progress: float = 0.0) -> Tensor:
         return sums.cross_entropy
@@ -115,8 +112,3 @@ def _moved(x: Tensor, by: int, length: int) -> Tensor:
     moved = x.new_zeros(len(x), length, *x.shape[2:])
     moved[:, by:] = x[:, : max(length - by, 0)]
     return moved
-
-
-def reached(loss_mask: Tensor, head: int) -> Tensor:
-    """`(batch, tokens)` mask of response tokens -> `(batch, tokens - 1 - head)` positions whose guess is one."""
-    return loss_mask[:, head + 1 :].bool()

@@ -16,6 +16,7 @@ from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowContext, Update
 from outdraft.drafting.ngrams import Text
 from outdraft.target.runner import ModelRunner
+from outdraft.target.target import Target
 
 
 class PromptLookup(Drafter):
@@ -31,6 +32,11 @@ class PromptLookup(Drafter):
 
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
+
+    @classmethod
+    def of_any(cls, network: None, target: Target) -> PromptLookup:
+        """Return the drafter with its own defaults, which needs no network and serves any target."""
+        return cls()
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> _Lookup:
         return _Lookup(self, prompts)

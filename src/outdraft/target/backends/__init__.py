@@ -30,8 +30,7 @@ from outdraft.target.backends.native import (
 )
 from outdraft.target.backends.packed import PACKABLE, PackedLinear, count_parameters, packed_view, packs, why_not_packed
 from outdraft.target.backends.tree_attention import has_triton
-from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
-from outdraft.target.backends.view import backend_of, mark, marked_as
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward, backend_of, mark, marked_as
 
 __all__ = [
     "BACKENDS",
@@ -107,9 +106,7 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
     for name in (backend, *SIMPLER.get(backend, ())):
         if name == "eager":
             return model
-        reason = (
-            WHY_NOT[name](model) if whole or name == "packed" else why_not_parts(model) if name == "native" else None
-        )
+        reason = (WHY_NOT if whole else WHY_NOT_PARTS)[name](model)
         if reason is None:
             view = native_view(model, owned and whole) if name == "native" else VIEWS[name](model)
             break

@@ -15,6 +15,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +25,7 @@ from outdraft.errors import first_line
 from outdraft.target.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.target.backends.packed import why_not_replaced
 from outdraft.target.backends.tree_attention import ATTENTION, Pending, has_triton
-from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward
-from outdraft.target.backends.view import why_not_renamed, with_attention
+from outdraft.target.backends.tree_forward import Forward, Sight, TreeForward, why_not_renamed, with_attention
 
 MOST_TOKENS = 512
 """Largest number of tokens of all rows for which a forward is recorded; beyond, launches are not what takes time."""
@@ -88,7 +88,43 @@ def _lie_in(whole: Any, *parts: Any) -> None:
         start = end
 
 
-class GraphedForward(TreeForward):
+class Recordings:
+    """The recordings of one function, by what they are for; of more than `MOST_RECORDINGS` the least recently used go.
+
+    Args:
+        failure: the function that cannot be recorded, and what happens then: a format with `{}` for the reason.
+    """
+
+    def __init__(self, failure: str):
+        self.failure, self.records = failure, True
+        """`records` is True while the function can be recorded."""
+        self.recordings: OrderedDict[Any, Any] = OrderedDict()
+        self._memory: Any = None
+
+    def filled(self, key: Any, make: Callable[[], Any], fill: Callable[[Any], None], device: torch.device) -> Any:
+        """Return the recording for this key with its inputs filled in; None, with a warning, if it cannot be made."""
+        found = self.recordings.get(key)
+        if found is not None:
+            self.recordings.move_to_end(key)
+            fill(found)
+            return found
+        found = make()
+        fill(found)
+        try:
+            if self._memory is None and device.type == "cuda":
+                self._memory = torch.cuda.graph_pool_handle()
+            found.record(self._memory)
+        except Exception as error:
+            self.records = False
+            warnings.warn(self.failure.format(first_line(error)), stacklevel=5)
+            return None
+        self.recordings[key] = found
+        if len(self.recordings) > MOST_RECORDINGS:
+            self.recordings.popitem(last=False)
+        return found
+
+
+class GraphedForward(TreeForward, Recordings):
     """A forward over pending tokens, recorded if they are few.
 
     Args:
@@ -96,11 +132,8 @@ class GraphedForward(TreeForward):
     """
 
     def __init__(self, model: Any, forward: Forward, what: str):
-        super().__init__(model, forward, what, "graphs")
-        self.records = True
-        """True while the forward can be recorded."""
-        self.recordings: OrderedDict[Any, Recording] = OrderedDict()
-        self._memory: Any = None
+        TreeForward.__init__(self, model, forward, what, "graphs")
+        Recordings.__init__(self, f"{what} cannot be recorded ({{}}); it runs unrecorded")
 
     @property
     def ready(self) -> bool:
@@ -119,45 +152,39 @@ class GraphedForward(TreeForward):
         most = cache.capacity - max(sight.lengths)
         room = next((size for size in SIZES if tokens <= size <= most), tokens) if pending == tokens else tokens
         key = (name, cache.addresses, cache.room, room, pending + room - tokens)
-        recording = self.recordings.get(key)
+        run, windows = partial(self.over, name), tuple(sight.windows.values())
+        recording = self.filled(
+            key,
+            lambda: Recording(run, given, cache, room, pending + room - tokens, windows),
+            lambda found: found.fill(given, sight, cache),
+            given.device,
+        )
         if recording is None:
-            recording = self._record(name, given, sight, cache, room)
-            if not self.records:
-                return self.over(name, given, self._pending(sight, cache))
-            self.recordings[key] = recording
-            if len(self.recordings) > MOST_RECORDINGS:
-                self.recordings.popitem(last=False)
-        else:
-            self.recordings.move_to_end(key)
-            recording.fill(given, sight, cache)
+            return self.over(name, given, self._pending(sight, cache))
         return tuple(part[:rows, :tokens] for part in recording.replay())
-
-    def _record(self, name: str, given: Tensor, sight: Sight, cache: Any, room: int) -> Recording:
-        pending = sight.seen.shape[2] + room - given.shape[1]
-        recording = Recording(given, cache, room, pending, tuple(sight.windows.values()))
-        recording.fill(given, sight, cache)
-        try:
-            if self._memory is None and given.is_cuda:
-                self._memory = torch.cuda.graph_pool_handle()
-            recording.make(lambda: self.over(name, recording.line, recording.pending), self._memory)
-        except Exception as error:
-            self.records = False
-            warnings.warn(f"{self.what} cannot be recorded ({first_line(error)}); it runs unrecorded", stacklevel=5)
-        return recording
 
 
 class Recording:
     """A forward over so many rows and tokens, with inputs and results at fixed addresses.
 
     Args:
+        run: the forward, of its input and the pending tokens.
         given: `(rows, tokens, ...)` an input of the forward, for its dtype and shape.
         cache: cache of the rows; rows are padded to those of its buffers.
         tokens, pending: padded numbers of tokens per row.
         windows: as in `Pending`.
     """
 
-    def __init__(self, given: Tensor, cache: Any, tokens: int, pending: int, windows: tuple[int | None, ...]):
-        device, rows = given.device, cache.room
+    def __init__(
+        self,
+        run: Callable[[Tensor, Pending], tuple[Tensor, ...]],
+        given: Tensor,
+        cache: Any,
+        tokens: int,
+        pending: int,
+        windows: tuple[int | None, ...],
+    ):
+        self._run, device, rows = run, given.device, cache.room
         self.line = torch.zeros((rows, tokens, *given.shape[2:]), dtype=given.dtype, device=device)
         # Padding sees itself, so that no token sees nothing.
         self._alone = torch.eye(pending, dtype=torch.bool, device=device)[pending - tokens :].expand(rows, -1, -1)
@@ -186,9 +213,8 @@ class Recording:
         own.positions[:rows, :pending] = sight.positions
         own.cache = cache
 
-    def make(self, run: Callable[[], tuple[Tensor, ...]], memory: Any) -> None:
-        """Record what `run` does."""
-        self._replayed = Replayed(run, self.line.device, memory)
+    def record(self, memory: Any) -> None:
+        self._replayed = Replayed(lambda: self._run(self.line, self.pending), self.line.device, memory)
 
     def replay(self) -> tuple[Tensor, ...]:
         """Run the recording, and return results that later runs do not overwrite."""

@@ -13,7 +13,7 @@ Backend `native` is built that way and only checked. On `packed` and `eager`:
   for bit: features, logits, keys, values. A difference is an error, never a warning. - Prompts run one at a time, so a
   row of a batch is decoded as plain decoding would decode it alone.
 
-The model is neither copied nor patched: `ExactTarget` works on a view of it.
+The model is neither copied nor patched: `PerRowTarget` works on a view of it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from outdraft.target.backends import is_native
 from outdraft.target.backends.packed import quantised_part
 from outdraft.target.cache import SlotCache
 from outdraft.target.exact.attention import ATTENTION, Now, Paths, reads_in_place
-from outdraft.target.exact.comparison import Case, Kept
-from outdraft.target.exact.invariance import OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
+from outdraft.target.exact.invariance import Case, Kept, OneByOne, Probe, is_leaf, kind_of, mixes, one_by_one
 from outdraft.target.runner import PLAIN, ModelRunner, Output
 from outdraft.target.target import Target
 from outdraft.target.views import Reader, Reads
@@ -69,12 +68,39 @@ def exactly(target: Target) -> ExactTarget:
         UserError: there is no guarantee for this model or device, with the reason.
     """
     if target.exact is None:
-        target.exact = InvariantTarget(target) if is_native(target.backend) else ExactTarget(target)
+        target.exact = ExactTarget(target) if is_native(target.backend) else PerRowTarget(target)
     return target.exact
 
 
 class ExactTarget(Target):
-    """A target whose forward over trees gives every node the bits of plain decoding."""
+    """A target whose forward over trees gives every node the bits of plain decoding; its kernels are made so (backend
+    `native`), which is only checked.
+
+    Raises:
+        UserError: a forward over trees differs from one-token forwards after all.
+    """
+
+    def __init__(self, plain: Target):
+        self.__dict__.update(plain.__dict__)
+        self.plain, self.exactness = plain, Exactness(stacked=plain.num_layers)
+        start = time.perf_counter()
+        for rows, nodes in INVARIANT_CASES:
+            with torch.inference_mode():
+                where = Case(plain, rows, nodes).difference(self)
+            if where is not None:
+                raise UserError(
+                    f"a forward over {rows} x {nodes} tokens gives other {where} than one-token forwards on this "
+                    "machine, so exact=True cannot be promised; use --backend packed"
+                )
+            self.exactness.checks += 1
+        self.exactness.check_seconds = time.perf_counter() - start
+
+    def vouch(self, run: ModelRunner) -> None:
+        """Raise UserError for a runner that does not give these bits; here any way of running the layers does."""
+
+
+class PerRowTarget(ExactTarget):
+    """A target some of whose layers run row by row, as their kernels are not batch-invariant."""
 
     ragged = False
 
@@ -184,47 +210,6 @@ class ExactTarget(Target):
         self.exactness.check_seconds += time.perf_counter() - start
 
 
-class InvariantTarget(ExactTarget):
-    """A target whose kernels give every token the same bits in any company (backend `native`), so that nothing needs to
-    run apart.
-
-    Raises:
-        UserError: a forward over trees differs from one-token forwards after all.
-    """
-
-    ragged = True
-
-    def __init__(self, plain: Target):
-        self.__dict__.update(plain.__dict__)
-        self.plain, self.exactness = plain, Exactness(stacked=plain.num_layers)
-        start = time.perf_counter()
-        for rows, nodes in INVARIANT_CASES:
-            with torch.inference_mode():
-                where = Case(plain, rows, nodes).difference(self)
-            if where is not None:
-                raise UserError(
-                    f"a forward over {rows} x {nodes} tokens gives other {where} than one-token forwards on this "
-                    "machine, so exact=True cannot be promised; use --backend packed"
-                )
-            self.exactness.checks += 1
-        self.exactness.check_seconds = time.perf_counter() - start
-
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> Tensor:
-        return self.plain.forward(tokens, positions, mask, slots, cache)
-
-    def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
-        return self.plain.inputs(positions, mask, slots, cache)
-
-    def head(self, features: Tensor) -> Tensor:
-        return self.plain.head(features)
-
-    def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:  # type: ignore[override]
-        return ModelRunner(self, cache, reads)
-
-    def vouch(self, run: ModelRunner) -> None:
-        """Do nothing: any way of running the layers gives the same bits."""
-
-
 def refuse(target: Target) -> None:
     """Raise UserError if exactness cannot be guaranteed, before anything runs."""
     model: Any = target.model
@@ -276,7 +261,7 @@ class _View:
 class ExactRun(ModelRunner):
     """A runner that treats every row as if it were single."""
 
-    target: ExactTarget
+    target: PerRowTarget
 
     def prefill(self, prompts: Sequence[Tensor]) -> Output:
         """Run each prompt by itself and join all of them in one cache."""
