@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import VOCAB, tiny
 from outdraft.api.generation import load
@@ -434,6 +434,24 @@ def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int,
         assert torch.equal(product(x[:tokens]), alone[:tokens]), tokens
     numbers = weights.quantised(weight[:80], bits).numbers.view(5, 16, 96)
     assert torch.equal(weights.unblocked(weights.blocked(numbers, bits), bits), numbers)
+
+
+def test_a_drafter_s_own_head_has_eight_bits() -> None:
+    class Drafter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.lm_head = nn.Linear(64, 64), nn.Linear(64, 96, bias=False)
+
+        @property
+        def own_heads(self) -> list[Tensor]:
+            return [self.lm_head.weight]
+
+    for dtype, bits in ((torch.bfloat16, 8), (torch.float32, None)):
+        network = Drafter().to(dtype)
+        view: Any = accelerate(network, "native")
+        assert (view.layer._packed.bits, view.lm_head._packed.bits) == (None, bits)
+        x = torch.randn(3, 64).to(dtype)
+        torch.testing.assert_close(view.lm_head(x), network.lm_head(x), atol=2e-2, rtol=2e-2)
 
 
 def test_gates_of_quantised_weights_keep_their_rows() -> None:

@@ -108,7 +108,8 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
             return model
         reason = (WHY_NOT if whole else WHY_NOT_PARTS)[name](model)
         if reason is None:
-            view = native_view(model, owned and whole) if name == "native" else VIEWS[name](model)
+            heads: Any = () if whole else getattr(model, "own_heads", ())  # of a drafter, which decides no tokens
+            view = native_view(model, owned and whole, heads) if name == "native" else VIEWS[name](model)
             break
         instead = SIMPLER[name][0]
         warnings.warn(f"backend '{name}' cannot serve this model ({reason}); using '{instead}'", stacklevel=2)

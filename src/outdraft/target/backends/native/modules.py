@@ -294,10 +294,15 @@ def _alike(layer: Any) -> bool | None:
     return None if fused.turns_a_part(own.self_attn) else isinstance(found, tuple)
 
 
-def native_view(model: Any, owned: bool = False) -> Any:
+def native_view(model: Any, owned: bool = False, narrow: Sequence[Tensor] = ()) -> Any:
     """Return a shallow copy of the module tree on our kernels; the original stays as it is, or gives its layers'
-    weights away if it is `owned`."""
-    return packed_view(model, linear, NativeDoubles(owned=owned))
+    weights away if it is `owned`.
+
+    Args:
+        narrow: weights of linear layers that have the bits of `draft_bits`.
+    """
+    few = {id(weight) for weight in narrow}
+    return packed_view(model, lambda weight, bias: linear(weight, bias, id(weight) in few), NativeDoubles(owned=owned))
 
 
 def quantised_view(model: Any, bits: int | None, owned: bool = False) -> Any:

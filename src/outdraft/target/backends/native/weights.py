@@ -213,10 +213,12 @@ def draft_bits(weight: Tensor) -> int | None:
     return 8 if weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0 else None
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Return a layer on our kernels, or on oneDNN's where they do not serve its shape."""
-    even = weight.shape[1] % 2 == 0
-    return NativeLinear(weight, bias) if even and weight.dtype in TYPES else PackedLinear(weight, bias)
+def linear(weight: Tensor, bias: Tensor | None, narrow: bool = False) -> PackedLinear:
+    """Return a layer on our kernels, `narrow` with the bits of `draft_bits`; on oneDNN's where they do not serve its
+    shape."""
+    if weight.shape[1] % 2 or weight.dtype not in TYPES:
+        return PackedLinear(weight, bias)
+    return NativeLinear(weight, bias, draft_bits(weight) if narrow else None)
 
 
 Quantise = Callable[[Sequence[Tensor]], Blocks | None]
