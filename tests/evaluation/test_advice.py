@@ -86,7 +86,7 @@ def test_it_is_shown_with_the_formula_and_ends_with_a_command(folders: Folders, 
 def test_mistakes_are_one_line_and_exit_code_2(folders: Folders, tmp_path: Path) -> None:
     for args, said in (
         (("--limit", 0), "--limit"),
-        (("--quantize", "int3"), "int8 or int4"),
+        (("--quantize", "int3"), "int8, int4 or gguf"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl"),
         (("--max-new-tokens", 5000), "--max-new-tokens"),
         (("--draft-model", folders.wider), "hidden_size"),
