@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+import outdraft.drafting.ngrams as ngrams
 import outdraft.engine.drafts as decoding
 from enumeration import ScriptedChance, distance, law_of
 from models import CONTEXT, tiny
@@ -494,6 +495,33 @@ def test_controllers_and_costs_are_told_of_the_drafters_rounds_alone(monkeypatch
     (row,) = controlled(repeating(rows_of(target, PROMPTS[2:3], GREEDY, 40, dice(1)), 1), "auto", shape)
     tally.finish(target, drafter, [row], shape, CHEAP)
     assert tally.repeated > 0 and len(told) == tally.others
+
+
+class Resting(Noting):
+    """Drafts in the first round only; half of the time it is not even asked."""
+
+    def decide(self, confidences, nodes):
+        self.resting = 1
+        return self.observed == 0
+
+    def rest(self):
+        self.resting = 0
+
+
+def test_where_a_drafter_rests_a_greedy_row_drafts_shorter_repetitions(monkeypatch):
+    model, near = pair("llama-gqa")
+    target, seen = Target(model), {}
+    drafter, costs = DRAFTERS["fspad"](target, near), CHEAP
+    for sampling, least in ((GREEDY, 1), (GREEDY, 3), (SHAPED, 1), (SHAPED, 3)):
+        monkeypatch.setattr(ngrams, "IDLE_LEAST", least)
+        (row,) = repeating(rows_of(target, PROMPTS[2:3], sampling, 40, dice(1)), 3, 6)
+        row.controller = noting = Resting()
+        Tally().finish(target, drafter, [row], WIDE["chain"], costs)
+        seen[sampling is GREEDY, least] = row.statistics.repeats, row.tokens
+        assert noting.observed > 1, "rounds without the drafter are told to the controller"
+    assert seen[True, 1][0] > seen[True, 3][0]
+    assert seen[True, 1][1] == seen[True, 3][1] == stock_greedy("llama-gqa", tuple(PROMPTS[2]), 40)
+    assert seen[False, 1] == seen[False, 3], "a seed's text does not depend on what rests"
 
 
 def test_a_drafter_that_looks_back_may_be_given_repetitions_all_the_same():

@@ -66,6 +66,10 @@ class Text:
         return found
 
 
+IDLE_LEAST = 2
+"""Tokens that must have occurred before where a drafter of a greedy row rests, as its drafts do not pay."""
+
+
 @dataclass(frozen=True)
 class NgramSettings:
     """When to draft n-grams of the text, and how many tokens of them."""
@@ -86,12 +90,16 @@ class NgramSettings:
 
     def text(self, tokens: Sequence[int]) -> Text:
         """Make the n-gram index of a row that has these tokens so far."""
-        return Text(tokens, self.least, self.least)
+        return Text(tokens, self.least, min(self.least, IDLE_LEAST))
 
-    def candidates(self, text: Text, limit: int) -> list[int]:
-        """Return at most `limit` tokens that are expected to continue the text; none if it repeats nothing."""
+    def candidates(self, text: Text, limit: int, idle: bool = False) -> list[int]:
+        """Return at most `limit` tokens that are expected to continue the text; none if it repeats nothing.
+
+        Args:
+            idle: True if no drafter drafts instead, so that a match of `IDLE_LEAST` tokens is enough.
+        """
         found, end = text.match()
-        if not found:
+        if found < (min(self.least, IDLE_LEAST) if idle else self.least):
             return []
         return text.after(end, min(limit, self.most, 2 * text.alike(end, self.most)))
 

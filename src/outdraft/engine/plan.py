@@ -4,7 +4,8 @@ The first rule that applies decides:
 
 1. If every row's text continues a repetition, the n-grams are the drafts, and the drafter is not asked.
 2. If a tuner chooses whole shapes, or rows have controllers that decide level by level (`DraftBudget`), only the
-   drafter drafts, as far as they say. They measure what the drafter's rounds bring.
+   drafter drafts, as far as they say. They measure what the drafter's rounds bring. Where controllers of greedy rows
+   let the drafter rest, shorter repetitions are drafted.
 3. Otherwise, or if the tuner's shape does not fit the cache, the drafter drafts trees of the batch's shape. In rows
    that sample and whose text repeats itself, n-gram drafts override those trees.
 
@@ -113,14 +114,20 @@ def plan_round(batch: Batch) -> Plan:
         if all(controller.resting for controller in controllers):
             for controller in controllers:
                 controller.rest()
-            return Plan(PLAIN, nothing)
+            return _idle(batch, None)
         levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
         budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
-        return Plan(shape, nothing, budget)
+        return Plan(shape, nothing, budget) if any(budget.going) or budget.measures_plain else _idle(batch, budget)
     return Plan(shape, ngrams)
 
 
-def _ngrams(batch: Batch) -> list[list[int]]:
+def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
+    """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows, else plain."""
+    ngrams = _ngrams(batch, idle=all(row.warper.greedy for row in batch.rows))
+    return Plan(batch.shape, ngrams, budget) if all(ngrams) else Plan(PLAIN, [[]] * len(batch.rows), budget)
+
+
+def _ngrams(batch: Batch, idle: bool = False) -> list[list[int]]:
     """Return the n-gram candidates of every row, empty where its text repeats nothing.
 
     In a batch, greedy rows wait until all rows repeat themselves: all pay for the longest draft, and padding the
@@ -129,7 +136,8 @@ def _ngrams(batch: Batch) -> list[list[int]]:
     row is by then, so that it has read the prompts.
     """
     drafts = batch.drafts
-    if not drafts.asked or batch.shape.size == 1 or drafts.pending > MOST_PENDING:
+    late = drafts.pending > MOST_PENDING and not idle  # a drafter that rests is not asked either way
+    if not drafts.asked or batch.shape.size == 1 or late:
         return [[]] * len(batch.rows)
     greedy = [row.warper.greedy for row in batch.rows]
     limit = max(1, MOST_NODES // len(greedy) - 1) if all(greedy) else batch.shape.size - 1
@@ -137,7 +145,7 @@ def _ngrams(batch: Batch) -> list[list[int]]:
         left = batch.target.slot_limit - max(batch.cache.lengths) - drafts.slots(batch.shape) - drafts.pending
         limit = max(0, min(limit, left))
     rows = zip(batch.histories, batch.rows, strict=True)
-    found = [history.repeated(limit) if row.statistics.rounds else [] for history, row in rows]
+    found = [history.repeated(limit, idle) if row.statistics.rounds else [] for history, row in rows]
     if all(found):
         return found
     return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
@@ -179,7 +187,9 @@ class DraftBudget:
             controller.rows = len(controllers)
         self.confidences: list[list[float]] = [[] for _ in controllers]
         self.resting = [bool(controller.resting) for controller in controllers]
-        able = levels > 0 and not costs.plain_is_due(len(controllers))
+        self.measures_plain = costs.plain_is_due(len(controllers))
+        """True if this round is plain to be timed."""
+        able = levels > 0 and not self.measures_plain
         self.going = [able and not rests for rests in self.resting]
         self._laps: list[float] = []
         # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.

@@ -145,11 +145,15 @@ class History:
         if self._text is not None:
             self._text.extend(tokens)
 
-    def repeated(self, limit: int) -> list[int]:
-        """Return at most `limit` n-gram candidates from the row's own text; none if it repeats nothing."""
+    def repeated(self, limit: int, idle: bool = False) -> list[int]:
+        """Return at most `limit` n-gram candidates from the row's own text; none if it repeats nothing.
+
+        Args:
+            idle: as in `NgramSettings.candidates`.
+        """
         if self.ngrams is None or self._text is None:
             return []
-        return self.ngrams.candidates(self._text, limit)
+        return self.ngrams.candidates(self._text, limit, idle)
 
 
 class Prefixes(Sequence[Tensor]):
