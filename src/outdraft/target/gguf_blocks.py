@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from outdraft.errors import UserError
@@ -24,13 +24,12 @@ WHOLE = {"F32", "F16", "BF16", "F64"}
 """Kinds that are not quantised; such weights stay as they are."""
 
 
-def save_blocks(file: Path, model: nn.Module, folder: Path) -> None:
-    """Write the blocks of a model's linear layers to its folder, if there are any.
+def find_blocks(file: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the blocks of a model's linear layers as `FILE` holds them.
 
     Args:
         file: the GGUF file.
         model: the model of the file, its weights as float32.
-        folder: gets the file `FILE`.
     """
     import gguf
 
@@ -59,12 +58,11 @@ def save_blocks(file: Path, model: nn.Module, folder: Path) -> None:
             numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
             kept[f"{name}.offsets"] = blocks.offsets
         kept |= {f"{name}.numbers": numbers, f"{name}.scales": blocks.scales}
-    if kept:
-        save_file(kept, folder / FILE)
+    return kept
 
 
 def store_blocks(model: nn.Module, folder: str | Path) -> None:
-    """Give a model's weights the blocks that `save_blocks` wrote, for a view on them.
+    """Give a model's weights the blocks of its folder, for a view on them.
 
     Raises:
         UserError: the model does not come from a GGUF file with quantised weights.

@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError, first_line
 from outdraft.output import cache_folder, made_once
-from outdraft.target.gguf_blocks import WHOLE, save_blocks
+from outdraft.target.gguf_blocks import FILE, WHOLE, find_blocks
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"
@@ -99,7 +101,7 @@ def _unpack(file: Path, folder: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
-    model = _dequantised(file, config, folder)
+    model, blocks = _dequantised(file, config)
     tokenizer, notes = _reading(file, lambda: tokenizer_of(file, metadata))
     for note in notes:
         print(f"{file.name}: {note}", file=sys.stderr, flush=True)
@@ -110,6 +112,8 @@ def _unpack(file: Path, folder: Path) -> None:
         with _quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        if blocks:
+            save_file(blocks, folder / FILE)
         record = {"file": file.name, "weights": kinds, "name": metadata.get("general.name")}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except Exception as error:  # safetensors has exceptions of its own for a full disk
@@ -139,8 +143,8 @@ def _read(file: Path) -> tuple[Metadata, str]:
     return metadata, " and ".join(kind for kind, _ in matrices.most_common())
 
 
-def _dequantised(file: Path, config: Any, folder: Path) -> PreTrainedModel:
-    """Load the model in bfloat16, without any sign that it was quantised; its blocks are written to the folder."""
+def _dequantised(file: Path, config: Any) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Load the model in bfloat16, without any sign that it was quantised, and its blocks (`find_blocks`)."""
     options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # versions that can compute on packed weights must not do so
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -152,7 +156,7 @@ def _dequantised(file: Path, config: Any, folder: Path) -> PreTrainedModel:
             f"'{file}' lacks {len(lacking)} of the model's weights, such as {lacking[0]}; give a whole file (not one "
             "of several parts), or download it again"
         )
-    _reading(file, lambda: save_blocks(file, loaded, folder))
+    blocks = _reading(file, lambda: find_blocks(file, loaded))
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -163,7 +167,7 @@ def _dequantised(file: Path, config: Any, folder: Path) -> PreTrainedModel:
     ordinary.load_state_dict(loaded.state_dict(), assign=True)
     ordinary.tie_weights()
     ordinary.generation_config = loaded.generation_config
-    return ordinary
+    return ordinary, blocks
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:
