@@ -271,6 +271,17 @@ def test_a_file_is_decoded_with_its_own_blocks(kind: str, tied: bool, tmp_path: 
     assert drafted.tokens == own.generate(prompts, max_new_tokens=40).tokens
 
 
+def test_a_smaller_model_beside_a_file_s_blocks_need_not_be_a_file(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q4_1")
+    load_target(file).model.save_pretrained(tmp_path / "small")
+    target = outdraft.load(str(file), method="none", quantize="gguf")
+    target.target.tokenizer.save_pretrained(tmp_path / "small")
+    drafted = outdraft.load(str(file), str(tmp_path / "small"), quantize="gguf")
+    tokens = drafted.generate([[1, 2, 3, 4]], max_new_tokens=20)
+    assert tokens.statistics.drafted > 0
+    assert tokens.tokens == target.generate([[1, 2, 3, 4]], max_new_tokens=20).tokens
+
+
 def test_blocks_are_what_they_stand_for() -> None:
     dice = np.random.default_rng(0)
     for kind, size in (("Q8_0", 34), ("Q4_0", 18), ("Q4_1", 20), ("Q4_K", 144)):

@@ -201,8 +201,8 @@ def load_drafter_for(
 
 def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: bool) -> Drafter:
     if isinstance(source, Network):
-        own = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
-        return method_called(own.method).bind(accelerate(own, backend), target)
+        network = copy.deepcopy(source).to(target.device, target.dtype).eval()  # the caller may be training it
+        return method_called(network.method).bind(accelerate(network, backend), target)
     source, smaller = unwrapped(source), method_called("draft-model")
     if isinstance(source, Target):
         return smaller.bind(source, target)
@@ -211,7 +211,8 @@ def _load_drafter(target: Target, source: Any, backend: str, trust_remote_code: 
     if not isinstance(source, str | Path):
         raise UserError(f"a drafter is a folder, a hub id or a loaded model, not a {type(source).__name__}")
     if base_of(source) is not None or gguf_in(source) is not None or _is_language_model(find_folder(source)):
-        options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": backend}
+        own = "native" if backend == "native-gguf" else backend  # a smaller model may come from no GGUF file
+        options: dict[str, Any] = {"dtype": target.dtype, "device": target.device, "backend": own}
         return smaller.bind(load_target(source, trust_remote_code=trust_remote_code, **options), target)
     network = load_network(source, target, target.dtype, target.device)
     return method_called(network.method).bind(accelerate(network, backend), target)
