@@ -123,7 +123,8 @@ def plan_round(batch: Batch) -> Plan:
 
 def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
     """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows, else plain."""
-    ngrams = _ngrams(batch, idle=all(row.warper.greedy for row in batch.rows))
+    greedy = all(row.warper.greedy for row in batch.rows)
+    ngrams = _ngrams(batch, idle=True) if greedy else [[]]  # a sampled row's were looked for already
     return Plan(batch.shape, ngrams, budget) if all(ngrams) else Plan(PLAIN, [[]] * len(batch.rows), budget)
 
 
