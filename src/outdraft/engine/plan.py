@@ -25,7 +25,8 @@ import torch
 
 from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
-from outdraft.control.tuner import PLAIN, ShapeChoice
+from outdraft.control.shape_grid import PLAIN
+from outdraft.control.tuner import ShapeChoice
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
@@ -96,20 +97,21 @@ class Plan:
 def plan_round(batch: Batch) -> Plan:
     """Make the plan of a batch's next round, by the rules above."""
     nothing: list[list[int]] = [[]] * len(batch.rows)
-    ngrams = _ngrams(batch)
-    if all(ngrams) or not batch.drafts.able:
-        return Plan(batch.shape, ngrams)
-    shape = _fitting(batch, batch.shape)
     controllers = [row.controller for row in batch.rows if row.controller is not None]
     pacer = controllers[0].pacer if controllers else None
     # A drafter that asks no budget is not stopped by one: only whole shapes can be chosen for it, as for a batch.
     rows = len(batch.rows) if batch.drafts.heeds_budget else max(2, len(batch.rows))
     tuner = None if pacer is None else pacer.tuner(batch.shape, rows)
+    ngrams = _ngrams(batch, unread=tuner is not None and tuner.best(len(batch.rows)) == PLAIN)
+    if all(ngrams) or not batch.drafts.able:
+        return Plan(batch.shape, ngrams)
+    shape = _fitting(batch, batch.shape)
     if tuner is not None:
         choice = tuner.choose(len(batch.rows), batch.drafts.pending)
         shape = _fitting(batch, choice.shape)
         if shape == choice.shape:
-            return Plan(shape, nothing, choice=choice)
+            arbitrary = [[row.tokens[-1]] for row in batch.rows]
+            return Plan(shape, arbitrary if choice.gauges else nothing, choice=choice)
     if tuner is None and controllers:
         if all(controller.resting for controller in controllers):
             for controller in controllers:
@@ -124,21 +126,26 @@ def plan_round(batch: Batch) -> Plan:
 def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
     """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows, else plain."""
     greedy = all(row.warper.greedy for row in batch.rows)
-    ngrams = _ngrams(batch, idle=True) if greedy else [[]]  # a sampled row's were looked for already
+    # Those of sampled rows were looked for already.
+    ngrams = _ngrams(batch, idle=True, unread=batch.drafts.asked) if greedy else [[]]
     return Plan(batch.shape, ngrams, budget) if all(ngrams) else Plan(PLAIN, [[]] * len(batch.rows), budget)
 
 
-def _ngrams(batch: Batch, idle: bool = False) -> list[list[int]]:
+def _ngrams(batch: Batch, idle: bool = False, unread: bool = False) -> list[list[int]]:
     """Return the n-gram candidates of every row, empty where its text repeats nothing.
 
     In a batch, greedy rows wait until all rows repeat themselves: all pay for the longest draft, and padding the
     drafter's trees to it was slower in every batch. Sampled rows do not wait, and have no more candidates than the
     tree, so that a seed's text does not depend on the batch. The drafter drafts every row's first round, wherever the
     row is by then, so that it has read the prompts.
+
+    Args:
+        idle: True if shorter repetitions are enough, as the drafter rests.
+        unread: True if it does not matter how much the drafter has not read, as it is not asked either way.
     """
     drafts = batch.drafts
-    late = drafts.pending > MOST_PENDING and not idle  # a drafter that rests is not asked either way
-    if not drafts.asked or batch.shape.size == 1 or late:
+    late = not unread and (not drafts.asked or drafts.pending > MOST_PENDING)
+    if batch.shape.size == 1 or late:
         return [[]] * len(batch.rows)
     greedy = [row.warper.greedy for row in batch.rows]
     limit = max(1, MOST_NODES // len(greedy) - 1) if all(greedy) else batch.shape.size - 1
