@@ -62,6 +62,7 @@ def write_gguf(
     model: LlamaForCausalLM,
     *,
     kind: str = "F32",
+    kinds: dict[str, str] | None = None,
     architecture: str = "llama",
     leave_out: str = "",
     fields: dict[str, Any] | None = None,
@@ -72,6 +73,7 @@ def write_gguf(
         path: of the file.
         model: whose weights.
         kind: of its matrices, a name of `GGMLQuantizationType`.
+        kinds: other kinds of the matrices whose names hold a text.
         architecture: what the file says that it is.
         leave_out: a tensor that is not written.
         fields: more of what the file says, or other than by default; None leaves a field out.
@@ -108,10 +110,11 @@ def write_gguf(
         if (called := _name(name, config.tie_word_embeddings)) in ("", leave_out):
             continue
         array = _llama_order(name, weight.float().numpy(), config)
-        if weight.ndim < 2 or kind == "F32":
+        own = next((other for part, other in (kinds or {}).items() if part in called), kind)
+        if weight.ndim < 2 or own == "F32":
             writer.add_tensor(called, array)
         else:
-            stored = gguf.GGMLQuantizationType[kind]
+            stored = gguf.GGMLQuantizationType[own]
             writer.add_tensor(called, gguf.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

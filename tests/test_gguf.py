@@ -18,6 +18,7 @@ from gguf_fixtures import WORDS, tiny_llama, write_gguf
 from outdraft.api.loading import load_target
 from outdraft.cli import app
 from outdraft.errors import UserError
+from outdraft.target import gguf_blocks, gguf_file
 from outdraft.target.backends.native.modules import NativeLayer
 from outdraft.target.backends.native.weights import NativeLinear
 from outdraft.target.gguf_blocks import blocks_of
@@ -74,6 +75,19 @@ def test_quantised_weights_are_rounded_once_to_bfloat16(tmp_path: Path, kind: st
             expected = torch.from_numpy(gguf.dequantize(quantised, stored)).bfloat16()
             found = model.state_dict()[name]
             assert found.dtype == getattr(torch, dtype) and torch.equal(found, expected.to(found.dtype)), name
+
+
+@pytest.mark.parametrize("in_one_dtype", [False, True])
+def test_every_weight_is_that_of_transformers_rounded(
+    tmp_path: Path, in_one_dtype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "_computed_in_dtype", lambda architecture: in_one_dtype)
+    file = write_gguf(tmp_path / "a.gguf", tiny_llama(tied=False), kind="Q5_1", kinds={"attn_v": "Q8_0"})
+    right = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).state_dict()
+    found = load_target(file, dtype="bfloat16", backend="eager").model.state_dict()
+    assert found.keys() == right.keys()
+    for name, weight in found.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, right[name].bfloat16()), name
 
 
 def test_the_loaded_model_is_an_ordinary_one(file: Path, tmp_path: Path) -> None:
@@ -303,6 +317,70 @@ def test_blocks_are_what_they_stand_for() -> None:
 def test_kinds_without_blocks_of_ours_have_eight_bits(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q5_1")
     assert bits_of(outdraft.load(str(file), method="none", quantize="gguf")) == {8}
+
+
+def test_equal_layers_have_blocks_each(tmp_path: Path) -> None:
+    model = tiny_llama(head_dim=16)
+    model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
+    file = write_gguf(tmp_path / "tiny.gguf", model, kind="Q4_1")
+    assert bits_of(outdraft.load(str(file), method="none", quantize="gguf")) == {4}
+
+
+def test_products_of_mixed_kinds_have_eight_bits(tmp_path: Path) -> None:
+    mixed = {"blk.0.attn_v": "Q8_0", "blk.1.ffn_up": "Q5_1", "blk.1.attn_v": "F32"}
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q4_1", kinds=mixed)
+    whole, own = (outdraft.load(str(file), method="none", quantize=quantize) for quantize in (None, "gguf"))
+    first, second = (part for part in own.target.model.modules() if isinstance(part, NativeLayer))
+    assert [weight.bits for weight in first.kernel.weights] == [8, 4, 4, 4]
+    assert [weight.bits for weight in second.kernel.weights] == [None, 4, 8, 4]
+    theirs, ours = whole.target.model.state_dict(), own.target.model.state_dict()
+    rounded = ("0.self_attn.q_proj", "0.self_attn.k_proj", "1.mlp.gate_proj", "1.mlp.up_proj")
+    for name, weight in theirs.items():
+        close = weight.abs().max() / 100 if any(part in name for part in rounded) else 0
+        assert (ours[name] - weight).abs().max() <= close, name
+    drafted = outdraft.load(str(file), method="prompt-lookup", quantize="gguf")
+    tokens = drafted.generate([[1, 2, 3, 1, 2]], max_new_tokens=30, exact=True)
+    assert tokens.tokens == own.generate([[1, 2, 3, 1, 2]], max_new_tokens=30).tokens
+
+
+def test_what_becomes_of_a_kind_is_said_where_the_blocks_can_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gguf_blocks.told("Q4_K and Q6_K and F32") == "Q4_K with scales rounded to float16, Q6_K rounded to 8 bits"
+    for heads_of, said in ((16, True), (8, False)):  # heads that are no whole vectors have no kernels
+        model = tiny_llama(head_dim=heads_of)
+        file = write_gguf(tmp_path / f"{heads_of}.gguf", model, kind="Q4_1", kinds={"ffn_down": "Q5_1"})
+        kinds = "Q4_1 as they are, Q5_1 rounded to 8 bits"
+        load_target(file)
+        assert (f"; --quantize gguf decodes with {kinds}" in capsys.readouterr().err) == said
+        weights = json.loads(run("info", file, "--json").stdout)["weights"]
+        assert weights == "Q4_1 and Q5_1, as bfloat16" + f" (--quantize gguf: {kinds})" * said
+
+
+def test_what_has_no_use_of_the_blocks_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_gguf(tmp_path / "other.gguf", tiny_llama(head_dim=8), kind="Q8_0")
+    adapter, plain = tmp_path / "adapter", tmp_path / "plain"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other)}))
+    tiny_llama(head_dim=16).save_pretrained(plain)
+    gguf_file.unpacked(other)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    for model, reason in ((other, "its layers have another form"), (adapter, "an adapter"), (plain, "comes from none")):
+        with pytest.raises(UserError, match=reason):
+            outdraft.load(str(model), method="none", quantize="gguf")
+
+
+def test_blocks_are_no_weights_for_other_tools_and_damage_is_said(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q8_0")
+    folder = gguf_file.unpacked(file)
+    assert [found.name for found in folder.rglob("*.safetensors")] == ["model.safetensors"]
+    damaged = folder / gguf_blocks.FOLDER / "model.layers.1.mlp.up_proj.blocks"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for verb in (("info", file), ("generate", "hello", "--model", file, "--quantize", "gguf")):
+        assert f"{damaged.name}' is damaged" in refused(*verb)
 
 
 def test_whole_weights_and_folders_have_no_blocks(file: Path, tmp_path: Path) -> None:

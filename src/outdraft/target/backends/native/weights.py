@@ -15,6 +15,8 @@ from outdraft.target.backends.packed import PackedLinear
 TYPES = (torch.float32, torch.bfloat16)
 GROUP = 32
 """Inputs of a quantised matrix that share a scale."""
+PANELS = 128
+"""Panels that are multiplied out at once, in single precision."""
 STORED = "outdraft_blocks"
 """Attribute of a weight whose file has it in blocks: what reads them."""
 
@@ -136,11 +138,16 @@ class Weight:
         if self.scales is None:
             panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
         else:
-            numbers = unblocked(self.lines, self.bits or 0).unflatten(2, (-1, GROUP))
-            scale, *offset = (part.transpose(1, 2)[..., None].float() for part in self.scales.unbind(2))
-            panels = (numbers * scale + (offset[0] if offset else 0)).to(self.dtype)
+            few = zip(self.lines.split(PANELS), self.scales.split(PANELS), strict=True)
+            panels = torch.cat([self._product(*part).to(self.dtype) for part in few])
         rows = panels.reshape(-1, self.inputs)[: self.outputs]
         return torch.empty_like(rows).index_copy_(0, self._order, rows)
+
+    def _product(self, lines: Tensor, scales: Tensor) -> Tensor:
+        """Return panels of quantised numbers in single precision."""
+        numbers = unblocked(lines, self.bits or 0).unflatten(2, (-1, GROUP))
+        scale, *offset = (part.transpose(1, 2)[..., None].float() for part in scales.unbind(2))
+        return numbers * scale + (offset[0] if offset else 0)
 
 
 def quantised(weight: Tensor, bits: int) -> Blocks:
