@@ -1,4 +1,4 @@
-"""A tiny chat Llama and the GGUF file that stands for it, written as llama.cpp's converter writes one."""
+"""A tiny chat Llama, the GGUF file that stands for it, written as llama.cpp's converter writes one, and verbs on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typer.testing import CliRunner, Result
+
+from outdraft.cli import app
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ Ġ", "Ċ Ċ", "1 2"]
@@ -29,6 +32,18 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refused(*args: object) -> str:
+    result = run(*args)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
 
 
 def tiny_llama(seed: int = 3, tied: bool = True, head_dim: int = 8) -> LlamaForCausalLM:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +19,7 @@ from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
+from outdraft.target.backends.unloaded import unloaded
 from outdraft.target.gguf_blocks import FOLDER
 from outdraft.target.gguf_file import blocks_serve, record_in
 from outdraft.target.named import base_of, is_hub_id, place_of
@@ -127,7 +129,9 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     quantised: Any = getattr(config, "quantization_config", None) or {}
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
-    own = blocks_serve(config, made_from["weights"]) if (folder / FOLDER).is_dir() else ""
+    own = ""
+    if (folder / FOLDER).is_dir():
+        own = blocks_serve(unloaded(config, torch.bfloat16), made_from["weights"])
     own = f" (--quantize gguf: {own})" if own else ""
     return {
         "kind": "model",

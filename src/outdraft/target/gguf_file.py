@@ -94,7 +94,7 @@ def _digest(file: Path) -> str:
 def _unpack(file: Path, folder: Path) -> None:
     metadata, kinds = _read(file)
     config = _reading(file, lambda: AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
-    own = _reading(file, lambda: blocks_serve(config, kinds))
+    own = blocks_serve(_reading(file, lambda: unloaded(config, torch.bfloat16)), kinds)
     hint = f"; --quantize gguf decodes with {own}" if own and not torch.cuda.is_available() else ""
     where = str(cache_folder()).replace(str(Path.home()), "~", 1)
     print(
@@ -143,10 +143,15 @@ def _read(file: Path) -> tuple[Metadata, str]:
     return metadata, " and ".join(kind for kind, _ in matrices.most_common())
 
 
-def blocks_serve(config: Any, kinds: str) -> str:
-    """Return what backend `native-gguf` makes of weights of these kinds; empty if it is not for this model here."""
+def blocks_serve(model: Any, kinds: str) -> str:
+    """Return what backend `native-gguf` makes of weights of these kinds; empty if it is not for this model here.
+
+    Args:
+        model: as of `unloaded`.
+        kinds: joined by " and ".
+    """
     made = told(kinds)
-    return made if made and why_not_native_model(unloaded(config, torch.bfloat16)) is None else ""
+    return made if made and why_not_native_model(model) is None else ""
 
 
 def _dequantised(file: Path, config: Any, metadata: Metadata) -> PreTrainedModel:
