@@ -94,8 +94,9 @@ def _digest(file: Path) -> str:
 def _unpack(file: Path, folder: Path) -> None:
     metadata, kinds = _read(file)
     config = _reading(file, lambda: AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
-    own = blocks_serve(_reading(file, lambda: unloaded(config, torch.bfloat16)), kinds)
-    hint = f"; --quantize gguf decodes with {own}" if own and not torch.cuda.is_available() else ""
+    alone = _reading(file, lambda: unloaded(config, torch.bfloat16))
+    own = "" if torch.cuda.is_available() else blocks_serve(alone, kinds)
+    hint = f"; --quantize gguf decodes with {own}" if own else ""
     where = str(cache_folder()).replace(str(Path.home()), "~", 1)
     print(
         f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where}){hint}",
