@@ -1,4 +1,4 @@
-"""A tiny chat Llama and the GGUF file that stands for it, written as llama.cpp's converter writes one."""
+"""A tiny chat Llama, the GGUF file that stands for it, written as llama.cpp's converter writes one, and verbs on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typer.testing import CliRunner, Result
+
+from outdraft.cli import app
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ Ġ", "Ċ Ċ", "1 2"]
@@ -29,6 +32,18 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refused(*args: object) -> str:
+    result = run(*args)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
 
 
 def tiny_llama(seed: int = 3, tied: bool = True, head_dim: int = 8) -> LlamaForCausalLM:
@@ -62,6 +77,7 @@ def write_gguf(
     model: LlamaForCausalLM,
     *,
     kind: str = "F32",
+    kinds: dict[str, str] | None = None,
     architecture: str = "llama",
     leave_out: str = "",
     fields: dict[str, Any] | None = None,
@@ -72,6 +88,7 @@ def write_gguf(
         path: of the file.
         model: whose weights.
         kind: of its matrices, a name of `GGMLQuantizationType`.
+        kinds: other kinds of the matrices whose names hold a text.
         architecture: what the file says that it is.
         leave_out: a tensor that is not written.
         fields: more of what the file says, or other than by default; None leaves a field out.
@@ -108,10 +125,11 @@ def write_gguf(
         if (called := _name(name, config.tie_word_embeddings)) in ("", leave_out):
             continue
         array = _llama_order(name, weight.float().numpy(), config)
-        if weight.ndim < 2 or kind == "F32":
+        own = next((other for part, other in (kinds or {}).items() if part in called), kind)
+        if weight.ndim < 2 or own == "F32":
             writer.add_tensor(called, array)
         else:
-            stored = gguf.GGMLQuantizationType[kind]
+            stored = gguf.GGMLQuantizationType[own]
             writer.add_tensor(called, gguf.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -7,20 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner, Result
 
 import outdraft
-from gguf_fixtures import WORDS, tiny_llama, write_gguf
+from gguf_fixtures import WORDS, refused, run, tiny_llama, write_gguf
 from outdraft.api.loading import load_target
-from outdraft.cli import app
 from outdraft.errors import UserError
-from outdraft.target.backends.native.modules import NativeLayer
-from outdraft.target.backends.native.weights import NativeLinear
-from outdraft.target.gguf_blocks import blocks_of
+from outdraft.target import gguf_file
 from training.tiny import write_chats
 
 gguf = pytest.importorskip("gguf", reason="reading and writing GGUF files needs the extra `gguf`")
@@ -35,18 +30,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "tiny.F32.gguf", tiny_llama())
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def refused(*args: object) -> str:
-    result = run(*args)
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -74,6 +57,19 @@ def test_quantised_weights_are_rounded_once_to_bfloat16(tmp_path: Path, kind: st
             expected = torch.from_numpy(gguf.dequantize(quantised, stored)).bfloat16()
             found = model.state_dict()[name]
             assert found.dtype == getattr(torch, dtype) and torch.equal(found, expected.to(found.dtype)), name
+
+
+@pytest.mark.parametrize("in_one_dtype", [False, True])
+def test_every_weight_is_that_of_transformers_rounded(
+    tmp_path: Path, in_one_dtype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "_computed_in_dtype", lambda architecture: in_one_dtype)
+    file = write_gguf(tmp_path / "a.gguf", tiny_llama(tied=False), kind="Q5_1", kinds={"attn_v": "Q8_0"})
+    right = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).state_dict()
+    found = load_target(file, dtype="bfloat16", backend="eager").model.state_dict()
+    assert found.keys() == right.keys()
+    for name, weight in found.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, right[name].bfloat16()), name
 
 
 def test_the_loaded_model_is_an_ordinary_one(file: Path, tmp_path: Path) -> None:
@@ -239,76 +235,3 @@ def test_a_drafter_is_trained_on_the_file_and_exported(file: Path, tmp_path: Pat
     ids = torch.tensor([_ids("hello")])
     alone = target.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(target.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=assistant), alone)
-
-
-# --- the file's own blocks --------------------------------------------------------------------------------------
-
-
-def bits_of(loaded: Any) -> set[int | None]:
-    """Bits of the layers' weights and of the head's."""
-    parts = list(loaded.target.model.modules())
-    layers = [weight for part in parts if isinstance(part, NativeLayer) for weight in part.kernel.weights]
-    heads = [part._packed for part in parts if isinstance(part, NativeLinear)]
-    assert layers and heads
-    return {weight.bits for weight in (*layers, *heads)}
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_file_is_decoded_with_its_own_blocks(kind: str, tied: bool, tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=tied, head_dim=16), kind=kind)
-    whole, own = (outdraft.load(str(file), method="none", quantize=quantize) for quantize in (None, "gguf"))
-    assert own.target.backend == "native-gguf"
-    assert bits_of(own) == {8 if kind == "Q8_0" else 4}, "layers that were not found would keep whole weights"
-    stock = own.target.model.state_dict()
-    for name, weight in whole.target.model.state_dict().items():
-        assert torch.equal(weight, stock[name]), f"{name}: the same file is the same model"
-    prompts = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 5, 6], [8, 9]]
-    drafted = outdraft.load(str(file), method="prompt-lookup", quantize="gguf").generate(
-        prompts, max_new_tokens=40, num_speculative_tokens=4, exact=True
-    )
-    assert drafted.statistics.drafted > 0
-    assert drafted.tokens == own.generate(prompts, max_new_tokens=40).tokens
-
-
-def test_a_smaller_model_beside_a_file_s_blocks_need_not_be_a_file(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q4_1")
-    load_target(file).model.save_pretrained(tmp_path / "small")
-    target = outdraft.load(str(file), method="none", quantize="gguf")
-    target.target.tokenizer.save_pretrained(tmp_path / "small")
-    drafted = outdraft.load(str(file), str(tmp_path / "small"), quantize="gguf")
-    tokens = drafted.generate([[1, 2, 3, 4]], max_new_tokens=20)
-    assert tokens.statistics.drafted > 0
-    assert tokens.tokens == target.generate([[1, 2, 3, 4]], max_new_tokens=20).tokens
-
-
-def test_blocks_are_what_they_stand_for() -> None:
-    dice = np.random.default_rng(0)
-    for kind, size in (("Q8_0", 34), ("Q4_0", 18), ("Q4_1", 20), ("Q4_K", 144)):
-        rows = dice.integers(0, 256, (5, 3, size), dtype=np.uint8)
-        rows[:, :, 1] = dice.integers(40, 50, (5, 3))  # the upper bytes of float16 scales and offsets
-        rows[:, :, 3 if kind in ("Q4_1", "Q4_K") else 1] = dice.integers(40, 50, (5, 3))
-        if kind == "Q8_0":
-            rows[:, :, 2:] = np.where(rows[:, :, 2:] == 128, 127, rows[:, :, 2:])
-        found = blocks_of(rows.reshape(5, -1), kind)
-        assert found is not None and found.bits == (8 if kind == "Q8_0" else 4)
-        right = torch.from_numpy(gguf.dequantize(rows.reshape(5, -1), gguf.GGMLQuantizationType[kind]))
-        # Scales of Q4_K are products, rounded to 11 bits.
-        close = 16 * 2**-11 * right.abs().max().item() if kind == "Q4_K" else 0
-        torch.testing.assert_close(found.dense(), right, atol=close, rtol=0, msg=kind)
-    rows = np.full((1, 34), 128, dtype=np.uint8)  # -128 is no number of our kernels
-    assert blocks_of(rows, "Q8_0") is None and blocks_of(rows, "Q6_K") is None
-
-
-def test_kinds_without_blocks_of_ours_have_eight_bits(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(head_dim=16), kind="Q5_1")
-    assert bits_of(outdraft.load(str(file), method="none", quantize="gguf")) == {8}
-
-
-def test_whole_weights_and_folders_have_no_blocks(file: Path, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "folder")
-    load_target(file)
-    for model in (file, tmp_path / "folder"):
-        assert "this model comes from none with quantised" in refused(
-            *("generate", "Hello", "--model", model, "--method", "none", "--quantize", "gguf")
-        )

@@ -21,12 +21,13 @@ from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
-from outdraft.target.backends import accelerate, count_parameters, why_not_native
+from outdraft.target.backends import accelerate, count_parameters, why_not_native, why_not_native_model
 from outdraft.target.backends.native import build, operations, weights
 from outdraft.target.backends.native.modules import NativeLayer
 from outdraft.target.backends.native.operations import rms_norm
 from outdraft.target.backends.native.released import STAYS, ReleasedLinear
 from outdraft.target.backends.native.weights import NativeLinear, Weight
+from outdraft.target.backends.unloaded import unloaded
 from outdraft.target.exact.target import exactly
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target
@@ -298,6 +299,15 @@ def test_other_layers_are_packed_without_a_word(family: str, changes: dict[str, 
         assert load(model, method="none").target.backend == "packed"
     with pytest.warns(UserWarning, match="backend 'native' cannot serve .*another form.*using 'packed'"):
         assert Target(model, backend="native").backend == "packed"
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma2", "cohere", "granite", "mixtral", "gpt2"])
+def test_a_configuration_tells_what_the_model_would(family: str) -> None:
+    model = tiny(family, dtype=torch.float32, **({} if family == "gpt2" else WIDE))
+    before = torch.random.get_rng_state()
+    alone = unloaded(model.config, torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert why_not_native_model(alone) == why_not_native_model(model)
 
 
 def test_a_layer_that_computes_otherwise_than_it_looks_is_not_taken() -> None:

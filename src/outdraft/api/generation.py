@@ -71,8 +71,9 @@ def load(
             and those that have no room there over host memory (`device_map="auto"` of `transformers`).
         backend: `eager`, `packed`, `native` or `graphs`; by default `native` on a CPU and `graphs` on a GPU.
         quantize: `int8` or `int4` gives the target's layers weights of so many bits (its head eight) on a CPU. `gguf`
-            takes the quantised weights of its GGUF file as they are. What is decoded then has the distribution of
-            the quantised model.
+            takes the quantised weights of its GGUF file: Q4_0, Q4_1 and Q8_0 as they are, Q4_K with scales rounded to
+            float16, other kinds rounded to eight bits. What is decoded then has the distribution of the quantised
+            model.
         tp_plan: `auto` shares the target's layers among the processes of `torchrun` (tensor parallelism), each of which
             makes the same calls (docs/guides/several-devices.md).
         trust_remote_code: run code from the model's repository.

@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.folder import find_folder
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
-from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
-from outdraft.target.gguf_blocks import store_blocks
+from outdraft.target.backends import (
+    QUANTISED,
+    accelerate,
+    best_backend,
+    default_dtype,
+    refuse_unquantisable,
+    simple_backend,
+)
+from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.gguf_blocks import refuse_without_blocks, store_blocks
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import base_of, is_hub_id, merged, named, not_on_hub, place_of, shipped_drafter, unwrapped
 from outdraft.target.ranks import sharding
@@ -107,11 +115,11 @@ def load_target(
             options["spread"] = True
         if tp_plan is not None:
             options |= {"sharing": partial(sharding, plan=tp_plan, device=device, whole_ends=whole_ends)}
+        if backend in QUANTISED:
+            options["quantised"] = backend
+        if backend == "native-gguf" and base_of(model) is not None:
+            raise UserError("quantize=gguf cannot change the file's weights by an adapter; quantize int8 or int4")
         loaded, path, shown_as = _load_place(model, where, **options)
-        if backend == "native-gguf":
-            if base_of(model) is not None:
-                raise UserError("quantize=gguf cannot change the file's weights by an adapter; quantize int8 or int4")
-            store_blocks(loaded, path)
         if shown_as is not None:  # otherwise records would name a local folder
             loaded.config._name_or_path = loaded.name_or_path = shown_as
         folder = tokenizer or path
@@ -256,8 +264,11 @@ def _load_model(
     trust_remote_code: bool,
     sharing: Any = None,
     spread: bool = False,
+    quantised: str | None = None,
 ) -> Any:
     more: dict[str, Any] = {}
+    if quantised is not None:
+        _refuse_unquantised(path, device, dtype, trust_remote_code, quantised)
     if sharing is not None:
         more = sharing(path, trust_remote_code=trust_remote_code)
     elif spread:
@@ -272,8 +283,24 @@ def _load_model(
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
+    if quantised == "native-gguf":
+        store_blocks(model, path)
     # Quantised models refuse to be moved, and need not be here.
     return model.eval() if model.device == device else model.eval().to(device)
+
+
+def _refuse_unquantised(
+    path: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, backend: str
+) -> None:
+    """Raise the UserError of a backend that cannot quantise a model, as far as is known before it is loaded."""
+    if backend == "native-gguf":
+        refuse_without_blocks(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = unloaded(config, dtype, device, trust_remote_code=trust_remote_code)
+    except Exception:  # of any library; loading the model tells the user
+        return
+    refuse_unquantisable(model, backend)
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
@@ -17,9 +18,10 @@ from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
-from outdraft.target import gguf_blocks
 from outdraft.target.backends import default_backend, default_dtype, why_not_native
-from outdraft.target.gguf_file import record_in
+from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.gguf_blocks import FOLDER
+from outdraft.target.gguf_file import blocks_serve, record_in
 from outdraft.target.named import base_of, is_hub_id, place_of
 from outdraft.target.target import refuse_unfit
 from outdraft.training.config import DrafterConfig
@@ -106,7 +108,8 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 
 def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
-    for file in sorted(folder.glob("*.safetensors")):  # reading a header also checks the file's size
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(f"{FOLDER}/*")]):
+        # Reading a header also checks the file's size.
         try:
             with safe_open(file, "pt"):
                 pass
@@ -126,10 +129,13 @@ def _model(path: str, folder: Path, asked: str) -> dict[str, Any]:
     quantised: Any = getattr(config, "quantization_config", None) or {}
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     made_from = record_in(folder) or {}
-    as_is = " (--quantize gguf: as they are)" if (folder / gguf_blocks.FILE).exists() else ""
+    own = ""
+    if (folder / FOLDER).is_dir():
+        own = blocks_serve(unloaded(config, torch.bfloat16), made_from["weights"])
+    own = f" (--quantize gguf: {own})" if own else ""
     return {
         "kind": "model",
-        **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16{as_is}"} if made_from else {}),
+        **({"file": made_from["file"], "weights": f"{made_from['weights']}, as bfloat16{own}"} if made_from else {}),
         **({"quantised_by": quantised.get("quant_method", "an unnamed quantiser")} if quantised else {}),
         "family": config.model_type,
         "class": type(model).__name__,

@@ -112,8 +112,8 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="int8|int4|gguf",
-        help="Quantise the target's weights (CPU), or take those of its GGUF file as they are; the output is then the "
-        "quantised model's.",
+        help="Quantise the target's weights (CPU), or take those of its GGUF file: Q4_0, Q4_1 and Q8_0 as they are, "
+        "Q4_K with scales rounded to float16, others rounded to 8 bits. The output is then the quantised model's.",
     ),
 ]
 TensorParallel = Annotated[

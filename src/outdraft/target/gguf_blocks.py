@@ -6,80 +6,119 @@ layer is found by its rows' numbers: whatever name and order `transformers` gave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from outdraft.errors import UserError
+from outdraft.errors import UserError, first_line
 from outdraft.target.backends.native.weights import GROUP, Blocks, quantised, store
 
-FILE = "outdraft_blocks.safetensors"
-"""Name of the blocks in the folder."""
+FOLDER, SUFFIX = "outdraft_blocks", ".blocks"
+"""Folder in a model's own, and ending of its files, one of each layer: no tool takes them for parts of the model."""
 WHOLE = {"F32", "F16", "BF16", "F64"}
 """Kinds that are not quantised; such weights stay as they are."""
+KEPT = {"Q4_0", "Q4_1", "Q8_0"}
+"""Kinds whose blocks are kept bit for bit."""
+ROWS = 1024
+"""Rows of a matrix that are dequantised at once."""
 
 
-def find_blocks(file: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the blocks of a model's linear layers as `FILE` holds them.
+def told(kinds: str) -> str:
+    """Return what becomes of weights of these kinds, joined by " and "; empty if none is quantised."""
+    fates: dict[str, list[str]] = {"as they are": [], "with scales rounded to float16": [], "rounded to 8 bits": []}
+    exact, nearly, rounded = fates.values()
+    for kind in kinds.split(" and "):
+        if kind not in WHOLE:
+            (exact if kind in KEPT else nearly if kind == "Q4_K" else rounded).append(kind)
+    return ", ".join(f"{' and '.join(own)} {fate}" for fate, own in fates.items() if own)
+
+
+def write_blocks(file: Path, model: nn.Module, folder: Path) -> None:
+    """Write the blocks of a model's linear layers; there is one matrix in memory at a time.
 
     Args:
         file: the GGUF file.
-        model: the model of the file, its weights as float32.
+        model: the model of the file, its weights rounded to bfloat16.
+        folder: gets `FOLDER`, if a layer is quantised in the file.
     """
     import gguf
 
-    layers = {name: part.weight for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    keys = {name: _rows(weight.detach().numpy()) for name, weight in layers.items()}
-    names = {_any_order(rows): name for name, rows in keys.items()}
-    kept: dict[str, Tensor] = {}
+    keys = {name: _keys(part.weight) for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    names: dict[bytes, list[str]] = defaultdict(list)  # layers may be equal
+    for name, own in keys.items():
+        names[_any_order(own)].append(name)
     for tensor in gguf.GGUFReader(file).tensors:
-        kind = tensor.tensor_type.name
-        if kind in WHOLE or len(tensor.shape) != 2 or tensor.shape[0] % GROUP:
+        if tensor.tensor_type.name in WHOLE or len(tensor.shape) != 2 or tensor.shape[0] % GROUP:
             continue
-        rows = _rows(gguf.dequantize(tensor.data, tensor.tensor_type))
-        name = names.get(_any_order(rows))
-        if name is None:  # an embedding without a head, or parts that the model has in another form
-            continue
-        places = {row: i for i, row in enumerate(rows)}
-        order = torch.tensor([places[row] for row in keys[name]])
-        blocks = blocks_of(np.ascontiguousarray(tensor.data), kind)
-        if blocks is None:
-            blocks = quantised(layers[name].detach(), 8)
-        else:
-            offsets = None if blocks.offsets is None else blocks.offsets[order]
-            blocks = Blocks(blocks.numbers[order], blocks.scales[order], offsets)
-        numbers = blocks.numbers.view(torch.uint8)
-        if blocks.offsets is not None:
-            numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
-            kept[f"{name}.offsets"] = blocks.offsets
-        kept |= {f"{name}.numbers": numbers, f"{name}.scales": blocks.scales}
-    return kept
+        found, blocks = _matrix(tensor.data, tensor.tensor_type)
+        # There is no name for an embedding without a head, or for parts that the model has in another form.
+        for name in names.pop(_any_order(found), ()):
+            order = np.empty(len(found), dtype=np.int64)
+            order[np.argsort(keys[name], kind="stable")] = np.argsort(found, kind="stable")
+            (folder / FOLDER).mkdir(exist_ok=True)
+            save_file(_packed(blocks, torch.from_numpy(order)), folder / FOLDER / f"{name}{SUFFIX}")
+
+
+def refuse_without_blocks(folder: str | Path) -> None:
+    """Raise a UserError if a model's folder does not come from a GGUF file with quantised weights."""
+    if not (Path(folder) / FOLDER).is_dir():
+        raise UserError(
+            "quantize=gguf takes the quantised weights of a GGUF file, and this model comes from none with quantised "
+            "weights; give such a file, or quantize int8 or int4"
+        )
 
 
 def store_blocks(model: nn.Module, folder: str | Path) -> None:
-    """Give a model's weights the blocks of its folder, for a view on them.
-
-    Raises:
-        UserError: the model does not come from a GGUF file with quantised weights.
-    """
-    file = Path(folder) / FILE
-    if not file.exists():
-        raise UserError(
-            "quantize=gguf takes the weights of a GGUF file as they are, and this model comes from none with quantised "
-            "weights; give such a file, or quantize int8 or int4"
-        )
-    kept = load_file(file)
+    """Give a model's weights the blocks of its folder, for a view on them, which reads one layer's at a time."""
     for name, part in model.named_modules():
-        if f"{name}.numbers" in kept and isinstance(part, nn.Linear):
-            numbers, offsets = kept[f"{name}.numbers"], kept.get(f"{name}.offsets")
-            if offsets is not None:
-                numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).flatten(1)
-            store(part.weight, Blocks(numbers.view(torch.int8), kept[f"{name}.scales"], offsets))
+        file = Path(folder) / FOLDER / f"{name}{SUFFIX}"
+        if isinstance(part, nn.Linear) and file.exists():
+            store(part.weight, partial(_read, file))
+
+
+def _packed(blocks: Blocks, order: Tensor) -> dict[str, Tensor]:
+    """Return the rows of blocks in this order as tensors of a file, two numbers of four bits in a byte."""
+    numbers = blocks.numbers[order].view(torch.uint8)
+    if blocks.offsets is None:
+        return {"numbers": numbers, "scales": blocks.scales[order]}
+    both = numbers[:, ::2] | numbers[:, 1::2] << 4
+    return {"numbers": both, "scales": blocks.scales[order], "offsets": blocks.offsets[order]}
+
+
+def _read(file: Path) -> Blocks:
+    try:
+        kept = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{file}' is damaged ({first_line(error)}); delete '{file.parents[1]}'") from error
+    numbers, offsets = kept["numbers"], kept.get("offsets")
+    if offsets is not None:
+        numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).flatten(1)
+    return Blocks(numbers.view(torch.int8), kept["scales"], offsets)
+
+
+def _matrix(data: np.ndarray, kind: Any) -> tuple[np.ndarray, Blocks]:
+    """Return the keys of a matrix's rows, and its blocks.
+
+    Args:
+        data: `(outputs, bytes)`.
+        kind: its `GGMLQuantizationType`.
+    """
+    import gguf
+
+    keys, blocks = [], []
+    for begin in range(0, len(data), ROWS):
+        part = np.ascontiguousarray(data[begin : begin + ROWS])
+        dense = torch.from_numpy(gguf.dequantize(part, kind))
+        keys.append(_keys(dense))
+        blocks.append(blocks_of(part, kind.name) or quantised(dense, 8))
+    return np.concatenate(keys), Blocks.joined(blocks)
 
 
 def blocks_of(rows: np.ndarray, kind: str) -> Blocks | None:
@@ -133,10 +172,12 @@ def _tensor(numbers: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers).reshape(len(numbers), -1))
 
 
-def _rows(weight: np.ndarray) -> list[int]:
-    """Return a number for every row, equal for equal rows."""
-    return [hash((row + 0.0).tobytes()) for row in weight]  # + 0.0: there is a zero with a minus sign
+def _keys(weight: Tensor) -> np.ndarray:
+    """Return a number for every row, equal for rows that are equal in bfloat16."""
+    parts = (part.detach().bfloat16() + 0.0 for part in weight.split(ROWS))  # there is a zero with a minus sign
+    rows = (row for part in parts for row in part.view(torch.int16).numpy())
+    return np.fromiter((hash(row.tobytes()) for row in rows), np.int64, len(weight))
 
 
-def _any_order(rows: Sequence[int]) -> Any:
-    return hash(tuple(sorted(rows)))
+def _any_order(keys: np.ndarray) -> bytes:
+    return np.sort(keys).tobytes()

@@ -1,11 +1,11 @@
 """Converts a GGUF file to an ordinary Hugging Face folder, once per user, which is loaded like any other model
 afterwards.
 
-This module defines the target that a file stands for. `transformers` dequantises the weights in float32, and they are
-rounded once to bfloat16, so that the bfloat16 and the float32 target have the same weights; the blocks are kept beside
-them (`gguf_blocks.py`). Tokenizer, chat template, first and last tokens are the file's. In the tokenizer that
-`transformers` builds two things are mended: how text is split before merging (kinds that it does not know it splits as
-GPT-2 does), and whether a first or last token is added to plain text.
+This module defines the target that a file stands for. `transformers` dequantises the weights in float32, one after the
+other, and they are rounded once to bfloat16, so that the bfloat16 and the float32 target have the same weights; the
+blocks are kept beside them (`gguf_blocks.py`). Tokenizer, chat template, first and last tokens are the file's. In the
+tokenizer that `transformers` builds two things are mended: how text is split before merging (kinds that it does not
+know it splits as GPT-2 does), and whether a first or last token is added to plain text.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.errors import UserError, first_line
 from outdraft.output import cache_folder, made_once
-from outdraft.target.gguf_blocks import FILE, WHOLE, find_blocks
+from outdraft.target.backends import why_not_native_model
+from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.gguf_blocks import told, write_blocks
 
 SUFFIX = ".gguf"
 RECORD = "outdraft_gguf.json"
 """Name of the record in the folder of the file that it was made from."""
-LAYOUT = "2"
+LAYOUT = "3"
 """Part of the folders' names; increase it when the same file becomes another folder."""
 PACKAGES = ("gguf", "accelerate")
 """Packages with which `transformers` reads GGUF files."""
@@ -94,14 +94,16 @@ def _digest(file: Path) -> str:
 def _unpack(file: Path, folder: Path) -> None:
     metadata, kinds = _read(file)
     config = _reading(file, lambda: AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
-    as_is = "" if set(kinds.split(" and ")) <= WHOLE else "; on a CPU, --quantize gguf decodes with them as they are"
+    alone = _reading(file, lambda: unloaded(config, torch.bfloat16))
+    own = "" if torch.cuda.is_available() else blocks_serve(alone, kinds)
+    hint = f"; --quantize gguf decodes with {own}" if own else ""
     where = str(cache_folder()).replace(str(Path.home()), "~", 1)
     print(
-        f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where}){as_is}",
+        f"{file.name}: {kinds} weights are dequantised to bfloat16, once (seconds to minutes; kept in {where}){hint}",
         file=sys.stderr,
         flush=True,
     )
-    model, blocks = _dequantised(file, config)
+    model = _dequantised(file, config, metadata)
     tokenizer, notes = _reading(file, lambda: tokenizer_of(file, metadata))
     for note in notes:
         print(f"{file.name}: {note}", file=sys.stderr, flush=True)
@@ -112,8 +114,7 @@ def _unpack(file: Path, folder: Path) -> None:
         with _quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        if blocks:
-            save_file(blocks, folder / FILE)
+        write_blocks(file, model, folder)
         record = {"file": file.name, "weights": kinds, "name": metadata.get("general.name")}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except Exception as error:  # safetensors has exceptions of its own for a full disk
@@ -143,9 +144,21 @@ def _read(file: Path) -> tuple[Metadata, str]:
     return metadata, " and ".join(kind for kind, _ in matrices.most_common())
 
 
-def _dequantised(file: Path, config: Any) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Load the model in bfloat16, without any sign that it was quantised, and its blocks (`find_blocks`)."""
-    options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": torch.float32}
+def blocks_serve(model: Any, kinds: str) -> str:
+    """Return what backend `native-gguf` makes of weights of these kinds; empty if it is not for this model here.
+
+    Args:
+        model: as of `unloaded`.
+        kinds: joined by " and ".
+    """
+    made = told(kinds)
+    return made if made and why_not_native_model(model) is None else ""
+
+
+def _dequantised(file: Path, config: Any, metadata: Metadata) -> PreTrainedModel:
+    """Load the model in bfloat16, without any sign that it was quantised."""
+    dtype = torch.float32 if _computed_in_dtype(metadata["general.architecture"]) else torch.bfloat16
+    options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # versions that can compute on packed weights must not do so
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load = AutoModelForCausalLM.from_pretrained
@@ -156,7 +169,6 @@ def _dequantised(file: Path, config: Any) -> tuple[PreTrainedModel, dict[str, Te
             f"'{file}' lacks {len(lacking)} of the model's weights, such as {lacking[0]}; give a whole file (not one "
             "of several parts), or download it again"
         )
-    blocks = _reading(file, lambda: find_blocks(file, loaded))
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -167,7 +179,17 @@ def _dequantised(file: Path, config: Any) -> tuple[PreTrainedModel, dict[str, Te
     ordinary.load_state_dict(loaded.state_dict(), assign=True)
     ordinary.tie_weights()
     ordinary.generation_config = loaded.generation_config
-    return ordinary, blocks
+    return ordinary
+
+
+def _computed_in_dtype(architecture: str) -> bool:
+    """Return True for architectures whose blocks `transformers` multiplies out in the precision that it is asked for;
+    those of others it rounds to that precision once, tensor by tensor."""
+    try:
+        from transformers.integrations.gguf import is_gguf_arch_supported
+    except ImportError:  # versions without the table round once
+        return False
+    return is_gguf_arch_supported(architecture)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

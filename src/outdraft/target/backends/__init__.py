@@ -47,6 +47,7 @@ __all__ = [
     "default_dtype",
     "forward_of",
     "is_native",
+    "refuse_unquantisable",
     "simple_backend",
     "why_not_graphs",
     "why_not_native",
@@ -96,8 +97,7 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
         raise UserError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     whole = isinstance(model, PreTrainedModel)  # a drafter's network runs with the target's layers
     if backend in QUANTISED and whole:
-        if (reason := why_not_quantised(model, QUANTISED[backend])) is not None:
-            raise UserError(f"backend '{backend}' cannot serve this model ({reason}); quantise it with torchao instead")
+        refuse_unquantisable(model, backend)
         view: Any = quantised_view(model, QUANTISED[backend], owned)
         mark(view, backend)
         return view
@@ -116,6 +116,12 @@ def accelerate(model: Model, backend: str, owned: bool = False) -> Model:
     if whole and name != "packed":
         mark(view, name)
     return view
+
+
+def refuse_unquantisable(model: Any, backend: str) -> None:
+    """Raise a UserError if a backend that quantises weights cannot serve the model."""
+    if (reason := why_not_quantised(model, QUANTISED[backend])) is not None:
+        raise UserError(f"backend '{backend}' cannot serve this model ({reason}); quantise it with torchao instead")
 
 
 def forward_of(model: Any, forward: Forward, what: str) -> Forward:

@@ -15,8 +15,10 @@ from outdraft.target.backends.packed import PackedLinear
 TYPES = (torch.float32, torch.bfloat16)
 GROUP = 32
 """Inputs of a quantised matrix that share a scale."""
+PANELS = 128
+"""Panels that are multiplied out at once, in single precision."""
 STORED = "outdraft_blocks"
-"""Attribute of a weight whose file has it in blocks."""
+"""Attribute of a weight whose file has it in blocks: what reads them."""
 
 
 @dataclass
@@ -55,10 +57,10 @@ class Blocks:
         return blocked(panels(self.numbers), self.bits), torch.stack(kept, dim=1).permute(0, 3, 1, 2).contiguous()
 
     @staticmethod
-    def joined(parts: Sequence[Blocks]) -> Blocks | None:
-        """Return the matrix of several below each other; None if their numbers have different bits."""
+    def joined(parts: Sequence[Blocks]) -> Blocks:
+        """Return the matrix of several below each other; four bits beside eight are rounded to eight."""
         if len({part.bits for part in parts}) > 1:
-            return None
+            parts = [part if part.bits == 8 else quantised(part.dense(), 8) for part in parts]
         offsets = [part.offsets for part in parts if part.offsets is not None]
         numbers, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
         return Blocks(numbers, scales, torch.cat(offsets) if offsets else None)
@@ -136,11 +138,16 @@ class Weight:
         if self.scales is None:
             panels = self.lines.view(self.dtype).view(*self.lines.shape[:3], -1).transpose(1, 2)
         else:
-            numbers = unblocked(self.lines, self.bits or 0).unflatten(2, (-1, GROUP))
-            scale, *offset = (part.transpose(1, 2)[..., None].float() for part in self.scales.unbind(2))
-            panels = (numbers * scale + (offset[0] if offset else 0)).to(self.dtype)
+            few = zip(self.lines.split(PANELS), self.scales.split(PANELS), strict=True)
+            panels = torch.cat([self._product(*part).to(self.dtype) for part in few])
         rows = panels.reshape(-1, self.inputs)[: self.outputs]
         return torch.empty_like(rows).index_copy_(0, self._order, rows)
+
+    def _product(self, lines: Tensor, scales: Tensor) -> Tensor:
+        """Return panels of quantised numbers in single precision."""
+        numbers = unblocked(lines, self.bits or 0).unflatten(2, (-1, GROUP))
+        scale, *offset = (part.transpose(1, 2)[..., None].float() for part in scales.unbind(2))
+        return numbers * scale + (offset[0] if offset else 0)
 
 
 def quantised(weight: Tensor, bits: int) -> Blocks:
@@ -231,14 +238,14 @@ def rounding(bits: int) -> Quantise:
 
 
 def stored(parts: Sequence[Tensor]) -> Blocks | None:
-    """Take the blocks that `store` gave to the layers' weights; None if one has none, or other bits than the rest."""
+    """Take the blocks that `store` gave to the layers' weights; None if one has none."""
     found = [vars(part).pop(STORED, None) for part in parts]
-    return None if None in found else Blocks.joined(found)
+    return None if None in found else Blocks.joined([read() for read in found])
 
 
-def store(weight: Tensor, blocks: Blocks) -> None:
-    """Give a weight the blocks of the file that it comes from."""
-    setattr(weight, STORED, blocks)
+def store(weight: Tensor, read: Callable[[], Blocks]) -> None:
+    """Give a weight what reads the blocks of the file that it comes from."""
+    setattr(weight, STORED, read)
 
 
 def quantised_linear(weight: Tensor, bias: Tensor | None, quantise: Quantise) -> PackedLinear:
