@@ -89,6 +89,7 @@ class ShapeChoice:
     Attributes:
         shape: the shape of the round's trees.
         gauges: True if the candidates are to be arbitrary ones, for the time that the target takes to verify them.
+        leaps: True if the drafter has to catch up for a shape that is not known to pay.
     """
 
     shape: TreeShape
@@ -96,6 +97,7 @@ class ShapeChoice:
     rows: int
     pending: int
     gauges: bool = False
+    leaps: bool = False
 
     def observe(self, accepted: Sequence[int], seconds: float) -> None:
         """Report the round to the tuner.
@@ -134,13 +136,13 @@ class ShapeTuner:
         known.rounds += 1
         known.trying = known.trying or self._to_try(known, rows, pending)
         shape = known.trying or self.best(rows)
-        if rows >= BATCH and self._is_leap(known, shape, rows, pending):
-            if not self._is_timed(known, PLAIN):
-                shape = PLAIN
-            elif known.gauge.count < ENOUGH:
-                return ShapeChoice(self.grid.lines[0][0], self, rows, pending, gauges=True)
+        leaps = self._is_leap(known, shape, rows, pending)
+        if leaps and (known.rounds < known.resumes or (rows >= BATCH and not self._is_timed(known, PLAIN))):
+            shape, leaps = PLAIN, False
+        elif leaps and rows >= BATCH and known.gauge.count < ENOUGH:
+            return ShapeChoice(self.grid.lines[0][0], self, rows, pending, gauges=True)
         known.drafted[shape] = known.rounds
-        return ShapeChoice(shape, self, rows, pending)
+        return ShapeChoice(shape, self, rows, pending, leaps=leaps)
 
     def best(self, rows: int) -> TreeShape:
         """Return the timed shape that brings the most tokens per second."""
@@ -160,7 +162,7 @@ class ShapeTuner:
             return
         # If the drafter catches up on a prompt or on many plain rounds, this round's time includes work of others.
         usual = levels_of(shape) == 0 or not self._catches_up(choice.pending)
-        if self._is_leap(known, shape, rows, choice.pending):
+        if choice.leaps:
             known.leap = seconds, rows * choice.pending
         if self._is_timed(known, best) and shape != PLAIN:  # plain is timed when it is due, whatever that loses
             most = self._seconds(known, best, rows)
@@ -208,9 +210,10 @@ class ShapeTuner:
         return not self.costs.given and pending > self.grid.most + 2
 
     def _is_leap(self, known: Timings, shape: TreeShape, rows: int, pending: int) -> bool:
-        """Return True if the drafter has to catch up for a shape that is not known to pay."""
+        """Return True if the drafter has to catch up for a shape that is not known to pay, or not lately."""
         best = self.best(rows)
-        return shape != PLAIN and self._catches_up(pending) and (best == PLAIN or not self._is_timed(known, best))
+        stale = best == PLAIN or not self._is_timed(known, best) or known.rounds - known.drafted.get(best, 0) > AGAIN
+        return shape != PLAIN and stale and self._catches_up(pending)
 
     def _to_try(self, known: Timings, rows: int, pending: int) -> TreeShape | None:
         """Return a shape other than the best, if a trial is due and affordable; else None."""
@@ -219,8 +222,6 @@ class ShapeTuner:
             return best
         if not self._is_timed(known, PLAIN) or known.rounds - known.drafted.get(PLAIN, 0) >= PLAIN_AGAIN:
             return PLAIN
-        if best == PLAIN and self._catches_up(pending) and known.rounds < known.resumes:
-            return None
         due = [
             shape
             for shape in self.grid.beside(best)
