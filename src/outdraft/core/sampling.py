@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import generation as hf
 
+from outdraft.core.nucleus import TopP
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError, first_line
 
@@ -131,7 +132,7 @@ class Warper:
         if s.top_k:
             warpers.append(hf.TopKLogitsWarper(s.top_k))
         if s.top_p < 1:
-            warpers.append(hf.TopPLogitsWarper(s.top_p))
+            warpers.append(TopP(s.top_p))
         if s.min_p:
             warpers.append(hf.MinPLogitsWarper(s.min_p))
         if s.typical_p < 1:
