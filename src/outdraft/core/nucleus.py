@@ -21,14 +21,14 @@ class TopP(hf.TopPLogitsWarper):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.device.type != "cpu" or self.min_tokens_to_keep > 1:
-            return super().__call__(input_ids, scores)  # type: ignore[arg-type]
+            return super().__call__(input_ids, scores)
         return torch.cat([self._warped(input_ids, row) for row in scores.split(1)])
 
     def _warped(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Warp `(1, vocab)` scores."""
         least = self._least(scores[0])
         if least is None:
-            return super().__call__(input_ids, scores)  # type: ignore[arg-type]
+            return super().__call__(input_ids, scores)
         return scores.masked_fill(scores < least, self.filter_value)
 
     def _least(self, scores: Tensor) -> Tensor | None:
