@@ -148,11 +148,11 @@ def test_bench_runs_every_drafter_with_every_controller(folders: Folders, tmp_pa
 
 
 def test_chat_answers_and_obeys_its_commands(folders: Folders) -> None:
-    lines = "hello\n/plain\nhow are you?\n/plain\n/reset\n/dance\n/quit\nnever read\n"
+    lines = "hello\n/plain\nhow are you?\n/plain\n/reset\n/dance\n/exit\nnever read\n"
     settings = ("--model", folders.target, "-d", folders.drafter, "--max-new-tokens", 6)
     result = succeeded("chat", *settings, stdin=lines)
     assert result.stderr.count("tokens/s") == 2
-    for remark in ("the target alone", "with the drafter (fspad)", "begins anew", "unknown command /dance"):
+    for remark in ("plain decoding", "with drafts (fspad)", "begins anew", "unknown command /dance"):
         assert remark in result.stderr
 
 
