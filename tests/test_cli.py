@@ -404,6 +404,24 @@ def test_missing_folders(folders: Folders, tmp_path: Path) -> None:
     assert "config.json" in refused("generate", "hi", "--model", tmp_path)
 
 
+def test_a_drafter_in_the_models_place_is_called_one(folders: Folders) -> None:
+    said = refused("generate", "hi", "--model", folders.drafter)
+    assert said == (
+        f"error: '{folders.drafter}' is a drafter; give it with --draft-model, and the model that it was trained for "
+        "with --model"
+    )
+
+
+def test_a_text_without_its_quotes_names_the_fix() -> None:
+    assert "did not expect there”; put a text in straight quotes" in refused("generate", "“Hi", "there”")
+
+
+def test_a_name_near_that_of_a_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_session", Mock())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Mock(side_effect=OSError("no such file")))
+    assert refused("generate", "hi", "--model", "smolm2").endswith("; did you mean 'smollm2'?")
+
+
 @pytest.mark.parametrize("name", ["no-such-folder", "no-such/folder"])
 def test_names_that_are_neither_folders_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def offline(*args: Any, **settings: Any) -> None:

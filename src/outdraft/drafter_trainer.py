@@ -34,7 +34,7 @@ from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
-from outdraft.training.preparation import NO_DATA
+from outdraft.training.preparation import NO_DATA, refuse_another_run
 from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory
 
@@ -170,6 +170,7 @@ class DrafterTrainer:
             UserError: settings, target or data that cannot work, or a folder that holds another run.
             KeyboardInterrupt: after Ctrl-C, once the running step is finished and saved.
         """
+        refuse_another_run(self.config.output_dir, resume_from_checkpoint)  # before the target is loaded
         keep_freed_memory()
         console = self.console if is_main_process() else Console(quiet=True)
         folder = self.config.output_dir / "data"

@@ -38,13 +38,15 @@ OTHER_FLAGS = {
 
 
 class _Bare:
-    """A command whose help shows no value behind a flag that takes none."""
+    """A command whose help shows no value behind a flag that takes none, and one behind a flag that may be repeated."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
+            elif getattr(param, "multiple", False):  # one value each time
+                param.metavar = param.metavar or "<str>"
         return params
 
 

@@ -51,7 +51,10 @@ def generate(
     json: o.Json = False,
     **flags: Any,
 ) -> None:
-    """Answer one prompt, streaming the text."""
+    """Answer one prompt, streaming the text.
+
+    Greedy, unless --temperature or the model's own generation config says otherwise.
+    """
     text = _prompt_text(prompt, prompt_file)
     from outdraft.api.generation import load
     from outdraft.target.backends import is_native
@@ -222,7 +225,10 @@ def chat(
     show_drafts: o.ShowDrafts = False,
     **flags: Any,
 ) -> None:
-    """Chat with a model; /plain turns drafts off and on."""
+    """Chat with a model; /plain turns drafts off and on.
+
+    Greedy, unless --temperature or the model's own generation config says otherwise.
+    """
     from outdraft.api.generation import load
 
     loaded = load(model, draft_model, **o.loading(method=method, **flags))
