@@ -170,11 +170,11 @@ class DrafterTrainer:
             UserError: settings, target or data that cannot work, or a folder that holds another run.
             KeyboardInterrupt: after Ctrl-C, once the running step is finished and saved.
         """
-        refuse_another_run(self.config.output_dir, resume_from_checkpoint)  # before the target is loaded
         keep_freed_memory()
         console = self.console if is_main_process() else Console(quiet=True)
         folder = self.config.output_dir / "data"
         data, asked = self._files(folder)
+        refuse_another_run(self.config.output_dir, resume_from_checkpoint)  # before the target is loaded
         begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
         switches = self.config.chat_template_kwargs
         if asked is not None:
