@@ -172,7 +172,7 @@ def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
     if not spreads or min(spreads) <= QUIET:
         return None
     return (
-        f"Something else kept the machine busy: the time of a round varies by {min(spreads):.0%} or more between prompts. "
+        f"The machine was busy: the time of a round varies by {min(spreads):.0%} or more between prompts. "
         "Close other programs and run it again."
     )
 
