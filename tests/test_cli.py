@@ -148,11 +148,11 @@ def test_bench_runs_every_drafter_with_every_controller(folders: Folders, tmp_pa
 
 
 def test_chat_answers_and_obeys_its_commands(folders: Folders) -> None:
-    lines = "hello\n/plain\nhow are you?\n/plain\n/reset\n/dance\n/quit\nnever read\n"
+    lines = "hello\n/plain\nhow are you?\n/plain\n/reset\n/dance\n/exit\nnever read\n"
     settings = ("--model", folders.target, "-d", folders.drafter, "--max-new-tokens", 6)
     result = succeeded("chat", *settings, stdin=lines)
     assert result.stderr.count("tokens/s") == 2
-    for remark in ("the target alone", "with the drafter (fspad)", "begins anew", "unknown command /dance"):
+    for remark in ("plain decoding", "with drafts (fspad)", "begins anew", "unknown command /dance"):
         assert remark in result.stderr
 
 
@@ -402,6 +402,24 @@ def test_missing_folders(folders: Folders, tmp_path: Path) -> None:
     assert str(absent) in refused("bench", "--model", folders.target, "--data", absent)
     assert str(absent) in refused("generate", "--model", folders.target, "--prompt-file", absent)
     assert "config.json" in refused("generate", "hi", "--model", tmp_path)
+
+
+def test_a_drafter_in_the_models_place_is_called_one(folders: Folders) -> None:
+    said = refused("generate", "hi", "--model", folders.drafter)
+    assert said == (
+        f"error: '{folders.drafter}' is a drafter; give it with --draft-model, and the model that it was trained for "
+        "with --model"
+    )
+
+
+def test_a_text_without_its_quotes_names_the_fix() -> None:
+    assert "did not expect there”; put a text in straight quotes" in refused("generate", "“Hi", "there”")
+
+
+def test_a_name_near_that_of_a_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_session", Mock())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Mock(side_effect=OSError("no such file")))
+    assert refused("generate", "hi", "--model", "smolm2").endswith("; did you mean 'smollm2'?")
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "no-such/folder"])

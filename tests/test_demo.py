@@ -133,7 +133,7 @@ def test_train_trains_a_drafter_and_compares_it_with_the_shipped_one(
         (("--train-seconds", 5), "--train-seconds is about training a drafter; add --train"),
         (("--output-dir", "x"), "--output-dir is about training a drafter; add --train"),
         (("--train", "--model", "smollm2"), "leave out --model"),
-        (("--model", "gpt2"), "choose of smollm2, reference"),
+        (("--model", "gpt2"), "choose from smollm2, reference"),
         (("--prompts", 0), "must be more than 0"),
         (("--train", "--train-seconds", 0), "must be more than 0"),
     ],

@@ -101,7 +101,7 @@ def test_a_name_as_drafter_is_the_one_shipped_for_it(tmp_path: Path, monkeypatch
     for asked, found in ((None, "fspad"), ("fspad", "fspad"), ("eagle", "eagle")):
         drafter = load_drafter_for(target, "smollm2", method=asked)
         assert drafter is not None and drafter.method == found
-    with pytest.raises(UserError, match="no drafter of method 'eesd' ships for 'smollm2'; choose of fspad, eagle with"):
+    with pytest.raises(UserError, match="no drafter of method 'eesd' ships for 'smollm2'; choose from fspad, eagle"):
         load_drafter_for(target, "smollm2", method="eesd")
     compared = contenders(target, BenchSettings("smollm2", methods=["none", "eagle", "fspad+lookup"]))
     assert [rival.name for rival in compared] == ["plain", "eagle", "fspad+lookup"]

@@ -34,7 +34,7 @@ from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
-from outdraft.training.preparation import NO_DATA
+from outdraft.training.preparation import NO_DATA, refuse_another_run
 from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory
 
@@ -174,6 +174,7 @@ class DrafterTrainer:
         console = self.console if is_main_process() else Console(quiet=True)
         folder = self.config.output_dir / "data"
         data, asked = self._files(folder)
+        refuse_another_run(self.config.output_dir, resume_from_checkpoint)  # before the target is loaded
         begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
         switches = self.config.chat_template_kwargs
         if asked is not None:

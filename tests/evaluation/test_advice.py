@@ -79,7 +79,7 @@ def test_it_is_shown_with_the_formula_and_ends_with_a_command(folders: Folders, 
     prompts = write_lines(tmp_path / "prompts.jsonl", {"prompt": "one two one two"})
     result = run("advise", "--model", folders.target, "--data", prompts, "--max-new-tokens", 8, "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
-    assert "tau / (1 + draft + verify)" in result.stdout and "Now: " in result.stdout
+    assert "tau / (1 + draft + verify)" in result.stdout and "Without training: " in result.stdout
     assert result.stdout.splitlines()[-1].strip().startswith("outdraft ")
 
 

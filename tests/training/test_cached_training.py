@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from outdraft.target.target import Target
 from outdraft.training import progress
 from outdraft.training.config import DrafterConfig
 from outdraft.training.feature_store import feature_store
+from outdraft.training.held_out import CHAIN
 from outdraft.training.preparation import objective_for, prepare
-from outdraft.training.progress import ReadingReport
+from outdraft.training.progress import ProgressReport, ReadingReport
 from outdraft.training.train import train
 from outdraft.training.trainer import ObjectiveTrainer
 
@@ -195,6 +198,25 @@ def test_reading_shows_a_bar_on_a_terminal() -> None:
         report(2, 20)
     assert "reading the target" in said.getvalue() and "2 of 2 examples" in said.getvalue()
     assert "s left" not in said.getvalue()
+
+
+def test_ctrl_c_while_the_target_is_read_says_how_to_go_on(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReadingReport, "__call__", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped before the first step; .* train --resume --output-dir"):
+        quiet(tiny_target(), settings(chats, tmp_path / "run", features="cached"))
+
+
+def test_the_bar_of_training_has_room_for_steps_and_times() -> None:
+    said = io.StringIO()
+    report = ProgressReport(Console(file=said, width=100, force_terminal=True))
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=60, global_step=38)
+    figures = {"loss": 6.686, "acc": 0.16, "tau": 1.14, "held_out_top1_1": 0.182, CHAIN: 1.21, "learning_rate": 6.2e-4}
+    report.on_train_begin(None, state, None)
+    report.on_log(None, state, None, logs=figures)
+    report.close()
+    assert "38/60" in said.getvalue() and "tau 1.14" in said.getvalue() and "…" not in said.getvalue()
 
 
 def test_the_target_is_read_on_packed_layers_where_a_copy_of_it_is_small(monkeypatch: pytest.MonkeyPatch) -> None:

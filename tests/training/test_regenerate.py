@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from outdraft.methods.prompt_lookup.drafter import PromptLookup
 from outdraft.target.target import Target
 from outdraft.training import regenerate as regenerating
 from outdraft.training.answers import AnswerFile
+from outdraft.training.progress import AnswerProgress
 from outdraft.training.regenerate import RegenerateResult, RowPool, regenerate
 
 from .tiny import CHATML, tiny_target
@@ -371,6 +373,18 @@ def test_progress_is_told_from_the_start_and_every_half_minute(
     said = (tmp_path / "said").read_text().splitlines()
     assert said[0] == "0/7 answers" and len(said) >= 2
     assert all("tokens/s | tau " in line and line.endswith(" left") for line in said[1:])
+
+
+def test_the_time_left_is_not_told_from_the_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = AnswerProgress(Console(quiet=True), total=60, longest=64, drafting=False)
+    monkeypatch.setattr("outdraft.training.progress.time.perf_counter", lambda: report._began + 60.0)
+    spent = SimpleNamespace(rounds=1, emitted=1)
+    rows: list[Any] = [SimpleNamespace(tokens=[5], statistics=spent) for _ in range(2)]
+    report.show(rows)
+    assert report.line() == "0/60 answers | reading prompts"
+    for row in rows:
+        row.tokens *= 30
+    assert report.line() == "0/60 answers | 1 tokens/s | about 1 h 3 min left"
 
 
 def ticking(seconds: float) -> Iterator[float]:

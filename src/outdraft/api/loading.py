@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.drafting.base import Drafter
-from outdraft.drafting.folder import find_folder
+from outdraft.drafting.folder import find_folder, is_own
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
@@ -243,13 +243,23 @@ def _is_language_model(folder: Path) -> bool:
     Drafters' configs may name a Llama class too. FSPAD and EAGLE folders hold no tokenizer, and a config that a method
     recognises is a drafter's, whatever else the folder holds.
     """
-    if not (folder / "config.json").is_file():
-        return False
+    config = _config_of(folder)
+    return "model_type" in config and recognised(config) is None and holds_tokenizer(folder)
+
+
+def _is_drafter(folder: Path) -> bool:
+    """Return True if the folder's config is outdraft's own or one that a method recognises."""
+    config = _config_of(folder)
+    return is_own(config) or recognised(config) is not None
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return the folder's config.json; empty where there is none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return "model_type" in config and recognised(config) is None and holds_tokenizer(folder)
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -282,6 +292,10 @@ def _load_model(
     except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error
+        if _is_drafter(Path(path)):
+            raise UserError(
+                f"'{path}' is a drafter; give it with --draft-model, and the model that it was trained for with --model"
+            ) from error
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
     if quantised == "native-gguf":
         store_blocks(model, path)

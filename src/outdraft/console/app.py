@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,13 +38,15 @@ OTHER_FLAGS = {
 
 
 class _Bare:
-    """A command whose help shows no value behind a flag that takes none."""
+    """A command whose help shows no value behind a flag that takes none, and one behind a flag that may be repeated."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
+            elif getattr(param, "multiple", False):  # one value each time
+                param.metavar = param.metavar or "<str>"
         return params
 
 
@@ -75,7 +78,7 @@ class Verbs(_Bare, TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context is not None else ""
-            said = _unknown_flag(error) or error.format_message()
+            said = _unknown_flag(error) or _torn_text(error) or error.format_message()
             code = _say(f"error: {said}{hint}", USER_MISTAKE)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -131,6 +134,14 @@ def _unknown_flag(error: Any) -> str | None:
     if near in others:
         return f"no such option: {given}; here it is {others[near]}"
     return f"no such option: {given}" + (f"; did you mean {near}?" if near else "")
+
+
+def _torn_text(error: Any) -> str | None:
+    """Return the message for more words than a verb takes: a text without quotes, or with a word processor's."""
+    found = re.match(r"Got unexpected extra arguments?\(?s?\)? \((.*)\)", error.format_message())
+    if found is None:
+        return None
+    return f"did not expect {found[1]}; put a text in straight quotes ('...'), and begin a flag with --"
 
 
 def _end(message: str, code: int, debug: bool) -> NoReturn:

@@ -79,7 +79,9 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if self.model is not None and self.model not in MODELS:
-            raise UserError(f"--model {self.model} has no demo; choose of {', '.join(MODELS)}, or use `outdraft bench`")
+            raise UserError(
+                f"--model {self.model} has no demo; choose from {', '.join(MODELS)}, or use `outdraft bench`"
+            )
         if self.train and self.model == SMOLLM2:
             raise UserError(
                 f"--train is for the small target, not '{SMOLLM2}'; leave out --model, or use outdraft train"

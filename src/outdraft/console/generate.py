@@ -51,7 +51,10 @@ def generate(
     json: o.Json = False,
     **flags: Any,
 ) -> None:
-    """Answer one prompt, streaming the text."""
+    """Answer one prompt, streaming the text.
+
+    Greedy, unless --temperature or the model's own generation config says otherwise.
+    """
     text = _prompt_text(prompt, prompt_file)
     from outdraft.api.generation import load
     from outdraft.target.backends import is_native
@@ -201,8 +204,10 @@ def stream(
 
 HELP = (
     "/reset forgets the conversation, /system TEXT begins one with that system message, /temperature X sets the "
-    "randomness (0 is greedy), /plain turns the drafter off and on, Ctrl-C stops an answer, /quit ends (as does Ctrl-D)"
+    "randomness (0 is greedy), /plain turns drafts off and on, Ctrl-C stops an answer, /quit ends (as does Ctrl-D)"
 )
+QUIT = ("/quit", "/exit", "/bye", "exit", "quit")
+"""The lines that end a conversation, in the words of other programs too."""
 TAU = "; after an answer, tau is how many tokens a pass of the model brought; plain decoding has 1."
 
 
@@ -220,7 +225,10 @@ def chat(
     show_drafts: o.ShowDrafts = False,
     **flags: Any,
 ) -> None:
-    """Chat with a model; /plain turns the drafter off and on."""
+    """Chat with a model; /plain turns drafts off and on.
+
+    Greedy, unless --temperature or the model's own generation config says otherwise.
+    """
     from outdraft.api.generation import load
 
     loaded = load(model, draft_model, **o.loading(method=method, **flags))
@@ -266,7 +274,7 @@ class Chat:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
                 return
-            if line == "/quit":
+            if line in QUIT:
                 return
             if line.startswith("/"):
                 self.command(line)
@@ -293,7 +301,8 @@ class Chat:
             self.remarks.print("there is no drafter to turn on; start with --draft-model")
         elif line == "/plain":
             self.plain = not self.plain
-            self.remarks.print("the target alone" if self.plain else f"with the drafter ({self.model.method})")
+            drafted = f"with drafts ({self.model.method})"
+            self.remarks.print("without drafts: plain decoding" if self.plain else drafted)
         else:
             self.remarks.print(HELP + TAU if line == "/help" else f"unknown command {name}: {HELP}", markup=False)
 

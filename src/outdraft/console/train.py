@@ -38,7 +38,8 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Any training setting as key=value, such as learning_rate=5e-4; docs/reference/settings.md lists them."
+            metavar="KEY=VALUE",
+            help="Any training setting, such as learning_rate=5e-4; docs/reference/settings.md lists them.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.TARGET)] = None,

@@ -132,7 +132,8 @@ def tokenize(
         )
     if not found.examples:
         raise UserError(
-            f"no example has a response token within {max_length} tokens; raise --max-length or give data with answers"
+            f"no example has a response token within {max_length} tokens; raise --max-length or give data with answers "
+            "(`outdraft regenerate` writes them)"
         )
     return found
 

@@ -214,11 +214,11 @@ def show(advice: Advice, console: Console) -> None:
     asked = advice.prompts.summaries[0].questions
     console.print(table(advice.prompts.summaries, advice.prompts.temperature), f"on {asked} prompts")
     held = ", ".join(f"{name} {_size(count)}" for name, count in advice.memory.items() if count)
-    held = held.replace("most held here", "the most that this run held")
+    held = held.replace("most held here", "this run's peak")
     console.print(f"Memory: {held}.")
     if (note := busy(facts)) is not None:
         console.print(f"{note} Run this again on a quiet machine before you decide.")
-    console.print(Text("Now: " + closing(advice.prompts.summaries), "bold"))
+    console.print(Text("Without training: " + closing(advice.prompts.summaries), "bold"))
     console.print(Text("A trained drafter: " + trained(advice), "bold"))
     for step in advice.next:
         console.print(Text.assemble(("Next", "bold"), f" ({step.why}):"))

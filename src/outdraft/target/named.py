@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from outdraft.errors import UserError, first_line
+from outdraft.errors import UserError, first_line, meant
 from outdraft.reference import SHIPPED, reference_drafter_path, reference_target_path
 from outdraft.target.gguf_file import gguf_in, unpacked
 
@@ -95,7 +95,7 @@ def not_on_hub(hub_id: str, error: Exception) -> UserError:
     """Make the error for a hub id that the hub, or the network, has refused."""
     return UserError(
         f"'{hub_id}' is no folder here and cannot be had from the Hugging Face Hub ({first_line(error)}); "
-        "check the name and the network, or give a folder"
+        f"check the name and the network, or give a folder{meant(hub_id, NAMED)}"
     )
 
 
@@ -133,7 +133,7 @@ def shipped_drafter(name: str, method: str | None = None) -> Path:
     method = method or "fspad"
     folders = shipped_drafters(name)
     if method not in folders:
-        there = f"choose of {', '.join(folders)} with --method, or " if folders else ""
+        there = f"choose from {', '.join(folders)} with --method, or " if folders else ""
         raise UserError(
             f"no drafter of method '{method}' ships for '{name}'; {there}train one with `outdraft train --model {name}`"
         )

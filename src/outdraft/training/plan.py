@@ -306,10 +306,13 @@ def _weights(model: Any, devices: int) -> tuple[int, int]:
 
 def memory_table(counted: Sequence[DeviceMemory], method: str) -> Table:
     """Make a table of the memory of each device."""
-    table = Table(title=f"GB on each device that shares the target (--tp), with a drafter of method {method}")
-    for name in ("devices", "weights", "cache of 1,000 tokens", "drafter", "decoding", "training the drafter"):
+    shared = any(one.devices > 1 for one in counted)
+    of = "GB on each device that shares the target (--tp)" if shared else "memory in GB"
+    table = Table(title=f"{of}, with a drafter of method {method}")
+    devices = ["devices"] if shared else []
+    for name in (*devices, "weights", "cache of 1,000 tokens", "drafter", "decoding", "training the drafter"):
         table.add_column(name, justify="right")
     for one in counted:
         parts = (one.weights, one.cache, one.drafter, one.weights + one.cache + one.drafter, one.training)
-        table.add_row(str(one.devices), *(f"{part / GIGABYTE:.2f}" for part in parts))
+        table.add_row(*[str(one.devices)][: len(devices)], *(f"{part / GIGABYTE:.2f}" for part in parts))
     return table

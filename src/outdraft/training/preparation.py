@@ -156,6 +156,15 @@ def run_identity(target: Target, ready: Preparation) -> dict[str, Any]:
     }
 
 
+def refuse_another_run(folder: Path, resume: bool) -> None:
+    """Raise the UserError for a folder that holds a run with a checkpoint, unless that run is resumed."""
+    if not resume and (checkpoint := last_checkpoint(folder)) is not None:
+        raise UserError(
+            f"{folder} holds a run with {checkpoint.name}; go on with --resume, in Python with "
+            "train(resume_from_checkpoint=True), or choose another --output-dir"
+        )
+
+
 def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) -> Path | None:
     """Return the checkpoint in the output folder to resume from; None for a new run.
 
@@ -163,13 +172,10 @@ def checkpoint_of(ready: Preparation, identity: dict[str, Any], resume: bool) ->
         UserError: the folder holds another run, or one that is not to be resumed.
     """
     folder = ready.config.output_dir
+    refuse_another_run(folder, resume)
     checkpoint, record = last_checkpoint(folder), folder / RUN
     if checkpoint is None:
         return None
-    if not resume:
-        raise UserError(
-            f"{folder} holds a run with {checkpoint.name}; go on with --resume or choose another --output-dir"
-        )
     try:
         before = json.loads(record.read_text())
     except (OSError, ValueError):

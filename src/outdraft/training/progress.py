@@ -19,12 +19,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from transformers import TrainerCallback
 
 from outdraft.engine.rows import Row
 from outdraft.training.held_out import CHAIN
 
 SHOWN = {"loss": ".4f", "acc": ".3f", "tau": ".2f", "held_out_top1_1": ".3f", CHAIN: ".3f", "learning_rate": ".1e"}
+
+BRIEF = ("loss", "acc", "tau")
+"""The figures beside the bar: with all of them a terminal of 120 columns has no room for the time left."""
 
 EVERY_SECONDS = 15.0
 """The time between two lines about reading."""
@@ -34,7 +38,9 @@ BAR_SECONDS = 0.25
 """The time between two lines, or two updates of the bar, about answers."""
 
 SETTLED_SECONDS = 5.0
-"""The age of a run from which on its time left is shown."""
+SETTLED_TOKENS = 8
+"""The age of a run, and the mean tokens of its unfinished answers, from which on its time left is shown: before, most
+of the time went into prompts."""
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +65,8 @@ class ProgressReport(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self._latest: dict[str, float] = {}
-        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        kinds = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)
+        columns = [kind(table_column=Column(no_wrap=True)) for kind in kinds]
         self._bar = _bar(console, "training", *columns, TextColumn("{task.description}"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,7 +83,8 @@ class ProgressReport(TrainerCallback):
             return
         self._latest.update({name: logs[name] for name in SHOWN if name in logs})
         if self._bar.live.is_started:
-            self._bar.update(self._task, description=_figures(self._latest))
+            brief = {name: known for name, known in self._latest.items() if name in BRIEF}
+            self._bar.update(self._task, description=_figures(brief))
         else:  # a line has what was measured at its step, nothing from an earlier one
             self.console.print(f"step {state.global_step}/{state.max_steps}  {_figures(logs)}", highlight=False)
 
@@ -187,10 +195,11 @@ class AnswerProgress:
         """Return a line of answers, speed, tau and the time left."""
         parts = [f"{self.answers}/{self.total} answers"]
         if self.tokens:
-            parts.append(f"{self.tokens / self.seconds:.0f} tokens/s")
+            settled = self._ended or self.tokens >= SETTLED_TOKENS * len(self._running)
+            parts.append(f"{self.tokens / self.seconds:.0f} tokens/s" if settled else "reading prompts")
             if self.tau is not None:
                 parts.append(f"tau {self.tau:.2f}")
-            if self.seconds >= SETTLED_SECONDS:
+            if settled and self.seconds >= SETTLED_SECONDS:
                 parts.append(f"about {duration(self.left)} left")
         return " | ".join(parts)
 

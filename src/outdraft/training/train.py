@@ -218,8 +218,13 @@ def _read_target(store: FeatureStore, ready: Preparation, args: TrainingArgument
     if missing and args.should_save:
         size = store.nbytes(missing) / GIGABYTE
         console.print(f"features: {size:.3f} GB for {len(missing)} of {len(ready.examples)} examples", highlight=False)
-        with ReadingReport(console, len(missing), sum(map(len, missing))) as report:
-            store.build(ready.examples, report)
+        try:
+            with ReadingReport(console, len(missing), sum(map(len, missing))) as report:
+                store.build(ready.examples, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped before the first step; what was read is kept, {_resuming(args)}"
+            ) from None
     PartialState().wait_for_everyone()
     store.reload()
 
@@ -238,11 +243,13 @@ def _run(
     finally:
         progress.close()
     if stop.asked and trainer.state.global_step < total:
-        folder = trainer.args.output_dir
-        raise KeyboardInterrupt(
-            f"stopped; step {trainer.state.global_step} of {total} is saved, go on with "
-            f"`outdraft train --resume --output-dir {folder}`"
-        )
+        step = trainer.state.global_step
+        raise KeyboardInterrupt(f"stopped; step {step} of {total} is saved, {_resuming(trainer.args)}")
+
+
+def _resuming(args: TrainingArguments) -> str:
+    """Return the half-sentence that says how a stopped run goes on."""
+    return f"go on with `outdraft train --resume --output-dir {args.output_dir}`"
 
 
 def _save(target: Target, ready: Preparation, objective: Objective, result: TrainResult, resumed: Path | None) -> None:

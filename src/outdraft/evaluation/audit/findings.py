@@ -35,7 +35,7 @@ class AuditSettings:
     greedy: bool = True
     """Compare greedy texts too where the settings sample."""
     data: Path | None = None
-    """Prompts: JSON lines or text; the shipped held-out ones if left out."""
+    """Prompts: JSON lines or text; built-in ones if left out."""
     limit: int = 24
     """Prompts to use at most."""
     max_new_tokens: int = 48

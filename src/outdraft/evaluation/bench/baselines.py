@@ -58,7 +58,7 @@ def peers(asked: Sequence[str], target: Target, assistants: Sequence[Target], ba
         elif kind == "early-exit" and value:
             found.append(_early_exit(target, _count(text, value)))
         else:
-            raise UserError(f"unknown peer '{text}' in --peers; choose of {SHAPES}")
+            raise UserError(f"unknown peer '{text}' in --peers; choose from {SHAPES}")
     names = [contender.name for contender in found]
     for name in names:
         if names.count(name) > 1:

@@ -16,7 +16,7 @@ from outdraft.api.draft_settings import DraftSettings, resolve
 from outdraft.api.loading import load_drafter_for
 from outdraft.control import CONTROLLERS
 from outdraft.drafting.base import Drafter
-from outdraft.errors import UserError, refuse_below
+from outdraft.errors import UserError, meant, refuse_below
 from outdraft.evaluation.bench.baselines import peers as stock_peers
 from outdraft.evaluation.bench.measure import PLAIN, Contender, speculative
 from outdraft.methods.draft_model.drafter import DraftModel
@@ -42,7 +42,7 @@ class BenchSettings:
     """PATH or NAME=PATH of a drafter; may be repeated."""
     methods: list[str] | None = None
     data: Path | None = None
-    """Questions or prompts: JSON lines, text, or a folder of EAGLE's sets; the shipped held-out ones if left out."""
+    """Questions or prompts: JSON lines, text, or a folder of EAGLE's sets; built-in ones if left out."""
     suite: str | None = None
     """spec-bench, mt-bench, eagle, gsm8k or prompts: what the data are; guessed from the file if left out."""
     limit: int | None = None
@@ -85,7 +85,7 @@ class BenchSettings:
         if self.peers_backend not in ("eager", "same"):
             raise UserError(f"--peers-backend must be eager or same, not '{self.peers_backend}'")
         if self.suite is not None and self.suite not in SUITES:
-            raise UserError(f"unknown suite '{self.suite}' in --suite; choose of {', '.join(SUITES)}")
+            raise UserError(f"unknown suite '{self.suite}' in --suite; choose from {', '.join(SUITES)}")
         if self.suite is not None and self.data is None:
             raise UserError(f"--suite {self.suite} needs its questions; give the file with --data")
 
@@ -127,11 +127,13 @@ def contenders(target: Target, settings: BenchSettings, stock: Target | None = N
     for method in methods or ():
         if _base(method) not in names() or (method != _base(method) and _base(method) in (NONE, *without_model())):
             known = ", ".join(names())
-            raise UserError(f"unknown method '{method}' in --methods; choose of {known}, and METHOD{WITH_LOOKUP}")
+            near = meant(method.replace("_", "-"), names(), {})
+            choice = near or f"; choose from {known}, and METHOD{WITH_LOOKUP}"
+            raise UserError(f"unknown method '{method}' in --methods{choice}")
     for controller in controllers:
         if controller not in (DEFAULT, *CONTROLLERS):
             known = ", ".join((DEFAULT, *CONTROLLERS))
-            raise UserError(f"unknown controller '{controller}' in --controllers; choose of {known}")
+            raise UserError(f"unknown controller '{controller}' in --controllers; choose from {known}")
     drafters = loaded_drafters(target, settings.draft_models, backend)
     if methods is not None:
         present = {drafter.method for drafter in drafters.values()}

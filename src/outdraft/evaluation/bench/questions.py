@@ -86,7 +86,7 @@ def read_questions(path: str | Path, suite: str | None = None, on_bad_line: str 
     """
     path = Path(path)
     if suite is not None and suite not in SUITES:
-        raise UserError(f"unknown suite '{suite}'; choose of {', '.join(SUITES)}")
+        raise UserError(f"unknown suite '{suite}'; choose from {', '.join(SUITES)}")
     files = _files(path, suite)
     suite = suite or ("eagle" if path.is_dir() else guessed(path))
     found = QuestionSet(suite, [], digest=_digest(files))

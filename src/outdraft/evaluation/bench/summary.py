@@ -172,8 +172,8 @@ def scattered(runs: Mapping[str, Sequence[Run]]) -> str | None:
     if not spreads or min(spreads) <= QUIET:
         return None
     return (
-        f"The machine was busy: from pair to pair a round's cost scatters by {min(spreads):.0%} at best. Timings are "
-        "disturbed; close other programs and run it again."
+        f"The machine was busy: the time of a round varies by {min(spreads):.0%} or more between prompts. "
+        "Close other programs and run it again."
     )
 
 
