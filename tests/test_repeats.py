@@ -23,7 +23,7 @@ from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
-from outdraft.drafting.ngrams import NgramSettings
+from outdraft.drafting.ngrams import Luck, NgramSettings
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row
@@ -506,6 +506,23 @@ class Resting(Noting):
 
     def rest(self):
         self.resting = 0
+
+
+def test_short_repetitions_that_do_not_pay_are_drafted_rarely_and_again_once_they_do():
+    luck = Luck()
+    worth = [luck.worth(0.4) for _ in range(3)]
+    assert all(worth), "drafts are tried first"
+    drafted = 0
+    for _ in range(320):
+        if luck.worth(0.4):
+            drafted += 1
+            luck.observe(0)
+    assert 15 <= drafted <= 20
+    while not luck.worth(0.4):
+        pass
+    for _ in range(8):
+        luck.observe(2)
+    assert luck.worth(0.4) and not luck.worth(1.9)
 
 
 def test_where_a_drafter_rests_a_greedy_row_drafts_shorter_repetitions(monkeypatch):

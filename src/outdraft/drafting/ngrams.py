@@ -67,7 +67,34 @@ class Text:
 
 
 IDLE_LEAST = 2
-"""Tokens that must have occurred before where a drafter of a greedy row rests, as its drafts do not pay."""
+"""Length of the shortest n-grams that are drafted where a greedy row's drafter rests, as its own drafts do not pay."""
+
+
+PRIOR = 4.0
+"""Weight, in drafts, of the belief that a short repetition's draft yields one token."""
+FADE = 0.9
+"""Weight of a short repetition's draft after one more."""
+PROBE = 32
+"""Repetitions of which one is drafted where their drafts do not pay."""
+
+
+class Luck:
+    """The yield of one row's drafts of short repetitions, and whether the next is worth its cost."""
+
+    def __init__(self) -> None:
+        self.accepted, self.drafts, self.passed = 0.0, 0.0, 0
+
+    def observe(self, accepted: int) -> None:
+        """Count a draft of which so many candidates were accepted."""
+        self.accepted, self.drafts = FADE * self.accepted + accepted, FADE * self.drafts + 1
+
+    def worth(self, cost: float) -> bool:
+        """Return True if a draft is expected to yield more than it costs, in plain rounds, or is due as a probe."""
+        if (self.accepted + PRIOR) / (self.drafts + PRIOR) >= cost:
+            self.passed = 0
+            return True
+        self.passed = (self.passed + 1) % PROBE
+        return self.passed == 0
 
 
 @dataclass(frozen=True)

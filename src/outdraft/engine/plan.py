@@ -57,12 +57,14 @@ class Plan:
         ngrams: n-gram candidates of every row; empty where the drafter drafts for the row.
         budget: decides level by level how far each row drafts; None drafts as far as the shape allows.
         choice: the tuner's choice, which observes what its shape brought.
+        idle: True if the n-grams are short ones, drafted as the drafter rests.
     """
 
     shape: TreeShape
     ngrams: Sequence[list[int]]
     budget: DraftBudget | None = None
     choice: ShapeChoice | None = None
+    idle: bool = False
 
     @property
     def asks_drafter(self) -> bool:
@@ -124,11 +126,16 @@ def plan_round(batch: Batch) -> Plan:
 
 
 def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
-    """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows, else plain."""
+    """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows if they pay, else plain."""
     greedy = all(row.warper.greedy for row in batch.rows)
     # Those of sampled rows were looked for already.
     ngrams = _ngrams(batch, idle=True, unread=batch.drafts.asked) if greedy else [[]]
-    return Plan(batch.shape, ngrams, budget) if all(ngrams) else Plan(PLAIN, [[]] * len(batch.rows), budget)
+    if all(ngrams):
+        rows = len(batch.rows)
+        cost = batch.costs.added(max(map(len, ngrams)), rows) / batch.costs.plain(rows)
+        if all(history.luck.worth(cost) for history in batch.histories):
+            return Plan(batch.shape, ngrams, budget, idle=True)
+    return Plan(PLAIN, [[]] * len(batch.rows), budget)
 
 
 def _ngrams(batch: Batch, idle: bool = False, unread: bool = False) -> list[list[int]]:

@@ -233,6 +233,8 @@ class Batch:
             history.append(verdict.tokens)
             row.statistics.add_round(tree.counts[i] - 1, tree.deepest[i], len(verdict.path) - 1, taken)
             row.statistics.repeats += bool(plan.ngrams[i]) and tree.counts[i] > 1
+            if plan.idle:
+                history.luck.observe(len(verdict.path) - 1)
         own = [i for i, ngram in enumerate(plan.ngrams) if not ngram and tree.counts[i] > 1]
         self.drafts.judge([len(verdicts[i].path) > 1 for i in own])
 

@@ -13,7 +13,7 @@ from outdraft.control.base import Controller
 from outdraft.core.dice import Chance
 from outdraft.core.sampling import Warper
 from outdraft.core.statistics import Statistics
-from outdraft.drafting.ngrams import NgramSettings
+from outdraft.drafting.ngrams import Luck, NgramSettings
 from outdraft.errors import first_line
 from outdraft.target.ranks import said_by_first
 
@@ -129,6 +129,7 @@ class History:
         self.written = 0
         self.ngrams = ngrams
         self._text = None if ngrams is None else ngrams.text(prompt)
+        self.luck = Luck()
 
     @property
     def tokens(self) -> Tensor:
