@@ -34,7 +34,8 @@ from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
 from outdraft.methods.medusa.drafter import MedusaConfig, MedusaHeads
 from outdraft.target.backends.graphs import Replayed
-from pretended import FIRST, CaptureError, Device, DeviceMistake, OnDevice, Rounds, pretended
+from pretended import FIRST, CaptureError, Device, DeviceMistake, OnDevice
+from pretended_gpu import Rounds, pretended
 
 
 @pytest.fixture

@@ -315,7 +315,8 @@ class BufferPool:
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return a buffer of this shape, with the dtype and device of `like`; it holds numbers, never NaN."""
-        for i, buffer in enumerate(self._free):
+        for i in reversed(range(len(self._free))):  # the one that was used last, for which most is recorded
+            buffer = self._free[i]
             if buffer.shape == shape and buffer.dtype == like.dtype and buffer.device == like.device:
                 return self._free.pop(i)
         try:
