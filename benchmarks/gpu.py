@@ -1,10 +1,11 @@
-"""What a round costs on a GPU: a target of a real model's shape and random weights, stock and as recorded graphs.
+"""What a round costs on a GPU: a target of a real model's shape and random weights, stock and as recorded graphs; and
+what the drafters that ship gain there.
 
-    python benchmarks/gpu.py --output-dir gpu [--stages correct,rounds,forwards,attention] [--tiny]
+    python benchmarks/gpu.py --output-dir gpu [--stages correct,trained,rounds,forwards,attention] [--tiny]
 
-Times do not depend on weights; acceptance does, so none is reported. Every line is printed and written to
-`OUTPUT_DIR/gpu.json` at once, so that a run that is cut short loses nothing. `--tiny` runs all of it on a CPU in a
-minute, to try the script itself. Results and what they mean: docs/measurements/gpu.md.
+Times of a round do not depend on weights; acceptance does, so none is reported of random ones. Every line is printed
+and written to `OUTPUT_DIR/gpu.json` at once, so that a run that is cut short loses nothing. `--tiny` runs all of it on
+a CPU in some minutes, to try the script itself. Results and what they mean: docs/measurements/gpu.md.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from outdraft import SpeculativeModel
 from outdraft.api.loading import load_drafter_for, load_target
+from outdraft.api.prompts import encode
 from outdraft.core.tree import Tree
+from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
+from outdraft.reference import load_prompts
 from outdraft.target.backends.tree_attention import tree_attention
+from outdraft.target.named import shipped_drafters
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
@@ -46,7 +51,7 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-STAGES = ("correct", "rounds", "forwards", "attention")
+STAGES = ("correct", "trained", "rounds", "forwards", "attention")
 BACKENDS = ("graphs", "eager")
 DRAFTS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -117,6 +122,50 @@ class Benchmark:
                     texts.append(own.generate(prompts, max_new_tokens=64, eos_token_id=NEVER, **settings).tokens)
                 same = sum(one == other for one, other in zip(*texts, strict=True))
                 self.note("correct", f"{kind}, {name}", rows_alike=f"{same} of {len(prompts)}")
+
+    def trained(self) -> None:
+        """New tokens a second of models with the drafters that ship for them, in turn with plain decoding."""
+        length = 16 if self.tiny else 128
+        for name in ("reference", "smollm2"):
+            try:
+                target = load_target(name, dtype=torch.bfloat16, device=self.device, backend=BACKENDS[0])
+            except UserError as error:  # smollm2 is a package of its own
+                self.note("trained", name, left_out=str(error))
+                continue
+            prompts = encode(load_prompts("heldout")[:8], target)
+            plain = SpeculativeModel(target, None)
+            for method in shipped_drafters(name):
+                drafted = plain.with_drafter(load_drafter_for(target, name, method=method))
+                for way, settings in {"greedy": {}, "T=1": {"temperature": 1.0, "seed": 1}}.items():
+                    for rows in (1, 8):
+                        groups = [prompts[at : at + rows] for at in range(0, 8 if rows == 8 else 3, rows)]
+                        given = {"max_new_tokens": length, **settings}
+                        self._trained(f"{name}, {method}, {way}, rows {rows}", plain, drafted, groups, given)
+
+    def _trained(
+        self,
+        name: str,
+        plain: SpeculativeModel,
+        drafted: SpeculativeModel,
+        groups: list[list[list[int]]],
+        settings: dict[str, Any],
+    ) -> None:
+        speeds: dict[str, list[float]] = {"plain": [], "drafted": []}
+        tau = 0.0
+        for turn in range(1 if self.tiny else 4):  # the first records and compiles
+            for way, model in (("plain", plain), ("drafted", drafted)):
+                self.wait()
+                start = time.perf_counter()
+                outputs = [model.generate(group, **settings) for group in groups]
+                self.wait()
+                took, count = time.perf_counter() - start, sum(len(row) for out in outputs for row in out.tokens)
+                if turn or self.tiny:
+                    speeds[way].append(count / took)
+                if model is drafted:
+                    tau = statistics.mean(out.statistics.tau for out in outputs)
+        ratios = [after / before for before, after in zip(speeds["plain"], speeds["drafted"], strict=True)]
+        found = {way: round(statistics.median(each), 1) for way, each in speeds.items()}
+        self.note("trained", name, **found, ratio=round(statistics.median(ratios), 2), tau=round(tau, 2))
 
     def rounds(self) -> None:
         """Milliseconds of a round's parts."""

@@ -191,14 +191,28 @@ def test_a_cache_that_grows_gives_its_old_buffer_back():
     assert (cache.rows, cache.room, cache.capacity) == (3, 4, 768) and held(cache, 0)[0] == list(range(300))
 
 
-def test_few_buffers_are_kept_and_only_such_as_are_asked_for():
-    pool = BufferPool(most=2)
-    buffers = [pool.take((size,), torch.empty(0)) for size in (1, 2, 3)]
+def test_buffers_that_a_batch_has_grown_through_are_kept_and_no_more_memory_than_thrice_the_largest() -> None:
+    pool, like = BufferPool(), torch.empty(0)
+    buffers = [pool.take((size,), like) for size in (1, 1, 2, 4, 8)]
     pool.give_back(buffers)
-    assert [buffer.shape for buffer in pool._free] == [(2,), (3,)], "the newest"
-    assert pool.take((2,), torch.empty(0)) is buffers[1]
-    assert pool.take((3,), torch.empty(0, dtype=torch.float64)) is not buffers[2], "in another precision"
-    assert not pool._free, "what nobody uses gives way before more is taken"
+    assert len(pool._free) == 5 and pool.take((2,), like) is buffers[2]
+    assert pool.take((8,), torch.empty(0, dtype=torch.float64)) is not buffers[4], "in another precision"
+    pool.give_back([torch.empty(8), torch.empty(2), torch.empty(8)])
+    assert [len(buffer) for buffer in pool._free] == [8, 2, 8], "those that were given back last"
+
+
+def test_unused_buffers_give_way_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BufferPool()
+    pool.give_back([torch.empty(4)])
+    made = torch.Tensor.new_zeros
+
+    def short(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if pool._free:
+            raise torch.OutOfMemoryError
+        return made(like, shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", short)
+    assert pool.take((8,), torch.empty(0)).shape == (8,) and not pool._free
 
 
 def test_tokens_written_behind_the_committed_ones_may_be_committed_afterwards():

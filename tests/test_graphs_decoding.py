@@ -191,7 +191,7 @@ def test_the_next_answer_finds_the_same_buffers_and_the_same_recordings() -> Non
             model.generate(prompts, max_new_tokens=9)
             pool: Any = model.target.pool
             seen.append((recorded(model), sorted(buffer.data_ptr() for buffer in pool._free)))
-        assert seen[0] == seen[1] == seen[2] and len(seen[0][1]) == 2, "the target's and the drafter's"
+        assert seen[0] == seen[1] == seen[2] and len(seen[0][1]) >= 2, "the target's and the drafter's"
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class Tree:
 def _chains(width: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return parents, ancestors and depths of one row of `Tree.chains`, which are the same every round."""
     with torch.inference_mode(False):
-        parents = torch.tensor([[-1] + [max(0, node - width) for node in range(1, nodes)]], device=device)
+        parents = sent([[-1, *(max(0, node - width) for node in range(1, nodes))]], device)
         tree = Tree(torch.zeros_like(parents), parents, [nodes])
         return parents, tree.ancestors, tree.depths
 

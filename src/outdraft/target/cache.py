@@ -298,28 +298,39 @@ class SlotCache(LayerCache):
         return like.new_zeros(shape)
 
 
+MOST_UNUSED = 2
+"""Largest memory of a pool's unused buffers, as a multiple of the largest buffer's."""
+
+
 class BufferPool:
     """Buffers that outlive the caches that borrow them, so that a recorded forward can serve many caches.
 
-    Args:
-        most: largest number of unused buffers that are kept.
+    Unused buffers take at most `MOST_UNUSED` times the memory of the largest one. So all smaller sizes stay that a
+    batch has grown through, as rows joined it, those of a drafter beside them, and the next rows find what is recorded.
     """
 
-    def __init__(self, most: int = 4):
-        self.most = most
+    def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self._largest = 0
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return a buffer of this shape, with the dtype and device of `like`; it holds numbers, never NaN."""
-        for i, buffer in enumerate(self._free):
+        for i in reversed(range(len(self._free))):  # the one that was used last, for which most is recorded
+            buffer = self._free[i]
             if buffer.shape == shape and buffer.dtype == like.dtype and buffer.device == like.device:
                 return self._free.pop(i)
-        self._free.clear()  # before more memory is taken
-        return like.new_zeros(shape)
+        try:
+            return like.new_zeros(shape)
+        except torch.OutOfMemoryError:
+            self._free.clear()
+            return like.new_zeros(shape)
 
     def give_back(self, buffers: list[Tensor]) -> None:
-        """Take buffers back that no cache uses any more."""
-        self._free = [*self._free, *buffers][-self.most :]
+        """Take buffers back that no cache uses any more; those that were given back first go where room is short."""
+        self._free += buffers
+        self._largest = max([self._largest, *(buffer.nbytes for buffer in buffers)])
+        while sum(buffer.nbytes for buffer in self._free) > MOST_UNUSED * self._largest:
+            self._free.pop(0)
 
 
 def rounded_rows(rows: int) -> int:

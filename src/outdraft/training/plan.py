@@ -207,6 +207,8 @@ class DeviceMemory:
     """The drafter beside the target, whole on every device."""
     training: int
     """All of a training run: the target, the drafter in float32 with gradients and AdamW's moments, a batch."""
+    tokens: int
+    """The tokens that training computes at once."""
 
 
 def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype = torch.bfloat16) -> list[DeviceMemory]:
@@ -251,6 +253,7 @@ def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype 
                 CACHED * 2 * width * target.num_layers * heads * head_dim // devices,
                 width * drafter,
                 own + ends + reading + drafting_bytes(target, config, drafter, tokens),
+                tokens,
             )
         )
     return counted
@@ -309,6 +312,11 @@ def memory_table(counted: Sequence[DeviceMemory], method: str) -> Table:
     shared = any(one.devices > 1 for one in counted)
     of = "GB on each device that shares the target (--tp)" if shared else "memory in GB"
     table = Table(title=f"{of}, with a drafter of method {method}")
+    if counted:
+        table.caption = (
+            f"training: {counted[0].tokens:,} tokens at once, by batch_size x max_length; "
+            "gradient_accumulation_steps computes as many in pieces, in less memory"
+        )
     devices = ["devices"] if shared else []
     for name in (*devices, "weights", "cache of 1,000 tokens", "drafter", "decoding", "training the drafter"):
         table.add_column(name, justify="right")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from outdraft.core.tensors import sent
 from outdraft.errors import first_line
 from outdraft.target.backends.packed import PackedLinear
 from outdraft.target.backends.tree_attention import Pending, Storing, running_over
@@ -148,8 +149,7 @@ class TreeForward:
         return self.over(name, given, self._pending(sight, cache))
 
     def _pending(self, sight: Sight, cache: Any) -> Pending:
-        device = sight.seen.device
-        lengths = torch.tensor(sight.lengths, dtype=torch.int32, device=device)
+        lengths = sent(sight.lengths, sight.seen.device, torch.int32)
         return Pending(lengths, sight.seen, sight.positions, tuple(sight.windows.values()), cache)
 
     def over(self, name: str, given: Tensor, pending: Pending) -> tuple[Tensor, ...]:
