@@ -298,7 +298,7 @@ class SlotCache(LayerCache):
         return like.new_zeros(shape)
 
 
-MOST_UNUSED = 2
+MOST_UNUSED = 3
 """Largest memory of a pool's unused buffers, as a multiple of the largest buffer's."""
 
 
