@@ -130,6 +130,14 @@ def test_a_generation_prompt_that_finished_turns_lack_is_left_out() -> None:
     assert marked(TRIMMING) == ["(Grüß)", "(ok)"]
 
 
+def test_an_end_after_the_last_turn_hides_no_earlier_one() -> None:
+    """Phi-3's template ends whole conversations, so those of its beginnings with an end that the whole lacks."""
+    assert marked(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}") == [
+        "Grüß<|im_end|>",
+        "ok<|im_end|>",
+    ]
+
+
 def test_a_template_that_hides_the_answers_is_refused() -> None:
     with pytest.raises(UserError, match=r"add \{% generation %\} marks"):
         marked(REVERSED)

@@ -245,6 +245,8 @@ def _response_span(
     """Return the span of an assistant's turn in `text`, without prompt marks before it; None where it is ambiguous."""
     try:
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], variables=variables)
+        if not text.startswith(through):  # perhaps for the end token that some templates write after the last turn
+            through = through.removesuffix(tokenizer.eos_token or "")
         if not text.startswith(through):
             return None
         if not turn:  # templates may put their own system turn before it
