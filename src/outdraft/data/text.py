@@ -5,6 +5,7 @@ One detokenizer serves whole answers, streams, the command line, the server, sto
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -41,8 +42,9 @@ class Detokenizer:
         self.special = special_ids(tokenizer)
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._window = self._context(prompt)  # tokens with unsettled text, and some before them
-        # An unfinished character at the prompt's end belongs to the answer, which completes it.
-        self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # its characters given out
+        self._given = len(self._text()) if self._window else 0  # its characters given out
+        if self._unfinished():  # the character at the prompt's end belongs to the answer, which completes it
+            self._given = len(self._text().rstrip("\ufffd"))
         self._seen = self._given  # its characters, certain or not
         self._chunk = 0  # index in the window where the newest text began
         self.pending = ""
@@ -84,6 +86,18 @@ class Detokenizer:
 
     def _is_byte(self, token: int) -> bool:
         return byte_of(self.tokenizer, token) is not None
+
+    def _unfinished(self) -> bool:
+        """Whether the window ends in the middle of a character; U+FFFD may also be a character of the text itself."""
+        own = b""
+        for token in reversed(self._window):
+            piece, byte = str(self.tokenizer.convert_ids_to_tokens(token)), byte_of(self.tokenizer, token)
+            if byte is None and not all(letter in _BYTE_LEVEL for letter in piece):
+                break
+            own = (bytes(_BYTE_LEVEL[letter] for letter in piece) if byte is None else bytes([byte])) + own
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        reader.decode(own)
+        return bool(reader.getstate()[0])
 
     def _uncertain(self, text: str) -> int:
         """Count the characters at the end that further tokens may change."""
@@ -222,6 +236,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token
     detokenizer = Detokenizer(tokenizer, prompt=prompt)
     detokenizer._window += tokens
     return detokenizer.finish()
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """Return a prompt's text, without an unfinished character at its end, which belongs to the answer."""
+    begun = Detokenizer(tokenizer, prompt=prompt)
+    text = decode_text(tokenizer, prompt)
+    return text[: len(text) - len(begun.finish())]
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes:
