@@ -138,6 +138,17 @@ def test_a_required_call_is_made_whole_and_streamed(calling, choice):
     client.chat.completions.create(model=NAME, messages=back, tools=TOOLS, max_tokens=3)
 
 
+def test_a_function_without_parameters_is_called_with_none(calling):
+    """As OpenAI says of them; otherwise the model would make some up."""
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    for seed in range(3):
+        answer = client_of(calling).chat.completions.create(
+            model=NAME, messages=QUESTION, tools=tools, tool_choice="required", temperature=1, seed=seed, max_tokens=120
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {}
+
+
 def test_an_answer_that_may_call_says_text_too(calling):
     client = client_of(calling)
     asked: dict[str, Any] = {"model": NAME, "messages": QUESTION, "temperature": 0, "max_tokens": 12}

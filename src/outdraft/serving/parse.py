@@ -65,9 +65,10 @@ class RequestParser:
         prompt = self._encode_chat(request.messages, request, tools)
         if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if request.max_tokens is not None and request.max_completion_tokens is not None:
+        lengths = {request.max_tokens, request.max_completion_tokens} - {None}
+        if len(lengths) > 1:
             raise bad_request("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
-        most = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
+        most = next(iter(lengths), None)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
 
@@ -139,7 +140,8 @@ class RequestParser:
 
     def completion(self, request: CompletionRequest) -> GenerationParams:
         """Parse one or several texts, taken as they are."""
-        prompts = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        special = request.add_special_tokens is not False
+        prompts = [self._encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         if len(prompts) * (request.n or 1) > 128:
             raise bad_request("at most 128 answers a request, prompts times n", "n")
         if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:

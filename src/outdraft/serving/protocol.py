@@ -45,7 +45,8 @@ class StreamOptions(Strict):
     include_usage: StrictBool | None = None
     """Send one more chunk at the end, with the request's usage and no choices."""
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: StrictBool | None = None
+    """With `include_usage`: every chunk has the usage so far, as in vLLM."""
 
 
 class TextPart(Strict):
@@ -246,6 +247,10 @@ class GenerationRequest(SamplingRequest):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
 
 class Templated(Strict):
     """What is asked of a conversation's chat template."""
@@ -284,6 +289,8 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
     """How many alternatives to report beside each token's logprob; `echo` reports the prompt's, too."""
     echo: StrictBool | None = None
+    add_special_tokens: StrictBool | None = None
+    """Whether texts get the tokenizer's special tokens; yes by default."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -331,6 +338,8 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "service_tier": ((None, "auto", "default"), "there is one tier"),
     "store": ((None, False), _STORE),
     "suffix": ((None, ""), "text is written from left to right"),
+    "echo": ((None, False), "it is for completions"),
+    "add_special_tokens": ((None, False), "the chat template adds its own"),
     "best_of": ((None, 1), "ask for n choices and choose"),
     "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
     "skip_special_tokens": ((None, True), "special tokens are no text"),
