@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outdraft.data.conversations import Message, for_template, turns_in, turns_of
 from outdraft.data.records import HALF, HUB, BadRecord, bare_question, read_records, sound
+from outdraft.data.tokenization import turns_for
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 
@@ -78,7 +79,7 @@ def encode_chat(
         raise UserError(f"a message of the conversation cannot be read: {problem}") from None
     try:
         encoded = tokenizer.apply_chat_template(
-            turns,
+            turns_for(tokenizer, turns),
             tools=None if tools is None else [dict(tool) for tool in tools],
             add_generation_prompt=not begun,
             continue_final_message=begun,
