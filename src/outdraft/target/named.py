@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from outdraft.errors import UserError, first_line
 from outdraft.reference import SHIPPED, reference_drafter_path, reference_target_path
@@ -167,6 +174,13 @@ NAMED = {
         DRAFTERS / "smollm2/heldout_prompts.jsonl",
     ),
 }
+
+
+def class_for(config: Any) -> Any:
+    """Return the auto class of a configuration: multimodal models, which answer texts, too, may have their own."""
+    listed = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    of_images = not listed and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if of_images else AutoModelForCausalLM
 
 
 ADAPTER = "adapter_config.json"
