@@ -149,6 +149,23 @@ def test_special_tokens_are_stop_strings_and_no_text(tokenizer: Any) -> None:
 
 
 @KINDS
+def test_special_tokens_are_text_where_none_is_hidden(tokenizer: Any) -> None:
+    tokens = [*ids(tokenizer, "a cat"), tokenizer.eos_token_id, *ids(tokenizer, "a cat")]
+    whole = tokenizer.decode(tokens)
+    assert END in whole
+    for hidden, expected in ((frozenset(), whole), (frozenset({tokenizer.eos_token_id}), whole.replace(END, ""))):
+        answer, pieces = AnswerText(tokenizer, hidden=hidden), []
+        for count in range(1, len(tokens) + 1):
+            answer.take(tokens[:count], [False] * count)
+            pieces += answer.release()
+        answer.finish()
+        said = "".join(piece.text for piece in [*pieces, *answer.release()])
+        assert said.replace(" ", "") == expected.replace(" ", "") and (hidden or said == expected)
+    stopped = AnswerText(tokenizer, [END], hidden=frozenset())
+    assert stopped.take(tokens, [False] * len(tokens)) and stopped.text == whole[: whole.index(END)]
+
+
+@KINDS
 @settings(max_examples=40, deadline=None)
 @given(text=TEXTS.filter(bool))
 def test_bytes_of_tokens_are_their_own(tokenizer: Any, text: str) -> None:

@@ -195,6 +195,22 @@ def test_parameters_that_ask_for_nothing_are_accepted(client: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_are_spelled_out_on_request(client: Any, served: Served, stream: bool) -> None:
+    tokenizer: Any = served.model.tokenizer
+    mark, end = tokenizer.convert_tokens_to_ids("<|im_start|>"), tokenizer.eos_token_id
+    asked = {"model": NAME, "prompt": "red", "max_tokens": 3, "temperature": 0, "stream": stream}
+
+    def text(skip: bool | None, **settings: Any) -> str:
+        answer = client.completions.create(**asked, extra_body={"skip_special_tokens": skip}, **settings)
+        return "".join(chunk.choices[0].text for chunk in (answer if stream else [answer]))
+
+    for skip, expected in ((False, "<|im_start|>" * 3), (True, ""), (None, "")):
+        assert text(skip, logit_bias={str(mark): 100}) == expected
+    assert text(False, logit_bias={str(mark): 100}, stop=["im_start|><"]) == "<|"
+    assert text(False, logit_bias={str(end): 100}) == "", "what ended it is no part of it"
+
+
 def test_a_length_given_under_both_names_is_one(client: Any) -> None:
     asked = {"model": NAME, "messages": QUESTION, "max_tokens": 2, "max_completion_tokens": 2, "temperature": 0}
     assert client.chat.completions.create(**asked).usage.completion_tokens <= 2

@@ -34,12 +34,15 @@ class Detokenizer:
 
     Args:
         prompt: tokens that stand before the first one. Their own text is never given out.
+        hidden: tokens that are no text; None for the special ones.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), hidden: frozenset[int] | None = None
+    ):
+        self.tokenizer, self._skips = tokenizer, hidden is None
         self.tokens: list[int] = []
-        self.special = special_ids(tokenizer)
+        self.special = special_ids(tokenizer) if hidden is None else hidden
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._window = self._context(prompt)  # tokens with unsettled text, and some before them
         self._given = len(self._text()) if self._window else 0  # its characters given out
@@ -76,13 +79,13 @@ class Detokenizer:
         """Return the text that a token would add after the pending text, without an unfinished character."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
-        text = decode_text(self.tokenizer, [*self._window, token])
+        text = decode_text(self.tokenizer, [*self._window, token], self._skips)
         if text.endswith("\ufffd"):
             text = "" if self._is_byte(token) else text[:-1]
         return text[self._seen :]
 
     def _text(self) -> str:
-        return decode_text(self.tokenizer, self._window)
+        return decode_text(self.tokenizer, self._window, self._skips)
 
     def _is_byte(self, token: int) -> bool:
         return byte_of(self.tokenizer, token) is not None
@@ -136,15 +139,19 @@ class Stops:
 
     Args:
         strings: stop strings, any of which ends the answer.
+        hidden: as of the `Detokenizer` whose text it is.
 
     Raises:
         UserError: a string is empty, which every text contains.
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, hidden: frozenset[int] | None = None
+    ):
         if not all(strings):
             raise UserError("a stop string is empty; leave it out")
-        self.strings, self._tokenizer, self._special = list(strings), tokenizer, special_ids(tokenizer)
+        self.strings, self._tokenizer = list(strings), tokenizer
+        self._special = special_ids(tokenizer) if hidden is None else hidden
         self._spelled = ""
         self._hidden: list[tuple[int, int]] = []  # (index, characters) of its parts that are not shown
 

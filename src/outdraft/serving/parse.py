@@ -16,7 +16,7 @@ from outdraft.api.prompts import check_prompt, check_switches, encode_chat
 from outdraft.api.settings import model_settings, model_stops
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.data.text import decode_text
+from outdraft.data.text import decode_text, special_ids
 from outdraft.errors import UserError
 from outdraft.serving.errors import ApiError, bad_request
 from outdraft.serving.jobs import GenerationParams
@@ -31,7 +31,7 @@ from outdraft.serving.protocol import (
 )
 from outdraft.serving.responses import PARAMS, ResponsesRequest
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.tools import Tools, check_beside, tools_of
+from outdraft.serving.tools import OPEN, Tools, check_beside, tools_of
 from outdraft.target.target import Target
 
 COMPLETION_TOKENS = 16
@@ -201,6 +201,7 @@ class RequestParser:
             max_new_tokens=max(1, min(default, room) if most is None else most),
             stops=tuple(dict.fromkeys(request.stops or model_stops(self.target))),
             ends=frozenset(ends),
+            hidden=frozenset(ends) if self._shows_special(request, tools) else None,
             seed=request.seed,
             logprobs=logprobs,
             speculative=request.speculative is not False,
@@ -210,6 +211,12 @@ class RequestParser:
             grammar=self._grammar(request, tools, ends),
             tools=tools,
         )
+
+    def _shows_special(self, request: GenerationRequest, tools: Tools | None) -> bool:
+        """Whether special tokens are a part of the text: on request, and where they mark the calls of tools."""
+        if request.skip_special_tokens is not None:
+            return not request.skip_special_tokens
+        return tools is not None and self.tokenizer.convert_tokens_to_ids(OPEN) in special_ids(self.tokenizer)
 
     def _grammar(self, request: GenerationRequest, tools: Tools | None, ends: set[int]) -> Grammar | None:
         """What the answers' text must be."""

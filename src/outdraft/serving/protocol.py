@@ -199,6 +199,8 @@ class SamplingRequest(Strict):
     """No end of sequence before so many tokens."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
+    skip_special_tokens: StrictBool | None = None
+    """False spells special tokens out in the text, except the one that ends an answer."""
     structured_outputs: StructuredOutputs | None = None
     speculative: StrictBool | None = None
     """False decodes without the drafter, for comparison."""
@@ -342,7 +344,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_special_tokens": ((None, False), "the chat template adds its own"),
     "best_of": ((None, 1), "ask for n choices and choose"),
     "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
-    "skip_special_tokens": ((None, True), "special tokens are no text"),
     "spaces_between_special_tokens": ((None, True), "special tokens are no text"),
     "length_penalty": ((None, 1, 1.0), "it is for beam search"),
     "priority": ((None, 0), "requests are answered in the order in which they came"),
