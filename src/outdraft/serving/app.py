@@ -34,6 +34,7 @@ from outdraft.serving.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     SamplingRequest,
+    StreamOptions,
     TokenizeRequest,
 )
 from outdraft.serving.render import Renderer
@@ -102,7 +103,7 @@ def make_app(
         renderer = rendered(job)
         engine.submit(job)
         if body.stream:
-            usage = body if isinstance(body, GenerationRequest) and body.include_usage else None
+            usage = body.stream_options if isinstance(body, GenerationRequest) and body.include_usage else None
             return Events(_stream(engine, job, events, renderer, usage), named=isinstance(body, ResponsesRequest))
         return await _whole(engine, job, events, renderer, request)
 
@@ -209,12 +210,12 @@ async def _whole(
 
 
 async def _stream(
-    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, usage: GenerationRequest | None
+    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, usage: StreamOptions | None
 ) -> AsyncIterator[dict[str, Any]]:
     """The answers chunk by chunk; the job is cancelled if the iterator is closed.
 
     Args:
-        usage: the request, where it asks for token counts.
+        usage: what the client asks of token counts, if it asks for any.
     """
     try:
         left = len(job.answers)
@@ -225,7 +226,7 @@ async def _stream(
                     yield chunk
                 return
             for chunk in renderer.chunks(event):
-                told = {} if usage is None else {"usage": renderer.usage() if usage.continuous_usage else None}
+                told = {} if usage is None else {"usage": renderer.usage() if usage.continuous_usage_stats else None}
                 yield {**chunk, **told}
             left -= event.finish_reason is not None
         if usage:

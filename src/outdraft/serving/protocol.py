@@ -249,10 +249,6 @@ class GenerationRequest(SamplingRequest):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    @property
-    def continuous_usage(self) -> bool:
-        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
 
 class Templated(Strict):
     """What is asked of a conversation's chat template."""
