@@ -55,6 +55,13 @@ def test_bans_are_obeyed_and_said_once(own: dict[str, Any], drafted: bool) -> No
     assert [name in str(one.message) for one in said if "generation config" in str(one.message)] == [True]
 
 
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens"])
+def test_bans_of_tokens_that_the_model_lacks_ban_nothing(name: str) -> None:
+    free = loaded(False).generate(PROMPT, max_new_tokens=8).tokens[0]
+    model = loaded(False, **{name: [-1, 10**6]})
+    assert model.generate(PROMPT, max_new_tokens=8).tokens[0] == free == stock(model)[:8]
+
+
 def test_the_bans_of_these_tests_change_something() -> None:
     free = loaded(False).generate(PROMPT, max_new_tokens=24).tokens
     for own in ({"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"sequence_bias": [[[90], 30.0]]}):

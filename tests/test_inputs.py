@@ -11,9 +11,10 @@ import torch
 
 from models import VOCAB, tiny
 from outdraft.api.generation import SpeculativeModel
-from outdraft.api.prompts import plain_prompts
+from outdraft.api.prompts import encode_chat, plain_prompts
 from outdraft.errors import UserError
 from outdraft.target.target import Target
+from tokens import byte_tokenizer
 
 IDS = [3, 1, 4, 1, 5]
 OTHER = [9, 2, 6]
@@ -79,6 +80,8 @@ def test_texts_and_messages_stay_what_they_are() -> None:
         ([torch.tensor([IDS, IDS])], "2 rows of its own"),
         (7, "not a int"),
         (None, "not a NoneType"),
+        (b"text", "not a bytes"),
+        ([b"text"], "whole numbers, not bytes"),
         ("a \ud83d b", r"half a surrogate pair, \\ud83d"),
         (["x", "\ude00"], "half a surrogate"),
         ([{"role": "user", "content": "\ud83d"}], "half a surrogate"),
@@ -87,6 +90,44 @@ def test_texts_and_messages_stay_what_they_are() -> None:
 def test_what_is_no_prompt_is_refused_with_the_reason(prompts: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         plain_prompts(prompts)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+@pytest.mark.parametrize(
+    ("message", "plain"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}, {"role": "user", "content": "ab"}),
+        ({"role": "assistant", "content": None}, {"role": "assistant", "content": ""}),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+        ),
+    ],
+    ids=["parts", "no content", "a call"],
+)
+def test_messages_as_clients_have_them_are_what_templates_take(message: Any, plain: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}"
+    )
+    rest = {"role": "user", "content": "go on"}
+    given, expected = (encode_chat([one, rest], tokenizer) for one in (message, plain))
+    assert given == expected and "None" not in tokenizer.decode(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [([{"type": "image_url"}], 'no text but "image_url"'), ([{"type": "text", "text": "\ud83d"}], "half a surrogate")],
+)
+def test_parts_that_are_no_text_are_refused(content: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        encode_chat([{"role": "user", "content": content}], byte_tokenizer())
 
 
 def test_arrays_are_answered_as_lists_are() -> None:

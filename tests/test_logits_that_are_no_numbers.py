@@ -121,6 +121,16 @@ def test_a_stopping_test_that_fails_ends_its_row_alone(fast: Any, monkeypatch: p
     assert [out.tokens[0], out.tokens[2]] == [whole.tokens[0], whole.tokens[2]] and len(out.tokens[1]) == 4
 
 
+@pytest.mark.parametrize("place", ["layer", "head"])
+def test_exact_decoding_of_a_broken_model_says_the_same(place: str) -> None:
+    broken: Any = speaking()
+    with torch.no_grad():
+        (broken.model.layers[0].mlp.down_proj if place == "layer" else broken.lm_head).weight[0] = float("nan")
+    model = outdraft.load(broken, method="prompt-lookup", tokenizer=byte_tokenizer(), backend="eager")
+    with pytest.raises(UserError, match="after 0 new tokens the logits are not finite"):
+        model.generate("Once upon", max_new_tokens=8, exact=True)
+
+
 def test_custom_generate_says_so(fast: Any) -> None:
     broken = speaking()
     with torch.no_grad():

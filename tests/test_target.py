@@ -321,6 +321,11 @@ SCALED = {
         32,
         128,
     ),
+    "llama 3 with a factor of frequencies that reaches further": (
+        rope("llama3", factor=8.0, original_max_position_embeddings=8, low_freq_factor=1.0, high_freq_factor=4.0),
+        32,
+        32,
+    ),
     "dynamic, whose angles change with the length": (rope("dynamic", factor=4.0), 32, 32),
     "none": (rope("default"), 32, 32),
 }

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from outdraft.api.output import Piece
 from outdraft.console.generate import stream
-from outdraft.data.text import Detokenizer, answer_text, bytes_of, stops_at
+from outdraft.data.text import Detokenizer, answer_text, bytes_of, prompt_text, stops_at
 from outdraft.serving.jobs import AnswerText
 from tokenizers_of_all_types import ALL, END
 
@@ -71,13 +71,22 @@ def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer: Any, data: st.Data
 
 @KINDS
 @settings(max_examples=60, deadline=None)
-@given(prompt=TEXTS.filter(lambda text: text.strip() and not text.endswith("\ufffd")), text=TEXTS)
+@given(prompt=TEXTS.filter(str.strip), text=TEXTS)
 def test_an_answer_goes_on_where_its_prompt_ended(tokenizer: Any, prompt: str, text: str) -> None:
     before, tokens = ids(tokenizer, prompt), ids(tokenizer, text)
     whole, begun = (tokenizer.decode(some, skip_special_tokens=True) for some in (before + tokens, before))
-    if begun.endswith("\ufffd") or not whole.startswith(begun):
+    if (begun.endswith("\ufffd") and not prompt.endswith("\ufffd")) or not whole.startswith(begun):
         return  # bytes that are no text, or the answer's first mark takes a space from the prompt (clean-up)
     assert begun + streamed(tokenizer, tokens, before) == begun + answer_text(tokenizer, before, tokens) == whole
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte-level", "byte fallback", "byte fallback, prefix space"])
+def test_of_a_character_in_two_the_answer_has_the_whole(kind: str) -> None:
+    tokenizer: Any = ALL[kind]()
+    tokens = ids(tokenizer, "a \ufffd\U0001f989")  # no token is the owl
+    for cut in range(1, len(tokens)):
+        shown = prompt_text(tokenizer, tokens[:cut])
+        assert shown + streamed(tokenizer, tokens[cut:], tokens[:cut]) == "a \ufffd\U0001f989"
 
 
 @KINDS
@@ -137,6 +146,23 @@ def test_special_tokens_are_stop_strings_and_no_text(tokenizer: Any) -> None:
     ended.take(tokens[: len(ids(tokenizer, "a cat")) + 1], [False] * 99)
     ended.finish()
     assert ended.text == text
+
+
+@KINDS
+def test_special_tokens_are_text_where_none_is_hidden(tokenizer: Any) -> None:
+    tokens = [*ids(tokenizer, "a cat"), tokenizer.eos_token_id, *ids(tokenizer, "a cat")]
+    whole = tokenizer.decode(tokens)
+    assert END in whole
+    for hidden, expected in ((frozenset(), whole), (frozenset({tokenizer.eos_token_id}), whole.replace(END, ""))):
+        answer, pieces = AnswerText(tokenizer, hidden=hidden), []
+        for count in range(1, len(tokens) + 1):
+            answer.take(tokens[:count], [False] * count)
+            pieces += answer.release()
+        answer.finish()
+        said = "".join(piece.text for piece in [*pieces, *answer.release()])
+        assert said.replace(" ", "") == expected.replace(" ", "") and (hidden or said == expected)
+    stopped = AnswerText(tokenizer, [END], hidden=frozenset())
+    assert stopped.take(tokens, [False] * len(tokens)) and stopped.text == whole[: whole.index(END)]
 
 
 @KINDS

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from outdraft.errors import UserError
 from outdraft.target.backends import best_backend, why_not_packed
 from outdraft.target.backends.packed import quantised_part
 from outdraft.target.named import unwrapped
+from tokens import byte_tokenizer
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -184,6 +186,32 @@ def test_an_adapters_folder_is_its_base_model_with_the_adapter_merged(
     monkeypatch.setattr(Loaded, "merge_and_unload", lambda self: 1 / 0)
     with pytest.raises(UserError, match="cannot be merged into its base model: division by zero"):
         load_target(adapter, dtype="float32")
+
+
+@pytest.mark.parametrize("told_by", ["its tables", "its tokenizer"])
+def test_an_adapter_with_tokens_of_its_own_finds_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    """As chat adapters have them, whose marks were added to a base model."""
+    _, adapter = adapter_folder(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(3)])
+    tokenizer.save_pretrained(adapter)
+    rows = len(tokenizer)
+    if told_by == "its tables":
+        rows += 5  # as tables are that were padded
+        tables = {"base_model.model.lm_head.weight": torch.zeros(rows, 2), "lora_A.weight": torch.zeros(999, 2)}
+        save_file(tables, adapter / "adapter_model.safetensors")
+
+    class Loaded:
+        @staticmethod
+        def from_pretrained(inner: PreTrainedModel, folder: str) -> Any:
+            assert inner.get_input_embeddings().weight.shape[0] == inner.config.vocab_size == rows
+            return SimpleNamespace(merge_and_unload=lambda: inner)
+
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace(PeftModel=Loaded, __spec__=ModuleSpec("peft", None)))
+    target = load_target(adapter, dtype="float32", device="cpu")
+    assert target.vocab_size == rows and len(target.tokenizer) == len(tokenizer)  # type: ignore[arg-type]
 
 
 def test_real_adapters_of_peft_are_decoded_merged_or_not(tmp_path: Path) -> None:

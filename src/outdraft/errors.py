@@ -16,9 +16,11 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's exception, for a message of our own."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """The first line of another library's exception, for a message of our own; two where the first announces more."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def flag(name: str) -> str:

@@ -159,7 +159,7 @@ def test_pieces_say_what_was_drafted(served: Served) -> None:
         ({"messages": QUESTION, "temperature": True}, "temperature"),
         ({"messages": QUESTION, "temperature": 1e-20}, "temperature"),
         ({"messages": QUESTION, "n": 0}, "n"),
-        ({"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+        ({"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": QUESTION, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": QUESTION, "tools": [{"type": "function"}]}, "tools.0.function"),
@@ -191,7 +191,40 @@ def test_parameters_that_ask_for_nothing_are_accepted(client: Any) -> None:
         service_tier="auto",
         metadata={"a": "b"},
         modalities=["text"],
+        extra_body={"echo": False, "add_special_tokens": False},
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_are_spelled_out_on_request(client: Any, served: Served, stream: bool) -> None:
+    tokenizer: Any = served.model.tokenizer
+    mark, end = tokenizer.convert_tokens_to_ids("<|im_start|>"), tokenizer.eos_token_id
+    asked = {"model": NAME, "prompt": "red", "max_tokens": 3, "temperature": 0, "stream": stream}
+
+    def text(skip: bool | None, **settings: Any) -> str:
+        answer = client.completions.create(**asked, extra_body={"skip_special_tokens": skip}, **settings)
+        return "".join(chunk.choices[0].text for chunk in (answer if stream else [answer]))
+
+    for skip, expected in ((False, "<|im_start|>" * 3), (True, ""), (None, "")):
+        assert text(skip, logit_bias={str(mark): 100}) == expected
+    assert text(False, logit_bias={str(mark): 100}, stop=["im_start|><"]) == "<|"
+    assert text(False, logit_bias={str(end): 100}) == "", "what ended it is no part of it"
+
+
+def test_a_length_given_under_both_names_is_one(client: Any) -> None:
+    asked = {"model": NAME, "messages": QUESTION, "max_tokens": 2, "max_completion_tokens": 2, "temperature": 0}
+    assert client.chat.completions.create(**asked).usage.completion_tokens <= 2
+
+
+def test_every_chunk_has_the_usage_so_far_on_request(client: Any) -> None:
+    asked = {"model": NAME, "messages": QUESTION, "max_tokens": 12, "temperature": 0, "stream": True}
+    for options, every in (({"continuous_usage_stats": True}, True), ({}, False)):
+        chunks = list(client.chat.completions.create(**asked, stream_options={"include_usage": True, **options}))
+        counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+        assert len(counts) == (len(chunks) if every else 1)
+        assert counts == sorted(counts) and counts[-1] > 0 and not chunks[-1].choices
+    chunks = list(client.chat.completions.create(**asked, stream_options={"continuous_usage_stats": True}))
+    assert all(chunk.usage is None for chunk in chunks)
 
 
 def test_another_model_is_not_found(client: Any) -> None:

@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 from running import NAME, Served, tiny_model
 
-from outdraft.serving.tools import CallReader, Tools
+from outdraft.serving import jobs
+from outdraft.serving.tools import CLOSE, OPEN, CallReader, Tools
 
 openai = pytest.importorskip("openai", reason="OpenAI's client")
 pytest.importorskip("llguidance", reason="outdraft[guided]")
@@ -136,6 +137,30 @@ def test_a_required_call_is_made_whole_and_streamed(calling, choice):
     message = answer.message.model_dump()
     back = [*QUESTION, message, {"role": "tool", "tool_call_id": call.id, "content": "24"}]
     client.chat.completions.create(model=NAME, messages=back, tools=TOOLS, max_tokens=3)
+
+
+def test_marks_of_calls_that_are_special_tokens_stay_in_the_text(starting, monkeypatch):
+    """Else a call would be told from text by nothing."""
+    model, hidden = tiny_model(), []
+    model.tokenizer.chat_template = WITH_TOOLS
+    model.tokenizer.add_special_tokens({"additional_special_tokens": [OPEN, CLOSE]})
+    made = jobs.AnswerText
+    monkeypatch.setattr(jobs, "AnswerText", lambda *given: (hidden.append(given[3]), made(*given))[1])
+    client = client_of(starting(model=model))
+    for more in ({"tools": TOOLS}, {}, {"tools": TOOLS, "extra_body": {"skip_special_tokens": True}}):
+        client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2, **more)
+    assert hidden == [frozenset(model.target.eos_token_ids), None, None]
+
+
+def test_a_function_without_parameters_is_called_with_none(calling):
+    """As OpenAI says of them; otherwise the model would make some up."""
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    for seed in range(3):
+        answer = client_of(calling).chat.completions.create(
+            model=NAME, messages=QUESTION, tools=tools, tool_choice="required", temperature=1, seed=seed, max_tokens=100
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {}
 
 
 def test_an_answer_that_may_call_says_text_too(calling):

@@ -55,8 +55,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
             raise ValueError("no such token")
         return take(self, tokens, *guesses)
 
-    def text(tokenizer: Any, stops: Any, prompt: Any) -> Any:
-        answer = AnswerText(tokenizer, stops, prompt)
+    def text(tokenizer: Any, stops: Any, prompt: Any, hidden: Any) -> Any:
+        answer = AnswerText(tokenizer, stops, prompt, hidden)
         answer.poisoned = list(prompt) == marks["text"]  # type: ignore[attr-defined]
         return answer
 

@@ -54,6 +54,27 @@ def test_echo_with_logprobs_scores_the_prompt(served: Served, prompt: str, as_id
         assert choice["text"][start:].startswith(token), "names stand where the offset says"
 
 
+def test_an_echoed_prompt_that_ends_within_a_character_is_shown_once(served: Served) -> None:
+    ids = served.model.tokenizer("red 日")["input_ids"][:-1]  # type: ignore[misc]
+    status, said = post(served, "/v1/completions", prompt=ids, max_tokens=5, echo=True)
+    assert status == 200, said
+    tokens = ids + served.model.generate(ids, max_new_tokens=5).tokens[0]
+    assert said["choices"][0]["text"] == served.model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_texts_come_without_special_tokens_on_request(served: Served) -> None:
+    tokenizer: Any = served.model.tokenizer
+    usual, kept = type(tokenizer).__call__, []
+    for special in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                type(tokenizer), "__call__", lambda self, text, **how: (kept.append(how), usual(self, text, **how))[1]
+            )
+            status, said = post(served, "/v1/completions", prompt="red", max_tokens=1, add_special_tokens=special)
+        assert status == 200, said
+        assert kept.pop() == {"add_special_tokens": special}
+
+
 def test_no_new_token_scores_the_prompt_alone(served: Served) -> None:
     status, said = post(served, "/v1/completions", prompt=["red cat", "blue"], max_tokens=0, echo=True, logprobs=0)
     assert status == 200, said

@@ -21,6 +21,10 @@ def say(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
+BROKEN_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": "\\ud83d"}'}}
+"""Half a surrogate pair in the JSON that a JSON text holds."""
+
+
 def write(folder: Path, *lines: str | bytes, name: str = "data.jsonl") -> Path:
     path = folder / name
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
@@ -73,6 +77,10 @@ def test_a_folder_is_read_by_file_name_and_a_json_list_as_it_is(tmp_path: Path) 
         ('{"messages": [{"role": "system", "content": "x"}]}', "no turn of a user or an assistant"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": 7}', '"tools" must be a list'),
         ('{"text": "  "}', "non-empty string"),
+        ('{"messages": {"role": "user"}}', "no list"),
+        ('{"prompt": []}', "empty"),
+        (json.dumps({"messages": [say("user"), say("assistant", None, tool_calls=[BROKEN_CALL])]}), "half a surrogate"),
+        (json.dumps({"messages": [say("user")], "tools": '[{"name": "\\ud83d"}]'}), "half a surrogate"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, line: str | bytes, says: str) -> None:
@@ -100,6 +108,9 @@ AGENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "nothing from a tool": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("tool", None)], "uat"),
     "a tool of Llama's": ([say("user"), say("assistant", None, tool_calls=[CALL]), say("ipython", "42")], "uat"),
     "an object from a tool": ([say("user"), say("assistant"), say("tool", {"sum": 3})], "uat"),
+    "a number from a tool": ([say("user"), say("assistant"), say("tool", 42)], "uat"),
+    "a list from a tool": ([say("user"), say("assistant"), say("tool", [{"title": "a"}, {"title": "b"}])], "uat"),
+    "parts from a tool": ([say("user"), say("assistant"), say("tool", [{"type": "text", "text": "42"}])], "uat"),
 }
 
 
@@ -116,6 +127,33 @@ def test_conversations_of_agents_are_read_in_any_order(tmp_path: Path, kind: str
     assert (read_again.messages, read_again.tools) == (found.messages, found.tools)
     if order.endswith("a"):  # a question that nobody answers yet is no prompt to measure with
         assert read_prompts(path) == [[*found.messages[: len(order.rstrip("a"))]]]
+
+
+def test_turns_are_found_under_the_names_that_trainers_give_them(tmp_path: Path) -> None:
+    turns = json.loads(GOOD)["messages"]
+    old = [{"from": "human", "value": "hi"}, {"from": "AI", "value": "ho"}]
+    shapes: list[dict[str, Any]] = [
+        {"messages": turns},
+        {"conversations": turns},
+        {"messages": old},
+        {"prompt": turns[:1], "completion": turns[1:]},
+    ]
+    path = write(tmp_path, *map(json.dumps, shapes))
+    assert [[*one.messages] for one in read_conversations(path)] == [turns] * len(shapes)
+    assert read_prompts(path) == [turns[:1]] * len(shapes)
+    (asked,) = read_conversations(write(tmp_path, json.dumps({"prompt": turns[:1]})))
+    assert [*asked.messages] == turns[:1]
+
+
+@pytest.mark.parametrize("shape", ["messages", "conversations", "prompt"])
+def test_a_record_s_own_system_text_is_its_first_turn(tmp_path: Path, shape: str) -> None:
+    turns = json.loads(GOOD)["messages"]
+    record = {shape: turns, "system": "be brief", "finish_reason": "length"}
+    (found,) = read_conversations(write(tmp_path, json.dumps(record)))
+    assert [*found.messages] == [say("system", "be brief"), *turns] and found.cut == {2}
+    for given in ({shape: turns, "system": " "}, {shape: [say("system", "s"), *turns], "system": "be brief"}):
+        (found,) = read_conversations(write(tmp_path, json.dumps(given)))
+        assert [*found.messages] == given[shape]
 
 
 def test_calls_of_tools_come_in_the_form_that_templates_write(tmp_path: Path) -> None:
@@ -141,7 +179,7 @@ def test_calls_of_tools_come_in_the_form_that_templates_write(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("reason", "cut"),
     [
-        *[(reason, False) for reason in ("stop", "STOP", "tool_calls", "end_turn", None, 7)],
+        *[(reason, False) for reason in ("stop", "STOP", "COMPLETE", "tool_calls", "end_turn", None, 7)],
         *[(reason, True) for reason in ("length", "max_tokens", "content_filter", "stop_sequence", "context")],
     ],
 )
@@ -250,6 +288,21 @@ def test_rows_of_a_table_are_records_by_the_names_in_its_first_line(tmp_path: Pa
     (tmp_path / "bad.csv").write_text("colour\nred\n")
     with pytest.raises(UserError, match=r"bad.csv:#1: unknown shape with keys: colour"):
         read_conversations(tmp_path / "bad.csv")
+
+
+def test_fields_of_a_table_may_be_long_and_a_broken_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(f"prompt,response\n{'x' * 200_000},y\n")
+    (found,) = read_conversations(tmp_path / "p.csv")
+    assert len(found.messages[0]["content"]) == 200_000
+    (tmp_path / "mac.csv").write_bytes(b"prompt,response\na,b\rc,d\r")
+    with pytest.raises(UserError, match=r"mac.csv:2: no row of a table"):
+        read_conversations(tmp_path / "mac.csv")
+
+
+def test_zero_bytes_of_a_crash_are_a_bad_line_and_no_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path, b"\0" * 64 + GOOD.encode(), GOOD)
+    found = read_conversations(path, on_bad_line="skip")
+    assert len(found) == 1 and "data.jsonl:1: broken JSON" in found.skipped[0]
 
 
 def test_parquet_rows_are_records(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from outdraft.api.prompts import encode_chat
 from outdraft.data.conversations import Conversation
 from outdraft.data.tokenization import Example, tokenize
 from outdraft.errors import UserError
@@ -128,6 +129,27 @@ def test_turns_that_the_template_rewrites_later_carry_no_loss_and_are_counted() 
 
 def test_a_generation_prompt_that_finished_turns_lack_is_left_out() -> None:
     assert marked(TRIMMING) == ["(Grüß)", "(ok)"]
+
+
+def test_an_end_after_the_last_turn_hides_no_earlier_one() -> None:
+    """Phi-3's template ends whole conversations, so those of its beginnings with an end that the whole lacks."""
+    assert marked(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}") == [
+        "Grüß<|im_end|>",
+        "ok<|im_end|>",
+    ]
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts() -> None:
+    """As those of SmolVLM and Idefics do, which show nothing of a content that is a plain text."""
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    assert marked(template) == ["Grüß<|im_end|>", "ok<|im_end|>"]
+    tokenizer = byte_tokenizer(template)
+    for content in ("red cat", [{"type": "text", "text": "red cat"}]):
+        ids = encode_chat([{"role": "user", "content": content}], tokenizer)
+        assert tokenizer.decode(ids) == "u:red cat<|im_end|>a:"
 
 
 def test_a_template_that_hides_the_answers_is_refused() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outdraft.drafting.base import Drafter
 from outdraft.drafting.folder import find_folder, is_own
@@ -31,7 +31,17 @@ from outdraft.target.backends import (
 from outdraft.target.backends.unloaded import unloaded
 from outdraft.target.gguf_blocks import refuse_without_blocks, store_blocks
 from outdraft.target.gguf_file import gguf_in
-from outdraft.target.named import base_of, is_hub_id, merged, named, not_on_hub, place_of, shipped_drafter, unwrapped
+from outdraft.target.named import (
+    base_of,
+    class_for,
+    is_hub_id,
+    merged,
+    named,
+    not_on_hub,
+    place_of,
+    shipped_drafter,
+    unwrapped,
+)
 from outdraft.target.ranks import sharding
 from outdraft.target.target import Target
 from outdraft.target.trial import tried
@@ -288,7 +298,8 @@ def _load_model(
     elif device.type != "cpu" and find_spec("accelerate") is not None:
         more["device_map"] = {"": device}  # straight to where it will live, never whole in the host's memory
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = class_for(config).from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)
     except Exception as error:  # every library under here has exceptions of its own; the user needs their first line
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error

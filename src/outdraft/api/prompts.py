@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from outdraft.data.conversations import Message, turns_of
-from outdraft.data.records import HALF, HUB, BadRecord, bare_question, read_records
+from outdraft.data.conversations import Message, for_template, turns_in, turns_of
+from outdraft.data.records import HALF, HUB, BadRecord, bare_question, read_records, sound
+from outdraft.data.tokenization import turns_for
 from outdraft.errors import UserError
 from outdraft.target.target import Target
 
@@ -73,8 +74,12 @@ def encode_chat(
         raise UserError("the tokenizer has no chat template; give plain text prompts, or set tokenizer.chat_template")
     begun = messages[-1].get("role") == "assistant"
     try:
+        turns = [for_template(message) for message in sound(messages)]
+    except BadRecord as problem:
+        raise UserError(f"a message of the conversation cannot be read: {problem}") from None
+    try:
         encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            turns_for(tokenizer, turns),
             tools=None if tools is None else [dict(tool) for tool in tools],
             add_generation_prompt=not begun,
             continue_final_message=begun,
@@ -134,7 +139,7 @@ def plain_prompts(prompts: Any) -> Any:
         prompts = prompts.tolist()
     if isinstance(prompts, str | Mapping):
         return _checked(prompts)
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):  # whose numbers would pass for token ids
         raise UserError(f"a prompt is a text, messages or token ids, not a {type(prompts).__name__}")
     return [_entry(one) for one in prompts]
 
@@ -153,7 +158,7 @@ def _entry(one: Any) -> Any:
         if len(one) != 1:
             raise UserError(f"a prompt in a list of prompts has {len(one)} rows of its own; give each row by itself")
         one = one[0]
-    if not isinstance(one, Iterable) or _dimensions(one) == 0:
+    if not isinstance(one, Iterable) or isinstance(one, bytes) or _dimensions(one) == 0:
         return _whole(one)
     rest = one.tolist() if hasattr(one, "tolist") else one
     return [_checked(part) if isinstance(part, str | Mapping) else _whole(part) for part in rest]
@@ -216,6 +221,13 @@ def prompt_of(record: Any) -> Prompt:
         raise BadRecord("a record must be an object")
     if "instruction" in record and (asked := bare_question(record)) is not None:
         return [{"role": "user", "content": asked}]
+    if (turns := turns_in(record)) is not None:
+        messages = turns_of(turns)
+        while messages and messages[-1]["role"] not in ("user", "tool"):
+            messages.pop()
+        if not messages:
+            raise BadRecord("there is no user turn to answer")
+        return messages
     for name in ("prompt", "text"):
         if name in record:
             if not isinstance(record[name], str) or not record[name].strip():
@@ -226,14 +238,6 @@ def prompt_of(record: Any) -> Prompt:
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
             raise BadRecord('"turns" must be a list of texts')
         return [{"role": "user", "content": turns[0]}]
-    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if name in record:
-            messages = turns_of(record[name], role, content)
-            while messages and messages[-1]["role"] not in ("user", "tool"):
-                messages.pop()
-            if not messages:
-                raise BadRecord("there is no user turn to answer")
-            return messages
     raise BadRecord(f"unknown keys {', '.join(sorted(map(str, record))) or '(none)'}")
 
 

@@ -97,6 +97,9 @@ def model_settings(target: Target) -> dict[str, Any]:
             )
     neutral = SamplingSettings(temperature=1.0)
     own = {name: getattr(config, name, None) for name in KEPT}
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # as in transformers, what the model lacks is not banned
+        if isinstance(banned := own[name], list):
+            own[name] = [token for token in banned if 0 <= token < target.vocab_size]
     own = {name: value for name, value in own.items() if value not in (None, getattr(neutral, name, False))}
     return {name: value for name, value in own.items() if value or name != "temperature"}
 

@@ -1,9 +1,10 @@
 """Conversations from records of data: several formats become one, and every error names file and line.
 
-The reader takes `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, `{"text": ...}`, and bare questions with
-or without an answer: `{"prompt": ...}`, Alpaca's `{"instruction", "input", "output"}`, `{"question", "answer"}`,
-Spec-Bench's `{"turns": [...]}`. Turns become those that chat templates take: names of roles, texts in parts, tool calls
-and finish reasons are converted. The template decides in which order roles may speak.
+The reader takes `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}`, TRL's `{"prompt": [...], "completion":
+[...]}`, `{"text": ...}`, and bare questions with or without an answer: `{"prompt": ...}`, Alpaca's `{"instruction",
+"input", "output"}`, `{"question", "answer"}`, Spec-Bench's `{"turns": [...]}`. Turns become those that chat templates
+take: names of roles, texts in parts, tool calls and finish reasons are converted. The template decides in which order
+roles may speak.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from outdraft.data.records import ANSWERS, BadRecord, bare_question, data_files, read_records
+from outdraft.data.records import ANSWERS, BadRecord, bare_question, data_files, read_records, sound
 from outdraft.errors import UserError
 
 Message = dict[str, Any]
@@ -24,7 +25,7 @@ NAMES = {
     "system": ("system",),
     "developer": ("developer",),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"),
     "tool": ("tool", "ipython", "function", "function_response", "tool_response", "observation"),
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names}
@@ -33,19 +34,42 @@ ROLES = {name: role for role, names in NAMES.items() for name in names}
 KEPT = ("name", "tool_call_id", "reasoning_content")
 """The other fields of a turn that a template may read."""
 
-ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call", "tool_use"}
+ENDED = {"stop", "eos", "eos_token", "end_turn", "complete", "completed", "tool_calls", "function_call", "tool_use"}
 """The finish reasons of answers that the model ended itself; after any other there is no end token."""
 
 
-def turns_of(turns: Any, role_key: str = "role", content_key: str = "content") -> list[Message]:
-    """Convert the turns of a list, one for one.
+def turns_in(record: Mapping[str, Any]) -> list[Any] | None:
+    """Return the turns that a record lists, as it has them; None for a record of another shape.
+
+    They are `messages`, ShareGPT's `conversations`, or TRL's `prompt` and `completion` as lists. The record's own
+    `system` text is a turn before them.
+
+    Raises:
+        BadRecord: they are no list, or an empty one.
+    """
+    if isinstance(turns := record.get("prompt"), list):
+        turns = turns + (record.get("completion") or [])
+    elif (turns := record.get("messages", record.get("conversations"))) is None:
+        return None
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("the list of turns is empty or no list")
+    system, first = record.get("system"), turns[0] if isinstance(turns[0], dict) else {}
+    if (
+        isinstance(system, str)
+        and system.strip()
+        and first.get("role", first.get("from")) not in ("system", "developer")
+    ):
+        return [{"role": "system", "content": system}, *turns]
+    return turns
+
+
+def turns_of(turns: Sequence[Any]) -> list[Message]:
+    """Convert turns, one for one.
 
     Raises:
         BadRecord: the value is no list of turns, or a turn has no known role or no text.
     """
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord("the list of turns is empty or no list")
-    messages = [_turn(turn, role_key, content_key) for turn in turns]
+    messages = [_turn(turn) for turn in turns]
     if not any(message["role"] in ("user", "assistant", "tool") for message in messages):
         raise BadRecord("no turn of a user or an assistant")
     return messages
@@ -66,7 +90,7 @@ def tools_of(record: Mapping[str, Any]) -> list[Any]:
     tools = record.get("tools") or []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else []
+            tools = sound(json.loads(tools)) if tools.strip() else []
         except ValueError:
             tools = None
     if not isinstance(tools, list):
@@ -74,9 +98,24 @@ def tools_of(record: Mapping[str, Any]) -> list[Any]:
     return tools
 
 
-def _turn(turn: Any, role_key: str, content_key: str) -> Message:
+def for_template(message: Mapping[str, Any]) -> Message:
+    """Return a turn as chat templates take it: parts of text are joined, and the arguments of calls are objects.
+
+    Raises:
+        BadRecord: a part is no text.
+    """
+    content, calls = message.get("content"), _calls(message)
+    if content is None and message.get("role") == "assistant":
+        content = ""
+    text = _text(content)
+    return {**message, "content": content if text is None else text, **({"tool_calls": calls} if calls else {})}
+
+
+def _turn(turn: Any) -> Message:
+    old = isinstance(turn, dict) and "role" not in turn and "from" in turn
+    role_key, content_key = ("from", "value") if old else ("role", "content")
     if not isinstance(turn, dict) or role_key not in turn:
-        raise BadRecord(f'every turn needs "{role_key}" and a string "{content_key}"')
+        raise BadRecord('every turn needs "role" and a string "content", or "from" and "value"')
     said = str(turn[role_key]).lower()
     role = ROLES.get(said)
     if role is None:
@@ -86,13 +125,20 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
         calls, content = [_with_object({"type": "function", "function": call})], None
     if content is None and (calls or role == "tool"):  # a tool may have nothing to say
         content = ""
-    elif role == "tool" and isinstance(content, dict):
+    elif role == "tool" and not isinstance(content, str) and not _has_parts(content):
         content = json.dumps(content, ensure_ascii=False)
     text = _text(content)
     if text is None:
         raise BadRecord(f'every turn needs "{role_key}" and a string "{content_key}"')
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     return {"role": role, "content": text, **kept, **({"tool_calls": calls} if calls else {})}
+
+
+def _has_parts(content: Any) -> bool:
+    """Whether a content is a list of texts or of OpenAI's parts, and not a result of its own."""
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and ("text" in part or "type" in part)) for part in content
+    )
 
 
 def _text(content: Any) -> str | None:
@@ -128,10 +174,14 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: Any, named: bool = True) -> dict[str, Any] | None:
-    """Parse a JSON object; None for other texts and, with `named`, for objects without a name (which calls need)."""
+    """Parse a JSON object; None for other texts and, with `named`, for objects without a name (which calls need).
+
+    Raises:
+        BadRecord: a text in it is none.
+    """
     try:
-        found = json.loads(text)
-    except (TypeError, ValueError):
+        found = sound(json.loads(text))
+    except (TypeError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and ("name" in found or not named) else None
 
@@ -263,13 +313,12 @@ def _conversation(source: str, record: Any) -> Conversation:
         "origin": origin if isinstance(origin, str) else None,
     }
     unfinished = was_cut(record)
-    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if name in record:
-            messages = tuple(turns_of(record[name], role, content))
-            cut = {place for place, turn in enumerate(record[name]) if was_cut(turn)}
-            last = {last_answer(messages)} if unfinished else set()
-            said: dict[str, Any] = {"cut": frozenset(cut | last), "tools": tuple(tools_of(record))}
-            return Conversation(source, messages, **said, **known)
+    if (turns := turns_in(record)) is not None:
+        messages = tuple(turns_of(turns))
+        cut = {place for place, turn in enumerate(turns) if was_cut(turn)}
+        last = {last_answer(messages)} if unfinished else set()
+        said: dict[str, Any] = {"cut": frozenset(cut | last), "tools": tuple(tools_of(record))}
+        return Conversation(source, messages, **said, **known)
     if "text" in record and not isinstance(record.get("instruction"), str):  # Alpaca's `text` is both in a template
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise BadRecord('"text" must be a non-empty string')

@@ -91,7 +91,9 @@ def _text_of(file: Path) -> Iterator[str | BadText]:
 
 def _decoded(file: Path) -> Iterator[str | BadText]:
     with _opened(file) as stream:
-        encoding = json.detect_encoding(stream.peek(4)[:4])  # by a mark, or by where zero bytes are
+        start = stream.peek(4)[:4]
+        # By a mark, or by where zero bytes are; nothing but those, as after a crash, is no text in any encoding.
+        encoding = json.detect_encoding(start) if any(start) else "utf-8"
         if encoding.startswith("utf-8"):
             for line in stream:
                 try:
@@ -157,8 +159,7 @@ def read_records(source: str | Path) -> Iterator[Found]:
         yield from _numbered(file, _parquet(file))
         return
     if suffix in TABLE_SUFFIXES:
-        table = csv.DictReader(io.StringIO(whole_text(file)), delimiter=TABLE_SUFFIXES[suffix])
-        yield from _numbered(file, table)
+        yield from _numbered(file, iter(_table(file, TABLE_SUFFIXES[suffix])))
         return
     first = next((line for _, line in text_lines(file) if isinstance(line, str)), "")
     is_json = suffix in JSON_SUFFIXES or (suffix != ".txt" and (first == "[" or first.startswith(("{", "[{"))))
@@ -254,6 +255,18 @@ def _numbered(source: str | Path, records: Iterator[Any]) -> Iterator[Found]:
         except BadRecord as problem:
             content = problem
         yield f"{source}:#{number}", number, content
+
+
+def _table(file: Path, separator: str) -> list[Any]:
+    text, before = whole_text(file), csv.field_size_limit()
+    csv.field_size_limit(max(before, len(text)))  # answers may be longer than the module's 131,072 characters
+    table = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        return list(table)
+    except csv.Error as problem:
+        raise UserError(f"{file}:{table.line_num + 1}: no row of a table ({problem}); mend the line") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(file: Path) -> Iterator[Any]:

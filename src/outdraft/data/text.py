@@ -5,6 +5,7 @@ One detokenizer serves whole answers, streams, the command line, the server, sto
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -33,16 +34,20 @@ class Detokenizer:
 
     Args:
         prompt: tokens that stand before the first one. Their own text is never given out.
+        hidden: tokens that are no text; None for the special ones.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), hidden: frozenset[int] | None = None
+    ):
+        self.tokenizer, self._skips = tokenizer, hidden is None
         self.tokens: list[int] = []
-        self.special = special_ids(tokenizer)
+        self.special = special_ids(tokenizer) if hidden is None else hidden
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._window = self._context(prompt)  # tokens with unsettled text, and some before them
-        # An unfinished character at the prompt's end belongs to the answer, which completes it.
-        self._given = len(self._text().rstrip("\ufffd")) if self._window else 0  # its characters given out
+        self._given = len(self._text()) if self._window else 0  # its characters given out
+        if self._unfinished():  # the character at the prompt's end belongs to the answer, which completes it
+            self._given = len(self._text().rstrip("\ufffd"))
         self._seen = self._given  # its characters, certain or not
         self._chunk = 0  # index in the window where the newest text began
         self.pending = ""
@@ -74,16 +79,28 @@ class Detokenizer:
         """Return the text that a token would add after the pending text, without an unfinished character."""
         if token in self.special:
             return decode_text(self.tokenizer, [token], skip_special_tokens=False)
-        text = decode_text(self.tokenizer, [*self._window, token])
+        text = decode_text(self.tokenizer, [*self._window, token], self._skips)
         if text.endswith("\ufffd"):
             text = "" if self._is_byte(token) else text[:-1]
         return text[self._seen :]
 
     def _text(self) -> str:
-        return decode_text(self.tokenizer, self._window)
+        return decode_text(self.tokenizer, self._window, self._skips)
 
     def _is_byte(self, token: int) -> bool:
         return byte_of(self.tokenizer, token) is not None
+
+    def _unfinished(self) -> bool:
+        """Whether the window ends in the middle of a character; U+FFFD may also be a character of the text itself."""
+        own = b""
+        for token in reversed(self._window):
+            piece, byte = str(self.tokenizer.convert_ids_to_tokens(token)), byte_of(self.tokenizer, token)
+            if byte is None and not all(letter in _BYTE_LEVEL for letter in piece):
+                break
+            own = (bytes(_BYTE_LEVEL[letter] for letter in piece) if byte is None else bytes([byte])) + own
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        reader.decode(own)
+        return bool(reader.getstate()[0])
 
     def _uncertain(self, text: str) -> int:
         """Count the characters at the end that further tokens may change."""
@@ -122,15 +139,19 @@ class Stops:
 
     Args:
         strings: stop strings, any of which ends the answer.
+        hidden: as of the `Detokenizer` whose text it is.
 
     Raises:
         UserError: a string is empty, which every text contains.
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, hidden: frozenset[int] | None = None
+    ):
         if not all(strings):
             raise UserError("a stop string is empty; leave it out")
-        self.strings, self._tokenizer, self._special = list(strings), tokenizer, special_ids(tokenizer)
+        self.strings, self._tokenizer = list(strings), tokenizer
+        self._special = special_ids(tokenizer) if hidden is None else hidden
         self._spelled = ""
         self._hidden: list[tuple[int, int]] = []  # (index, characters) of its parts that are not shown
 
@@ -222,6 +243,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token
     detokenizer = Detokenizer(tokenizer, prompt=prompt)
     detokenizer._window += tokens
     return detokenizer.finish()
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """Return a prompt's text, without an unfinished character at its end, which belongs to the answer."""
+    begun = Detokenizer(tokenizer, prompt=prompt)
+    text = decode_text(tokenizer, prompt)
+    return text[: len(text) - len(begun.finish())]
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, name: str) -> bytes:

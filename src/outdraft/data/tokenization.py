@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -169,9 +170,35 @@ def render(
     return str(_templated(tokenizer, messages, **settings))
 
 
+def turns_for(tokenizer: Any, messages: Sequence[Any]) -> list[Any]:
+    """Return turns as the chat template shows them: those of some multimodal models read parts and skip plain text."""
+    known, template = _in_parts.setdefault(tokenizer, {}), str(tokenizer.chat_template)
+    if template not in known:
+        known[template] = not _shows(tokenizer, _PROBE) and _shows(tokenizer, [{"type": "text", "text": _PROBE}])
+    if not known[template]:
+        return list(messages)
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
+        else turn
+        for turn in messages
+    ]
+
+
+_PROBE = "probe"
+_in_parts: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()
+
+
+def _shows(tokenizer: Any, content: Any) -> bool:
+    try:
+        return _PROBE in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except Exception:  # templates raise what they like
+        return False
+
+
 def _templated(tokenizer: Any, messages: Sequence[Any], **settings: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(list(messages), **settings)
+        return tokenizer.apply_chat_template(turns_for(tokenizer, messages), **settings)
     except Exception as problem:  # templates are programs: they raise what they like
         roles = ", ".join(message["role"] for message in messages[:8] if message) + ", ..." * (len(messages) > 8)
         raise TemplateRefuses(
@@ -246,6 +273,8 @@ def _response_span(
     """Return the span of an assistant's turn in `text`, without prompt marks before it; None where it is ambiguous."""
     try:
         through = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], variables=variables)
+        if not text.startswith(through):  # perhaps for the end token that some templates write after the last turn
+            through = through.removesuffix(tokenizer.eos_token or "")
         if not text.startswith(through):
             return None
         if not turn:  # templates may put their own system turn before it

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from outdraft import __version__
-from outdraft.data.text import decode_text
+from outdraft.data.text import prompt_text
 from outdraft.serving.asgi import BodyLimits, Events, Json, error_response, until_disconnect
 from outdraft.serving.engine import Engine
 from outdraft.serving.errors import ApiError, internal_error
@@ -34,6 +34,7 @@ from outdraft.serving.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     SamplingRequest,
+    StreamOptions,
     TokenizeRequest,
 )
 from outdraft.serving.render import Renderer
@@ -102,7 +103,7 @@ def make_app(
         renderer = rendered(job)
         engine.submit(job)
         if body.stream:
-            usage = isinstance(body, GenerationRequest) and body.include_usage
+            usage = body.stream_options if isinstance(body, GenerationRequest) and body.include_usage else None
             return Events(_stream(engine, job, events, renderer, usage), named=isinstance(body, ResponsesRequest))
         return await _whole(engine, job, events, renderer, request)
 
@@ -134,7 +135,7 @@ def make_app(
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
         params = await asyncio.to_thread(parser.completion, body)
-        echo = [one if isinstance(one, str) else decode_text(tokenizer, one) for one in body.prompts if body.echo]
+        echo = [one if isinstance(one, str) else prompt_text(tokenizer, one) for one in body.prompts if body.echo]
         pieces = bool(body.return_pieces)
         return await answer(
             request, body, params, "cmpl-", lambda job: Renderer(job, parser.names[0], tokenizer, False, pieces, echo)
@@ -209,9 +210,13 @@ async def _whole(
 
 
 async def _stream(
-    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, usage: bool
+    engine: Engine, job: Job, events: asyncio.Queue[Event], renderer: Renderer, usage: StreamOptions | None
 ) -> AsyncIterator[dict[str, Any]]:
-    """The answers chunk by chunk; the job is cancelled if the iterator is closed."""
+    """The answers chunk by chunk; the job is cancelled if the iterator is closed.
+
+    Args:
+        usage: what the client asks of token counts, if it asks for any.
+    """
     try:
         left = len(job.answers)
         while left:
@@ -221,7 +226,8 @@ async def _stream(
                     yield chunk
                 return
             for chunk in renderer.chunks(event):
-                yield {**chunk, "usage": None} if usage else chunk
+                told = {} if usage is None else {"usage": renderer.usage() if usage.continuous_usage_stats else None}
+                yield {**chunk, **told}
             left -= event.finish_reason is not None
         if usage:
             yield renderer.usage_chunk()

@@ -42,6 +42,7 @@ class GenerationParams:
         max_new_tokens: tokens that every answer may have.
         stops: strings that end an answer.
         ends: tokens that end an answer.
+        hidden: tokens that are no text; None for the special ones.
         seed: the first answer's seed, the i-th answer has `seed + i`; None draws fresh ones.
         logprobs: how many alternatives to report beside every chosen token's logprob; None reports no logprobs.
         speculative: False decodes without the drafter.
@@ -58,6 +59,7 @@ class GenerationParams:
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     ends: frozenset[int] = frozenset()
+    hidden: frozenset[int] | None = None
     seed: int | None = None
     logprobs: int | None = None
     speculative: bool = True
@@ -87,11 +89,18 @@ class AnswerText:
     Args:
         stops: strings that end the answer and are no part of it; a special token's string is found, too.
         prompt: tokens that the answer follows.
+        hidden: tokens that are no text; None for the special ones.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
-        self._detokenizer = Detokenizer(tokenizer, prompt=prompt)
-        self._stops = Stops(stops, tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        hidden: frozenset[int] | None = None,
+    ):
+        self._detokenizer = Detokenizer(tokenizer, prompt, hidden)
+        self._stops = Stops(stops, tokenizer, hidden)
         self.text = ""
         self.starts: list[int] = []
         """Character at which every token's text begins."""
@@ -253,7 +262,7 @@ class Job:
         self.arrived = time.perf_counter()
         self.answers: list[Answer] = []
         for index, prompt in enumerate(prompt for prompt in params.prompts for _ in range(params.choices)):
-            text = AnswerText(tokenizer, params.stops, prompt)
+            text = AnswerText(tokenizer, params.stops, prompt, params.hidden)
             guided = [] if params.grammar is None else [params.grammar.processor(len(prompt))]
             warper = Warper(params.sampling, len(prompt), target.vocab_size, sorted(params.ends), guided, target.device)
             dice = Dice(None if params.seed is None else params.seed + index)

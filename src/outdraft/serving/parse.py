@@ -16,7 +16,7 @@ from outdraft.api.prompts import check_prompt, check_switches, encode_chat
 from outdraft.api.settings import model_settings, model_stops
 from outdraft.core.sampling import LogitBias
 from outdraft.core.sampling_settings import SamplingSettings
-from outdraft.data.text import decode_text
+from outdraft.data.text import decode_text, special_ids
 from outdraft.errors import UserError
 from outdraft.serving.errors import ApiError, bad_request
 from outdraft.serving.jobs import GenerationParams
@@ -31,7 +31,7 @@ from outdraft.serving.protocol import (
 )
 from outdraft.serving.responses import PARAMS, ResponsesRequest
 from outdraft.serving.settings import ServeSettings
-from outdraft.serving.tools import Tools, check_beside, tools_of
+from outdraft.serving.tools import OPEN, Tools, check_beside, tools_of
 from outdraft.target.target import Target
 
 COMPLETION_TOKENS = 16
@@ -65,9 +65,10 @@ class RequestParser:
         prompt = self._encode_chat(request.messages, request, tools)
         if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if request.max_tokens is not None and request.max_completion_tokens is not None:
+        lengths = {request.max_tokens, request.max_completion_tokens} - {None}
+        if len(lengths) > 1:
             raise bad_request("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
-        most = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
+        most = next(iter(lengths), None)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._params(request, [prompt], most, self.context_length, logprobs, "messages", tools)
 
@@ -139,7 +140,8 @@ class RequestParser:
 
     def completion(self, request: CompletionRequest) -> GenerationParams:
         """Parse one or several texts, taken as they are."""
-        prompts = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        special = request.add_special_tokens is not False
+        prompts = [self._encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         if len(prompts) * (request.n or 1) > 128:
             raise bad_request("at most 128 answers a request, prompts times n", "n")
         if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
@@ -199,6 +201,7 @@ class RequestParser:
             max_new_tokens=max(1, min(default, room) if most is None else most),
             stops=tuple(dict.fromkeys(request.stops or model_stops(self.target))),
             ends=frozenset(ends),
+            hidden=frozenset(ends) if self._shows_special(request, tools) else None,
             seed=request.seed,
             logprobs=logprobs,
             speculative=request.speculative is not False,
@@ -208,6 +211,12 @@ class RequestParser:
             grammar=self._grammar(request, tools, ends),
             tools=tools,
         )
+
+    def _shows_special(self, request: GenerationRequest, tools: Tools | None) -> bool:
+        """Whether special tokens are a part of the text: on request, and where they mark the calls of tools."""
+        if request.skip_special_tokens is not None:
+            return not request.skip_special_tokens
+        return tools is not None and self.tokenizer.convert_tokens_to_ids(OPEN) in special_ids(self.tokenizer)
 
     def _grammar(self, request: GenerationRequest, tools: Tools | None, ends: set[int]) -> Grammar | None:
         """What the answers' text must be."""

@@ -45,7 +45,8 @@ class StreamOptions(Strict):
     include_usage: StrictBool | None = None
     """Send one more chunk at the end, with the request's usage and no choices."""
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: StrictBool | None = None
+    """With `include_usage`: every chunk has the usage so far, as in vLLM."""
 
 
 class TextPart(Strict):
@@ -198,6 +199,8 @@ class SamplingRequest(Strict):
     """No end of sequence before so many tokens."""
     ignore_eos: StrictBool | None = None
     """Go on past an end of sequence, until `max_tokens`; for measurements."""
+    skip_special_tokens: StrictBool | None = None
+    """False spells special tokens out in the text, except the one that ends an answer."""
     structured_outputs: StructuredOutputs | None = None
     speculative: StrictBool | None = None
     """False decodes without the drafter, for comparison."""
@@ -284,6 +287,8 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
     """How many alternatives to report beside each token's logprob; `echo` reports the prompt's, too."""
     echo: StrictBool | None = None
+    add_special_tokens: StrictBool | None = None
+    """Whether texts get the tokenizer's special tokens; yes by default."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -331,9 +336,10 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "service_tier": ((None, "auto", "default"), "there is one tier"),
     "store": ((None, False), _STORE),
     "suffix": ((None, ""), "text is written from left to right"),
+    "echo": ((None, False), "it is for completions"),
+    "add_special_tokens": ((None, False), "the chat template adds its own"),
     "best_of": ((None, 1), "ask for n choices and choose"),
     "include_stop_str_in_output": ((None, False), "a stop string is no part of the answer"),
-    "skip_special_tokens": ((None, True), "special tokens are no text"),
     "spaces_between_special_tokens": ((None, True), "special tokens are no text"),
     "length_penalty": ((None, 1, 1.0), "it is for beam search"),
     "priority": ((None, 0), "requests are answered in the order in which they came"),

@@ -48,7 +48,8 @@ class Tools:
         rules = ["start: " + " | ".join(f"call_{place}" for place in range(len(self.offered)))]
         for place, tool in enumerate(self.offered):
             begin = f'{{"name": {json.dumps(tool["function"]["name"])}, "arguments": '
-            schema = {"x-guidance": JSON_OPTIONS, **(tool["function"].get("parameters") or {"type": "object"})}
+            given = tool["function"].get("parameters") or {"type": "object", "additionalProperties": False}
+            schema = {"x-guidance": JSON_OPTIONS, **given}
             rules.append(f'call_{place}: {json.dumps(begin)} arguments_{place} "}}"')
             rules.append(f"arguments_{place}: %json {json.dumps(schema)}")
         return {"type": "grammar", "grammar": "\n".join(rules)}

@@ -50,6 +50,9 @@ def _reach(rope: dict[str, Any], config: Any, written: int) -> int:
         # Past this a forward rotates all of its positions by other frequencies, so a tree that crosses it would
         # change what its root sees.
         return int(original or config.original_max_position_embeddings)
+    if kind == "llama3" and original and written > original:
+        # Its factor stretches frequencies, however far positions reach: 32 x 8,192 for the 131,072 of Llama 3.2.
+        return written
     if kind in ("yarn", "llama3", "linear"):
         return max(written, int(factor * (original or written)))
     # `dynamic`, too: past it stock decoding rotates every token by frequencies of the length at that moment, and keeps

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from outdraft.errors import UserError, first_line, meant
 from outdraft.reference import SHIPPED, reference_drafter_path, reference_target_path
@@ -168,7 +176,16 @@ NAMED = {
 }
 
 
+def class_for(config: Any) -> Any:
+    """Return the auto class of a configuration: multimodal models, which answer texts, too, may have their own."""
+    listed = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    of_images = not listed and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if of_images else AutoModelForCausalLM
+
+
 ADAPTER = "adapter_config.json"
+TABLES = re.compile(r"(embed_tokens|wte|embed_in|lm_head)\.weight$")
+"""The names of embedding tables and output layers in an adapter's weights."""
 
 
 def unwrapped(model: Any) -> Any:
@@ -220,9 +237,23 @@ def merged(model: PreTrainedModel, folder: str | Path) -> Any:
             f"'{folder}' is an adapter, which needs a package: pip install peft (or merge it first)"
         ) from None
     try:
+        if (rows := _rows_of(folder)) > model.get_input_embeddings().weight.size(0):  # type: ignore[operator]
+            model.resize_token_embeddings(rows, mean_resizing=False)  # it comes with tokens of its own
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:  # packages have exceptions of their own
         raise UserError(f"the adapter '{folder}' cannot be merged into its base model: {first_line(error)}") from error
+
+
+def _rows_of(folder: str | Path) -> int:
+    """Return the rows of the embedding table that an adapter expects: its own table's, or its tokenizer's tokens."""
+    found = 0
+    for file in Path(folder).expanduser().glob("adapter_model.safetensors"):
+        with safe_open(file, "pt") as weights:
+            tables = [weights.get_slice(name) for name in weights.offset_keys() if TABLES.search(name)]
+            found = max((table.get_shape()[0] for table in tables), default=0)
+    if not found and any(Path(folder).expanduser().glob("tokenizer*")):
+        found = len(AutoTokenizer.from_pretrained(folder))
+    return found
 
 
 def _adapted(wrapper: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from outdraft.errors import UserError, first_line
 
@@ -64,11 +64,13 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
         raise UserError(f"transformers has no plan to share a '{text.model_type}' model; leave --tp out")
     from transformers.distributed import DistributedConfig
 
+    from outdraft.target.named import class_for  # which imports this module on its way
+
     leave_group_at_exit()
     if not whole_ends:
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = class_for(config).from_config(config, trust_remote_code=trust_remote_code)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     rules = {name: WHOLE for name, module in model.named_modules() if any(module is end for end in ends)}
     return {"distributed_config": DistributedConfig(tp_plan=rules)}  # in place of those of `auto`

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from outdraft.core.tensors import now
 from outdraft.errors import UserError, first_line
@@ -24,7 +24,7 @@ from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import most_probable, predicting
 from outdraft.methods.fspad.beginning import inner_width
 from outdraft.methods.registry import MeasuredSetting, method_called
-from outdraft.target.named import base_of, is_hub_id, not_on_hub, place_of
+from outdraft.target.named import base_of, class_for, is_hub_id, not_on_hub, place_of
 from outdraft.target.ranks import indivisible
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
@@ -268,7 +268,7 @@ def described(path: str, dtype: torch.dtype | None = None) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return class_for(config).from_config(config, dtype=dtype)
     except Exception as error:  # libraries under here have exceptions of their own
         if isinstance(error, OSError) and is_hub_id(path):
             raise not_on_hub(path, error) from error
