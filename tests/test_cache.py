@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outdraft.target.cache import BufferPool, SlotCache, rounded_rows, rounded_slots
+from outdraft.target.buffers import BufferPool, rounded_rows, rounded_slots
+from outdraft.target.cache import SlotCache
 
 HEADS, WIDTH = 2, 3
 

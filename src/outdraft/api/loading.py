@@ -20,15 +20,8 @@ from outdraft.drafting.folder import find_folder, is_own
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
-from outdraft.target.backends import (
-    QUANTISED,
-    accelerate,
-    best_backend,
-    default_dtype,
-    refuse_unquantisable,
-    simple_backend,
-)
-from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
+from outdraft.target.backends.unloaded import refuse_before_loading
 from outdraft.target.gguf_blocks import refuse_without_blocks, store_blocks
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import (
@@ -288,7 +281,9 @@ def _load_model(
 ) -> Any:
     more: dict[str, Any] = {}
     if quantised is not None:
-        _refuse_unquantised(path, device, dtype, trust_remote_code, quantised)
+        if quantised == "native-gguf":
+            refuse_without_blocks(path)
+        refuse_before_loading(path, dtype, device, trust_remote_code, quantised)
     if sharing is not None:
         more = sharing(path, trust_remote_code=trust_remote_code)
     elif spread:
@@ -312,20 +307,6 @@ def _load_model(
         store_blocks(model, path)
     # Quantised models refuse to be moved, and need not be here.
     return model.eval() if model.device == device else model.eval().to(device)
-
-
-def _refuse_unquantised(
-    path: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, backend: str
-) -> None:
-    """Raise the UserError of a backend that cannot quantise a model, as far as is known before it is loaded."""
-    if backend == "native-gguf":
-        refuse_without_blocks(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = unloaded(config, dtype, device, trust_remote_code=trust_remote_code)
-    except Exception:  # of any library; loading the model tells the user
-        return
-    refuse_unquantisable(model, backend)
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

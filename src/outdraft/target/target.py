@@ -24,7 +24,8 @@ from outdraft.core.tensors import causal, sent
 from outdraft.core.tree import attention_mask
 from outdraft.errors import UserError, first_line
 from outdraft.target.backends import Sight, accelerate, avoid_plans, backend_of, forward_of, is_native
-from outdraft.target.cache import BufferPool, SlotCache
+from outdraft.target.buffers import BufferPool
+from outdraft.target.cache import SlotCache
 from outdraft.target.limits import context_of, windows_of
 from outdraft.target.ranks import processes_of, whole_weight
 from outdraft.target.runner import PLAIN, ModelRunner

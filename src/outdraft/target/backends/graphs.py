@@ -2,7 +2,7 @@
 
 An 8B target has some 1,500 launches per forward, which a host takes longer to issue than the GPU needs to read the
 weights. A recording is issued as one launch. It serves every length: attention reads the rows' lengths on the device
-(`tree_attention.py`), and buffers of keys and values stay in place (`cache.BufferPool`). Rows and tokens are padded to
+(`tree_attention.py`), and buffers of keys and values stay in place (`buffers.py`). Rows and tokens are padded to
 few sizes, so that few recordings are made. Norms, MLPs and attentions of known form have fused replacements with fewer
 launches (`fused.py`).
 

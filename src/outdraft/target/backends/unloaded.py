@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from outdraft.target.backends import refuse_unquantisable
 
 
 def unloaded(config: Any, dtype: torch.dtype, device: str | torch.device = "cpu", **options: Any) -> Any:
@@ -26,3 +28,15 @@ def unloaded(config: Any, dtype: torch.dtype, device: str | torch.device = "cpu"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     return model._apply(filled).eval()
+
+
+def refuse_before_loading(
+    path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, backend: str
+) -> None:
+    """Raise the UserError of a backend that cannot quantise a model, as far as is known before it is loaded."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = unloaded(config, dtype, device, trust_remote_code=trust_remote_code)
+    except Exception:  # of any library; loading the model tells the user
+        return
+    refuse_unquantisable(model, backend)
