@@ -418,7 +418,7 @@ def test_a_text_without_its_quotes_names_the_fix() -> None:
 
 def test_a_name_near_that_of_a_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_session", Mock())
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Mock(side_effect=OSError("no such file")))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock(side_effect=OSError("no such file")))
     assert refused("generate", "hi", "--model", "smolm2").endswith("; did you mean 'smollm2'?")
 
 

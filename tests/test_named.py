@@ -64,7 +64,7 @@ def test_without_the_package_smollm2_comes_from_the_hub(tmp_path: Path, monkeypa
 def test_without_a_connection_a_hub_id_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed port is no connection; a slow hub, and an id of which there is a copy here, are left to transformers."""
     load = Mock(side_effect=OSError("not found there"))
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", load)
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")

@@ -92,6 +92,8 @@ class Detokenizer:
 
     def _unfinished(self) -> bool:
         """Whether the window ends in the middle of a character; U+FFFD may also be a character of the text itself."""
+        if not self._text().endswith("\ufffd"):
+            return False
         own = b""
         for token in reversed(self._window):
             piece, byte = str(self.tokenizer.convert_ids_to_tokens(token)), byte_of(self.tokenizer, token)
