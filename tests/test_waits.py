@@ -138,8 +138,8 @@ REPEATS: dict[str, Any] = {"prompt_lookup_min": 1}
         ("prompt-lookup", {}, 1, 1, (40, 40)),
         ("prompt-lookup", NOISE, 1, 1, (40, 58)),
         ("fspad", TREE | REPEATS, 1, 2, (40, 50)),
-        ("fspad-1f", TREE, 2, 1, (130, 146)),  # it waits for its tables, too, out of which the host takes the best
-        ("fspad-1f", TREE | NOISE, 2, 1, (142, 174)),
+        ("fspad-1f", TREE, 1, 2, (31, 31)),
+        ("fspad-1f", TREE | NOISE, 1, 2, (40, 54)),
         ("medusa", TREE, 1, 1, (82, 84)),
         ("dflash", TREE, 1, 1, (180, 188)),
     ],

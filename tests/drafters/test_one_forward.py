@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,9 +36,8 @@ def made(**switches: Any) -> OneForward:
 
 def drafted_slots(drafter: OneForward, state: Any, update: Update) -> torch.Tensor:
     """The logits of all slots after an update."""
-    first = state._take_in(update)
-    masked = state.masked(first.r, drafter.head.config.block_size - 1)
-    return drafter.logits(torch.cat([first.p, masked.p], dim=1))
+    first, more = state._take_in(update), drafter.head.config.block_size - 1
+    return drafter.logits(drafter.outputs(first, more, partial(state._causal, more, first.p.device)).p)
 
 
 def state_of(drafter: OneForward, texts: list[list[int]]) -> Any:
