@@ -140,6 +140,7 @@ REPEATS: dict[str, Any] = {"prompt_lookup_min": 1}
         ("fspad", TREE | REPEATS, 1, 2, (40, 50)),
         ("fspad-1f", TREE, 1, 2, (31, 31)),
         ("fspad-1f", TREE | NOISE, 1, 2, (40, 54)),
+        ("fspad-1f", CHAIN | DICE, 3, 2, (58, 108)),
         ("medusa", TREE, 1, 1, (82, 84)),
         ("dflash", TREE, 1, 1, (180, 188)),
     ],
@@ -166,6 +167,12 @@ def test_a_round_waits_once_copies_nothing_and_launches_little(
     assert (most["waits"], most["replays"]) == (waits, replays), waited(device)
     assert most["launches"] <= launches[rows > 1], most
     assert max(counts["waits"] for counts in rounds.ending) == waits + 1
+
+
+def test_a_spine_is_built_on_the_host(device: Device) -> None:
+    here, there = both("fspad-1f", device)
+    given = {**CHAIN, **DICE, "candidates": "spine", "max_new_tokens": 8, "controller": "fixed"}
+    assert there.generate(PROMPTS, **given).tokens == here.generate(PROMPTS, **given).tokens
 
 
 @pytest.mark.parametrize("settings", [SamplingSettings(), SamplingSettings(temperature=1.0)], ids=["greedy", "T=1"])
