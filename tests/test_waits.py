@@ -63,8 +63,8 @@ def eagle3(**switches: Any) -> Eagle3Head:
     return Eagle3Head(Eagle3Config(**own, target_hidden_size=own["hidden_size"], **taps, **switches))
 
 
-def one_forward() -> OneForwardHead:
-    return OneForwardHead(OneForwardConfig(**shapes(), block_size=4, slot_candidates=4, draft_vocab_size=9))
+def one_forward(**switches: Any) -> OneForwardHead:
+    return OneForwardHead(OneForwardConfig(**shapes(), block_size=4, slot_candidates=4, draft_vocab_size=9, **switches))
 
 
 def dflash() -> DFlashNetwork:
@@ -90,6 +90,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "eagle3": lambda: eagle3(draft_vocab_size=9),
     "eagle3.1": lambda: eagle3(tap_norms=True, norm_output=True, head_norms=True),
     "fspad-1f": one_forward,
+    "fspad-1f of a layer": lambda: one_forward(second_layer=False),  # the target has but two, too
     "eesd": exit_layer,
     "medusa": lambda: MedusaHeads(MedusaConfig(shapes()["hidden_size"], shapes()["vocab_size"], 3)),
     "dflash": dflash,
@@ -176,7 +177,7 @@ def test_a_spine_is_built_on_the_host(device: Device) -> None:
 
 
 @pytest.mark.parametrize("settings", [SamplingSettings(), SamplingSettings(temperature=1.0)], ids=["greedy", "T=1"])
-@pytest.mark.parametrize("kind", ["none", "fspad", "fspad-1f", "eesd", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["none", "fspad", "fspad-1f of a layer", "eesd", "prompt-lookup"])
 def test_rows_that_join_add_no_wait_and_no_copy(device: Device, kind: str, settings: SamplingSettings) -> None:
     """As a server decodes: rows come in one after the other, and leave at different lengths."""
     here, there = both(kind, device)

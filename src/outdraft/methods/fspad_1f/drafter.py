@@ -122,7 +122,7 @@ class OneForward(FeatureDrafter):
         self._indices = indices_in(every, target.vocab_size).clamp(min=0)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> OneForwardState:
-        return OneForwardState(self, len(prompts), run.cache.capacity + self.head.config.block_size)
+        return OneForwardState(self, len(prompts), run.cache.capacity)
 
     def arranged(self) -> LayerStep:
         return BlockStep(self, self.head)
