@@ -63,8 +63,8 @@ def eagle3(**switches: Any) -> Eagle3Head:
     return Eagle3Head(Eagle3Config(**own, target_hidden_size=own["hidden_size"], **taps, **switches))
 
 
-def one_forward() -> OneForwardHead:
-    return OneForwardHead(OneForwardConfig(**shapes(), block_size=4, slot_candidates=4, draft_vocab_size=9))
+def one_forward(**switches: Any) -> OneForwardHead:
+    return OneForwardHead(OneForwardConfig(**shapes(), block_size=4, slot_candidates=4, draft_vocab_size=9, **switches))
 
 
 def dflash() -> DFlashNetwork:
@@ -90,6 +90,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "eagle3": lambda: eagle3(draft_vocab_size=9),
     "eagle3.1": lambda: eagle3(tap_norms=True, norm_output=True, head_norms=True),
     "fspad-1f": one_forward,
+    "fspad-1f of a layer": lambda: one_forward(second_layer=False),  # the target has but two, too
     "eesd": exit_layer,
     "medusa": lambda: MedusaHeads(MedusaConfig(shapes()["hidden_size"], shapes()["vocab_size"], 3)),
     "dflash": dflash,
@@ -138,8 +139,9 @@ REPEATS: dict[str, Any] = {"prompt_lookup_min": 1}
         ("prompt-lookup", {}, 1, 1, (40, 40)),
         ("prompt-lookup", NOISE, 1, 1, (40, 58)),
         ("fspad", TREE | REPEATS, 1, 2, (40, 50)),
-        ("fspad-1f", TREE, 2, 1, (130, 146)),  # it waits for its tables, too, out of which the host takes the best
-        ("fspad-1f", TREE | NOISE, 2, 1, (142, 174)),
+        ("fspad-1f", TREE, 1, 2, (28, 31)),
+        ("fspad-1f", TREE | NOISE, 1, 2, (35, 45)),
+        ("fspad-1f", CHAIN | DICE, 3, 2, (58, 108)),
         ("medusa", TREE, 1, 1, (82, 84)),
         ("dflash", TREE, 1, 1, (180, 188)),
     ],
@@ -168,8 +170,14 @@ def test_a_round_waits_once_copies_nothing_and_launches_little(
     assert max(counts["waits"] for counts in rounds.ending) == waits + 1
 
 
+def test_a_spine_is_built_on_the_host(device: Device) -> None:
+    here, there = both("fspad-1f", device)
+    given = {**CHAIN, **DICE, "candidates": "spine", "max_new_tokens": 8, "controller": "fixed"}
+    assert there.generate(PROMPTS, **given).tokens == here.generate(PROMPTS, **given).tokens
+
+
 @pytest.mark.parametrize("settings", [SamplingSettings(), SamplingSettings(temperature=1.0)], ids=["greedy", "T=1"])
-@pytest.mark.parametrize("kind", ["none", "fspad", "eesd", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["none", "fspad", "fspad-1f of a layer", "eesd", "prompt-lookup"])
 def test_rows_that_join_add_no_wait_and_no_copy(device: Device, kind: str, settings: SamplingSettings) -> None:
     """As a server decodes: rows come in one after the other, and leave at different lengths."""
     here, there = both(kind, device)
@@ -267,7 +275,7 @@ def test_a_fault_in_a_round_is_counted(device: Device, kind: str, fault: str, mo
 
 # --- what `benchmarks/launches.py` counts -------------------------------------------------------------------------
 
-MOST = {"none": 40, "fspad": 75, "eesd": 80, "prompt-lookup": 45}
+MOST = {"none": 40, "fspad": 75, "fspad-1f": 75, "eesd": 80, "prompt-lookup": 45}
 """Launches outside of recordings where eight rows draw: 28 make noise, which each row has of a generator of its own."""
 
 
@@ -295,7 +303,7 @@ def test_a_round_waits_once_and_launches_little(
     found = launches.counted(method, launches.settings_of(method, temperature), rows)
     assert found["waits"] == 1
     assert found["copies"] < 0.2, "but for tables that are made once, and copies that do not wait"
-    assert found["replays"] == {"fspad": 2, "eesd": 3}.get(method, 1)
+    assert found["replays"] == {"fspad": 2, "fspad-1f": 2, "eesd": 3}.get(method, 1)
     assert found["outside"] <= (MOST[method] if rows * temperature > 1 else 45)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from outdraft.methods.fspad.drafter import FeatureDrafter
 from outdraft.methods.fspad.network import DraftOutput, FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.drafter import OneForward, Slots
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead, head_rows
-from outdraft.methods.fspad_1f.tree import Tables, best_first
+from outdraft.methods.fspad_1f.tree import Tables, best_at_once, best_first
 from outdraft.target.backends import accelerate, why_not_native
 from outdraft.target.target import Target
 from test_losslessness import one_forward_drafter
@@ -35,9 +36,8 @@ def made(**switches: Any) -> OneForward:
 
 def drafted_slots(drafter: OneForward, state: Any, update: Update) -> torch.Tensor:
     """The logits of all slots after an update."""
-    first = state._take_in(update)
-    masked = state.masked(first.r, drafter.head.config.block_size - 1)
-    return drafter.logits(torch.cat([first.p, masked.p], dim=1))
+    first, more = state._take_in(update), drafter.head.config.block_size - 1
+    return drafter.logits(drafter.outputs(first, more, partial(state._causal, more, first.p.device)).p)
 
 
 def state_of(drafter: OneForward, texts: list[list[int]]) -> Any:
@@ -228,15 +228,32 @@ def paths_of(tree: Tree, row: int) -> list[tuple[int, ...]]:
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_the_tree_has_the_best_nodes_of_all(seed: int, width: int, depth: int, size: int) -> None:
-    tables, roots = some_tables(seed), torch.tensor([7, 3])
-    tree = best_first(roots, tables, TreeShape(depth, width, size), None)
-    tree.validate()
-    assert torch.equal(tree.tokens[:, 0], roots)
+    tables, roots, shape = some_tables(seed), torch.tensor([7, 3]), TreeShape(depth, width, size)
+    tree, at_once = best_first(roots, tables, shape, None), best_at_once(roots, tables, shape)
+    for made in (tree, at_once):
+        made.validate()
+        assert torch.equal(made.tokens[:, 0], roots)
     for row in range(2):
         every = all_paths(tables, row, width, depth)
         best = sorted(every, key=lambda path: -every[path])[: size - 1]
         assert paths_of(tree, row) == best
-        assert tree.deepest[row] == max(map(len, best))
+        assert sorted(paths_of(at_once, row)) == sorted(best)
+        assert tree.deepest[row] == at_once.deepest[row] == max(map(len, best))
+
+
+@pytest.mark.parametrize("size", range(2, 14))
+def test_nodes_as_good_as_their_parents_do_not_lose_them(size: int) -> None:
+    tables, depth = some_tables(0), 3
+    tables.later[:, :, :, 1], tables.later[:, :, :, 2:] = 1e-9, -torch.inf  # one child is certain, but for rounding
+    tables.later[:, :, :, 0] = -2.0
+    tree = best_at_once(torch.tensor([7, 3]), tables, TreeShape(depth, 4, size))
+    tree.validate()
+    for row in range(2):
+        every = all_paths(tables, row, 4, depth)
+        found = paths_of(tree, row)
+        assert len(set(found)) == size - 1 and set(found) <= set(every)
+        best = sorted(every.values(), reverse=True)[: size - 1]
+        assert sorted((every[path] for path in found), reverse=True) == pytest.approx(best, abs=1e-6)
 
 
 class Wanting:

@@ -230,6 +230,13 @@ def probs_of(warpers: Sequence[Warper], logits: Tensor, prefixes: Sequence[Tenso
     return found
 
 
+def scores_of(warpers: Sequence[Warper], logits: Tensor) -> Tensor:
+    """Return `Warper.scores` of `(rows, ..., vocab)` logits, each row by its own warper."""
+    if len({warper.scoring for warper in warpers}) == 1:
+        return warpers[0].scores(logits)
+    return torch.stack([warper.scores(row) for warper, row in zip(warpers, logits, strict=True)])
+
+
 def with_greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return `greatest` and the value there, not finite if any score is NaN or infinite or all are ruled out."""
     chosen = greatest(scores)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from outdraft.core.sampling import greatest
+from outdraft.core.sampling import greatest, scores_of
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import counting, integers
 from outdraft.core.tree import Tree
@@ -76,7 +76,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
     if k == 1 and budget is None:
         return grow_chain(roots, logits, step, min(most, shape.depth + 1))
     scores, tokens = log_softmax(logits).topk(k)
-    levels = [_Level(tokens, scores, torch.zeros_like(tokens))]
+    levels = [Level(tokens, scores, torch.zeros_like(tokens))]
     nodes = counting(1, k, logits.device).expand(batch, k)  # nodes of the level to expand; the root is 0
     above = torch.zeros_like(nodes)  # indices of their parents in the level before
     wanted = [True] * batch
@@ -92,14 +92,14 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
                 break
             mass = scores.exp()
         child_scores, child_tokens = log_softmax(step(tokens, above)).topk(k)
-        levels.append(_Level(child_tokens.flatten(1), (child_scores + scores[..., None]).flatten(1), _each(nodes, k)))
+        levels.append(Level(child_tokens.flatten(1), (child_scores + scores[..., None]).flatten(1), _each(nodes, k)))
         first, count = 1 + count, count + levels[-1].tokens.shape[1]
         scores, best = levels[-1].scores.topk(k)
         tokens, above, nodes = levels[-1].tokens.gather(1, best), best // k, first + best
         if budget is not None:
             levels[-1].drop([not going for going in wanted])
             budget.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
-    return _best(roots, levels, most, budget)
+    return best_of(roots, levels, most, budget)
 
 
 def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
@@ -109,10 +109,7 @@ def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, r
     def choosing(logits: Tensor) -> Tensor:
         nonlocal depth
         noise = torch.stack([chance.at(depth) for chance in rows.chances]).log()  # type: ignore[attr-defined]
-        if len({warper.scoring for warper in rows.warpers}) == 1:
-            scores = rows.warpers[0].scores(logits)
-        else:
-            scores = torch.stack([warper.scores(row) for warper, row in zip(rows.warpers, logits, strict=True)])
+        scores = scores_of(rows.warpers, logits)
         depth += 1
         return scores - (noise if scores.dim() == 2 else noise[:, None])
 
@@ -134,7 +131,7 @@ def _each(nodes: Tensor, times: int) -> Tensor:
 
 
 @dataclass
-class _Level:
+class Level:
     """The candidates of one level, each tensor `(rows, candidates)`; parents index all levels' nodes, root 0."""
 
     tokens: Tensor
@@ -148,7 +145,7 @@ class _Level:
             self.scores = self.scores.masked_fill(gone, -torch.inf)
 
 
-def _best(roots: Tensor, levels: Sequence[_Level], most: int, budget: Budget | None) -> Tree:
+def best_of(roots: Tensor, levels: Sequence[Level], most: int, budget: Budget | None = None) -> Tree:
     """Build the trees of the most probable candidates, at most `most` per row."""
     tokens = torch.cat([level.tokens for level in levels], dim=1)
     scores = torch.cat([level.scores for level in levels], dim=1)

@@ -8,7 +8,7 @@ distributions that depend on the prefix are drafted unrecorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import chosen, itself
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
-from outdraft.drafting.sample import Step
 from outdraft.target.backends.graphs import SIZES, Recordings, Replayed, put
 from outdraft.target.backends.tree_attention import Pending
 from outdraft.target.target import Target
@@ -40,13 +39,8 @@ class Recordable(Protocol):
 
     target: Target
 
-    @property
-    def grow(self) -> Callable[..., Tree]:
-        """The function that grows trees, as `expand.grow`."""
-
-    def unasked(self, given: Given, cache: Any) -> tuple[Tensor, Step]:
-        """Take decided tokens in without a question of the host; return `(rows, vocab)` logits after the roots, and the
-        step for the levels below."""
+    def unasked(self, given: Given, cache: Any, shape: TreeShape, rows: RowContext) -> Tree:
+        """Take decided tokens in and grow trees, without a question of the host."""
 
 
 class RecordedDrafts(Recordings):
@@ -75,6 +69,7 @@ class RecordedDrafts(Recordings):
             # Chains without replacement are as many as the distribution has tokens, which the host would have to ask.
             and (not drawn or shape.top_k == 1 or shape.candidates == "sampled-with-replacement")
             and (not drawn or all(isinstance(chance, Dice) for chance in rows.chances))
+            and (not drawn or shape.candidates != "spine")  # the host puts chosen candidates beside a drawn chain
         )
 
     def __call__(self, update: Update, shape: TreeShape, rows: RowContext, cache: Any) -> Tree | None:
@@ -109,6 +104,11 @@ class Given:
     lengths: Tensor
     shares: Tensor
     noise: Tensor
+
+    @property
+    def roots(self) -> Tensor:
+        """`(rows,)` the last token of each row."""
+        return self.tokens.gather(1, self.counts[:, None] - 1)[:, 0]
 
 
 class _Draft:
@@ -201,10 +201,7 @@ class _Draft:
         return RowContext([UNREAD] * len(shares), [self.warper] * len(shares), [Thrown(own) for own in shares])
 
     def _run(self) -> tuple[Tensor, ...]:
-        given = self.given
-        roots = given.tokens.gather(1, given.counts[:, None] - 1)[:, 0]
-        logits, step = self.drafter.unasked(given, self.cache)
-        tree = self.drafter.grow(roots, logits, step, self.shape, self._context())
+        tree = self.drafter.unasked(self.given, self.cache, self.shape, self._context())
         self._made = (tree.candidates, tree.counts[0], tree.levels)
         if self.chains is None:
             return tree.tokens, tree.parents, tree.depths, tree.ancestors

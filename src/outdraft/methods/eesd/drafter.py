@@ -20,7 +20,6 @@ from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, RowContext, Update
 from outdraft.drafting.draft_cache import RunAhead, take_in
 from outdraft.drafting.expand import grow
-from outdraft.drafting.sample import Step
 from outdraft.methods.checkpoint import NetworkDrafter
 from outdraft.methods.eesd.network import ExitLayer
 from outdraft.methods.recorded import Given, PendingLevels, RecordedDrafts
@@ -54,15 +53,15 @@ class EarlyExit(NetworkDrafter):
         """Whether whole drafts can be recorded: the forwards in them ran before and computed what the model does."""
         return self.recorded is not None and self.shortcut.ready and self.exit.view.ready
 
-    def unasked(self, given: Given, cache: _BothCaches) -> tuple[Tensor, Step]:
-        """Take in what was decided after the last root and step, as `EarlyExitState.propose` does, over lengths on the
+    def unasked(self, given: Given, cache: _BothCaches, shape: TreeShape, rows: RowContext) -> Tree:
+        """Take in what was decided after the last root and draft, as `EarlyExitState.propose` does, over lengths on the
         device."""
-        (rows, new), device = given.tokens.shape, given.tokens.device
+        (batch, new), device = given.tokens.shape, given.tokens.device
         last, windows = self.target.context_length - 1, tuple(self.target.windows.values())
         if new > 1:  # what of it lies beyond a row's own tokens is written again by the tree
             begun = given.lengths - given.counts.int() + 1
             positions = (begun[:, None].long() + torch.arange(new - 1, device=device)).clamp(max=last)
-            pending = Pending(begun, causal(rows, new - 1, device), positions, windows, cache)
+            pending = Pending(begun, causal(batch, new - 1, device), positions, windows, cache)
             self.exit.view.over(pending, inputs_embeds=given.taps[:, 1:])
         levels = PendingLevels(given.lengths, cache, last, windows)
 
@@ -70,8 +69,9 @@ class EarlyExit(NetworkDrafter):
             features, _ = self.shortcut.over(levels.below(parents), input_ids=tokens)
             return self.exit.head(features)
 
-        roots = given.tokens.gather(1, given.counts[:, None] - 1)
-        return step(roots, torch.zeros_like(roots))[:, 0], step
+        roots = given.roots
+        logits = step(roots[:, None], torch.zeros_like(roots)[:, None])[:, 0]
+        return self.grow(roots, logits, step, shape, rows)
 
     def slots(self, shape: TreeShape) -> int:
         """Return the slots that a draft takes: the root, each level's expandable nodes, and at most a whole tree of

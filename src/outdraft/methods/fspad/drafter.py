@@ -172,14 +172,9 @@ class FeatureDrafter(NetworkDrafter):
         own = self.head.embed_tokens
         return own(tokens) if own is not None else self.target.embed(tokens)
 
-    def unasked(self, given: Given, cache: SlotCache) -> tuple[Tensor, Step]:
-        """Take pairs in and step, as `FeatureDraftState.propose` does, over lengths on the device."""
-        network, device, (rows, new) = self.step, given.tokens.device, given.tokens.shape
-        last = given.counts[:, None] - 1
-        positions = given.lengths[:, None] + torch.arange(new, device=device)
-        pending = Pending(given.lengths, causal(rows, new, device), positions.long(), (None,), cache)
-        with running_over(pending):
-            taken = network(given.tokens, given.taps, network.turns(pending.positions), None, cache)
+    def unasked(self, given: Given, cache: SlotCache, shape: TreeShape, rows: RowContext) -> Tree:
+        """Draft as `FeatureDraftState.propose` does, over lengths on the device."""
+        network, newest = self.step, self._taken_in(given, cache)
         levels = PendingLevels(given.lengths + given.counts.int(), cache)
 
         def run(tokens: Tensor, features: Tensor, parents: Tensor) -> DraftOutput:
@@ -188,7 +183,22 @@ class FeatureDrafter(NetworkDrafter):
             with running_over(pending):
                 return network(tokens, features, turns, None, cache)
 
-        return self.logits(chosen(taken.p, last)[:, 0]), self.stepping(chosen(taken.r, last), run)
+        step = self.stepping(newest.r, run)
+        return self.grow(given.roots, self.logits(newest.p[:, 0]), step, shape, rows)
+
+    def _taken_in(self, given: Given, cache: SlotCache) -> DraftOutput:
+        """Run the decided pairs; return `(rows, 1, hidden)` outputs at each row's last pair."""
+        forward, last = partial(self.step, given.tokens, given.taps), given.counts[:, None] - 1
+        out = self._in_order(given.lengths, given.tokens.shape[1], cache, forward)
+        return DraftOutput(chosen(out.p, last), chosen(out.r, last))
+
+    def _in_order(self, lengths: Tensor, count: int, cache: SlotCache, forward: Forward) -> Any:
+        """Run `count` tokens of every row after its committed ones, each of which sees all before it."""
+        device = lengths.device
+        positions = lengths[:, None].long() + torch.arange(count, device=device)
+        pending = Pending(lengths, causal(len(lengths), count, device), positions, (None,), cache)
+        with running_over(pending):
+            return forward(self.step.turns(positions), None, cache)
 
     def stepping(self, r: Tensor, run: RunLevel) -> Step:
         """Return the step that feeds every level the r of its parents; the `(rows, 1, hidden)` r are the roots'."""
@@ -219,6 +229,9 @@ class FeatureDraftState(CachedState):
             tree = recorded(update, shape, rows, self.cache)
             if tree is not None:
                 return tree
+        return self._unrecorded(update, shape, rows)
+
+    def _unrecorded(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
         newest, drafter = self._take_in(update), self.drafter
         step = drafter.stepping(newest.r, self._run_levels())
         tree = drafter.grow(update.roots, drafter.logits(newest.p[:, 0]), step, shape, rows)

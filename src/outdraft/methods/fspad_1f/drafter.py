@@ -8,24 +8,27 @@ with the target as well; candidates that are drawn grow level by level from the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from outdraft.core.coupling import noise_of
+from outdraft.core.sampling import scores_of
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, sent
+from outdraft.core.tensors import counting, read_freely, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Limits, RowContext, Update
 from outdraft.drafting.sample import Block
 from outdraft.drafting.vocabulary import NEVER, indices_in
-from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter, FeatureDraftState
+from outdraft.methods.fspad.drafter import DraftStep, FeatureDrafter, FeatureDraftState, Forward
 from outdraft.methods.fspad.layer_step import LayerStep
 from outdraft.methods.fspad.network import DraftOutput
 from outdraft.methods.fspad_1f.network import OneForwardHead, head_rows
-from outdraft.methods.fspad_1f.tree import Tables, best_first, with_spine
+from outdraft.methods.fspad_1f.tree import Tables, best_at_once, best_first, with_spine
+from outdraft.methods.recorded import Given
 from outdraft.target.backends.packed import plain_linear
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import ModelRunner
@@ -104,7 +107,6 @@ class OneForward(FeatureDrafter):
 
     def __init__(self, head: OneForwardHead, target: Target):
         super().__init__(head, target)
-        self.recorded = None
         self.limits = Limits(depth=head.config.block_size, stepwise=False)
         self.marginal = head.config.marginal
         """True to draft without the transition."""
@@ -120,7 +122,7 @@ class OneForward(FeatureDrafter):
         self._indices = indices_in(every, target.vocab_size).clamp(min=0)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> OneForwardState:
-        return OneForwardState(self, len(prompts), run.cache.capacity + self.head.config.block_size)
+        return OneForwardState(self, len(prompts), run.cache.capacity)
 
     def arranged(self) -> LayerStep:
         return BlockStep(self, self.head)
@@ -138,14 +140,51 @@ class OneForward(FeatureDrafter):
         """
         logits, states = self.logits(out.p), out.r.to(self.dtype) @ self._state.T
         if coupled is not None:
-            noise = torch.stack([torch.stack([c.at(d) for d in range(logits.shape[1])]) for c in coupled.chances])  # type: ignore[attr-defined]
+            noise = noise_of(coupled.chances, logits.shape[1])  # type: ignore[arg-type]
             noise = noise if self.vocabulary is None else noise[..., self.vocabulary.tokens]
-            scores = [warper.scores(own) for warper, own in zip(coupled.warpers, logits, strict=True)]
-            logits = torch.stack(scores) - noise.log()
+            logits = scores_of(coupled.warpers, logits) - noise.log()
             warmth = [warper.temperature or 1.0 for warper in coupled.warpers]
-            states = states / sent(warmth, states.device, states.dtype)[:, None, None]
+            if len(set(warmth)) == 1:
+                states = states / warmth[0]
+            else:
+                states = states / sent(warmth, states.device, states.dtype)[:, None, None]
         best = logits.topk(min(self.head.config.slot_candidates, logits.shape[-1]))
         return Slots(logits, best.indices, best.values.to(self.dtype), states)
+
+    def unasked(self, given: Given, cache: SlotCache, shape: TreeShape, rows: RowContext) -> Tree:
+        first, below = self._taken_in(given, cache), given.lengths + given.counts.int()
+        run = partial(self._in_order, below, shape.depth, cache)
+        return self.tree(given.roots, self.outputs(first, shape.depth, run), shape, rows, asks=False)
+
+    def outputs(self, first: DraftOutput, count: int, run: Callable[[Forward], DraftOutput]) -> DraftOutput:
+        """Return the `(rows, 1 + count, hidden)` outputs of slot 0 and of the mask rows after it.
+
+        Args:
+            first: those of slot 0.
+            run: runs the forward of the mask rows, over slots after the committed ones.
+        """
+        if not count:
+            return first
+        masked = run(partial(self.step.masked, first.r, count))
+        return DraftOutput(*(torch.cat(parts, dim=1) for parts in zip(first, masked, strict=True)))
+
+    def tree(self, roots: Tensor, out: DraftOutput, shape: TreeShape, rows: RowContext, asks: bool) -> Tree:
+        """Build trees of the slots with these outputs.
+
+        Args:
+            asks: True if the host may read the tables.
+        """
+        named = rows.named(roots.device)
+        slots = self.slots_of(out, rows if rows.coupled and not named else None)
+        if not named and (shape.candidates == "top-k" or rows.greedy or rows.coupled):
+            tables = self.tables(slots)
+            return best_first(roots, tables, shape, rows.budget) if asks else best_at_once(roots, tables, shape)
+        block = self.block(slots)
+        if shape.candidates == "spine" and not named:
+            drawn = TreeShape.chain(min(shape.depth + 1, shape.size - 1), candidates="sampled")
+            chain = self.grow(roots, block.first, block, drawn, rows)
+            return with_spine(chain, self.tables(slots), shape)
+        return self.grow(roots, block.first, block, shape, rows)
 
     def tables(self, slots: Slots) -> Tables:
         """Return the candidates of the slots with their log-probabilities; those of a slot after a candidate before it
@@ -186,28 +225,12 @@ class OneForwardState(FeatureDraftState):
         super().__init__(drafter, rows, capacity)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        drafter, roots = self.drafter, update.roots
-        shape = shape.at_most(drafter.head.config.block_size, shape.size)
-        first = self._take_in(update)
+        return super().propose(update, shape.at_most(self.drafter.head.config.block_size, shape.size), rows)
+
+    def _unrecorded(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
+        drafter, roots, first = self.drafter, update.roots, self._take_in(update)
         if shape.size == 1:
             return Tree.roots(roots)
-        out = first
-        if shape.depth:
-            masked = self.masked(first.r, shape.depth)
-            out = DraftOutput(*(torch.cat(parts, dim=1) for parts in zip(first, masked, strict=True)))
-        named = rows.named(roots.device)
-        slots = drafter.slots_of(out, rows if rows.coupled and not named else None)
-        if not named and (shape.candidates == "top-k" or rows.greedy or rows.coupled):
-            return best_first(roots, drafter.tables(slots), shape, rows.budget)
-        block = drafter.block(slots)
-        if shape.candidates == "spine" and not named:
-            drawn = TreeShape.chain(min(shape.depth + 1, shape.size - 1), candidates="sampled")
-            chain = drafter.grow(roots, block.first, block, drawn, rows)
-            return with_spine(chain, drafter.tables(slots), shape)
-        return drafter.grow(roots, block.first, block, shape, rows)
-
-    def masked(self, r: Tensor, count: int) -> DraftOutput:
-        """Run the mask rows after slot 0, whose r is `(rows, 1, hidden)`, and forget them; return their outputs."""
-        out = self._causal(count, r.device, partial(self.network.masked, r, count))
-        self.cache.rollback()
-        return out
+        out = drafter.outputs(first, shape.depth, partial(self._causal, shape.depth, roots.device))
+        self.cache.rollback()  # mask rows are forgotten
+        return drafter.tree(roots, out, shape, rows, rows.budget is not None or read_freely(roots.device))

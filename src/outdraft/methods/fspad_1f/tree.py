@@ -3,7 +3,7 @@
 A node's score is the sum of log-probabilities on its path. Every row of a table is sorted once; a heap then pops the
 best node, and pushes its next sibling and its own best child. Scores only fall along a path and along a sorted row, so
 the n nodes popped first are the n best nodes of all, parents before children (DDTree's argument, with a row for every
-predecessor).
+predecessor). Where the host would wait for the tables, the device finds the same nodes level by level (`best_at_once`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import sent
+from outdraft.core.tensors import chosen, counting, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget
+from outdraft.drafting.expand import Level, best_of
 
 
 class Node(NamedTuple):
@@ -107,6 +108,27 @@ def best_first(roots: Tensor, tables: Tables, shape: TreeShape, budget: Budget |
     if budget is not None:
         grown = _within(grown, budget, shape.depth + 1)
     return _tree(named, [[(node.token, node.parent) for node in own] for own in grown], shape, roots.device)
+
+
+def best_at_once(roots: Tensor, tables: Tables, shape: TreeShape) -> Tree:
+    """Build the trees of `best_first` without a question of the host; every row has as many nodes as the tables allow.
+
+    No node scores more than its parent. So the best nodes of a level are children of the best of the level before, and
+    of a tree of n nodes at most n - d lie d levels below its first.
+    """
+    most, width = shape.size - 1, min(shape.top_k, tables.k)
+    further, order = tables.later.clamp(max=0).topk(width)  # rounding may leave a probability above 1
+    scores = tables.first[:, : min(width, most)]
+    places = counting(0, scores.shape[1], roots.device).expand_as(scores)  # among the candidates of the level's slot
+    levels, first = [Level(tables.ids[:, 0].gather(1, places), scores, torch.zeros_like(places))], 1
+    for depth in range(1, min(shape.depth, most - 1) + 1):
+        above = places.shape[1]
+        children = chosen(further[:, depth - 1], places) + scores[..., None]
+        scores, best = children.flatten(1).topk(min(above * width, most - depth))
+        places = chosen(order[:, depth - 1], places).flatten(1).gather(1, best)
+        levels.append(Level(tables.ids[:, depth].gather(1, places), scores, first + best // width))
+        first += above
+    return best_of(roots, levels, most)
 
 
 def _within(grown: list[list[Node]], budget: Budget, levels: int) -> list[list[Node]]:
