@@ -19,6 +19,7 @@ from outdraft.api.loading import load_drafter_for, load_target
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.beginning import feature_head_config
 from outdraft.methods.fspad.network import FeatureHead
+from outdraft.target.ranks import end_in_group
 from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
@@ -94,3 +95,4 @@ if __name__ == "__main__":
         target = load_target(folder, dtype="float32", backend="eager", tp_plan="auto", whole_ends=True)
         for settings in map(json.loads, rest):
             train(target, DrafterConfig(**settings))
+    end_in_group(0)

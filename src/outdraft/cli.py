@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -307,7 +308,13 @@ for verb in VERBS:
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        ranks: Any = sys.modules.get("outdraft.target.ranks")  # help and refusals do not wait for torch
+        if ranks is not None and ranks.in_group() and isinstance(end.code or 0, int):
+            ranks.end_in_group(end.code or 0)
+        raise
 
 
 @app.callback(invoke_without_command=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,8 +85,22 @@ def leave_group_at_exit() -> None:
 
 
 def _leave_group() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_group():
         torch.distributed.destroy_process_group()
+
+
+def in_group() -> bool:
+    """Return True if this process belongs to a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def end_in_group(code: int) -> NoReturn:
+    """End a process of a group: what is to be done at the end is done, and then Python's modules are not taken down,
+    in which threads of the group now and then abort even a process that has left it."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def indivisible(config: Any, count: int) -> str | None:
