@@ -211,9 +211,10 @@ class ShapeTuner:
 
     def _is_leap(self, known: Timings, shape: TreeShape, rows: int, pending: int) -> bool:
         """Return True if the drafter has to catch up for a shape that is not known to pay, or not lately."""
+        if shape == PLAIN or not self._catches_up(pending):
+            return False
         best = self.best(rows)
-        stale = best == PLAIN or not self._is_timed(known, best) or known.rounds - known.drafted.get(best, 0) > AGAIN
-        return shape != PLAIN and stale and self._catches_up(pending)
+        return best == PLAIN or not self._is_timed(known, best) or known.rounds - known.drafted.get(best, 0) > AGAIN
 
     def _to_try(self, known: Timings, rows: int, pending: int) -> TreeShape | None:
         """Return a shape other than the best, if a trial is due and affordable; else None."""
