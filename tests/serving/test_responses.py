@@ -98,7 +98,7 @@ def test_the_real_client_reads_the_stream(client: Any) -> None:
 
 def test_events_have_names_and_no_further_mark(served: Served) -> None:
     with served.client() as http:
-        body = {"model": NAME, "input": "red", "max_output_tokens": 2, "stream": True}
+        body = {"model": NAME, "input": "red", "max_output_tokens": 2, "temperature": 0, "stream": True}
         lines = http.post("/v1/responses", json=body).text.strip().split("\n\n")
     for line in lines:
         name, data = line.split("\n")
