@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from statistics import fmean
 
 import pytest
 
 from outdraft.control import ControlSettings, Costs, Pacer
 from outdraft.control.shape_grid import FIRST_CHANCE, PLAIN, ShapeGrid, levels_of
-from outdraft.control.tuner import ShapeTuner
+from outdraft.control.tuner import MOST, ShapeTuner
 from outdraft.core.shape import CPU_CHAIN, CPU_TREE, GPU_TREE, TreeShape
 
 TREES = CPU_TREE.doubled()
@@ -220,6 +221,33 @@ def test_a_trial_that_makes_the_drafter_read_in_vain_is_put_off_longer_each_time
     asked = [number for number, shape in enumerate(shapes) if shape not in (PLAIN, GAUGE)]
     assert sum(shape == GAUGE for shape in shapes) <= 16 and len(asked) <= 40
     assert fmean(shape == PLAIN for shape in shapes[-800:]) > 0.985
+
+
+@pytest.mark.parametrize(("left", "drafts"), [(400, True), (10, False)])
+def test_what_the_drafter_must_read_must_be_regained_in_what_is_left(left: int, drafts: bool):
+    machine, tuner = Machine(0.8, 0.002), ShapeTuner(CHAINS, Costs())
+    run(tuner, machine, 8, 200)
+    tuner.reading.value = 0.0005
+    assert tuner.best(8) != PLAIN
+    known = tuner.timings[3]
+    known.drafted[PLAIN] = known.rounds
+    assert deepcopy(tuner).choose(8, 300, left).shape != PLAIN, "who joins a batch that drafts waits for nothing"
+    known.drafted = dict.fromkeys(known.drafted, known.rounds)
+    known.rounds += 20  # of rows that all repeated themselves
+    for pending, expected in ((300, drafts), (2, True)):
+        assert (deepcopy(tuner).choose(8, pending, left).shape != PLAIN) == expected
+
+
+def test_a_long_time_without_trials_earns_no_more_than_an_answer_may_lose():
+    machine, tuner = Machine(0.45, 0.02), ShapeTuner(CHAINS, Costs())
+    run(tuner, machine, 8, 200)
+    lost = []
+    for pending in (0, 400):  # trials that cost nothing but their round, after others that cannot be afforded
+        lost.append(tuner.credit)
+        for _ in range(1000):
+            choice = tuner.choose(8, pending, 5)
+            choice.observe([machine.accepted(choice.shape) for _ in range(8)], machine.mean(choice.shape, 8))
+    assert max(lost[1], tuner.credit) <= MOST == tuner.credit
 
 
 def test_a_first_round_that_compiled_something_is_forgotten():

@@ -6,16 +6,17 @@ drafted, and a small share of the time goes to its neighbours. A choice depends 
 before anything of its round is drawn, so it changes no row's distribution.
 
 A drafter must read what it has missed before it drafts, at first all prompts. Whether that can pay is gauged before: a
-round with one arbitrary candidate a row shows what the target's pass over candidates takes here.
+round with one arbitrary candidate a row shows what the target's pass over candidates takes here. Once reading has been
+timed, it must also be regained in what is left of the answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log2
+from math import inf, log2
 
-from outdraft.control.base import FIRST_PROBE, MOST, RATE
+from outdraft.control.base import FIRST_PROBE, RATE
 from outdraft.control.costs import OUTLIER, Average, Costs, believable, bucket
 from outdraft.control.shape_grid import BATCH, PLAIN, ShapeGrid, levels_of
 from outdraft.core.shape import TreeShape
@@ -33,6 +34,12 @@ MEMORY = 10
 APART = 0.06
 """Relative gain over plain decoding that drafting must promise, for every doubling of the rows. Drafted rows end at
 different times, and a batch takes as long as its slowest row, which the mean over rows does not show."""
+MOST = 3.0
+"""Largest credit, in rounds: what an answer may lose by trials, however long nothing was tried before it."""
+HOPE = 1.2
+"""What a shape on trial is taken to bring over plain decoding, where the drafter must read much before the trial."""
+REGAINED = 2
+"""How many times reading must be regained in what is left: a shape that looks best does so by luck, too."""
 NEARLY = 0.2
 """Relative shortfall from paying up to which a trial is not put off for longer and longer: the next may pay."""
 
@@ -63,8 +70,10 @@ class Timings:
         self.gauge = Average(ENOUGH, MEMORY)  # by then contexts are longer, and the machine busier or not
 
     def of(self, shape: TreeShape) -> Average:
-        # The first round of a size may have compiled or allocated something.
-        return self.seconds.setdefault(shape, Average(ENOUGH, MEMORY))
+        if shape not in self.seconds:
+            # The first round of a size may have compiled or allocated something.
+            self.seconds[shape] = Average(ENOUGH, MEMORY)
+        return self.seconds[shape]
 
     def time(self, shape: TreeShape, seconds: float, common: bool) -> None:
         """Record the seconds of a round.
@@ -124,20 +133,23 @@ class ShapeTuner:
         """Rounds that trials may lose, as in `Safeguard`."""
         self.reading = Average(ENOUGH, MEMORY)
         """Seconds for each token of each row that the drafter catches up on."""
+        self._bests: dict[int, TreeShape] = {}
 
-    def choose(self, rows: int, pending: int) -> ShapeChoice:
+    def choose(self, rows: int, pending: int, left: float = inf) -> ShapeChoice:
         """Choose the shape of the next round.
 
         Args:
             rows: number of rows of the batch.
             pending: largest number of tokens per row that the drafter has not seen.
+            left: tokens that each row is expected to gain yet, on average.
         """
         known = self.timings.setdefault(bucket(rows), Timings())
         known.rounds += 1
         known.trying = known.trying or self._to_try(known, rows, pending)
         shape = known.trying or self.best(rows)
         leaps = self._is_leap(known, shape, rows, pending)
-        if leaps and (known.rounds < known.resumes or (rows >= BATCH and not self._is_timed(known, PLAIN))):
+        early = known.rounds < known.resumes or (rows >= BATCH and not self._is_timed(known, PLAIN))
+        if leaps and (early or not self._is_regained(known, shape, rows, pending, left)):
             shape, leaps = PLAIN, False
         elif leaps and rows >= BATCH and known.gauge.count < ENOUGH:
             return ShapeChoice(self.grid.lines[0][0], self, rows, pending, gauges=True)
@@ -146,16 +158,18 @@ class ShapeTuner:
 
     def best(self, rows: int) -> TreeShape:
         """Return the timed shape that brings the most tokens per second."""
-        known = self.timings.get(bucket(rows), Timings())
-        timed = [shape for shape in self.grid.shapes if self._is_timed(known, shape)]
-        if not timed:
-            return self._elsewhere(rows)
-        return max(timed, key=lambda shape: self._gain(known, shape, rows))
+        if rows not in self._bests:  # asked several times a round
+            known = self.timings.get(bucket(rows), Timings())
+            timed = [shape for shape in self.grid.shapes if self._is_timed(known, shape)]
+            best = max(timed, key=lambda shape: self._gain(known, shape, rows)) if timed else self._elsewhere(rows)
+            self._bests[rows] = best
+        return self._bests[rows]
 
     def observe(self, choice: ShapeChoice, accepted: Sequence[int], seconds: float) -> None:
         """Learn from a round, as in `ShapeChoice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)
         known = self.timings[bucket(rows)]
+        self._bests.clear()
         self.credit = min(MOST, self.credit + RATE)
         if choice.gauges:
             self._gauge(known, rows, seconds)
@@ -216,6 +230,15 @@ class ShapeTuner:
         best = self.best(rows)
         return best == PLAIN or not self._is_timed(known, best) or known.rounds - known.drafted.get(best, 0) > AGAIN
 
+    def _is_regained(self, known: Timings, shape: TreeShape, rows: int, pending: int, left: float) -> bool:
+        """Return True if drafting may save, in what is left, the seconds in which the drafter catches up."""
+        if not self._is_timed(known, PLAIN):
+            return True  # what drafting saves is not known
+        gain = self._gain(known, shape, rows) if self._is_timed(known, shape) else HOPE
+        gain = gain if shape == self.best(rows) else max(HOPE, gain)
+        saved = left * self._seconds(known, PLAIN, rows) * (1 - 1 / gain)
+        return REGAINED * self.reading.value * rows * pending <= saved
+
     def _to_try(self, known: Timings, rows: int, pending: int) -> TreeShape | None:
         """Return a shape other than the best, if a trial is due and affordable; else None."""
         best = self.best(rows)
@@ -239,7 +262,7 @@ class ShapeTuner:
         least, most = (self._seconds(known, one, rows) for one in (PLAIN, best))
         node = max(0.0, most - least) / max(1, best.size - 1)
         seconds = self._seconds(known, shape, rows) or least + node * (shape.size - 1)
-        if best == PLAIN and self._catches_up(pending):
+        if self._is_leap(known, shape, rows, pending):
             seconds += self.reading.value * rows * pending
         return min(MOST, max(0.0, seconds / most - self.grid.tokens(shape) / self.grid.tokens(best)))
 

@@ -135,7 +135,8 @@ class Drafts:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
-        self.updates = [update.select_rows(rows) for update in self.updates]
-        self.pending = sum(max(update.counts) for update in self.updates)
+        if self.updates:  # there may be one of every round since the drafter was asked
+            self.updates = [Update.join(self.updates).select_rows(rows)]
+            self.pending = max(self.updates[0].counts)
         if self.state is not None:
             self.state.select_rows(rows)

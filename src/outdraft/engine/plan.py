@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -43,6 +44,8 @@ Seconds = TypeVar("Seconds", float, list[float])
 MOST_NODES = 256
 """Largest sum of nodes over all rows that n-gram drafts may be padded to; compiled forwards take no more."""
 
+USUAL = 64
+"""Tokens that an answer is expected to gain yet; once it has more, as many as it has."""
 MOST_PENDING = 64
 """Most pending tokens per row before the drafter is asked again, even if texts repeat. The drafter reads pending tokens
 in one go, padded to the row that has most."""
@@ -109,7 +112,7 @@ def plan_round(batch: Batch) -> Plan:
         return Plan(batch.shape, ngrams)
     shape = _fitting(batch, batch.shape)
     if tuner is not None:
-        choice = tuner.choose(len(batch.rows), batch.drafts.pending)
+        choice = tuner.choose(len(batch.rows), batch.drafts.pending, fmean(map(_left, batch.rows)))
         shape = _fitting(batch, choice.shape)
         if shape == choice.shape:
             arbitrary = [[row.tokens[-1]] for row in batch.rows]
@@ -123,6 +126,11 @@ def plan_round(batch: Batch) -> Plan:
         budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
         return Plan(shape, nothing, budget) if any(budget.going) or budget.measures_plain else _idle(batch, budget)
     return Plan(shape, ngrams)
+
+
+def _left(row: Row) -> float:
+    """Return the tokens that a row is expected to gain yet."""
+    return min(row.max_new_tokens - len(row.tokens), max(USUAL, len(row.tokens)))
 
 
 def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
