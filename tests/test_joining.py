@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from models import perturbed, tiny
-from outdraft.control import Controller, Costs
+from outdraft.control import Controller, ControlSettings, Costs, Pacer
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.drafting.base import Drafter
 from outdraft.engine.continuous import Decoder
+from outdraft.engine.drafts import Drafts
 from outdraft.engine.round import decode
 from outdraft.engine.rows import Row, compacted
 from outdraft.target.cache import SlotCache
@@ -116,6 +117,39 @@ def test_rows_whose_controllers_pause_drafting_join_as_well(name: str) -> None:
     assert [row.tokens for row in rows] == expected
     depths = [depth for row in rows for depth in row.statistics.depths]
     assert 0 in depths and max(depths) > 0, "some rounds drafted, some did not"
+
+
+@pytest.mark.parametrize("name", ["fspad", "eesd", "draft-model"])
+def test_prompts_are_read_only_where_the_drafter_does_not_rest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once drafts pay again, whatever was left unread is read."""
+    target, drafter = pair(name, torch.float64)
+    shape = TreeShape.chain(2)
+    rows = rows_of(target, [SETTINGS["greedy"]] * len(PROMPTS))
+    expected = alone(target, drafter, rows, shape)
+    read: list[int] = []
+    whole = Drafts.read
+    monkeypatch.setattr(Drafts, "read", lambda self: read.append(self.pending) or whole(self))
+    pacer = Pacer(ControlSettings("auto"))
+    dear, cheap = (Costs.fixed(begin=cost, step=cost, verify_base=1.0, verify_per_node=0.0) for cost in (9.0, 0.01))
+    tuner = pacer.tuner(shape, len(rows))
+    assert tuner is not None
+    tuner.costs = dear
+    for row in rows:
+        row.controller = pacer.controller(2, None)
+    decoder = Decoder(target, drafter, shape)
+    for row in rows:
+        decoder.add([row])
+        while decoder.prefilling:
+            decoder.prefill(64)
+        decoder.round()
+    assert len(decoder.rows) == len(rows)
+    assert read == [8, 5, 1, 3], "all but the fourth one's: one, two, three and five rows had not been timed yet"
+    tuner.costs = cheap
+    while decoder.rows:
+        tuner._bests.clear()
+        decoder.round()
+    assert [row.tokens for row in rows] == expected
+    assert all(row.statistics.drafted for row in rows[2:3]), "it has drafted after all"
 
 
 def test_several_rows_come_in_together_and_others_are_taken_out() -> None:

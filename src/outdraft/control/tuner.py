@@ -165,6 +165,11 @@ class ShapeTuner:
             self._bests[rows] = best
         return self._bests[rows]
 
+    def rests(self, rows: int) -> bool:
+        """Return True if nothing that drafts pays for so many rows, and nothing is on trial."""
+        known = self.timings.get(bucket(rows))
+        return known is not None and known.trying is None and self.best(rows) == PLAIN and self._is_timed(known, PLAIN)
+
     def observe(self, choice: ShapeChoice, accepted: Sequence[int], seconds: float) -> None:
         """Learn from a round, as in `ShapeChoice.observe`."""
         rows, shape, best = choice.rows, choice.shape, self.best(choice.rows)

@@ -1,9 +1,9 @@
 """Continuous batching: rows enter and leave while others are being decoded.
 
 Admitted rows run their prompts piece by piece in a batch of their own, and their drafter reads them there; one that
-cannot do so without drafting makes a round. Then they join the running batch. So a running row never waits for more
-than one piece, and no row is padded to another row's prompt. This module decodes rows; it does not decide which
-requests are admitted.
+cannot do so without drafting makes a round. Then they join the running batch, without either if its drafter rests. So a
+running row never waits for more than one piece, and no row is padded to another row's prompt. This module decodes rows;
+it does not decide which requests are admitted.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Decoder:
             return []
         newcomers = self._coming[0]
         newcomers.batch.shape = self.shape
-        gained = newcomers.step(tokens)
+        gained = newcomers.step(tokens, self._running)
         if newcomers.ready:
             self._coming.popleft()
             if self._running is None:
@@ -122,8 +122,13 @@ class _Newcomers:
         self._pieces: Iterator[list[Row]] | None = None
         self._begun = False
 
-    def step(self, tokens: int) -> list[Row]:
-        """Run the next prompt piece, or the round that follows the last piece."""
+    def step(self, tokens: int, running: Batch | None) -> list[Row]:
+        """Run the next prompt piece, or the round that follows the last piece.
+
+        Args:
+            tokens: prompt tokens of the piece, of all rows.
+            running: the batch that the rows are to join.
+        """
         if self._begun:
             self.ready = True
             return self.batch.round()
@@ -132,7 +137,8 @@ class _Newcomers:
         gained = next(self._pieces)
         if gained:
             self._begun = True
-            self.ready = not self.batch.rows or self.batch.read()
+            unread = running is not None and running.rests(self.batch)
+            self.ready = not self.batch.rows or unread or self.batch.read()
         return gained
 
     def leave(self) -> None:

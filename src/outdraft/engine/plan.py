@@ -27,7 +27,7 @@ import torch
 from outdraft.control.base import Controller
 from outdraft.control.costs import Costs
 from outdraft.control.shape_grid import PLAIN
-from outdraft.control.tuner import ShapeChoice
+from outdraft.control.tuner import ShapeChoice, ShapeTuner
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import now
 from outdraft.core.tree import Tree
@@ -103,10 +103,7 @@ def plan_round(batch: Batch) -> Plan:
     """Make the plan of a batch's next round, by the rules above."""
     nothing: list[list[int]] = [[]] * len(batch.rows)
     controllers = [row.controller for row in batch.rows if row.controller is not None]
-    pacer = controllers[0].pacer if controllers else None
-    # A drafter that asks no budget is not stopped by one: only whole shapes can be chosen for it, as for a batch.
-    rows = len(batch.rows) if batch.drafts.heeds_budget else max(2, len(batch.rows))
-    tuner = None if pacer is None else pacer.tuner(batch.shape, rows)
+    tuner = tuner_of(batch, len(batch.rows))
     ngrams = _ngrams(batch, unread=tuner is not None and tuner.best(len(batch.rows)) == PLAIN)
     if all(ngrams) or not batch.drafts.able:
         return Plan(batch.shape, ngrams)
@@ -126,6 +123,13 @@ def plan_round(batch: Batch) -> Plan:
         budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
         return Plan(shape, nothing, budget) if any(budget.going) or budget.measures_plain else _idle(batch, budget)
     return Plan(shape, ngrams)
+
+
+def tuner_of(batch: Batch, rows: int) -> ShapeTuner | None:
+    """Return the tuner that chooses the shapes of a batch once it has so many rows, if one does."""
+    pacer = batch.rows[0].controller.pacer if batch.rows and batch.rows[0].controller is not None else None
+    # A drafter that asks no budget is not stopped by one: only whole shapes can be chosen for it, as for a batch.
+    return None if pacer is None else pacer.tuner(batch.shape, rows if batch.drafts.heeds_budget else max(2, rows))
 
 
 def _left(row: Row) -> float:

@@ -21,7 +21,7 @@ from outdraft.core.tree import Tree
 from outdraft.core.verify import Verdict, verify
 from outdraft.drafting.base import Drafter
 from outdraft.engine.drafts import Drafts
-from outdraft.engine.plan import Clock, Plan, plan_round
+from outdraft.engine.plan import Clock, Plan, plan_round, tuner_of
 from outdraft.engine.rows import History, Prefixes, Row, compacted
 from outdraft.target.exact.target import ExactTarget
 from outdraft.target.runner import Output
@@ -29,6 +29,8 @@ from outdraft.target.target import Target
 
 PIECE = 256
 """Prompt tokens whose logits are computed at once, where a row watches its prompt."""
+SHORT = 256
+"""Most tokens of a prompt that a resting drafter leaves unread, beside rows of which it has read more."""
 
 
 @torch.inference_mode()
@@ -119,6 +121,16 @@ class Batch:
         ready = self.drafts.read()
         self._spend()
         return ready
+
+    def rests(self, newcomers: Batch) -> bool:
+        """Return True if the drafter is not asked once these rows have joined, so that it need not read their prompts.
+
+        What it has not read is padded to the row that has most. So longer prompts are read all the same.
+        """
+        rows = len(self.rows) + len(newcomers.rows)
+        tuner = tuner_of(self, rows)
+        short = newcomers.drafts.pending <= max(SHORT, self.drafts.pending)
+        return short and tuner is not None and tuner.rests(rows)
 
     def join(self, other: Batch) -> None:
         """Append the rows of another batch of the same target and drafter, between rounds; drop that batch after."""
