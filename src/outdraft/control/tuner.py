@@ -166,9 +166,9 @@ class ShapeTuner:
         return self._bests[rows]
 
     def rests(self, rows: int) -> bool:
-        """Return True if nothing that drafts pays for so many rows, and nothing is on trial."""
+        """Return True if no shape that was timed pays for so many rows."""
         known = self.timings.get(bucket(rows))
-        return known is not None and known.trying is None and self.best(rows) == PLAIN and self._is_timed(known, PLAIN)
+        return known is not None and self._is_timed(known, PLAIN) and self.best(rows) == PLAIN
 
     def observe(self, choice: ShapeChoice, accepted: Sequence[int], seconds: float) -> None:
         """Learn from a round, as in `ShapeChoice.observe`."""

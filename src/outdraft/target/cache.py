@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -296,7 +298,7 @@ class SlotCache(LayerCache):
         """Make a buffer of zeros, or take one of the pool, so that unwritten slots hold no NaN."""
         if self._pool is not None:
             return self._pool.take(shape, like)
-        return like.new_zeros(shape)
+        return untouched_zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
 
 
 class _Views(NamedTuple):
@@ -306,3 +308,18 @@ class _Views(NamedTuple):
     """All slots that the forward reads."""
     written: tuple[Tensor, ...]
     """Slots that the forward writes, if they are the same in all rows."""
+
+
+LINE = 64
+"""Bytes of a line of a CPU's cache, at which kernels like a buffer to begin."""
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU, in memory that the system hands out as zeros where and when it is used.
+
+    `torch.zeros` writes all of them, which for a row that joins others took as long as a small model's round.
+    """
+    size = prod(shape) * dtype.itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(*shape)

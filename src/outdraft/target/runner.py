@@ -124,9 +124,9 @@ class ModelRunner:
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Output:
         """Run `(rows, tokens)` over reserved slots; the last three arguments as in `attention_mask`."""
-        if self.reads == PLAIN:
+        if not self.reads.layers:
             features = self.target.forward(tokens, positions, mask, slots, self.cache)
-            return Output(features, features)
+            return Output(features, features if self.reads.features else features[..., :0])
         inputs = self.target.inputs(positions, mask, slots, self.cache)
         return Output(*self.target.reader(self.reads)(input_ids=tokens, **inputs))
 

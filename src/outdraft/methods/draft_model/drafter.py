@@ -30,6 +30,7 @@ from outdraft.drafting.vocabulary import DifferentTokenizers, SharedVocabulary
 from outdraft.errors import UserError
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
+from outdraft.target.views import Reads
 
 
 class DraftModel(Drafter):
@@ -41,6 +42,7 @@ class DraftModel(Drafter):
     """
 
     method = "draft-model"
+    reads = Reads(features=False)
 
     def __init__(self, model: Target, target: Target):
         if model.device != target.device:

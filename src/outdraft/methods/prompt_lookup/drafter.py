@@ -17,6 +17,7 @@ from outdraft.drafting.base import Budget, Drafter, DraftState, Limits, RowConte
 from outdraft.drafting.ngrams import Text
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
+from outdraft.target.views import Reads
 
 
 class PromptLookup(Drafter):
@@ -29,6 +30,7 @@ class PromptLookup(Drafter):
 
     method = "prompt-lookup"
     limits = Limits(probs=False, looks_back=True)
+    reads = Reads(features=False)
 
     def __init__(self, longest: int = 3, shortest: int = 1):
         self.longest, self.shortest = longest, shortest
