@@ -64,6 +64,7 @@ class Preparation:
             (len(self.skipped), f"lines could not be used (first: {self.skipped[0] if self.skipped else ''})"),
             (len(data.refused), f"conversations were left out (first: {data.refused[0] if data.refused else ''})"),
             (data.cut_answers, "answers were cut off before their end, and no end token is learned after them"),
+            (data.untrained, "answers have weight 0 in the data and are not learned"),
             (data.truncated, f"examples were cut to {self.config.max_length} tokens"),
             (data.without_response, "conversations have no response token left and were dropped"),
             (data.unmarked_turns, "assistant turns carry no loss: the template renders them differently later on"),
