@@ -243,6 +243,17 @@ def test_train_reads_a_file_then_overrides_then_flags(folders: Folders, tmp_path
     assert "training plan" in shown and "eagle" in shown
 
 
+def test_a_tracker_that_is_missing_is_named_before_a_dry_run(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    given = ("train", "--model", folders.target, "--data", folders.chats, "--output-dir", tmp_path / "run")
+    for dry in ((), ("--dry-run",)):
+        said = refused(*given, "--report-to", "wandb", *dry)
+        assert "report_to wandb" in said and "pip install wandb" in said
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_the_chat_template_is_told_of_its_switches(folders: Folders, tmp_path: Path) -> None:
     model = shutil.copytree(folders.target, tmp_path / "target")
     config = json.loads((model / "tokenizer_config.json").read_text())
