@@ -99,7 +99,9 @@ def test_the_answer_follows_a_format(folders: Folders, tmp_path: Path) -> None:
         (tmp_path / "absent.json", "absent.json cannot be read"),
         (folders.chats, "holds none"),
         ('{"type": "regex"}', "needs regex"),
-        ('{"type": "object", "not": {}}', "not"),
+        ('{"type": "object", "not": {}}', 'keys: ["not"]; leave them out'),
+        ('{"type": "array", "uniqueItems": true}', 'keys: ["uniqueItems"]'),
+        ('{"type": "object", "propertyNames": {"pattern": "^a"}}', 'keys: ["propertyNames"]'),
         ("[1]", "cannot be read"),
     ):
         assert named in refused(*common, "--response-format", given)

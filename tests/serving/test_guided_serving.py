@@ -206,6 +206,28 @@ def test_what_cannot_be_followed_is_refused(calling, body, param):
     assert refusal.value.body["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("key", "schema"),
+    [
+        ("not", {"not": {"type": "string"}}),
+        ("uniqueItems", {"type": "array", "uniqueItems": True}),
+        ("propertyNames", {"type": "object", "propertyNames": {"pattern": "^a"}}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_known_of_json_schema_is_refused_before_anything_is_decoded(
+    served: Served, client: Any, key: str, schema: dict[str, Any], stream: bool
+) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    with served.held(), pytest.raises(openai.BadRequestError) as refusal:  # a forward would never end
+        client.chat.completions.create(
+            model=NAME, messages=QUESTION, response_format=asked, stream=stream, max_tokens=4
+        )
+    assert refusal.value.status_code == 400 and refusal.value.body["param"] == "response_format"
+    assert f'["{key}"]; leave them out of the schema' in refusal.value.body["message"]
+    assert "\n" not in refusal.value.body["message"]
+
+
 class Answer(BaseModel):
     """No white space, for a model that would write nothing else."""
 
