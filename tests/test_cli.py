@@ -160,7 +160,9 @@ def test_chat_answers_and_obeys_its_commands(folders: Folders) -> None:
 
 def test_chat_takes_a_system_message_a_temperature_and_explains_tau(folders: Folders) -> None:
     lines = "/help\n/system Be kind\nhello\n/temperature 0.5\nhello\n/temperature hot\n/system\n"
-    result = succeeded("chat", "--model", folders.target, "--max-new-tokens", 4, "--show-drafts", stdin=lines)
+    result = succeeded(
+        "chat", "--model", folders.target, "--max-new-tokens", 4, "--show-drafts", "--seed", 0, stdin=lines
+    )
     told = " ".join(result.stderr.split())
     for remark in ("tau is how many tokens", "begins anew", "temperature 0.5", "such as /temperature 0.7"):
         assert remark in told
