@@ -477,7 +477,11 @@ def test_truncated_weights(folders: Folders, tmp_path: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:-100])
         assert "broken" in str(refused("info", broken)) or "damaged" in refused("info", broken)
     assert "drafter" in refused("generate", "hi", "--model", folders.target, "-d", tmp_path / "drafter")
-    assert "target" in refused("generate", "hi", "--model", tmp_path / "target")
+    assert "copy or download them again" in refused("generate", "hi", "--model", tmp_path / "target")
+    (tmp_path / "target" / "tokenizer.json").write_text("{}")
+    shutil.copy(Path(folders.target) / "model.safetensors", tmp_path / "target")
+    said = refused("generate", "hi", "--model", tmp_path / "target")
+    assert "the tokenizer in" in said and "copy or download them again" in said
 
 
 def test_broken_and_empty_data(folders: Folders, tmp_path: Path) -> None:
@@ -492,6 +496,17 @@ def test_broken_and_empty_data(folders: Folders, tmp_path: Path) -> None:
         assert "empty" in refused(*command, empty)
     assert f"{broken}:3" in refused(*train, broken, "--dry-run")
     assert f"{broken}:1" in refused(*bench, write_lines(broken, {"words": 1}))
+
+
+def test_a_folder_where_a_file_of_prompts_is_wanted(folders: Folders, tmp_path: Path) -> None:
+    both = ("--model", folders.target, "-d", folders.drafter, "--data", tmp_path)
+    for verb in ("verify", "doctor", "advise"):
+        assert f"{tmp_path} is a folder; give" in refused(verb, *both)
+    assert "leaves no room" in refused(
+        *("regenerate", "--model", folders.target, "--data", folders.chats),
+        *("--output", tmp_path / "o.jsonl", "--max-new-tokens", 10**7),
+    )
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_prompts_beyond_the_context(folders: Folders, tmp_path: Path) -> None:
@@ -515,6 +530,7 @@ def test_prompts_beyond_the_context(folders: Folders, tmp_path: Path) -> None:
         (("--dtype", "int3"), "int3"),
         (("--device", "abacus"), "abacus"),
         (("--temperature", -1), "temperature"),
+        (("--seed", 2**80), "seed must lie between"),
         (("--top-p", 0), "top_p"),
         (("--top-p", 1.5), "top_p"),
         (("--min-p", 2), "min_p"),
