@@ -179,7 +179,8 @@ def expected(
         found[DRAFTED_SAMPLED] = asked * drafted.batch(each, tokens)
         found[LAWS] = asked * stock.batch(each, tokens)
         seeded = stock.batch(1, tokens)
-        again = 0.0 if exact else seeded + tokens / SEVERAL * stock.one + stock.prefill
+        # Every text once more for its noise, in all three ways, and drafted ones that differ once more for their gaps.
+        again = 0.0 if exact else 2 * seeded + tokens / SEVERAL * stock.one + stock.prefill
         found[SEEDED] = asked * (settings.seeds * (seeded + again) + drafted.batch(settings.seeds, tokens))
         # A prefix is run through once for every cell that is split, and for every level in pieces and as a whole.
         pieces = sum(sorted(lengths)[:few]) / few / SEVERAL
