@@ -99,7 +99,9 @@ def test_the_answer_follows_a_format(folders: Folders, tmp_path: Path) -> None:
         (tmp_path / "absent.json", "absent.json cannot be read"),
         (folders.chats, "holds none"),
         ('{"type": "regex"}', "needs regex"),
-        ('{"type": "object", "not": {}}', "not"),
+        ('{"type": "object", "not": {}}', 'keys: ["not"]; leave them out'),
+        ('{"type": "array", "uniqueItems": true}', 'keys: ["uniqueItems"]'),
+        ('{"type": "object", "propertyNames": {"pattern": "^a"}}', 'keys: ["propertyNames"]'),
         ("[1]", "cannot be read"),
     ):
         assert named in refused(*common, "--response-format", given)
@@ -158,7 +160,9 @@ def test_chat_answers_and_obeys_its_commands(folders: Folders) -> None:
 
 def test_chat_takes_a_system_message_a_temperature_and_explains_tau(folders: Folders) -> None:
     lines = "/help\n/system Be kind\nhello\n/temperature 0.5\nhello\n/temperature hot\n/system\n"
-    result = succeeded("chat", "--model", folders.target, "--max-new-tokens", 4, "--show-drafts", stdin=lines)
+    result = succeeded(
+        "chat", "--model", folders.target, "--max-new-tokens", 4, "--show-drafts", "--seed", 0, stdin=lines
+    )
     told = " ".join(result.stderr.split())
     for remark in ("tau is how many tokens", "begins anew", "temperature 0.5", "such as /temperature 0.7"):
         assert remark in told
@@ -241,6 +245,17 @@ def test_train_reads_a_file_then_overrides_then_flags(folders: Folders, tmp_path
     assert not (tmp_path / "run").exists()
     shown = succeeded("train", "--config", config, "--dry-run").stdout
     assert "training plan" in shown and "eagle" in shown
+
+
+def test_a_tracker_that_is_missing_is_named_before_a_dry_run(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    given = ("train", "--model", folders.target, "--data", folders.chats, "--output-dir", tmp_path / "run")
+    for dry in ((), ("--dry-run",)):
+        said = refused(*given, "--report-to", "wandb", *dry)
+        assert "report_to wandb" in said and "pip install wandb" in said
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_the_chat_template_is_told_of_its_switches(folders: Folders, tmp_path: Path) -> None:
@@ -462,7 +477,11 @@ def test_truncated_weights(folders: Folders, tmp_path: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:-100])
         assert "broken" in str(refused("info", broken)) or "damaged" in refused("info", broken)
     assert "drafter" in refused("generate", "hi", "--model", folders.target, "-d", tmp_path / "drafter")
-    assert "target" in refused("generate", "hi", "--model", tmp_path / "target")
+    assert "copy or download them again" in refused("generate", "hi", "--model", tmp_path / "target")
+    (tmp_path / "target" / "tokenizer.json").write_text("{}")
+    shutil.copy(Path(folders.target) / "model.safetensors", tmp_path / "target")
+    said = refused("generate", "hi", "--model", tmp_path / "target")
+    assert "the tokenizer in" in said and "copy or download them again" in said
 
 
 def test_broken_and_empty_data(folders: Folders, tmp_path: Path) -> None:
@@ -477,6 +496,17 @@ def test_broken_and_empty_data(folders: Folders, tmp_path: Path) -> None:
         assert "empty" in refused(*command, empty)
     assert f"{broken}:3" in refused(*train, broken, "--dry-run")
     assert f"{broken}:1" in refused(*bench, write_lines(broken, {"words": 1}))
+
+
+def test_a_folder_where_a_file_of_prompts_is_wanted(folders: Folders, tmp_path: Path) -> None:
+    both = ("--model", folders.target, "-d", folders.drafter, "--data", tmp_path)
+    for verb in ("verify", "doctor", "advise"):
+        assert f"{tmp_path} is a folder; give" in refused(verb, *both)
+    assert "leaves no room" in refused(
+        *("regenerate", "--model", folders.target, "--data", folders.chats),
+        *("--output", tmp_path / "o.jsonl", "--max-new-tokens", 10**7),
+    )
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_prompts_beyond_the_context(folders: Folders, tmp_path: Path) -> None:
@@ -500,6 +530,7 @@ def test_prompts_beyond_the_context(folders: Folders, tmp_path: Path) -> None:
         (("--dtype", "int3"), "int3"),
         (("--device", "abacus"), "abacus"),
         (("--temperature", -1), "temperature"),
+        (("--seed", 2**80), "seed must lie between"),
         (("--top-p", 0), "top_p"),
         (("--top-p", 1.5), "top_p"),
         (("--min-p", 2), "min_p"),

@@ -340,6 +340,13 @@ def test_further_end_tokens_that_are_letters_stay_letters(speaker):
     assert said.text == "a}" and said.finish_reasons == ["eos"]
 
 
+UNKNOWN = {
+    "not": {"not": {}},
+    "uniqueItems": {"type": "object", "properties": {"k": {"type": "array", "uniqueItems": True}}},
+    "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a"}},
+}
+
+
 @pytest.mark.parametrize(
     ("response_format", "said"),
     [
@@ -347,7 +354,10 @@ def test_further_end_tokens_that_are_letters_stay_letters(speaker):
         ({"type": "xml"}, "type is one of"),
         ({"type": "json_object", "schema": {}}, "has no 'schema'"),
         ({"type": "json_schema"}, "needs json_schema"),
-        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "Unimplemented keys"),
+        *(
+            ({"type": "json_schema", "json_schema": {"schema": schema}}, rf'keys: \["{key}"\]; leave them out')
+            for key, schema in UNKNOWN.items()
+        ),
         ({"type": "json_schema", "json_schema": {"schema": "{"}}, "no JSON"),
         ({"type": "json_schema", "json_schema": {"schema": {}, "strict": True, "more": 1}}, "has no 'more'"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "http://localhost/x"}}}, "not present"),

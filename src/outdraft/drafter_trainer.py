@@ -34,7 +34,7 @@ from outdraft.target.target import Target
 from outdraft.training.config import DrafterConfig
 from outdraft.training.held_out import HELD_OUT, beginnings, hold_out, tau_meter
 from outdraft.training.plan import DeviceMemory, TrainPlan, device_memory, plan
-from outdraft.training.preparation import NO_DATA, refuse_another_run
+from outdraft.training.preparation import NO_DATA, refuse_another_run, refuse_missing_trackers
 from outdraft.training.train import CARD, TrainResult, train
 from outdraft.training.trainer import keep_freed_memory
 
@@ -150,6 +150,7 @@ class DrafterTrainer:
             UserError: settings, target or data that cannot work.
         """
         keep_freed_memory()
+        refuse_missing_trackers(self.config)  # before the target is loaded
         with tempfile.TemporaryDirectory() as name:
             aside = Path(name)
             data, asked = self._files(aside)
@@ -174,7 +175,8 @@ class DrafterTrainer:
         console = self.console if is_main_process() else Console(quiet=True)
         folder = self.config.output_dir / "data"
         data, asked = self._files(folder)
-        refuse_another_run(self.config.output_dir, resume_from_checkpoint)  # before the target is loaded
+        refuse_missing_trackers(self.config)  # before the target is loaded
+        refuse_another_run(self.config.output_dir, resume_from_checkpoint)
         begun_with, held_out = self._begun_with(data, asked), list[Conversation]()
         switches = self.config.chat_template_kwargs
         if asked is not None:

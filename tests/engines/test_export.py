@@ -108,6 +108,7 @@ def test_a_head_is_written_under_the_names_the_engine_reads_and_computes_the_sam
     assert not config["attention_bias"] and config.get("qkv_bias", False) == changes.get("attention_bias", False)
     assert 0 < done.difference < 1e-5
     assert done.plugin == (architecture != "EagleLlamaForCausalLM")
+    assert done.command.startswith("vllm serve ")
     assert '"method": "eagle"' in done.command and str(tmp_path / "out") in done.command
     # The official names, so it loads here again, as the same drafter.
     back, head = load_drafter(tmp_path / "out").head, random_head(**changes)

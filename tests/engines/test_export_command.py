@@ -25,7 +25,7 @@ def test_the_engines_command_alone_is_on_stdout(folders: Folders, tmp_path: Path
     done = run("--model", folders.target, "-d", folders.drafter, "-o", tmp_path / "out", "--num-speculative-tokens", 3)
     assert done.exit_code == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith("python -m vllm") and folders.target in line and '"num_speculative_tokens": 3' in line
+    assert line.startswith("vllm serve") and folders.target in line and '"num_speculative_tokens": 3' in line
     assert "plug-in" in done.stderr and (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -136,7 +136,7 @@ def test_a_required_call_is_made_whole_and_streamed(calling, choice):
     # What the server sent can be sent back, with what the tool said.
     message = answer.message.model_dump()
     back = [*QUESTION, message, {"role": "tool", "tool_call_id": call.id, "content": "24"}]
-    client.chat.completions.create(model=NAME, messages=back, tools=TOOLS, max_tokens=3)
+    client.chat.completions.create(model=NAME, messages=back, tools=TOOLS, max_tokens=3, temperature=0)
 
 
 def test_marks_of_calls_that_are_special_tokens_stay_in_the_text(starting, monkeypatch):
@@ -204,6 +204,28 @@ def test_what_cannot_be_followed_is_refused(calling, body, param):
     with pytest.raises(openai.BadRequestError) as refusal:
         client_of(calling).post("/chat/completions", body={"model": NAME, "messages": QUESTION, **body}, cast_to=object)
     assert refusal.value.body["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("key", "schema"),
+    [
+        ("not", {"not": {"type": "string"}}),
+        ("uniqueItems", {"type": "array", "uniqueItems": True}),
+        ("propertyNames", {"type": "object", "propertyNames": {"pattern": "^a"}}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_known_of_json_schema_is_refused_before_anything_is_decoded(
+    served: Served, client: Any, key: str, schema: dict[str, Any], stream: bool
+) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    with served.held(), pytest.raises(openai.BadRequestError) as refusal:  # a forward would never end
+        client.chat.completions.create(
+            model=NAME, messages=QUESTION, response_format=asked, stream=stream, max_tokens=4
+        )
+    assert refusal.value.status_code == 400 and refusal.value.body["param"] == "response_format"
+    assert f'["{key}"]; leave them out of the schema' in refusal.value.body["message"]
+    assert "\n" not in refusal.value.body["message"]
 
 
 class Answer(BaseModel):

@@ -101,7 +101,7 @@ def test_its_own_message_can_be_sent_back(client: Any) -> None:
 def test_openais_client_can_send_it_back(served: Served) -> None:
     openai = pytest.importorskip("openai", reason="OpenAI's client")
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
-    settings: dict[str, Any] = {"model": NAME, "max_tokens": 3}
+    settings: dict[str, Any] = {"model": NAME, "max_tokens": 3, "temperature": 0}
     message = client.chat.completions.create(messages=[ASKED], **settings).choices[0].message
     for back in (message, message.model_dump(), message.model_dump(exclude_none=True)):
         again = client.chat.completions.create(messages=[ASKED, back, ASKED], **settings)

@@ -67,6 +67,10 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
         (["--method", "none", "--tree-size", "5"], "--tree-size shapes what a drafter drafts"),
         (["--kv-cache-tokens", "1"], "--kv-cache-tokens must be at least 2"),
         (["--temperature", "-1"], "temperature must be 0"),
+        (["--max-model-len", "9999"], "--max-model-len 9999 exceeds the model's context of 1024"),
+        (["--request-timeout", "0"], "--request-timeout 0 would refuse every request"),
+        (["--allow-origin", "example.com"], "--allow-origin must be * or like https://example.com"),
+        (["--allow-origin", "https://example.com/"], "without a path"),
         (["-d", "DRAFTER", "--controller", "none"], "none"),
     ],
 )

@@ -115,12 +115,8 @@ def test_a_client_that_leaves_frees_its_row_at_once(starting: Callable[..., Serv
 
 def test_a_slow_reader_holds_no_row(starting: Callable[..., Served]) -> None:
     served = starting(max_num_seqs=1)
-    with (
-        served.client() as http,
-        http.stream(
-            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 90, "stream": True, "n": 4}
-        ) as answer,
-    ):
+    body = {"prompt": "a", "max_tokens": 90, "stream": True, "n": 4, "seed": 0, "ignore_eos": True}
+    with served.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
         settled(served)  # nothing was read yet
         assert answer.read().endswith(b"data: [DONE]\n\n")
 

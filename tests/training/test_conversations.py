@@ -248,6 +248,18 @@ def test_what_is_not_finished_stays_so_when_it_is_written_again(tmp_path: Path) 
     assert [(one.messages, one.text, one.cut) for one in again] == [(one.messages, one.text, one.cut) for one in found]
 
 
+def test_turns_of_weight_0_are_known_and_stay_so_when_they_are_written_again(tmp_path: Path) -> None:
+    turns = json.loads(GOOD)["messages"]
+    weighted = [{**turn, "weight": weight} for turn, weight in zip([*turns, *turns], (0, 0, None, 1), strict=True)]
+    (found,) = read_conversations(write(tmp_path, json.dumps({"messages": weighted})))
+    assert found.untrained == {1}, "the user's turns are never learned, whatever their weight"
+    (again,) = read_conversations(write(tmp_path, json.dumps(found.record()), name="again.jsonl"))
+    assert again.untrained == {1} and again.messages == found.messages
+    weighted[3]["weight"] = 0.5
+    with pytest.raises(UserError, match=r':1: the "weight" of a turn must be 0 or 1, not 0\.5'):
+        read_conversations(write(tmp_path, json.dumps({"messages": weighted})))
+
+
 def installed(monkeypatch: pytest.MonkeyPatch, **modules: object) -> None:
     """These stand for packages; None for one that is missing."""
     for name, module in modules.items():

@@ -46,6 +46,20 @@ def test_the_plan_counts_answers_that_were_cut_off_and_says_what_it_means(
     assert any(note.startswith("3 answers were cut off") for note in found.notes)
 
 
+def test_the_plan_counts_answers_of_weight_0(target: Target, chats: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in chats.read_text().split("\n") if line]
+    for line in lines[:2]:
+        for turn in line["messages"]:
+            turn["weight"] = 0
+    (tmp_path / "weighted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, whole = (
+        plan(target, DrafterConfig(data=data, output_dir=tmp_path / "run", max_steps=1))
+        for data in (tmp_path / "weighted.jsonl", chats)
+    )
+    assert found.untrained_answers >= 2 and found.response_tokens < whole.response_tokens
+    assert f"{found.untrained_answers} answers have weight 0 in the data and are not learned" in found.notes
+
+
 def test_the_plan_tells_what_is_kept_and_what_runs_in_every_step(
     target: Target, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -397,6 +397,7 @@ def ticking(seconds: float) -> Iterator[float]:
 def test_impossible_settings_are_refused(run: Run, target: Target) -> None:
     for settings, says in (
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 10**7}, "leaves no room for a prompt in the context of"),
         ({"rows": 0}, "at least 1"),
         ({"temperatures": []}, "at least one temperature"),
         ({"temperatures": [-1.0]}, "temperature must be 0"),

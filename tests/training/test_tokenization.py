@@ -217,6 +217,22 @@ def test_answers_that_were_cut_off_are_counted() -> None:
     assert found.cut_answers == 4
 
 
+def untrained(*places: int) -> Conversation:
+    return Conversation("data:1", messages=TWO_TURNS.messages, untrained=frozenset(places))
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_answers_of_weight_0_are_read_and_not_learned(template: str) -> None:
+    assert marked(template, [untrained(1)]) == ["ok<|im_end|>"]
+    assert marked(template, [untrained(3)]) == ["Grüß<|im_end|>"]
+    tokenizer = byte_tokenizer(template)
+    found = tokenize([untrained(1), untrained(1, 3), TWO_TURNS], tokenizer, 999)
+    assert (found.untrained, found.unmarked_turns, found.without_response) == (3, 0, 1)
+    assert found[0].input_ids.equal(found[1].input_ids), "the ids are those of the whole conversation"
+    with pytest.raises(UserError, match="all 2 answers have weight 0"):
+        tokenize([untrained(1, 3)], tokenizer, 999)
+
+
 def test_texts_need_no_template_and_carry_loss_everywhere() -> None:
     assert marked(None, [Conversation("data:1", text="once upon")]) == ["once upon"]
 

@@ -28,7 +28,7 @@ from outdraft.control.settings import Pacer
 from outdraft.core.coupling import chance_of
 from outdraft.core.dice import Dice
 from outdraft.core.sampling import Warper
-from outdraft.core.sampling_settings import whole
+from outdraft.core.sampling_settings import seed_of, whole
 from outdraft.core.statistics import Statistics
 from outdraft.data.text import Detokenizer, answer_text, stops_at
 from outdraft.drafting.base import Drafter
@@ -244,7 +244,7 @@ class SpeculativeModel:
         if strings and self.tokenizer is None:
             raise UserError("stop_strings need a tokenizer; use eos_token_id")
         seed = settings.pop("seed", None)
-        seed = None if seed is None else whole("seed", seed)
+        seed = None if seed is None else seed_of(seed)
         extra = settings.pop("logits_processor", None) or []
         own = model_settings(self.target)
         if asked.exact and settings.get("temperature") is None:

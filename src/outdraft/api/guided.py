@@ -166,7 +166,8 @@ class Grammar:
         self._start = _library().LLMatcher(vocabulary.tokens, source, log_level=0)
         if self._start.is_error():
             said = " ".join(self._start.get_error().split())
-            raise UserError(f"the response format cannot be compiled: {said[:300]}")
+            fix = "; leave them out of the schema" if "Unimplemented keys" in said else ""
+            raise UserError(f"the response format cannot be compiled: {said[:300]}{fix}")
 
     def matcher(self) -> Any:
         """A matcher at the beginning of the text."""

@@ -270,6 +270,10 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
+AGAIN = "check its files, or copy or download them again"
+"""The fix where another library cannot read a model's folder."""
+
+
 def _load_model(
     path: str,
     device: torch.device,
@@ -302,7 +306,7 @@ def _load_model(
             raise UserError(
                 f"'{path}' is a drafter; give it with --draft-model, and the model that it was trained for with --model"
             ) from error
-        raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}; {AGAIN}") from error
     if quantised == "native-gguf":
         store_blocks(model, path)
     # Quantised models refuse to be moved, and need not be here.
@@ -316,7 +320,7 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}; {AGAIN}") from error
 
 
 def _has_words(folder: Path) -> bool:

@@ -198,6 +198,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}; leave it out for all prompts")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give a JSON-lines or text file of prompts")
     if not str(path).startswith(HUB) and not Path(path).is_file():
         raise UserError(f"no such file: {path}; give a JSON-lines or text file of prompts")
     found = []

@@ -105,6 +105,7 @@ def bench(
 AUDITED = o.flags_of(
     *("evaluation/audit/findings.py", "AuditSettings"),
     *("data", "limit", "max_new_tokens", "greedy", "total_variation", "power", "alpha", "batch_size", "seed", "quick"),
+    "output_dir",
 )
 
 

@@ -84,6 +84,14 @@ def whole(name: str, value: Any) -> int:
         raise UserError(f"{name} must be a whole number, not {value!r}") from None
 
 
+def seed_of(value: Any) -> int:
+    """Return the value as a seed, or raise the UserError that says which numbers torch's generators take."""
+    seed = whole("seed", value)
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed must lie between -2**63 and 2**63 - 1, not {seed}")
+    return seed
+
+
 def real(name: str, value: Any) -> float:
     """Return the value as a float, or raise the UserError that names the setting."""
     try:

@@ -206,6 +206,8 @@ class Conversation:
     """True for a question without turns, which a model without a chat template can continue as it is."""
     cut: frozenset[int] = frozenset()
     """The indices of assistant turns that were cut off and get no end token; 0 for a text."""
+    untrained: frozenset[int] = frozenset()
+    """The indices of assistant turns of weight 0, which are read and not learned."""
     id: int | str | None = None
     """The record's own id, where it has one."""
     origin: str | None = None
@@ -248,6 +250,8 @@ class Conversation:
         last = last_answer(self.messages)
         for place in self.cut - {last}:
             messages[place]["finished"] = False
+        for place in self.untrained:
+            messages[place]["weight"] = 0
         tools = {"tools": list(self.tools)} if self.tools else {}
         return {**({"finished": False} if last in self.cut else {}), **tools, "messages": messages}
 
@@ -302,6 +306,16 @@ def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> Co
     return found
 
 
+def _untrained(turns: Sequence[Any], messages: Sequence[Message]) -> frozenset[int]:
+    """Return the indices of assistant turns of `weight` 0, as OpenAI's files for fine-tuning have it; a weight that is
+    neither 0 nor 1 raises BadRecord."""
+    both = enumerate(zip(turns, messages, strict=True))
+    weights = {place: turn.get("weight") for place, (turn, message) in both if message["role"] == "assistant"}
+    if odd := [weight for weight in weights.values() if weight not in (None, 0, 1)]:
+        raise BadRecord(f'the "weight" of a turn must be 0 or 1, not {odd[0]!r}')
+    return frozenset(place for place, weight in weights.items() if weight == 0)
+
+
 def _conversation(source: str, record: Any) -> Conversation:
     if isinstance(record, BadRecord):
         raise record
@@ -318,7 +332,7 @@ def _conversation(source: str, record: Any) -> Conversation:
         cut = {place for place, turn in enumerate(turns) if was_cut(turn)}
         last = {last_answer(messages)} if unfinished else set()
         said: dict[str, Any] = {"cut": frozenset(cut | last), "tools": tuple(tools_of(record))}
-        return Conversation(source, messages, **said, **known)
+        return Conversation(source, messages, untrained=_untrained(turns, messages), **said, **known)
     if "text" in record and not isinstance(record.get("instruction"), str):  # Alpaca's `text` is both in a template
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise BadRecord('"text" must be a non-empty string')

@@ -53,6 +53,8 @@ class ExampleSet:
     """The number of assistant turns without loss, since the template renders them differently as the chat goes on."""
     cut_answers: int = 0
     """The number of answers that were cut off, after which no end token is learned."""
+    untrained: int = 0
+    """The number of answers without loss, since the data give them weight 0."""
     refused: list[str] = field(default_factory=list)
     """A line for every conversation that the chat template does not take, with the reason."""
 
@@ -107,11 +109,14 @@ def tokenize(
             # Unanswered questions at the end teach nothing.
             said = list(conversation.messages[: last_answer(conversation.messages) + 1])
             try:
-                ids, mask, marked = _chat(said, tokenizer, conversation.cut, variables_of(conversation, switches))
+                variables = variables_of(conversation, switches)
+                ids, mask, marked = _chat(said, tokenizer, conversation.cut, conversation.untrained, variables)
             except TemplateRefuses as problem:
                 found.refused.append(f"{conversation.source}: {problem}")
                 continue
             spoken = sum(message["role"] == "assistant" for message in conversation.messages)
+            spoken -= len(conversation.untrained)
+            found.untrained += len(conversation.untrained)
             turns += spoken
             found.unmarked_turns += spoken - marked
         found.truncated += len(ids) > max_length
@@ -131,6 +136,8 @@ def tokenize(
             f"no example is left: {len(found.refused)} conversations are refused, first {found.refused[0]}; give data "
             "that the chat template takes, or a tokenizer with another template"
         )
+    if not found.examples and not turns and found.untrained:
+        raise UserError(f"all {found.untrained} answers have weight 0, so that there is nothing to learn; give others")
     if not found.examples:
         raise UserError(
             f"no example has a response token within {max_length} tokens; raise --max-length or give data with answers "
@@ -207,19 +214,26 @@ def _templated(tokenizer: Any, messages: Sequence[Any], **settings: Any) -> Any:
 
 
 def _chat(
-    messages: list[Message], tokenizer: Any, cut: Collection[int], variables: Mapping[str, Any]
+    messages: list[Message],
+    tokenizer: Any,
+    cut: Collection[int],
+    untrained: Collection[int],
+    variables: Mapping[str, Any],
 ) -> tuple[list[int], list[bool], int]:
-    """Return ids, mask and the number of assistant turns that were marked; turns at the indices `cut` have no end."""
+    """Return ids, mask and the number of assistant turns that were marked; turns at the indices `cut` have no end, and
+    those at the indices `untrained` no mark."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    wanted = [place for place in answers if place not in untrained]
+    if not wanted:
         return [], [], 0
     if GENERATION_MARK.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
         marked = _templated(tokenizer, messages, **variables, return_dict=True, return_assistant_tokens_mask=True)
         if any(marked["assistant_masks"]):
             ids, mask = list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
-            return ids, _without_ends(ids, mask, answers, cut, tokenizer), len(answers)
+            marks = _without_ends(ids, mask, answers, cut, tokenizer)
+            return ids, *(_without_turns(marks, mask, answers, untrained) if untrained else (marks, len(answers)))
     text = render(tokenizer, messages, variables=variables)
-    found = {place: _response_span(tokenizer, messages, place, text, variables) for place in answers}
+    found = {place: _response_span(tokenizer, messages, place, text, variables) for place in wanted}
     ended = [span for place, span in found.items() if span is not None and place not in cut]
     endless = [
         (span[0], _spoken_end(tokenizer, text, span, messages[place]["content"]))
@@ -232,8 +246,8 @@ def _chat(
         ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
     else:
         ids, starts = _ids_and_starts(tokenizer, text, spans)
-    marks = zip(_mask(ids, starts, ended, tokenizer.eos_token_id), _mask(ids, starts, endless, None), strict=True)
-    return ids, [one or other for one, other in marks], len(spans)
+    both = zip(_mask(ids, starts, ended, tokenizer.eos_token_id), _mask(ids, starts, endless, None), strict=True)
+    return ids, [one or other for one, other in both], len(spans)
 
 
 def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) -> int:
@@ -244,6 +258,21 @@ def _spoken_end(tokenizer: Any, text: str, span: tuple[int, int], content: str) 
         return place + len(said)
     marks = [text.find(mark, *span) for mark in tokenizer.all_special_tokens]
     return min((mark for mark in marks if mark >= 0), default=span[1])
+
+
+def _without_turns(
+    marks: list[bool], mask: list[bool], answers: list[int], untrained: Collection[int]
+) -> tuple[list[bool], int]:
+    """Return the marks without those of the turns at the indices `untrained`, and the number of turns that have some;
+    none where it cannot be told which run of the mask is which turn."""
+    begins = [i for i, marked in enumerate(mask) if marked and not (i and mask[i - 1])]
+    if len(begins) != len(answers):
+        return [False] * len(marks), 0
+    kept = list(marks)
+    for begin, end, place in zip(begins, [*begins[1:], len(mask)], answers, strict=True):
+        if place in untrained:
+            kept[begin:end] = [False] * (end - begin)
+    return kept, len(answers) - len(untrained)
 
 
 def _without_ends(

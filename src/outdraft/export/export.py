@@ -183,8 +183,7 @@ def _absolute(place: str | Path) -> Path:
 def _vllm_server(target: str, folder: str, method: str, tokens: int) -> str:
     """Return the command of vLLM's OpenAI server with the folder as its drafter and chains of `tokens` tokens."""
     speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
-    server = ["python", "-m", "vllm.entrypoints.openai.api_server"]
-    return shlex.join([*server, "--model", target, "--speculative-config", speculative])
+    return shlex.join(["vllm", "serve", target, "--speculative-config", speculative])
 
 
 def _assisted(target: str, folder: str, tokens: int) -> str:

@@ -53,7 +53,12 @@ class RequestParser:
 
     def __init__(self, target: Target, tokenizer: PreTrainedTokenizerBase, names: list[str], settings: ServeSettings):
         self.target, self.tokenizer, self.names = target, tokenizer, names
-        self.context_length = min(settings.max_model_len or target.context_length, target.context_length)
+        self.context_length = settings.max_model_len or target.context_length
+        if self.context_length > target.context_length:
+            raise UserError(
+                f"--max-model-len {settings.max_model_len} exceeds the model's context of {target.context_length}; "
+                "lower it or leave it out"
+            )
         own = {name: value for name, value in model_settings(target).items() if name != "do_sample"}
         self.defaults = {"temperature": 1.0, **own, **settings.defaults}
         self.switches = check_switches(settings.chat_template_kwargs)

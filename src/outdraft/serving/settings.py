@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,11 @@ class ServeSettings:
         for name in ("request_timeout", "shutdown_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{flag(name)} must be seconds, 0 or more, not {getattr(self, name)}")
+        if not self.request_timeout:
+            raise UserError("--request-timeout 0 would refuse every request; give the seconds that a body may take")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise UserError(f"--allow-origin must be * or like https://example.com, without a path, not '{origin}'")
         if self.port > 65535:
             raise UserError(f"--port must be at most 65535, not {self.port}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):

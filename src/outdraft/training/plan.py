@@ -50,6 +50,8 @@ class TrainPlan:
     """The number of tokens that carry loss."""
     cut_answers: int
     """The number of answers that were cut off, after which no end token is learned."""
+    untrained_answers: int
+    """The number of answers without loss, since the data give them weight 0."""
     steps: int
     passes: float
     """The number of passes over the data."""
@@ -127,6 +129,7 @@ def plan(target: Target, config: DrafterConfig) -> TrainPlan:
         tokens=examples.tokens,
         response_tokens=examples.response_tokens,
         cut_answers=examples.cut_answers,
+        untrained_answers=examples.untrained,
         steps=ready.total_steps,
         passes=ready.total_steps * per_batch / len(examples),
         learning_rate=config.learning_rate,

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 
 from outdraft.api.prompts import check_switches
 from outdraft.data.conversations import read_conversations
 from outdraft.data.tokenization import ExampleSet, tokenize
 from outdraft.drafting.run_folder import RUN, last_checkpoint
-from outdraft.errors import UserError
+from outdraft.errors import UserError, first_line
 from outdraft.losses.objective import Objective, weights_fingerprint
 from outdraft.methods.checkpoint import Network
 from outdraft.methods.registry import MeasuredSetting, method_called
@@ -64,6 +65,7 @@ class Preparation:
             (len(self.skipped), f"lines could not be used (first: {self.skipped[0] if self.skipped else ''})"),
             (len(data.refused), f"conversations were left out (first: {data.refused[0] if data.refused else ''})"),
             (data.cut_answers, "answers were cut off before their end, and no end token is learned after them"),
+            (data.untrained, "answers have weight 0 in the data and are not learned"),
             (data.truncated, f"examples were cut to {self.config.max_length} tokens"),
             (data.without_response, "conversations have no response token left and were dropped"),
             (data.unmarked_turns, "assistant turns carry no loss: the template renders them differently later on"),
@@ -84,6 +86,7 @@ def prepare(target: Target, config: DrafterConfig) -> Preparation:
         UserError: settings that contradict each other or the target, or data that cannot be used.
     """
     config = fitted(target, config)
+    refuse_missing_trackers(config)
     if config.data is None:
         raise UserError(NO_DATA)
     found = read_conversations(config.data, config.on_bad_line)
@@ -98,6 +101,17 @@ def prepare(target: Target, config: DrafterConfig) -> Preparation:
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return Preparation(config, examples, found.skipped, processes, steps_of(config, len(examples), processes))
+
+
+def refuse_missing_trackers(config: DrafterConfig) -> None:
+    """Raise the UserError for a tracker of `report_to` that is unknown or not installed."""
+    trackers = [name for name in config.report_to if name not in ("all", "none")]
+    try:
+        for tracker in get_reporting_integration_callbacks(trackers):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        said = first_line(error).rstrip(".")
+        raise UserError(f"report_to {', '.join(config.report_to)}: {said}; or choose another") from error
 
 
 def with_measured(ready: Preparation, measured: MeasuredSetting | None) -> Preparation:

@@ -131,6 +131,11 @@ def regenerate(
         raise UserError("the target has no tokenizer; load it from a folder that has one, or pass a tokenizer")
     if max_new_tokens < 1 or (rows is not None and rows < 1):
         raise UserError("max_new_tokens and the rows decoded at once must be at least 1")
+    if max_new_tokens >= target.context_length:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {target.context_length}; "
+            "lower it"
+        )
     if not temperatures:
         raise UserError("give at least one temperature; 0 is greedy")
     for temperature in temperatures:  # refuses impossible settings before anything is read

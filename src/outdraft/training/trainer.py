@@ -20,11 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 from outdraft.drafting.folder import WEIGHTS
 from outdraft.drafting.run_folder import PARTIAL, publish
-from outdraft.errors import UserError, first_line
 from outdraft.losses.objective import Objective, TrainingExamples, collate
 from outdraft.losses.teacher import shown_target
 from outdraft.methods.checkpoint import UNFOLDED, Network, save_drafter, target_facts
@@ -261,10 +259,4 @@ def training_arguments(config: DrafterConfig, device: torch.device, total_steps:
     )
     _ = args.device  # several visible GPUs in one process would mean DataParallel, which cannot add up our sums
     args._n_gpu = min(args.n_gpu, 1)
-    try:
-        for tracker in get_reporting_integration_callbacks(args.report_to):
-            tracker()
-    except (ImportError, RuntimeError, ValueError) as error:
-        said = first_line(error).rstrip(".")
-        raise UserError(f"report_to {', '.join(config.report_to)}: {said}; or choose another") from error
     return args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,23 +17,25 @@ from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.provenance import environment
 from outdraft.errors import UserError
-from outdraft.evaluation.audit import progress
+from outdraft.evaluation.audit import forecast
 from outdraft.evaluation.audit.equality import comparable, greedy_finding, plain_finding, seeded_finding
 from outdraft.evaluation.audit.findings import Audit, AuditSettings, Finding, judge
 from outdraft.evaluation.audit.goodness_of_fit import Ranks, scipy_stats
-from outdraft.evaluation.audit.proposals import Draws, draws_findings, twice_finding
+from outdraft.evaluation.audit.progress import Course, Stage
+from outdraft.evaluation.audit.proposals import Draws, declared_finding, draws_finding, twice_finding
 from outdraft.evaluation.audit.rounds import Recorder, Trees, Watch, forwards_finding
 from outdraft.evaluation.audit.sampled import (
     beginnings_finding,
     chosen_prefixes,
     decoded,
     plan,
+    rank_tokens,
     sampled_texts,
     samples_finding,
-    token_ranks,
     tokens_finding,
 )
-from outdraft.evaluation.audit.stock import Noise, StockProbs, measured_noise
+from outdraft.evaluation.audit.stock import NOISE_PASSES, Noise, StockProbs, measured_noise
+from outdraft.evaluation.audit.store import Store, facts_of
 from outdraft.reference import load_prompts
 from outdraft.training.progress import duration
 
@@ -66,24 +68,31 @@ def run_audit(
         raise UserError("there is no drafter to verify; give --draft-model, or --method prompt-lookup")
     start, remarks = time.perf_counter(), remarks or Console(quiet=True)
     encoded = list(prompts[: settings.limit]) if prompts is not None else _prompts(model, settings)
-    audit = _Running(model, settings, encoded, remarks)
-    stopped = None
+    facts = environment(model.target)
+    own = {name: value for name, value in asdict(settings).items() if name not in ("limit", "data", "output_dir")}
+    named = {"model": model.target.config.name_or_path, **(about or {}), "method": model.method}
+    store = Store(settings.output_dir, facts_of(own, named, facts, encoded))
+    audit = _Running(model, settings, encoded, remarks, store)
+    course, stopped = audit.course, None
     try:
         audit.check_everything()
     except KeyboardInterrupt:
+        if len(store):
+            line = f"kept in {settings.output_dir}; the same command goes on from there"
+            remarks.print(line, markup=False, soft_wrap=True)
         if not audit.findings:
             raise KeyboardInterrupt("interrupted before any check was finished") from None
-        stopped = audit.course.title or "the next one"
+        stopped = course.title or "the next one"
     judge(audit.findings, settings.alpha)
     shown = {
         **(about or {}),
         "method": model.method,
         "prompts": len(encoded),
-        **{name: value for name, value in asdict(settings).items() if name != "limit"},
+        **own,
         "data": None if settings.data is None else str(settings.data),
     }
-    seconds = time.perf_counter() - start
-    facts, told = environment(model.target), sum(audit.expected.values())
+    seconds = course.earlier + time.perf_counter() - start
+    told = course.earlier + audit.forecast
     return Audit(shown, facts, audit.findings, audit.noise, settings.alpha, seconds, told, stopped)
 
 
@@ -97,7 +106,12 @@ class _Running:
     """The state of one audit."""
 
     def __init__(
-        self, model: SpeculativeModel, settings: AuditSettings, prompts: Sequence[list[int]], remarks: Console
+        self,
+        model: SpeculativeModel,
+        settings: AuditSettings,
+        prompts: Sequence[list[int]],
+        remarks: Console,
+        store: Store,
     ):
         assert model.drafter is not None
         self.model, self.settings, self.remarks = model, settings, remarks
@@ -112,32 +126,60 @@ class _Running:
             scipy_stats()  # where it is missing, that is said before anything runs
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
         self.unwarped = StockProbs(model.target, greedy, warped=False)
+        self.probs = StockProbs(model.target, settings.sampling)
+        self.exact = model.target.dtype.itemsize >= 4
         self.trees = Trees(settings.trees, model.target.context_length, settings.seed_for("trees"))
         self.findings: list[Finding] = []
         self.noise = Noise()
-        self.expected = self._forecast()
-        self.course = progress.Course(remarks, self.expected)
+        self.course = Course(remarks, self._expected(), store)
+        store.collect("trees", self.trees)
+        self.forecast = self.course.rest()
+        self._tell()
 
-    def _forecast(self) -> dict[str, float]:
-        """Forecast the seconds of every check, and show them before the first begins."""
-        plain = progress.Pace.timed(self.plain, self.prompts, self.settings.sampling)
-        drafted = progress.Pace.timed(self.model, self.prompts, self.settings.generation)
-        found = progress.expected(self.settings, plain, drafted, len(self.prompts), self.samples)
-        line = f"expected to take about {duration(sum(found.values()))} here; Ctrl-C ends it and keeps what was found"
-        if not self.settings.quick:
-            quick = progress.expected(self.settings.made_quick(), plain, drafted, len(self.prompts), self.samples)
-            line += f"; --quick, which sees larger errors only, about {duration(sum(quick.values()))}"
-        self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
+    def _expected(self) -> dict[str, float]:
+        """Forecast the seconds of every check, as if none were done."""
+        self.paces = forecast.Paces.timed(self.model, self.probs, self.prompts, self.settings)
+        return self._seconds(self.settings)
+
+    def _seconds(self, settings: AuditSettings) -> dict[str, float]:
+        found = forecast.expected(settings, self.paces, list(map(len, self.prompts)), self.samples, self.exact)
+        if not comparable(self.probs):
+            found.pop(forecast.SEEDED, None)
         return found
+
+    def _tell(self) -> None:
+        """Show the forecast before the first check begins."""
+        kept, settings = len(self.course.store), self.settings
+        if kept:
+            line = f"{settings.output_dir}: {self.course.done():.0%} is there already"
+            self.remarks.print(line, markup=False, soft_wrap=True)
+        line = f"expected to take about {duration(self.forecast)} here; Ctrl-C ends it and keeps what was found"
+        if settings.output_dir is None:
+            line += ", and with --output-dir it can go on later"
+        if not settings.quick and not kept:
+            quick = sum(self._seconds(settings.made_quick()).values())
+            line += f"; --quick, which sees larger errors only, about {duration(quick)}"
+        self.remarks.print(line, style="dim", markup=False, soft_wrap=True)
 
     def check_everything(self) -> None:
         if self.settings.greedy or not self.samples:
             self.check_greedy()
         if self.samples:
             self.check_sampled()
-        with self.stage(progress.FORWARDS, len(self.trees.kept)) as advance:
+        with self.stage(forecast.FORWARDS, len(self.trees.kept)) as stage:
             if self.trees.kept:
-                self.findings.append(forwards_finding(self.unwarped, self.trees, self.noise, advance))
+                self.find(stage, lambda: forwards_finding(self.unwarped, self.trees, self.noise, stage))
+
+    def find(self, stage: Stage, *makes: Callable[[], Finding | None]) -> None:
+        """Add the findings of a check, from the store if they were made before."""
+        for number, make in enumerate(makes):
+
+            def stored(make: Callable[[], Finding | None] = make) -> dict[str, Any] | None:
+                found = make()
+                return None if found is None else asdict(found)
+
+            if (found := stage.part(f"finding {number + 1}", stored)) is not None:
+                self.findings.append(Finding(**found))
 
     def _checked(self) -> SamplingSettings:
         """Return the sampling settings; invalid settings of any kind raise before anything runs."""
@@ -154,77 +196,81 @@ class _Running:
         return watched
 
     @contextmanager
-    def stage(self, shown: str, total: int) -> Iterator[progress.Stage]:
+    def stage(self, shown: str, total: int) -> Iterator[Stage]:
         """Show a bar; findings that are added within get its seconds."""
-        before, start = len(self.findings), time.perf_counter()
-        with self.course.stage(shown, total) as advance:
-            yield advance
+        before = len(self.findings)
+        with self.course.stage(shown, total) as stage:
+            yield stage
         for finding in self.findings[before:]:
-            finding.seconds = time.perf_counter() - start
+            finding.seconds = self.course.seconds[shown]
 
     def check_greedy(self) -> None:
         settings = self.settings
         generation = {**settings.greedy_generation, "max_new_tokens": settings.max_new_tokens}
         plain_generation = _undrafted(generation)
-        few = self.prompts[: progress.NOISE_PROMPTS]
+        few = self.prompts[: forecast.NOISE_PROMPTS]
         batches = [(self.prompts[start : start + BATCH], None) for start in range(0, len(self.prompts), BATCH)]
-        with self.stage(progress.PLAIN, len(self.prompts)) as advance:
-            texts, _ = decoded(self.plain, batches, plain_generation, advance)
+        with self.stage(forecast.PLAIN, len(self.prompts)) as stage:
+            texts, _ = decoded(self.plain, batches, plain_generation, stage)
             plain = [text for batch in texts for text in batch]
         self.measure_noise(plain)
-        with self.stage(progress.STOCK, len(few)) as advance:
-            self.findings.append(plain_finding(self.unwarped, few, plain[: len(few)], self.noise, advance))
-        with self.stage(progress.DRAFTED, 2 * len(self.prompts)) as advance:
-            texts, statistics = decoded(self.drafted(listeners=[self.trees]), batches, generation, advance)
+        with self.stage(forecast.STOCK, len(few)) as stage:
+            self.find(stage, lambda: plain_finding(self.unwarped, few, plain[: len(few)], self.noise, stage))
+        with self.stage(forecast.DRAFTED, 2 * len(self.prompts)) as stage:
+            texts, statistics = decoded(self.drafted(listeners=[self.trees]), batches, generation, stage)
             found = [text for batch in texts for text in batch]
-            compared = (self.unwarped, self.prompts, plain, found, statistics, self.noise, settings.alpha, advance)
-            self.findings.append(greedy_finding(*compared))
-        self.check_twice("candidates_greedy", generation, progress.TWICE)
+            compared = (self.unwarped, self.prompts, plain, found, statistics, self.noise, settings.alpha, stage)
+            self.find(stage, lambda: greedy_finding(*compared))
+        self.check_twice("candidates_greedy", generation, forecast.TWICE)
 
     def measure_noise(self, plain: Sequence[list[int]]) -> None:
-        few = self.prompts[: min(progress.NOISE_PROMPTS, len(plain))]
-        with self.stage(progress.NOISE, len(few)) as advance:
-            self.noise = measured_noise(self.unwarped, few, plain[: len(few)], lambda: advance(1))
+        few = self.prompts[: min(forecast.NOISE_PROMPTS, len(plain))]
+        with self.stage(forecast.NOISE, NOISE_PASSES * len(few)) as stage:
+            self.noise = Noise(
+                **stage.part("noise", lambda: asdict(measured_noise(self.unwarped, few, plain[: len(few)], stage)))
+            )
 
     def check_twice(self, name: str, generation: dict[str, Any], shown: str) -> None:
-        with self.stage(shown, 2) as advance:
-            found = twice_finding(
-                self.model, self.prompts[: progress.TWICE_PROMPTS], generation, self.settings, name, advance
-            )
-            if found is not None:
-                self.findings.append(found)
+        few = self.prompts[: forecast.TWICE_PROMPTS]
+        with self.stage(shown, 2) as stage:
+            self.find(stage, lambda: twice_finding(self.model, few, generation, self.settings, name, stage))
 
     def check_sampled(self) -> None:
-        settings, target = self.settings, self.model.target
-        probs = StockProbs(target, settings.sampling)
-        level = settings.alpha / progress.TESTS
+        settings, target, probs = self.settings, self.model.target, self.probs
+        level = settings.alpha / forecast.TESTS
         drafted_generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
-        self.check_twice("candidates", drafted_generation, progress.TWICE_SAMPLED)
+        self.check_twice("candidates", drafted_generation, forecast.TWICE_SAMPLED)
         prompts = self.prompts[: settings.text_prompts]
-        with self.stage(progress.PLAIN_SAMPLED, len(prompts) * settings.texts) as advance:
+        with self.stage(forecast.PLAIN_SAMPLED, len(prompts) * settings.texts) as stage:
             plain_settings = replace(settings, generation=_undrafted(settings.generation))
-            plain, _ = sampled_texts(self.plain, prompts, plain_settings, "plain texts", advance)
+            plain, _ = sampled_texts(self.plain, prompts, plain_settings, "plain texts", stage)
         if not self.noise.positions:
             self.measure_noise([own[0] for own in plain])
         draws = Draws(Ranks(settings.seed_for("ranks of draws")))
-        with self.stage(progress.DRAFTED_SAMPLED, len(prompts) * settings.texts) as advance:
+        self.course.store.collect("draws", draws)
+        with self.stage(forecast.DRAFTED_SAMPLED, len(prompts) * settings.texts) as stage:
             watched = self.drafted(listeners=[self.trees, draws], chance=Recorder)
-            drafted, statistics = sampled_texts(watched, prompts, settings, "drafted texts", advance)
-            self.findings += draws_findings(draws, settings, level)
-            self.findings.append(samples_finding(plain, drafted, target.vocab_size, settings))
-        with self.stage(progress.LAWS, len(prompts)) as advance:
-            ranks = token_ranks(probs, prompts, drafted, settings.seed_for("ranks of tokens"), advance)
-            exact = target.dtype.itemsize >= 4
-            self.findings.append(tokens_finding(ranks, statistics, settings, level, exact))
+            drafted, statistics = sampled_texts(watched, prompts, settings, "drafted texts", stage)
+            self.find(
+                stage,
+                lambda: declared_finding(draws),
+                lambda: draws_finding(draws, settings, level),
+                lambda: samples_finding(plain, drafted, target.vocab_size, settings),
+            )
+        ranks = Ranks(settings.seed_for("ranks of tokens"))
+        self.course.store.collect("ranks", ranks)
+        with self.stage(forecast.LAWS, sum(max(map(len, own)) for own in drafted)) as stage:
+            rank_tokens(ranks, probs, prompts, drafted, stage)
+            self.find(stage, lambda: tokens_finding(ranks, statistics, settings, level, self.exact))
         if comparable(probs):
-            with self.stage(progress.SEEDED, len(prompts)) as advance:
-                self.findings.append(seeded_finding(self.model, probs, prompts, settings, advance))
-        candidates = list(_prefixes(self.prompts, plain, progress.CANDIDATES * settings.prefixes))
-        with self.stage(progress.CELLS, len(candidates)) as advance:
-            prefixes = chosen_prefixes(probs, candidates, settings, advance)
+            with self.stage(forecast.SEEDED, len(prompts) * (1 + 2 * settings.seeds)) as stage:
+                self.find(stage, lambda: seeded_finding(self.model, probs, prompts, settings, stage))
+        candidates = list(_prefixes(self.prompts, plain, forecast.CANDIDATES * settings.prefixes))
+        with self.stage(forecast.CELLS, len(candidates)) as stage:
+            prefixes = chosen_prefixes(probs, candidates, settings, stage)
         planned = plan(prefixes, settings, level)
-        with self.stage(progress.SAMPLES, planned.each * len(prefixes)) as advance:
-            self.findings.append(beginnings_finding(self.model, prefixes, planned, settings, advance))
+        with self.stage(forecast.SAMPLES, planned.each * len(prefixes)) as stage:
+            self.find(stage, lambda: beginnings_finding(self.model, prefixes, planned, settings, stage))
 
 
 def _prefixes(prompts: Sequence[list[int]], plain: Sequence[list[list[int]]], most: int) -> Iterator[list[int]]:

@@ -22,6 +22,7 @@ from outdraft.core.coupling import Noise as SharedNoise
 from outdraft.core.statistics import Statistics
 from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import AuditSettings, Finding
+from outdraft.evaluation.audit.progress import Stage
 from outdraft.evaluation.audit.stock import SEVERAL, Divergence, Noise, StockProbs, log_ratio
 
 MORE = 3.0
@@ -250,27 +251,37 @@ def seeded_finding(
     probs: StockProbs,
     prompts: Sequence[list[int]],
     settings: AuditSettings,
-    advance: Callable[[int], None],
+    stage: Stage,
 ) -> Finding:
-    """Compare drafted texts of several seeds after every prompt with stock `generate`'s."""
+    """Compare drafted texts of several seeds after every prompt with stock `generate`'s. A prompt counts for one step
+    with every seed, and each of its texts for another, if one has to be looked at closely."""
     generation = {name: value for name, value in settings.generation.items() if name != "candidates"}
     generation |= {"coupling": "noise", "max_new_tokens": settings.max_new_tokens}
     texts: list[tuple[SeededProbs, list[int], list[int]]] = []
     parts = []
     for place, prompt in enumerate(prompts):
         seed = settings.seed_for("seeded texts", place)
-        output = model.generate([prompt] * settings.seeds, **generation, seed=seed)
-        parts.append(output.statistics)
-        for row, found in enumerate(output.tokens):
-            stock = stock_text(probs, prompt, seed + row, settings.max_new_tokens)
+
+        def both(prompt: list[int] = prompt, seed: int = seed) -> dict[str, Any]:
+            output = model.generate([prompt] * settings.seeds, **generation, seed=seed)
+            stage(1)
+            stock = []
+            for row in range(settings.seeds):
+                stock.append(stock_text(probs, prompt, seed + row, settings.max_new_tokens))
+                stage(1)
+            return {"found": output.tokens, "stock": stock, "statistics": asdict(output.statistics)}
+
+        known = stage.part(place, both)
+        parts.append(Statistics(**known["statistics"]))
+        for row, (stock, found) in enumerate(zip(known["stock"], known["found"], strict=True)):
             texts.append((SeededProbs(probs, prompt, seed + row), stock, found))
-        advance(1)
     statistics, noise, edges = Statistics.sum(parts), Noise(), model.target.dtype.itemsize < 4
     differing = [number for number, (_, stock, found) in enumerate(texts) if stock != found]
     listed: list[Divergence] = []
     if differing:
         for seeded, stock, _ in texts:
             seeded.add_to(noise, stock)
+            stage(1)
         for number in differing:
             listed += divergences(texts[number][0], number // settings.seeds, *texts[number][1:], noise, edges)
     question = "Do seeded texts equal those of stock `generate` with the same seed (coupling noise)?"

@@ -68,6 +68,8 @@ class AuditSettings:
     """Draft trees whose every node is recomputed one token at a time."""
     quick: bool = False
     """Fewer and shorter texts, and only larger errors of the first tokens: a look of minutes. The verdict says so."""
+    output_dir: Path | None = None
+    """Folder that keeps what is finished; the same command goes on from there."""
 
     def __post_init__(self) -> None:
         # What is tested statistically is the rule that throws dice. Shared noise leaves nothing to chance: its texts

@@ -5,7 +5,7 @@ Chi-square needs scipy, the extra `verify`, which is imported only when a chi-sq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,6 +161,14 @@ class Ranks:
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
+
+    def state(self) -> dict[str, Any]:
+        values = torch.tensor(self.values, dtype=torch.float64)
+        return {"values": values, "impossible": self.impossible, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.values, self.impossible = state["values"].tolist(), state["impossible"]
+        self._generator.set_state(state["generator"])
 
     def add(self, probs: Tensor, drawn: Tensor) -> None:
         """Add draws, one from each row of the `(draws, outcomes)` probabilities."""

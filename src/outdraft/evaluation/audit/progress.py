@@ -1,162 +1,148 @@
-"""The duration of an audit: a forecast from a few rounds that are timed before it begins, and the progress by it.
+"""The progress of an audit: its checks one after the other, their finished parts, and the time that is left.
 
-The forecast is no promise: texts may end early, and the number of samples that rounding asks for is not known yet.
+The time left follows from the forecast, but a check that runs is told of by its own speed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from outdraft.api.generation import SpeculativeModel
-from outdraft.evaluation.audit.findings import AuditSettings
-from outdraft.evaluation.audit.goodness_of_fit import needed_samples
+from outdraft.evaluation.audit.store import Store
 from outdraft.training.progress import duration
 
-PROBE_TOKENS = 8
-FEW, MANY = 1, 8
-"""The rows of the two batches that are timed."""
-
-NOISE_PROMPTS = 8
-TWICE_PROMPTS = 4
-CANDIDATES = 3
-"""The number of candidate prefixes for each chosen one."""
-TESTS = 4
-"""The most statistical tests, which sets the first of Holm's levels for sample sizes."""
-
-FREEDOM = 28
-"""The approximate degrees of freedom of the test of the first tokens."""
-
-PLAIN = "plain greedy texts"
-NOISE = "rounding noise of the stock model"
-STOCK = "plain decoding against the stock model"
-DRAFTED = "drafted greedy texts"
-TWICE = "candidates drafted twice"
-TWICE_SAMPLED = "sampled candidates drafted twice"
-PLAIN_SAMPLED = "plain sampled texts"
-DRAFTED_SAMPLED = "drafted sampled texts"
-LAWS = "exact probabilities along the texts"
-SEEDED = "seeded texts against stock generate"
-CELLS = "exact probabilities of the first tokens"
-SAMPLES = "samples of the first tokens"
-FORWARDS = "trees node by node"
-"""The names of the checks."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The seconds of a new token for a batch, linear in the rows, and of a prompt."""
-
-    one: float
-    row: float
-    """The seconds that each further row adds."""
-    prefill: float
-
-    def step(self, rows: int) -> float:
-        return self.one + self.row * (rows - 1)
-
-    @classmethod
-    def timed(cls, model: SpeculativeModel, prompts: Sequence[list[int]], generation: dict[str, Any]) -> Pace:
-        """Time short texts of the shortest prompt, one row and several; the first text warms up."""
-        prompt = min(prompts, key=len)
-        fresh = SpeculativeModel(model.target, model.drafter)  # what controllers learn here is not taken into the audit
-        settings = {**generation, "max_new_tokens": PROBE_TOKENS, "seed": 0}
-        seconds, prefill = {}, 0.0
-        for rows in (FEW, FEW, MANY):
-            found = fresh.generate([prompt] * rows, **settings)
-            steps = max(1, max(map(len, found.tokens)) - 1)
-            seconds[rows] = found.statistics.decode_seconds / (steps if found.statistics.rounds else 1)
-            prefill = prefill or found.statistics.prefill_seconds
-        return cls(seconds[FEW], max(0.0, (seconds[MANY] - seconds[FEW]) / (MANY - FEW)), prefill)
-
-
-def expected(settings: AuditSettings, plain: Pace, drafted: Pace, prompts: int, samples: bool) -> dict[str, float]:
-    """Forecast the seconds of every check, by its name.
-
-    Args:
-        samples: True if the settings sample.
-    """
-    count, tokens = min(prompts, settings.limit), settings.max_new_tokens
-    few, batches = min(NOISE_PROMPTS, count), -(-count // MANY)
-    a_text = tokens * plain.one + plain.prefill  # one row, token by token
-    rows = min(MANY, count)
-    twice = 2 * tokens * drafted.step(min(TWICE_PROMPTS, count))
-    found: dict[str, float] = {}
-    if settings.greedy or not samples:
-        found[PLAIN] = batches * tokens * plain.step(rows)
-        found[NOISE] = few * 1.3 * a_text
-        found[STOCK] = few * a_text
-        found[DRAFTED] = batches * tokens * drafted.step(rows)
-        found[TWICE] = twice
-    if samples:
-        asked, each = min(settings.text_prompts, count), settings.texts
-        found[TWICE_SAMPLED] = twice
-        found[PLAIN_SAMPLED] = asked * tokens * plain.step(each)
-        found.setdefault(NOISE, few * 1.3 * a_text)
-        found[DRAFTED_SAMPLED] = asked * tokens * drafted.step(each)
-        found[LAWS] = asked * tokens * plain.step(each)
-        found[SEEDED] = asked * (settings.seeds * a_text + tokens * drafted.step(settings.seeds))
-        # Cells are split one forward at a time over the whole prefix, and looked at again in two other ways.
-        found[CELLS] = CANDIDATES * settings.prefixes * 2 * settings.cells * (plain.prefill + plain.one)
-        needed = needed_samples(settings.total_variation, FREEDOM, settings.alpha / TESTS, settings.power) or 0
-        found[SAMPLES] = needed / settings.batch_size * settings.first_tokens * drafted.step(settings.batch_size)
-    found[FORWARDS] = settings.trees * (tokens / 2 + 4) * plain.step(4)
-    return found
-
-
-Stage = Callable[[int], None]
-"""A function that advances a check by a number of steps."""
+T = TypeVar("T")
 
 KNOWN = 0.05
 """The share of the work from which on the time left is estimated from the elapsed time."""
 
+TENTHS = 10
+LINE_SECONDS = 2.0
+"""In a file a line appears for every tenth of a check, with so many seconds between two lines."""
+
 
 class Course:
-    """The progress of an audit's checks, one after the other."""
+    """The progress of an audit's checks, one after the other, and the parts of them that are finished.
 
-    def __init__(self, console: Console, expected: Mapping[str, float]):
-        self.console, self.expected = console, expected
-        self.total = sum(expected.values()) or 1.0
-        self.done, self.began = 0.0, time.perf_counter()
+    Args:
+        expected: every check's forecast in seconds, as if nothing were finished.
+        store: finished parts of an earlier run, which count as done.
+    """
+
+    def __init__(self, console: Console, expected: Mapping[str, float], store: Store | None = None):
+        self.console, self.store = console, Store() if store is None else store
+        self.expected = dict(expected)
+        self.seconds: dict[str, float] = {}
+        """Every check's seconds so far, those of earlier runs included."""
+        self.shares: dict[str, float] = {}
+        """How much of every check is done."""
+        self.store.collect("course", self)
+        self.earlier = sum(self.seconds.values())
+        self.began = time.perf_counter()
         self.title: str | None = None
         """The running check; after an interruption, the interrupted one."""
 
+    def state(self) -> Any:
+        return {"seconds": dict(self.seconds), "shares": dict(self.shares)}
+
+    def restore(self, state: Any) -> None:
+        self.seconds, self.shares = dict(state["seconds"]), dict(state["shares"])
+
     @contextmanager
     def stage(self, title: str, steps: int) -> Iterator[Stage]:
-        """Yield a function that advances the check."""
+        """Show a bar, or lines, while a check runs."""
         self.title = title
-        weight, advanced = self.expected.get(title, 0.0), 0
         if not self.console.is_terminal:
-            self.console.print(f"{title} ... ({self.done / self.total:.0%} done)", style="dim", markup=False)
+            self.console.print(f"{title} ... ({self.done():.0%} done)", style="dim", markup=False)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:.0f}% of all, {task.fields[left]} left"),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(title, total=self.total, left=self.left(self.done))
-            bar.update(task, completed=self.done)
-
-            def advance(count: int) -> None:
-                nonlocal advanced
-                advanced += count
-                now = self.done + weight * min(1.0, advanced / max(1, steps))
-                shown = f"{title} {advanced}/{steps}"
-                bar.update(task, description=shown, completed=now, left=self.left(now))
-
-            yield advance
-        self.done += weight
+            stage = Stage(self, bar, title, max(1, steps))
+            yield stage
+        stage.finish()
         self.title = None
 
-    def left(self, done: float) -> str:
-        """Estimate the time left, after work that was expected to take `done` seconds."""
-        rest = max(0.0, self.total - done)
-        if done > KNOWN * self.total:
-            rest *= (time.perf_counter() - self.began) / done
-        return f"about {duration(rest)}"
+    def rest(self) -> float:
+        """Estimate the seconds left: of the running check by its own speed, of later ones by the forecast, corrected by
+        how it was met so far."""
+        finished = sum(self.expected[title] for title in self.expected if self.shares.get(title) == 1)
+        slower = 1.0
+        if finished > KNOWN * sum(self.expected.values()):
+            taken = sum(self.seconds.get(title, 0.0) for title in self.expected if self.shares.get(title) == 1)
+            slower = taken / finished
+        left = 0.0
+        for title, forecast in self.expected.items():
+            share, taken = self.shares.get(title, 0.0), self.seconds.get(title, 0.0)
+            left += (1 - share) * (taken / share if share > 0 else forecast * slower)
+        return left
+
+    def done(self) -> float:
+        """Estimate the share of the whole audit's seconds that has passed."""
+        taken = sum(self.seconds.values())
+        return taken / (taken + self.rest() or 1.0)
+
+
+class Stage:
+    """A check that runs: a function that advances it by a number of steps.
+
+    Its parts are read back where an earlier run has finished them.
+    """
+
+    def __init__(self, course: Course, bar: Progress, title: str, steps: int):
+        self.course, self.bar, self.title, self.steps = course, bar, title, steps
+        self.advanced = round(course.shares.get(title, 0.0) * steps)
+        self._before, self._began = course.seconds.get(title, 0.0), time.perf_counter()
+        self._tenth, self._line = TENTHS * self.advanced // steps, self._began
+        self._task = bar.add_task(title, total=1.0, left=self._left)
+        self._show()
+
+    def __call__(self, count: int) -> None:
+        self.advanced = min(self.steps, self.advanced + count)
+        self._note(self.advanced / self.steps)
+        tenth, now = TENTHS * self.advanced // self.steps, time.perf_counter()
+        console = self.course.console
+        if console.is_terminal:
+            self._show()
+        elif self._tenth < tenth < TENTHS and now - self._line >= LINE_SECONDS:
+            said = f"{self.title}: {self.advanced}/{self.steps} ({self.course.done():.0%} done, {self._left} left)"
+            console.print(said, style="dim", markup=False)
+            self._tenth, self._line = tenth, now
+
+    def part(self, name: object, make: Callable[[], T], steps: int = 0) -> T:
+        """Return what `make` returns, from the store if it was finished before.
+
+        Args:
+            name: tells the check's parts apart.
+            steps: what it counts for.
+        """
+        key = f"{self.title}: {name}"
+        store = self.course.store
+        if key in store:
+            return cast(T, store[key])
+        made = make()
+        self(steps)
+        store.keep(key, made)
+        return made
+
+    def finish(self) -> None:
+        self._note(1.0)
+
+    def _note(self, share: float) -> None:
+        self.course.shares[self.title] = share
+        self.course.seconds[self.title] = self._before + time.perf_counter() - self._began
+
+    @property
+    def _left(self) -> str:
+        return f"about {duration(self.course.rest())}"
+
+    def _show(self) -> None:
+        shown = f"{self.title} {self.advanced}/{self.steps}"
+        self.bar.update(self._task, description=shown, completed=self.course.done(), left=self._left)

@@ -6,8 +6,8 @@ sampled from, and with the draws; a point mass is checked by drafting twice afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +45,15 @@ class Draws:
     unmatched: int = 0
     difference: float = 0.0
     point: int = 0
-    rounds: int = field(default=0)
+    rounds: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "ranks": self.ranks.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        ranks = self.ranks
+        ranks.restore(state["ranks"])
+        vars(self).update(state, ranks=ranks)
 
     def __call__(self, seen: Round) -> None:
         self.rounds += 1
@@ -86,10 +94,10 @@ def declared(tree: Tree, row: int) -> tuple[list[int], Tensor]:
     return nodes, torch.stack([probs[node] for node in nodes]) if nodes else torch.empty(0)
 
 
-def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[Finding]:
-    """Return the findings on sampled candidates; none where all were point masses."""
+def declared_finding(draws: Draws) -> Finding | None:
+    """Compare what was declared with what was drawn from; None where all candidates were point masses."""
     if draws.proposed == 0:
-        return []
+        return None
     exact = draws.difference <= SAME_LAW and draws.ranks.impossible == 0
     matched = (
         "every draw is a candidate" if draws.unmatched == 0 else f"in {draws.unmatched} rounds draws are no candidates"
@@ -102,25 +110,29 @@ def draws_findings(draws: Draws, settings: AuditSettings, alpha: float) -> list[
         )
     if draws.ranks.impossible:
         lines.append(f"{draws.ranks.impossible} candidates have no probability in the distribution declared for them")
+    return Finding(
+        "declared_laws",
+        "Are the distributions that the drafter declares the ones that it draws from?",
+        exact,
+        f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total "
+        f"variation between declared and drawn distribution {draws.difference:.2g}.",
+        figures={
+            "candidates": draws.proposed,
+            "draws": draws.drawn,
+            "unmatched_rounds": draws.unmatched,
+            "largest_total_variation": draws.difference,
+            "impossible": draws.ranks.impossible,
+        },
+        lines=lines,
+    )
+
+
+def draws_finding(draws: Draws, settings: AuditSettings, alpha: float) -> Finding | None:
+    """Test whether candidates follow their declared distributions; None where all were point masses."""
     question = "Do the drafter's candidates follow the distributions that it declares?"
-    return [
-        Finding(
-            "declared_laws",
-            "Are the distributions that the drafter declares the ones that it draws from?",
-            exact,
-            f"{draws.proposed} candidates of {draws.rounds} rounds, {draws.drawn} draws; {matched}; largest total "
-            f"variation between declared and drawn distribution {draws.difference:.2g}.",
-            figures={
-                "candidates": draws.proposed,
-                "draws": draws.drawn,
-                "unmatched_rounds": draws.unmatched,
-                "largest_total_variation": draws.difference,
-                "impossible": draws.ranks.impossible,
-            },
-            lines=lines,
-        ),
-        ranks_finding("draws", question, "candidates", draws.ranks, settings, alpha),
-    ]
+    if draws.proposed == 0:
+        return None
+    return ranks_finding("draws", question, "candidates", draws.ranks, settings, alpha)
 
 
 Proposals = dict[tuple[int, ...], tuple[list[int], list[int]]]

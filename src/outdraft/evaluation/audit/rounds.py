@@ -10,8 +10,9 @@ cache slot shows where it happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from outdraft.core.shape import TreeShape
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Drafter, DraftState, RowContext, Update
 from outdraft.evaluation.audit.findings import Finding
+from outdraft.evaluation.audit.progress import Stage
 from outdraft.evaluation.audit.stock import Noise, StockProbs, total_variation
 from outdraft.target.cache import SlotCache
 from outdraft.target.runner import ModelRunner, Output
@@ -183,6 +185,14 @@ class Trees:
         self.kept: list[SeenTree] = []
         self._generator = torch.Generator().manual_seed(seed)
 
+    def state(self) -> dict[str, Any]:
+        kept = [{**vars(tree), "features": tree.features.cpu()} for tree in self.kept]
+        return {"passed": self.passed, "kept": kept, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.passed, self.kept = state["passed"], [SeenTree(**tree) for tree in state["kept"]]
+        self._generator.set_state(state["generator"])
+
     def __call__(self, seen: Round) -> None:
         for row in range(seen.tree.rows):
             depth = int(seen.tree.depths[row, : seen.tree.counts[row]].max())
@@ -210,7 +220,7 @@ def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
     """Return, for every node, the total variation between the tree forward's distribution and one-token forwards'."""
     leaves = [path for path in tree.paths if not any(other[: len(path)] == path != other for other in tree.paths)]
     texts = [[*tree.text, *path] for path in leaves]
-    prefix = torch.tensor([*tree.prompt, *tree.text], device=tree.features.device)
+    prefix = torch.tensor([*tree.prompt, *tree.text], device=probs.target.device)
     warper = probs.warper(tree.prompt)
     found: dict[tuple[int, ...], Tensor] = {}
     # One token more than the longest, so that every node has a next one.
@@ -220,24 +230,23 @@ def node_variations(probs: StockProbs, tree: SeenTree) -> list[float]:
             for leaf, dist in zip(leaves, step, strict=True):
                 if dist is not None:
                     found.setdefault(tuple(leaf[:depth]), dist)
-    logits = probs.target.head(tree.features)
+    logits = probs.target.head(tree.features.to(probs.target.device))  # read back, they lie on the CPU
     return [
         total_variation(found[tuple(path)], warper.probs_after(row, torch.cat([prefix, prefix.new_tensor(path)])))
         for path, row in zip(tree.paths, logits, strict=True)
     ]
 
 
-def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, advance: Callable[[int], None]) -> Finding:
+def forwards_finding(probs: StockProbs, trees: Trees, noise: Noise, stage: Stage) -> Finding:
     variations: list[float] = []
     worst = (0.0, "")
-    for tree in trees.kept:
-        own = node_variations(probs, tree)
+    for number, tree in enumerate(trees.kept):
+        own = stage.part(number, partial(node_variations, probs, tree), 1)
         place = max(range(len(own)), key=own.__getitem__)
         if own[place] >= worst[0]:
             where = f"after {len(tree.text)} new tokens and the candidates {tree.paths[place]}"
             worst = (own[place], where)
         variations += own
-        advance(1)
     largest, mean = LARGEST * noise.variation + FLOOR, MEAN * noise.variation_mean + FLOOR
     found_mean = sum(variations) / max(1, len(variations))
     passed = worst[0] <= largest and found_mean <= mean

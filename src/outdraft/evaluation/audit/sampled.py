@@ -12,8 +12,8 @@ features, with a permutation test within each prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from outdraft.evaluation.audit.goodness_of_fit import (
     ranks_finding,
     text_features,
 )
+from outdraft.evaluation.audit.progress import Stage
 from outdraft.evaluation.audit.rounds import Watch
 from outdraft.evaluation.audit.stock import SEVERAL, StockProbs
 
@@ -51,15 +52,24 @@ def decoded(
     model: SpeculativeModel,
     batches: Iterable[tuple[list[list[int]], int | None]],
     generation: dict[str, Any],
-    advance: Callable[[int], None],
+    stage: Stage,
+    name: str = "batch",
 ) -> tuple[list[list[list[int]]], Statistics]:
-    """Decode batches of prompts, each with its seed; return every batch's new tokens, and the statistics of all."""
+    """Decode batches of prompts, each with its seed; return every batch's new tokens, and the statistics of all.
+
+    Args:
+        name: tells these batches from others of the same check.
+    """
     found, parts = [], []
-    for prompts, seed in batches:
-        output = model.generate(prompts, **generation, seed=seed)
-        found.append(output.tokens)
-        parts.append(output.statistics)
-        advance(len(prompts))
+    for number, (prompts, seed) in enumerate(batches):
+
+        def decode(prompts: list[list[int]] = prompts, seed: int | None = seed) -> dict[str, Any]:
+            output = model.generate(prompts, **generation, seed=seed)
+            return {"tokens": output.tokens, "statistics": asdict(output.statistics)}
+
+        batch = stage.part(f"{name} {number}", decode, len(prompts))
+        found.append(batch["tokens"])
+        parts.append(Statistics(**batch["statistics"]))
     return found, Statistics.sum(parts)
 
 
@@ -68,12 +78,12 @@ def sampled_texts(
     prompts: Sequence[list[int]],
     settings: AuditSettings,
     use: str,
-    advance: Callable[[int], None],
+    stage: Stage,
 ) -> tuple[list[list[list[int]]], Statistics]:
     """Sample texts of every prompt, with the seeds of this use; also return the statistics of the decoding."""
     batches = (([prompt] * settings.texts, settings.seed_for(use, number)) for number, prompt in enumerate(prompts))
     generation = {**settings.generation, "max_new_tokens": settings.max_new_tokens}
-    return decoded(model, batches, generation, advance)
+    return decoded(model, batches, generation, stage)
 
 
 @dataclass
@@ -149,13 +159,16 @@ def tested_prefix(probs: StockProbs, prefix: list[int], settings: AuditSettings)
 
 
 def chosen_prefixes(
-    probs: StockProbs, candidates: Sequence[list[int]], settings: AuditSettings, advance: Callable[[int], None]
+    probs: StockProbs, candidates: Sequence[list[int]], settings: AuditSettings, stage: Stage
 ) -> list[Prefix]:
     """Choose the prefixes with the largest spread; first those where rounding (at a filter's edge) hides little."""
     found = []
-    for prefix in candidates:
-        found.append(tested_prefix(probs, prefix, settings))
-        advance(1)
+    for number, prefix in enumerate(candidates):
+
+        def test(prefix: list[int] = prefix) -> dict[str, Any]:
+            return asdict(tested_prefix(probs, prefix, settings))
+
+        found.append(Prefix(**stage.part(number, test, 1)))
     hides = settings.total_variation / 4
     return sorted(found, key=lambda one: (one.variation > hides, -one.spread))[: settings.prefixes]
 
@@ -211,7 +224,7 @@ def beginnings_finding(
     prefixes: Sequence[Prefix],
     planned: Plan,
     settings: AuditSettings,
-    advance: Callable[[int], None],
+    stage: Stage,
 ) -> Finding:
     """Sample after every prefix and test all of them together."""
     assert model.drafter is not None
@@ -226,7 +239,7 @@ def beginnings_finding(
             )
             for start in range(0, planned.each, settings.batch_size)
         ]
-        texts, statistics = decoded(watched, batches, generation, advance)
+        texts, statistics = decoded(watched, batches, generation, stage, f"prefix {number} batch")
         parts.append(statistics)
         own = cells_fit([text for batch in texts for text in batch], one.cells, settings.first_tokens)
         whole += own
@@ -265,25 +278,23 @@ def beginnings_finding(
 
 
 @torch.inference_mode()
-def token_ranks(
-    probs: StockProbs,
-    prompts: Sequence[list[int]],
-    texts: Sequence[list[list[int]]],
-    seed: int,
-    advance: Callable[[int], None],
-) -> Ranks:
-    """Rank every token but each text's first, which no drafter has proposed."""
-    ranks = Ranks(seed)
-    for prompt, own in zip(prompts, texts, strict=True):
-        for place, step in enumerate(probs.along(prompt, own)):
-            rows = [row for row, dist in enumerate(step) if dist is not None]
-            if place > 0 and rows:
-                ranks.add(
-                    torch.stack([dist for dist in step if dist is not None]),
-                    torch.tensor([own[row][place] for row in rows]),
-                )
-        advance(1)
-    return ranks
+def rank_tokens(
+    ranks: Ranks, probs: StockProbs, prompts: Sequence[list[int]], texts: Sequence[list[list[int]]], stage: Stage
+) -> None:
+    """Add the ranks of every token but each text's first, which no drafter has proposed; a step is a position."""
+    for number, (prompt, own) in enumerate(zip(prompts, texts, strict=True)):
+
+        def rank(prompt: list[int] = prompt, own: list[list[int]] = own) -> None:
+            for place, step in enumerate(probs.along(prompt, own)):
+                rows = [row for row, dist in enumerate(step) if dist is not None]
+                if place > 0 and rows:
+                    ranks.add(
+                        torch.stack([dist for dist in step if dist is not None]),
+                        torch.tensor([own[row][place] for row in rows]),
+                    )
+                stage(int(bool(rows)))
+
+        stage.part(number, rank)
 
 
 def tokens_finding(ranks: Ranks, statistics: Statistics, settings: AuditSettings, alpha: float, exact: bool) -> Finding:

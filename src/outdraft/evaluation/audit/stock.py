@@ -174,19 +174,24 @@ class Divergence:
         )
 
 
+NOISE_PASSES = 3
+"""The number of steps that a text's noise counts for: one for each way to run over it."""
+
+
 @torch.inference_mode()
 def measured_noise(
-    probs: StockProbs, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[], None]
+    probs: StockProbs, prompts: Sequence[list[int]], texts: Sequence[list[int]], advance: Callable[[int], None]
 ) -> Noise:
     """Measure the noise over every position of greedy texts."""
     noise = Noise()
     for prompt, text in zip(prompts, texts, strict=True):
         single = [step[0] for step in probs.along(prompt, [text])]
+        advance(1)
         for piece in (SEVERAL, None):
             for one, (other,) in zip(single, probs.along(prompt, [text], piece), strict=True):
                 if one is not None and other is not None:
                     noise.add(one, other)
-        advance()
+            advance(1)
     return noise
 
 

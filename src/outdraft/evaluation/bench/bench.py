@@ -40,6 +40,7 @@ from outdraft.evaluation.bench.methods import BenchSettings, contenders
 from outdraft.evaluation.bench.questions import Question, QuestionSet, dialogues, questions_of, read_questions
 from outdraft.evaluation.bench.result import BenchResult, Comparison, summed_up, temperature_name
 from outdraft.evaluation.report.pages import check_page, plotly_script, save_bench
+from outdraft.evaluation.resuming import differences, folder_state
 from outdraft.output import is_main_process, whole_lines, write_whole
 from outdraft.output import plain as in_json
 from outdraft.reference import load_prompts
@@ -246,12 +247,7 @@ class Store:
             there, sittings = found["settings"], list(found["sittings"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file} is not of a benchmark; give another --output-dir") from None
-        differing = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-        if differing:
-            said = "; ".join(
-                f"{name} {json.dumps(there.get(name))} there, {json.dumps(wanted.get(name))} here"
-                for name in differing[:3]
-            )
+        if said := differences(there, wanted):
             raise UserError(
                 f"{self.folder} holds a benchmark with other settings ({said}); "
                 "give another --output-dir, or the settings that were used there"
@@ -286,17 +282,6 @@ def _run(prompt: int, repetition: int, answers: list[dict[str, Any]]) -> Run:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-
-
-def folder_state(path: str | Path) -> str | None:
-    """Digest the names, sizes and times of a local folder's files, so that a retrained model shows; None for a name
-    that is no folder."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return None
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    facts = [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def fingerprint(

@@ -222,7 +222,7 @@ def divergences(target: Target, differences: Sequence[Difference]) -> list[Diver
     left = [differences[indices[0]] for indices in leaving.values()]
     few = left[:NOISE_TEXTS]
     probs = StockProbs(target, {}, warped=False)
-    noise = measured_noise(probs, [one.ids for one in few], [one.plain for one in few], lambda: None)
+    noise = measured_noise(probs, [one.ids for one in few], [one.plain for one in few], lambda _: None)
     found: dict[int, Divergence] = {}
     for text, indices in zip(left, leaving.values(), strict=True):
         positions = {differences[index].position for index in indices}
