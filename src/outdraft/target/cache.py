@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from outdraft.core.tensors import counting, integers, sent
 from outdraft.target.buffers import BufferPool, rounded_rows, rounded_slots
+from outdraft.target.memory import zeros
 
 
 class LayerCache(Cache):
@@ -298,7 +297,7 @@ class SlotCache(LayerCache):
         """Make a buffer of zeros, or take one of the pool, so that unwritten slots hold no NaN."""
         if self._pool is not None:
             return self._pool.take(shape, like)
-        return untouched_zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
+        return zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
 
 
 class _Views(NamedTuple):
@@ -308,18 +307,3 @@ class _Views(NamedTuple):
     """All slots that the forward reads."""
     written: tuple[Tensor, ...]
     """Slots that the forward writes, if they are the same in all rows."""
-
-
-LINE = 64
-"""Bytes of a line of a CPU's cache, at which kernels like a buffer to begin."""
-
-
-def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU, in memory that the system hands out as zeros where and when it is used.
-
-    `torch.zeros` writes all of them, which for a row that joins others took as long as a small model's round.
-    """
-    size = prod(shape) * dtype.itemsize
-    memory = np.zeros(size + LINE, np.uint8)
-    start = -memory.ctypes.data % LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(*shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from outdraft.target.backends.native.build import kernels
 from outdraft.target.backends.packed import PackedLinear
+from outdraft.target.memory import ARENA
 
 TYPES = (torch.float32, torch.bfloat16)
 GROUP = 32
@@ -107,9 +108,9 @@ class Weight:
             padded = weight.new_zeros(-(-self.outputs // lanes) * lanes, self.inputs)
             padded[: self.outputs] = weight[order]
             words = padded.view(-1, lanes, self.inputs).unflatten(2, (-1, 1 + self.half)).transpose(1, 2).contiguous()
-            self.lines = words.view(torch.int32)
+            self.lines = ARENA.settled(words).view(torch.int32)
         else:
-            self.lines, self.scales = blocks.laid_out(order, lanes)
+            self.lines, self.scales = map(ARENA.settled, blocks.laid_out(order, lanes))
         self.bias = None if bias is None else bias.detach().float()[order].contiguous()
         kept = (self.lines, self.scales, self.bias)
         self.struct = CWeight(
