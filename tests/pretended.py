@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-FIRST = torch.device("cuda:0")
+FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
 STARTS_NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_", "alias"),
@@ -90,7 +90,8 @@ class Device(TorchDispatchMode):
 
     Attributes:
         counts: launches outside of graphs, replays of graphs, waits of the host for the device, copies to the device
-            that wait, and those of pinned memory, which do not.
+            that wait, and those of pinned memory, which do not; crossings are those launches that copy from one device
+            to another.
         lines: the same, with the package's line that did it.
     """
 
@@ -98,6 +99,8 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.counting = False
         self.counts, self.lines = Counter[str](), Counter[str]()
+        self.current = FIRST
+        """The device on which graphs are captured and kernels of Triton run."""
         self.drains = 0
         """How often the host has waited until the device had nothing left to do."""
         self.tape: list[tuple[Callable[..., Any], Any, Any, Any]] | None = None
@@ -151,6 +154,8 @@ class Device(TorchDispatchMode):
                 self.note("waits")
             if not func.is_view and name not in STARTS_NOTHING and name != "_local_scalar_dense":
                 self.note("launches")
+        if self.tape is not None and any(x.device != self.current for x in lent):
+            raise CaptureError(f"{func} in a graph of {self.current}, of tensors of another device: {_line()}")
         bare, named = tree_map(_bare, args), tree_map(_bare, kwargs)
         result = func(*bare, **named)
         if self.tape is not None and not func.is_view and name not in STARTS_NOTHING:
@@ -176,6 +181,7 @@ class Device(TorchDispatchMode):
             self.note("pinned" if getattr(source, "is_pinned_here", False) else "copies")
         else:
             self.note("launches")
+            self.note("crossings")
 
     def _meet(self, func: Any, name: str, args: Any, given: list[Tensor]) -> None:
         devices = {x.device for x in given}
@@ -202,8 +208,8 @@ class Device(TorchDispatchMode):
 
         def launch(*args: Any) -> Any:
             lent = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-            if len({x.device for x in lent}) != 1:
-                raise DeviceMistake(f"{run.__name__}: {_line()}")
+            if {x.device for x in lent} != {self.current}:
+                raise DeviceMistake(f"{run.__name__} on {self.current}: {_line()}")
             self.note("launches")
             bare = tree_map(_bare, args)
             with torch.utils._python_dispatch._disable_current_modes():

@@ -92,6 +92,18 @@ def _event(device: Device) -> type:
     return Event
 
 
+def _current(device: Device) -> Callable[[torch.device], Any]:
+    @contextmanager
+    def made_current(place: torch.device) -> Iterator[None]:
+        before, device.current = device.current, numbered(place)
+        try:
+            yield
+        finally:
+            device.current = before
+
+    return made_current
+
+
 def _rotated(
     mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, pending: int
 ) -> Tensor:
@@ -130,6 +142,7 @@ def pretended() -> Iterator[Device]:
         setattr(kernels, name, own.kernel(run))
     of_cuda = {
         "_lazy_init": lambda: None,
+        "device": _current(own),
         "Event": _event(own),
         "current_stream": lambda device=None: None,
         "synchronize": lambda device=None: own.note("waits"),
@@ -148,12 +161,15 @@ def pretended() -> Iterator[Device]:
         mock.patch.object(torch, "Generator", Generator),
     ]
     _let_devices_change()
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a weight that moves is another tensor here
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # numbers of the host are seen on their way to a device
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         stack.enter_context(torch.no_grad())
         stack.enter_context(own)
         yield own

@@ -309,8 +309,8 @@ def _load_model(
         raise UserError(f"the model '{path}' cannot be loaded: {first_line(error)}; {AGAIN}") from error
     if quantised == "native-gguf":
         store_blocks(model, path)
-    # Quantised models refuse to be moved, and need not be here.
-    return model.eval() if model.device == device else model.eval().to(device)
+    # What a device map has put in its places stays there; quantised models refuse to be moved, and need not be here.
+    return model.eval() if "device_map" in more or model.device == device else model.eval().to(device)
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -24,6 +25,11 @@ READ_FREELY = ("cpu",)
 def read_freely(device: torch.device) -> bool:
     """Return True if the host reads this device's numbers without waiting for queued work."""
     return device.type in READ_FREELY
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, on which kernels of Triton run and graphs are captured; nothing for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def sent(numbers: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

@@ -25,6 +25,7 @@ from outdraft.core.tree import Tree
 from outdraft.drafting.base import RowContext, Update
 from outdraft.target.backends.graphs import SIZES, Recordings, Replayed, put
 from outdraft.target.backends.tree_attention import Pending
+from outdraft.target.buffers import rounded_rows
 from outdraft.target.target import Target
 
 GREEDY = Warper(SamplingSettings(), 0, 1)
@@ -41,6 +42,20 @@ class Recordable(Protocol):
 
     def unasked(self, given: Given, cache: Any, shape: TreeShape, rows: RowContext) -> Tree:
         """Take decided tokens in and grow trees, without a question of the host."""
+
+
+class NoCache:
+    """The rows of a drafter without keys and values, as a cache that holds nothing."""
+
+    def __init__(self, rows: int):
+        self.lengths, self.room = [1] * rows, rounded_rows(rows)
+        self.addresses = (self.room,)
+
+    def room_for(self, pending: int) -> None:
+        pass
+
+    def advance(self, counts: Sequence[int]) -> None:
+        pass
 
 
 class RecordedDrafts(Recordings):

@@ -10,7 +10,7 @@ It is a `transformers` Cache, so stock models write to it. It does not depend on
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,12 +47,19 @@ class SlotCache(LayerCache):
     make room for others to join, and only rows that change their index are copied.
 
     Args:
-        num_layers: layers that will write here; a layer whose shape differs from the first gets a buffer of its own.
+        num_layers: layers that will write here, or for each layer how many lie on its device; a layer whose shape
+            differs from the first one's there gets a buffer of its own.
         capacity: slots per row, doubled when a forward needs more.
         pool: lends buffers of rounded sizes; None makes them as large as asked for.
     """
 
-    def __init__(self, rows: int, num_layers: int, capacity: int, pool: BufferPool | None = None):
+    def __init__(
+        self,
+        rows: int,
+        num_layers: int | Sequence[int],
+        capacity: int,
+        pool: BufferPool | None = None,
+    ):
         super().__init__(layers=[])
         self.lengths: list[int] = [0] * rows
         self.pending = 0  # slots written after the committed ones, the same number in every row
@@ -121,14 +128,14 @@ class SlotCache(LayerCache):
         width, value_width = key_states.shape[-1], value_states.shape[-1]
         if width != keys.shape[-1] or value_width != values.shape[-1]:
             keys, values = keys[..., :width], values[..., :value_width]
-        if self._slots is None:
+        if views.places is None:
             new_keys, new_values = views.written[2 * index], views.written[2 * index + 1]
             if width != new_keys.shape[-1] or value_width != new_values.shape[-1]:
                 new_keys, new_values = new_keys[..., :width], new_values[..., :value_width]
             new_keys.copy_(key_states)
             new_values.copy_(value_states)
         else:
-            row, slots = self._rows.to(keys.device), self._slots.to(keys.device)
+            row, slots = views.places
             keys[row, :, slots] = key_states.transpose(1, 2)
             values[row, :, slots] = value_states.transpose(1, 2)
         return keys, values
@@ -157,8 +164,9 @@ class SlotCache(LayerCache):
         """Make the views of all layers at once, which is faster than many small views per layer."""
         extent = self.extent
         held = self._buffers[buffer].flatten(0, 1)[:, : self.rows]
+        places = None if self._slots is None else (self._rows.to(held.device), self._slots.to(held.device))
         self._views[buffer] = views = _Views(
-            held[..., :extent, :].unbind(0), held[..., extent - count : extent, :].unbind(0)
+            held[..., :extent, :].unbind(0), held[..., extent - count : extent, :].unbind(0), places
         )
         return views
 
@@ -204,8 +212,7 @@ class SlotCache(LayerCache):
         moves = [(to, row) for to, row in enumerate(rows) if to != row]
         extent = self.extent
         self._fit(len(rows), self.capacity)
-        for buffer in self._buffers if moves else ():
-            to, source = sent(moves, buffer.device).unbind(1)
+        for buffer, (to, source) in self._with(moves):
             # All are read before one is written.
             buffer[:, :, to, :, :extent] = buffer[:, :, source, :, :extent]
         self.lengths = [self.lengths[row] for row in rows]
@@ -256,7 +263,9 @@ class SlotCache(LayerCache):
             if alike and len(taken) < buffer.shape[0]:
                 self._located[layer_idx] = (i, len(taken))
                 return self._located[layer_idx]
-        layers = self._num_layers if not self._buffers else 1
+        layers, device = 1, key_states.device
+        if all(buffer.device != device for buffer in self._buffers):
+            layers = self._num_layers if isinstance(self._num_layers, int) else self._num_layers[layer_idx]
         shape = (layers, 2, self.room, heads, self.capacity, width)
         self._buffers.append(self._new(shape, key_states))
         self._located[layer_idx] = (len(self._buffers) - 1, 0)
@@ -270,12 +279,17 @@ class SlotCache(LayerCache):
             for to, index in enumerate(order)
             if to != index
         ]
-        if not moves:
-            return
-        for buffer in self._buffers:
-            row, to, source = sent(moves, buffer.device).unbind(1)
+        for buffer, (row, to, source) in self._with(moves):
             # All are read before one is written.
             buffer[:, :, row, :, to] = buffer[:, :, row, :, source]
+
+    def _with(self, moves: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Return every buffer with the moves in it, by columns, on its device; nothing where there are no moves."""
+        there: dict[torch.device, tuple[Tensor, ...]] = {}
+        for buffer in self._buffers if moves else ():
+            if buffer.device not in there:
+                there[buffer.device] = sent(moves, buffer.device).unbind(1)
+            yield buffer, there[buffer.device]
 
     def _fit(self, rows: int, capacity: int) -> None:
         """Make the buffers hold at least so many rows and slots per row."""
@@ -307,3 +321,5 @@ class _Views(NamedTuple):
     """All slots that the forward reads."""
     written: tuple[Tensor, ...]
     """Slots that the forward writes, if they are the same in all rows."""
+    places: tuple[Tensor, Tensor] | None
+    """Indices `(rows, 1)` of rows and `(rows, tokens)` of the slots that it writes there, if rows differ."""

@@ -29,7 +29,8 @@ from outdraft.target.cache import SlotCache
 from outdraft.target.limits import context_of, windows_of
 from outdraft.target.ranks import processes_of, whole_weight
 from outdraft.target.runner import PLAIN, ModelRunner
-from outdraft.target.views import Reader, Reads
+from outdraft.target.spread import beside_embedding
+from outdraft.target.views import Reader, Reads, spread_view
 
 MASK_READING = {"sdpa", "eager"}
 """Attention implementations that take a mask of our own."""
@@ -87,6 +88,9 @@ class Target:
         self.windows = configured if windows is None else windows
         self._ignored = [window for kind, window in configured.items() if window and not self.windows[kind]]
         self._head, self.gathered_on = _head(self.model)
+        self._neighbours: list[int] = []  # for every layer, how many lie on its device; none where they all do
+        if self.gathered_on is not None:
+            self._inner, self._neighbours = spread_view(self.model)
         self._readers: dict[Reads, Reader] = {}
 
     # --- facts -------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ class Target:
     # --- forwards over the cache -------------------------------------------------------------------------------
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
-        return SlotCache(rows, 1 if self.gathered_on is not None else self.num_layers, capacity, self.pool)
+        return SlotCache(rows, self._neighbours or self.num_layers, capacity, self.pool)
 
     def runner(self, cache: SlotCache, reads: Reads = PLAIN) -> ModelRunner:
         """Return a runner for the rows of an empty cache; it gives what is read beside the features."""
@@ -218,8 +222,10 @@ class Target:
         return run(input_ids=tokens, **self.inputs(positions, mask, slots, cache))[0]
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, ...]:
-        features = self._inner(**inputs).last_hidden_state
-        return (features if self.gathered_on is None else features.to(self.gathered_on),)
+        if self.gathered_on is None:
+            return (self._inner(**inputs).last_hidden_state,)
+        features = self._inner(**beside_embedding(self.model, inputs)).last_hidden_state
+        return (features.to(self.gathered_on),)
 
     def inputs(self, positions: Tensor, mask: Tensor, slots: Tensor, cache: SlotCache) -> dict[str, Any]:
         """Return the inner model's inputs beside tokens; positions, mask and slots as in `attention_mask`."""

@@ -102,7 +102,7 @@ class _Model:
         """Return the `(2, 5, ...)` outputs at the trees' nodes, where the two texts have them; zeros elsewhere."""
         trial = Target.__new__(Target)
         trial.__dict__.update(self.target.__dict__, windows=windows)
-        trial._inner = self.inner or self.target.model.base_model
+        trial._inner = self.inner or self.target._inner
         trial._run = trial._whole
         run = ModelRunner(trial, SlotCache(1, trial.num_layers, 4))
 

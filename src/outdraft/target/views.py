@@ -21,6 +21,7 @@ from outdraft.errors import UserError
 from outdraft.target.backends import forward_of
 from outdraft.target.backends.native import NativeStack
 from outdraft.target.backends.tree_attention import Pending
+from outdraft.target.spread import Stand, beside_embedding, place_of, sharing
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class View:
         handed: bool = False,
         device: torch.device | None = None,
     ):
-        self._device = device
-        own, self._handed = list(modules), None
+        self._model, self._device = model, device
+        own, self._handed = list(modules) if device is None else sharing(modules), None
         if handed:
             own[0] = self._handed = _Handed(own[0])
         self._noting = [_Noting(own[index]) for index in notes]
@@ -90,6 +91,8 @@ class View:
     def _forward(self, **inputs: Any) -> tuple[Tensor, ...]:
         if self._handed is not None:
             self._handed.hidden = inputs["inputs_embeds"]
+        elif self._device is not None:
+            inputs = beside_embedding(self._model, inputs)
         features = self._inner(**inputs).last_hidden_state
         outputs = (features, *(noting.take() for noting in self._noting))
         return outputs if self._device is None else tuple(output.to(self._device) for output in outputs)
@@ -166,6 +169,20 @@ def shortcut_view(model: PreTrainedModel, layers: int, layer: nn.Module, device:
     return View(model, [*modules[:layers], layer], indices, what, [layers - 1], device=device)
 
 
+def spread_view(model: PreTrainedModel) -> tuple[Any, list[int]]:
+    """Return a view of the whole inner model for layers on several devices, and of each how many lie on its device.
+
+    A model whose layers cannot be found is itself the view, as if each layer had a device of its own.
+    """
+    try:
+        layers = list(layers_of(model))
+    except UserError:
+        return model.base_model, [1] * model.config.get_text_config().num_hidden_layers
+    places = [place_of(layer) for layer in layers]
+    counts = [1 if place is None else places.count(place) for place in places]
+    return view_of(model, sharing(layers), range(len(layers))), counts
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's own list of layers.
 
@@ -220,19 +237,10 @@ def _cut_kinds(view: Any, indices: Sequence[int]) -> None:
         view.config.__dict__["layer_types"] = [config.layer_types[place] for place in indices]
 
 
-class _Stand(nn.Module):
-    """Replaces a layer and shows its attributes; it holds no weight of its own."""
+class _Holding(Stand):
+    """A layer beside which a hidden state is kept."""
 
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-        self.hidden: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+    hidden: Tensor | None = None
 
     def take(self) -> Tensor:
         hidden, self.hidden = self.hidden, None
@@ -240,7 +248,7 @@ class _Stand(nn.Module):
         return hidden
 
 
-class _Noting(_Stand):
+class _Noting(_Holding):
     """Records the layer's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +257,7 @@ class _Noting(_Stand):
         return output
 
 
-class _Handed(_Stand):
+class _Handed(_Holding):
     """Gives the layer a hidden state from outside instead of its input."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

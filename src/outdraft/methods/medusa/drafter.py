@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, integers
+from outdraft.core.tensors import chosen, counting, integers
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import DraftState, Limits, RowContext, Update
 from outdraft.drafting.expand import grow
@@ -27,6 +27,7 @@ from outdraft.drafting.folder import find_folder, is_own, read_config
 from outdraft.drafting.sample import Block
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import Checkpoint, Network, NetworkDrafter, read_own
+from outdraft.methods.recorded import Given, NoCache, RecordedDrafts
 from outdraft.target.backends.packed import is_linear, plain_linear
 from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
@@ -119,9 +120,18 @@ class Medusa(NetworkDrafter):
         super().__init__(heads, target)
         self.limits = Limits(depth=heads.config.num_heads, stepwise=False)
         self.heads, self.speaking = heads, heads.speaking(target)
+        self.recorded = None if target.pool is None else RecordedDrafts(self)
 
     def begin(self, prompts: Sequence[Tensor], run: ModelRunner) -> MedusaState:
-        return MedusaState(self)
+        return MedusaState(self, len(prompts))
+
+    def unasked(self, given: Given, cache: NoCache, shape: TreeShape, rows: RowContext) -> Tree:
+        return self.tree(given.roots, chosen(given.taps, given.counts[:, None] - 1)[:, 0], shape, rows)
+
+    def tree(self, roots: Tensor, features: Tensor, shape: TreeShape, rows: RowContext) -> Tree:
+        """Grow trees below `(rows,)` roots from the `(rows, hidden)` features before them."""
+        block = Block(self.logits(features, shape.depth + 1))
+        return grow(roots, block.first, block, shape, rows)
 
     def logits(self, features: Tensor, levels: int) -> Tensor:
         """Return the first heads' `(rows, levels, vocab)` logits of `(rows, hidden)` features."""
@@ -134,24 +144,27 @@ class Medusa(NetworkDrafter):
 class MedusaState(DraftState):
     """A state without memory: every update brings the newest feature."""
 
-    def __init__(self, drafter: Medusa):
-        self.drafter = drafter
+    def __init__(self, drafter: Medusa, rows: int):
+        self.drafter, self.cache = drafter, NoCache(rows)
 
     def propose(self, update: Update, shape: TreeShape, rows: RowContext) -> Tree:
-        shape = shape.at_most(self.drafter.heads.config.num_heads, shape.size)
+        shape, recorded = shape.at_most(self.drafter.heads.config.num_heads, shape.size), self.drafter.recorded
+        if recorded is not None and recorded.serves(update, shape, rows, self.cache):
+            tree = recorded(update, shape, rows, self.cache)
+            if tree is not None:
+                return tree
         row = counting(0, len(update.counts), update.taps.device)
         last = integers([count - 1 for count in update.counts], update.taps.device)
-        block = Block(self.drafter.logits(update.taps[row, last], shape.depth + 1))
-        return grow(update.roots, block.first, block, shape, rows)
+        return self.drafter.tree(update.roots, update.taps[row, last], shape, rows)
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        pass
+        self.cache = NoCache(len(rows))
 
     def read(self, update: Update) -> Update:
         return update.newest()
 
     def join(self, other: MedusaState) -> None:
-        pass
+        self.cache = NoCache(len(self.cache.lengths) + len(other.cache.lengths))
 
 
 def load_medusa(

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from outdraft.core.tensors import current
 from outdraft.errors import first_line
 from outdraft.target.backends.fused import Doubles, FusedAttention, FusedMLP, hooked, plain_layer
 from outdraft.target.backends.packed import why_not_replaced
@@ -236,11 +237,12 @@ class Replayed:
         self._run, self._graph = run, None
         if device.type != "cuda":
             return
-        run()
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-            self._results = run()
+        with current(device):
+            run()
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+                self._results = run()
         self._run = None  # type: ignore[assignment]  # what it holds may end
 
     def __call__(self) -> tuple[Tensor, ...]:

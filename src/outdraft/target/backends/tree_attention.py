@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from outdraft.core.tensors import current
 from outdraft.target.cache import LayerCache
 
 ATTENTION = "outdraft_tree"
@@ -195,10 +196,11 @@ def running() -> Pending | None:
 
 @contextmanager
 def running_over(pending: Pending) -> Iterator[None]:
-    """Set the pending tokens of attention in this thread."""
+    """Set the pending tokens of attention in this thread, and their device as the current one."""
     before, _now.pending = _now.pending, pending
     try:
-        yield
+        with current(pending.lengths.device):
+            yield
     finally:
         _now.pending = before
 
