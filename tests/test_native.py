@@ -25,8 +25,7 @@ from outdraft.target.backends import accelerate, count_parameters, why_not_nativ
 from outdraft.target.backends.native import build, operations, weights
 from outdraft.target.backends.native.modules import NativeLayer
 from outdraft.target.backends.native.operations import rms_norm
-from outdraft.target.backends.native.released import STAYS, ReleasedLinear
-from outdraft.target.backends.native.weights import NativeLinear, Weight
+from outdraft.target.backends.native.weights import STAYS, NativeLinear, ReleasedLinear, Weight
 from outdraft.target.backends.unloaded import unloaded
 from outdraft.target.exact.target import exactly
 from outdraft.target.runner import ModelRunner, Output

@@ -26,6 +26,7 @@ MOVED = {
     "control.budget": "engine.plan",
     "control.evidence": "control.base",
     "control.pacer": "control.settings",
+    "core.nucleus": "core.sampling",
     "coupling": "core.coupling",
     "data.int8_rows": "reference.quantize",
     "data.messages": "data.conversations",
