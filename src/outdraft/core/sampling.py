@@ -264,8 +264,8 @@ summation might decide."""
 
 
 class TopP(hf.TopPLogitsWarper):
-    """The nucleus (`top_p`, arXiv 1904.09751) as the warper of `transformers` gives it, bit for bit; on a CPU in a tenth
-    of the time or less, since the whole vocabulary is not sorted.
+    """The nucleus (`top_p`, arXiv 1904.09751) as the warper of `transformers` gives it, bit for bit; on a CPU in a
+    tenth of the time or less, since the whole vocabulary is not sorted.
 
     Tokens of which all together could not reach the threshold are left out, and the few others are sorted. Where equal
     logits lie on both sides of the nucleus' edge, or rounding might move it, the whole row is sorted as `transformers`
