@@ -57,12 +57,10 @@ class Warper:
     """Turns one node's logits into the distribution that its token is drawn from.
 
     Args:
-        settings: sampling settings of the user.
         prompt_length: tokens of the prompt, which some processors leave out of their counting.
         vocab_size: number of tokens, to check token ids.
         eos_token_ids: end-of-sequence tokens, held back until `min_new_tokens`.
         extra: further `transformers` processors, pure functions of (prefix, logits), applied first.
-        device: device of the logits.
     """
 
     def __init__(
