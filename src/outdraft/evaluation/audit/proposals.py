@@ -7,7 +7,7 @@ sampled from, and with the draws; a point mass is checked by drafting twice afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ class Draws:
         proposed: number of candidates in trees.
         unmatched: number of rows of rounds whose draws and candidates differ.
         difference: largest total variation between the sampled and the declared distribution.
-        point: number of rounds whose candidates were declared a point mass.
     """
 
     ranks: Ranks
@@ -44,13 +43,11 @@ class Draws:
     proposed: int = 0
     unmatched: int = 0
     difference: float = 0.0
-    point: int = 0
-    rounds: int = field(default=0)
+    rounds: int = 0
 
     def __call__(self, seen: Round) -> None:
         self.rounds += 1
-        if seen.tree.draft_probs is None:
-            self.point += 1
+        if seen.tree.draft_probs is None:  # a point mass
             return
         for row in range(seen.tree.rows):
             nodes, probs = declared(seen.tree, row)
