@@ -21,13 +21,11 @@ from outdraft.errors import UserError
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.methods.fspad.network import FeatureHead, FeatureHeadConfig
 from outdraft.methods.fspad_1f.network import OneForwardConfig, OneForwardHead
-from outdraft.target.backends import accelerate, count_parameters, why_not_native, why_not_native_model
+from outdraft.target.backends import accelerate, count_parameters, unloaded, why_not_native, why_not_native_model
 from outdraft.target.backends.native import build, operations, weights
 from outdraft.target.backends.native.modules import NativeLayer
 from outdraft.target.backends.native.operations import rms_norm
-from outdraft.target.backends.native.released import STAYS, ReleasedLinear
-from outdraft.target.backends.native.weights import NativeLinear, Weight
-from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.backends.native.weights import STAYS, NativeLinear, ReleasedLinear, Weight
 from outdraft.target.exact.target import exactly
 from outdraft.target.runner import ModelRunner, Output
 from outdraft.target.target import Target

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import generation as hf
 
-from outdraft.core.nucleus import TopP
+from outdraft.core.sampling import TopP
 
 NONE = torch.empty(0, 0, dtype=torch.long)
 VOCAB = 5000

@@ -12,8 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import outdraft
 from outdraft.errors import UserError
-from outdraft.reference import load_prompts, load_reference_target, reference_drafter_path, reference_target_path
-from outdraft.reference.quantize import PACKAGED, PACKED, unpack
+from outdraft.reference import (
+    PACKAGED,
+    PACKED,
+    load_prompts,
+    load_reference_target,
+    reference_drafter_path,
+    reference_target_path,
+    unpack,
+)
 from pack_rows import pack, quantize_rows
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outdraft.methods.fspad.folder import load_drafter
-from outdraft.reference.quantize import PACKED
+from outdraft.reference import PACKED
 from outdraft.target.named import DRAFTERS, shipped_drafters
 
 FOLDER = DRAFTERS / "smollm2"

@@ -2,7 +2,7 @@
 
 ``python build_target.py --data DIR --output DIR --minutes N`` trains (resumable with ``--resume``);
 ``finish.py`` then packs the result, measures it and writes the shipped files.
-Knows the recipe only: what is read is decided in ``corpus``, how weights are packed in ``quantize``.
+Knows the recipe only: what is read is decided in ``corpus``, how weights are packed in ``outdraft.reference``.
 It knows nothing about speculative decoding.
 """
 

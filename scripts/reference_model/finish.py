@@ -16,8 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from build_target import bits_per_byte, prepare
-from outdraft.reference import load_prompts
-from outdraft.reference.quantize import PACKAGED, unpack_folder
+from outdraft.reference import PACKAGED, load_prompts, unpack_folder
 from pack_rows import pack_folder
 
 CARD = PACKAGED.parent / "CARD.md"

@@ -1,4 +1,4 @@
-"""Packs weights as int8 rows with a float32 scale each; `outdraft.reference.quantize` reads them back."""
+"""Packs weights as int8 rows with a float32 scale each; `outdraft.reference` reads them back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from outdraft.reference.quantize import COMPANIONS, PACKED, SCALE, UNPACKED
+from outdraft.reference import COMPANIONS, PACKED, SCALE, UNPACKED
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

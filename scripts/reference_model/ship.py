@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outdraft.data.provenance import portable
-from outdraft.reference.quantize import PACKED
+from outdraft.reference import PACKED
 from outdraft.target.named import DRAFTERS, NAMED, REFERENCE
 from pack_rows import pack
 

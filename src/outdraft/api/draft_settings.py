@@ -174,9 +174,7 @@ def resolve(
     """Decide what the settings leave open.
 
     Args:
-        settings: settings of the user.
         drafter: the drafter; None drafts nothing.
-        device: device of the target.
         sampling: True if the temperature is above 0. With dice, default chains are then sampled from the drafter's
             probabilities: the target accepts them far more often than the most probable tokens.
         rows: number of rows decoded together. Only greedy shapes depend on it: a seed's text does not.

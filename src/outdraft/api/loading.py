@@ -20,8 +20,14 @@ from outdraft.drafting.folder import find_folder, is_own
 from outdraft.errors import UserError, first_line
 from outdraft.methods.checkpoint import Network, method_of, recognised
 from outdraft.methods.registry import NONE, method_called
-from outdraft.target.backends import QUANTISED, accelerate, best_backend, default_dtype, simple_backend
-from outdraft.target.backends.unloaded import refuse_before_loading
+from outdraft.target.backends import (
+    QUANTISED,
+    accelerate,
+    best_backend,
+    default_dtype,
+    refuse_before_loading,
+    simple_backend,
+)
 from outdraft.target.gguf_blocks import refuse_without_blocks, store_blocks
 from outdraft.target.gguf_file import gguf_in
 from outdraft.target.named import (

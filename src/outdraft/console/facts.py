@@ -18,8 +18,7 @@ from outdraft.data.provenance import versions
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError
 from outdraft.methods.checkpoint import count, method_of, recognised
-from outdraft.target.backends import default_backend, default_dtype, why_not_native
-from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.backends import default_backend, default_dtype, unloaded, why_not_native
 from outdraft.target.gguf_blocks import FOLDER
 from outdraft.target.gguf_file import blocks_serve, record_in
 from outdraft.target.named import base_of, is_hub_id, place_of

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import generation as hf
 
-from outdraft.core.nucleus import TopP
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.errors import UserError, first_line
 
@@ -58,12 +57,10 @@ class Warper:
     """Turns one node's logits into the distribution that its token is drawn from.
 
     Args:
-        settings: sampling settings of the user.
         prompt_length: tokens of the prompt, which some processors leave out of their counting.
         vocab_size: number of tokens, to check token ids.
         eos_token_ids: end-of-sequence tokens, held back until `min_new_tokens`.
         extra: further `transformers` processors, pure functions of (prefix, logits), applied first.
-        device: device of the logits.
     """
 
     def __init__(
@@ -257,3 +254,47 @@ def check_token_ids(sequences: Sequence[Sequence[int]], vocab_size: int) -> None
     for token in (token for sequence in sequences for token in sequence):
         if not 0 <= token < vocab_size:
             raise UserError(f"token id {token} is outside the vocabulary of {vocab_size}; check the tokenizer")
+
+
+NEAR = 64
+"""Distance of a sum of probabilities from the threshold, in units of the dtype's rounding, within which the order of
+summation might decide."""
+
+
+class TopP(hf.TopPLogitsWarper):
+    """The nucleus (`top_p`, arXiv 1904.09751) as the warper of `transformers` gives it, bit for bit; on a CPU in a
+    tenth of the time or less, since the whole vocabulary is not sorted.
+
+    Tokens of which all together could not reach the threshold are left out, and the few others are sorted. Where equal
+    logits lie on both sides of the nucleus' edge, or rounding might move it, the whole row is sorted as `transformers`
+    does, since its sort alone decides which of the equal ones stay.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.device.type != "cpu" or self.min_tokens_to_keep > 1:
+            return super().__call__(input_ids, scores)
+        return torch.cat([self._warped(input_ids, row) for row in scores.split(1)])
+
+    def _warped(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Warp `(1, vocab)` scores."""
+        least = self._least(scores[0])
+        if least is None:
+            return super().__call__(input_ids, scores)
+        return scores.masked_fill(scores < least, self.filter_value)
+
+    def _least(self, scores: Tensor) -> Tensor | None:
+        """Return the smallest of `(vocab,)` scores that is in the nucleus; None if that takes a sort of all."""
+        probs, removed = scores.softmax(-1), 1 - self.top_p
+        able = (probs >= removed / len(probs)).nonzero()[:, 0]
+        if not len(able):  # NaN
+            return None
+        best, order = scores[able].sort(descending=True)
+        own = probs[able[order]].double()
+        # The mass of every token and of those below it, which decides.
+        up_to = probs.sum(dtype=torch.float64) - (own.cumsum(0) - own)
+        if bool((up_to - removed).abs().min() < NEAR * torch.finfo(scores.dtype).eps):
+            return None
+        count = max(1, int((up_to > removed).sum()))
+        if count < len(best) and bool(best[count] == best[count - 1]):
+            return None
+        return best[count - 1]

@@ -60,7 +60,6 @@ def verify(
     """Accept a path of every row's tree and draw the token after it, with exactly the target's distribution.
 
     Args:
-        tree: trees of candidates.
         logits: `(rows, nodes, vocab)` logits of the target after every node; those of padding are not read.
         warpers: one per row: logits and prefix to distribution.
         prefixes: one per row: `(tokens,)` everything decided so far, the root's token last; read only where a warper

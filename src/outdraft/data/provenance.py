@@ -100,7 +100,6 @@ def portable(record: Any, left_out: Collection[str] = ()) -> Any:
     """Make a record fit to be handed on: absolute paths, also in `key=value`, keep their last part alone.
 
     Args:
-        record: any value of JSON.
         left_out: keys that are dropped with their values.
     """
     if isinstance(record, dict):

@@ -161,7 +161,6 @@ class Stops:
         """Return where the shown text ends, if this token completes a stop string; else None.
 
         Args:
-            token: the newest token.
             new: text that the token made certain.
             pending: text after that, not certain yet.
         """

@@ -25,7 +25,7 @@ from torch import Tensor
 import outdraft
 from outdraft.drafting.run_folder import unfinished
 from outdraft.errors import UserError, first_line
-from outdraft.reference.quantize import PACKED, unpack
+from outdraft.reference import PACKED, unpack
 from outdraft.target.named import is_hub_id, not_on_hub
 
 CONFIG = "config.json"

@@ -127,8 +127,6 @@ def timed(
     temporary slow-down hits all of them. A first turn and the first rounds of every text do not count.
 
     Args:
-        ways: ways of drafting by name.
-        prompt: token ids of the prompt.
         rounds: counted rounds of a text.
         turns: most turns that count.
         end: deadline by `time.perf_counter`; no turn but the first that counts begins after it.

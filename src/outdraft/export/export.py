@@ -2,7 +2,7 @@
 
 Every tensor that the engine's loader asks for is compared by name and shape, and the outputs of the written files with
 the drafter's own forward in float32. A drafter that an engine cannot run like outdraft is refused with the reason. The
-folder appears whole or not at all. The methods write its content (`methods/*/export.py`).
+folder appears whole or not at all. The content is written by the methods.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def losses_and_slope(loss: TokenLoss, logits: Tensor, probs: Tensor, wanted: boo
     """Compute the loss of every position, and its gradient in the logits where wanted.
 
     Args:
-        loss: any loss but `soft`, which `cross_entropy.py` computes.
+        loss: any loss but `soft`, which `_loss` computes.
         logits: `(positions, vocab)` draft logits.
         probs: `(positions, vocab)` target probabilities, in the precision to compute in.
         wanted: True asks for the gradient.

@@ -226,7 +226,6 @@ class Objective(ABC):
         """Return the sum to be minimised.
 
         Args:
-            sums: sums that the loss gave.
             progress: the share of the run that is done, from 0 to 1.
         """
 

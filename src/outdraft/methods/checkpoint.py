@@ -277,8 +277,6 @@ class NetworkDrafter(Drafter):
 
     Args:
         network: a `Network` on the target's device and in its precision.
-        target: the model it was trained for.
-        reads: what it reads of the target.
 
     Raises:
         UserError: the sizes say that it is another model's drafter, or the target has no such layers.

@@ -142,10 +142,7 @@ class Method:
         """Load the network in a drafter's folder or hub repository.
 
         Args:
-            source: the folder or repository.
-            target: the model that it drafts for.
             dtype: precision of the weights; as stored when None.
-            device: device of the weights.
 
         Raises:
             UserError: no drafter of this method is there, or it is damaged.
@@ -164,7 +161,6 @@ class Method:
 
         Args:
             network: the result of `load`, on its backend; None for a method that needs no model.
-            target: the model that it drafts for.
 
         Raises:
             UserError: the network is another target's.
@@ -190,7 +186,6 @@ class Method:
 
         Args:
             network: the result of `load`.
-            target: the model that it drafts for.
         """
         return ()
 
@@ -219,9 +214,7 @@ class Method:
         """Measure a setting that is left open (`auto`) on the data; None where none is.
 
         Args:
-            target: the model that the drafter is for.
             settings: a `DrafterConfig` with its preset filled in.
-            examples: the data.
             record: the record of an interrupted run, whose own choice holds; empty for a new run.
         """
         return None
@@ -230,7 +223,6 @@ class Method:
         """Build a network with initial float32 weights, on the target's device.
 
         Args:
-            target: the model that it will draft for.
             settings: a `DrafterConfig` with its preset filled in.
 
         Raises:
@@ -259,7 +251,6 @@ class Method:
 
         Args:
             source: the drafter's folder or hub repository.
-            target: the model that it drafts for.
             folder: an empty folder to write into.
             engine: `vllm` or `hf`.
             dtype: precision of the written weights; as stored when None.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import outdraft
 from outdraft.drafting.folder import CONFIG, WEIGHTS, shape_of, some
 from outdraft.errors import UserError
-from outdraft.methods.checkpoint import Checkpoint
+from outdraft.methods.checkpoint import Checkpoint, refuse_another
 from outdraft.methods.tapped import SHAPES
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,12 +36,7 @@ def refuse_target(config: Any, target: Any) -> None:
             f"vLLM's EAGLE heads are right for targets of the families {', '.join(FAMILIES)}, not "
             f"'{target.model_type}'; serve this one with `outdraft serve`"
         )
-    for name in ("hidden_size", "vocab_size"):
-        own, others = getattr(config, name), getattr(target, name)
-        if own != others:
-            raise UserError(
-                f"the drafter was trained for a target with {name} {own}, this one has {others}; choose its own target"
-            )
+    refuse_another({name: getattr(config, name) for name in ("hidden_size", "vocab_size")}, target)
 
 
 def llama_config(config: Any, target: Any, dtype: torch.dtype, name: str, rope: Mapping[str, Any]) -> dict[str, Any]:

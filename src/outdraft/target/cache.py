@@ -145,7 +145,6 @@ class SlotCache(LayerCache):
 
         Args:
             key_states, value_states: states of that layer, any number of tokens; only their shapes are read.
-            layer_idx: the layer.
         """
         known = self._wholes.get(layer_idx)
         if known is None:

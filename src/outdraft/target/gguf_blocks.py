@@ -44,7 +44,6 @@ def write_blocks(file: Path, model: nn.Module, folder: Path) -> None:
     """Write the blocks of a model's linear layers; there is one matrix in memory at a time.
 
     Args:
-        file: the GGUF file.
         model: the model of the file, its weights rounded to bfloat16.
         folder: gets `FOLDER`, if a layer is quantised in the file.
     """

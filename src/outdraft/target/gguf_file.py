@@ -29,8 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from outdraft.errors import UserError, first_line
 from outdraft.output import cache_folder, made_once
-from outdraft.target.backends import why_not_native_model
-from outdraft.target.backends.unloaded import unloaded
+from outdraft.target.backends import unloaded, why_not_native_model
 from outdraft.target.gguf_blocks import told, write_blocks
 
 SUFFIX = ".gguf"

@@ -34,8 +34,6 @@ def sharding(path: str, plan: str, device: Any, whole_ends: bool, trust_remote_c
     """Return the arguments of `from_pretrained` that share a model among the processes of `torchrun`.
 
     Args:
-        path: folder or hub id of the model.
-        plan: the name of the plan, `auto`.
         device: the device that was asked for; must be None, since each process takes its own.
         whole_ends: True keeps embedding and output layer whole, so that training may run them on other rows in every
             process.

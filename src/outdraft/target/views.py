@@ -72,7 +72,6 @@ class View:
 
         Args:
             hidden: `(rows, tokens, hidden)` input of the first layer; without it, pass `input_ids`.
-            **inputs: arguments of the inner model.
 
         Returns:
             `(rows, tokens, hidden)` features after the final norm, then the output of each noted module.

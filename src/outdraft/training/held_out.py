@@ -270,10 +270,6 @@ class TauMeter(TrainerCallback):
     """A callback that measures the held-out metrics every `every` steps in the first process.
 
     The others wait, or measure the same with it if processes share the target's layers.
-
-    Args:
-        every: steps between measurements.
-        shared: True if processes share the target's layers.
     """
 
     def __init__(self, measure: MeasureTau, every: int, best: BestWeights, shared: bool = False):

@@ -221,8 +221,6 @@ def device_memory(source: str | Path, config: DrafterConfig, dtype: torch.dtype 
 
     Args:
         source: folder or hub id of the target; a folder may hold its config.json alone.
-        config: the drafter's settings.
-        dtype: precision of the target.
 
     Raises:
         UserError: the configuration cannot be read, or the model cannot be a target.
@@ -283,7 +281,6 @@ def drafting_bytes(target: Target, config: DrafterConfig, drafter: int, tokens: 
     activations, and a chunk's logits.
 
     Args:
-        target: the model that the drafter is for.
         config: the settings with their preset filled in.
         drafter: parameters of the drafter.
         tokens: tokens of a piece, padding included.

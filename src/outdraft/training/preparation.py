@@ -213,7 +213,6 @@ def new_drafter(target: Target, config: DrafterConfig) -> Network:
     """Build a drafter with initial float32 weights (of the seed, another drafter or the target) on the target's device.
 
     Args:
-        target: the model that the drafter is for.
         config: the settings, with the preset filled in and the exit layer a number.
     """
     return method_called(config.method).new_network(target, config)

@@ -221,9 +221,6 @@ def keep_freed_memory() -> bool:
 def training_arguments(config: DrafterConfig, device: torch.device, total_steps: int) -> TrainingArguments:
     """Return the Trainer's arguments for a configuration with its preset filled in.
 
-    Args:
-        device: the target's, on which the drafter trains.
-
     Raises:
         UserError: a tracker that is unknown or not installed.
     """

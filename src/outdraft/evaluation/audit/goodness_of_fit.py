@@ -5,6 +5,7 @@ Chi-square needs scipy, the extra `verify`, which is imported only when a chi-sq
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from outdraft.evaluation.audit.findings import AuditSettings, Finding
 LEAST_EXPECTED = 5.0
 """The least expected count of a cell; smaller cells are pooled, as Pearson's approximation requires."""
 
-MOST_SAMPLES = 10_000_000
+LEAST_SAMPLES, MOST_SAMPLES = 33, 10_000_000
 
 BINS = 20
 """The most bins of ranks."""
@@ -65,16 +66,10 @@ def power_of(samples: float, distance: float, freedom: float, alpha: float, allo
 
 def needed_samples(distance: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> int | None:
     """Return the fewest samples with this power; None where rounding hides such an error from any number."""
-    high = 64
-    while power_of(high, distance, freedom, alpha, allowed) < power:
-        high *= 2
-        if high > MOST_SAMPLES:
-            return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_of(middle, distance, freedom, alpha, allowed) >= power else (middle, high)
-    return high
+    found = bisect_left(
+        range(MOST_SAMPLES), power, lo=LEAST_SAMPLES, key=lambda n: power_of(n, distance, freedom, alpha, allowed)
+    )
+    return found if found < MOST_SAMPLES else None
 
 
 def found_distance(samples: float, freedom: float, alpha: float, power: float, allowed: float = 0.0) -> float:

@@ -36,7 +36,6 @@ class Draws:
         proposed: number of candidates in trees.
         unmatched: number of rows of rounds whose draws and candidates differ.
         difference: largest total variation between the sampled and the declared distribution.
-        point: number of rounds whose candidates were declared a point mass.
     """
 
     ranks: Ranks
@@ -44,7 +43,6 @@ class Draws:
     proposed: int = 0
     unmatched: int = 0
     difference: float = 0.0
-    point: int = 0
     rounds: int = 0
 
     def state(self) -> dict[str, Any]:
@@ -57,8 +55,7 @@ class Draws:
 
     def __call__(self, seen: Round) -> None:
         self.rounds += 1
-        if seen.tree.draft_probs is None:
-            self.point += 1
+        if seen.tree.draft_probs is None:  # a point mass
             return
         for row in range(seen.tree.rows):
             nodes, probs = declared(seen.tree, row)

@@ -225,7 +225,6 @@ def exit_model(exit_layer: ExitLayer, model: PreTrainedModel) -> PreTrainedModel
 
     Args:
         exit_layer: the trained layer, in the model's precision.
-        model: its target.
     """
     count = exit_layer.config.exit_layer
     config = _shorter(model.config, count)

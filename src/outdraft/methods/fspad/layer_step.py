@@ -40,7 +40,6 @@ class LayerStep:
             are.
         frequencies: `(head_dim / 2,)` rotary frequencies.
         positions: length of the rotary tables.
-        mlp_norm: the norm before the MLP.
         scale: factor of cosines and sines.
         beside: an output layer among the head's modules, which is no part of the step.
         layer: the layer's place in the cache.

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outdraft.errors import UserError
 from outdraft.target.backends.graphs import GraphedForward, graphs_view, why_not_graphs
@@ -47,8 +47,10 @@ __all__ = [
     "default_dtype",
     "forward_of",
     "is_native",
+    "refuse_before_loading",
     "refuse_unquantisable",
     "simple_backend",
+    "unloaded",
     "why_not_graphs",
     "why_not_native",
     "why_not_native_model",
@@ -178,3 +180,29 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
+
+
+def unloaded(config: Any, dtype: torch.dtype, device: str | torch.device = "cpu", **options: Any) -> Any:
+    """Build a model of a configuration, with random weights that take no memory: their rows are windows of one row of
+    numbers. So a backend says before anything is loaded that it cannot serve a model."""
+    dice = torch.Generator().manual_seed(0)
+
+    def filled(part: Tensor) -> Tensor:
+        numbers = torch.randn(sum(part.shape) + 1, generator=dice) * (0.02 if part.ndim > 1 else 1)
+        return numbers.to(device, part.dtype).as_strided(part.shape, [1] * part.ndim)
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return model._apply(filled).eval()
+
+
+def refuse_before_loading(
+    path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, backend: str
+) -> None:
+    """Raise the UserError of a backend that cannot quantise a model, as far as is known before it is loaded."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = unloaded(config, dtype, device, trust_remote_code=trust_remote_code)
+    except Exception:  # of any library; loading the model tells the user
+        return
+    refuse_unquantisable(model, backend)

@@ -229,7 +229,6 @@ class Replayed:
 
     Args:
         run: the function; it runs once unrecorded, as libraries and compilers make what they need on the first call.
-        device: device that it runs on.
         memory: a pool of `torch.cuda.graph_pool_handle` for intermediate results.
     """
 

@@ -99,7 +99,6 @@ def tree_attention(
         lengths: `(rows,)` committed tokens, int32.
         seen: `(rows, tokens, m)` bool.
         positions: `(rows, m)` positions of the pending tokens; those of committed ones are their slots.
-        scale: scale of the scores.
         window: only positions less than this far back are seen.
 
     Returns:
@@ -136,7 +135,6 @@ def rotated_and_stored(
         mixed: `(rows, tokens, heads + 2 * kv_heads, width)` queries, keys and values.
         angles: cosines and sines `(rows or 1, tokens, width)`, as `transformers` makes them.
         keys, values: as `Pending.held`.
-        pending: the tokens.
 
     Returns:
         `(rows, heads, tokens, width)` rotated queries.

@@ -19,7 +19,6 @@ from outdraft.target.backends import fused
 from outdraft.target.backends.fused import Doubles, FusedNorm, epsilon, hooked
 from outdraft.target.backends.native.build import why_not_native
 from outdraft.target.backends.native.operations import LANES, Layer, PendingView, Stack, rms_norm
-from outdraft.target.backends.native.released import release
 from outdraft.target.backends.native.weights import (
     GROUP,
     TYPES,
@@ -27,6 +26,7 @@ from outdraft.target.backends.native.weights import (
     Weight,
     linear,
     quantised_linear,
+    release,
     rounding,
     stored,
 )
@@ -64,7 +64,7 @@ class NativeLayer(nn.Module):
         layer: the stock layer, whose attributes it shows.
         in_tuple: True if the stock layer returns a tuple.
         quantise: quantises the weights, which the stock layer then has too; None keeps them.
-        owned: True if nobody else uses the stock layer, which then keeps no weights of its own (`released.py`).
+        owned: True if nobody else uses the stock layer, which then keeps no weights of its own (`ReleasedLinear`).
     """
 
     layer_idx: int

@@ -78,7 +78,6 @@ class PendingView:
     """Pending tokens as the kernels read them; one for all layers of a forward that have the same window.
 
     Args:
-        pending: the tokens.
         angles: cosines and sines `(rows or 1, tokens, width)`.
         window: sliding window, None for everything.
     """
@@ -104,9 +103,6 @@ class Layer:
     """A layer for the kernels: norm, attention, norm, gated MLP, both with what comes in added; `Stack` runs it.
 
     Args:
-        qkv, o, gate_up, down: its products.
-        heads, kv_heads: numbers of heads.
-        scale: scale of the scores.
         attention_norm, mlp_norm: weight and epsilon; without the first, attention reads the input itself.
         head_norms: weights and epsilons of the norms of single queries and keys, if there are any.
         activation: one of `ACTIVATIONS`.
@@ -164,7 +160,6 @@ class Stack:
 
         Args:
             x: `(rows, tokens, width)` input.
-            tokens: the pending tokens.
             caches: every layer's buffers of keys and of values, `(rows, kv_heads, slots, width)` with equal strides.
             residual: `(rows, tokens, hidden)` what is added to the first attention's output, in place of the input.
 
