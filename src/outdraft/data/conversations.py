@@ -307,10 +307,8 @@ def read_conversations(path: str | Path, on_bad_line: OnBadLine = "error") -> Co
 
 
 def _untrained(turns: Sequence[Any], messages: Sequence[Message]) -> frozenset[int]:
-    """Return the indices of assistant turns of `weight` 0, as OpenAI's files for fine-tuning have it; a weight that is
-    neither 0 nor 1 raises BadRecord."""
-    both = enumerate(zip(turns, messages, strict=True))
-    weights = {place: turn.get("weight") for place, (turn, message) in both if message["role"] == "assistant"}
+    """Return the indices of assistant turns of OpenAI's `weight` 0; one that is neither 0 nor 1 raises BadRecord."""
+    weights = {i: turn.get("weight") for i, turn in enumerate(turns) if messages[i]["role"] == "assistant"}
     if odd := [weight for weight in weights.values() if weight not in (None, 0, 1)]:
         raise BadRecord(f'the "weight" of a turn must be 0 or 1, not {odd[0]!r}')
     return frozenset(place for place, weight in weights.items() if weight == 0)

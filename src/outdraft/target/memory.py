@@ -18,6 +18,8 @@ from torch import Tensor
 
 LINE = 64
 """Bytes of a line of a CPU's cache, at which kernels like a matrix to begin."""
+HUGE = 2 << 20
+"""Bytes of a huge page."""
 CHUNK = 64 << 20
 """Bytes asked for at once: matrices of a small model are smaller than a huge page, so that many share one."""
 
@@ -48,8 +50,8 @@ ARENA = Arena()
 
 
 def pages(size: int) -> Tensor:
-    """Return `(size,)` bytes, all zero, which the system provides where and when they are used."""
-    if not hasattr(mmap, "MADV_HUGEPAGE") or not size:
+    """Return `(size,)` bytes, all zero; large memory the system provides where and when it is used."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE:
         return torch.zeros(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # of a system without them
