@@ -23,14 +23,11 @@ from transformers import PreTrainedModel
 from models import tiny
 from outdraft.api.generation import SpeculativeModel, load
 from outdraft.api.loading import load_target
-from outdraft.core.coupling import chance_of
-from outdraft.core.sampling import Warper
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.core.shape import TreeShape
 from outdraft.core.tensors import sent
 from outdraft.engine.continuous import Decoder
 from outdraft.engine.round import decode
-from outdraft.engine.rows import Row
 from outdraft.methods.eagle3.drafter import Eagle3Config, Eagle3Head
 from outdraft.methods.eesd.network import ExitLayer, ExitLayerConfig
 from outdraft.target.backends.graphs import Replayed
@@ -39,7 +36,7 @@ from outdraft.target.spread import Sharing
 from outdraft.target.target import Target
 from pretended import FIRST, SECOND, CaptureError, Device, DeviceMistake, OnDevice
 from pretended_gpu import Rounds, pretended
-from test_waits import CHAIN, DICE, NETWORKS, NOISE, PROMPTS, TREE, shapes, waited
+from test_waits import CHAIN, DICE, NETWORKS, NOISE, PROMPTS, TREE, rows_of, shapes, waited
 
 
 @pytest.fixture
@@ -184,19 +181,10 @@ def test_rows_that_join_give_the_texts_of_one_device(device: Device, kind: str, 
     here, there = both(kind)
     shape = TreeShape(2, 3, 8)
 
-    def rows_of(model: SpeculativeModel) -> list[Row]:
-        made = []
-        for place, (prompt, length) in enumerate(zip([*PROMPTS, PROMPTS[0]], (12, 4, 7, 5), strict=True)):
-            target, tokens = model.target, list[int]()
-            warper = Warper(settings, len(prompt), target.vocab_size)
-            chance = chance_of(warper, target.vocab_size, target.device, place, tokens)
-            made.append(Row(list(prompt), warper, chance, length, tokens=tokens))
-        return made
-
-    alone = rows_of(here)
+    alone = rows_of(here, settings)
     for row in alone:
         list(decode(here.target, here.drafter, [row], shape))
-    rows, decoder = rows_of(there), Decoder(there.target, there.drafter, shape)
+    rows, decoder = rows_of(there, settings), Decoder(there.target, there.drafter, shape)
     waiting = list(rows)
     with Rounds(device) as rounds:
         while decoder.rows or waiting:

@@ -177,6 +177,17 @@ def test_a_spine_is_built_on_the_host(device: Device) -> None:
     assert there.generate(PROMPTS, **given).tokens == here.generate(PROMPTS, **given).tokens
 
 
+def rows_of(model: SpeculativeModel, settings: SamplingSettings) -> list[Row]:
+    """Rows for a decoder, of different prompts and lengths."""
+    made = []
+    for place, (prompt, length) in enumerate(zip([*PROMPTS, PROMPTS[0]], (12, 4, 7, 5), strict=True)):
+        target, tokens = model.target, list[int]()
+        warper = Warper(settings, len(prompt), target.vocab_size)
+        chance = chance_of(warper, target.vocab_size, target.device, place, tokens)
+        made.append(Row(list(prompt), warper, chance, length, tokens=tokens))
+    return made
+
+
 @pytest.mark.parametrize("settings", [SamplingSettings(), SamplingSettings(temperature=1.0)], ids=["greedy", "T=1"])
 @pytest.mark.parametrize("kind", ["none", "fspad", "fspad-1f of a layer", "eesd", "medusa", "prompt-lookup"])
 def test_rows_that_join_add_no_wait_and_no_copy(device: Device, kind: str, settings: SamplingSettings) -> None:
@@ -184,20 +195,11 @@ def test_rows_that_join_add_no_wait_and_no_copy(device: Device, kind: str, setti
     here, there = both(kind, device)
     shape = TreeShape(2, 3, 8)
 
-    def rows_of(model: SpeculativeModel) -> list[Row]:
-        made = []
-        for place, (prompt, length) in enumerate(zip([*PROMPTS, PROMPTS[0]], (12, 4, 7, 5), strict=True)):
-            target, tokens = model.target, list[int]()
-            warper = Warper(settings, len(prompt), target.vocab_size)
-            chance = chance_of(warper, target.vocab_size, target.device, place, tokens)
-            made.append(Row(list(prompt), warper, chance, length, tokens=tokens))
-        return made
-
-    alone = rows_of(here)
+    alone = rows_of(here, settings)
     for row in alone:
         list(decode(here.target, here.drafter, [row], shape))
     for _ in range(5):  # the same buffers are lent in other pairs, each of which is recorded once
-        rows, decoder = rows_of(there), Decoder(there.target, there.drafter, shape)
+        rows, decoder = rows_of(there, settings), Decoder(there.target, there.drafter, shape)
         waiting = list(rows)
         device.lines.clear()
         with Rounds(device) as rounds:

@@ -37,8 +37,10 @@ def server(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two tensor-parallel processes need two cores")
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    name, *arguments = shlex.split(folders["fspad"].command)
-    command = [str(Path(sys.executable).with_name(name)), *arguments]
+    vllm, serve, target, *arguments = shlex.split(folders["fspad"].command)
+    assert (vllm, serve) == ("vllm", "serve")
+    # What that starts: the script itself asks for a package named vllm, and the build for CPUs has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target, *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--tensor-parallel-size", "2", "--max-model-len", "512", "--max-num-seqs", "8"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
