@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from outdraft.core.tensors import counting, integers, sent
 from outdraft.target.buffers import BufferPool, rounded_rows, rounded_slots
-from outdraft.target.memory import zeros
+from outdraft.target.huge_pages import zeros
 
 
 class LayerCache(Cache):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from outdraft.target.backends.native.build import kernels
 from outdraft.target.backends.packed import PackedLinear
-from outdraft.target.memory import ARENA
+from outdraft.target.huge_pages import ARENA
 
 TYPES = (torch.float32, torch.bfloat16)
 GROUP = 32

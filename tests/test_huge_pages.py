@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from outdraft.target import memory
-from outdraft.target.memory import CHUNK, LINE, Arena, pages, zeros
+from outdraft.target import huge_pages
+from outdraft.target.huge_pages import CHUNK, LINE, Arena, pages, zeros
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.float16, torch.bfloat16])
@@ -46,7 +46,7 @@ def test_a_piece_is_freed_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) 
         def __new__(cls, size: int) -> Buffer:
             return super().__new__(cls, -1, size)
 
-    monkeypatch.setattr(memory, "pages", counted)
+    monkeypatch.setattr(huge_pages, "pages", counted)
     arena = Arena()
     one, other = arena.settled(torch.ones(10)), arena.settled(torch.ones(10))
     del arena, one
