@@ -60,8 +60,5 @@ def pages(size: int) -> Tensor:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU whose memory is not touched before it is used.
-
-    `torch.zeros` writes all of them, which for a row that joins others took as long as a small model's round.
-    """
+    """Return zeros on the CPU, which the system makes where and when they are used; `torch.zeros` writes all at once."""
     return pages(prod(shape) * dtype.itemsize).view(dtype).view(*shape)
