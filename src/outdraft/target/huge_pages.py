@@ -60,5 +60,5 @@ def pages(size: int) -> Tensor:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU, which the system makes where and when they are used; `torch.zeros` writes all at once."""
+    """Return zeros on the CPU, which the system makes where they are used; `torch.zeros` writes all at once."""
     return pages(prod(shape) * dtype.itemsize).view(dtype).view(*shape)
