@@ -541,6 +541,26 @@ def test_where_a_drafter_rests_a_greedy_row_drafts_shorter_repetitions(monkeypat
     assert seen[False, 1] == seen[False, 3], "a seed's text does not depend on what rests"
 
 
+class Refusing(Noting):
+    """Never drafts."""
+
+    def decide(self, confidences, nodes):
+        return False
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SHAPED], ids=["greedy", "sampled"])
+def test_repetitions_are_drafted_where_the_drafter_never_read_the_prompt(sampling):
+    model, near = pair("llama-gqa")
+    target = Target(model)
+    drafter = DRAFTERS["fspad"](target, near)
+    (row,) = repeating(rows_of(target, PROMPTS[2:3], sampling, 40, dice(1)), 2, 6)
+    row.controller = Refusing()
+    Tally().finish(target, drafter, [row], WIDE["chain"], CHEAP)
+    assert row.statistics.repeats > 0 and drafter.first_drafts == 0
+    if sampling is GREEDY:
+        assert row.tokens == stock_greedy("llama-gqa", tuple(PROMPTS[2]), 40)
+
+
 def test_a_drafter_that_looks_back_may_be_given_repetitions_all_the_same():
     """Nobody asks for it, but nothing breaks."""
     target, tally = Target(pair("llama-gqa")[0]), Tally()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from outdraft.control import Costs
-from outdraft.control.costs import Average, bucket
+from outdraft.control.averages import Average
+from outdraft.control.costs import DOUBTED, bucket
 from outdraft.control.settings import PRACTICE, ControlSettings, Pacer
 
 
@@ -134,12 +135,40 @@ def test_fewer_rows_of_a_bucket_cost_less():
         assert costs.verify(2, rows) == pytest.approx(0.02 + 0.0006 * rows, rel=0.03)
 
 
-def test_a_draft_that_did_other_rounds_work_says_nothing_of_beginning():
+def test_a_draft_that_did_other_rounds_work_says_how_long_a_beginning_takes_at_most():
     costs = Costs()
-    costs.observe_draft(None, [0.002])
+    costs.observe_draft(0.5, [0.002], usual=False)
     assert costs.step() == 0.002 and costs.begin() == pytest.approx(0.002)
     costs.observe_draft(0.003, [])
+    costs.observe_draft(0.5, [], usual=False)
     assert costs.begin() == 0.003
+    costs.observe_draft(0.0005, [], usual=False)
+    assert costs.begin() == 0.0005
+
+
+def test_what_was_measured_in_a_busy_minute_falls_together():
+    costs = Costs()
+    for _ in range(20):
+        costs.observe_draft(0.3, [0.2])
+        costs.observe_round(1, 0.02, 0.0)
+    costs.observe_draft(0.003, [])
+    assert costs.begin() == 0.003 and costs.step() == pytest.approx(0.002) and costs.plain_is_due()
+
+
+def test_what_drafts_cost_becomes_uncertain_while_none_is_made():
+    costs = Costs()
+    for _ in range(20):
+        costs.observe_draft(0.006, [0.004])
+        costs.observe_round(3, 0.03, 0.0)
+        assert costs.certainty() == 1.0
+    for _ in range(DOUBTED // 2):
+        costs.observe_round(1, 0.02, 0.0)
+        costs.count_undrafted()
+    assert costs.certainty() == pytest.approx(0.5) and costs.certainty(rows=4) == 1.0
+    costs.observe_draft(0.003, [0.004])
+    assert costs.certainty() == 1.0
+    assert 0.0055 < costs.begin() + 0.003 / 12 < 0.006  # one observation beside ten, no longer beside twenty
+    assert Costs.fixed(0.1, 0.1, 1.0, 0.0).certainty() == 1.0
 
 
 def test_a_plain_round_is_due_at_first_and_after_a_hundred_others():

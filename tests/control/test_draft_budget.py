@@ -53,8 +53,8 @@ def test_a_plain_round_is_measured_before_anything_is_drafted():
     assert DraftBudget(controllers, costs, 4).going == [True, True]
 
 
-@pytest.mark.parametrize("pending, begin", [(1, 0.003), (5, 0.003), (6, None)])
-def test_levels_are_timed_and_a_draft_that_takes_in_a_prompt_prices_no_beginning(pending: int, begin: float | None):
+@pytest.mark.parametrize("pending, usual", [(1, True), (5, True), (6, False)])
+def test_levels_are_timed_and_a_draft_that_takes_in_a_prompt_has_no_usual_beginning(pending: int, usual: bool):
     costs, clock, told = Costs(), [0.0], []
     costs.observe_round(1, PLAIN_PASS, 0.0)
     costs.observe_draft = lambda *seen: told.append(seen)  # type: ignore[method-assign]
@@ -64,8 +64,8 @@ def test_levels_are_timed_and_a_draft_that_takes_in_a_prompt_prices_no_beginning
         budget.drafted([0.5])
         budget.wants(1)
     budget.observe([2], [0], [1], [3], PLAIN_PASS, 0.0)
-    ((first, later, rows),) = told
-    assert first == begin and later == [pytest.approx(0.002)] and rows == 1
+    ((first, later, rows, as_usual),) = told
+    assert first == pytest.approx(0.003) and later == [pytest.approx(0.002)] and rows == 1 and as_usual is usual
 
 
 def test_a_row_that_found_nothing_to_draft_is_not_asked_again():

@@ -10,6 +10,7 @@ from simulation import Answer, Draft, decode
 
 from outdraft.control import Costs, Experience
 from outdraft.control.base import LEAST_START, MOST_START, START
+from outdraft.control.settings import PRACTICE
 
 ADAPTIVE = [
     ("confidence", {"threshold": 0.0}),
@@ -146,3 +147,21 @@ def test_the_baseline_of_fixed_length_has_no_safeguard():
     costs = fixed_costs()
     run = decode(make("fixed", costs, 4), boastful(), costs)
     assert run.drafted == 4 * 128
+
+
+@pytest.mark.parametrize("name", ["beta", "calibrated"])
+@pytest.mark.parametrize("slower", [5, 20, 60])
+def test_a_busy_minute_at_the_start_does_not_stop_drafting_for_good(name: str, slower: float):
+    """First answers whose drafts were slowed down; later ones are soon as fast as if nothing had happened."""
+    truth = fixed_costs()
+    busy = fixed_costs(0.1 * slower, 0.08 * slower)
+    speeds = {}
+    for first in (busy, truth):
+        costs, experience = Costs(PRACTICE), Experience()
+        for number in range(16):
+            row = make(name, costs, 5, seed=number, experience=experience)
+            run = decode(row, answer([0.7], tokens=64, seed=number), first if number < 2 else truth)
+            speeds[first, number] = 64 * truth.plain() / run.seconds
+    late = range(10, 16)
+    assert sum(speeds[busy, number] for number in late) > 0.95 * sum(speeds[truth, number] for number in late)
+    assert min(speeds[truth, number] for number in late) > 1.3

@@ -312,8 +312,13 @@ class Adaptive(Controller):
         return self._learned[name]
 
     def loss(self, levels: int, nodes: float) -> float:
-        """Return what a round costs beyond a plain one if nothing is accepted, in plain rounds."""
-        return self.costs.drafted(levels, nodes, self.rows) / self.costs.plain(self.rows)
+        """Return what a round costs beyond a plain one if nothing is accepted, in plain rounds.
+
+        After rounds without a draft a cost of more than one plain round counts for less and less, down to one.
+        Otherwise a drafter that was timed in a busy minute might never be timed again.
+        """
+        loss = self.costs.drafted(levels, nodes, self.rows) / self.costs.plain(self.rows)
+        return max(min(loss, 1.0), loss * self.costs.certainty(self.rows))
 
 
 class ConfidenceController(Adaptive):

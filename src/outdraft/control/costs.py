@@ -11,98 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-OUTLIER = 2.0
-"""Factor by which an observation may exceed the expected value before it is clipped: a machine may stall once."""
-AFRESH = 3.0
-"""Factor by which an observation must fall below the expected value to show that the expectation was an outlier."""
-MEMORY = 20
-"""Number of observations that an average covers."""
+from outdraft.control.averages import AFRESH, NODE_SHARE, Average, Line
+
 VERIFY = 0.02
 """Seconds of a one-node pass before any was measured; only ratios matter then."""
 DRAFT_SHARE = 0.08
 """Seconds of begin and step relative to a one-node pass, before any was measured."""
-NODE_SHARE = 0.02
-"""Seconds of a further node relative to a one-node pass, before passes of several sizes were measured."""
 PLAIN_EVERY = 100
 """Rounds after which a plain round is due, so that drafting is compared with a measured, not extrapolated, time."""
-NODE_WEIGHT = 8.0
-"""Weight of the prior NODE_SHARE: as observations whose squared distances from their mean add up to this."""
-
-
-def believable(value: float, expected: float) -> float:
-    """Return the value, clipped where it exceeds the expected value as an outlier."""
-    return min(value, OUTLIER * expected)
-
-
-class Average:
-    """An exponential average that is robust to outliers.
-
-    Seconds have a floor and no ceiling. An observation far above the average is clipped. One far below it shows that
-    the average began with an outlier (compilation, cold caches), and restarts it.
-
-    Args:
-        settling: number of first observations of which the smallest counts, as first ones are often too large.
-        memory: number of observations that the average covers.
-    """
-
-    def __init__(self, settling: int = 1, memory: int = MEMORY) -> None:
-        self.value, self.count, self.settling, self.memory = 0.0, 0, settling, memory
-
-    def observe(self, value: float) -> None:
-        if self.value <= 0 or value < self.value / AFRESH:
-            self.value, self.count = value, min(self.count + 1, self.settling)
-            return
-        self.count = min(self.count + 1, self.memory)
-        if self.count <= self.settling:
-            self.value = min(self.value, value)
-        else:
-            self.value += (believable(value, self.value) - self.value) / self.count
-
-
-class Line:
-    """Exponentially weighted least squares of a pass's seconds on its nodes, with a weak prior slope.
-
-    Means and spreads are kept separately. Spreads fade only as far as an observation brings news about the slope, so a
-    long stretch of one-node passes moves the level and keeps the slope.
-
-    Args:
-        unit: nodes that count as one: the rows of a bucket, so that priors mean the same in all buckets.
-    """
-
-    def __init__(self, unit: int = 1) -> None:
-        self.unit, self.count = unit, 0
-        self.nodes = self.seconds = 0.0  # means
-        self.spread = self.product = 0.0  # of nodes; of nodes with seconds
-
-    def observe(self, total: int, seconds: float) -> None:
-        """Learn from a pass over `total` nodes."""
-        nodes = total / self.unit
-        if self.seconds <= 0 or seconds < self.at(total) / AFRESH:
-            self.count, self.nodes, self.seconds, self.spread, self.product = 1, nodes, seconds, 0.0, 0.0
-            return
-        self.count = min(self.count + 1, MEMORY)
-        rate = 1 / self.count
-        apart, slower = nodes - self.nodes, believable(seconds, self.at(total)) - self.seconds
-        news = apart * apart
-        fade = rate * min(1.0, news / self.spread) if self.spread > 0 else 0.0
-        self.spread += rate * (1 - rate) * news - fade * self.spread
-        self.product += rate * (1 - rate) * apart * slower - fade * self.product
-        self.nodes += rate * apart
-        self.seconds += rate * slower
-
-    @property
-    def slope(self) -> float:
-        """Seconds that a further unit of nodes adds, never negative."""
-        # The prior slope is NODE_SHARE of a one-node pass for every node, and that pass is seconds less the others.
-        share = NODE_SHARE * self.unit
-        prior = self.seconds * share / (1 + share * max(0.0, self.nodes - 1 / self.unit))
-        weight = NODE_WEIGHT / max(1, self.count)
-        return max(0.0, (self.product + weight * prior) / (self.spread + weight))
-
-    def at(self, total: float) -> float:
-        """Return the seconds of a pass over `total` nodes."""
-        # Never less than half the mean: a slope that is too steep must not make small passes free.
-        return max(self.seconds / 2, self.seconds + self.slope * (total / self.unit - self.nodes))
+DOUBTED = 32
+"""Rounds without a draft in which what drafts cost becomes half as certain: the machine may have been busy then."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +52,7 @@ class Costs:
         self._single: dict[int, Average] = {}
         self._plain_rest: dict[int, Average] = {}
         self._plain: dict[int, int] = {}  # rounds since the last plain one
+        self._undrafted: dict[int, int] = {}  # rounds since the last draft
 
     @classmethod
     def fixed(
@@ -157,20 +76,32 @@ class Costs:
         costs._fixed = Fixed(begin, step, verify_base, verify_per_node, rest)
         return costs
 
-    def observe_draft(self, begin_seconds: float | None, step_seconds: Sequence[float], rows: int = 1) -> None:
+    def observe_draft(
+        self, begin_seconds: float, step_seconds: Sequence[float], rows: int = 1, usual: bool = True
+    ) -> None:
         """Learn from a draft.
 
         Args:
-            begin_seconds: seconds to catch up and draft the first level; None if they include work of other rounds.
+            begin_seconds: seconds to catch up and draft the first level.
             step_seconds: seconds of each further level.
             rows: number of rows drafted for together.
+            usual: False if `begin_seconds` include work of other rounds, so that they are an upper bound.
         """
         if self._fixed is not None:
             return
         key = bucket(rows)
         self.practice = max(0, self.practice - 1)
-        if begin_seconds is not None:
+        for parts in (self._begin, self._step, self._rest, self._verify):
+            if key in parts:
+                parts[key].forget(self.certainty(rows))
+        self._undrafted[key] = 0
+        before = self.begin(rows)
+        if usual or begin_seconds < before:
             self._begin.setdefault(key, Average()).observe(begin_seconds)
+        if self.begin(rows) < before / AFRESH:  # the machine was busy; what else was measured then is no better
+            self._plain[key] = PLAIN_EVERY
+            if key in self._step and not step_seconds:
+                self._step[key].value *= self.begin(rows) / before
         for seconds in step_seconds:
             self._step.setdefault(key, Average()).observe(seconds)
 
@@ -186,6 +117,15 @@ class Costs:
             self._verify.setdefault(key, Line(1 << key)).observe(rows * nodes, verify_seconds)
             self._rest.setdefault(key, Average()).observe(rest_seconds)
         self._plain[key] = 0 if nodes == 1 else self._plain.get(key, PLAIN_EVERY) + 1
+        self.count_undrafted(rows)
+
+    def count_undrafted(self, rows: int = 1) -> None:
+        """Count a round without a draft; those that `observe_round` is told of are counted."""
+        self._undrafted[bucket(rows)] = self._undrafted.get(bucket(rows), 0) + 1
+
+    def certainty(self, rows: int = 1) -> float:
+        """Return how far what drafts cost is still trusted: 1 after a draft, half after DOUBTED rounds without."""
+        return 0.5 ** (max(0, self._undrafted.get(bucket(rows), 0) - 1) / DOUBTED)
 
     def plain_is_due(self, rows: int = 1) -> bool:
         """Return True if the last plain round of so many rows is long ago, or never was."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from outdraft.control.averages import believable
 from outdraft.control.base import Adaptive, Evidence
-from outdraft.control.costs import Costs, believable
+from outdraft.control.costs import Costs
 
 TINY = 1e-300
 """Lower bound of Gamma draws of very small counts."""

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, log2
 
+from outdraft.control.averages import OUTLIER, Average, believable
 from outdraft.control.base import FIRST_PROBE, RATE
-from outdraft.control.costs import OUTLIER, Average, Costs, believable, bucket
+from outdraft.control.costs import Costs, bucket
 from outdraft.control.shape_grid import BATCH, PLAIN, ShapeGrid, levels_of
 from outdraft.core.shape import TreeShape
 

@@ -118,6 +118,7 @@ def plan_round(batch: Batch) -> Plan:
         if all(controller.resting for controller in controllers):
             for controller in controllers:
                 controller.rest()
+            batch.costs.count_undrafted(len(controllers))
             return _idle(batch, None)
         levels, nodes = (0 if shape.size == 1 else shape.depth + 1), min(shape.top_k, shape.size - 1)
         budget = DraftBudget(controllers, batch.costs, levels, nodes, batch.drafts.pending, batch.clock.now)
@@ -140,8 +141,7 @@ def _left(row: Row) -> float:
 def _idle(batch: Batch, budget: DraftBudget | None) -> Plan:
     """Return the plan of a round in which the drafter rests: shorter n-grams in greedy rows if they pay, else plain."""
     greedy = all(row.warper.greedy for row in batch.rows)
-    # Those of sampled rows were looked for already.
-    ngrams = _ngrams(batch, idle=True, unread=batch.drafts.asked) if greedy else [[]]
+    ngrams = _ngrams(batch, idle=greedy, unread=True)
     if all(ngrams):
         rows = len(batch.rows)
         cost = batch.costs.added(max(map(len, ngrams)), rows) / batch.costs.plain(rows)
@@ -278,7 +278,7 @@ class DraftBudget:
         """
         rows = len(self.controllers)
         if self._laps:
-            self.costs.observe_draft(self._laps[0] if self._usual else None, self._laps[1:], rows)
+            self.costs.observe_draft(self._laps[0], self._laps[1:], rows, self._usual)
         self.costs.observe_round(max(nodes), verify_seconds, rest_seconds, rows)
         measured = self.seconds + verify_seconds + rest_seconds
         for row, controller in enumerate(self.controllers):
