@@ -238,6 +238,25 @@ def test_what_the_drafter_must_read_must_be_regained_in_what_is_left(left: int, 
         assert (deepcopy(tuner).choose(8, pending, left).shape != PLAIN) == expected
 
 
+def test_reading_that_was_timed_in_a_busy_minute_does_not_stop_drafting_for_good():
+    machine, tuner = Machine(0.8, 0.002), ShapeTuner(CHAINS, Costs())
+    run(tuner, machine, 8, 200)
+    tuner.reading.value *= 30
+    known = tuner.timings[3]
+    drafted, pending = 0, 300
+    for number in range(4000):
+        if number % ANSWER == 0:  # other rows, after such that all repeated themselves
+            pending, known.drafted = 300, {}
+        choice = tuner.choose(8, pending, 64)
+        drafted += choice.shape != PLAIN
+        read = 0.0005 * pending if choice.shape != PLAIN else 0.0
+        pending = 0 if choice.shape != PLAIN else pending + 1
+        choice.observe([machine.accepted(choice.shape) for _ in range(8)], machine.mean(choice.shape, 8) + read)
+        if number == 500:
+            assert not drafted
+    assert drafted > 500 and tuner.reading.value < 0.001
+
+
 def test_a_long_time_without_trials_earns_no_more_than_an_answer_may_lose():
     machine, tuner = Machine(0.45, 0.02), ShapeTuner(CHAINS, Costs())
     run(tuner, machine, 8, 200)

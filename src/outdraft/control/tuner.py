@@ -41,6 +41,9 @@ HOPE = 1.2
 """What a shape on trial is taken to bring over plain decoding, where the drafter must read much before the trial."""
 REGAINED = 2
 """How many times reading must be regained in what is left: a shape that looks best does so by luck, too."""
+DOUBTED = 0.999
+"""What is left of the measured cost of reading after a round in which it prevented a draft: the machine may have been
+busy then."""
 NEARLY = 0.2
 """Relative shortfall from paying up to which a trial is not put off for longer and longer: the next may pay."""
 
@@ -150,7 +153,9 @@ class ShapeTuner:
         shape = known.trying or self.best(rows)
         leaps = self._is_leap(known, shape, rows, pending)
         early = known.rounds < known.resumes or (rows >= BATCH and not self._is_timed(known, PLAIN))
-        if leaps and (early or not self._is_regained(known, shape, rows, pending, left)):
+        dear = leaps and not early and not self._is_regained(known, shape, rows, pending, left)
+        self.reading.value *= DOUBTED if dear else 1.0
+        if leaps and (early or dear):
             shape, leaps = PLAIN, False
         elif leaps and rows >= BATCH and known.gauge.count < ENOUGH:
             return ShapeChoice(self.grid.lines[0][0], self, rows, pending, gauges=True)
