@@ -404,7 +404,8 @@ def test_narrower_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
         test_features_are_those_of_stock_layers("qwen3", dtype)
         test_a_tree_gives_every_node_the_bits_of_one_token_forwards("mistral-sliding", dtype)
         for bits in (8, 4):
-            test_quantised_products_are_those_of_their_weights_in_any_company(bits, dtype)
+            test_quantised_products_are_those_of_their_weights_and_rounded_inputs_in_any_company(bits, dtype)
+            test_numbers_that_are_none_stay_so_on_quantised_weights(bits, dtype)
 
 
 def test_compiled_names_native_now() -> None:
@@ -422,9 +423,18 @@ def test_quantised_models_and_adapters_run_as_they_are() -> None:
 # --- weights of eight and four bits -----------------------------------------------------------------------------
 
 
+def rounded(x: Tensor) -> Tensor:
+    """Inputs in whole numbers from -127 to 127 times a scale a group, as quantised weights are multiplied with."""
+    groups = x.double().unflatten(-1, (-1, weights.GROUP))
+    most = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return ((groups * (127 / most)).round() * (most / 127)).flatten(-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int, dtype: torch.dtype) -> None:
+def test_quantised_products_are_those_of_their_weights_and_rounded_inputs_in_any_company(
+    bits: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     weight, bias = (torch.randn(83, 96) / 10).to(dtype), torch.randn(83).to(dtype)
     product = Weight(weight, bias, bits=bits)
@@ -434,14 +444,29 @@ def test_quantised_products_are_those_of_their_weights_in_any_company(bits: int,
         weight.abs().max()
     ) and not torch.equal(dense, weight)
     x = torch.randn(37, 96).to(dtype)
+    x[5, 32:64] = 0
     alone = torch.cat([product(x[i : i + 1]) for i in range(37)])
-    right = x.double() @ dense.double().T + bias.double()
-    close = 1e-4 if dtype == torch.float32 else 2e-2
+    right = rounded(x) @ weights.quantised(weight, bits).dense().double().T + bias.double()
+    close = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(alone.double(), right, atol=close * float(right.abs().max()), rtol=close)
+    assert (rounded(x) - x.double()).abs().max() <= x.abs().max() / 254 * 1.001
     for tokens in range(1, 38):
         assert torch.equal(product(x[:tokens]), alone[:tokens]), tokens
     numbers = weights.quantised(weight[:80], bits).numbers.view(5, 16, 96)
     assert torch.equal(weights.unblocked(weights.blocked(numbers, bits), bits), numbers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_that_are_none_stay_so_on_quantised_weights(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    product = Weight(torch.randn(48, 64).to(dtype), bits=bits)
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(3, 64).to(dtype)
+        x[1, 7] = wrong
+        found = product(x).isfinite()
+        assert not found[1].any() and found[[0, 2]].all()
+    assert (product(torch.full((2, 64), 1e-38).to(dtype)).abs() < 1e-30).all()
 
 
 def test_a_drafter_s_own_head_has_eight_bits() -> None:

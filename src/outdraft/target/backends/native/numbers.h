@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -22,9 +22,11 @@ constexpr int LANES = 4;
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t LooseWords __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bfloat16 {
   uint16_t bits;

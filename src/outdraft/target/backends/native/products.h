@@ -8,10 +8,10 @@
 
 namespace {
 
-// Tokens of a tile of one to four panels, whose sums stay in registers; LANES at most. Numbers of quantised weights need
-// some registers of their own.
+// Tokens of a tile of one to four panels, whose sums stay in registers; LANES at most. Quantised weights have sums of
+// whole numbers, too.
 #if defined(__AVX512F__)
-constexpr int MOST_TOKENS[] = {16, 14, 8, 6}, MOST_QUANTISED[] = {16, 8, 5, 4};
+constexpr int MOST_TOKENS[] = {16, 14, 8, 6}, MOST_QUANTISED[] = {16, 7, 5, 4};
 #elif defined(__AVX2__)
 constexpr int MOST_TOKENS[] = {8, 6, 4, 2}, MOST_QUANTISED[] = {8, 4, 2, 2};
 #else
@@ -88,52 +88,52 @@ struct Dense {
   }
 };
 
-// The same for panels from `panel` on of a quantised weight, group by group. `totals` [groups][LANES or 1] are the sums of
-// the tokens' inputs.
-template <class T, int BITS>
+// The same for panels from `panel` on of a quantised weight, group by group. Words of x are those of rounded inputs
+// (`round_inputs`), then scales and totals of the groups.
+template <int BITS>
 struct Quantised {
   static constexpr const int* MOST = MOST_QUANTISED;
   template <int M, int N>
-  static void tile(const Weight& w, int64_t panel, const uint32_t* x, const float* totals, float* sums) {
-    constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1, BYTES = GROUP * LANES * BITS / 8;
+  static void tile(const Weight& w, int64_t panel, const uint32_t* x, float* sums) {
+    constexpr int STRIDE = M == 1 ? 1 : LANES, KINDS = BITS == 4 ? 2 : 1, WORDS = QUADS / LINES<BITS> * LANES;
     const int64_t groups = w.inputs / GROUP;
-    const uint8_t* numbers = (const uint8_t*)w.lines + panel * groups * BYTES;
+    const uint32_t *numbers = w.lines + panel * groups * WORDS, *factors = x + groups * QUADS * STRIDE;
     const float16* scales = (const float16*)w.scales + panel * groups * KINDS * LANES;
+    Floats kept[M][N];
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) kept[m][n] = *(const LooseFloats*)(sums + (m * N + n) * LANES);
     for (int64_t g = 0; g < groups; g++) {
-      Floats sum[M][N] = {};
-      for (int i = 0; i < PAIRS; i += LINES<BITS>) {
+      Ints sum[M][N];
+      for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+          sum[m][n] = BITS == 8 ? Ints{} + (int32_t)factors[(groups + g) * STRIDE + m] : Ints{};
+      for (int i = 0; i < QUADS; i += LINES<BITS>) {
         Words lines[N][LINES<BITS>];
         for (int n = 0; n < N; n++) {
-          const uint8_t* block = numbers + (n * groups + g) * BYTES + i * BYTES / PAIRS;
+          const uint32_t* block = numbers + (n * groups + g) * WORDS + i / LINES<BITS> * LANES;
 #if defined(__AVX512F__)
-          _mm_prefetch((const char*)block + N * groups * BYTES, _MM_HINT_T1);  // of the next tile
+          _mm_prefetch((const char*)(block + N * groups * WORDS), _MM_HINT_T1);  // of the next tile
 #endif
           unpack<BITS>(block, lines[n]);
         }
         for (int j = 0; j < LINES<BITS>; j++)
-          for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) {
-              if constexpr (sizeof(T) == 2) {
-                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j], x[(g * PAIRS + i + j) * STRIDE + m]);
-              } else {
-                const uint32_t* pair = x + (g * GROUP + 2 * (i + j)) * STRIDE + m;
-                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j] << 16, pair[0]);
-                sum[m][n] = Type<T>::multiply_add(sum[m][n], lines[n][j] & 0xffff0000u, pair[STRIDE]);
-              }
-            }
+          for (int m = 0; m < M; m++) {
+            const Quad quad(x[(g * QUADS + i + j) * STRIDE + m]);
+            for (int n = 0; n < N; n++) sum[m][n] = quad.multiply_add(sum[m][n], lines[n][j]);
+          }
       }
       for (int n = 0; n < N; n++) {
         const float16* own = scales + (n * groups + g) * KINDS * LANES;
-        Floats scale = Type<float16>::load(own);
+        const Floats scale = Type<float16>::load(own);
         for (int m = 0; m < M; m++) {
-          float* kept = sums + (m * N + n) * LANES;
-          Floats all = *(const LooseFloats*)kept + sum[m][n] * scale;
           if constexpr (BITS == 4)
-            all += (Type<float16>::load(own + LANES) - 128.0f * scale) * totals[g * STRIDE + m];
-          *(LooseFloats*)kept = all;
+            kept[m][n] += Type<float16>::load(own + LANES) * from_bits(factors[(groups + g) * STRIDE + m]);
+          kept[m][n] += __builtin_convertvector(sum[m][n], Floats) * scale * from_bits(factors[g * STRIDE + m]);
         }
       }
     }
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) *(LooseFloats*)(sums + (m * N + n) * LANES) = kept[m][n];
   }
 };
 
@@ -158,46 +158,50 @@ inline int panels_for(int64_t tokens, const int* most) {
   return MANY;
 }
 
-// Tokens of a product in tiles, for products of any number of panels.
-template <class T>
+// Words of tokens, [tokens][words], in tiles, for products of any number of panels.
 struct Tokens {
-  const T* x;
+  const uint32_t* rows;
   int64_t tokens, words, turns;
   std::vector<uint32_t>& room;
 
-  Tokens(const T* x, int64_t inputs, int64_t tokens, int most, std::vector<uint32_t>& room)
-      : x(x), tokens(tokens), words(inputs / Type<T>::PER_WORD), turns((tokens + most - 1) / most), room(room) {
+  Tokens(const uint32_t* rows, int64_t words, int64_t tokens, int most, std::vector<uint32_t>& room)
+      : rows(rows), tokens(tokens), words(words), turns((tokens + most - 1) / most), room(room) {
     if (tokens == 1) return;
     room.resize(turns * words * LANES);
     for (int64_t turn = 0; turn < turns; turn++)
-      side_by_side([&](int i) { return (const uint32_t*)x + (first(turn) + i) * words; }, count(turn), words,
+      side_by_side([&](int i) { return rows + (first(turn) + i) * words; }, count(turn), words,
                    room.data() + turn * words * LANES);
   }
   int64_t first(int64_t turn) const { return tokens * turn / turns; }
   int count(int64_t turn) const { return (int)(first(turn + 1) - first(turn)); }
   const uint32_t* at(int64_t turn) const {
-    if (count(turn) == 1) return (const uint32_t*)x + first(turn) * words;
+    if (count(turn) == 1) return rows + first(turn) * words;
     return room.data() + turn * words * LANES;
   }
 };
 
-// Sums of the inputs of every group, [groups][LANES], or [groups] of a single token.
+// A token's inputs for quantised weights: numbers from -127 to 127, four a word, then a scale for each group, then each
+// group's total, the sum of what its numbers stand for.
 template <class T>
-void group_totals(const uint32_t* x, int64_t groups, bool single, float* totals) {
-  const int words = GROUP / Type<T>::PER_WORD;
+void round_inputs(const T* x, int64_t groups, int64_t bits, uint32_t* words) {
+  constexpr int PARTS = GROUP / LANES;
   for (int64_t g = 0; g < groups; g++) {
-    Floats sum{};
-    for (int i = 0; i < words; i++) {
-      Words word = single ? Words{x[g * words + i]} : *(const LooseWords*)(x + (g * words + i) * LANES);
-      if constexpr (sizeof(T) == 2)
-        sum += (Floats)(word << 16) + (Floats)(word & 0xffff0000u);
-      else
-        sum += (Floats)word;
+    Floats parts[PARTS], most{}, total{};
+    for (int i = 0; i < PARTS; i++) {
+      parts[i] = Type<T>::load(x + g * GROUP + i * LANES);
+      most = larger(most, larger(parts[i], -parts[i]));
     }
-    if (single)
-      totals[g] = sum[0];
-    else
-      *(LooseFloats*)(totals + g * LANES) = sum;
+    const float largest = largest_of(most), inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < PARTS; i++) {
+      const Floats whole = parts[i] * inverse + 12582912.0f - 12582912.0f;  // rounds to nearest
+      const Bytes numbers = __builtin_convertvector(whole, Bytes);
+      std::memcpy((int8_t*)(words + g * QUADS) + i * LANES, &numbers, LANES);
+      total += whole;
+    }
+    const float sum = sum_of(total), scale = largest / 127.0f + 0.0f * sum, stands_for = scale * sum;  // NaN stays NaN
+    const int32_t added = -128 * (int32_t)sum;
+    std::memcpy(words + groups * QUADS + g, &scale, 4);
+    std::memcpy(words + groups * (QUADS + 1) + g, bits == 8 ? (const void*)&added : &stands_for, 4);
   }
 }
 
@@ -205,18 +209,17 @@ void group_totals(const uint32_t* x, int64_t groups, bool single, float* totals)
 // multiples of `step`.
 template <class T, class Use>
 void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_t last, int step, Use use) {
-  thread_local std::vector<uint32_t> room;
-  thread_local std::vector<float> totals;
+  thread_local std::vector<uint32_t> rounded, room;
   const int* of_panels = w.bits ? MOST_QUANTISED : MOST_TOKENS;
   // One token alone waits for memory, which is read fastest in one stream.
   const int panels = w.bits && tokens == 1 ? 1 : panels_for(tokens, of_panels), most = std::max(step, panels / step * step);
-  const Tokens<T> tiles(x, w.inputs, tokens, of_panels[most - 1], room);
-  const int64_t panel = tiles.words * LANES, groups = w.inputs / GROUP;
-  if (w.bits == 4) {
-    totals.resize(tiles.turns * groups * LANES);
-    for (int64_t turn = 0; turn < tiles.turns; turn++)
-      group_totals<T>(tiles.at(turn), groups, tiles.count(turn) == 1, totals.data() + turn * groups * LANES);
+  const int64_t groups = w.inputs / GROUP, words = w.bits ? groups * (QUADS + 2) : w.inputs / Type<T>::PER_WORD;
+  if (w.bits) {
+    rounded.resize(tokens * words);
+    for (int64_t t = 0; t < tokens; t++) round_inputs(x + t * w.inputs, groups, w.bits, rounded.data() + t * words);
   }
+  const Tokens tiles(w.bits ? rounded.data() : (const uint32_t*)x, words, tokens, of_panels[most - 1], room);
+  const int64_t panel = words * LANES;
   for (int64_t p = first; p < last; p += most) {
     int n = (int)std::min<int64_t>(most, last - p);
     for (int64_t turn = 0; turn < tiles.turns; turn++) {
@@ -224,9 +227,9 @@ void multiply(const Weight& w, const T* x, int64_t tokens, int64_t first, int64_
       alignas(64) float sums[SUMS];
       std::memset(sums, 0, m * n * LANES * sizeof(float));
       if (w.bits == 8)
-        tile_of<Quantised<T, 8>>(m, n)(w, p, tiles.at(turn), nullptr, sums);
+        tile_of<Quantised<8>>(m, n)(w, p, tiles.at(turn), sums);
       else if (w.bits == 4)
-        tile_of<Quantised<T, 4>>(m, n)(w, p, tiles.at(turn), totals.data() + turn * groups * LANES, sums);
+        tile_of<Quantised<4>>(m, n)(w, p, tiles.at(turn), sums);
       else
         tile_of<Dense<T>>(m, n)(w.lines + p * panel, panel, tiles.at(turn), tiles.words,
                                 turn == 0 && p + most < last ? w.lines + (p + most) * panel : nullptr, sums);

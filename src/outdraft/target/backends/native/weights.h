@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int GROUP = 32;  // inputs of a quantised weight that share scale and offset
-constexpr int PAIRS = GROUP / 2;
+constexpr int QUADS = GROUP / 4;
 
 struct Weight {
   const uint32_t* lines;   // [panels][words][LANES], or [panels][groups][numbers of a group]
@@ -17,60 +17,52 @@ struct Weight {
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
 
-// Lines of bfloat16, two inputs each, of a block of whole numbers. Eight bits: -127 to 127; four bits: 128 to 143, since
-// that takes one instruction. A block of 4 * LANES bytes holds two lines of eight bits, or two lines of four bits in the
-// lower halves of its bytes and the next two in the upper ones. Of every 16 bytes, eight belong to each line.
+// Lines of whole numbers without sign, four inputs a word: those of eight bits have 128 added. Of four bits, two lines
+// share one, the first in the lower halves of its bytes.
 template <int BITS>
-constexpr int LINES = 16 / BITS;
+constexpr int LINES = 8 / BITS;
 
-#if defined(__AVX512VBMI__)
-struct Halves {  // lower and upper bytes of the bfloat16 numbers 0 to 127
-  alignas(64) uint8_t low[128], high[128];
-  constexpr Halves() : low{}, high{} {
-    for (int i = 1, power = 0; i < 128; i++) {
-      while (i >> (power + 1)) power++;
-      int bits = (127 + power) << 7 | (i << (7 - power) & 127);
-      low[i] = bits & 255, high[i] = bits >> 8;
-    }
+template <int BITS>
+inline void unpack(const uint32_t* block, Words* lines) {
+  const Words all = *(const LooseWords*)block;
+  if constexpr (BITS == 8) {
+    lines[0] = all;
+  } else {
+    lines[0] = all & 0x0f0f0f0fu;
+    lines[1] = all >> 4 & 0x0f0f0f0fu;
+  }
+}
+
+// A token's four inputs of a word, from -127 to 127, ready to be multiplied with lines.
+#if defined(__AVX512VNNI__)
+struct Quad {
+  __m512i all;
+  explicit Quad(uint32_t word) : all(_mm512_set1_epi32((int)word)) {}
+  Ints multiply_add(Ints sum, Words line) const { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)line, all); }
+};
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+struct Quad {
+  __m256i even, odd;
+  explicit Quad(uint32_t word) {
+    const __m256i all = _mm256_set1_epi32((int)word);
+    even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), odd = _mm256_srai_epi16(all, 8);
+  }
+  Ints multiply_add(Ints sum, Words line) const {
+    const __m256i low = _mm256_and_si256((__m256i)line, _mm256_set1_epi16(255)), high = _mm256_srli_epi16((__m256i)line, 8);
+    return sum + (Ints)_mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
   }
 };
-constexpr Halves HALVES;
-
-template <int BITS>
-inline void unpack(const uint8_t* block, Words* lines) {
-  const __m512i all = _mm512_loadu_si512(block);
-  if constexpr (BITS == 8) {
-    const __m512i size = _mm512_abs_epi8(all);
-    __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(HALVES.low), size, _mm512_load_si512(HALVES.low + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(HALVES.high), size, _mm512_load_si512(HALVES.high + 64));
-    high = _mm512_ternarylogic_epi32(high, all, _mm512_set1_epi8((char)0x80), 0xf8);  // and the sign
-    lines[0] = (Words)_mm512_unpacklo_epi8(low, high);
-    lines[1] = (Words)_mm512_unpackhi_epi8(low, high);
-  } else {
-    const __m512i half = _mm512_set1_epi8(15), exponent = _mm512_set1_epi8(0x43);
-    const __m512i lower = _mm512_and_si512(all, half), upper = _mm512_and_si512(_mm512_srli_epi16(all, 4), half);
-    lines[0] = (Words)_mm512_unpacklo_epi8(lower, exponent);
-    lines[1] = (Words)_mm512_unpackhi_epi8(lower, exponent);
-    lines[2] = (Words)_mm512_unpacklo_epi8(upper, exponent);
-    lines[3] = (Words)_mm512_unpackhi_epi8(upper, exponent);
-  }
-}
 #else
-inline uint32_t bfloat_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits >> 16;
-}
-
-template <int BITS>
-inline void unpack(const uint8_t* block, Words* lines) {
-  for (int i = 0; i < LINES<BITS>; i++)
-    for (int lane = 0; lane < LANES; lane++) {
-      const uint8_t* pair = block + lane / 4 * 16 + i % 2 * 8 + lane % 4 * 2;
-      auto number = [&](uint8_t x) { return BITS == 8 ? (float)(int8_t)x : 128.0f + (x >> i / 2 * 4 & 15); };
-      lines[i][lane] = bfloat_bits(number(pair[0])) | bfloat_bits(number(pair[1])) << 16;
-    }
-}
+struct Quad {
+  int32_t inputs[4];
+  explicit Quad(uint32_t word) {
+    for (int i = 0; i < 4; i++) inputs[i] = (int8_t)(word >> 8 * i);
+  }
+  Ints multiply_add(Ints sum, Words line) const {
+    for (int i = 0; i < 4; i++) sum += (Ints)(line >> 8 * i & 255u) * inputs[i];
+    return sum;
+  }
+};
 #endif
 
 }  // namespace

@@ -172,20 +172,20 @@ def quantised(weight: Tensor, bits: int) -> Blocks:
 
 
 def blocked(numbers: Tensor, bits: int) -> Tensor:
-    """Arrange `(panels, LANES, inputs)` whole numbers in blocks as weights.h reads them."""
-    shape = (-1, 8 // bits, 2, 2) if bits == 4 else (-1, 2, 2)  # blocks, halves of bytes, lines, inputs of a pair
-    parts = numbers.view(torch.uint8).unflatten(1, (-1, 4)).unflatten(3, shape)
-    if bits == 4:
-        parts = parts[:, :, :, :, 0] | parts[:, :, :, :, 1] << 4
-    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
+    """Arrange `(panels, LANES, inputs)` whole numbers in lines as weights.h reads them."""
+    if bits == 8:
+        parts = (numbers.view(torch.uint8) ^ 128).unflatten(2, (-1, 4))
+    else:
+        halves = numbers.view(torch.uint8).unflatten(2, (-1, 2, 4))
+        parts = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    return parts.transpose(1, 2).contiguous()
 
 
 def unblocked(lines: Tensor, bits: int) -> Tensor:
     """Return the `(panels, LANES, inputs)` whole numbers of `blocked`."""
-    parts = lines.permute(0, 2, 4, 1, 3, 5)  # (panels, lanes / 4, 4, blocks, lines, inputs of a pair)
-    if bits == 4:
-        parts = torch.stack([parts & 15, parts >> 4], dim=4)
-    return parts.flatten(3).flatten(1, 2).contiguous().view(torch.int8)
+    parts = lines.transpose(1, 2)
+    parts = parts ^ 128 if bits == 8 else torch.stack([parts & 15, parts >> 4], dim=3)
+    return parts.flatten(2).contiguous().view(torch.int8)
 
 
 class NativeLinear(PackedLinear):
