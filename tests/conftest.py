@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from outdraft.api import draft_settings
+from outdraft.target.backends.native import why_not_native
 
 try:
     from hypothesis import HealthCheck, settings
@@ -21,6 +22,12 @@ else:  # an example takes as long as the machine is busy, and that is no finding
 
 torch.set_num_threads(1)
 DEFAULT = draft_settings.ADAPTIVE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels before any test counts the lines that a command prints."""
+    if not hasattr(config, "workerinput"):
+        why_not_native()
 
 
 @pytest.fixture(scope="session")

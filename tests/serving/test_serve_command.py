@@ -63,6 +63,9 @@ def test_it_listens_answers_and_ends_when_told_to(folders: Folders, tmp_path: Pa
     ("flags", "said"),
     [
         (["--port", "70000"], "--port must be at most 65535"),
+        (["--host", ""], "--host must be an address"),
+        (["--served-model-name", " "], "--served-model-name must not be empty"),
+        (["--temperature", "inf"], "temperature must be finite, not inf"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--method", "none", "--tree-size", "5"], "--tree-size shapes what a drafter drafts"),
         (["--kv-cache-tokens", "1"], "--kv-cache-tokens must be at least 2"),

@@ -7,7 +7,7 @@ separately and lend each other estimates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -152,18 +152,20 @@ class Costs:
 
     def verify(self, nodes: float, rows: int = 1) -> float:
         """Return the seconds of the target's pass over so many nodes per row, the root included."""
-        if self._fixed is not None:
-            return self._fixed.verify_base + self._fixed.verify_per_node * (nodes - 1)
+        return self._verifying(rows)(nodes)
+
+    def _verifying(self, rows: int) -> Callable[[float], float]:
+        """Return `verify` for so many rows."""
+        if (fixed := self._fixed) is not None:
+            return lambda nodes: fixed.verify_base + fixed.verify_per_node * (nodes - 1)
         own, known = self._single.get(bucket(rows)), nearest(self._verify, rows)
-        if own is not None and nodes <= 1:
-            return own.value
+        single = own.value if own is not None else 0.0
         if known is not None:
-            return max(known.at(rows * nodes), own.value if own is not None else 0.0)
-        single, least = (
-            nearest(self._single, rows),
-            1 << min(self._single, key=lambda key: abs(key - bucket(rows)), default=0),
-        )
-        return (single.value if single else VERIFY) * (1 + NODE_SHARE * (rows * nodes - least))
+            return lambda nodes: single if single and nodes <= 1 else max(known.at(rows * nodes), single)
+        least = 1 << min(self._single, key=lambda key: abs(key - bucket(rows)), default=0)
+        near = nearest(self._single, rows)
+        first = near.value if near else VERIFY
+        return lambda nodes: single if single and nodes <= 1 else first * (1 + NODE_SHARE * (rows * nodes - least))
 
     def rest(self, rows: int = 1, plain: bool = False) -> float:
         """Return the seconds of everything else in a round, or in one that drafts nothing."""
@@ -193,10 +195,13 @@ class Costs:
 
     def added(self, nodes: float, rows: int = 1) -> float:
         """Return the seconds that so many drafted nodes add to a round that drafts nothing, beside drafting."""
-        if nodes <= 0:
-            return 0.0
-        rest = max(0.0, self.rest(rows) - self.rest(rows, plain=True))
-        return self.verify(1 + nodes, rows) - self.verify(1, rows) + rest
+        return self.adding(rows)(nodes)
+
+    def adding(self, rows: int = 1) -> Callable[[float], float]:
+        """Return `added` for so many rows, where it is asked many times."""
+        verify = self._verifying(rows)
+        fewer = max(0.0, self.rest(rows) - self.rest(rows, plain=True)) - verify(1)
+        return lambda nodes: verify(1 + nodes) + fewer if nodes > 0 else 0.0
 
     def further(self, nodes: float, rows: int = 1) -> float:
         """Return the seconds that so many nodes add to a pass over several."""

@@ -220,12 +220,12 @@ def worth_starting(price: float, chances: Sequence[float], nodes: float, costs: 
         costs: costs of drafting and verifying.
         rows: number of rows decoded together.
     """
-    begin, step = costs.begin(rows), costs.step(rows)
+    begin, step, added = costs.begin(rows), costs.step(rows), costs.adding(rows)
     earned = spent = 0.0
     for level, chance in enumerate(chances):
         earned += price * chance
         spent += step if level else begin
-        if earned > spent + costs.added(nodes * (level + 1), rows):
+        if earned > spent + added(nodes * (level + 1)):
             return True
     return False
 
@@ -237,10 +237,11 @@ def worth_going_on(price: float, chance: float, nodes: float, costs: Costs, rows
 
 def worth_verifying(price: float, gains: Sequence[float], costs: Costs, rows: int) -> int:
     """Return how many candidates to verify, at least one, given their acceptance probabilities in the order offered."""
+    added = costs.adding(rows)
     earned, best, size = 0.0, float("-inf"), 1
     for nodes, gain in enumerate(gains, start=1):
         earned += price * gain
-        net = earned - costs.added(nodes, rows)
+        net = earned - added(nodes)
         if net > best:
             best, size = net, nodes
     return min(size, len(gains))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -54,7 +55,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             if read := {"int": whole, "float": real}.get(str(setting.type)):
-                setattr(self, setting.name, read(setting.name, getattr(self, setting.name)))
+                number = read(setting.name, getattr(self, setting.name))
+                if not math.isfinite(number):
+                    raise UserError(f"{setting.name} must be finite, not {number}")
+                setattr(self, setting.name, number)
         self.logit_bias = _bias(self.logit_bias)
         self.bad_words_ids = _words(self.bad_words_ids)
         for name in ("suppress_tokens", "begin_suppress_tokens"):

@@ -7,6 +7,7 @@ distribution. Both work for any drafter that implements `Step`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from outdraft.core.sampling import greatest, scores_of
 from outdraft.core.shape import TreeShape
-from outdraft.core.tensors import counting, integers
+from outdraft.core.tensors import counting, sent
 from outdraft.core.tree import Tree
 from outdraft.drafting.base import Budget, RowContext
 from outdraft.drafting.sample import Step, grow_sampled
@@ -99,7 +100,7 @@ def grow_dynamic(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, bu
         if budget is not None:
             levels[-1].drop([not going for going in wanted])
             budget.drafted((scores.exp().sum(1) / mass.sum(1)).tolist())
-    return best_of(roots, levels, most, budget)
+    return best_of(roots, levels, most) if budget is None else best_within(roots, levels, most, budget)
 
 
 def _grow_coupled(roots: Tensor, logits: Tensor, step: Step, shape: TreeShape, rows: RowContext) -> Tree:
@@ -145,34 +146,57 @@ class Level:
             self.scores = self.scores.masked_fill(gone, -torch.inf)
 
 
-def best_of(roots: Tensor, levels: Sequence[Level], most: int, budget: Budget | None = None) -> Tree:
+def best_of(roots: Tensor, levels: Sequence[Level], most: int) -> Tree:
     """Build the trees of the most probable candidates, at most `most` per row."""
-    tokens = torch.cat([level.tokens for level in levels], dim=1)
-    scores = torch.cat([level.scores for level in levels], dim=1)
-    parents = torch.cat([level.parents for level in levels], dim=1)
+    tokens, scores, parents = _joined(levels)
     # A stable sort keeps a parent before a child of equal probability, so that no kept node loses its parent.
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    order, counts = order[:, :most], [min(most, scores.shape[1])] * len(roots)
-    if budget is not None:
-        kept_scores = scores[:, :most]
-        drafted = kept_scores.isfinite().sum(1).tolist()
-        gains = [row[:count] for row, count in zip(kept_scores.exp().tolist(), drafted, strict=True)]
-        own = torch.cat([torch.full_like(level.tokens, place) for place, level in enumerate(levels)], dim=1)
-        counts = budget.sizes(gains, own.gather(1, order).tolist())
-        order = order[:, : max(counts)]
-        beyond = counting(0, order.shape[1], order.device) >= integers(counts, order.device)[:, None]
-        order = order.masked_fill(beyond, tokens.shape[1])  # sorts behind every candidate; its parent is the root
-        tokens, parents = F.pad(tokens, (0, 1)), F.pad(parents, (0, 1))
-    kept = order.sort(dim=1).values
+    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :most].sort(dim=1).values
     renumber = torch.zeros(len(roots), tokens.shape[1] + 1, dtype=torch.long, device=roots.device)
     renumber.scatter_(1, kept + 1, counting(1, kept.shape[1], roots.device).expand_as(kept))
-    tree_parents = renumber.gather(1, parents.gather(1, kept))
     return Tree(
         torch.cat([roots[:, None], tokens.gather(1, kept)], dim=1),
-        F.pad(tree_parents, (1, 0), value=-1),
+        F.pad(renumber.gather(1, parents.gather(1, kept)), (1, 0), value=-1),
+        [1 + kept.shape[1]] * len(roots),
+        levels=len(levels),
+    )
+
+
+def best_within(roots: Tensor, levels: Sequence[Level], most: int, budget: Budget) -> Tree:
+    """Build the trees of the most probable candidates, at most `most` per row and as many as the budget says; on the
+    host, where it decides."""
+    tokens, scores, parents = (part.tolist() for part in _joined(levels))
+    place = [depth for depth, level in enumerate(levels) for _ in range(level.tokens.shape[1])]
+    # Sorting is stable, as in `best_of`.
+    orders = [
+        sorted((node for node, score in enumerate(own) if math.isfinite(score)), key=own.__getitem__, reverse=True)[
+            :most
+        ]
+        for own in scores
+    ]
+    gains = [[math.exp(own[node]) for node in order] for own, order in zip(scores, orders, strict=True)]
+    counts = budget.sizes(gains, [[place[node] for node in order] for order in orders])
+    width = max(counts)
+    if not width:
+        return Tree.roots(roots)
+    trees: list[list[list[int]]] = [[], []]  # tokens and parents of every row, the root's left out
+    for row, (order, count) in enumerate(zip(orders, counts, strict=True)):
+        kept = sorted(order[:count])
+        number = {0: 0} | {node + 1: new for new, node in enumerate(kept, start=1)}
+        padding = [0] * (width - count)
+        trees[0].append([tokens[row][node] for node in kept] + padding)
+        trees[1].append([number[parents[row][node]] for node in kept] + padding)
+    below = sent(trees, roots.device)
+    return Tree(
+        torch.cat([roots[:, None], below[0]], dim=1),
+        F.pad(below[1], (1, 0), value=-1),
         [1 + count for count in counts],
         levels=len(levels),
     )
+
+
+def _joined(levels: Sequence[Level]) -> list[Tensor]:
+    """Return tokens, scores and parents of all levels, each `(rows, candidates)`."""
+    return [torch.cat([getattr(level, name) for level in levels], dim=1) for name in ("tokens", "scores", "parents")]
 
 
 def log_softmax(logits: Tensor) -> Tensor:

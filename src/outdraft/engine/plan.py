@@ -171,11 +171,12 @@ def _ngrams(batch: Batch, idle: bool = False, unread: bool = False) -> list[list
     if batch.target.slot_limit is not None:
         left = batch.target.slot_limit - max(batch.cache.lengths) - drafts.slots(batch.shape) - drafts.pending
         limit = max(0, min(limit, left))
-    rows = zip(batch.histories, batch.rows, strict=True)
-    found = [history.repeated(limit, idle) if row.statistics.rounds else [] for history, row in rows]
-    if all(found):
-        return found
-    return [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
+    found: list[list[int]] = []
+    for history, row in zip(batch.histories, batch.rows, strict=True):
+        found.append(history.repeated(limit, idle) if row.statistics.rounds else [])
+        if not found[-1] and all(greedy):
+            return [[]] * len(greedy)  # others need not be searched
+    return found if all(found) else [[] if waits else chain for chain, waits in zip(found, greedy, strict=True)]
 
 
 def _fitting(batch: Batch, shape: TreeShape) -> TreeShape:

@@ -60,6 +60,12 @@ class ServeSettings:
         for origin in self.allow_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise UserError(f"--allow-origin must be * or like https://example.com, without a path, not '{origin}'")
+        if not self.host.strip():
+            raise UserError(
+                "--host must be an address: 127.0.0.1 for this machine only, 0.0.0.0 for all that can reach it"
+            )
+        if not all(name.strip() for name in self.served_model_name):
+            raise UserError("--served-model-name must not be empty; leave it out for the model's own name")
         if self.port > 65535:
             raise UserError(f"--port must be at most 65535, not {self.port}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):

@@ -2,7 +2,8 @@
 //
 // Weights lie in panels of LANES outputs, as many as a register holds. A panel has a line of that size for every two
 // inputs (bfloat16) or every input (float32), and one instruction multiplies a line with inputs that all lanes share. So
-// weights are read once and in order, for several tokens at a time.
+// weights are read once and in order, for several tokens at a time. Weights of eight or four bits have a line for every
+// four or eight inputs, and inputs are rounded to eight bits.
 //
 // Every number of a result is a sum in one fixed order, which depends neither on the tokens beside it nor on threads:
 // a product runs over inputs, attention over the keys that a token sees, in the order of their positions. A token that
