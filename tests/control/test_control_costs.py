@@ -168,7 +168,10 @@ def test_what_drafts_cost_becomes_uncertain_while_none_is_made():
     costs.observe_draft(0.003, [0.004])
     assert costs.certainty() == 1.0
     assert 0.0055 < costs.begin() + 0.003 / 12 < 0.006  # one observation beside ten, no longer beside twenty
-    assert Costs.fixed(0.1, 0.1, 1.0, 0.0).certainty() == 1.0
+    given = Costs.fixed(0.1, 0.1, 1.0, 0.0)
+    for _ in range(DOUBTED):
+        given.count_undrafted()
+    assert given.certainty() == 1.0
 
 
 def test_a_plain_round_is_due_at_first_and_after_a_hundred_others():

@@ -120,8 +120,9 @@ class Costs:
         self.count_undrafted(rows)
 
     def count_undrafted(self, rows: int = 1) -> None:
-        """Count a round without a draft; those that `observe_round` is told of are counted."""
-        self._undrafted[bucket(rows)] = self._undrafted.get(bucket(rows), 0) + 1
+        """Count a round without a draft of which `observe_round` is not told."""
+        if self._fixed is None:
+            self._undrafted[bucket(rows)] = self._undrafted.get(bucket(rows), 0) + 1
 
     def certainty(self, rows: int = 1) -> float:
         """Return how far what drafts cost is still trusted: 1 after a draft, half after DOUBTED rounds without."""
@@ -200,8 +201,8 @@ class Costs:
     def adding(self, rows: int = 1) -> Callable[[float], float]:
         """Return `added` for so many rows, where it is asked many times."""
         verify = self._verifying(rows)
-        fewer = max(0.0, self.rest(rows) - self.rest(rows, plain=True)) - verify(1)
-        return lambda nodes: verify(1 + nodes) + fewer if nodes > 0 else 0.0
+        beside = max(0.0, self.rest(rows) - self.rest(rows, plain=True)) - verify(1)
+        return lambda nodes: verify(1 + nodes) + beside if nodes > 0 else 0.0
 
     def further(self, nodes: float, rows: int = 1) -> float:
         """Return the seconds that so many nodes add to a pass over several."""

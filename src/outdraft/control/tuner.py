@@ -154,7 +154,8 @@ class ShapeTuner:
         leaps = self._is_leap(known, shape, rows, pending)
         early = known.rounds < known.resumes or (rows >= BATCH and not self._is_timed(known, PLAIN))
         dear = leaps and not early and not self._is_regained(known, shape, rows, pending, left)
-        self.reading.value *= DOUBTED if dear else 1.0
+        if dear:
+            self.reading.value *= DOUBTED
         if leaps and (early or dear):
             shape, leaps = PLAIN, False
         elif leaps and rows >= BATCH and known.gauge.count < ENOUGH:
