@@ -12,6 +12,9 @@ import outdraft.engine.round
 import outdraft.target.runner
 from audit import faults
 from audit.conftest import SAMPLED, Run
+from outdraft.control import Costs
+from outdraft.control.shape_grid import PLAIN
+from outdraft.control.tuner import ShapeChoice, ShapeTuner
 from outdraft.core.coupling import Coupled
 from outdraft.target.runner import ModelRunner
 
@@ -50,6 +53,40 @@ def test_the_decoder_keeps_greedy_texts(audit: Run) -> None:
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.clocked
+def test_a_drafter_that_never_pays_here_is_audited_all_the_same(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(tuner: ShapeTuner, rows: int, pending: int, *left: float) -> ShapeChoice:
+        found = chosen(tuner, rows, pending, *left)
+        return found if tuner.costs.given else ShapeChoice(PLAIN, tuner, rows, pending)
+
+    chosen = ShapeTuner.choose
+    monkeypatch.setattr(ShapeTuner, "choose", choose)
+    monkeypatch.setattr(Costs, "plain_is_due", lambda costs, rows=1: not costs.given)
+    found = audit({})
+    assert found.kept and found["greedy"].figures["drafting"]["accepted"] > 0
+    measured = audit({"controller": "calibrated"})
+    assert measured.kept and measured["greedy"].figures["drafting"]["drafted"] == 0
+    assert "nothing was drafted" in measured.verdict
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.clocked
+def test_a_drafter_that_does_not_pay_here_is_audited_all_the_same(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def slow(costs: Costs, nodes: int, verify_seconds: float, rest_seconds: float, rows: int = 1) -> None:
+        told.append(nodes)
+        usual(costs, nodes, verify_seconds if nodes == 1 else 1000 * verify_seconds, rest_seconds, rows)
+
+    usual = Costs.observe_round
+    monkeypatch.setattr(Costs, "observe_round", slow)
+    monkeypatch.setattr(ShapeTuner, "best", lambda tuner, rows: tuner.grid.start(rows) if tuner.costs.given else PLAIN)
+    found = audit({}, max_new_tokens=24)
+    assert found.kept and found["greedy"].figures["drafting"]["accepted"] > 0
 
 
 def test_a_wrong_residual_is_found(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from outdraft.api.draft_settings import DraftKeywords, DraftSettings, resolve
 from outdraft.api.generation import SpeculativeModel
 from outdraft.api.prompts import encode, read_prompts
 from outdraft.api.settings import model_settings, sampling_settings
+from outdraft.control import Costs, Pacer
 from outdraft.core.sampling_settings import SamplingSettings
 from outdraft.data.provenance import environment
 from outdraft.errors import UserError
@@ -44,6 +45,9 @@ OFFSETS = (0, 2, 5, 9)
 
 BATCH = 8
 """The number of prompts of a greedy batch: rows of different lengths are part of the check."""
+EAGER = Costs.fixed(begin=0.05, step=0.03, verify_base=1.0, verify_per_node=0.01)
+"""What drafts cost beside a large target. Where no controller is named, the default one decides by these and not by
+measured seconds: beside a small target, in a batch, it might let the drafter rest, and nothing of it would be seen."""
 
 
 def run_audit(
@@ -195,6 +199,12 @@ class _Running:
         watched._pacers = self.model._pacers
         return watched
 
+    def eagerly(self) -> dict[str, Any]:
+        """Return the controller that greedy texts are decoded with, if measured seconds would decide by default."""
+        draft = DraftSettings.taken(dict(self.settings.greedy_generation))
+        pacer = resolve(draft, self.drafter, self.model.target.device, rows=BATCH).pacer
+        return {} if pacer is None or draft.controller is not None else {"controller": Pacer(pacer.settings, EAGER)}
+
     @contextmanager
     def stage(self, shown: str, total: int) -> Iterator[Stage]:
         """Show a bar; findings that are added within get its seconds."""
@@ -206,7 +216,7 @@ class _Running:
 
     def check_greedy(self) -> None:
         settings = self.settings
-        generation = {**settings.greedy_generation, "max_new_tokens": settings.max_new_tokens}
+        generation = {**settings.greedy_generation, **self.eagerly(), "max_new_tokens": settings.max_new_tokens}
         plain_generation = _undrafted(generation)
         few = self.prompts[: forecast.NOISE_PROMPTS]
         batches = [(self.prompts[start : start + BATCH], None) for start in range(0, len(self.prompts), BATCH)]
