@@ -3,6 +3,9 @@
 Positions, masks and the cache are those of `transformers`; of outdraft's code only the backend's linears and the
 target's head take part, so nothing that is under test can vouch for itself. The rounding noise of a model, precision
 and backend is the difference between these forwards, so neither a wrong mask nor a wrong position can pass for noise.
+
+On quantised weights of our own the model is what the kernels compute: they round inputs, too, which stock modules on
+the same weights do not. There the reference is the target's own forward over each whole text, without drafts and trees.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from outdraft.api.settings import model_settings, sampling_settings
 from outdraft.core.sampling import Warper
+from outdraft.target.backends import QUANTISED
+from outdraft.target.runner import ModelRunner
 from outdraft.target.target import Target
 
 
@@ -31,6 +36,9 @@ def stock_logits(
         piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the
             prompt in such pieces too, and None everything at once without a cache.
     """
+    if target.backend in QUANTISED:
+        yield from own_logits(target, prompt, texts)
+        return
     inner: Any = target.model.base_model
     longest = max(len(text) for text in texts)
     rows = torch.tensor([list(text) + [0] * (longest - len(text)) for text in texts], dtype=torch.long)
@@ -51,6 +59,15 @@ def stock_logits(
         output = inner(input_ids=rows[:, start : start + piece], past_key_values=output.past_key_values, use_cache=True)
         for place in range(output.last_hidden_state.shape[1]):
             yield target.head(output.last_hidden_state[:, place])
+
+
+def own_logits(target: Target, prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Yield what `stock_logits` does, from the target's own forward, whose bits do not depend on the size of pieces."""
+    rows = [torch.tensor([*prompt, *text]) for text in texts]
+    longest = max(map(len, rows))
+    features = ModelRunner(target, target.new_cache(len(rows), longest)).prefill(rows).features
+    for place in range(len(prompt) - 1, longest):
+        yield target.head(features[:, place])
 
 
 UNWARPED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | {
