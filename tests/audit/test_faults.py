@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import outdraft
 import outdraft.core.verify
 import outdraft.engine.round
+import outdraft.evaluation.audit.stock
 import outdraft.target.runner
 from audit import faults
-from audit.conftest import SAMPLED, Run
+from audit.conftest import PROMPTS, SAMPLED, SMALL, Run
+from models import tiny
 from outdraft.control import Costs
 from outdraft.control.shape_grid import PLAIN
 from outdraft.control.tuner import ShapeChoice, ShapeTuner
 from outdraft.core.coupling import Coupled
+from outdraft.evaluation.audit import AuditSettings, run_audit
+from outdraft.target.backends.native import why_not_native
 from outdraft.target.runner import ModelRunner
 
 TREE = {"tree_depth": 2, "tree_top_k": 2, "tree_size": 7}
@@ -196,3 +202,26 @@ def test_noise_of_the_wrong_position_is_found(audit: Run, monkeypatch: pytest.Mo
 def test_settings_that_stock_generate_lacks_are_not_compared_with_it(audit: Run) -> None:
     found = audit({**SAMPLED, "presence_penalty": 0.5}, greedy=False, total_variation=0.3, texts=4)
     assert "seeded" not in {finding.name for finding in found.findings}
+
+
+# --- weights of few bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(why_not_native() is not None, reason=str(why_not_native()))
+def test_the_law_of_a_quantised_target_is_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round inputs, as stock modules on the same weights do not, and give the same bits however a text is cut."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.3}
+    tiny("llama-gqa", dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path)
+    model = outdraft.load(tmp_path, method="prompt-lookup", quantize="int8")
+
+    def run() -> Any:
+        given = {**SMALL, "max_new_tokens": 10, "total_variation": 0.15}
+        return run_audit(model, AuditSettings({"temperature": 0.8}, **given), prompts=PROMPTS)
+
+    found = run()
+    assert found.kept, found.as_dict()
+    assert found.noise.gap == 0 == found["forwards"].figures["variation_max"] and found.noise.positions > 0
+    assert "seeded" not in {finding.name for finding in found.findings}
+    assert found["tokens"].figures["drafting"]["accepted"] > 0
+    monkeypatch.setattr(outdraft.evaluation.audit.stock, "QUANTISED", {})
+    assert run().noise.gap > 0

@@ -129,8 +129,8 @@ class _Running:
         if self.samples:
             scipy_stats()  # where it is missing, that is said before anything runs
         greedy = {name: value for name, value in settings.greedy_generation.items() if name in settings.sampling}
-        self.unwarped = StockProbs(model.target, greedy, warped=False)
-        self.probs = StockProbs(model.target, settings.sampling)
+        self.unwarped = StockProbs(model.target, greedy, warped=False, own=True)
+        self.probs = StockProbs(model.target, settings.sampling, own=True)
         self.exact = model.target.dtype.itemsize >= 4
         self.trees = Trees(settings.trees, model.target.context_length, settings.seed_for("trees"))
         self.findings: list[Finding] = []

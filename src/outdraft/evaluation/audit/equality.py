@@ -24,7 +24,6 @@ from outdraft.data.text import common_length
 from outdraft.evaluation.audit.findings import AuditSettings, Finding
 from outdraft.evaluation.audit.progress import Stage
 from outdraft.evaluation.audit.stock import SEVERAL, Divergence, Noise, StockProbs, log_ratio
-from outdraft.target.backends import QUANTISED
 
 MORE = 3.0
 """The largest ratio of the frequency of ties to that of flips among the stock model's own forwards."""
@@ -171,7 +170,7 @@ OURS = ("presence_penalty", "frequency_penalty", "logit_bias")
 
 def comparable(probs: StockProbs) -> bool:
     """Return True if stock `generate` has all settings of the audit, and the target's arithmetic."""
-    return probs.target.backend not in QUANTISED and not any(getattr(probs.settings, name) for name in OURS)
+    return not probs.own and not any(getattr(probs.settings, name) for name in OURS)
 
 
 def stock_text(probs: StockProbs, prompt: Sequence[int], seed: int, max_new_tokens: int) -> list[int]:

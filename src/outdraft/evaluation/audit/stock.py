@@ -36,9 +36,6 @@ def stock_logits(
         piece: tokens a forward. 1 is how plain decoding goes: the prompt whole, then token by token. More run the
             prompt in such pieces too, and None everything at once without a cache.
     """
-    if target.backend in QUANTISED:
-        yield from own_logits(target, prompt, texts)
-        return
     inner: Any = target.model.base_model
     longest = max(len(text) for text in texts)
     rows = torch.tensor([list(text) + [0] * (longest - len(text)) for text in texts], dtype=torch.long)
@@ -61,6 +58,7 @@ def stock_logits(
             yield target.head(output.last_hidden_state[:, place])
 
 
+@torch.inference_mode()
 def own_logits(target: Target, prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Yield what `stock_logits` does, from the target's own forward, whose bits do not depend on the size of pieces."""
     rows = [torch.tensor([*prompt, *text]) for text in texts]
@@ -85,11 +83,18 @@ class StockProbs:
         sampling: settings by Hugging Face's names.
         warped: False leaves temperature 1 and no filter, so that logarithms of the probabilities are the processed
             logits.
+        own: True takes the target's own forward over whole texts where its kernels round inputs, so that stock modules
+            are another model.
     """
 
-    def __init__(self, target: Target, sampling: dict[str, Any], warped: bool = True):
+    def __init__(self, target: Target, sampling: dict[str, Any], warped: bool = True, own: bool = False):
         given = sampling_settings(sampling, model_settings(target))
         self.target, self.settings = target, given if warped else replace(given, **UNWARPED)
+        self.own = own and target.backend in QUANTISED
+
+    def _logits(self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None) -> Iterator[Tensor]:
+        """Yield what `stock_logits` does."""
+        return own_logits(self.target, prompt, texts) if self.own else stock_logits(self.target, prompt, texts, piece)
 
     def warper(self, prompt: Sequence[int]) -> Warper:
         target = self.target
@@ -101,7 +106,7 @@ class StockProbs:
         """Yield, for every position, the `(vocab,)` next-token probabilities of each text; None past its end."""
         warper, target = self.warper(prompt), self.target
         ids = [torch.tensor([*prompt, *text], device=target.device) for text in texts]
-        for place, logits in enumerate(stock_logits(target, prompt, texts, piece)):
+        for place, logits in enumerate(self._logits(prompt, texts, piece)):
             yield [
                 warper.probs_after(row, own[: len(prompt) + place]) if place < len(text) else None
                 for row, own, text in zip(logits, ids, texts, strict=True)
@@ -110,7 +115,7 @@ class StockProbs:
     def after(self, prompt: Sequence[int], texts: Sequence[Sequence[int]], piece: int | None = 1) -> Tensor:
         """Return the `(texts, vocab)` next-token probabilities after texts of one length."""
         warper = self.warper(prompt)
-        *_, logits = stock_logits(self.target, prompt, texts, piece)
+        *_, logits = self._logits(prompt, texts, piece)
         device = self.target.device
         return torch.stack(
             [
