@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_target
 
+from outdraft.target.ranks import end_in_group, in_group
 from outdraft.training import trainer as trainer_module
 from outdraft.training.config import DrafterConfig
 from outdraft.training.train import train
@@ -42,3 +43,5 @@ if __name__ == "__main__":
         if step := settings.pop("kill", None):
             arrange_death(step)
         train(tiny_target(layers=settings.pop("layers", 2)), DrafterConfig(**settings))
+    if in_group():
+        end_in_group(0)  # as the command does
